@@ -1,0 +1,175 @@
+"""Calibration: statistics of queries, keys and values, layer by layer, with interpolated positions.
+
+Positional interpolation (PM-KVQ 2505.18610 §3.3): token t of an L-token sequence stands at position s·t, so that L tokens
+cover s·L positions. Only the rotation depends on the position, so a key that the model rotated to position t is rotated on
+by (s − 1)·t; the hidden states stay those of the plain text and no extra forward pass is needed.
+"""
+
+import json
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from kvfold.compress.layerwise import LayerRunner
+from kvfold.compress.tap import tapped
+from kvfold.exports.architectures import Architecture, head_dim_of, num_kv_heads_of
+
+SKIP_TOKENS = 8  # first tokens of each sequence: the sinks stay in 16 bits and are outliers
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Statistics of one layer over all calibration tokens, per KV head; keys and queries after RoPE at spread positions.
+
+    Attributes:
+        key_mean: float64 [Hkv, D].
+        key_cov: float64 [Hkv, D, D], centred.
+        query_moment: float64 [Hkv, D, D], E[q qᵀ] over tokens and the group's query heads.
+        value_mean, value_cov: like the keys'.
+        output_metric: float64 [Hkv, D, D], mean of W_oᵀ W_o over the group's query heads: ‖W_o Δv‖² = Δvᵀ G Δv.
+        key_absmax: float64 [Hkv, D], of keys before spreading (pairs of channels are only rotated by it).
+        key_sample, value_sample: float32 [Hkv, S, D], evenly drawn tokens.
+    """
+
+    key_mean: Tensor
+    key_cov: Tensor
+    query_moment: Tensor
+    value_mean: Tensor
+    value_cov: Tensor
+    output_metric: Tensor
+    key_absmax: Tensor
+    key_sample: Tensor
+    value_sample: Tensor
+
+    def save(self, path: Path) -> None:
+        """Writes all fields; the file appears complete."""
+        scratch = path.with_suffix(".part")
+        save_file({f.name: getattr(self, f.name).contiguous().cpu() for f in fields(self)}, scratch)
+        os.replace(scratch, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "LayerStats":
+        return cls(**load_file(path))
+
+
+def rotate_on(x: Tensor, positions: Tensor, rotary: Any) -> Tensor:
+    """Rotates x, float [B, heads, T, D] already after RoPE, on by `positions` int64 [B, T] (halves convention)."""
+    cos, sin = rotary(x, positions)
+    attention_factor = getattr(rotary, "attention_scaling", 1.0)  # a length factor that x already has
+    cos, sin = cos.float()[:, None] / attention_factor, sin.float()[:, None] / attention_factor
+    width = cos.shape[-1]
+    turned, rest = x[..., :width].float(), x[..., width:].float()
+    low, high = turned.chunk(2, -1)
+    return torch.cat((turned * cos + torch.cat((-high, low), -1) * sin, rest), -1)
+
+
+class _Accumulator:
+    """Sums over sequences of one layer."""
+
+    def __init__(self, num_kv_heads: int, sample_tokens: int) -> None:
+        self.num_kv_heads, self.sample_tokens = num_kv_heads, sample_tokens
+        self.count = 0
+        self.sums: dict[str, Tensor] = {}
+        self.samples: dict[str, list[Tensor]] = {"key": [], "value": []}
+        self.key_absmax: Tensor | None = None
+
+    def _add(self, name: str, amount: Tensor) -> None:
+        self.sums[name] = self.sums[name] + amount if name in self.sums else amount
+
+    def add(self, query: Tensor, key: Tensor, value: Tensor, plain_key: Tensor) -> None:
+        """query [H, T, D], key, value and plain_key [Hkv, T, D] of one sequence."""
+        q, k, v = query.double(), key.double(), value.double()
+        grouped = q.unflatten(0, (self.num_kv_heads, -1)).flatten(1, 2)
+        self._add("query_moment", grouped.mT @ grouped / (q.shape[0] // self.num_kv_heads))
+        for name, x in (("key", k), ("value", v)):
+            self._add(f"{name}_sum", x.sum(1))
+            self._add(f"{name}_moment", x.mT @ x)
+        absmax = plain_key.double().abs().amax(1)
+        self.key_absmax = absmax if self.key_absmax is None else torch.maximum(self.key_absmax, absmax)
+        drawn = torch.linspace(0, k.shape[1] - 1, min(self.sample_tokens, k.shape[1]), device=k.device).round().long()
+        self.samples["key"].append(key[:, drawn].float())
+        self.samples["value"].append(value[:, drawn].float())
+        self.count += k.shape[1]
+
+    def finish(self, output_metric: Tensor) -> LayerStats:
+        assert self.key_absmax is not None
+        found: dict[str, Tensor] = {}
+        for name in ("key", "value"):
+            mean = self.sums[f"{name}_sum"] / self.count
+            found[f"{name}_mean"] = mean
+            found[f"{name}_cov"] = self.sums[f"{name}_moment"] / self.count - mean[:, :, None] * mean[:, None, :]
+            found[f"{name}_sample"] = torch.cat(self.samples[name], 1)
+        query_moment = self.sums["query_moment"] / self.count
+        return LayerStats(query_moment=query_moment, output_metric=output_metric, key_absmax=self.key_absmax, **found)
+
+
+def output_metric(attention: Any, num_kv_heads: int, head_dim: int) -> Tensor:
+    """Mean of W_oᵀ W_o over each group's query heads, float64 [Hkv, D, D]."""
+    heads = attention.o_proj.weight.double().unflatten(1, (-1, head_dim)).permute(1, 2, 0)  # [H, D, hidden]
+    return (heads @ heads.mT).unflatten(0, (num_kv_heads, -1)).mean(1)
+
+
+def calibrate(
+    model: Any, arch: Architecture, sequences: list[Tensor], spread: int, sample_tokens: int, work: Path
+) -> list[LayerStats]:
+    """Statistics of every layer; what `work` already holds is not computed again.
+
+    Args:
+        model: loaded with attention tap.NAME.
+        sequences: int64 [1, T] each.
+        spread: s, the step between interpolated positions.
+        sample_tokens: tokens drawn from all sequences together, per head.
+        work: folder for stats_*.safetensors and the hidden states that the next layer starts from.
+    """
+    layers = arch.decoder_layers(model)
+    done = 0
+    while done < len(layers) and (work / f"stats_{done:03d}.safetensors").is_file():
+        done += 1
+    resume = json.loads((work / "hidden.json").read_text()) if (work / "hidden.json").is_file() else {"layer": 0}
+    done = min(done, resume["layer"]) if done < len(layers) else done
+    stats = [LayerStats.load(work / f"stats_{i:03d}.safetensors") for i in range(done)]
+    if done == len(layers):
+        return stats
+    config = model.config
+    device = next(model.parameters()).device
+    num_kv_heads, head_dim = num_kv_heads_of(config), head_dim_of(config)
+    runners = [LayerRunner(model, arch, ids.to(device)) for ids in sequences]
+    if done == 0:
+        hidden = [runner.embedded for runner in runners]
+    else:
+        saved = load_file(work / f"hidden_{done:03d}.safetensors")
+        hidden = [saved[str(i)].to(device) for i in range(len(sequences))]
+    per_sequence = -(-sample_tokens // len(sequences))
+    rotary = model.base_model.rotary_emb
+    for index in tqdm(range(done, len(layers)), desc="calibrate", unit="layer", initial=done, total=len(layers)):
+        attention = layers[index].get_submodule(arch.attention)
+        sums = _Accumulator(num_kv_heads, per_sequence)
+
+        def tap(module, query, key, value, mask, scaling, sums=sums):
+            on = torch.arange(key.shape[2], device=key.device)[None] * (spread - 1)
+            spread_q, spread_k = rotate_on(query, on, rotary), rotate_on(key, on, rotary)
+            kept = slice(min(SKIP_TOKENS, key.shape[2] // 2), None)
+            sums.add(spread_q[0, :, kept], spread_k[0, :, kept], value[0, :, kept].float(), key[0, :, kept])
+            return None
+
+        with tapped(attention, tap):
+            hidden = [runner.run(index, h) for runner, h in zip(runners, hidden, strict=True)]
+        stats.append(sums.finish(output_metric(attention, num_kv_heads, head_dim)))
+        stats[-1].save(work / f"stats_{index:03d}.safetensors")
+        _save_hidden(work, index + 1, hidden)
+    return stats
+
+
+def _save_hidden(work: Path, layer: int, hidden: list[Tensor]) -> None:
+    """Keeps the input of `layer` and forgets the one before; hidden.json names the file that is complete."""
+    save_file({str(i): h.contiguous().cpu() for i, h in enumerate(hidden)}, work / f"hidden_{layer:03d}.safetensors")
+    scratch = work / "hidden.part"
+    scratch.write_text(json.dumps({"layer": layer}))
+    os.replace(scratch, work / "hidden.json")
+    (work / f"hidden_{layer - 1:03d}.safetensors").unlink(missing_ok=True)

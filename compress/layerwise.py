@@ -1,0 +1,57 @@
+"""Runs a model one decoder layer at a time, so that one layer's activations are in memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from kvfold.exports.architectures import Architecture
+
+
+class LayerRunner:
+    """Holds what every decoder layer is called with besides its hidden states (positions, rotary tables, masks).
+
+    Args:
+        model: causal LM in eval mode.
+        arch: its row in the table.
+        input_ids: int64 [B, T].
+    """
+
+    def __init__(self, model: Any, arch: Architecture, input_ids: Tensor) -> None:
+        self.layers = arch.decoder_layers(model)
+        self.embedded, self._calls = self._record(model, input_ids)
+
+    def _record(self, model: Any, input_ids: Tensor) -> tuple[Tensor, list[tuple[tuple, dict]]]:
+        """One pass in which each layer only notes its arguments and hands its input on."""
+        first: list[Tensor] = []
+        calls: list[tuple[tuple, dict]] = []
+
+        def note(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if not first:
+                first.append(hidden_states)
+            calls.append((args, kwargs))
+            return hidden_states
+
+        saved: list[tuple[nn.Module, Callable | None]] = [(layer, layer.__dict__.get("forward")) for layer in self.layers]
+        try:
+            for layer in self.layers:
+                layer.forward = note
+            model.base_model(input_ids=input_ids, use_cache=False)
+        finally:
+            for layer, forward in saved:
+                del layer.forward
+                if forward is not None:
+                    layer.forward = forward
+        return first[0], calls
+
+    def run(self, index: int, hidden_states: Tensor) -> Tensor:
+        """Layer `index` on hidden states [B, T, hidden_size] → the next layer's."""
+        args, kwargs = self._calls[index]
+        out = self.layers[index](hidden_states, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def run_from(self, index: int, hidden_states: Tensor) -> Tensor:
+        """Layers `index` and after it."""
+        for i in range(index, len(self.layers)):
+            hidden_states = self.run(i, hidden_states)
+        return hidden_states

@@ -1,0 +1,112 @@
+"""Calibration and evaluation text: built in, a text file, or a `datasets` id, cut into seeded sequences of tokens."""
+
+import random
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfold.errors import KvfoldError
+
+BUILT_IN = ("maths.txt", "drama.txt", "prose.txt", "code.txt")
+HELD_OUT = "heldout.txt"
+LEAST_TOKENS = 256  # below this there is nothing to calibrate on
+DATASET_CHARS = 4_000_000  # read from a dataset at the most
+
+
+def data_text(name: str) -> str:
+    """A text file that the package ships."""
+    return files("kvfold.compress").joinpath("data", name).read_text(encoding="utf-8")
+
+
+def read_documents(source: str | None, default: tuple[str, ...] = BUILT_IN) -> tuple[str, list[str]]:
+    """The name and documents of a text source.
+
+    Args:
+        source: path of a UTF-8 text file; a `datasets` id as ID, ID:CONFIG or ID:CONFIG:SPLIT; None for the built-in text.
+        default: files of the package that make up the built-in text.
+    Raises:
+        KvfoldError: no such file or dataset, not text, or empty.
+    """
+    if source is None:
+        return "built-in", [data_text(name) for name in default]
+    path = Path(source)
+    if path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise KvfoldError(f"Text '{source}' is not UTF-8; give a plain text file.") from None
+        name, documents = path.name, [text]
+    elif path.exists() or path.suffix in (".txt", ".md", ".json", ".jsonl") or source.startswith((".", "/", "~")):
+        raise KvfoldError(f"Text '{source}' is not a file that can be read; give the path of a text file or a datasets id.")
+    else:
+        name, documents = source, ["\n\n".join(_dataset_rows(source))]
+    if not any(text.strip() for text in documents):
+        raise KvfoldError(f"Text '{source}' is empty; give at least {LEAST_TOKENS} tokens of text.")
+    return name, documents
+
+
+def _dataset_rows(source: str) -> list[str]:
+    from datasets import load_dataset
+
+    name, _, rest = source.partition(":")
+    config, _, split = rest.partition(":")
+    try:
+        rows = load_dataset(name, config or None, split=split or "train", streaming=True)
+        texts: list[str] = []
+        size = 0
+        for row in rows:
+            column = row.get("text") or next((v for v in row.values() if isinstance(v, str)), None)
+            if isinstance(column, str):
+                texts.append(column)
+                size += len(column)
+            if size > DATASET_CHARS:
+                break
+    except Exception as error:  # datasets raises a dozen kinds, offline, missing, gated, broken
+        raise KvfoldError(
+            f"'{source}' is neither a text file nor a dataset that can be loaded ({type(error).__name__}); "
+            "give a file's path or ID:CONFIG:SPLIT."
+        ) from error
+    return texts
+
+
+def tokenize(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a long text without special tokens."""
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def prefix_ids(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text, e.g. the BOS token."""
+    return list(tokenizer("").input_ids)
+
+
+def sample_sequences(tokenizer: Any, documents: list[str], num_sequences: int, seq_len: int, seed: int, name: str) -> list[Tensor]:
+    """Seeded sequences that do not overlap, taken from the documents in turn.
+
+    Returns:
+        Up to num_sequences tensors int64 [1, n] with n = seq_len, or the longest document's length if that is shorter.
+    Raises:
+        KvfoldError: fewer than 256 tokens in every document.
+    """
+    prefix = prefix_ids(tokenizer)
+    tokens = [tokenize(tokenizer, text) for text in documents]
+    longest = max(len(ids) for ids in tokens)
+    if longest < LEAST_TOKENS:
+        raise KvfoldError(f"Text '{name}' has {longest} tokens, too few to calibrate on; give at least {LEAST_TOKENS}.")
+    size = min(seq_len - len(prefix), longest)
+    rng = random.Random(seed)
+    windows: list[list[list[int]]] = []
+    for ids in tokens:
+        count = len(ids) // size
+        start = rng.randrange(len(ids) - count * size + 1)
+        cuts = [ids[start + i * size : start + (i + 1) * size] for i in range(count)]
+        rng.shuffle(cuts)
+        windows.append(cuts)
+    chosen: list[Tensor] = []
+    while len(chosen) < num_sequences and any(windows):
+        for cuts in windows:
+            if cuts and len(chosen) < num_sequences:
+                chosen.append(torch.tensor([prefix + cuts.pop()]))
+    return chosen

@@ -1,0 +1,91 @@
+"""Keys in the query-metric whitened eigenbasis, with bits by reverse water-filling.
+
+With Σ_q = E[q qᵀ], W = Σ_q^½ and W Σ_k W = U Λ Uᵀ (λ falling), the error of a logit is the plain squared error of
+z = Uᵀ W (k − μ), whose channels have variances λ. Channels are cut into contiguous classes; class c of n channels with
+L levels costs D(L)·(Σ_{i∈c} √λ_i)²/n once it is half-whitened, which is the smallest that one shared scale allows:
+M_c = H_n Λ_c^(−¼), H_n orthogonal and mixing. So M = blockdiag(M_c) Uᵀ W. Rows are then divided by their calibrated
+standard deviation, so that the quantiser sees unit variance and one scale a token serves all channels.
+"""
+
+import itertools
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvfold.compress.calibrate import LayerStats
+from kvfold.compress.transforms import KeyBasis
+from kvfold.compress.transforms.basis import mixing_matrix, regularised, symmetric_power
+from kvfold.kernels.formats import GAUSSIAN_MSE, PLANE_WIDTHS, Format
+
+CLASS_LEVELS = (64, 32, 16, 8, 4, 2, 0)  # of a class, falling with the variance
+MAX_COMPOSITIONS = 80_000  # more cuts than this: classes get coarser
+
+
+def whitened(stats: LayerStats) -> tuple[Tensor, Tensor]:
+    """Uᵀ W and λ of every KV head: float64 [Hkv, D, D] and [Hkv, D], λ falling."""
+    root = symmetric_power(stats.query_moment, 0.5)
+    values, vectors = torch.linalg.eigh(root @ stats.key_cov @ root)
+    return vectors.flip(-1).mT @ root, values.flip(-1).clamp_min(0)
+
+
+@cache
+def compositions(head_dim: int) -> np.ndarray:
+    """All ways to cut head_dim channels into the classes of CLASS_LEVELS: int [cuts, classes] channels, in a fixed order."""
+    unit = 8
+    parts = len(CLASS_LEVELS) - 1
+    while np.prod([(head_dim // unit + i) / i for i in range(1, parts + 1)]) > MAX_COMPOSITIONS:
+        unit *= 2
+    total = head_dim // unit
+    bars = np.array(list(itertools.combinations(range(total + parts), parts)))
+    ends = np.full((len(bars), 1), total + parts)
+    sizes = (np.diff(np.concatenate([np.full((len(bars), 1), -1), bars, ends], 1), axis=1) - 1) * unit
+    rest = head_dim - total * unit  # where the coarser unit does not divide head_dim: the first class takes the rest
+    sizes[np.arange(len(sizes)), np.argmax(sizes > 0, axis=1)] += rest
+    return sizes
+
+
+def water_fill(variances: Tensor, mean_bits: tuple[float, ...]) -> list[Format]:
+    """The best format for each mean number of code bits, shared by a layer's KV heads.
+
+    Args:
+        variances: float64 [Hkv, D], falling.
+        mean_bits: code bits per channel, upper limits.
+    Returns:
+        One format for each limit that some cut meets, cheapest first, without repeats.
+    """
+    sizes = compositions(variances.shape[-1])  # [cuts, classes]
+    edges = np.concatenate([np.zeros((len(sizes), 1), int), sizes.cumsum(1)], 1)
+    roots = torch.cat((torch.zeros(variances.shape[0], 1), variances.sqrt()), 1).cumsum(1).numpy()  # [Hkv, D+1]
+    cost = np.zeros(len(sizes))
+    mse = np.array([GAUSSIAN_MSE[n] for n in CLASS_LEVELS])
+    for head, total in zip(roots, variances.sum(-1).clamp_min(1e-30).tolist(), strict=True):
+        mass = head[edges[:, 1:]] - head[edges[:, :-1]]
+        cost += (mse * mass**2 / np.maximum(sizes, 1)).sum(1) / total
+    width = np.array([sum(PLANE_WIDTHS[n]) for n in CLASS_LEVELS])
+    bits = (sizes * width).sum(1) / variances.shape[-1]
+    formats: dict[Format, None] = {}
+    for limit in sorted(mean_bits):
+        allowed = np.flatnonzero((bits <= limit + 1e-9) & (bits > 0))
+        if len(allowed):
+            best = sizes[allowed[np.argmin(cost[allowed])]]
+            classes = tuple((int(n), levels) for n, levels in zip(best, CLASS_LEVELS, strict=True) if n)
+            formats[Format(classes, "scale", "e4m3")] = None
+    return list(formats)
+
+
+def whiten(stats: LayerStats, fmt: Format, generator: torch.Generator) -> KeyBasis:
+    """M and μ for one format; a format of one class is the balanced basis."""
+    basis, variances = whitened(stats)
+    quarter = regularised(variances) ** -0.25
+    rows = []
+    start = 0
+    for channels, _ in fmt.classes:
+        part = slice(start, start + channels)
+        rows.append(mixing_matrix(channels, generator) @ (quarter[:, part, None] * basis[:, part]))
+        start += channels
+    matrix = torch.cat(rows, 1)
+    variance = torch.einsum("hij,hjk,hik->hi", matrix, stats.key_cov, matrix)
+    floor = variance.amax(-1, keepdim=True).clamp_min(1e-30) * 1e-12
+    return KeyBasis(matrix=matrix / variance.clamp_min(floor).sqrt()[..., None], offset=stats.key_mean)

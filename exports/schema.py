@@ -1,0 +1,173 @@
+"""kv_cache.json: its fields and the rules they obey. FORMAT.md is this file in prose."""
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from kvfold.errors import KvfoldError
+from kvfold.exports.account import Geometry
+from kvfold.kernels.formats import Format
+
+FORMAT_VERSION = 1
+METADATA_NAME = "kv_cache.json"
+TENSORS_NAME = "kv_cache.safetensors"
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0)]
+Bits = Annotated[float, Field(ge=0, le=64)]
+Loss = Annotated[float, Field(ge=0)]
+
+
+class Strict(BaseModel):
+    """No unknown field, no silent conversion, no NaN or infinity."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class FormatModel(Strict):
+    """kernels.formats.Format as data."""
+
+    classes: list[list[int]]
+    params: Literal["none", "scale", "scale_min"]
+    param_dtype: Literal["e4m3", "fp16"]
+    group_size: Count
+
+    def build(self) -> Format:
+        return Format.from_dict(self.model_dump())
+
+
+class SideModel(Strict):
+    """Keys or values of one layer."""
+
+    format: FormatModel
+    transforms: list[str]
+    tensors: list[Literal["matrix", "offset", "clip"]]
+    payload_bits: Bits
+    predicted_loss: Loss
+
+
+class LayerModel(Strict):
+    key: SideModel
+    value: SideModel
+
+
+class CacheModel(Strict):
+    """Shape of the model's cache and of its regions, in tokens."""
+
+    num_layers: Positive
+    num_heads: Positive
+    num_kv_heads: Positive
+    head_dim: Positive
+    sinks: Count
+    window: Count
+    page_tokens: Positive
+
+
+class AccountModel(Strict):
+    """Bytes of one sequence of `at` tokens, everything resident counted (exports/account.py)."""
+
+    at: Positive
+    bytes: Positive
+    bytes_16bit: Positive
+    page_bytes: Count
+    raw_bytes: Count
+    table_bytes: Count
+    effective_bits: float
+    payload_bits: Bits
+
+
+class BudgetModel(Strict):
+    request: str
+    at: Positive
+    bytes: Positive
+
+
+class CalibrationModel(Strict):
+    source: str
+    num_sequences: Positive
+    seq_len: Positive
+    seed: Count
+    spread: Positive
+    covered_positions: Positive
+
+
+class ProvenanceModel(Strict):
+    model: str
+    revision: str | None
+    libraries: dict[str, str]
+    rounding_kl: Loss
+    fused_dtype: str
+
+
+class Metadata(Strict):
+    """The whole of kv_cache.json."""
+
+    format_version: int
+    cache: CacheModel
+    layers: list[LayerModel]
+    budget: BudgetModel
+    account: AccountModel
+    calibration: CalibrationModel
+    provenance: ProvenanceModel
+    files: dict[str, str]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Metadata":
+        if len(self.layers) != self.cache.num_layers:
+            raise ValueError(f"{len(self.layers)} layers are listed, but num_layers is {self.cache.num_layers}")
+        if self.cache.num_heads % self.cache.num_kv_heads:
+            raise ValueError("num_heads is not a multiple of num_kv_heads")
+        for i, layer in enumerate(self.layers):
+            for side in (layer.key, layer.value):
+                fmt = side.format.build()
+                if fmt.head_dim != self.cache.head_dim:
+                    raise ValueError(f"layer {i}: a format covers {fmt.head_dim} channels, but head_dim is {self.cache.head_dim}")
+                if abs(fmt.payload_bits - side.payload_bits) > 1e-9:
+                    raise ValueError(f"layer {i}: payload_bits {side.payload_bits} does not fit its format ({fmt.payload_bits})")
+        return self
+
+    @property
+    def geometry(self) -> Geometry:
+        c = self.cache
+        return Geometry(c.num_kv_heads, c.head_dim, c.sinks, c.window, c.page_tokens)
+
+    @property
+    def formats(self) -> list[tuple[Format, Format]]:
+        return [(layer.key.format.build(), layer.value.format.build()) for layer in self.layers]
+
+
+def _digest(body: dict) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def dump_metadata(metadata: Metadata) -> str:
+    """kv_cache.json's text: the fields in order, and their digest last, so that a flipped byte anywhere shows."""
+    body = metadata.model_dump()
+    return json.dumps({**body, "digest": _digest(body)}, indent=1, ensure_ascii=False) + "\n"
+
+
+def parse_metadata(text: str, name: str = METADATA_NAME) -> Metadata:
+    """Reads kv_cache.json.
+
+    Raises:
+        KvfoldError: not JSON, another format_version, an unknown or missing field, a value out of range, a wrong digest.
+    """
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise KvfoldError(f"{name} is not JSON ({error}); the artifact is damaged, write or download it again.") from None
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if version != FORMAT_VERSION:
+        raise KvfoldError(f"{name} has format_version {version!r}, but this kvfold reads {FORMAT_VERSION}; use the kvfold that wrote it.")
+    digest = data.pop("digest", None)
+    try:
+        metadata = Metadata.model_validate(data)
+    except ValueError as error:
+        first = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}
+        place = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise KvfoldError(f"{name} is not valid at {place}: {first['msg']}; write or download the artifact again.") from None
+    if digest != _digest(metadata.model_dump()):
+        raise KvfoldError(f"{name} does not match its own digest; the artifact is damaged, write or download it again.")
+    return metadata

@@ -1,0 +1,124 @@
+"""Writes an artifact: beside its place, checked by reading it back, then renamed, so that it is there whole or not at all."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from safetensors.torch import save_file
+
+from kvfold import __version__
+from kvfold.errors import KvfoldError
+from kvfold.exports.reader import Artifact, file_sha256, is_artifact, read_artifact
+from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME, Metadata, dump_metadata
+from kvfold.exports.spec import LayerSpec
+from kvfold.exports.units import format_nbytes
+
+UNHASHED = {METADATA_NAME, "README.md"}  # people edit the card
+
+
+def check_output(out: Path, need_nbytes: int) -> None:
+    """Refuses a place that an artifact can't or shouldn't go.
+
+    Args:
+        need_nbytes: bytes that the run will write beside it.
+    Raises:
+        KvfoldError: something else is there, the parent isn't writable, or the disk is too full.
+    """
+    if out.exists() and not out.is_dir():
+        raise KvfoldError(f"Output '{out}' is a file, but an artifact is a folder; choose another --out.")
+    if out.is_dir() and any(out.iterdir()) and not is_artifact(out):
+        raise KvfoldError(f"Output '{out}' exists and is not an artifact; choose another --out or empty it.")
+    parent = out.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise KvfoldError(f"Output '{out}' cannot be written, since '{parent}' is read-only for this user; choose another --out.")
+    free = shutil.disk_usage(parent).free
+    if free < need_nbytes:
+        raise KvfoldError(
+            f"Output '{out}' needs {format_nbytes(need_nbytes)} of disk space while it is made, but {format_nbytes(free)} are free; "
+            "free some or choose another --out."
+        )
+
+
+def write_tensors(path: Path, specs: list[LayerSpec]) -> None:
+    """kv_cache.safetensors: float32, named layers.I.key|value.matrix|offset|clip."""
+    tensors = {}
+    for i, spec in enumerate(specs):
+        for side, part in (("key", spec.key), ("value", spec.value)):
+            for name in ("matrix", "offset", "clip"):
+                tensor = getattr(part, name, None)
+                if tensor is not None:
+                    tensors[f"layers.{i}.{side}.{name}"] = tensor.contiguous().float()
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def model_card(metadata: Metadata, name: str, license_id: str | None) -> str:
+    """README.md's text."""
+    env = Environment(loader=PackageLoader("kvfold.exports", "."), undefined=StrictUndefined, keep_trailing_newline=True)
+    account = metadata.account
+    return env.get_template("card.md.jinja").render(
+        **metadata.model_dump(),
+        name=name,
+        model=metadata.provenance.model,
+        license=license_id,
+        version=__version__,
+        nbytes=format_nbytes(account.bytes),
+        nbytes_16bit=format_nbytes(account.bytes_16bit),
+    )
+
+
+def write_artifact(
+    out: Path,
+    metadata: Metadata,
+    specs: list[LayerSpec],
+    save_model: Callable[[Path], None],
+    recipe: str,
+    license_id: str | None = None,
+) -> Artifact:
+    """Writes and validates an artifact; replaces one that is there.
+
+    Args:
+        out: its folder.
+        metadata: complete but for `files`.
+        specs: one LayerSpec a layer.
+        save_model: writes config.json, weights and tokenizer files into a folder.
+        recipe: recipe.yaml's text.
+        license_id: of the base model, if known.
+    Raises:
+        KvfoldError: the disk is full; nothing is left behind.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = out.with_name(out.name + ".partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir()
+        save_model(scratch)
+        write_tensors(scratch / TENSORS_NAME, specs)
+        (scratch / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        (scratch / "README.md").write_text(model_card(metadata, out.name, license_id), encoding="utf-8")
+        files = {p.name: file_sha256(p) for p in sorted(scratch.iterdir()) if p.name not in UNHASHED}
+        complete = metadata.model_copy(update={"files": files})
+        (scratch / METADATA_NAME).write_text(dump_metadata(complete), encoding="utf-8")
+        read_artifact(scratch)
+        _swap(scratch, out)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise KvfoldError(f"The disk filled up while writing '{out}'; free some space or choose another --out.") from error
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return read_artifact(out)
+
+
+def _swap(scratch: Path, out: Path) -> None:
+    """Puts the finished folder in its place; an older artifact there goes only then."""
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.replace(out, old)
+    os.replace(scratch, out)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,94 @@
+"""Reference attention over a cache of three regions: sinks and window in 16 bits, pages in between. Plain torch, any device.
+
+The semantics that kernels are tested against. With N sinks, a window of W tokens and pages of P tokens, the page of tokens
+[N + pP, N + (p+1)P) leaves the window, whole, once W tokens follow it. So a query at position t reads
+
+    packed(t) = P·floor(max(0, t + 1 − N − W) / P)      tokens N … N + packed(t) − 1 from pages, all others up to t raw,
+
+and one pass over a prompt gives what feeding it token by token gives.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+QUERY_BLOCK = 512  # queries scored at a time: bounds the score matrix to [num_heads, 512, tile]
+
+
+class Tile(NamedTuple):
+    """A run of cached tokens of one sequence, in rising position."""
+
+    keys: Tensor  # [num_kv_heads, n, head_dim]
+    values: Tensor  # [num_kv_heads, n, head_dim]
+    positions: Tensor  # int64 [n]
+    packed: bool
+
+
+def packed_tokens(seq_len: int, sinks: int, window: int, page_tokens: int) -> int:
+    """Tokens that sit in pages once a sequence holds `seq_len` tokens."""
+    return max(0, seq_len - sinks - window) // page_tokens * page_tokens
+
+
+def attend(
+    query: Tensor,
+    positions: Tensor,
+    packed_limit: Tensor,
+    tiles: Iterable[Tile],
+    *,
+    sinks: int,
+    scaling: float,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention of T queries of one sequence over tiles, one tile in memory at a time (online softmax).
+
+    Args:
+        query: [num_heads, T, head_dim], in the keys' basis.
+        positions: int64 [T], rising positions of the queries.
+        packed_limit: int64 [T], not falling; query t reads positions sinks … packed_limit[t] − 1 from packed tiles only.
+        tiles: every cached position at least once as it is to be read.
+        sinks: first positions, always raw.
+        scaling: factor on the logits.
+        mask: bool [T, seq_len] by position, True where the query may look; None for plain causal.
+    Returns:
+        float32 [num_heads, T, head_dim]; zeros for a query that may look at nothing.
+    """
+    num_heads, num_queries, head_dim = query.shape
+    q = query.float() * scaling
+    out = torch.zeros(num_heads, num_queries, head_dim, device=query.device)
+    top = torch.full((num_heads, num_queries, 1), -torch.inf, device=query.device)
+    total = torch.zeros(num_heads, num_queries, 1, device=query.device)
+    blocks = []
+    for start in range(0, num_queries, QUERY_BLOCK):
+        rows = slice(start, min(start + QUERY_BLOCK, num_queries))
+        blocks.append((rows, int(positions[rows][-1]), int(packed_limit[rows][0]), int(packed_limit[rows][-1])))
+    for tile in tiles:
+        if tile.positions.numel() == 0:
+            continue
+        num_kv_heads = tile.keys.shape[0]
+        keys, values = tile.keys.float(), tile.values.float()
+        first, last = int(tile.positions[0]), int(tile.positions[-1])
+        for rows, last_query, limit_low, limit_high in blocks:
+            unseen = first >= limit_high if tile.packed else (first > last_query or (first >= sinks and last < limit_low))
+            if unseen:
+                continue
+            limit = packed_limit[rows, None]
+            if tile.packed:
+                visible = tile.positions < limit  # [Tq, n]
+            else:
+                visible = ((tile.positions < sinks) | (tile.positions >= limit)) & (tile.positions <= positions[rows, None])
+            if mask is not None:
+                visible = visible & mask[rows][:, tile.positions]
+            q_block = q[:, rows]  # [H, Tq, D]
+            scores = q_block.reshape(num_kv_heads, -1, head_dim) @ keys.mT  # [Hkv, G·Tq, n]
+            scores = scores.view(num_heads, -1, keys.shape[1]).masked_fill_(~visible, -torch.inf)
+            new_top = torch.maximum(top[:, rows], scores.amax(-1, keepdim=True))
+            base = new_top.masked_fill(new_top == -torch.inf, 0.0)
+            weights = scores.sub_(base).exp_()
+            rescale = (top[:, rows] - base).exp()
+            total[:, rows] = total[:, rows] * rescale + weights.sum(-1, keepdim=True)
+            partial = weights.view(num_kv_heads, -1, keys.shape[1]) @ values
+            out[:, rows] = out[:, rows] * rescale + partial.view(num_heads, -1, head_dim)
+            top[:, rows] = new_top
+    return out / total.masked_fill(total == 0, 1.0)

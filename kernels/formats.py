@@ -1,0 +1,161 @@
+"""Formats: how one head's channels are stored for a block of tokens, and how many bytes that takes.
+
+A format cuts the head_dim channels of one KV head into classes, contiguous runs with their own number of levels, and says
+which parameters travel with a token. `Format.nbytes` is the only account of size in the project.
+
+Layout of a block of T tokens of one head, no padding anywhere:
+
+    | class 0, plane 0: T rows | class 0, plane 1: T rows | class 1, plane 0: T rows | … | parameters: T rows |
+
+A row of a plane is one token's share of that plane (packing.py draws the bits). A code of more than one plane is split from
+the low bits up: 8 levels are a 2-bit plane, then a 1-bit plane. 16-bit classes are two bytes a channel (float16). A row
+of parameters is one scale, or one (minimum, scale) pair for each group, little-endian.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+from kvfold.errors import KvfoldError
+from kvfold.kernels.packing import trit_nbytes
+
+TRIT = 0  # the "width" of a trit plane
+RAW = 65536  # levels of a 16-bit class
+
+# levels → widths in bits of the planes, low bits first
+PLANE_WIDTHS: dict[int, tuple[int, ...]] = {
+    0: (),
+    2: (1,),
+    3: (TRIT,),
+    4: (2,),
+    8: (2, 1),
+    16: (4,),
+    32: (4, 1),
+    64: (4, 2),
+    256: (8,),
+    RAW: (16,),
+}
+
+# Step in standard deviations, and mean squared error at unit variance, of the best uniform quantiser with that many levels
+# for a Gaussian source (J. Max, "Quantizing for minimum distortion", 1960, table II; tests/test_formats.py recomputes them).
+GAUSSIAN_STEP = {2: 1.5958, 3: 1.2240, 4: 0.9957, 8: 0.5860, 16: 0.3352, 32: 0.1881, 64: 0.1041, 256: 0.03087}
+GAUSSIAN_MSE = {
+    0: 1.0, 2: 0.3634, 3: 0.1902, 4: 0.1188, 8: 0.03744, 16: 0.01154, 32: 0.003495, 64: 0.001041, 256: 8.769e-5, RAW: 0.0,
+}  # fmt: skip
+
+
+class Plane(NamedTuple):
+    """One plane of a format: `width` bits (TRIT: ternary, 16: raw) of channels [start, start + channels)."""
+
+    start: int
+    channels: int
+    width: int
+    shift: int  # position of these bits in the code
+    row_nbytes: int  # bytes of one token
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one KV head's tokens are stored.
+
+    Attributes:
+        classes: (channels, levels) from the first channel on; channels are multiples of 8 and sum to head_dim.
+            Levels 0 (not stored), 2, 3, 4, 8, 16, 32, 64, 256, or 65536 for raw 16-bit.
+        params: "none"; "scale", one scale a token for the whole head, codes symmetric about zero without zero point;
+            "scale_min", one scale and minimum a token and group.
+        param_dtype: "e4m3" (1 byte) or "fp16" (2 bytes).
+        group_size: channels that share a (scale, minimum); 0 means all of them. Only for "scale_min".
+    Raises:
+        KvfoldError: the parts contradict each other.
+    """
+
+    classes: tuple[tuple[int, int], ...]
+    params: Literal["none", "scale", "scale_min"] = "scale"
+    param_dtype: Literal["e4m3", "fp16"] = "e4m3"
+    group_size: int = 0
+
+    def __post_init__(self) -> None:
+        for channels, levels in self.classes:
+            if channels <= 0 or channels % 8:
+                raise KvfoldError(f"A format class has {channels} channels, but a class is a positive multiple of 8.")
+            if levels not in PLANE_WIDTHS:
+                raise KvfoldError(f"A format class has {levels} levels; choose one of {sorted(PLANE_WIDTHS)}.")
+        levels_used = {levels for _, levels in self.classes}
+        if not self.classes or levels_used == {0}:
+            raise KvfoldError("A format stores no channel at all; give at least one class levels > 0.")
+        if self.params == "none" and levels_used - {0, RAW}:
+            raise KvfoldError("A format without parameters can only hold 16-bit classes; use params 'scale' or 'scale_min'.")
+        if self.params == "scale_min" and (len(self.classes) != 1 or levels_used & {0, RAW}):
+            raise KvfoldError("A format with params 'scale_min' has exactly one class of 2 to 256 levels.")
+        if self.params != "scale_min" and self.group_size:
+            raise KvfoldError(f"group_size={self.group_size} goes with params 'scale_min' only; leave it 0.")
+        if self.group_size and self.head_dim % self.group_size:
+            raise KvfoldError(f"group_size={self.group_size} does not divide head_dim={self.head_dim}; choose a divisor.")
+
+    @property
+    def head_dim(self) -> int:
+        return sum(channels for channels, _ in self.classes)
+
+    @property
+    def num_groups(self) -> int:
+        """Parameter groups of one token (1 for "scale")."""
+        return self.head_dim // (self.group_size or self.head_dim)
+
+    @cached_property
+    def planes(self) -> tuple[Plane, ...]:
+        planes = []
+        start = 0
+        for channels, levels in self.classes:
+            shift = 0
+            for width in PLANE_WIDTHS[levels]:
+                row = trit_nbytes(channels) if width == TRIT else channels * width // 8
+                planes.append(Plane(start, channels, width, shift, row))
+                shift += width
+            start += channels
+        return tuple(planes)
+
+    @property
+    def param_row_nbytes(self) -> int:
+        """Bytes of one token's parameters."""
+        count = {"none": 0, "scale": 1, "scale_min": 2 * self.num_groups}[self.params]
+        return count * {"e4m3": 1, "fp16": 2}[self.param_dtype]
+
+    def nbytes(self, tokens: int) -> int:
+        """Bytes that `tokens` tokens of one KV head take, K or V alone, parameters included."""
+        return tokens * (sum(p.row_nbytes for p in self.planes) + self.param_row_nbytes)
+
+    @property
+    def payload_bits(self) -> float:
+        """Bits per cached element, codes and parameters."""
+        return 8 * self.nbytes(1) / self.head_dim
+
+    def __str__(self) -> str:
+        if self.classes == ((self.head_dim, RAW),):
+            return "16"
+        parts = "+".join(f"{channels}x{'16b' if levels == RAW else levels}" for channels, levels in self.classes)
+        group = f"g{self.group_size}" if self.group_size else ""
+        tail = {"none": "", "scale": f" s:{self.param_dtype}", "scale_min": f" sm{group}:{self.param_dtype}"}[self.params]
+        return parts + tail
+
+    def to_dict(self) -> dict:
+        """Plain data for JSON; `Format.from_dict` reads it back."""
+        return {
+            "classes": [list(c) for c in self.classes],
+            "params": self.params,
+            "param_dtype": self.param_dtype,
+            "group_size": self.group_size,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "Format":
+        return cls(tuple((int(c), int(n)) for c, n in data["classes"]), data["params"], data["param_dtype"], data["group_size"])
+
+
+def raw16(head_dim: int) -> Format:
+    """16 bits a channel, no parameters."""
+    return Format(((head_dim, RAW),), "none")
+
+
+def uniform(head_dim: int, levels: int, param_dtype: Literal["e4m3", "fp16"] = "e4m3", group_size: int = 0) -> Format:
+    """One class of `levels` levels with a scale and a minimum for each token and group."""
+    return Format(((head_dim, levels),), "scale_min", param_dtype, 0 if group_size == head_dim else group_size)

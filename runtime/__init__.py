@@ -1,0 +1,13 @@
+"""Loads an artifact and generates from it through a packed KV cache."""
+
+import sys as _sys
+
+if __name__ == "runtime":  # the bare folder, imported from the repository root: hand over the one real module
+    import importlib as _importlib
+
+    _sys.modules[__name__] = _importlib.import_module("kvfold.runtime")
+else:
+    from kvfold.runtime.cache import QuantizedKVCache
+    from kvfold.runtime.load import load_pretrained
+
+    __all__ = ["QuantizedKVCache", "load_pretrained"]

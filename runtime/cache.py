@@ -1,0 +1,113 @@
+"""The packed KV cache as a transformers `Cache`."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from kvfold.errors import KVBudgetExceeded
+from kvfold.exports.account import Geometry, batch_nbytes
+from kvfold.exports.spec import LayerSpec
+from kvfold.runtime.layer import PackedLayer, Padding
+
+
+class QuantizedKVCache(Cache):
+    """Keys and values of all layers: sinks and window in 16 bits, everything between packed in pages.
+
+    Args:
+        specs: one LayerSpec a layer.
+        geometry: of the cache.
+        budget: bytes that `nbytes` may never pass; None for no limit.
+    """
+
+    def __init__(self, specs: Sequence[LayerSpec], geometry: Geometry, budget: int | None = None) -> None:
+        self.padding = Padding([])
+        super().__init__(layers=[PackedLayer(spec, geometry, self.padding, i) for i, spec in enumerate(specs)])
+        self.geometry = geometry
+        self.budget = budget
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes: codes, parameters, sinks, window, block tables and lengths of every sequence."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def formats(self) -> list[tuple]:
+        """(key format, value format) of each layer."""
+        return [(layer.spec.key.format, layer.spec.value.format) for layer in self.layers]
+
+    def note_padding(self, attention_mask: Tensor | None, batch_size: int) -> None:
+        """Learns each sequence's left padding, before the forward pass that it belongs to.
+
+        Args:
+            attention_mask: [B, columns seen so far and new], 0 where padded; anything but two dimensions means no padding.
+            batch_size: B.
+        """
+        seen = self.get_seq_length()
+        settled = len(self.padding.columns) == batch_size and all(pad < seen for pad in self.padding.columns)
+        if settled:
+            return
+        if attention_mask is None or attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size:
+            self.padding.columns = self.padding.columns if seen else [0] * batch_size
+            return
+        self.padding.columns = (attention_mask != 0).cumsum(-1).eq(0).sum(-1).tolist()
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        """Appends one layer's keys and values; see PackedLayer.update.
+
+        Raises:
+            KVBudgetExceeded: the tokens would take the whole cache past its budget; nothing is stored.
+        """
+        if self.budget is not None and layer_idx == 0:
+            self._check_budget(key_states.shape[0], key_states.shape[2])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check_budget(self, batch_size: int, tokens: int) -> None:
+        assert self.budget is not None
+        seen = self.get_seq_length()
+        pads = self.padding.columns or [0] * batch_size
+        need = batch_nbytes(self.geometry, self.formats, [max(0, seen + tokens - pad) for pad in pads])
+        if need > self.budget:
+            raise KVBudgetExceeded(
+                f"{seen + tokens} tokens in {batch_size} sequence(s) need a cache of {need} bytes, but kv_budget is "
+                f"{self.budget}; raise kv_budget, shorten the prompt or make the batch smaller."
+            )
+
+    def report(self) -> list[dict]:
+        """One dict a layer: tokens (of each sequence), pages by format, bytes, effective_bits (bytes·8 / elements)."""
+        g = self.geometry
+        rows = []
+        for layer in self.layers:
+            lengths = layer.lengths()
+            elements = 2 * g.num_kv_heads * g.head_dim * sum(lengths)
+            name = f"K {layer.spec.key.format} | V {layer.spec.value.format}"
+            rows.append(
+                {
+                    "tokens": lengths,
+                    "pages": {name: layer.num_pages()},
+                    "bytes": layer.nbytes,
+                    "effective_bits": 8 * layer.nbytes / elements if elements else 0.0,
+                }
+            )
+        return rows
+
+    def reset(self) -> None:
+        super().reset()
+        self.padding.columns = []
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select_padding(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select_padding((indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._select_padding([b for b in range(len(self.padding.columns)) for _ in range(repeats)])
+
+    def _select_padding(self, indices: list[int]) -> None:
+        if self.padding.columns:
+            self.padding.columns = [self.padding.columns[i] for i in indices]

@@ -1,0 +1,122 @@
+"""`load_pretrained`: an artifact, local or on the Hub, as a transformers model that reads back a packed cache."""
+
+import logging
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from kvfold.errors import KvfoldError
+from kvfold.exports.account import batch_nbytes
+from kvfold.exports.reader import Artifact, read_artifact
+from kvfold.exports.units import parse_nbytes
+from kvfold.runtime.attention import NAME
+from kvfold.runtime.cache import QuantizedKVCache
+
+log = logging.getLogger("kvfold")
+
+def resolve_artifact(path_or_repo_id: str | Path, revision: str | None = None, **hub_kwargs: Any) -> Path:
+    """The local folder of an artifact; a Hub id is downloaded (or taken from the Hub's cache).
+
+    Raises:
+        KvfoldError: neither a folder nor a repository that can be reached.
+    """
+    path = Path(path_or_repo_id)
+    if path.is_dir():
+        return path
+    try:
+        return Path(snapshot_download(str(path_or_repo_id), revision=revision, **hub_kwargs))
+    except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise KvfoldError(
+            f"'{path_or_repo_id}' is neither a folder nor a Hub repository that can be reached ({type(error).__name__}); "
+            "give an artifact's folder or the id of one that was pushed."
+        ) from error
+
+
+def load_pretrained(
+    path_or_repo_id: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    kv_budget: int | str | None = None,
+    policy: str = "floor",
+    attention: str = "auto",
+    **hub_kwargs: Any,
+) -> PreTrainedModel:
+    """Loads an artifact as a transformers model in eval mode whose every forward pass reads a packed cache.
+
+    Args:
+        path_or_repo_id: an artifact's folder, or a Hub id.
+        device: default: CUDA if there is one, else the CPU.
+        dtype: of weights and activations; default: the checkpoint's own, but float32 on a CPU, where decoding in bfloat16
+            is an order of magnitude slower.
+        revision: of the Hub repository.
+        kv_budget: bytes ("1GiB" or an int) that a cache may never pass; KVBudgetExceeded is raised before it would.
+        policy: "floor" stores at the searched bit-widths at once.
+        attention: "reference" is plain torch on any device; "auto" picks by device.
+        hub_kwargs: for huggingface_hub.snapshot_download, e.g. `token`, `cache_dir`, `local_files_only`.
+    Returns:
+        A PreTrainedModel; `generate`, `model(ids)` and chunked calls read quantised keys and values back.
+        `outputs.past_key_values` is a QuantizedKVCache.
+    Raises:
+        KvfoldError: not an artifact, a damaged one, or an option that does not exist.
+    """
+    if policy != "floor":
+        raise KvfoldError(f"policy '{policy}' is not one this version knows; use 'floor'.")
+    if attention not in ("auto", "reference"):
+        raise KvfoldError(f"attention '{attention}' is not one this version knows; use 'auto' or 'reference'.")
+    budget = None if kv_budget is None else parse_nbytes(kv_budget)
+    artifact = read_artifact(resolve_artifact(path_or_repo_id, revision, **hub_kwargs))
+    if budget is not None:
+        least = batch_nbytes(artifact.geometry, artifact.formats, [1])
+        if budget < least:
+            raise KvfoldError(f"kv_budget={kv_budget} is too small: sinks, window and one page take {least} bytes; give at least that.")
+    target = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype is None and target.type == "cpu":
+        dtype = torch.float32
+    model = AutoModelForCausalLM.from_pretrained(artifact.path, dtype=dtype or "auto").to(target)
+    log.info("attention: plain-torch reference on %s", target)
+    return attach(model, artifact, budget)
+
+
+def attach(model: PreTrainedModel, artifact: Artifact, budget: int | None = None) -> PreTrainedModel:
+    """Makes every forward pass of `model`, which has the artifact's weights, read a packed cache."""
+    model.eval()
+    model.set_attn_implementation(NAME)
+
+    def new_cache() -> QuantizedKVCache:
+        return QuantizedKVCache(artifact.specs, artifact.geometry, budget)
+
+    def prepare_cache(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        if model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"]._is_user_defined = True
+            return
+        wanted = generation_config.cache_implementation
+        if wanted not in (None, "dynamic"):
+            raise KvfoldError(
+                f"cache_implementation='{wanted}' names another cache, but this model brings its own packed one; "
+                "leave cache_implementation out, or pass past_key_values."
+            )
+        if generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = new_cache()
+
+    def inject_cache(module, args, kwargs):
+        """A plain forward pass would make a stock 16-bit cache, and perplexity would measure nothing."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        batch_size = (ids if ids is not None else kwargs["inputs_embeds"]).shape[0]
+        if kwargs.get("past_key_values") is None and not module.training:
+            kwargs["past_key_values"] = new_cache()
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, QuantizedKVCache):
+            cache.note_padding(kwargs.get("attention_mask"), batch_size)
+        return args, kwargs
+
+    model._prepare_cache_for_generation = types.MethodType(prepare_cache, model)  # on the instance: a subclass would end up in config.json
+    model.base_model.register_forward_pre_hook(inject_cache, with_kwargs=True)
+    model.kv_artifact = artifact
+    return model
