@@ -53,7 +53,10 @@ def allocate(groups: list[list[Choice]], budget: int) -> list[int]:
         integrality=np.ones(len(choices)),
         bounds=Bounds(0, 1),
         constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(nbytes[None] / unit, -np.inf, budget / unit)],
-        options={"mip_rel_gap": GAP, "node_limit": 100_000},  # a time limit would make the result depend on the machine's load
+        options={
+            "mip_rel_gap": GAP,
+            "node_limit": 100_000,
+        },  # a time limit would make the result depend on the machine's load
     )
     if result.x is None:
         raise KvfoldError(f"No allocation was found for {budget} bytes ({result.message}); give a larger budget.")

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from kvfold.compress.layerwise import LayerRunner
+from kvfold.compress.progress import progress
 from kvfold.compress.tap import tapped
 from kvfold.exports.architectures import Architecture, head_dim_of, num_kv_heads_of
 
@@ -147,7 +147,7 @@ def calibrate(
         hidden = [saved[str(i)].to(device) for i in range(len(sequences))]
     per_sequence = -(-sample_tokens // len(sequences))
     rotary = model.base_model.rotary_emb
-    for index in tqdm(range(done, len(layers)), desc="calibrate", unit="layer", initial=done, total=len(layers)):
+    for index in progress(range(done, len(layers)), "calibrate", "layer", done, len(layers)):
         attention = layers[index].get_submodule(arch.attention)
         sums = _Accumulator(num_kv_heads, per_sequence)
 

@@ -107,7 +107,9 @@ def key_candidates(stats: LayerStats, recipe: Recipe, layer: int, shared_scale: 
         _, variances = whitened(stats)
         many = [f for f in plain if f.classes[0][1] in (64, 256)]  # beyond 5 bits nothing is won by mixing
         for fmt in [*water_fill(variances, recipe.key.bits), *many]:
-            found.append(_key_candidate(fmt, whiten(stats, fmt, _generator(recipe.seed, layer)), ("offset", "whiten"), stats))
+            found.append(
+                _key_candidate(fmt, whiten(stats, fmt, _generator(recipe.seed, layer)), ("offset", "whiten"), stats)
+            )
     else:
         for fmt in plain:
             basis = KeyBasis()

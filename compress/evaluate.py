@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from kvfold.compress.models import load_model, resolve_model
+from kvfold.compress.progress import progress
 from kvfold.compress.text import HELD_OUT, prefix_ids, read_documents, tokenize
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import cache_nbytes
@@ -69,9 +69,14 @@ def windows_of(tokenizer: Any, text: str, seq_len: int, first: int, count: int, 
     prefix = prefix_ids(tokenizer)
     size = seq_len - len(prefix)
     ids = tokenize(tokenizer, text)
-    found = [torch.tensor([prefix + ids[i * size : (i + 1) * size]]) for i in range(first, min(first + count, len(ids) // size))]
+    found = [
+        torch.tensor([prefix + ids[i * size : (i + 1) * size]])
+        for i in range(first, min(first + count, len(ids) // size))
+    ]
     if not found:
-        raise KvfoldError(f"Text '{name}' has {len(ids)} tokens, too few for window {first} of {seq_len}; give a longer text or a smaller --seq-len.")
+        raise KvfoldError(
+            f"Text '{name}' has {len(ids)} tokens, too few for window {first} of {seq_len}; give a longer text or a smaller --seq-len."
+        )
     return found
 
 
@@ -98,7 +103,7 @@ def evaluate(
     windows: int = 3,
     first_window: int = 0,
     seq_len: int = 2048,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Evaluation:
     """Measures an artifact.
@@ -114,7 +119,9 @@ def evaluate(
     model: Any = load_pretrained(path, device=device, dtype=dtype)
     metadata = model.kv_artifact.metadata
     if seq_len > model.config.max_position_embeddings or seq_len < 2:
-        raise KvfoldError(f"--seq-len {seq_len} is not between 2 and the model's maximum of {model.config.max_position_embeddings}.")
+        raise KvfoldError(
+            f"--seq-len {seq_len} is not between 2 and the model's maximum of {model.config.max_position_embeddings}."
+        )
     tokenizer = AutoTokenizer.from_pretrained(path)
     name, documents = read_documents(text, default=(HELD_OUT,))
     batches = windows_of(tokenizer, "\n\n".join(documents), seq_len, first_window, windows, name)
@@ -122,7 +129,7 @@ def evaluate(
     base: Any = model if against is None else load_model(resolve_model(against).path, kind, place)
     rows = []
     with torch.inference_mode():
-        for ids in tqdm(batches, desc="evaluate", unit="window"):
+        for ids in progress(batches, "evaluate", "window"):
             ids = ids.to(place)
             if against is None:
                 with plain_cache(model):

@@ -52,7 +52,9 @@ def fuse_pair_scale(attention: Any, scale: Tensor, arch: Architecture) -> dict[s
     """
     heads, dim = scale.shape
     if not torch.equal(scale[:, : dim // 2], scale[:, dim // 2 :]):
-        raise KvfoldError("The pair scale differs inside a RoPE pair, which rotation does not commute with; give pairs one scale.")
+        raise KvfoldError(
+            "The pair scale differs inside a RoPE pair, which rotation does not commute with; give pairs one scale."
+        )
     if arch.qk_norm:
         if not torch.allclose(scale, scale[:1].expand_as(scale)):
             raise KvfoldError("A QK-norm model has one norm for all heads; give every KV head the same pair scale.")

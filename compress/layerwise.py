@@ -32,7 +32,9 @@ class LayerRunner:
             calls.append((args, kwargs))
             return hidden_states
 
-        saved: list[tuple[nn.Module, Callable | None]] = [(layer, layer.__dict__.get("forward")) for layer in self.layers]
+        saved: list[tuple[nn.Module, Callable | None]] = [
+            (layer, layer.__dict__.get("forward")) for layer in self.layers
+        ]
         try:
             for layer in self.layers:
                 layer.forward = note

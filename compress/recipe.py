@@ -92,4 +92,6 @@ def load_recipe(path: Path | None, seed: int | None = None) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise KvfoldError(f"Recipe '{path}' is not valid at '{place}': {first['msg']}; see recipe.yaml in any artifact.") from None
+        raise KvfoldError(
+            f"Recipe '{path}' is not valid at '{place}': {first['msg']}; see recipe.yaml in any artifact."
+        ) from None

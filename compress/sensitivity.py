@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from kvfold.compress.candidates import KeyCandidate, ValueCandidate
 from kvfold.compress.layerwise import LayerRunner
+from kvfold.compress.progress import progress
 from kvfold.compress.tap import tapped
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import Architecture
@@ -61,7 +61,10 @@ def packed_attention(
         clip = None if value_spec.clip is None else value_spec.clip[:, None, None]
         cached_v = round_trip(to_float16(raw_v), value_spec.format, clip)
     packed = slice(geometry.sinks, int(limit[-1]))
-    tiles = [Tile(raw_k, raw_v, positions, False), Tile(cached_k[:, packed], cached_v[:, packed], positions[packed], True)]
+    tiles = [
+        Tile(raw_k, raw_v, positions, False),
+        Tile(cached_k[:, packed], cached_v[:, packed], positions[packed], True),
+    ]
     out = attend(query, positions, limit, tiles, sinks=geometry.sinks, scaling=scaling)
     if value_matrix is not None:
         inverse = torch.linalg.inv(value_matrix.double()).float()
@@ -86,7 +89,7 @@ class Probe:
         self.runners = [LayerRunner(model, arch, ids.to(device)) for ids in sequences]
         self.hidden: list[list[Tensor]] = []
         self.final: list[Tensor] = []
-        for runner in tqdm(self.runners, desc="baseline", unit="sequence"):
+        for runner in progress(self.runners, "baseline", "sequence"):
             states = [runner.embedded]
             for i in range(len(self.attentions)):
                 states.append(runner.run(i, states[-1]))
@@ -142,12 +145,14 @@ def sensitivities(
     path = work / "sensitivity.json"
     found: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
     jobs = [(side, layer) for layer in range(len(keys)) for side in ("key", "value")]
-    for side, layer in tqdm(jobs, desc="sensitivity", unit="probe"):
+    for side, layer in progress(jobs, "sensitivity", "probe"):
         name = f"{layer}.{side}"
         if name in found:
             continue
         options: dict[str, Any] = (
-            {"key_spec": keys[layer].spec} if side == "key" else {"value_spec": values[layer].spec, "value_matrix": matrices[layer]}
+            {"key_spec": keys[layer].spec}
+            if side == "key"
+            else {"value_spec": values[layer].spec, "value_matrix": matrices[layer]}
         )
 
         def tap(module, query, key, value, mask, scaling, options=options):

@@ -40,7 +40,9 @@ def read_documents(source: str | None, default: tuple[str, ...] = BUILT_IN) -> t
             raise KvfoldError(f"Text '{source}' is not UTF-8; give a plain text file.") from None
         name, documents = path.name, [text]
     elif path.exists() or path.suffix in (".txt", ".md", ".json", ".jsonl") or source.startswith((".", "/", "~")):
-        raise KvfoldError(f"Text '{source}' is not a file that can be read; give the path of a text file or a datasets id.")
+        raise KvfoldError(
+            f"Text '{source}' is not a file that can be read; give the path of a text file or a datasets id."
+        )
     else:
         name, documents = source, ["\n\n".join(_dataset_rows(source))]
     if not any(text.strip() for text in documents):
@@ -82,7 +84,9 @@ def prefix_ids(tokenizer: Any) -> list[int]:
     return list(tokenizer("").input_ids)
 
 
-def sample_sequences(tokenizer: Any, documents: list[str], num_sequences: int, seq_len: int, seed: int, name: str) -> list[Tensor]:
+def sample_sequences(
+    tokenizer: Any, documents: list[str], num_sequences: int, seq_len: int, seed: int, name: str
+) -> list[Tensor]:
     """Seeded sequences that do not overlap, taken from the documents in turn.
 
     Returns:

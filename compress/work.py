@@ -35,7 +35,9 @@ def open_work(out: Path, key: str, resume: bool) -> Path:
         raise KvfoldError(f"'{work}' exists and was not made by kvfold; move it away.")
     if resume and mark.is_file():
         if json.loads(mark.read_text())["key"] != key:
-            raise KvfoldError(f"'{work}' belongs to a run with another model, text or options; repeat those or drop --resume.")
+            raise KvfoldError(
+                f"'{work}' belongs to a run with another model, text or options; repeat those or drop --resume."
+            )
         return work
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)

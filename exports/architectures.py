@@ -65,9 +65,13 @@ def architecture_of(config: Any) -> Architecture:
     if getattr(config, "alibi", False):
         raise KvfoldError(f"Model family '{name}' is not supported: {_ALIBI}; supported families are {known}.")
     if name not in ARCHITECTURES:
-        raise KvfoldError(f"Model family '{name}' is not in the table of architectures; supported families are {known}.")
+        raise KvfoldError(
+            f"Model family '{name}' is not in the table of architectures; supported families are {known}."
+        )
     if head_dim_of(config) % 8:
-        raise KvfoldError(f"head_dim {head_dim_of(config)} of this '{name}' model is not a multiple of 8, so no head can be packed.")
+        raise KvfoldError(
+            f"head_dim {head_dim_of(config)} of this '{name}' model is not a multiple of 8, so no head can be packed."
+        )
     return ARCHITECTURES[name]
 
 

@@ -54,7 +54,9 @@ def read_metadata(path: Path) -> Metadata:
     if not path.is_dir():
         raise KvfoldError(f"'{path}' is not a folder; give the folder that `kvfold compress` printed.")
     if not is_artifact(path):
-        raise KvfoldError(f"'{path}' holds no {METADATA_NAME}, so it is not an artifact; give a folder that `kvfold compress` wrote.")
+        raise KvfoldError(
+            f"'{path}' holds no {METADATA_NAME}, so it is not an artifact; give a folder that `kvfold compress` wrote."
+        )
     return parse_metadata((path / METADATA_NAME).read_text(encoding="utf-8"))
 
 
@@ -71,14 +73,18 @@ def read_artifact(path: Path | str) -> Artifact:
     specs = _read_specs(path / TENSORS_NAME, metadata)
     account = metadata.account
     if cache_nbytes(metadata.geometry, metadata.formats, account.at) != account.bytes:
-        raise KvfoldError(f"{METADATA_NAME} states {account.bytes} bytes at {account.at} tokens, which its own formats contradict; {AGAIN}.")
+        raise KvfoldError(
+            f"{METADATA_NAME} states {account.bytes} bytes at {account.at} tokens, which its own formats contradict; {AGAIN}."
+        )
     return Artifact(path, metadata, specs)
 
 
 def _check_files(path: Path, metadata: Metadata) -> None:
     for name, digest in metadata.files.items():
         if Path(name).name != name:
-            raise KvfoldError(f"{METADATA_NAME} lists the file '{name}', but an artifact's files lie side by side; {AGAIN}.")
+            raise KvfoldError(
+                f"{METADATA_NAME} lists the file '{name}', but an artifact's files lie side by side; {AGAIN}."
+            )
         if not (path / name).is_file():
             raise KvfoldError(f"'{path}' lacks {name}; {AGAIN}.")
         if file_sha256(path / name) != digest:
@@ -96,7 +102,9 @@ def _check_config(path: Path, metadata: Metadata) -> None:
     found = (config.num_hidden_layers, config.num_attention_heads, num_kv_heads_of(config), head_dim_of(config))
     stated = (cache.num_layers, cache.num_heads, cache.num_kv_heads, cache.head_dim)
     if found != stated:
-        raise KvfoldError(f"config.json has layers, heads, KV heads and head_dim {found}, but {METADATA_NAME} {stated}; {AGAIN}.")
+        raise KvfoldError(
+            f"config.json has layers, heads, KV heads and head_dim {found}, but {METADATA_NAME} {stated}; {AGAIN}."
+        )
 
 
 def tensor_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
@@ -123,7 +131,9 @@ def _read_specs(path: Path, metadata: Metadata) -> list[LayerSpec]:
             for name, shape in expected.items():
                 tensors[name] = stored.get_tensor(name)
                 if tensors[name].shape != shape or tensors[name].dtype != torch.float32:
-                    raise KvfoldError(f"{path.name}: {name} is {tuple(tensors[name].shape)}, but must be float32 {shape}; {AGAIN}.")
+                    raise KvfoldError(
+                        f"{path.name}: {name} is {tuple(tensors[name].shape)}, but must be float32 {shape}; {AGAIN}."
+                    )
                 if not bool(torch.isfinite(tensors[name]).all()):
                     raise KvfoldError(f"{path.name}: {name} is not finite; {AGAIN}.")
     except SafetensorError as error:
@@ -137,4 +147,3 @@ def _read_specs(path: Path, metadata: Metadata) -> list[LayerSpec]:
         LayerSpec(KeySpec(**side(i, "key", layer.key)), ValueSpec(**side(i, "value", layer.value)))
         for i, layer in enumerate(metadata.layers)
     ]
-

@@ -123,9 +123,13 @@ class Metadata(Strict):
             for side in (layer.key, layer.value):
                 fmt = side.format.build()
                 if fmt.head_dim != self.cache.head_dim:
-                    raise ValueError(f"layer {i}: a format covers {fmt.head_dim} channels, but head_dim is {self.cache.head_dim}")
+                    raise ValueError(
+                        f"layer {i}: a format covers {fmt.head_dim} channels, but head_dim is {self.cache.head_dim}"
+                    )
                 if abs(fmt.payload_bits - side.payload_bits) > 1e-9:
-                    raise ValueError(f"layer {i}: payload_bits {side.payload_bits} does not fit its format ({fmt.payload_bits})")
+                    raise ValueError(
+                        f"layer {i}: payload_bits {side.payload_bits} does not fit its format ({fmt.payload_bits})"
+                    )
         return self
 
     @property
@@ -157,17 +161,23 @@ def parse_metadata(text: str, name: str = METADATA_NAME) -> Metadata:
     try:
         data = json.loads(text)
     except ValueError as error:
-        raise KvfoldError(f"{name} is not JSON ({error}); the artifact is damaged, write or download it again.") from None
+        raise KvfoldError(
+            f"{name} is not JSON ({error}); the artifact is damaged, write or download it again."
+        ) from None
     version = data.get("format_version") if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
-        raise KvfoldError(f"{name} has format_version {version!r}, but this kvfold reads {FORMAT_VERSION}; use the kvfold that wrote it.")
+        raise KvfoldError(
+            f"{name} has format_version {version!r}, but this kvfold reads {FORMAT_VERSION}; use the kvfold that wrote it."
+        )
     digest = data.pop("digest", None)
     try:
         metadata = Metadata.model_validate(data)
     except ValueError as error:
         first = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}
         place = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise KvfoldError(f"{name} is not valid at {place}: {first['msg']}; write or download the artifact again.") from None
+        raise KvfoldError(
+            f"{name} is not valid at {place}: {first['msg']}; write or download the artifact again."
+        ) from None
     if digest != _digest(metadata.model_dump()):
         raise KvfoldError(f"{name} does not match its own digest; the artifact is damaged, write or download it again.")
     return metadata

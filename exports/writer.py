@@ -35,7 +35,9 @@ def check_output(out: Path, need_nbytes: int) -> None:
     while not parent.exists():
         parent = parent.parent
     if not os.access(parent, os.W_OK):
-        raise KvfoldError(f"Output '{out}' cannot be written, since '{parent}' is read-only for this user; choose another --out.")
+        raise KvfoldError(
+            f"Output '{out}' cannot be written, since '{parent}' is read-only for this user; choose another --out."
+        )
     free = shutil.disk_usage(parent).free
     if free < need_nbytes:
         raise KvfoldError(
@@ -58,7 +60,9 @@ def write_tensors(path: Path, specs: list[LayerSpec]) -> None:
 
 def model_card(metadata: Metadata, name: str, license_id: str | None) -> str:
     """README.md's text."""
-    env = Environment(loader=PackageLoader("kvfold.exports", "."), undefined=StrictUndefined, keep_trailing_newline=True)
+    env = Environment(
+        loader=PackageLoader("kvfold.exports", "."), undefined=StrictUndefined, keep_trailing_newline=True
+    )
     account = metadata.account
     return env.get_template("card.md.jinja").render(
         **metadata.model_dump(),
@@ -107,7 +111,9 @@ def write_artifact(
         _swap(scratch, out)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise KvfoldError(f"The disk filled up while writing '{out}'; free some space or choose another --out.") from error
+            raise KvfoldError(
+                f"The disk filled up while writing '{out}'; free some space or choose another --out."
+            ) from error
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

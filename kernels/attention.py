@@ -70,14 +70,18 @@ def attend(
         keys, values = tile.keys.float(), tile.values.float()
         first, last = int(tile.positions[0]), int(tile.positions[-1])
         for rows, last_query, limit_low, limit_high in blocks:
-            unseen = first >= limit_high if tile.packed else (first > last_query or (first >= sinks and last < limit_low))
+            unseen = (
+                first >= limit_high if tile.packed else (first > last_query or (first >= sinks and last < limit_low))
+            )
             if unseen:
                 continue
             limit = packed_limit[rows, None]
             if tile.packed:
                 visible = tile.positions < limit  # [Tq, n]
             else:
-                visible = ((tile.positions < sinks) | (tile.positions >= limit)) & (tile.positions <= positions[rows, None])
+                visible = ((tile.positions < sinks) | (tile.positions >= limit)) & (
+                    tile.positions <= positions[rows, None]
+                )
             if mask is not None:
                 visible = visible & mask[rows][:, tile.positions]
             q_block = q[:, rows]  # [H, Tq, D]

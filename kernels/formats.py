@@ -84,13 +84,17 @@ class Format:
         if not self.classes or levels_used == {0}:
             raise KvfoldError("A format stores no channel at all; give at least one class levels > 0.")
         if self.params == "none" and levels_used - {0, RAW}:
-            raise KvfoldError("A format without parameters can only hold 16-bit classes; use params 'scale' or 'scale_min'.")
+            raise KvfoldError(
+                "A format without parameters can only hold 16-bit classes; use params 'scale' or 'scale_min'."
+            )
         if self.params == "scale_min" and (len(self.classes) != 1 or levels_used & {0, RAW}):
             raise KvfoldError("A format with params 'scale_min' has exactly one class of 2 to 256 levels.")
         if self.params != "scale_min" and self.group_size:
             raise KvfoldError(f"group_size={self.group_size} goes with params 'scale_min' only; leave it 0.")
         if self.group_size and self.head_dim % self.group_size:
-            raise KvfoldError(f"group_size={self.group_size} does not divide head_dim={self.head_dim}; choose a divisor.")
+            raise KvfoldError(
+                f"group_size={self.group_size} does not divide head_dim={self.head_dim}; choose a divisor."
+            )
 
     @property
     def head_dim(self) -> int:
@@ -130,11 +134,17 @@ class Format:
         return 8 * self.nbytes(1) / self.head_dim
 
     def __str__(self) -> str:
+        """For people: channels@bits of each class, then the parameters."""
         if self.classes == ((self.head_dim, RAW),):
             return "16"
-        parts = "+".join(f"{channels}x{'16b' if levels == RAW else levels}" for channels, levels in self.classes)
-        group = f"g{self.group_size}" if self.group_size else ""
-        tail = {"none": "", "scale": f" s:{self.param_dtype}", "scale_min": f" sm{group}:{self.param_dtype}"}[self.params]
+        bits = {
+            levels: f"{8 / 5:.1f}" if widths == (TRIT,) else str(sum(widths)) for levels, widths in PLANE_WIDTHS.items()
+        }
+        parts = " ".join(f"{channels}@{bits[levels]}" for channels, levels in self.classes)
+        group = f" g{self.group_size}" if self.group_size else ""
+        tail = {"none": "", "scale": f" {self.param_dtype}", "scale_min": f" asym{group} {self.param_dtype}"}[
+            self.params
+        ]
         return parts + tail
 
     def to_dict(self) -> dict:
@@ -148,7 +158,9 @@ class Format:
 
     @classmethod
     def from_dict(cls, data: dict) -> "Format":
-        return cls(tuple((int(c), int(n)) for c, n in data["classes"]), data["params"], data["param_dtype"], data["group_size"])
+        return cls(
+            tuple((int(c), int(n)) for c, n in data["classes"]), data["params"], data["param_dtype"], data["group_size"]
+        )
 
 
 def raw16(head_dim: int) -> Format:

@@ -27,10 +27,8 @@ def to_float16(x: Tensor) -> Tensor:
 
 def _store_param(x: Tensor, param_dtype: str) -> tuple[Tensor, Tensor]:
     """Rounds float32 parameters [..., T, p] to their stored type. Returns (bytes uint8 [..., T, p·size], rounded float32)."""
-    if param_dtype == "e4m3":
-        stored = x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    else:
-        stored = to_float16(x)
+    e4m3 = param_dtype == "e4m3"
+    stored = x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn) if e4m3 else to_float16(x)
     return stored.contiguous().view(torch.uint8), stored.float()
 
 
@@ -62,7 +60,9 @@ def encode(x: Tensor, fmt: Format, clip: Tensor | None = None) -> Tensor:
     if fmt.params == "scale":
         levels, steps = _class_rows(fmt, x.device)
         coded = levels > 0
-        tau = x[..., coded].square().mean(-1, keepdim=True).sqrt() if bool(coded.any()) else x.new_zeros(*x.shape[:-1], 1)
+        tau = (
+            x[..., coded].square().mean(-1, keepdim=True).sqrt() if bool(coded.any()) else x.new_zeros(*x.shape[:-1], 1)
+        )
         params, tau = _store_param(tau, fmt.param_dtype)
         u = x / (tau.clamp_min(E4M3_MIN / 2) * steps) + levels / 2
         codes = torch.minimum(u.floor().clamp_min(0), (levels - 1).clamp_min(0)).to(torch.uint8)

@@ -31,11 +31,16 @@ def attention_forward(
     Raises:
         NotImplementedError: the model asks for a soft-cap or attention sinks, which this function does not compute.
     """
-    if not isinstance(key, LayerView):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    if isinstance(key, Tensor) and isinstance(value, Tensor):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    assert isinstance(key, LayerView)
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
-            raise NotImplementedError(f"{type(module).__name__} attends with '{name}', which the packed cache does not compute.")
+            raise NotImplementedError(
+                f"{type(module).__name__} attends with '{name}', which the packed cache does not compute."
+            )
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         attention_mask = attention_mask >= 0  # additive: 0 where visible, the dtype's minimum elsewhere
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -23,6 +23,7 @@ class QuantizedKVCache(Cache):
 
     def __init__(self, specs: Sequence[LayerSpec], geometry: Geometry, budget: int | None = None) -> None:
         self.padding = Padding([])
+        self.layers: list[PackedLayer]  # type: ignore[assignment]
         super().__init__(layers=[PackedLayer(spec, geometry, self.padding, i) for i, spec in enumerate(specs)])
         self.geometry = geometry
         self.budget = budget
@@ -97,7 +98,7 @@ class QuantizedKVCache(Cache):
         self.padding.columns = []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._select_padding(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:

@@ -1,6 +1,7 @@
 """One layer of the packed cache: a 16-bit buffer (sinks, then window) and pages, for each sequence of a batch."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -135,7 +136,9 @@ class PackedLayer(CacheLayerMixin):
 
     # -- append --------------------------------------------------------------------------------------------------------
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[LayerView, LayerView]:
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[LayerView, LayerView]:
         """Appends keys (after RoPE) and values [B, num_kv_heads, T, head_dim] and returns the handle to attend with, twice.
 
         Raises:
@@ -250,7 +253,7 @@ class PackedLayer(CacheLayerMixin):
         raw = row.keys.shape[1]
         # for a prompt the sinks come apart: later runs of raw tokens are then skipped by the queries that read them packed
         cuts = [0, raw] if row.positions.numel() == 1 else [0, *range(min(g.sinks, raw), raw, TILE_TOKENS // 2), raw]
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in pairwise(cuts):
             part = slice(start, end)
             yield Tile(row.keys[:, part], row.values[:, part], row.raw_positions[part], False)
         step = max(1, TILE_TOKENS // g.page_tokens)

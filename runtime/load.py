@@ -19,6 +19,7 @@ from kvfold.runtime.cache import QuantizedKVCache
 
 log = logging.getLogger("kvfold")
 
+
 def resolve_artifact(path_or_repo_id: str | Path, revision: str | None = None, **hub_kwargs: Any) -> Path:
     """The local folder of an artifact; a Hub id is downloaded (or taken from the Hub's cache).
 
@@ -75,16 +76,20 @@ def load_pretrained(
     if budget is not None:
         least = batch_nbytes(artifact.geometry, artifact.formats, [1])
         if budget < least:
-            raise KvfoldError(f"kv_budget={kv_budget} is too small: sinks, window and one page take {least} bytes; give at least that.")
-    target = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            raise KvfoldError(
+                f"kv_budget={kv_budget} is too small: sinks, window and one page take {least} bytes; give at least that."
+            )
+    target = (
+        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
     if dtype is None and target.type == "cpu":
         dtype = torch.float32
-    model = AutoModelForCausalLM.from_pretrained(artifact.path, dtype=dtype or "auto").to(target)
+    model: Any = AutoModelForCausalLM.from_pretrained(artifact.path, dtype=dtype or "auto")
     log.info("attention: plain-torch reference on %s", target)
-    return attach(model, artifact, budget)
+    return attach(model.to(target), artifact, budget)
 
 
-def attach(model: PreTrainedModel, artifact: Artifact, budget: int | None = None) -> PreTrainedModel:
+def attach(model: Any, artifact: Artifact, budget: int | None = None) -> PreTrainedModel:
     """Makes every forward pass of `model`, which has the artifact's weights, read a packed cache."""
     model.eval()
     model.set_attn_implementation(NAME)
@@ -116,7 +121,8 @@ def attach(model: PreTrainedModel, artifact: Artifact, budget: int | None = None
             cache.note_padding(kwargs.get("attention_mask"), batch_size)
         return args, kwargs
 
-    model._prepare_cache_for_generation = types.MethodType(prepare_cache, model)  # on the instance: a subclass would end up in config.json
+    # bound on the instance: a subclass's name would end up in config.json when the model is saved
+    model._prepare_cache_for_generation = types.MethodType(prepare_cache, model)
     model.base_model.register_forward_pre_hook(inject_cache, with_kwargs=True)
     model.kv_artifact = artifact
     return model

@@ -1,0 +1,44 @@
+# make compress [MODEL=smollm2-135m] [BUDGET=2.5] [OUT=folder] [CALIB=text or datasets id] [ARGS="more options"]
+PYTHON ?= python3
+MODEL ?= smollm2-135m
+BUDGET ?= 2.5
+OUT ?=
+CALIB ?=
+TEXT ?=
+ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help compress eval quality test lint typecheck clean
+.DEFAULT_GOAL := help
+
+help:  ## what can be made
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## ?/\1\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kvfold needs Python 3.11 or newer, $(PYTHON) is older; say make PYTHON=python3.11 …" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+compress: $(READY)  ## compress MODEL under BUDGET and print the artifact's path
+	@$(BIN)/kvfold compress '$(MODEL)' --budget '$(BUDGET)' $(if $(OUT),--out '$(OUT)') $(if $(CALIB),--calib '$(CALIB)') $(ARGS)
+
+eval: $(READY)  ## measure the artifact OUT (default: what `make compress` writes) on TEXT
+	@$(BIN)/kvfold eval '$(or $(OUT),artifacts/$(notdir $(MODEL))-$(subst @,-at-,$(BUDGET)))' $(if $(TEXT),--text '$(TEXT)') $(ARGS)
+
+quality: $(READY)  ## the README's table: budgets 2.3, 3.0 and 4.5 of MODEL, measured on TEXT
+	@$(BIN)/python benchmarks/quality.py '$(MODEL)' $(if $(TEXT),--text '$(TEXT)') $(ARGS)
+
+test: $(READY)  ## run the tests
+	@$(BIN)/python -m pytest -n auto $(ARGS)
+
+lint: $(READY)  ## ruff
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+typecheck: $(READY)  ## mypy
+	@$(BIN)/mypy
+
+clean:  ## remove .venv, caches and build output; artifacts stay
+	rm -rf .venv build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

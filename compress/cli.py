@@ -1,0 +1,238 @@
+"""The command line: `kvfold compress | eval | inspect | generate | validate`."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kvfold.errors import KvfoldError
+from kvfold.exports.account import cache_nbytes
+from kvfold.exports.reader import read_artifact, read_metadata
+from kvfold.exports.schema import Metadata
+from kvfold.exports.units import format_nbytes
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+
+OutOption = Annotated[Path | None, typer.Option(help="The artifact's folder; default artifacts/MODEL-BUDGET.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+
+
+def describe(metadata: Metadata, at: int | None = None) -> dict[str, Any]:
+    """What `kvfold inspect --json` prints.
+
+    Args:
+        at: tokens of one sequence; default: the budget's length.
+    """
+    tokens = metadata.account.at if at is None else at
+    if tokens < 1:
+        raise KvfoldError(f"--at {tokens} is not a number of tokens; give 1 or more.")
+    geometry, formats = metadata.geometry, metadata.formats
+    nbytes = cache_nbytes(geometry, formats, tokens)
+    layers = [
+        {
+            "layer": i,
+            **{
+                name: {
+                    "format": str(fmt),
+                    "payload_bits": side.payload_bits,
+                    "transforms": side.transforms,
+                    "bytes": geometry.side_nbytes(fmt, tokens),
+                    "predicted_loss": side.predicted_loss,
+                }
+                for name, side, fmt in (("key", layer.key, formats[i][0]), ("value", layer.value, formats[i][1]))
+            },
+        }
+        for i, layer in enumerate(metadata.layers)
+    ]
+    return {
+        "format_version": metadata.format_version,
+        "model": metadata.provenance.model,
+        "at": tokens,
+        "bytes": nbytes,
+        "bytes_16bit": 2 * geometry.elements(tokens, len(formats)),
+        "effective_bits": 8 * nbytes / geometry.elements(tokens, len(formats)),
+        "payload_bits": metadata.account.payload_bits,
+        "sinks": geometry.sinks,
+        "window": geometry.window,
+        "page_tokens": geometry.page_tokens,
+        "covered_positions": metadata.calibration.covered_positions,
+        "layers": layers,
+    }
+
+
+def print_table(metadata: Metadata, at: int | None = None) -> None:
+    """The per-layer table and the account under it, on stdout."""
+    info = describe(metadata, at)
+    table = Table(title=f"{info['model']}: one sequence of {info['at']} tokens", title_justify="left")
+    for column in ("layer", "K format", "K bits", "V format", "V bits", "packed bytes", "predicted loss"):
+        table.add_column(column, justify="left" if "format" in column else "right", no_wrap=True)
+    for layer in info["layers"]:
+        k, v = layer["key"], layer["value"]
+        loss = k["predicted_loss"] + v["predicted_loss"]
+        table.add_row(
+            str(layer["layer"]), k["format"], f"{k['payload_bits']:.3f}", v["format"], f"{v['payload_bits']:.3f}", f"{k['bytes'] + v['bytes']:,}", f"{loss:.2e}"
+        )  # fmt: skip
+    Console(width=120 if not sys.stdout.isatty() else None).print(table)
+    total = sum(layer[side]["predicted_loss"] for layer in info["layers"] for side in ("key", "value"))
+    print(
+        f"{format_nbytes(info['bytes'])} ({info['bytes']} bytes) instead of {format_nbytes(info['bytes_16bit'])}: "
+        f"{info['effective_bits']:.3f} effective bits, {info['payload_bits']:.3f} in pages; "
+        f"{info['sinks']} sinks and a window of {info['window']} tokens in 16 bits; predicted loss {total:.4f} nats of KL; "
+        f"calibrated for positions up to {info['covered_positions']}."
+    )
+
+
+@app.command("compress")
+def compress_command(
+    model: Annotated[str, typer.Argument(help="Alias (smollm2-135m), checkpoint folder, .gguf, or Hub id.")],
+    budget: Annotated[
+        str, typer.Option(help="Mean bits per cached element (2.5), or bytes at a length (512MiB@32768).")
+    ] = "2.5",
+    out: OutOption = None,
+    calib: Annotated[
+        str | None, typer.Option(help="Text file, or datasets id as ID:CONFIG:SPLIT; default: the built-in text.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML of choices; see recipe.yaml in any artifact.")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens at which plain bits count; default 32768 or the model's maximum.")
+    ] = None,
+    device: DeviceOption = "auto",
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random; default 0.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Writes a checkpoint whose KV cache is small. The last line printed is its path."""
+    from kvfold.compress.pipeline import compress
+    from kvfold.compress.recipe import load_recipe
+
+    name = Path(model).stem if Path(model).suffix == ".gguf" else Path(model).name
+    target = out or Path("artifacts") / f"{name}-{budget.replace('@', '-at-')}"
+    artifact = compress(
+        model,
+        budget,
+        target,
+        calib=calib,
+        recipe=load_recipe(recipe, seed),
+        device=device,
+        context=context,
+        resume=resume,
+    )
+    if as_json:
+        print(json.dumps({"artifact": str(target), **describe(artifact.metadata)}))
+        return
+    print_table(artifact.metadata)
+    print(target)
+
+
+@app.command("inspect")
+def inspect_command(
+    artifact: Annotated[Path, typer.Argument(help="The artifact's folder.")],
+    at: Annotated[int | None, typer.Option(help="Tokens of one sequence; default: the budget's length.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Shows formats, bits and bytes by layer."""
+    metadata = read_metadata(artifact)
+    if as_json:
+        print(json.dumps(describe(metadata, at)))
+    else:
+        print_table(metadata, at)
+
+
+@app.command("validate")
+def validate_command(artifact: Annotated[Path, typer.Argument(help="The artifact's folder.")]) -> None:
+    """Checks every hash, tensor and field of an artifact."""
+    found = read_artifact(artifact)
+    print(
+        f"{artifact} is a valid artifact of {found.metadata.provenance.model}, format_version {found.metadata.format_version}."
+    )
+
+
+@app.command("eval")
+def eval_command(
+    artifact: Annotated[str, typer.Argument(help="The artifact's folder or Hub id.")],
+    against: Annotated[
+        str | None, typer.Option(help="Model whose 16-bit cache is the reference; default: the artifact's weights.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text file, or datasets id as ID:CONFIG:SPLIT; default: the held-out text.")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows that do not overlap.")] = 3,
+    first_window: Annotated[int, typer.Option(min=0, help="Window to begin with.")] = 0,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    device: DeviceOption = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """Measures perplexity, KL and top-1 agreement through the packed cache against the 16-bit cache."""
+    from kvfold.compress.evaluate import evaluate
+    from kvfold.compress.plan import pick_device
+
+    e = evaluate(
+        artifact,
+        against=against,
+        text=text,
+        windows=windows,
+        first_window=first_window,
+        seq_len=seq_len,
+        device=pick_device(device),
+    )
+    table = Table(title=f"{e.artifact} on {e.text}: {e.windows} windows of {e.seq_len} tokens", title_justify="left")
+    for column in ("cache", "effective bits", "payload bits", "loss", "perplexity", "KL", "top-1"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_row("16-bit", "16", "16", f"{e.nll_16bit:.4f}", f"{e.ppl_16bit:.3f}", "", "")
+    table.add_row(
+        "packed", f"{e.effective_bits:.3f}", f"{e.payload_bits:.3f}", f"{e.dnll:+.4f} ± {e.dnll_se:.4f}", f"{e.ppl:.3f}", f"{e.kl:.4f} ± {e.kl_se:.4f}", f"{e.top1_agreement:.4f}"
+    )  # fmt: skip
+    Console(width=120 if not sys.stdout.isatty() else None).print(table)
+    if json_file:
+        json_file.write_text(json.dumps(e.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+
+@app.command("generate")
+def generate_command(
+    artifact: Annotated[str, typer.Argument(help="The artifact's folder or Hub id.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at the most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
+    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
+    device: DeviceOption = "auto",
+) -> None:
+    """Continues a prompt through the packed cache."""
+    from kvfold.compress.generate import generate
+    from kvfold.compress.plan import pick_device
+
+    generate(artifact, prompt, max_new_tokens, temperature, chat, seed, pick_device(device))
+
+
+def main() -> None:
+    """Runs the command line: exit code 0 done, 2 wrong usage or input (one line), 1 failure."""
+    import torch
+
+    from kvfold.compress.models import quiet_transformers
+
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
+    quiet_transformers()
+    torch.set_flush_denormal(True)  # masked softmax is several times slower with denormals on a CPU
+    try:
+        code = app(standalone_mode=False)
+    except click.UsageError as error:
+        print(f"kvfold: {' '.join(error.format_message().split())}", file=sys.stderr)
+        code = 2
+    except KvfoldError as error:
+        print(f"kvfold: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    except (click.Abort, KeyboardInterrupt):
+        print("kvfold: interrupted; run the same command with --resume to go on.", file=sys.stderr)
+        code = 1
+    sys.exit(code or 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Turns what the search found into an artifact."""
+
+import platform
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from kvfold import __version__
+from kvfold.compress.candidates import KeyCandidate
+from kvfold.compress.models import ALIASES, load_model
+from kvfold.compress.plan import Plan
+from kvfold.compress.progress import stage
+from kvfold.compress.search import Layer, fused_parameters, set_parameters
+from kvfold.exports.account import cache_nbytes, payload_bits
+from kvfold.exports.reader import Artifact
+from kvfold.exports.schema import (
+    FORMAT_VERSION,
+    AccountModel,
+    BudgetModel,
+    CacheModel,
+    CalibrationModel,
+    FormatModel,
+    LayerModel,
+    Metadata,
+    ProvenanceModel,
+    SideModel,
+)
+from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
+from kvfold.exports.writer import write_artifact
+
+ROUNDING_LIMIT = 1e-3  # nats of KL that rounding the fused weights may cost before they are written in float32
+
+
+def export(plan: Plan, layers: list[Layer], rounding_kl: float, out: Path) -> Artifact:
+    stage("writing and checking the artifact")
+    own: torch.dtype = plan.config.dtype or torch.float32
+    dtype = own if rounding_kl <= ROUNDING_LIMIT else torch.float32
+    specs = [LayerSpec(_fused_key(layer.key), layer.value.spec) for layer in layers]
+
+    def save_model(folder: Path) -> None:
+        model = load_model(plan.source.path, "auto", torch.device("cpu"))
+        for attention, layer in zip(plan.arch.attention_modules(model), layers, strict=True):
+            set_parameters(attention, fused_parameters(attention, plan.arch, layer), dtype, keep=True)
+        model.save_pretrained(folder)
+        plan.tokenizer.save_pretrained(folder)
+
+    metadata = _metadata(plan, layers, specs, rounding_kl, dtype)
+    alias = ALIASES.get(plan.source.name)
+    return write_artifact(out, metadata, specs, save_model, plan.recipe.dump(), alias.license if alias else None)
+
+
+def _fused_key(key: KeyCandidate) -> KeySpec:
+    """The key's spec as the runtime applies it: a pair scale has gone into the weights."""
+    return key.spec if key.pair_scale is None else replace(key.spec, matrix=None)
+
+
+def _metadata(
+    plan: Plan, layers: list[Layer], specs: list[LayerSpec], rounding_kl: float, dtype: torch.dtype
+) -> Metadata:
+    g, at = plan.geometry, plan.budget.at
+    formats = [(spec.key.format, spec.value.format) for spec in specs]
+
+    def side(spec: KeySpec | ValueSpec, loss: float) -> SideModel:
+        tensors: list = [name for name in ("matrix", "offset", "clip") if getattr(spec, name, None) is not None]
+        fmt = FormatModel(**spec.format.to_dict())
+        return SideModel(
+            format=fmt,
+            transforms=list(spec.transforms),
+            tensors=tensors,
+            payload_bits=spec.format.payload_bits,
+            predicted_loss=loss,
+        )
+
+    nbytes = cache_nbytes(g, formats, at)
+    raw = plan.num_layers * g.raw_rows * g.num_kv_heads * g.head_dim * 4
+    pages = sum(g.side_nbytes(k, at) + g.side_nbytes(v, at) for k, v in formats)
+    elements = g.elements(at, plan.num_layers)
+    return Metadata(
+        format_version=FORMAT_VERSION,
+        cache=CacheModel(
+            num_layers=plan.num_layers, num_heads=plan.config.num_attention_heads, num_kv_heads=g.num_kv_heads, head_dim=g.head_dim,
+            sinks=g.sinks, window=g.window, page_tokens=g.page_tokens,
+        ),
+        layers=[
+            LayerModel(key=side(spec.key, layer.key_loss), value=side(spec.value, layer.value_loss))
+            for spec, layer in zip(specs, layers, strict=True)
+        ],
+        budget=BudgetModel(request=plan.budget.request, at=at, bytes=plan.budget.nbytes),
+        account=AccountModel(
+            at=at, bytes=nbytes, bytes_16bit=2 * elements, page_bytes=pages, raw_bytes=raw, table_bytes=nbytes - pages - raw,
+            effective_bits=8 * nbytes / elements, payload_bits=payload_bits(formats),
+        ),
+        calibration=CalibrationModel(
+            source=plan.text_name, num_sequences=len(plan.sequences), seq_len=plan.sequences[0].shape[1], seed=plan.recipe.seed,
+            spread=plan.spread, covered_positions=plan.spread * plan.sequences[0].shape[1],
+        ),
+        provenance=ProvenanceModel(
+            model=plan.source.name, revision=plan.source.revision, rounding_kl=rounding_kl, fused_dtype=str(dtype).removeprefix("torch."),
+            libraries={"kvfold": __version__, "python": platform.python_version(), "torch": version("torch"), "transformers": version("transformers")},
+        ),
+        files={},
+    )  # fmt: skip

