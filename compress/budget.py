@@ -41,7 +41,7 @@ def parse_budget(
     at = context or min(DEFAULT_CONTEXT, max_tokens)
     size, _, length = text.partition("@")
     if length:
-        if not length.isdigit() or int(length) < 1:
+        if not length.isdecimal() or int(length) < 1:
             raise KvfoldError(
                 f"Budget '{text}' has the length '{length}', which is no number of tokens; write for example 512MiB@32768."
             )

@@ -106,7 +106,8 @@ class _Accumulator:
             found[f"{name}_cov"] = self.sums[f"{name}_moment"] / self.count - mean[:, :, None] * mean[:, None, :]
             found[f"{name}_sample"] = torch.cat(self.samples[name], 1)
         query_moment = self.sums["query_moment"] / self.count
-        return LayerStats(query_moment=query_moment, output_metric=output_metric, key_absmax=self.key_absmax, **found)
+        found |= {"query_moment": query_moment, "output_metric": output_metric, "key_absmax": self.key_absmax}
+        return LayerStats(**{name: tensor.cpu() for name, tensor in found.items()})
 
 
 def output_metric(attention: Any, num_kv_heads: int, head_dim: int) -> Tensor:

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +16,10 @@ from kvfold.exports.reader import read_artifact, read_metadata
 from kvfold.exports.schema import Metadata
 from kvfold.exports.units import format_nbytes
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+# click's own, or that of the copy of click which newer releases of typer carry
+UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "UsageError")
+
+app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
 OutOption = Annotated[Path | None, typer.Option(help="The artifact's folder; default artifacts/MODEL-BUDGET.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
@@ -101,10 +103,10 @@ def compress_command(
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML of choices; see recipe.yaml in any artifact.")] = None,
     context: Annotated[
-        int | None, typer.Option(help="Tokens at which plain bits count; default 32768 or the model's maximum.")
+        int | None, typer.Option(min=1, help="Tokens at which plain bits count; default 32768 or the model's maximum.")
     ] = None,
     device: DeviceOption = "auto",
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random; default 0.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random; default 0.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -173,6 +175,8 @@ def eval_command(
     from kvfold.compress.evaluate import evaluate
     from kvfold.compress.plan import pick_device
 
+    if json_file and not json_file.absolute().parent.is_dir():
+        raise KvfoldError(f"--json '{json_file}' lies in a folder that does not exist; make it or choose another file.")
     e = evaluate(
         artifact,
         against=against,
@@ -221,14 +225,15 @@ def main() -> None:
     quiet_transformers()
     torch.set_flush_denormal(True)  # masked softmax is several times slower with denormals on a CPU
     try:
-        code = app(standalone_mode=False)
-    except click.UsageError as error:
-        print(f"kvfold: {' '.join(error.format_message().split())}", file=sys.stderr)
+        code = app(sys.argv[1:] or ["--help"], prog_name="kvfold", standalone_mode=False)
+    except UsageError as error:
+        command = error.ctx.command_path if error.ctx else "kvfold"
+        print(f"kvfold: {' '.join(error.format_message().split())} See `{command} --help`.", file=sys.stderr)
         code = 2
     except KvfoldError as error:
         print(f"kvfold: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         print("kvfold: interrupted; run the same command with --resume to go on.", file=sys.stderr)
         code = 1
     sys.exit(code or 0)

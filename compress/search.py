@@ -37,7 +37,7 @@ def search(plan: Plan, work: Path, device: torch.device) -> tuple[list[Layer], f
     stage(
         f"reading {plan.source.name}: {plan.num_layers} layers, {len(plan.sequences)} × {plan.sequences[0].shape[1]} tokens of calibration text"
     )
-    model = load_model(plan.source.path, torch.float32 if device.type == "cpu" else dtype, device, TAP)
+    model = load_model(plan.source.path, _compute_dtype(plan, device), device, TAP)
     stats = calibrate(model, plan.arch, plan.sequences, plan.spread, recipe.calibration.sample_tokens, work)
     matrices, keys, values = [], [], []
     for i, found in enumerate(progress(stats, "candidates", "layer")):
@@ -70,6 +70,16 @@ def search(plan: Plan, work: Path, device: torch.device) -> tuple[list[Layer], f
     for attention, layer in zip(plan.arch.attention_modules(model), layers, strict=True):
         set_parameters(attention, fused_parameters(attention, plan.arch, layer), dtype)
     return layers, probe.whole_model()
+
+
+def _compute_dtype(plan: Plan, device: torch.device) -> torch.dtype:
+    """float32 where the weights fit in half of the device's free memory: a probe's KL drowns in bfloat16's rounding."""
+    if device.type != "cuda":
+        return torch.float32
+    weights = sum(p.stat().st_size for p in plan.source.path.glob("*.safetensors"))
+    own: torch.dtype = plan.config.dtype or torch.float32
+    wide = weights * 4 // own.itemsize
+    return torch.float32 if wide < torch.cuda.mem_get_info(device)[0] / 2 else own
 
 
 def fused_parameters(attention: Any, arch: Architecture, layer: Layer) -> dict[str, Tensor]:

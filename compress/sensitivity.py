@@ -85,8 +85,8 @@ class Probe:
     def __init__(self, model: Any, arch: Architecture, sequences: list[Tensor], stride: int) -> None:
         self.model, self.stride = model, stride
         self.attentions = arch.attention_modules(model)
-        device = next(model.parameters()).device
-        self.runners = [LayerRunner(model, arch, ids.to(device)) for ids in sequences]
+        self.device = next(model.parameters()).device
+        self.runners = [LayerRunner(model, arch, ids.to(self.device)) for ids in sequences]
         self.hidden: list[list[Tensor]] = []
         self.final: list[Tensor] = []
         for runner in progress(self.runners, "baseline", "sequence"):
@@ -150,9 +150,9 @@ def sensitivities(
         if name in found:
             continue
         options: dict[str, Any] = (
-            {"key_spec": keys[layer].spec}
+            {"key_spec": keys[layer].spec.to(probe.device)}
             if side == "key"
-            else {"value_spec": values[layer].spec, "value_matrix": matrices[layer]}
+            else {"value_spec": values[layer].spec.to(probe.device), "value_matrix": matrices[layer].to(probe.device)}
         )
 
         def tap(module, query, key, value, mask, scaling, options=options):

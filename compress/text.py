@@ -25,7 +25,8 @@ def read_documents(source: str | None, default: tuple[str, ...] = BUILT_IN) -> t
     """The name and documents of a text source.
 
     Args:
-        source: path of a UTF-8 text file; a `datasets` id as ID, ID:CONFIG or ID:CONFIG:SPLIT; None for the built-in text.
+        source: path of a UTF-8 text file; a `datasets` id as ID, ID:CONFIG or ID:CONFIG:SPLIT, or the folder of a dataset;
+            None for the built-in text.
         default: files of the package that make up the built-in text.
     Raises:
         KvfoldError: no such file or dataset, not text, or empty.
@@ -39,6 +40,8 @@ def read_documents(source: str | None, default: tuple[str, ...] = BUILT_IN) -> t
         except UnicodeDecodeError:
             raise KvfoldError(f"Text '{source}' is not UTF-8; give a plain text file.") from None
         name, documents = path.name, [text]
+    elif path.is_dir():
+        name, documents = path.resolve().name, ["\n\n".join(_dataset_rows(source))]
     elif path.exists() or path.suffix in (".txt", ".md", ".json", ".jsonl") or source.startswith((".", "/", "~")):
         raise KvfoldError(
             f"Text '{source}' is not a file that can be read; give the path of a text file or a datasets id."

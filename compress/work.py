@@ -31,9 +31,9 @@ def open_work(out: Path, key: str, resume: bool) -> Path:
     """
     work = out.with_name(out.name + ".work")
     mark = work / MARK
-    if work.exists() and any(work.iterdir()) and not mark.is_file():
+    if work.exists() and not mark.is_file() and (not work.is_dir() or any(work.iterdir())):
         raise KvfoldError(f"'{work}' exists and was not made by kvfold; move it away.")
-    if resume and mark.is_file():
+    if resume and mark.is_file() and mark.stat().st_size:  # empty: killed before anything was finished
         if json.loads(mark.read_text())["key"] != key:
             raise KvfoldError(
                 f"'{work}' belongs to a run with another model, text or options; repeat those or drop --resume."

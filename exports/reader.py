@@ -41,6 +41,7 @@ def is_artifact(path: Path) -> bool:
 
 
 def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, hexadecimal."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -57,7 +58,11 @@ def read_metadata(path: Path) -> Metadata:
         raise KvfoldError(
             f"'{path}' holds no {METADATA_NAME}, so it is not an artifact; give a folder that `kvfold compress` wrote."
         )
-    return parse_metadata((path / METADATA_NAME).read_text(encoding="utf-8"))
+    try:
+        text = (path / METADATA_NAME).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise KvfoldError(f"{METADATA_NAME} in '{path}' is not UTF-8; {AGAIN}.") from None
+    return parse_metadata(text)
 
 
 def read_artifact(path: Path | str) -> Artifact:
@@ -80,6 +85,9 @@ def read_artifact(path: Path | str) -> Artifact:
 
 
 def _check_files(path: Path, metadata: Metadata) -> None:
+    for name in ("config.json", TENSORS_NAME):
+        if name not in metadata.files:
+            raise KvfoldError(f"{METADATA_NAME} in '{path}' lists no sha256 of {name}; {AGAIN}.")
     for name, digest in metadata.files.items():
         if Path(name).name != name:
             raise KvfoldError(
@@ -134,6 +142,10 @@ def _read_specs(path: Path, metadata: Metadata) -> list[LayerSpec]:
                     raise KvfoldError(
                         f"{path.name}: {name} is {tuple(tensors[name].shape)}, but must be float32 {shape}; {AGAIN}."
                     )
+                if name.endswith("clip") and not bool(((tensors[name] > 0) & (tensors[name] <= 1)).all()):
+                    raise KvfoldError(f"{path.name}: {name} has a value outside (0, 1]; {AGAIN}.")
+                if name.endswith("matrix") and bool(torch.linalg.inv_ex(tensors[name].double()).info.any()):
+                    raise KvfoldError(f"{path.name}: {name} is singular, so no query can follow it; {AGAIN}.")
                 if not bool(torch.isfinite(tensors[name]).all()):
                     raise KvfoldError(f"{path.name}: {name} is not finite; {AGAIN}.")
     except SafetensorError as error:

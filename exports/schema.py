@@ -74,7 +74,7 @@ class AccountModel(Strict):
     page_bytes: Count
     raw_bytes: Count
     table_bytes: Count
-    effective_bits: float
+    effective_bits: Annotated[float, Field(ge=0)]  # of a short sequence, hundreds: the 16-bit rows are allocated whole
     payload_bits: Bits
 
 
@@ -120,7 +120,11 @@ class Metadata(Strict):
         if self.cache.num_heads % self.cache.num_kv_heads:
             raise ValueError("num_heads is not a multiple of num_kv_heads")
         for i, layer in enumerate(self.layers):
+            if set(layer.value.tensors) - {"clip"}:
+                raise ValueError(f"layer {i}: values have a clip at the most, their basis is in the weights")
             for side in (layer.key, layer.value):
+                if len(set(side.tensors)) != len(side.tensors):
+                    raise ValueError(f"layer {i}: a tensor is listed twice")
                 fmt = side.format.build()
                 if fmt.head_dim != self.cache.head_dim:
                     raise ValueError(

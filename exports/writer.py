@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from kvfold import __version__
@@ -27,6 +28,10 @@ def check_output(out: Path, need_nbytes: int) -> None:
     Raises:
         KvfoldError: something else is there, the parent isn't writable, or the disk is too full.
     """
+    if out.name in ("", ".."):
+        raise KvfoldError(
+            f"Output '{out}' has no name of its own; name the artifact's folder, for example '{out / 'artifact'}'."
+        )
     if out.exists() and not out.is_dir():
         raise KvfoldError(f"Output '{out}' is a file, but an artifact is a folder; choose another --out.")
     if out.is_dir() and any(out.iterdir()) and not is_artifact(out):
@@ -34,6 +39,8 @@ def check_output(out: Path, need_nbytes: int) -> None:
     parent = out.resolve().parent
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise KvfoldError(f"Output '{out}' cannot be written, since '{parent}' is a file; choose another --out.")
     if not os.access(parent, os.W_OK):
         raise KvfoldError(
             f"Output '{out}' cannot be written, since '{parent}' is read-only for this user; choose another --out."
@@ -109,8 +116,8 @@ def write_artifact(
         (scratch / METADATA_NAME).write_text(dump_metadata(complete), encoding="utf-8")
         read_artifact(scratch)
         _swap(scratch, out)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except (OSError, SafetensorError) as error:  # safetensors raises its own kind, with the system's number in the text
+        if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error):
             raise KvfoldError(
                 f"The disk filled up while writing '{out}'; free some space or choose another --out."
             ) from error

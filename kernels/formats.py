@@ -38,7 +38,7 @@ PLANE_WIDTHS: dict[int, tuple[int, ...]] = {
 
 # Step in standard deviations, and mean squared error at unit variance, of the best uniform quantiser with that many levels
 # for a Gaussian source (J. Max, "Quantizing for minimum distortion", 1960, table II; tests/test_formats.py recomputes them).
-GAUSSIAN_STEP = {2: 1.5958, 3: 1.2240, 4: 0.9957, 8: 0.5860, 16: 0.3352, 32: 0.1881, 64: 0.1041, 256: 0.03087}
+GAUSSIAN_STEP = {2: 1.5958, 3: 1.2240, 4: 0.9957, 8: 0.5860, 16: 0.3352, 32: 0.1881, 64: 0.1041, 256: 0.03076}
 GAUSSIAN_MSE = {
     0: 1.0, 2: 0.3634, 3: 0.1902, 4: 0.1188, 8: 0.03744, 16: 0.01154, 32: 0.003495, 64: 0.001041, 256: 8.769e-5, RAW: 0.0,
 }  # fmt: skip
@@ -80,6 +80,10 @@ class Format:
                 raise KvfoldError(f"A format class has {channels} channels, but a class is a positive multiple of 8.")
             if levels not in PLANE_WIDTHS:
                 raise KvfoldError(f"A format class has {levels} levels; choose one of {sorted(PLANE_WIDTHS)}.")
+        if self.params not in ("none", "scale", "scale_min") or self.param_dtype not in ("e4m3", "fp16"):
+            raise KvfoldError(
+                f"A format has params '{self.params}' of type '{self.param_dtype}'; use none, scale or scale_min, of e4m3 or fp16."
+            )
         levels_used = {levels for _, levels in self.classes}
         if not self.classes or levels_used == {0}:
             raise KvfoldError("A format stores no channel at all; give at least one class levels > 0.")
@@ -91,7 +95,7 @@ class Format:
             raise KvfoldError("A format with params 'scale_min' has exactly one class of 2 to 256 levels.")
         if self.params != "scale_min" and self.group_size:
             raise KvfoldError(f"group_size={self.group_size} goes with params 'scale_min' only; leave it 0.")
-        if self.group_size and self.head_dim % self.group_size:
+        if self.group_size < 0 or self.group_size and self.head_dim % self.group_size:
             raise KvfoldError(
                 f"group_size={self.group_size} does not divide head_dim={self.head_dim}; choose a divisor."
             )

@@ -16,7 +16,6 @@ from kvfold.kernels.formats import GAUSSIAN_STEP, RAW, TRIT, Format
 from kvfold.kernels.packing import pack_plane, pack_trits, unpack_plane, unpack_trits
 
 E4M3_MAX = 448.0
-E4M3_MIN = 2.0**-9  # smallest subnormal
 FP16_MAX = 65504.0
 
 
@@ -34,7 +33,8 @@ def _store_param(x: Tensor, param_dtype: str) -> tuple[Tensor, Tensor]:
 
 def _load_param(data: Tensor, param_dtype: str) -> Tensor:
     """Inverse of `_store_param`: uint8 [..., T, p·size] → float32 [..., T, p]."""
-    return data.contiguous().view(torch.float8_e4m3fn if param_dtype == "e4m3" else torch.float16).float()
+    own = data.clone(memory_format=torch.contiguous_format)  # a slice may start at an odd byte
+    return own.view(torch.float8_e4m3fn if param_dtype == "e4m3" else torch.float16).float()
 
 
 def _class_rows(fmt: Format, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ def encode(x: Tensor, fmt: Format, clip: Tensor | None = None) -> Tensor:
             x[..., coded].square().mean(-1, keepdim=True).sqrt() if bool(coded.any()) else x.new_zeros(*x.shape[:-1], 1)
         )
         params, tau = _store_param(tau, fmt.param_dtype)
-        u = x / (tau.clamp_min(E4M3_MIN / 2) * steps) + levels / 2
+        u = x / (tau.clamp_min(torch.finfo(torch.float32).tiny) * steps) + levels / 2
         codes = torch.minimum(u.floor().clamp_min(0), (levels - 1).clamp_min(0)).to(torch.uint8)
     elif fmt.params == "scale_min":
         top = fmt.classes[0][1] - 1
@@ -105,7 +105,7 @@ def decode(packed: Tensor, fmt: Format, tokens: int) -> Tensor:
         offset += tokens * plane.row_nbytes
         channels = slice(plane.start, plane.start + plane.channels)
         if plane.width == 16:
-            out[..., channels] = rows.contiguous().view(torch.float16).float()
+            out[..., channels] = rows.clone(memory_format=torch.contiguous_format).view(torch.float16).float()
         elif plane.width == TRIT:
             out[..., channels] = unpack_trits(rows, plane.channels).float()
         else:

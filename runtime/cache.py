@@ -54,6 +54,11 @@ class QuantizedKVCache(Cache):
             return
         self.padding.columns = (attention_mask != 0).cumsum(-1).eq(0).sum(-1).tolist()
 
+    def positions(self, tokens: int, device: torch.device) -> Tensor:
+        """Positions int64 [B, tokens] of the next tokens, counted from each sequence's first real one."""
+        columns = torch.arange(tokens, device=device) + self.get_seq_length()
+        return (columns - torch.tensor(self.padding.columns, device=device)[:, None]).clamp_min(0)
+
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Appends one layer's keys and values; see PackedLayer.update.
 

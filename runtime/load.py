@@ -94,6 +94,9 @@ def attach(model: Any, artifact: Artifact, budget: int | None = None) -> PreTrai
     model.eval()
     model.set_attn_implementation(NAME)
 
+    covered = artifact.metadata.calibration.covered_positions
+    warned: list[bool] = []
+
     def new_cache() -> QuantizedKVCache:
         return QuantizedKVCache(artifact.specs, artifact.geometry, budget)
 
@@ -113,12 +116,19 @@ def attach(model: Any, artifact: Artifact, budget: int | None = None) -> PreTrai
     def inject_cache(module, args, kwargs):
         """A plain forward pass would make a stock 16-bit cache, and perplexity would measure nothing."""
         ids = kwargs.get("input_ids", args[0] if args else None)
-        batch_size = (ids if ids is not None else kwargs["inputs_embeds"]).shape[0]
+        tokens = ids if ids is not None else kwargs["inputs_embeds"]
         if kwargs.get("past_key_values") is None and not module.training:
             kwargs["past_key_values"] = new_cache()
         cache = kwargs.get("past_key_values")
         if isinstance(cache, QuantizedKVCache):
-            cache.note_padding(kwargs.get("attention_mask"), batch_size)
+            cache.note_padding(kwargs.get("attention_mask"), tokens.shape[0])
+            if cache.get_seq_length() + tokens.shape[1] > covered and not warned:
+                warned.append(True)
+                log.warning("this artifact was calibrated for positions up to %d; past that quality falls off", covered)
+            if kwargs.get("position_ids") is None and any(cache.padding.columns):
+                # generate counts positions from the first real token; a plain call must too, or a padded row's keys are
+                # rotated, and so quantised, unlike the same row's alone
+                kwargs["position_ids"] = cache.positions(tokens.shape[1], tokens.device)
         return args, kwargs
 
     # bound on the instance: a subclass's name would end up in config.json when the model is saved

@@ -27,7 +27,7 @@ def reorder(sample: Tensor, group_size: int, seed: int) -> Tensor:
     for head in sample.double():
         features = torch.stack((head.amin(0), head.amax(0)), -1).numpy()
         labels = KMeans(groups, n_init=4, random_state=seed).fit_predict(features)
-        spans = [float((features[labels == c, 1] - features[labels == c, 0]).mean()) for c in range(groups)]
-        key = [(spans[label], i) for i, label in enumerate(labels)]
+        width = features[:, 1] - features[:, 0]
+        key = [(float(width[labels == label].mean()), i) for i, label in enumerate(labels)]
         orders.append(eye[sorted(range(head_dim), key=key.__getitem__)])
     return torch.stack(orders)

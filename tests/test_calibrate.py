@@ -1,0 +1,111 @@
+"""Calibration against direct computation, positional interpolation, and going on where a run stopped."""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from conftest import CONFIGS, char_tokenizer, save_tiny
+
+from kvfold.compress.calibrate import SKIP_TOKENS, LayerStats, calibrate, rotate_on
+from kvfold.compress.models import load_model
+from kvfold.compress.tap import NAME, tapped
+from kvfold.compress.text import read_documents, sample_sequences
+from kvfold.errors import KvfoldError
+from kvfold.exports.architectures import architecture_of
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+def loaded(request, tmp_path_factory):
+    folder = save_tiny(tmp_path_factory.mktemp(request.param), request.param)
+    return load_model(folder, torch.float32, torch.device("cpu"), NAME), architecture_of(CONFIGS[request.param]())
+
+
+SEQUENCES = [torch.randint(0, 128, (1, n), generator=torch.Generator().manual_seed(n)) for n in (71, 50)]
+
+
+def captured(model, arch, ids, position_ids=None):
+    """Queries, keys and values that every layer's attention is called with in one ordinary forward pass."""
+    seen = {}
+
+    def tap(module, query, key, value, mask, scaling):
+        seen[module.layer_idx] = query[0].double(), key[0].double(), value[0].double()
+
+    with ExitStack() as stack, torch.no_grad():
+        for attention in arch.attention_modules(model):
+            stack.enter_context(tapped(attention, tap))
+        model(ids, position_ids=position_ids, use_cache=False)
+    return seen
+
+
+@torch.no_grad()
+def test_statistics_equal_those_of_an_ordinary_forward_pass(loaded, tmp_path):
+    model, arch = loaded
+    stats = calibrate(model, arch, SEQUENCES, 1, 64, tmp_path)
+    runs = [captured(model, arch, ids) for ids in SEQUENCES]
+    for layer, found in enumerate(stats):
+        query, key, value = (torch.cat([run[layer][i][:, SKIP_TOKENS:] for run in runs], 1) for i in range(3))
+        torch.testing.assert_close(found.key_mean, key.mean(1), rtol=1e-4, atol=1e-4)
+        centred = value - value.mean(1, keepdim=True)
+        torch.testing.assert_close(found.value_cov, centred.mT @ centred / value.shape[1], rtol=1e-3, atol=1e-4)
+        grouped = query.unflatten(0, (2, 2)).flatten(1, 2)
+        torch.testing.assert_close(found.query_moment, grouped.mT @ grouped / grouped.shape[1], rtol=1e-3, atol=1e-4)
+        assert found.key_sample.shape == (2, 64, 16)
+        wo = arch.attention_modules(model)[layer].o_proj.weight.double()
+        heads = [wo[:, h * 16 : (h + 1) * 16] for h in range(2)]
+        torch.testing.assert_close(found.output_metric[0], sum(w.mT @ w for w in heads) / 2)
+
+
+@torch.no_grad()
+def test_interpolated_positions_are_those_of_the_rotary_embedding(loaded):
+    model, arch = loaded
+    ids, spread = SEQUENCES[0], 5
+    positions = torch.arange(ids.shape[1])[None]
+    plain, far = captured(model, arch, ids), captured(model, arch, ids, positions * spread)
+    rotary = model.base_model.rotary_emb
+    for i in range(2):  # the first layer's hidden states don't depend on positions
+        moved = rotate_on(plain[0][i][None].float(), positions * (spread - 1), rotary)[0]
+        torch.testing.assert_close(moved.double(), far[0][i], rtol=1e-3, atol=1e-3)
+        assert float((plain[0][i] - far[0][i]).abs().max()) > 0.1
+
+
+@torch.no_grad()
+def test_calibration_goes_on_where_it_stopped(loaded, tmp_path, monkeypatch):
+    model, arch = loaded
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    whole.mkdir()
+    part.mkdir()
+    expected = calibrate(model, arch, SEQUENCES, 3, 32, whole)
+    save, saved = LayerStats.save, []
+
+    def save_two(self, path):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(path.name)
+        save(self, path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LayerStats, "save", save_two)
+        calibrate(model, arch, SEQUENCES, 3, 32, part)
+    assert sorted(p.name for p in part.glob("stats_*")) == ["stats_000.safetensors", "stats_001.safetensors"]
+    again = calibrate(model, arch, SEQUENCES, 3, 32, part)
+    for a, b in zip(expected, again, strict=True):
+        assert torch.equal(a.key_cov, b.key_cov) and torch.equal(a.value_sample, b.value_sample)
+
+
+def test_sequences_are_seeded_and_do_not_overlap(text_file):
+    name, documents = read_documents(str(text_file))
+    pick = [sample_sequences(char_tokenizer(), documents, 5, 300, seed, name) for seed in (0, 0, 1)]
+    assert all(torch.equal(a, b) for a, b in zip(pick[0], pick[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(pick[0], pick[2], strict=True))
+    assert all(s.shape == (1, 300) for s in pick[0]) and len({tuple(s[0].tolist()) for s in pick[0]}) == 5
+
+
+def test_the_built_in_text_gives_full_sequences_of_every_kind():
+    name, documents = read_documents(None)
+    found = sample_sequences(char_tokenizer(), documents, 4, 2048, 0, name)
+    assert name == "built-in" and len(documents) == 4 and [s.shape[1] for s in found] == [2048] * 4
+
+
+def test_too_little_text_is_refused():
+    with pytest.raises(KvfoldError, match="has 5 tokens"):
+        sample_sequences(char_tokenizer(), ["short"], 1, 256, 0, "short")

@@ -1,0 +1,90 @@
+"""Fusing changes logits by rounding only: ≤ 1e-9 relative in float64, for every family."""
+
+import pytest
+import torch
+from conftest import CONFIGS, FAMILIES, tiny_model
+
+from kvfold.compress.fuse import fuse_pair_scale, fuse_values
+from kvfold.compress.transforms.reorder import reorder
+from kvfold.errors import KvfoldError
+from kvfold.exports.architectures import architecture_of
+
+HEADS, DIM = 2, 16
+
+
+def exact(family):
+    """A float64 model whose norms compute in float64 too (transformers' own go through float32)."""
+    model = tiny_model(family, torch.float64)
+
+    def norm(module):
+        def forward(x):
+            return module.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
+
+        return forward
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = norm(module)
+    return model, architecture_of(CONFIGS[family]())
+
+
+def relative_change(model, arch, fuse):
+    ids = torch.randint(0, 128, (2, 37), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        before = model(ids, use_cache=False).logits
+        for attention in arch.attention_modules(model):
+            for name, value in fuse(attention).items():
+                attention.get_parameter(name).data = value
+        after = model(ids, use_cache=False).logits
+    return float((after - before).abs().max() / before.abs().max())
+
+
+def invertible(kind):
+    generator = torch.Generator().manual_seed(5)
+    random = torch.randn(HEADS, DIM, DIM, generator=generator, dtype=torch.float64)
+    if kind == "any":
+        return random + 3 * torch.eye(DIM, dtype=torch.float64)
+    if kind == "rotation":
+        return torch.linalg.qr(random)[0]
+    if kind == "scale":
+        return torch.diag_embed(random[:, 0].abs() + 0.1)
+    return reorder(random, 4, 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["any", "rotation", "scale", "permutation"])
+def test_value_basis(family, kind):
+    model, arch = exact(family)
+    assert relative_change(model, arch, lambda attention: fuse_values(attention, invertible(kind))) < 1e-9
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pair_scale(family):
+    model, arch = exact(family)
+    scale = torch.rand(HEADS, DIM // 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.2
+    if arch.qk_norm:
+        scale = scale[:1].expand(HEADS, -1)
+    scale = torch.cat((scale, scale), -1)
+    assert relative_change(model, arch, lambda attention: fuse_pair_scale(attention, scale, arch)) < 1e-9
+
+
+def test_a_fused_basis_does_change_the_values():
+    model, arch = exact("qwen2")
+    attention = arch.attention_modules(model)[0]
+    fused = fuse_values(attention, invertible("any"))
+    assert set(fused) == {"v_proj.weight", "v_proj.bias", "o_proj.weight"}
+    assert all(not torch.allclose(value, attention.get_parameter(name)) for name, value in fused.items())
+
+
+def test_what_rotation_does_not_commute_with_is_refused():
+    model, arch = exact("llama")
+    scale = torch.rand(HEADS, DIM, dtype=torch.float64) + 0.2
+    with pytest.raises(KvfoldError, match="RoPE pair"):
+        fuse_pair_scale(arch.attention_modules(model)[0], scale, arch)
+
+
+def test_one_norm_for_all_heads_needs_one_scale():
+    model, arch = exact("qwen3")
+    half = torch.rand(HEADS, DIM // 2, dtype=torch.float64) + 0.2
+    with pytest.raises(KvfoldError, match="same pair scale"):
+        fuse_pair_scale(arch.attention_modules(model)[0], torch.cat((half, half), -1), arch)

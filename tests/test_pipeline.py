@@ -1,0 +1,154 @@
+"""The main job on tiny models: the same twice, the same after a kill, every transform, every family."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, TINY_RECIPE, char_tokenizer, save_tiny
+
+from kvfold import runtime
+from kvfold.compress.evaluate import evaluate
+from kvfold.compress.pipeline import compress
+from kvfold.compress.recipe import load_recipe
+from kvfold.exports.reader import read_artifact
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def recipe_with(tmp_path, extra):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(TINY_RECIPE + extra)
+    return load_recipe(path)
+
+
+def test_the_same_twice_byte_for_byte(tmp_path, tiny_folder, tiny_artifact, text_file, recipe_file):
+    out = tmp_path / "tiny"
+    compress(str(tiny_folder), "4.0", out, calib=str(text_file), recipe=load_recipe(recipe_file))
+    assert digest(out) == digest(tiny_artifact)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny"]
+    other = compress(str(tiny_folder), "4.0", out, calib=str(text_file), recipe=load_recipe(recipe_file, seed=1))
+    assert digest(other.path) != digest(tiny_artifact)
+
+
+KILLER = """
+import os, signal, sys
+real, left = os.replace, [int(sys.argv.pop(1))]
+def replace(*args, **kwargs):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs)
+os.replace = replace
+import torch; torch.set_num_threads(1)
+from kvfold.compress.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("moment", [3, 9, 13])  # a layer's statistics, a probe, the finished folder's rename
+def test_killed_at_any_moment_resume_gives_the_same(
+    moment, tmp_path, tiny_folder, tiny_artifact, text_file, recipe_file
+):
+    out = tmp_path / "tiny"
+    arguments = [
+        "compress",
+        str(tiny_folder),
+        "--budget",
+        "4.0",
+        "--out",
+        str(out),
+        "--calib",
+        str(text_file),
+        "--recipe",
+        str(recipe_file),
+    ]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLER, str(moment), *arguments],
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert not out.exists() and (tmp_path / "tiny.work").is_dir()
+    compress(str(tiny_folder), "4.0", out, calib=str(text_file), recipe=load_recipe(recipe_file), resume=True)
+    assert digest(out) == digest(tiny_artifact)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "key, value", [("whiten", "rotate"), ("smooth", "balance"), ("reorder", "reorder"), ("none", "none")]
+)
+def test_every_transform_on_every_family(family, key, value, tmp_path, text_file):
+    source = save_tiny(tmp_path / "model", family)
+    recipe = recipe_with(
+        tmp_path,
+        f"key: {{transform: {key}, group_size: {8 if key == 'reorder' else 0}}}\nvalue: {{transform: {value}, group_size: {8 if value == 'reorder' else 0}}}\n",
+    )
+    budget = "9.0" if key == "reorder" else "7.0"  # small groups: two bits go to parameters
+    artifact = compress(str(source), budget, tmp_path / "out", calib=str(text_file), recipe=recipe)
+    account = artifact.metadata.account
+    assert account.bytes <= artifact.metadata.budget.bytes and account.effective_bits <= float(budget)
+    assert account.bytes == account.page_bytes + account.raw_bytes + account.table_bytes
+    figures = evaluate(
+        str(artifact.path), against=str(source), text=str(text_file), windows=2, seq_len=160, device="cpu"
+    )
+    assert figures.kl < 0.05 and figures.top1_agreement > 0.9
+    assert figures.kl > 1e-6  # something was quantised
+
+
+def test_fewer_bits_cost_more_and_predictions_follow(tmp_path, tiny_folder, text_file, recipe_file):
+    kl = {}
+    for budget in ("3.5", "5", "8"):
+        artifact = compress(
+            str(tiny_folder), budget, tmp_path / budget, calib=str(text_file), recipe=load_recipe(recipe_file)
+        )
+        predicted = sum(layer.key.predicted_loss + layer.value.predicted_loss for layer in artifact.metadata.layers)
+        measured = evaluate(str(artifact.path), text=str(text_file), windows=4, seq_len=192, device="cpu").kl
+        kl[budget] = measured, predicted
+    assert kl["3.5"][0] > 2 * kl["5"][0] > 4 * kl["8"][0]
+    assert kl["3.5"][1] > kl["5"][1] > kl["8"][1]
+    assert 0.2 < kl["8"][0] / kl["8"][1] < 5  # a prediction, not a decoration
+
+
+def test_wide_type_where_rounding_costs_too_much(tmp_path, tiny_folder, text_file, recipe_file, monkeypatch):
+    monkeypatch.setattr("kvfold.compress.export.ROUNDING_LIMIT", 1e-9)
+    artifact = compress(
+        str(tiny_folder), "4.0", tmp_path / "out", calib=str(text_file), recipe=load_recipe(recipe_file)
+    )
+    provenance = artifact.metadata.provenance
+    assert provenance.fused_dtype == "float32" and provenance.rounding_kl > 1e-9
+    from safetensors import safe_open
+
+    with safe_open(artifact.path / "model.safetensors", "pt") as stored:
+        types = {name.split(".")[-2]: stored.get_tensor(name).dtype for name in stored.keys()}  # noqa: SIM118
+    assert types["v_proj"] == types["o_proj"] == torch.float32 and types["q_proj"] == torch.bfloat16
+
+
+@torch.no_grad()
+def test_the_checkpoint_is_a_plain_one_with_the_originals_logits(tiny_folder, tiny_artifact):
+    from transformers import AutoModelForCausalLM
+
+    ids = char_tokenizer()("a plain checkpoint", return_tensors="pt").input_ids
+    original, stock = (
+        AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32)(ids).logits for p in (tiny_folder, tiny_artifact)
+    )
+    assert float((original - stock).norm() / original.norm()) < 0.05  # bfloat16 rounding of random weights
+    assert type(AutoModelForCausalLM.from_pretrained(tiny_artifact)).__name__ == "LlamaForCausalLM"
+
+
+@torch.no_grad()
+def test_prediction_equals_the_cache_to_the_byte(tiny_artifact):
+    model = runtime.load_pretrained(tiny_artifact, device="cpu")
+    account = read_artifact(tiny_artifact).metadata.account
+    ids = torch.randint(0, 128, (1, account.at), generator=torch.Generator().manual_seed(0))
+    cache = model(ids).past_key_values
+    assert cache.nbytes == account.bytes
+    assert json.loads((tiny_artifact / "kv_cache.json").read_text())["account"]["bytes"] == cache.nbytes

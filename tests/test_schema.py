@@ -1,0 +1,236 @@
+"""kv_cache.json and kv_cache.safetensors: exact bytes, round trip, and what is refused on read."""
+
+import copy
+import hashlib
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from kvfold.errors import KvfoldError
+from kvfold.exports.account import cache_nbytes
+from kvfold.exports.reader import read_metadata, tensor_shapes
+from kvfold.exports.schema import Metadata, dump_metadata, parse_metadata
+from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
+from kvfold.exports.writer import write_tensors
+from kvfold.kernels.formats import Format, raw16, uniform
+
+KEY = {
+    "format": {"classes": [[8, 16], [8, 4]], "params": "scale", "param_dtype": "e4m3", "group_size": 0},
+    "transforms": ["offset", "whiten"], "tensors": ["matrix", "offset"], "payload_bits": 3.5, "predicted_loss": 0.125,
+}  # fmt: skip
+VALUE = {
+    "format": {"classes": [[16, 3]], "params": "scale_min", "param_dtype": "e4m3", "group_size": 0},
+    "transforms": ["rotate", "scale"], "tensors": ["clip"], "payload_bits": 3.0, "predicted_loss": 1e-05,
+}  # fmt: skip
+RAW_KEY = {
+    "format": {"classes": [[16, 65536]], "params": "none", "param_dtype": "e4m3", "group_size": 0},
+    "transforms": [], "tensors": [], "payload_bits": 16.0, "predicted_loss": 0.0,
+}  # fmt: skip
+FIELDS = {
+    "format_version": 1,
+    "cache": {
+        "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "sinks": 3, "window": 10, "page_tokens": 4,
+    },
+    "layers": [{"key": KEY, "value": VALUE}, {"key": RAW_KEY, "value": VALUE}],
+    "budget": {"request": "12", "at": 81, "bytes": 15552},
+    "account": {
+        "at": 81, "bytes": 11560, "bytes_16bit": 20736, "page_bytes": 6936, "raw_bytes": 4352, "table_bytes": 272,
+        "effective_bits": 8.919753086419753, "payload_bits": 6.375,
+    },
+    "calibration": {
+        "source": "Prosa für Tests", "num_sequences": 2, "seq_len": 256, "seed": 0, "spread": 8, "covered_positions": 2048,
+    },
+    "provenance": {
+        "model": "tiny", "revision": None, "libraries": {"kvfold": "0.1.0", "torch": "2.11.0"}, "rounding_kl": 2.5e-07,
+        "fused_dtype": "bfloat16",
+    },
+    "files": {"kv_cache.safetensors": "00" * 32},
+}  # fmt: skip
+SPECS = [
+    LayerSpec(
+        KeySpec(
+            Format(((8, 16), (8, 4))),
+            ("offset", "whiten"),
+            (torch.arange(512) / 64).view(2, 16, 16),
+            -(torch.arange(32) / 8).view(2, 16),
+        ),
+        ValueSpec(uniform(16, 3), ("rotate", "scale"), torch.tensor([0.75, 1.0])),
+    ),
+    LayerSpec(KeySpec(raw16(16)), ValueSpec(uniform(16, 3), ("rotate", "scale"), torch.tensor([0.5, 0.875]))),
+]
+
+
+def dump_fields(fields: dict) -> str:
+    """kv_cache.json of any fields, right or wrong, with the digest that FORMAT.md describes."""
+    body = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    return json.dumps({**fields, "digest": hashlib.sha256(body.encode()).hexdigest()})
+
+
+def test_round_trip():
+    metadata = Metadata.model_validate(FIELDS)
+    text = dump_metadata(metadata)
+    assert parse_metadata(text) == metadata
+    assert dump_metadata(parse_metadata(text)) == text
+    assert parse_metadata(dump_fields(FIELDS)) == metadata  # another writer may lay the text out as it likes
+    assert metadata.formats == [(spec.key.format, spec.value.format) for spec in SPECS]
+    assert cache_nbytes(metadata.geometry, metadata.formats, 81) == metadata.account.bytes == 6936 + 4352 + 272
+
+
+def test_golden_text():
+    text = dump_metadata(Metadata.model_validate(FIELDS))
+    lines = text.splitlines()
+    assert lines[:5] == ["{", ' "format_version": 1,', ' "cache": {', '  "num_layers": 2,', '  "num_heads": 4,']
+    assert '  "source": "Prosa für Tests",' in lines
+    assert '    "predicted_loss": 1e-05' in lines
+    assert '  "revision": null,' in lines
+    assert lines[-2:] == [' "digest": "33c4ceab4555b991a8eb212be0add61b4d80da7016dbc5eabcf9ba4a59557a56"', "}"]
+    assert text.endswith("}\n")
+    assert (
+        hashlib.sha256(text.encode()).hexdigest() == "1d41516213f7c5142500ef426c43061f784388b28efa2b6425a88b78707f4651"
+    )
+
+
+def test_golden_tensors(tmp_path):
+    write_tensors(tmp_path / "kv_cache.safetensors", SPECS)
+    data = (tmp_path / "kv_cache.safetensors").read_bytes()
+    assert hashlib.sha256(data).hexdigest() == "1fe2d213940df234aeaab39085825170d86bdbf7552f3f7b5ade1ce0a7d08b3e"
+    with safe_open(tmp_path / "kv_cache.safetensors", framework="pt") as stored:
+        shapes = {name: tuple(stored.get_tensor(name).shape) for name in stored.keys()}  # noqa: SIM118
+        assert stored.metadata() == {"format": "pt"}
+        assert torch.equal(stored.get_tensor("layers.0.key.matrix"), SPECS[0].key.matrix)
+        assert stored.get_tensor("layers.1.value.clip").tolist() == [0.5, 0.875]
+    assert shapes == tensor_shapes(Metadata.model_validate(FIELDS)) == {
+        "layers.0.key.matrix": (2, 16, 16),
+        "layers.0.key.offset": (2, 16),
+        "layers.0.value.clip": (2,),
+        "layers.1.value.clip": (2,),
+    }  # fmt: skip
+
+
+def test_no_tensor_at_all_is_a_readable_file(tmp_path):
+    write_tensors(tmp_path / "kv_cache.safetensors", [LayerSpec(KeySpec(raw16(16)), ValueSpec(raw16(16)))])
+    with safe_open(tmp_path / "kv_cache.safetensors", framework="pt") as stored:
+        assert list(stored.keys()) == []
+
+
+def changed(path: str, value) -> dict:
+    """FIELDS with one field replaced, or removed where value is Ellipsis; a path is like layers.0.key.format."""
+    fields = copy.deepcopy(FIELDS)
+    *parents, last = (int(part) if part.isdigit() else part for part in path.split("."))
+    place = fields
+    for part in parents:
+        place = place[part]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return fields
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("colour", "red", "not valid at colour"),
+        ("cache.rope", 1, "not valid at cache.rope"),
+        ("layers.1.key.format.zero", 0, r"not valid at layers.1.key.format.zero"),
+        ("budget", ..., "not valid at budget"),
+        ("provenance.revision", ..., "not valid at provenance.revision"),
+        ("format_version", 2, "format_version 2"),
+        ("format_version", "1", "format_version '1'"),
+        ("format_version", True, "not valid at format_version"),
+        ("format_version", ..., "format_version None"),
+        ("cache.sinks", 3.0, "not valid at cache.sinks"),
+        ("cache.sinks", "3", "not valid at cache.sinks"),
+        ("cache.sinks", -1, "not valid at cache.sinks"),
+        ("cache.window", True, "not valid at cache.window"),
+        ("cache.page_tokens", 0, "not valid at cache.page_tokens"),
+        ("cache.num_kv_heads", 3, "num_heads is not a multiple"),
+        ("cache.num_layers", 3, "2 layers are listed, but num_layers is 3"),
+        ("layers", [], "0 layers are listed"),
+        ("cache.head_dim", 32, "covers 16 channels, but head_dim is 32"),
+        ("layers.0.key.payload_bits", 3.25, "payload_bits 3.25 does not fit"),
+        ("layers.0.key.payload_bits", float("nan"), "not valid at layers.0.key.payload_bits"),
+        ("layers.0.key.predicted_loss", float("inf"), "not valid at layers.0.key.predicted_loss"),
+        ("layers.0.key.predicted_loss", -0.5, "not valid at layers.0.key.predicted_loss"),
+        ("account.effective_bits", float("nan"), "not valid at account.effective_bits"),
+        ("account.bytes", None, "not valid at account.bytes"),
+        ("layers.0.key.tensors", ["zero"], "not valid at layers.0.key.tensors.0"),
+        ("layers.0.key.format.params", "offset", "not valid at layers.0.key.format.params"),
+        ("layers.0.key.format.param_dtype", "bf16", "not valid at layers.0.key.format.param_dtype"),
+        ("layers.0.key.format.classes", [[8, 16], [8, 5]], "5 levels"),
+        ("layers.0.key.format.classes", [[8, 16, 0], [8, 4, 0]], "not valid"),
+        ("layers.0.key.format.group_size", 8, "group_size=8"),
+        ("files", {"a": 1}, "not valid at files.a"),
+    ],
+)
+def test_wrong_fields_are_refused_in_one_line(path, value, message):
+    with pytest.raises(KvfoldError, match=message) as caught:
+        parse_metadata(dump_fields(changed(path, value)))
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("kv_cache.json ")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"bytes": 11560', '"bytes": 11561'), ('"model": "tiny"', '"model": "tinz"'), ('"seed": 0', '"seed": 1'), ("0000", "0001")],
+)  # fmt: skip
+def test_a_flipped_character_shows(old, new):
+    text = dump_metadata(Metadata.model_validate(FIELDS))
+    assert old in text
+    with pytest.raises(KvfoldError, match="does not match its own digest") as caught:
+        parse_metadata(text.replace(old, new, 1))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_digest_itself_counts():
+    for text in (
+        json.dumps(FIELDS),
+        json.dumps({**FIELDS, "digest": "0" * 64}),
+        json.dumps({**FIELDS, "digest": None}),
+    ):
+        with pytest.raises(KvfoldError, match="its own digest"):
+            parse_metadata(text)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "1", '{"format_version": 1', "\ufeff{}"])
+def test_what_is_not_a_json_object(text):
+    with pytest.raises(KvfoldError, match=r"is not JSON|format_version None") as caught:
+        parse_metadata(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_reading_from_a_folder(tmp_path):
+    with pytest.raises(KvfoldError, match="is not a folder"):
+        read_metadata(tmp_path / "nowhere")
+    with pytest.raises(KvfoldError, match=r"holds no kv_cache.json"):
+        read_metadata(tmp_path)
+    metadata = Metadata.model_validate(FIELDS)
+    (tmp_path / "kv_cache.json").write_text(dump_metadata(metadata), encoding="utf-8")
+    assert read_metadata(tmp_path) == metadata
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_any_flipped_bit_shows(tmp_path, bit):
+    data = dump_metadata(Metadata.model_validate(FIELDS)).encode()
+    for at in [i for i, byte in enumerate(data) if byte > ord(" ")][::41]:  # layout alone is not covered
+        flipped = bytearray(data)
+        flipped[at] ^= 1 << bit
+        (tmp_path / "kv_cache.json").write_bytes(flipped)
+        with pytest.raises(KvfoldError) as caught:
+            read_metadata(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("layers.0.value.tensors", ["clip", "matrix"]),  # values have no run-time basis
+        ("layers.1.value.tensors", ["offset"]),
+        ("layers.0.key.tensors", ["matrix", "matrix"]),
+    ],
+)
+def test_tensors_that_a_side_cannot_have(path, value):
+    with pytest.raises(KvfoldError):
+        parse_metadata(dump_fields(changed(path, value)))

@@ -1,0 +1,217 @@
+"""Transforms against their formulas, and on heads that real models have too: dead, rank-deficient, huge biases."""
+
+import itertools
+
+import pytest
+import torch
+
+from kvfold.compress.calibrate import LayerStats
+from kvfold.compress.candidates import best_clip, key_candidates, value_basis, value_candidates
+from kvfold.compress.recipe import Recipe
+from kvfold.compress.transforms.basis import mixing_matrix
+from kvfold.compress.transforms.reorder import reorder
+from kvfold.compress.transforms.rotate import balance, rotate, unit_scale
+from kvfold.compress.transforms.smooth import pair_scale, smooth
+from kvfold.compress.transforms.whiten import CLASS_LEVELS, compositions, water_fill, whiten, whitened
+from kvfold.kernels.formats import GAUSSIAN_MSE, PLANE_WIDTHS, Format, uniform
+from kvfold.kernels.quantizer import round_trip
+
+
+def make_stats(head_dim=16, heads=2, seed=0, tokens=600, kind="plain"):
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(n):
+        mix = torch.randn(heads, head_dim, head_dim, generator=g) * torch.logspace(0.5, -1.5, head_dim)[:, None]
+        return torch.randn(heads, n, head_dim, generator=g) @ mix
+
+    keys, values, queries = draw(tokens) + 2, draw(tokens), draw(tokens)
+    if kind == "bias":
+        keys[..., 1] += 150
+    if kind == "dead":
+        keys[0], values[0], queries[0] = 0, 0, 0
+    if kind == "rank":
+        keys, values = keys[..., :1] * torch.ones(head_dim), values[..., :1] * torch.ones(head_dim)
+    wo = torch.randn(heads, 40, head_dim, generator=g).double()
+
+    def cov(x):
+        centred = x.double() - x.double().mean(1, keepdim=True)
+        return centred.mT @ centred / x.shape[1]
+
+    return LayerStats(
+        keys.double().mean(1), cov(keys), queries.double().mT @ queries.double() / tokens, values.double().mean(1), cov(values),
+        wo.mT @ wo, keys.double().abs().amax(1), keys, values,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [8, 16, 24, 40, 80])
+def test_mixing_matrices_are_orthogonal_and_spread(n):
+    h = mixing_matrix(n, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(h @ h.mT, torch.eye(n, dtype=torch.float64))
+    assert float(h.abs().max()) < 0.9
+    assert torch.equal(h, mixing_matrix(n, torch.Generator().manual_seed(1)))
+    assert not torch.equal(h, mixing_matrix(n, torch.Generator().manual_seed(2)))
+
+
+def test_whitened_coordinates_are_uncorrelated_and_measure_logit_error():
+    stats = make_stats()
+    basis, variances = whitened(stats)
+    torch.testing.assert_close(basis @ stats.key_cov @ basis.mT, torch.diag_embed(variances), rtol=1e-9, atol=1e-9)
+    assert bool((variances.diff(dim=-1) <= 1e-9).all())
+    delta = torch.randn(16, dtype=torch.float64)
+    logit_error = delta @ stats.query_moment[0] @ delta
+    assert abs(float((basis[0] @ delta).square().sum() / logit_error) - 1) < 0.05  # up to the regularisation
+
+
+def test_whiten_brings_every_channel_to_unit_variance_and_half_whitens_classes():
+    stats = make_stats()
+    fmt = Format(((8, 16), (8, 2)))
+    found = whiten(stats, fmt, torch.Generator().manual_seed(0))
+    variance = (found.matrix @ stats.key_cov @ found.matrix.mT).diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(variance, torch.ones_like(variance))
+    assert torch.equal(found.offset, stats.key_mean)
+    # the error of one shared step in class c is n·Σ_i [(M⁻¹ᵀ Σ_q M⁻¹)_ii] with unit variances: (Σ √λ)² at its best
+    inverse = torch.linalg.inv(found.matrix[0])
+    weight = (inverse.mT @ stats.query_moment[0] @ inverse).diagonal()[:8].sum() * 8
+    _, variances = whitened(stats)
+    assert float(weight / variances[0, :8].sqrt().sum() ** 2) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("head_dim", [16, 24, 64])
+def test_compositions_are_all_ways_to_cut(head_dim):
+    sizes = compositions(head_dim)
+    assert (sizes.sum(1) == head_dim).all() and (sizes % 8 == 0).all() and (sizes >= 0).all()
+    n, k = head_dim // 8, len(CLASS_LEVELS)
+    expected = sum(1 for c in itertools.product(range(n + 1), repeat=k) if sum(c) == n) if n <= 3 else len(sizes)
+    assert len(sizes) == expected == len({tuple(row) for row in sizes.tolist()})
+
+
+@pytest.mark.parametrize("head_dim", [80, 96, 128, 256])
+def test_compositions_stay_bounded_for_wide_heads(head_dim):
+    sizes = compositions(head_dim)
+    assert 100 < len(sizes) <= 120_000 and (sizes.sum(1) == head_dim).all() and (sizes % 8 == 0).all()
+
+
+def test_water_filling_is_the_cheapest_cut():
+    _, variances = whitened(make_stats(head_dim=16))
+
+    def cost(classes):
+        total, start = 0.0, 0
+        for channels, levels in classes:
+            part = variances[:, start : start + channels].sqrt().sum(-1) ** 2 / channels
+            total += float((GAUSSIAN_MSE[levels] * part / variances.sum(-1)).sum())
+            start += channels
+        return total
+
+    for limit in (1.0, 1.5, 2.0, 3.0):
+        [found] = water_fill(variances, (limit,))
+        cuts = [((8, a), (8, b)) for a in CLASS_LEVELS for b in CLASS_LEVELS if a > b] + [
+            ((16, a),) for a in CLASS_LEVELS if a
+        ]
+        allowed = [c for c in cuts if sum(n * sum(PLANE_WIDTHS[levels]) for n, levels in c) / 16 <= limit]
+        assert cost(found.classes) == pytest.approx(min(map(cost, allowed)))
+
+
+def test_values_get_equal_variance_from_a_rotation_and_keep_their_norm():
+    stats = make_stats()
+    matrix = rotate(stats, torch.Generator().manual_seed(0))
+    gram = matrix @ matrix.mT
+    scale = gram[:, 0, 0]
+    torch.testing.assert_close(gram, scale[:, None, None] * torch.eye(16, dtype=torch.float64).expand(2, -1, -1))
+    assert torch.equal(scale.log2() / 2, (scale.log2() / 2).round())  # a power of two: exact in any float type
+    variance = (matrix @ stats.value_cov @ matrix.mT).diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(variance, variance.mean(-1, keepdim=True).expand_as(variance))
+    rms = (stats.value_sample @ matrix.float().mT).square().mean((1, 2)).sqrt()
+    assert bool(((rms > 0.5) & (rms < 2)).all())
+
+
+@pytest.mark.parametrize("kind", ["dead", "rank", "bias"])
+@pytest.mark.parametrize("key", ["whiten", "smooth", "reorder", "none"])
+@pytest.mark.parametrize("value", ["rotate", "balance", "reorder", "none"])
+def test_difficult_heads_stay_finite(kind, key, value):
+    stats = make_stats(kind=kind)
+    recipe = Recipe.model_validate(
+        {"key": {"transform": key, "group_size": 8}, "value": {"transform": value, "group_size": 8}}
+    )
+    if key in ("whiten", "smooth"):
+        recipe = recipe.model_copy(update={"key": recipe.key.model_copy(update={"group_size": 0})})
+    basis = value_basis(stats, recipe, 0)
+    for candidate in [*key_candidates(stats, recipe, 0, False), *value_candidates(stats, recipe, basis)]:
+        assert 0 <= candidate.distortion < float("inf")
+    for candidate in key_candidates(stats, recipe, 0, False):
+        spec = candidate.spec
+        if spec.matrix is not None:
+            assert bool(torch.isfinite(spec.matrix).all()) and bool(torch.isfinite(spec.query_matrix).all())
+            query = torch.randn(2, 5, 16)
+            exact = query @ (stats.key_sample - (0 if spec.offset is None else spec.offset[:, None])).mT
+            got = spec.apply_query(query) @ spec.apply(stats.key_sample).mT
+            assert float((got - exact).abs().max()) <= 2e-3 * (1 + float(exact.abs().max()))
+    assert bool(torch.isfinite(torch.linalg.inv(basis)).all())
+
+
+def test_whitening_beats_plain_uniform_keys_at_equal_bits():
+    stats = make_stats(head_dim=64, kind="bias")
+    whitened_keys = {str(c.spec.format): c for c in key_candidates(stats, Recipe(), 0, False)}
+    plain = key_candidates(stats, Recipe.model_validate({"key": {"transform": "none"}}), 0, False)
+    two_bit = next(c for c in plain if c.spec.format == uniform(64, 4))
+    best = min(c.distortion for c in whitened_keys.values() if c.spec.format.payload_bits <= 2.25)
+    assert best < two_bit.distortion / 20
+
+
+def test_more_bits_never_measure_worse_by_much():
+    stats = make_stats(head_dim=64)
+    for group in (
+        key_candidates(stats, Recipe(), 0, False),
+        value_candidates(stats, Recipe(), value_basis(stats, Recipe(), 0)),
+    ):
+        ordered = sorted(group, key=lambda c: c.spec.format.payload_bits)
+        assert all(b.distortion < 1.1 * a.distortion for a, b in itertools.pairwise(ordered))
+        assert ordered[-1].distortion < ordered[0].distortion / 1000
+
+
+def test_balance_makes_the_product_of_metric_and_covariance_even():
+    stats = make_stats()
+    matrix = balance(stats, torch.Generator().manual_seed(0))
+    inverse = torch.linalg.inv(matrix)
+    variance = (matrix @ stats.value_cov @ matrix.mT).diagonal(dim1=-2, dim2=-1)
+    weight = (inverse.mT @ stats.output_metric @ inverse).diagonal(dim1=-2, dim2=-1)
+    for x in (variance, weight):
+        assert float((x / x.mean(-1, keepdim=True) - 1).abs().max()) < 0.05
+
+
+def test_unit_scale_only_scales():
+    matrix = unit_scale(make_stats())
+    assert torch.equal(matrix, torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1)))
+
+
+def test_smoothing_shares_a_scale_in_each_pair_and_lowers_the_error():
+    stats = make_stats(kind="bias")
+    fmt = uniform(16, 16)
+    found = smooth(stats, fmt).pair_scale
+    assert torch.equal(found[:, :8], found[:, 8:])
+
+    def error(scale):
+        divided = stats.key_sample / scale[:, None].float()
+        delta = (round_trip(divided, fmt) - divided).double() * scale[:, None]
+        return float(torch.einsum("hti,hij,htj->", delta, stats.query_moment, delta))
+
+    tried = [error(pair_scale(stats, i / 20)) for i in range(21)]
+    assert error(found) == pytest.approx(min(tried)) and min(tried) < tried[0]
+    assert torch.equal(*pair_scale(stats, 0.5, shared=True))
+
+
+def test_reordering_groups_channels_of_like_range():
+    widths = torch.tensor([1.0, 9.0] * 8)
+    sample = torch.randn(2, 300, 16, generator=torch.Generator().manual_seed(0)) * widths
+    order = reorder(sample, 8, 0)
+    assert torch.equal(order.sum(1), torch.ones(2, 16, dtype=torch.float64)) and torch.equal(order.sum(2), order.sum(1))
+    moved = sample @ order.float().mT
+    spans = (moved.amax(1) - moved.amin(1)).unflatten(-1, (2, 8))
+    assert bool((spans[:, 0].amax(-1) < spans[:, 1].amin(-1)).all())
+
+
+def test_clip_is_the_best_of_the_grid():
+    x = torch.randn(2, 400, 16, generator=torch.Generator().manual_seed(0))
+    metric = torch.eye(16, dtype=torch.float64).expand(2, -1, -1)
+    clip, error = best_clip(x, uniform(16, 4), metric)
+    unclipped = (round_trip(x, uniform(16, 4)) - x).double().square().sum((1, 2)) / 400
+    assert bool((clip < 1).all()) and bool((error < unclipped).all())
