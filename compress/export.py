@@ -34,6 +34,13 @@ ROUNDING_LIMIT = 1e-3  # nats of KL that rounding the fused weights may cost bef
 
 
 def export(plan: Plan, layers: list[Layer], rounding_kl: float, out: Path) -> Artifact:
+    """Writes the artifact of what the search found; the checkpoint is read again, in its own dtype.
+
+    Args:
+        layers: the choices, one a layer.
+        rounding_kl: nats that rounding the fused weights costs; above ROUNDING_LIMIT they are written in float32.
+        out: the artifact's folder.
+    """
     stage("writing and checking the artifact")
     own: torch.dtype = plan.config.dtype or torch.float32
     dtype = own if rounding_kl <= ROUNDING_LIMIT else torch.float32

@@ -1,6 +1,5 @@
 """`compress`: calibrate → candidates → sensitivities → allocation → fuse → export."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -10,8 +9,7 @@ from kvfold.compress.export import export
 from kvfold.compress.plan import make_plan, pick_device
 from kvfold.compress.recipe import Recipe
 from kvfold.compress.search import search
-from kvfold.compress.work import fingerprint, open_work, weights_fingerprint
-from kvfold.errors import KvfoldError
+from kvfold.compress.work import fingerprint, weights_fingerprint, work_folder
 from kvfold.exports.reader import Artifact
 from kvfold.exports.writer import check_output
 
@@ -56,13 +54,6 @@ def compress(
             "device": target.type,
         }
     )
-    work = open_work(out, key, resume)
-    try:
-        with torch.inference_mode():
-            layers, rounding_kl = search(plan, work, target)
-            artifact = export(plan, layers, rounding_kl, out)
-    except KvfoldError:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    shutil.rmtree(work, ignore_errors=True)
-    return artifact
+    with work_folder(out, key, resume) as work, torch.inference_mode():
+        layers, rounding_kl = search(plan, work, target)
+        return export(plan, layers, rounding_kl, out)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ def pick_device(name: str) -> torch.device:
     Raises:
         KvfoldError: no such device here.
     """
+    if name.split(":")[0] == "meta":
+        raise KvfoldError("Device 'meta' holds no numbers to compute with; give 'auto', 'cpu' or 'cuda'.")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -56,6 +59,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def make_plan(model: str, budget: str, calib: str | None, recipe: Recipe, context: int | None) -> Plan:
+    """Finds the model and checks everything that can be checked before its weights are read.
+
+    Args:
+        model, budget, calib, recipe, context: as in `pipeline.compress`.
+    Raises:
+        KvfoldError: what is wrong with any of them.
+    """
     stage(f"finding the model '{model}'")
     source = resolve_model(model)
     config = read_config(source.path)
@@ -70,7 +80,7 @@ def make_plan(model: str, budget: str, calib: str | None, recipe: Recipe, contex
         cache_nbytes(geometry, [(k, v)] * config.num_hidden_layers, allowance.at),
     )
     name, documents = read_documents(calib)
-    tokenizer = AutoTokenizer.from_pretrained(source.path)
+    tokenizer = _load_tokenizer(source.path)
     c = recipe.calibration
     sequences = sample_sequences(
         tokenizer, documents, c.num_sequences, min(c.seq_len, config.max_position_embeddings), recipe.seed, name
@@ -87,13 +97,32 @@ def _least_formats(recipe: Recipe, head_dim: int) -> tuple[Format, Format]:
     coded = max(8, int(min(recipe.key.bits) * head_dim) // 8 * 8)
     whole, rest = divmod(coded, head_dim)
     if whole:  # a bit or more each: any format of that many code bits has the same size
-        return Format(((head_dim, {1: 2, 2: 4, 3: 8, 4: 16}[whole]),)), value
+        return Format(((head_dim, {1: 2, 2: 4, 3: 8}.get(whole, 16)),)), value
     return Format(((rest, 2), (head_dim - rest, 0))), value
 
 
+def _load_tokenizer(path: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise KvfoldError(
+            f"'{path}' holds no tokenizer that can be loaded ({type(error).__name__}); put the model's tokenizer files there."
+        ) from error
+
+
 def check_reach(budget: Budget, geometry: Geometry, num_layers: int, least: int) -> None:
+    """Refuses a budget below `least` bytes, the smallest cache that the search can choose.
+
+    Raises:
+        KvfoldError: naming the smallest budget that works, or, where even 16 bits would not, the length.
+    """
     if budget.nbytes < least:
         bits = ceil(8000 * least / geometry.elements(budget.at, num_layers)) / 1000
+        if bits > 16:
+            raise KvfoldError(
+                f"Budget '{budget.request}' counts at {budget.at} tokens, where the 16-bit sinks, window and first page alone are "
+                f"more than an uncompressed cache ({least} bytes); choose a longer context."
+            )
         raise KvfoldError(
             f"Budget '{budget.request}' is {budget.nbytes} bytes at {budget.at} tokens, out of reach: the smallest cache of this model takes "
             f"{least} bytes; ask for at least {bits} bits or {least}B@{budget.at}."

@@ -81,4 +81,5 @@ def head_dim_of(config: Any) -> int:
 
 
 def num_kv_heads_of(config: Any) -> int:
+    """Heads that keys and values have; as many as queries have without grouping."""
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -17,7 +17,7 @@ def parse_nbytes(value: int | str) -> int:
     unit = UNITS.get(match[2].upper()) if match else None
     try:
         nbytes = int(float(match[1]) * unit) if match and unit else 0
-    except ValueError:
+    except (ValueError, OverflowError):
         nbytes = 0
     if nbytes <= 0:
         raise KvfoldError(f"'{value}' is not a number of bytes; write for example 536870912, '512MiB' or '1.5GB'.")

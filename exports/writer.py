@@ -53,6 +53,13 @@ def check_output(out: Path, need_nbytes: int) -> None:
         )
 
 
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that no space is left; safetensors raises its own kind, with the system's number in the text."""
+    if isinstance(error, SafetensorError):
+        return f"os error {errno.ENOSPC}" in str(error)
+    return isinstance(error, OSError) and error.errno == errno.ENOSPC
+
+
 def write_tensors(path: Path, specs: list[LayerSpec]) -> None:
     """kv_cache.safetensors: float32, named layers.I.key|value.matrix|offset|clip."""
     tensors = {}
@@ -100,7 +107,7 @@ def write_artifact(
         recipe: recipe.yaml's text.
         license_id: of the base model, if known.
     Raises:
-        KvfoldError: the disk is full; nothing is left behind.
+        OSError, SafetensorError: what the system says, e.g. a full disk (`is_disk_full`); nothing is left behind.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.with_name(out.name + ".partial")
@@ -116,12 +123,6 @@ def write_artifact(
         (scratch / METADATA_NAME).write_text(dump_metadata(complete), encoding="utf-8")
         read_artifact(scratch)
         _swap(scratch, out)
-    except (OSError, SafetensorError) as error:  # safetensors raises its own kind, with the system's number in the text
-        if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error):
-            raise KvfoldError(
-                f"The disk filled up while writing '{out}'; free some space or choose another --out."
-            ) from error
-        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return read_artifact(out)

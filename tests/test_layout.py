@@ -1,0 +1,164 @@
+"""The layout: one-way imports, the folders' names, and life beside an installed Hugging Face `kernels` package."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("kernels", "exports", "compress", "runtime")
+FILES = sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py"))
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "exports": {"exports", "kernels"},
+    "compress": {"compress", "exports", "kernels"},
+    "runtime": {"runtime", "exports", "kernels"},
+}
+LOADERS = {"compress/cli.py", "compress/evaluate.py", "compress/generate.py"}  # commands that run an artifact
+MOST_LINES = 400
+
+
+def relative(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+def parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """Dotted names that a module imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def run(code: str, *path: Path, cwd: Path = ROOT) -> str:
+    """stdout of `python -c code` in the repository root, with `path` in front of the installed packages."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_files_were_found():
+    assert len(FILES) > 20
+    assert {f.relative_to(ROOT).parts[0] for f in FILES} == set(FOLDERS)
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_imports_go_one_way(file):
+    name = relative(file)
+    allowed = MAY_IMPORT[name.split("/")[0]] | ({"runtime"} if name in LOADERS else set())
+    for module in imported(parse(file)):
+        top, _, rest = module.partition(".")
+        assert top not in FOLDERS, f"{name} imports {module}, which is only kvfold.{module} when installed"
+        if top == "kvfold" and rest.split(".")[0] in FOLDERS:
+            assert rest.split(".")[0] in allowed, f"{name} imports {module}"
+
+
+def test_errors_import_nothing():
+    for file in (ROOT / "src" / "kvfold").glob("*.py"):
+        assert all(name.startswith("kvfold.errors") for name in imported(parse(file)))
+
+
+def test_kernels_is_no_package_of_its_own():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_links_lead_to_the_folders():
+    for folder in FOLDERS:
+        link = ROOT / "src" / "kvfold" / folder
+        assert link.is_symlink() and not Path(os.readlink(link)).is_absolute()
+        assert link.resolve() == ROOT / folder
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_file(file):
+    text = file.read_text(encoding="utf-8")
+    assert text.count("\n") <= MOST_LINES
+    tree = parse(file)
+    assert ast.get_docstring(tree), "no module docstring"
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{node.name} has no docstring"
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_nothing_unpickles(file):
+    tree = parse(file)
+    tops = {name.split(".")[0] for name in imported(tree)}
+    assert not tops & {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in {"torch.load", "torch.save", "eval", "exec", "numpy.load", "np.load"}, called
+            if called.endswith("from_pretrained"):
+                trust = [k.value for k in node.keywords if k.arg == "trust_remote_code"]
+                assert all(isinstance(v, ast.Constant) and v.value is False for v in trust)
+
+
+def test_bare_import_from_the_root_is_the_installed_module():
+    code = "import {0}; from kvfold import {0} as r; assert {0} is r; assert r.__name__ == 'kvfold.{0}'"
+    run("; ".join(code.format(folder) for folder in ("runtime", "exports", "compress")))
+
+
+# A stand-in for Hugging Face's `kernels`: whatever is asked of it is a decorator that does nothing.
+FAKE = """
+class Anything:
+    def __init__(self, *args, **kwargs): pass
+    def __call__(self, decorated): return decorated
+def __getattr__(name):
+    if name.startswith("__"): raise AttributeError(name)
+    return Anything
+"""
+IMPORTS = (
+    "import transformers; from transformers import LlamaForCausalLM; import kvfold.runtime, kvfold.kernels.formats; "
+)
+
+
+def install_fake(folder: Path, version: str) -> Path:
+    """A `kernels` distribution of that version."""
+    (folder / "kernels").mkdir()
+    (folder / "kernels" / "__init__.py").write_text(FAKE)
+    info = folder / f"kernels-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n")
+    (info / "top_level.txt").write_text("kernels\n")
+    return folder
+
+
+@pytest.mark.parametrize("version", ["in range", "0.0.1"])
+def test_beside_an_installed_kernels_package(tmp_path, version):
+    """In transformers' range of versions its models import a dozen names from `kernels`, out of it they leave it alone."""
+    inside = version == "in range"
+    if inside:
+        from transformers.utils import import_utils
+
+        version = getattr(import_utils, "KERNELS_MIN_VERSION", None) or pytest.skip("this transformers states no range")
+    fake = install_fake(tmp_path, version)
+    code = IMPORTS + (
+        "import kernels; from transformers.utils import is_kernels_available; "
+        "print(kernels.__file__, kvfold.kernels.formats.__file__, is_kernels_available())"
+    )
+    theirs, ours, available = run(code, fake).split()
+    assert Path(theirs) == fake / "kernels" / "__init__.py"
+    assert Path(ours).resolve() == ROOT / "kernels" / "formats.py"
+    assert available == str(inside)
+
+
+def test_without_a_kernels_package():
+    """The folder `kernels/` in the working directory isn't taken for Hugging Face's package."""
+    code = IMPORTS + (
+        "from importlib.util import find_spec; from transformers.utils import is_kernels_available; "
+        "real = getattr(find_spec('kernels'), 'origin', None); assert real or not is_kernels_available()"
+    )
+    run(code)
