@@ -47,11 +47,13 @@ def write_gguf(path: Path, dtype: torch.dtype, arch: str = "llama", head: torch.
     writer.add_layer_norm_rms_eps(model.config.rms_norm_eps)
     writer.add_vocab_size(SHAPE["vocab_size"])
     alphabet = bytes_to_unicode()
-    tokens = ["<|endoftext|>", "th", *(alphabet[i] for i in range(2, 128))]
+    tokens = ["<|endoftext|>", "th", "in", *(alphabet[i] for i in range(3, 128))]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * 127)
-    writer.add_token_merges(["t h"])
+    writer.add_token_merges(["t h", "i n"])  # older readers take a list of one for a string
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, SHAPE["num_hidden_layers"])
     for name, tensor in model.state_dict().items():
