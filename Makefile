@@ -10,7 +10,7 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help compress eval quality test lint typecheck clean
+.PHONY: help compress eval bench test lint typecheck clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -28,7 +28,7 @@ compress: $(READY)  ## compress MODEL under BUDGET and print the artifact's path
 eval: $(READY)  ## measure the artifact OUT (default: what `make compress` writes) on TEXT
 	@$(BIN)/kvfold eval '$(or $(OUT),artifacts/$(notdir $(MODEL))-$(subst @,-at-,$(BUDGET)))' $(if $(TEXT),--text '$(TEXT)') $(ARGS)
 
-quality: $(READY)  ## the README's table: budgets 2.3, 3.0 and 4.5 of MODEL, measured on TEXT
+bench: $(READY)  ## the README's table: budgets 2.3, 3.0 and 4.5 of MODEL, measured on TEXT
 	@$(BIN)/python benchmarks/quality.py '$(MODEL)' $(if $(TEXT),--text '$(TEXT)') $(ARGS)
 
 test: $(READY)  ## run the tests
