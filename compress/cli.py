@@ -64,6 +64,7 @@ def describe(metadata: Metadata, at: int | None = None) -> dict[str, Any]:
         "sinks": geometry.sinks,
         "window": geometry.window,
         "page_tokens": geometry.page_tokens,
+        "kl": metadata.calibration.kl,
         "covered_positions": metadata.calibration.covered_positions,
         "layers": layers,
     }
@@ -86,7 +87,8 @@ def print_table(metadata: Metadata, at: int | None = None) -> None:
     print(
         f"{format_nbytes(info['bytes'])} ({info['bytes']} bytes) instead of {format_nbytes(info['bytes_16bit'])}: "
         f"{info['effective_bits']:.3f} effective bits, {info['payload_bits']:.3f} in pages; "
-        f"{info['sinks']} sinks and a window of {info['window']} tokens in 16 bits; predicted loss {total:.4f} nats of KL; "
+        f"{info['sinks']} sinks and a window of {info['window']} tokens in 16 bits; KL on calibration text {info['kl']:.4f} nats "
+        f"(predictions, each layer alone, add up to {total:.4f}); "
         f"calibrated for positions up to {info['covered_positions']}."
     )
 

@@ -12,7 +12,7 @@ from kvfold.compress.candidates import KeyCandidate
 from kvfold.compress.models import ALIASES, load_model
 from kvfold.compress.plan import Plan
 from kvfold.compress.progress import stage
-from kvfold.compress.search import Layer, fused_parameters, set_parameters
+from kvfold.compress.search import Found, fused_parameters, set_parameters
 from kvfold.exports.account import cache_nbytes, payload_bits
 from kvfold.exports.reader import Artifact
 from kvfold.exports.schema import (
@@ -33,17 +33,17 @@ from kvfold.exports.writer import write_artifact
 ROUNDING_LIMIT = 1e-3  # nats of KL that rounding the fused weights may cost before they are written in float32
 
 
-def export(plan: Plan, layers: list[Layer], rounding_kl: float, out: Path) -> Artifact:
+def export(plan: Plan, found: Found, out: Path) -> Artifact:
     """Writes the artifact of what the search found; the checkpoint is read again, in its own dtype.
 
     Args:
-        layers: the choices, one a layer.
-        rounding_kl: nats that rounding the fused weights costs; above ROUNDING_LIMIT they are written in float32.
+        found: the choices; where rounding the fused weights costs more than ROUNDING_LIMIT they are written in float32.
         out: the artifact's folder.
     """
+    layers = found.layers
     stage("writing and checking the artifact")
     own: torch.dtype = plan.config.dtype or torch.float32
-    dtype = own if rounding_kl <= ROUNDING_LIMIT else torch.float32
+    dtype = own if found.rounding_kl <= ROUNDING_LIMIT else torch.float32
     specs = [LayerSpec(_fused_key(layer.key), layer.value.spec) for layer in layers]
 
     def save_model(folder: Path) -> None:
@@ -53,7 +53,7 @@ def export(plan: Plan, layers: list[Layer], rounding_kl: float, out: Path) -> Ar
         model.save_pretrained(folder)
         plan.tokenizer.save_pretrained(folder)
 
-    metadata = _metadata(plan, layers, specs, rounding_kl, dtype)
+    metadata = _metadata(plan, found, specs, dtype)
     alias = ALIASES.get(plan.source.name)
     return write_artifact(out, metadata, specs, save_model, plan.recipe.dump(), alias.license if alias else None)
 
@@ -63,9 +63,7 @@ def _fused_key(key: KeyCandidate) -> KeySpec:
     return key.spec if key.pair_scale is None else replace(key.spec, matrix=None)
 
 
-def _metadata(
-    plan: Plan, layers: list[Layer], specs: list[LayerSpec], rounding_kl: float, dtype: torch.dtype
-) -> Metadata:
+def _metadata(plan: Plan, found: Found, specs: list[LayerSpec], dtype: torch.dtype) -> Metadata:
     g, at = plan.geometry, plan.budget.at
     formats = [(spec.key.format, spec.value.format) for spec in specs]
 
@@ -84,6 +82,7 @@ def _metadata(
     raw = plan.num_layers * g.raw_rows * g.num_kv_heads * g.head_dim * 4
     pages = sum(g.side_nbytes(k, at) + g.side_nbytes(v, at) for k, v in formats)
     elements = g.elements(at, plan.num_layers)
+    lengths = [2**i for i in range(9, 31) if 2**i <= plan.config.max_position_embeddings]
     return Metadata(
         format_version=FORMAT_VERSION,
         cache=CacheModel(
@@ -92,19 +91,19 @@ def _metadata(
         ),
         layers=[
             LayerModel(key=side(spec.key, layer.key_loss), value=side(spec.value, layer.value_loss))
-            for spec, layer in zip(specs, layers, strict=True)
+            for spec, layer in zip(specs, found.layers, strict=True)
         ],
         budget=BudgetModel(request=plan.budget.request, at=at, bytes=plan.budget.nbytes),
         account=AccountModel(
             at=at, bytes=nbytes, bytes_16bit=2 * elements, page_bytes=pages, raw_bytes=raw, table_bytes=nbytes - pages - raw,
-            effective_bits=8 * nbytes / elements, payload_bits=payload_bits(formats),
+            bytes_at={str(n): cache_nbytes(g, formats, n) for n in lengths}, effective_bits=8 * nbytes / elements, payload_bits=payload_bits(formats),
         ),
         calibration=CalibrationModel(
             source=plan.text_name, num_sequences=len(plan.sequences), seq_len=plan.sequences[0].shape[1], seed=plan.recipe.seed,
-            spread=plan.spread, covered_positions=plan.spread * plan.sequences[0].shape[1],
+            spread=plan.spread, covered_positions=plan.spread * plan.sequences[0].shape[1], kl=found.kl,
         ),
         provenance=ProvenanceModel(
-            model=plan.source.name, revision=plan.source.revision, rounding_kl=rounding_kl, fused_dtype=str(dtype).removeprefix("torch."),
+            model=plan.source.name, revision=plan.source.revision, rounding_kl=found.rounding_kl, fused_dtype=str(dtype).removeprefix("torch."),
             libraries={"kvfold": __version__, "python": platform.python_version(), "torch": version("torch"), "transformers": version("transformers")},
         ),
         files={},

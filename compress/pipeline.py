@@ -55,5 +55,4 @@ def compress(
         }
     )
     with work_folder(out, key, resume) as work, torch.inference_mode():
-        layers, rounding_kl = search(plan, work, target)
-        return export(plan, layers, rounding_kl, out)
+        return export(plan, search(plan, work, target), out)

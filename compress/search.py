@@ -14,7 +14,7 @@ from kvfold.compress.fuse import fuse_pair_scale, fuse_values
 from kvfold.compress.models import load_model
 from kvfold.compress.plan import Plan, check_reach
 from kvfold.compress.progress import progress, stage
-from kvfold.compress.sensitivity import Probe, sensitivities
+from kvfold.compress.sensitivity import Probe, packing_tap, sensitivities
 from kvfold.compress.tap import NAME as TAP
 from kvfold.exports.architectures import Architecture
 
@@ -30,8 +30,23 @@ class Layer:
     value_loss: float
 
 
-def search(plan: Plan, work: Path, device: torch.device) -> tuple[list[Layer], float]:
-    """Returns the layers' choices, and the KL that rounding the fused weights to the model's own type costs."""
+@dataclass(frozen=True)
+class Found:
+    """What the search found.
+
+    Attributes:
+        layers: the choices.
+        kl: nats of KL with all of them together, on the probe sequences.
+        rounding_kl: nats of KL that rounding the fused weights to the model's own type costs.
+    """
+
+    layers: list[Layer]
+    kl: float
+    rounding_kl: float
+
+
+def search(plan: Plan, work: Path, device: torch.device) -> Found:
+    """Runs calibration, sensitivities and allocation; `work` holds what an interrupted run has finished."""
     recipe, geometry, budget = plan.recipe, plan.geometry, plan.budget
     dtype: torch.dtype = plan.config.dtype or torch.float32
     stage(
@@ -66,10 +81,12 @@ def search(plan: Plan, work: Path, device: torch.device) -> tuple[list[Layer], f
         k, v = chosen[i], chosen[plan.num_layers + i]
         losses = groups[i][k].loss, groups[plan.num_layers + i][v].loss
         layers.append(Layer(keys[i][k], values[i][v], matrices[i], *losses))
-    stage("fusing, and measuring what rounding the fused weights costs")
+    stage("measuring all choices together, then what rounding the fused weights costs")
+    taps = [packing_tap(geometry, probe.device, x.key.spec, x.value.spec, x.matrix) for x in layers]
+    together = probe.whole_model(taps)
     for attention, layer in zip(plan.arch.attention_modules(model), layers, strict=True):
         set_parameters(attention, fused_parameters(attention, plan.arch, layer), dtype)
-    return layers, probe.whole_model()
+    return Found(layers, together, probe.whole_model())
 
 
 def _compute_dtype(plan: Plan, device: torch.device) -> torch.dtype:

@@ -8,6 +8,7 @@ distortions, since KL is quadratic in a small error.
 
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from kvfold.compress.candidates import KeyCandidate, ValueCandidate
 from kvfold.compress.layerwise import LayerRunner
 from kvfold.compress.progress import progress
-from kvfold.compress.tap import tapped
+from kvfold.compress.tap import Tap, tapped
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import Architecture
 from kvfold.exports.spec import KeySpec, ValueSpec
@@ -36,12 +37,14 @@ def packed_attention(
     key_spec: KeySpec | None = None,
     value_spec: ValueSpec | None = None,
     value_matrix: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of one whole sequence as the packed cache computes it, with either side left as it is.
 
     Args:
         query: [H, T, D]; key, value: [Hkv, T, D]; after RoPE.
         value_matrix: float [Hkv, D, D], the basis that values are quantised in; it is undone on the output.
+        mask: bool [T, T] where attention is narrower than causal, e.g. a sliding window.
     Returns:
         float32 [H, T, D].
     """
@@ -65,7 +68,7 @@ def packed_attention(
         Tile(raw_k, raw_v, positions, False),
         Tile(cached_k[:, packed], cached_v[:, packed], positions[packed], True),
     ]
-    out = attend(query, positions, limit, tiles, sinks=geometry.sinks, scaling=scaling)
+    out = attend(query, positions, limit, tiles, sinks=geometry.sinks, scaling=scaling, mask=mask)
     if value_matrix is not None:
         inverse = torch.linalg.inv(value_matrix.double()).float()
         out = (out.unflatten(0, (inverse.shape[0], -1)) @ inverse.mT[:, None]).flatten(0, 1)
@@ -111,7 +114,7 @@ class Probe:
                 count += len(p)
         return max(total / count, 0.0)
 
-    def measure(self, layer: int, tap: Any) -> float:
+    def measure(self, layer: int, tap: Tap) -> float:
         """KL with one layer's attention replaced by `tap`."""
         finals = []
         for runner, hidden in zip(self.runners, self.hidden, strict=True):
@@ -120,9 +123,37 @@ class Probe:
             finals.append(self._normed(runner.run_from(layer + 1, state)))
         return self.kl(finals)
 
-    def whole_model(self) -> float:
-        """KL of the model as its weights are now against the baseline."""
+    def whole_model(self, taps: list[Tap] | None = None) -> float:
+        """KL of the model as its weights are now, with every layer tapped if `taps` are given, against the baseline."""
+        with ExitStack() as stack:
+            for attention, tap in zip(self.attentions, taps or [], strict=False):
+                stack.enter_context(tapped(attention, tap))
+            return self._whole_model()
+
+    def _whole_model(self) -> float:
         return self.kl([self._normed(runner.run_from(0, runner.embedded)) for runner in self.runners])
+
+
+def packing_tap(
+    geometry: Geometry,
+    device: torch.device,
+    key_spec: KeySpec | None = None,
+    value_spec: ValueSpec | None = None,
+    value_matrix: Tensor | None = None,
+) -> Tap:
+    """A tap that computes `packed_attention` of either side or both."""
+    options: dict[str, Any] = {
+        "key_spec": key_spec and key_spec.to(device),
+        "value_spec": value_spec and value_spec.to(device),
+        "value_matrix": None if value_matrix is None else value_matrix.to(device),
+    }
+
+    def tap(module, query, key, value, mask, scaling):
+        narrow = None if mask is None else mask[0, 0]
+        out = packed_attention(query[0], key[0], value[0], geometry, scaling, mask=narrow, **options)
+        return out.transpose(0, 1)[None].to(query.dtype)
+
+    return tap
 
 
 def sensitivities(
@@ -149,16 +180,10 @@ def sensitivities(
         name = f"{layer}.{side}"
         if name in found:
             continue
-        options: dict[str, Any] = (
-            {"key_spec": keys[layer].spec.to(probe.device)}
-            if side == "key"
-            else {"value_spec": values[layer].spec.to(probe.device), "value_matrix": matrices[layer].to(probe.device)}
-        )
-
-        def tap(module, query, key, value, mask, scaling, options=options):
-            out = packed_attention(query[0], key[0], value[0], geometry, scaling, **options)
-            return out.transpose(0, 1)[None].to(query.dtype)
-
+        if side == "key":
+            tap = packing_tap(geometry, probe.device, key_spec=keys[layer].spec)
+        else:
+            tap = packing_tap(geometry, probe.device, value_spec=values[layer].spec, value_matrix=matrices[layer])
         found[name] = probe.measure(layer, tap)
         scratch = path.with_suffix(".part")
         scratch.write_text(json.dumps(found))

@@ -77,10 +77,11 @@ def read_artifact(path: Path | str) -> Artifact:
     _check_config(path, metadata)
     specs = _read_specs(path / TENSORS_NAME, metadata)
     account = metadata.account
-    if cache_nbytes(metadata.geometry, metadata.formats, account.at) != account.bytes:
-        raise KvfoldError(
-            f"{METADATA_NAME} states {account.bytes} bytes at {account.at} tokens, which its own formats contradict; {AGAIN}."
-        )
+    for at, nbytes in [(account.at, account.bytes), *((int(n), b) for n, b in account.bytes_at.items())]:
+        if cache_nbytes(metadata.geometry, metadata.formats, at) != nbytes:
+            raise KvfoldError(
+                f"{METADATA_NAME} states {nbytes} bytes at {at} tokens, which its own formats contradict; {AGAIN}."
+            )
     return Artifact(path, metadata, specs)
 
 

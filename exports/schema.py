@@ -66,7 +66,7 @@ class CacheModel(Strict):
 
 
 class AccountModel(Strict):
-    """Bytes of one sequence of `at` tokens, everything resident counted (exports/account.py)."""
+    """Bytes of one sequence of `at` tokens, everything resident counted (exports/account.py); `bytes_at`: of other lengths."""
 
     at: Positive
     bytes: Positive
@@ -74,6 +74,7 @@ class AccountModel(Strict):
     page_bytes: Count
     raw_bytes: Count
     table_bytes: Count
+    bytes_at: dict[str, Positive]
     effective_bits: Annotated[float, Field(ge=0)]  # of a short sequence, hundreds: the 16-bit rows are allocated whole
     payload_bits: Bits
 
@@ -91,6 +92,7 @@ class CalibrationModel(Strict):
     seed: Count
     spread: Positive
     covered_positions: Positive
+    kl: Loss
 
 
 class ProvenanceModel(Strict):
@@ -117,6 +119,8 @@ class Metadata(Strict):
     def _consistent(self) -> "Metadata":
         if len(self.layers) != self.cache.num_layers:
             raise ValueError(f"{len(self.layers)} layers are listed, but num_layers is {self.cache.num_layers}")
+        if not all(length.isascii() and length.isdecimal() for length in self.account.bytes_at):
+            raise ValueError("account.bytes_at has a key that is no number of tokens")
         if self.cache.num_heads % self.cache.num_kv_heads:
             raise ValueError("num_heads is not a multiple of num_kv_heads")
         for i, layer in enumerate(self.layers):

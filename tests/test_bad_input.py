@@ -21,7 +21,7 @@ from kvfold.compress.cli import main
 from kvfold.exports import writer
 from kvfold.exports.reader import read_artifact
 
-STAGES = tuple(f"kvfold: {word}" for word in ("finding the model", "reading ", "fusing", "writing and checking"))
+STAGES = tuple(f"kvfold: {word}" for word in ("finding the model", "reading ", "measuring all", "writing and checking"))
 
 
 def listing(folder: Path) -> set[tuple[str, int]]:

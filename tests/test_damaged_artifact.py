@@ -76,7 +76,8 @@ def test_flipped_byte(artifact, refused, name, place):
 
 
 def test_flipped_byte_in_the_metadata(artifact, tiny_artifact):
-    """Bytes all over kv_cache.json in turn: each is refused, but for 1e-05 that became 1E-05, the same content."""
+    """Bytes all over kv_cache.json in turn: each is refused, unless the content stays the same to the last bit
+    (1e-05 that became 1E-05, or the last of 17 digits, which a double may not tell apart)."""
     file = artifact / METADATA_NAME
     content = file.read_bytes()
     wanted = read_metadata(tiny_artifact)
@@ -90,7 +91,7 @@ def test_flipped_byte_in_the_metadata(artifact, tiny_artifact):
         except KvfoldError as error:
             assert "\n" not in str(error)
         file.write_bytes(content)
-    assert set(harmless) <= {"e"}
+    assert set(harmless) <= set("e0123456789") and len(harmless) < 10
 
 
 @pytest.mark.parametrize(

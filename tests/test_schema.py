@@ -37,10 +37,11 @@ FIELDS = {
     "budget": {"request": "12", "at": 81, "bytes": 15552},
     "account": {
         "at": 81, "bytes": 11560, "bytes_16bit": 20736, "page_bytes": 6936, "raw_bytes": 4352, "table_bytes": 272,
+        "bytes_at": {"1": 4624, "81": 11560},
         "effective_bits": 8.919753086419753, "payload_bits": 6.375,
     },
     "calibration": {
-        "source": "Prosa für Tests", "num_sequences": 2, "seq_len": 256, "seed": 0, "spread": 8, "covered_positions": 2048,
+        "source": "Prosa für Tests", "num_sequences": 2, "seq_len": 256, "seed": 0, "spread": 8, "covered_positions": 2048, "kl": 0.0625,
     },
     "provenance": {
         "model": "tiny", "revision": None, "libraries": {"kvfold": "0.1.0", "torch": "2.11.0"}, "rounding_kl": 2.5e-07,
@@ -85,7 +86,7 @@ def test_golden_text():
     assert '  "source": "Prosa für Tests",' in lines
     assert '    "predicted_loss": 1e-05' in lines
     assert '  "revision": null,' in lines
-    assert lines[-2:] == [' "digest": "33c4ceab4555b991a8eb212be0add61b4d80da7016dbc5eabcf9ba4a59557a56"', "}"]
+    assert lines[-2:] == [' "digest": "89a587400fc7e5636b6117736e04e1a204efcdbed8a3d3d2d6aa3291cda4377f"', "}"]
     assert text.endswith("}\n")
     assert (
         hashlib.sha256(text.encode()).hexdigest() == "1d41516213f7c5142500ef426c43061f784388b28efa2b6425a88b78707f4651"
