@@ -89,7 +89,7 @@ def test_golden_text():
     assert lines[-2:] == [' "digest": "89a587400fc7e5636b6117736e04e1a204efcdbed8a3d3d2d6aa3291cda4377f"', "}"]
     assert text.endswith("}\n")
     assert (
-        hashlib.sha256(text.encode()).hexdigest() == "1d41516213f7c5142500ef426c43061f784388b28efa2b6425a88b78707f4651"
+        hashlib.sha256(text.encode()).hexdigest() == "95e136b0ea52414d07fca855fd10751e89ec8a451ad3451232ea7921ed1e435c"
     )
 
 
