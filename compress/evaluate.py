@@ -1,7 +1,5 @@
 """What an artifact costs in quality: loss, KL and agreement against the 16-bit cache, teacher-forced through the packed cache."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from kvfold.compress.progress import progress
 from kvfold.compress.text import HELD_OUT, prefix_ids, read_documents, tokenize
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import cache_nbytes
-from kvfold.runtime.load import load_pretrained, resolve_artifact
+from kvfold.runtime.load import load_pretrained, plain_cache, resolve_artifact
 
 LOGIT_BLOCK = 128  # positions whose logits are in memory at a time
 
@@ -44,21 +42,6 @@ class Evaluation:
 
     def to_dict(self) -> dict:
         return asdict(self)
-
-
-@contextmanager
-def plain_cache(model: Any) -> Iterator[None]:
-    """The same weights with transformers' own 16-bit path: SDPA, no packed cache."""
-    hooks = dict(model.base_model._forward_pre_hooks), dict(model.base_model._forward_pre_hooks_with_kwargs)
-    model.base_model._forward_pre_hooks.clear()
-    model.base_model._forward_pre_hooks_with_kwargs.clear()
-    model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation("kvfold")
-        model.base_model._forward_pre_hooks.update(hooks[0])
-        model.base_model._forward_pre_hooks_with_kwargs.update(hooks[1])
 
 
 def windows_of(tokenizer: Any, text: str, seq_len: int, first: int, count: int, name: str) -> list[Tensor]:
@@ -110,7 +93,8 @@ def evaluate(
 
     Args:
         artifact: folder or Hub id.
-        against: the model whose 16-bit cache is the reference; default: the artifact's own weights.
+        against: the model whose plain cache is the reference; default: the artifact's own weights. That cache has the
+            type that the model computes in, so on a CPU, by default, it is float32: a stricter reference than 16 bits.
         text: file or datasets id; default: the held-out text that the package ships.
         windows, first_window, seq_len: how the text is cut.
         device, dtype: as in load_pretrained.

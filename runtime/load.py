@@ -2,6 +2,8 @@
 
 import logging
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,8 @@ def attach(model: Any, artifact: Artifact, budget: int | None = None) -> PreTrai
         """A plain forward pass would make a stock 16-bit cache, and perplexity would measure nothing."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         tokens = ids if ids is not None else kwargs["inputs_embeds"]
+        if not module.kv_packed:
+            return args, kwargs
         if kwargs.get("past_key_values") is None and not module.training:
             kwargs["past_key_values"] = new_cache()
         cache = kwargs.get("past_key_values")
@@ -136,6 +140,17 @@ def attach(model: Any, artifact: Artifact, budget: int | None = None) -> PreTrai
 
     # bound on the instance: a subclass's name would end up in config.json when the model is saved
     model._prepare_cache_for_generation = types.MethodType(prepare_cache, model)
+    model.base_model.kv_packed = True
     model.base_model.register_forward_pre_hook(inject_cache, with_kwargs=True)
     model.kv_artifact = artifact
     return model
+
+
+@contextmanager
+def plain_cache(model: Any) -> Iterator[None]:
+    """Plain forward passes of a loaded model keep transformers' own unquantised cache while this lasts."""
+    model.base_model.kv_packed = False
+    try:
+        yield
+    finally:
+        model.base_model.kv_packed = True

@@ -5,9 +5,9 @@ import torch
 from conftest import FAMILIES, char_tokenizer, save_tiny
 
 from kvfold import KVBudgetExceeded, KvfoldError, runtime
-from kvfold.compress.evaluate import plain_cache
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import load_recipe
+from kvfold.runtime.load import plain_cache
 
 TEXT = "the cache of a long sequence holds keys and values for every token that was read before and after it all"
 
