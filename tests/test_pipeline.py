@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, TINY_RECIPE, char_tokenizer, save_tiny
+from conftest import FAMILIES, SHAPE, TINY_RECIPE, char_tokenizer, save_tiny
+from transformers import MistralConfig, MistralForCausalLM
 
 from kvfold import runtime
 from kvfold.compress.evaluate import evaluate
@@ -102,6 +103,30 @@ def test_every_transform_on_every_family(family, key, value, tmp_path, text_file
     )
     assert figures.kl < 0.05 and figures.top1_agreement > 0.9
     assert figures.kl > 1e-6  # something was quantised
+
+
+def test_a_sliding_window_stays_one(tmp_path, text_file, recipe_file):
+    shape = {**SHAPE, "sliding_window": 20}
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**shape)).to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            parameter.data.normal_(0, 0.3)
+    model.save_pretrained(tmp_path / "model")
+    char_tokenizer().save_pretrained(tmp_path / "model")
+    artifact = compress(
+        str(tmp_path / "model"), "8", tmp_path / "out", calib=str(text_file), recipe=load_recipe(recipe_file)
+    )
+    figures = evaluate(str(artifact.path), text=str(text_file), windows=2, seq_len=160, device="cpu")
+    assert 1e-6 < figures.kl < 0.02  # a query that looked past its window would cost a nat
+    with torch.no_grad():
+        loaded = runtime.load_pretrained(artifact.path, device="cpu")
+        ids = torch.randint(0, 128, (1, 90), generator=torch.Generator().manual_seed(0))
+        other = ids.clone()
+        other[:, :30] = (other[:, :30] + 1) % 128  # out of reach of the last query through three layers' windows
+        cache = [loaded(x[:, :-1]).past_key_values for x in (ids, other)]
+        last = [loaded(ids[:, -1:], past_key_values=c).logits for c in cache]
+    assert torch.equal(*last)
 
 
 def test_fewer_bits_cost_more_and_predictions_follow(tmp_path, tiny_folder, text_file, recipe_file):
