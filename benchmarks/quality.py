@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from kvfold.compress.cli import with_error
 from kvfold.compress.evaluate import evaluate
 from kvfold.compress.models import quiet_transformers
 from kvfold.compress.pipeline import compress
@@ -53,7 +54,7 @@ def main() -> None:
         account = artifact.metadata.account
         print(
             f"| {budget} | {account.effective_bits:.3f} at {account.at} | {found.payload_bits:.3f} | {found.effective_bits:.3f} "
-            f"| {found.ppl_16bit:.3f} | {found.ppl:.3f} | {found.dnll:+.4f} ± {found.dnll_se:.4f} | {found.kl:.4f} ± {found.kl_se:.4f} "
+            f"| {found.ppl_16bit:.3f} | {found.ppl:.3f} | {found.dnll:+.4f}{with_error(found.dnll_se)} | {found.kl:.4f}{with_error(found.kl_se)} "
             f"| {found.top1_agreement:.3f} | {seconds:.0f} |",
             flush=True,
         )

@@ -93,6 +93,11 @@ def print_table(metadata: Metadata, at: int | None = None) -> None:
     )
 
 
+def with_error(standard_error: float | None) -> str:
+    """What stands behind a mean: nothing if there was one window."""
+    return "" if standard_error is None else f" ± {standard_error:.4f}"
+
+
 @app.command("compress")
 def compress_command(
     model: Annotated[str, typer.Argument(help="Alias (smollm2-135m), checkpoint folder, .gguf, or Hub id.")],
@@ -193,7 +198,7 @@ def eval_command(
         table.add_column(column, justify="right", no_wrap=True)
     table.add_row("16-bit", "16", "16", f"{e.nll_16bit:.4f}", f"{e.ppl_16bit:.3f}", "", "")
     table.add_row(
-        "packed", f"{e.effective_bits:.3f}", f"{e.payload_bits:.3f}", f"{e.dnll:+.4f} ± {e.dnll_se:.4f}", f"{e.ppl:.3f}", f"{e.kl:.4f} ± {e.kl_se:.4f}", f"{e.top1_agreement:.4f}"
+        "packed", f"{e.effective_bits:.3f}", f"{e.payload_bits:.3f}", f"{e.dnll:+.4f}{with_error(e.dnll_se)}", f"{e.ppl:.3f}", f"{e.kl:.4f}{with_error(e.kl_se)}", f"{e.top1_agreement:.4f}"
     )  # fmt: skip
     Console(width=120 if not sys.stdout.isatty() else None).print(table)
     if json_file:

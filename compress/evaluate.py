@@ -20,7 +20,7 @@ LOGIT_BLOCK = 128  # positions whose logits are in memory at a time
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one artifact on one text. Losses in nats per token; `dnll_se` and `kl_se` over windows."""
+    """Figures of one artifact on one text. Losses in nats per token; `dnll_se` and `kl_se` are standard errors over windows, None for one."""
 
     model: str
     artifact: str
@@ -33,11 +33,11 @@ class Evaluation:
     nll_16bit: float
     nll: float
     dnll: float
-    dnll_se: float
+    dnll_se: float | None
     ppl_16bit: float
     ppl: float
     kl: float
-    kl_se: float
+    kl_se: float | None
     top1_agreement: float
 
     def to_dict(self) -> dict:
@@ -124,8 +124,9 @@ def evaluate(
             rows.append(_compare(base.lm_head, model.lm_head, reference, packed, ids[0, 1:]) / (ids.shape[1] - 1))
     table = torch.stack(rows)
     mean = table.mean(0)
-    spread = (table[:, 1] - table[:, 0]).std().item(), table[:, 2].std().item()
-    errors = [s / len(rows) ** 0.5 if len(rows) > 1 else 0.0 for s in spread]
+    errors: list[float | None] = [None, None]
+    if len(rows) > 1:
+        errors = [x.std().item() / len(rows) ** 0.5 for x in (table[:, 1] - table[:, 0], table[:, 2])]
     geometry, formats = metadata.geometry, metadata.formats
     nbytes = cache_nbytes(geometry, formats, seq_len)
     return Evaluation(

@@ -152,6 +152,14 @@ def test_eval_json(kvfold, tmp_path, tiny_artifact, tiny_folder, text_file):
     )  # the same model before its weights were rounded again
 
 
+def test_one_window_has_no_standard_error(kvfold, tmp_path, tiny_artifact, text_file):
+    file = tmp_path / "eval.json"
+    out, err = kvfold("eval", tiny_artifact, "--text", text_file, "--windows", 1, "--seq-len", 256, "--json", file)
+    found = json.loads(file.read_text())
+    assert found["dnll_se"] is found["kl_se"] is None
+    assert "±" not in out and "UserWarning" not in err
+
+
 def test_eval_refuses_a_file_that_cannot_be_written_before_it_measures(monkeypatch, capsys, tmp_path, tiny_artifact):
     file = tmp_path / "missing" / "eval.json"
     monkeypatch.setattr(sys, "argv", ["kvfold", "eval", str(tiny_artifact), "--json", str(file)])
