@@ -1,6 +1,6 @@
 """Calibration: statistics of queries, keys and values, layer by layer, with interpolated positions.
 
-Positional interpolation (PM-KVQ 2505.18610 §3.3): token t of an L-token sequence stands at position s·t, so that L tokens
+Positional interpolation (after PM-KVQ, 2505.18610): token t of an L-token sequence stands at position s·t, so that L tokens
 cover s·L positions. Only the rotation depends on the position, so a key that the model rotated to position t is rotated on
 by (s − 1)·t; the hidden states stay those of the plain text and no extra forward pass is needed.
 """

@@ -58,7 +58,7 @@ def _uniform_formats(head_dim: int, group_size: int) -> list[Format]:
 
 
 def best_clip(x: Tensor, fmt: Format, metric: Tensor) -> tuple[Tensor, Tensor]:
-    """The clip of each head with the least error (SKVQ 2405.06219 §3.2, in a metric).
+    """The clip of each head with the least error (SKVQ's clip, 2405.06219, in a metric).
 
     Args:
         x: float32 [Hkv, S, D]; fmt: a "scale_min" format; metric: float64 [Hkv, D, D].

@@ -5,8 +5,8 @@ Two kinds of codes (c in 0 … L−1):
 
 * "scale": x̂_i = τ·step(L_i)·(c_i − (L_i − 1)/2) with τ = rms over the stored channels, one a token. The caller brings
   channels to unit variance, so step(L) is the Gaussian optimum and no zero point is needed.
-* "scale_min": x̂_i = m + s·c_i with m = clip·min, s = clip·(max − min)/(L − 1) over the token's group (KIVI 2402.02750
-  §3.1 per-token asymmetric; the clip is SKVQ 2405.06219 §3.2's), both rounded to their stored type before coding.
+* "scale_min": x̂_i = m + s·c_i with m = clip·min, s = clip·(max − min)/(L − 1) over the token's group (asymmetric per-token
+  codes as KIVI's, 2402.02750, stores values; the clip is SKVQ's, 2405.06219), both rounded to their stored type before coding.
 """
 
 import torch

@@ -3,9 +3,9 @@
 | transform | side | fused into the weights | at run time, on new keys and queries | source |
 |---|---|---|---|---|
 | none | K, V | – | – | |
-| smooth | K | a scale for each pair of channels, in q/k projections, biases or norms | – | PM-KVQ §3.4 |
-| reorder | K | – | a permutation M, where K is written | SKVQ §3.1 |
-| reorder | V | the permutation, in v_proj and o_proj | – | SKVQ §3.1 |
+| smooth | K | a scale for each pair of channels, in q/k projections, biases or norms | – | PM-KVQ, smoothing |
+| reorder | K | – | a permutation M, where K is written | SKVQ, channel reorder |
+| reorder | V | the permutation, in v_proj and o_proj | – | SKVQ, channel reorder |
 | whiten | K | – | a matrix M and an offset μ | whiten.py |
 | rotate | V | an orthogonal matrix times a power of two | – | rotate.py |
 | balance | V | an invertible matrix | – | rotate.py |

@@ -1,4 +1,4 @@
-"""Channel reordering (SKVQ 2405.06219 §3.1): channels with like ranges share a group.
+"""Channel reordering (after SKVQ, 2405.06219): channels with like ranges share a group.
 
 Channels are clustered by (minimum, maximum) over the calibration tokens with k-means, one cluster for each group, and laid
 out cluster after cluster, so that contiguous groups of the quantiser hold like channels.

@@ -1,7 +1,8 @@
-"""Pair-shared smoothing of keys (PM-KVQ 2505.18610 §3.4): k_i / s_i and q_i · s_i with s equal inside each RoPE pair.
+"""Pair-shared smoothing of keys (after PM-KVQ, 2505.18610): k_i / s_i and q_i · s_i with s equal inside each RoPE pair.
 
 s_i = max(|k_i|, |k_{i+D/2}|)^α over the calibration tokens, normalised to a geometric mean of 1. α comes from a grid of
-21 values in [0, 1], by the error of the logits, E[(qᵀΔk)²] = tr(Σ_q E[Δk Δkᵀ]), of keys that go through the quantiser.
+21 values in [0, 1], by the error of the logits, E[(qᵀΔk)²] = tr(Σ_q E[Δk Δkᵀ]), of keys that go through the quantiser
+(PM-KVQ searches on the attention's output error instead).
 """
 
 import torch
