@@ -3,13 +3,14 @@
 A format cuts the head_dim channels of one KV head into classes, contiguous runs with their own number of levels, and says
 which parameters travel with a token. `Format.nbytes` is the only account of size in the project.
 
-Layout of a block of T tokens of one head, no padding anywhere:
+Layout of one head's keys or values in a page of T tokens, T a multiple of 8:
 
-    | class 0, plane 0: T rows | class 0, plane 1: T rows | class 1, plane 0: T rows | … | parameters: T rows |
+    | class 0, plane 0 | class 0, plane 1 | class 1, plane 0 | … | parameter 0: T | parameter 1: T | … |
 
-A row of a plane is one token's share of that plane (packing.py draws the bits). A code of more than one plane is split from
-the low bits up: 8 levels are a 2-bit plane, then a 1-bit plane. 16-bit classes are two bytes a channel (float16). A row
-of parameters is one scale, or one (minimum, scale) pair for each group, little-endian.
+packing.py draws the bits of a plane. A code of more than one plane is split from the low bits up: 8 levels are a 2-bit
+plane, then a 1-bit plane. A 16-bit format is T rows of head_dim float16. Parameters are one scale, or (minimum, scale) for
+each group; each parameter's T numbers, little-endian, stand in the order r·8 + f of token f·T/8 + r (packing.py), so that
+the tokens that share a word share a run of bytes.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from kvfold.errors import KvfoldError
-from kvfold.kernels.packing import trit_nbytes
+from kvfold.kernels.packing import TRIT_CHANNELS, plane_nbytes, trit_nbytes
 
 TRIT = 0  # the "width" of a trit plane
 RAW = 65536  # levels of a 16-bit class
@@ -32,7 +33,7 @@ PLANE_WIDTHS: dict[int, tuple[int, ...]] = {
     16: (4,),
     32: (4, 1),
     64: (4, 2),
-    256: (8,),
+    256: (4, 4),
     RAW: (16,),
 }
 
@@ -51,7 +52,10 @@ class Plane(NamedTuple):
     channels: int
     width: int
     shift: int  # position of these bits in the code
-    row_nbytes: int  # bytes of one token
+
+    def nbytes(self, tokens: int) -> int:
+        """Bytes in a page of `tokens` tokens."""
+        return trit_nbytes(tokens, self.channels) if self.width == TRIT else plane_nbytes(tokens, self.channels, self.width)
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Format:
 
     Attributes:
         classes: (channels, levels) from the first channel on; channels are multiples of 8 and sum to head_dim.
-            Levels 0 (not stored), 2, 3, 4, 8, 16, 32, 64, 256, or 65536 for raw 16-bit.
+            Levels 0 (not stored), 2, 3, 4, 8, 16, 32, 64, 256, or 65536 for raw 16-bit; 3 and 65536 stand alone.
         params: "none"; "scale", one scale a token for the whole head, codes symmetric about zero without zero point;
             "scale_min", one scale and minimum a token and group.
         param_dtype: "e4m3" (1 byte) or "fp16" (2 bytes).
@@ -87,9 +91,13 @@ class Format:
         levels_used = {levels for _, levels in self.classes}
         if not self.classes or levels_used == {0}:
             raise KvfoldError("A format stores no channel at all; give at least one class levels > 0.")
-        if self.params == "none" and levels_used - {0, RAW}:
+        if (RAW in levels_used) != (self.params == "none") or (RAW in levels_used and len(self.classes) > 1):
             raise KvfoldError(
-                "A format without parameters can only hold 16-bit classes; use params 'scale' or 'scale_min'."
+                "A 16-bit format is one class of 65536 levels with params 'none', and no other format has such a class."
+            )
+        if 3 in levels_used and (len(self.classes) > 1 or self.head_dim % TRIT_CHANNELS):
+            raise KvfoldError(
+                f"A ternary format is one class of a multiple of {TRIT_CHANNELS} channels; use 2 or 4 levels in mixed formats."
             )
         if self.params == "scale_min" and (len(self.classes) != 1 or levels_used & {0, RAW}):
             raise KvfoldError("A format with params 'scale_min' has exactly one class of 2 to 256 levels.")
@@ -116,26 +124,33 @@ class Format:
         for channels, levels in self.classes:
             shift = 0
             for width in PLANE_WIDTHS[levels]:
-                row = trit_nbytes(channels) if width == TRIT else channels * width // 8
-                planes.append(Plane(start, channels, width, shift, row))
+                planes.append(Plane(start, channels, width, shift))
                 shift += width
             start += channels
         return tuple(planes)
 
     @property
-    def param_row_nbytes(self) -> int:
-        """Bytes of one token's parameters."""
-        count = {"none": 0, "scale": 1, "scale_min": 2 * self.num_groups}[self.params]
-        return count * {"e4m3": 1, "fp16": 2}[self.param_dtype]
+    def num_params(self) -> int:
+        """Parameters of one token."""
+        return {"none": 0, "scale": 1, "scale_min": 2 * self.num_groups}[self.params]
+
+    @property
+    def param_nbytes(self) -> int:
+        """Bytes of one parameter."""
+        return {"e4m3": 1, "fp16": 2}[self.param_dtype]
 
     def nbytes(self, tokens: int) -> int:
-        """Bytes that `tokens` tokens of one KV head take, K or V alone, parameters included."""
-        return tokens * (sum(p.row_nbytes for p in self.planes) + self.param_row_nbytes)
+        """Bytes that a page of `tokens` tokens of one KV head takes, K or V alone, parameters included.
+
+        Args:
+            tokens: a multiple of 8.
+        """
+        return sum(p.nbytes(tokens) for p in self.planes) + tokens * self.num_params * self.param_nbytes
 
     @property
     def payload_bits(self) -> float:
-        """Bits per cached element, codes and parameters."""
-        return 8 * self.nbytes(1) / self.head_dim
+        """Bits per cached element, codes and parameters, in pages of 32 tokens or more."""
+        return 8 * self.nbytes(32) / (32 * self.head_dim)
 
     def __str__(self) -> str:
         """For people: channels@bits of each class, then the parameters."""

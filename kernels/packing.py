@@ -1,58 +1,148 @@
-"""Packs small integer codes into bytes, and back. Plain torch; every function works on the last dimension (channels).
+"""Packs small integer codes of a page into bytes, and back. Plain torch.
 
-A plane of width w holds w bits of each of n channels, in n·w/8 bytes. Field f of byte j belongs to channel f·(n·w/8) + j,
-so one shift and one mask give a contiguous run of channels:
+A page holds P tokens, P = 8·R. Token f·R + r (0 ≤ f < 8, 0 ≤ r < R) is field f of row r, so that one 16-bit word of row r
+and one channel holds that channel's codes of eight tokens, and `word & mask` without a shift gives one token's code times a
+power of four: what a tensor core can multiply as it stands (a masked word is an fp16 subnormal, code·4^g·2^−24 with
+g = f mod 4; fields 4 to 7 come down with one shift by 8). Words are little-endian, channels run fastest:
 
-    w = 2, n = 32, 8 bytes          bit  7 6 | 5 4 | 3 2 | 1 0
-    byte j (0 ≤ j < 8)     channel    24+j | 16+j |  8+j |  j
+    w = 2   R rows × n words        bits 2f … 2f+1 are field f
+    w = 1   R rows × n/2 words      bit 2f is field f of channel j, bit 2f+1 that of channel j + n/2
+    w = 4   2·R rows × n words      rows 0 … R−1 hold fields 0 to 3, rows R … 2R−1 fields 4 to 7; inside a word, from the
+                                    low bits up: fields 0, 2, 1, 3 (or 4, 6, 5, 7), so that `word >> 6` brings the odd ones
+                                    to where they stand at width 2
 
-A trit plane holds five ternary codes a byte: digit k of byte j belongs to channel k·ceil(n/5) + j. The byte is
-ceil(256·v / 243) with v = Σ c_k·3^(4−k), so digit k is ((byte·3^k mod 256)·3) >> 8 with no division.
+Ternary codes go five to a byte, ceil(256·v / 243) with v = Σ_k c_k·3^(4−k): digit k is (3·((byte·3^k) mod 256)) >> 8, no
+division. In each row the codes of 16 channels by 8 fields are numbered c·8 + f (c: which 16 channels); numbers 5i … 5i+4
+share byte i. What is left over, L = (head_dim/2) mod 5 codes, takes 2 bits each: four bits for L ≤ 2, a byte for L > 2.
+
+    bytes 2k, 2k+1            R rows × 16 words, low byte and high byte of word tile k
+    an odd last byte          ceil(R/2) rows × 16 words, two rows to a word
+    four bits left over       ceil(R/4) rows × 16 words, four rows to a word
 """
 
 import torch
 from torch import Tensor
 
+FIELDS = 8  # tokens that share a word
 TRITS_PER_BYTE = 5
+TRIT_CHANNELS = 16  # channels of one ternary tile
+
+
+def plane_nbytes(tokens: int, channels: int, width: int) -> int:
+    """Bytes of a plane of `width` bits of a page."""
+    return tokens * channels * width // 8
 
 
 def pack_plane(codes: Tensor, width: int) -> Tensor:
     """Packs codes of `width` bits.
 
     Args:
-        codes: uint8 [..., n], each < 2**width; n a multiple of 8.
-        width: 1, 2, 4 or 8 bits.
+        codes: uint8 [..., P, n], each < 2**width; P a multiple of 8, n a multiple of 8.
+        width: 1, 2 or 4 bits.
     Returns:
-        uint8 [..., n·width/8].
+        uint8 [..., P·n·width/8].
     """
-    fields = 8 // width
-    shifts = torch.arange(fields, device=codes.device, dtype=torch.uint8) * width
-    grouped = codes.unflatten(-1, (fields, -1))  # [..., fields, n/fields]
-    return (grouped << shifts[:, None]).sum(-2, dtype=torch.uint8)
+    fields = codes.unflatten(-2, (FIELDS, -1))  # [..., 8, R, n]
+    n = codes.shape[-1]
+    if width == 2:
+        parts = fields.unflatten(-3, (2, 4))  # [..., byte, 4, R, n]
+        data = _gather_bits(parts, (0, 2, 4, 6)).movedim(-3, -1)  # [..., R, n, byte]
+    elif width == 4:
+        parts = fields.unflatten(-3, (2, 2, 2))  # [..., row set, high field, byte, R, n]
+        data = (parts[..., 0, :, :, :] | parts[..., 1, :, :, :] << 4).movedim(-3, -1)  # [..., set, R, n, byte]
+    else:
+        parts = fields.unflatten(-1, (2, n // 2)).unflatten(-4, (2, 4))  # [..., byte, 4, R, half, n/2]
+        pair = parts[..., 0, :] | parts[..., 1, :] << 1
+        data = _gather_bits(pair, (0, 2, 4, 6)).movedim(-3, -1)
+    return data.flatten(-3 if width != 4 else -4)
 
 
-def unpack_plane(packed: Tensor, width: int) -> Tensor:
-    """Inverse of `pack_plane`: uint8 [..., n·width/8] → uint8 [..., n]."""
-    shifts = torch.arange(8 // width, device=packed.device, dtype=torch.uint8) * width
-    return ((packed.unsqueeze(-2) >> shifts[:, None]) & (2**width - 1)).flatten(-2)
+def _gather_bits(parts: Tensor, shifts: tuple[int, ...]) -> Tensor:
+    """Σ parts[..., i, :, :] << shifts[i] over the third dimension from the end."""
+    data = parts[..., 0, :, :] << shifts[0]
+    for i, shift in enumerate(shifts[1:], 1):
+        data = data | parts[..., i, :, :] << shift
+    return data
 
 
-def trit_nbytes(n: int) -> int:
-    """Bytes that n ternary codes take."""
-    return -(-n // TRITS_PER_BYTE)
+def unpack_plane(packed: Tensor, width: int, tokens: int, channels: int) -> Tensor:
+    """Inverse of `pack_plane`: uint8 [..., P·n·width/8] → uint8 [..., P, n]."""
+    rows = tokens // FIELDS
+    if width == 2:
+        data = packed.unflatten(-1, (rows, channels, 2)).movedim(-1, -3)  # [..., byte, R, n]
+        fields = torch.stack([(data >> s) & 3 for s in (0, 2, 4, 6)], -3)  # [..., byte, 4, R, n]
+        return fields.flatten(-4, -2)
+    if width == 4:
+        data = packed.unflatten(-1, (2, rows, channels, 2)).movedim(-1, -3)  # [..., set, byte, R, n]
+        fields = torch.stack((data & 15, data >> 4), -4)  # [..., set, high field, byte, R, n]
+        return fields.flatten(-5, -2)
+    data = packed.unflatten(-1, (rows, channels // 2, 2)).movedim(-1, -3)
+    low = torch.stack([(data >> s) & 1 for s in (0, 2, 4, 6)], -3)  # [..., byte, 4, R, n/2]
+    high = torch.stack([(data >> s) & 1 for s in (1, 3, 5, 7)], -3)
+    return torch.cat((low, high), -1).flatten(-4, -2)
+
+
+def trit_parts(channels: int) -> tuple[int, int]:
+    """(whole bytes, codes left over) of one row and one of 16 columns; `channels` a multiple of 16."""
+    return divmod(FIELDS * (channels // TRIT_CHANNELS), TRITS_PER_BYTE)
+
+
+def trit_nbytes(tokens: int, channels: int) -> int:
+    """Bytes of a ternary plane of a page."""
+    rows = tokens // FIELDS
+    whole, left = trit_parts(channels)
+    half_words = whole + (left > 2)
+    words = half_words // 2 * rows + half_words % 2 * -(-rows // 2) + (0 < left <= 2) * -(-rows // 4)
+    return words * TRIT_CHANNELS * 2
 
 
 def pack_trits(codes: Tensor) -> Tensor:
-    """Packs ternary codes, uint8 [..., n] with values 0, 1, 2 → uint8 [..., ceil(n/5)]."""
-    m = trit_nbytes(codes.shape[-1])
-    padded = torch.nn.functional.pad(codes.to(torch.int16), (0, m * TRITS_PER_BYTE - codes.shape[-1]))
-    powers = torch.tensor([81, 27, 9, 3, 1], dtype=torch.int16, device=codes.device)
-    value = (padded.unflatten(-1, (TRITS_PER_BYTE, m)) * powers[:, None]).sum(-2, dtype=torch.int32)
-    return ((value * 256 + 242) // 243).to(torch.uint8)
+    """Packs ternary codes, uint8 [..., P, n] with values 0, 1, 2 → uint8 [..., trit_nbytes(P, n)]; n a multiple of 16."""
+    rows, channels = codes.shape[-2] // FIELDS, codes.shape[-1]
+    whole, left = trit_parts(channels)
+    numbered = codes.reshape(*codes.shape[:-2], FIELDS, rows, -1, TRIT_CHANNELS).movedim(-2, -4)  # [..., c, f, R, 16]
+    numbered = numbered.flatten(-4, -3)  # [..., 8·C, R, 16]
+    powers = torch.tensor([81, 27, 9, 3, 1], dtype=torch.int32, device=codes.device)[:, None, None]
+    five = numbered[..., : TRITS_PER_BYTE * whole, :, :].unflatten(-3, (whole, TRITS_PER_BYTE)).int()
+    halves = ((five * powers).sum(-3) * 256 + 242) // 243  # [..., whole, R, 16]
+    rest = [numbered[..., TRITS_PER_BYTE * whole + j, :, :].int() << 2 * j for j in range(left)]
+    if left > 2:
+        halves = torch.cat((halves, sum(rest[1:], rest[0]).unsqueeze(-3)), -3)
+    halves = halves.to(torch.uint8)
+    count = halves.shape[-3]
+    pairs = halves[..., : count // 2 * 2, :, :].unflatten(-3, (-1, 2)).movedim(-3, -1)  # [..., words, R, 16, byte]
+    parts = [pairs.flatten(-4)]
+    if count % 2:
+        last = torch.nn.functional.pad(halves[..., -1, :, :], (0, 0, 0, rows % 2))  # [..., even R, 16]
+        parts.append(last.unflatten(-2, (-1, 2)).transpose(-1, -2).flatten(-3))
+    if 0 < left <= 2:
+        nibble = torch.nn.functional.pad(sum(rest[1:], rest[0]), (0, 0, 0, -rows % 4)).unflatten(-2, (-1, 2, 2))
+        data = (nibble[..., 0, :] | nibble[..., 1, :] << 4).to(torch.uint8)  # [..., rows/4, byte, 16]
+        parts.append(data.transpose(-1, -2).flatten(-3))
+    return torch.cat(parts, -1)
 
 
-def unpack_trits(packed: Tensor, n: int) -> Tensor:
-    """Inverse of `pack_trits`: uint8 [..., ceil(n/5)] → uint8 [..., n]."""
-    powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.int32, device=packed.device)
-    digits = ((((packed.unsqueeze(-2).to(torch.int32) * powers[:, None]) & 255) * 3) >> 8).to(torch.uint8)
-    return digits.flatten(-2)[..., :n]
+def unpack_trits(packed: Tensor, tokens: int, channels: int) -> Tensor:
+    """Inverse of `pack_trits`: uint8 [..., trit_nbytes(P, n)] → uint8 [..., P, n]."""
+    rows = tokens // FIELDS
+    whole, left = trit_parts(channels)
+    count = whole + (left > 2)
+    start = count // 2 * rows * TRIT_CHANNELS * 2
+    halves = packed[..., :start].unflatten(-1, (count // 2, rows, TRIT_CHANNELS, 2)).movedim(-1, -3).flatten(-4, -3)
+    if count % 2:
+        size = -(-rows // 2)
+        last = packed[..., start : start + size * TRIT_CHANNELS * 2].unflatten(-1, (size, TRIT_CHANNELS, 2))
+        start += size * TRIT_CHANNELS * 2
+        halves = torch.cat((halves, last.transpose(-1, -2).flatten(-3, -2)[..., None, :rows, :]), -3)
+    powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.int32, device=packed.device)[:, None, None]
+    bytes_ = halves[..., :whole, :, :].unsqueeze(-3).int()  # [..., whole, 1, R, 16]
+    numbered = ((((bytes_ * powers) & 255) * 3) >> 8).to(torch.uint8).flatten(-4, -3)  # [..., 5·whole, R, 16]
+    if left > 2:
+        rest = torch.stack([(halves[..., -1, :, :] >> 2 * j) & 3 for j in range(left)], -3)
+        numbered = torch.cat((numbered, rest), -3)
+    elif left:
+        data = packed[..., start:].unflatten(-1, (-1, TRIT_CHANNELS, 2)).transpose(-1, -2)  # [..., rows/4, byte, 16]
+        nibble = torch.stack((data & 15, data >> 4), -2).flatten(-4, -2)[..., :rows, :]
+        numbered = torch.cat((numbered, torch.stack([(nibble >> 2 * j) & 3 for j in range(left)], -3)), -3)
+    fields = numbered.unflatten(-3, (-1, FIELDS)).movedim(-4, -2)  # [..., 8, R, C, 16]
+    return fields.flatten(-2).flatten(-3, -2)

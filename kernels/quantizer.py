@@ -12,8 +12,8 @@ Two kinds of codes (c in 0 … L−1):
 import torch
 from torch import Tensor
 
-from kvfold.kernels.formats import GAUSSIAN_STEP, RAW, TRIT, Format
-from kvfold.kernels.packing import pack_plane, pack_trits, unpack_plane, unpack_trits
+from kvfold.kernels.formats import GAUSSIAN_STEP, TRIT, Format
+from kvfold.kernels.packing import FIELDS, pack_plane, pack_trits, unpack_plane, unpack_trits
 
 E4M3_MAX = 448.0
 FP16_MAX = 65504.0
@@ -39,16 +39,28 @@ def _load_param(data: Tensor, param_dtype: str) -> Tensor:
 
 def _class_rows(fmt: Format, device: torch.device) -> tuple[Tensor, Tensor]:
     """Levels and steps of every channel, float32 [head_dim] each (0 and 1 where nothing is coded)."""
-    levels = [n if n != RAW else 0 for channels, n in fmt.classes for _ in range(channels)]
+    levels = [n for channels, n in fmt.classes for _ in range(channels)]
     steps = [GAUSSIAN_STEP.get(n, 1.0) for channels, n in fmt.classes for _ in range(channels)]
     return torch.tensor(levels, dtype=torch.float32, device=device), torch.tensor(steps, device=device)
 
 
+def _by_word(params: Tensor) -> Tensor:
+    """Parameters [..., T, p, size] in token order → [..., p·T·size], each parameter's tokens in word order."""
+    words = params.unflatten(-3, (FIELDS, -1)).movedim(-2, -4)  # [..., p, 8, R, size]
+    return words.transpose(-2, -3).flatten(-4)
+
+
+def _by_token(data: Tensor, count: int, size: int) -> Tensor:
+    """Inverse of `_by_word`: [..., p·T·size] → [..., T, p, size]."""
+    words = data.unflatten(-1, (count, -1, FIELDS, size))  # [..., p, R, 8, size]
+    return words.transpose(-2, -3).flatten(-3, -2).movedim(-3, -2)
+
+
 def encode(x: Tensor, fmt: Format, clip: Tensor | None = None) -> Tensor:
-    """Quantises and packs a block of tokens.
+    """Quantises and packs a page of tokens.
 
     Args:
-        x: float [..., T, head_dim]; computed in float32.
+        x: float [..., T, head_dim], T a multiple of 8; computed in float32.
         fmt: the format, of the same head_dim.
         clip: for "scale_min", the factor on (minimum, maximum), broadcastable to [..., 1, 1]; 1 if absent.
     Returns:
@@ -60,9 +72,7 @@ def encode(x: Tensor, fmt: Format, clip: Tensor | None = None) -> Tensor:
     if fmt.params == "scale":
         levels, steps = _class_rows(fmt, x.device)
         coded = levels > 0
-        tau = (
-            x[..., coded].square().mean(-1, keepdim=True).sqrt() if bool(coded.any()) else x.new_zeros(*x.shape[:-1], 1)
-        )
+        tau = x[..., coded].square().mean(-1, keepdim=True).sqrt()
         params, tau = _store_param(tau, fmt.param_dtype)
         u = x / (tau.clamp_min(torch.finfo(torch.float32).tiny) * steps) + levels / 2
         codes = torch.minimum(u.floor().clamp_min(0), (levels - 1).clamp_min(0)).to(torch.uint8)
@@ -81,47 +91,45 @@ def encode(x: Tensor, fmt: Format, clip: Tensor | None = None) -> Tensor:
     for plane in fmt.planes:
         channels = slice(plane.start, plane.start + plane.channels)
         if plane.width == 16:
-            row = to_float16(x[..., channels]).contiguous().view(torch.uint8)
-        elif plane.width == TRIT:
-            assert codes is not None
-            row = pack_trits(codes[..., channels])
+            parts.append(to_float16(x).contiguous().view(torch.uint8).flatten(-2))
+            continue
+        assert codes is not None
+        if plane.width == TRIT:
+            parts.append(pack_trits(codes[..., channels]))
         else:
-            assert codes is not None
-            row = pack_plane((codes[..., channels] >> plane.shift) & (2**plane.width - 1), plane.width)
-        parts.append(row.flatten(-2))
+            bits = (codes[..., channels] >> plane.shift) & (2**plane.width - 1)
+            parts.append(pack_plane(bits, plane.width))
     if params is not None:
-        parts.append(params.flatten(-2))
+        parts.append(_by_word(params.unflatten(-1, (fmt.num_params, -1))))
     return torch.cat(parts, -1)
 
 
 def decode(packed: Tensor, fmt: Format, tokens: int) -> Tensor:
     """Inverse of `encode` up to quantisation: uint8 [..., fmt.nbytes(tokens)] → float32 [..., tokens, head_dim]."""
-    levels, steps = _class_rows(fmt, packed.device)
-    lead = packed.shape[:-1]
-    out = torch.zeros(*lead, tokens, fmt.head_dim, device=packed.device)
+    if fmt.params == "none":
+        own = packed.clone(memory_format=torch.contiguous_format)
+        return own.view(torch.float16).float().unflatten(-1, (tokens, fmt.head_dim))
+    codes = torch.zeros(*packed.shape[:-1], tokens, fmt.head_dim, device=packed.device)
     offset = 0
     for plane in fmt.planes:
-        rows = packed[..., offset : offset + tokens * plane.row_nbytes].unflatten(-1, (tokens, plane.row_nbytes))
-        offset += tokens * plane.row_nbytes
+        part = packed[..., offset : offset + plane.nbytes(tokens)]
+        offset += plane.nbytes(tokens)
         channels = slice(plane.start, plane.start + plane.channels)
-        if plane.width == 16:
-            out[..., channels] = rows.clone(memory_format=torch.contiguous_format).view(torch.float16).float()
-        elif plane.width == TRIT:
-            out[..., channels] = unpack_trits(rows, plane.channels).float()
+        if plane.width == TRIT:
+            codes[..., channels] = unpack_trits(part, tokens, plane.channels).float()
         else:
-            out[..., channels] += unpack_plane(rows, plane.width).float() * (1 << plane.shift)
-    if fmt.params == "none":
-        return out
-    params = _load_param(packed[..., offset:].unflatten(-1, (tokens, fmt.param_row_nbytes)), fmt.param_dtype)
+            codes[..., channels] += unpack_plane(part, plane.width, tokens, plane.channels).float() * (1 << plane.shift)
+    stored = _by_token(packed[..., offset:], fmt.num_params, fmt.param_nbytes)
+    params = _load_param(stored.flatten(-2), fmt.param_dtype)  # [..., T, p]
     if fmt.params == "scale":
-        coded = levels > 0
-        values = (out - (levels - 1) / 2) * (params * steps)
-        raw = torch.tensor([n == RAW for channels, n in fmt.classes for _ in range(channels)], device=packed.device)
-        return torch.where(coded, values, torch.where(raw, out, torch.zeros_like(out)))
+        levels, steps = _class_rows(fmt, packed.device)
+        return torch.where(levels > 0, (codes - (levels - 1) / 2) * (params * steps), torch.zeros_like(codes))
     minimum, scale = params.unflatten(-1, (fmt.num_groups, 2)).unbind(-1)
-    return (out.unflatten(-1, (fmt.num_groups, -1)) * scale[..., None] + minimum[..., None]).flatten(-2)
+    return (codes.unflatten(-1, (fmt.num_groups, -1)) * scale[..., None] + minimum[..., None]).flatten(-2)
 
 
 def round_trip(x: Tensor, fmt: Format, clip: Tensor | None = None) -> Tensor:
-    """decode(encode(x)): float [..., T, head_dim] → float32 of the same shape, through packed bytes."""
-    return decode(encode(x, fmt, clip), fmt, x.shape[-2])
+    """decode(encode(x)): float [..., T, head_dim] → float32 of the same shape, through packed bytes, for any T."""
+    tokens = x.shape[-2]
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -tokens % FIELDS))
+    return decode(encode(padded, fmt, clip), fmt, padded.shape[-2])[..., :tokens, :]
