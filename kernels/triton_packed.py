@@ -1,0 +1,437 @@
+"""The pages' part of the split-K attention kernel.
+
+Everything is transposed: tokens are the rows of the tensor cores' left operand, queries the columns of the right one, so
+that eight query columns suffice where the other way round sixteen rows would be padded. One program is one warp. It takes
+128 tokens at a time: 16 rows of words, each word the codes of one channel of eight tokens (packing.py), so that masking a
+word gives an operand without a shift or a conversion: an fp16 subnormal, code·4^g·2^−24. What those factors leave to be
+divided by is folded into the scale of the score, for keys, and of the probability, for values. Scales never touch elements:
+
+    q·k_t = τ_t·(Σ_i q_i·step_i·c_ti − Σ_i q_i·step_i·(L_i − 1)/2)      "scale"
+    q·k_t = s_t·Σ_i q_i·c_ti + m_t·Σ_i q_i                              "scale_min", per group
+    Σ_t p_t·v_t = Σ_t (p_t·s_t)·c_t + Σ_t p_t·m_t                       values
+
+Online softmax in base 2 (FlashAttention); partial results are merged by their maxima (split-K, FlashDecoding).
+"""
+
+import triton
+import triton.language as tl
+
+from kvfold.kernels.triton_bits import codes_of, count, field_unit, load_params, pick, trit_digits
+
+NEVER: tl.constexpr = tl.constexpr(-1.0e30)  # a score that no query sees; finite, so that differences of two are no NaN
+
+
+@triton.jit
+def _queries(q_ptr, n, dim, start: tl.constexpr, size: tl.constexpr, valid: tl.constexpr, step: tl.constexpr):
+    """A run of channels of the queries, float16 [size, N], times the step of its codes."""
+    c = tl.arange(0, size)
+    q = tl.load(q_ptr + n[None, :] * dim + start + c[:, None], mask=(c < valid)[:, None], other=0.0)
+    return (q.to(tl.float32) * step).to(tl.float16)
+
+
+@triton.jit
+def _tile_queries(q_ptr, n, dim, T: tl.constexpr):
+    start: tl.constexpr = T[5]
+    size: tl.constexpr = T[6]
+    valid: tl.constexpr = T[7]
+    step: tl.constexpr = T[9]
+    return _queries(q_ptr, n, dim, start, size, valid, step)
+
+
+@triton.jit
+def _piece_queries(q_ptr, n, dim, P: tl.constexpr):
+    start: tl.constexpr = P[0]
+    size: tl.constexpr = P[1]
+    valid: tl.constexpr = P[2]
+    step: tl.constexpr = P[4]
+    return _queries(q_ptr, n, dim, start, size, valid, step)
+
+
+@triton.jit
+def _add_middle(q, total, g: tl.constexpr, T: tl.constexpr, SCALE_MIN: tl.constexpr):
+    """What the zero point of a tile's codes adds to group g: Σ q·(L − 1)/2, or Σ q where codes have a minimum; once a
+    channel, so only for the plane of the low bits."""
+    group: tl.constexpr = T[8]
+    step: tl.constexpr = T[9]
+    middle: tl.constexpr = T[10]
+    if group != g:
+        return total
+    elif SCALE_MIN:
+        return total + tl.sum(q.to(tl.float32), 0) if step == 1.0 else total
+    else:
+        return total + tl.sum(q.to(tl.float32), 0) * middle
+
+
+@triton.jit
+def _key_tile(page, row, q, s, g: tl.constexpr, T: tl.constexpr, INTERPRET: tl.constexpr):
+    """Adds one tile of keys to the eight scores [16, N] of group g."""
+    width: tl.constexpr = T[0]
+    half: tl.constexpr = T[1]
+    offset: tl.constexpr = T[2]
+    stride: tl.constexpr = T[3]
+    fields_4: tl.constexpr = T[4]
+    size: tl.constexpr = T[6]
+    valid: tl.constexpr = T[7]
+    group: tl.constexpr = T[8]
+    if group == g:
+        c = tl.arange(0, size)
+        ptr = (page + offset + row * stride).to(tl.pointer_type(tl.int16))[:, None] + c[None, :]
+        if valid < size:
+            words = tl.load(ptr, mask=(c < valid)[None, :], other=0)
+            more = tl.load(ptr + fields_4 // 2, mask=(c < valid)[None, :], other=0) if width == 4 else words
+        else:
+            words = tl.load(ptr)
+            more = tl.load(ptr + fields_4 // 2) if width == 4 else words
+        new = ()
+        for f in tl.static_range(8):
+            new = new + (tl.dot(codes_of(words, more, width, half, 0, f, INTERPRET), q, s[f]),)
+        return new
+    else:
+        return s
+
+
+@triton.jit
+def _value_plane(page, row, p, acc, size: tl.constexpr, valid: tl.constexpr, C: tl.constexpr, INTERPRET: tl.constexpr):
+    """Adds one plane of a run of value channels to its output [size, N]; p: eight probabilities [16, N]."""
+    width: tl.constexpr = C[0]
+    half: tl.constexpr = C[1]
+    offset: tl.constexpr = C[2]
+    stride: tl.constexpr = C[3]
+    fields_4: tl.constexpr = C[4]
+    left: tl.constexpr = C[5]
+    c = tl.arange(0, size)
+    ptr = (page + offset + row * stride).to(tl.pointer_type(tl.int16))[None, :] + c[:, None]
+    if valid < size:
+        words = tl.load(ptr, mask=(c < valid)[:, None], other=0)
+        more = tl.load(ptr + fields_4 // 2, mask=(c < valid)[:, None], other=0) if width == 4 else words
+    else:
+        words = tl.load(ptr)
+        more = tl.load(ptr + fields_4 // 2) if width == 4 else words
+    for f in tl.static_range(8):
+        acc = tl.dot(codes_of(words, more, width, half, left, f, INTERPRET), p[f], acc)
+    return acc
+
+
+@triton.jit
+def _value_piece(page, row, p, low, high, P: tl.constexpr, INTERPRET: tl.constexpr):
+    """Adds all planes of a run of value channels: (low, high) outputs [size, N], high worth 16."""
+    size: tl.constexpr = P[1]
+    valid: tl.constexpr = P[2]
+    planes_low: tl.constexpr = P[6]
+    planes_high: tl.constexpr = P[7]
+    for i in tl.static_range(count(planes_low)):
+        low = _value_plane(page, row, p, low, size, valid, pick(planes_low, i), INTERPRET)
+    for i in tl.static_range(count(planes_high)):
+        high = _value_plane(page, row, p, high, size, valid, pick(planes_high, i), INTERPRET)
+    return low, high
+
+
+@triton.jit
+def _piece_group(p, P: tl.constexpr):
+    """The probabilities of a run's parameter group."""
+    group: tl.constexpr = P[3]
+    return p[group]
+
+
+@triton.jit
+def _zeros_piece(N: tl.constexpr, P: tl.constexpr):
+    """Empty outputs of a run: low, and high (a scalar zero where no plane needs it)."""
+    size: tl.constexpr = P[1]
+    high: tl.constexpr = P[7]
+    if count(high) > 0:
+        return tl.zeros((size, N), tl.float32), tl.zeros((size, N), tl.float32)
+    else:
+        return tl.zeros((size, N), tl.float32), tl.zeros((1, N), tl.float32)
+
+
+@triton.jit
+def _raw_keys(page, row, q, s, rows: tl.constexpr, dim: tl.constexpr, P: tl.constexpr):
+    """Adds a run of channels of 16-bit keys to the eight scores [16, N]."""
+    start: tl.constexpr = P[0]
+    size: tl.constexpr = P[1]
+    valid: tl.constexpr = P[2]
+    c = tl.arange(0, size)
+    new = ()
+    for f in tl.static_range(8):
+        ptr = (page + (f * rows + row) * (dim * 2)).to(tl.pointer_type(tl.float16))[:, None] + start + c[None, :]
+        k = tl.load(ptr, mask=(c < valid)[None, :], other=0.0) if valid < size else tl.load(ptr)
+        new = new + (tl.dot(k, q, s[f]),)
+    return new
+
+
+@triton.jit
+def _raw_values(page, row, p, acc, rows: tl.constexpr, dim: tl.constexpr, P: tl.constexpr):
+    """Adds a run of channels of 16-bit values to its output [size, N]."""
+    start: tl.constexpr = P[0]
+    size: tl.constexpr = P[1]
+    valid: tl.constexpr = P[2]
+    c = tl.arange(0, size)
+    for f in tl.static_range(8):
+        ptr = (page + (f * rows + row) * (dim * 2)).to(tl.pointer_type(tl.float16))[None, :] + start + c[:, None]
+        v = tl.load(ptr, mask=(c < valid)[:, None], other=0.0) if valid < size else tl.load(ptr)
+        acc = tl.dot(v, p[f], acc)
+    return acc
+
+
+@triton.jit
+def _trit_keys(page, row, q, s, V: tl.constexpr, INTERPRET: tl.constexpr, g: tl.constexpr, G: tl.constexpr):
+    """Adds ternary keys to the eight scores of group g of G; q: one [16, N] for each 16 channels."""
+    chunks: tl.constexpr = V[0]
+    digits = trit_digits(page, row, False, V, INTERPRET)
+    for c in tl.static_range(chunks):
+        if c * G // chunks == g:
+            new = ()
+            for f in tl.static_range(8):
+                new = new + (tl.dot(digits[c * 8 + f], q[c], s[f]),)
+            s = new
+    return s
+
+
+@triton.jit
+def _trit_values(page, row, p, acc, V: tl.constexpr, INTERPRET: tl.constexpr, G: tl.constexpr):
+    """Adds ternary values; acc: one [16, N] for each 16 channels, p: for each group eight [16, N]."""
+    chunks: tl.constexpr = V[0]
+    digits = trit_digits(page, row, True, V, INTERPRET)
+    new = ()
+    for c in tl.static_range(chunks):
+        a = acc[c]
+        for f in tl.static_range(8):
+            a = tl.dot(digits[c * 8 + f], p[c * G // chunks][f], a)
+        new = new + (a,)
+    return new
+
+
+@triton.jit
+def _add_trit_middle(q, total, g: tl.constexpr, P: tl.constexpr, SCALE_MIN: tl.constexpr):
+    group: tl.constexpr = P[3]
+    middle: tl.constexpr = P[5]
+    if group == g:
+        return total + tl.sum(q.to(tl.float32), 0) * (1.0 if SCALE_MIN else middle)
+    else:
+        return total
+
+
+@triton.jit
+def soft_cap(x, CAP: tl.constexpr):
+    """cap·tanh(x / cap), in base-2 units of the softmax."""
+    return (CAP * 1.4426950408889634) * (1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * 1.4426950408889634 / CAP))))
+
+
+@triton.jit
+def _store_piece(o_ptr, n, columns, low, high, z, l_scale, P: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """Writes one run of the partial output, [N, size] of a row-major [N, head_dim]."""
+    start: tl.constexpr = P[0]
+    size: tl.constexpr = P[1]
+    valid: tl.constexpr = P[2]
+    group: tl.constexpr = P[3]
+    step: tl.constexpr = P[4]
+    middle: tl.constexpr = P[5]
+    planes_high: tl.constexpr = P[7]
+    c = tl.arange(0, size)
+    out = low * l_scale
+    if count(planes_high) > 0:
+        out += high * (l_scale * 16.0)
+    if SYMMETRIC:
+        out = step * (out - middle * z[group][None, :])
+    else:
+        out = out + z[group][None, :]
+    tl.store(o_ptr + c[:, None] + start, out, mask=(c < valid)[:, None] & columns[None, :])
+
+
+@triton.jit
+def packed_part(
+    q_ptr, q_scale, anchor, table, o_ptr, ml_ptr, first_page, last_page, split, head, sinks, limit, lowest,
+    KV_OFFSET: tl.constexpr, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Attention of N query columns to this split's share of pages first_page … last_page − 1."""
+    k_kind: tl.constexpr = K[0]
+    k_trits: tl.constexpr = K[1]
+    k_tiles: tl.constexpr = K[2]
+    k_pieces: tl.constexpr = K[3]
+    k_groups: tl.constexpr = K[4]
+    k_params: tl.constexpr = K[5]
+    k_fp16: tl.constexpr = K[6]
+    rows: tl.constexpr = K[7]
+    k_nbytes: tl.constexpr = K[8]
+    dim: tl.constexpr = K[9]
+    v_kind: tl.constexpr = V[0]
+    v_trits: tl.constexpr = V[1]
+    v_pieces: tl.constexpr = V[3]
+    v_groups: tl.constexpr = V[4]
+    v_params: tl.constexpr = V[5]
+    v_fp16: tl.constexpr = V[6]
+    v_nbytes: tl.constexpr = V[8]
+    p_one: tl.constexpr = V[10]
+    k_ternary: tl.constexpr = count(k_trits) > 0
+    v_ternary: tl.constexpr = count(v_trits) > 0
+    scale_min: tl.constexpr = k_kind == "scale_min"
+    k_raw: tl.constexpr = k_kind == "raw"
+    v_raw: tl.constexpr = v_kind == "raw"
+    pages_each: tl.constexpr = 16 // rows
+    page_tokens: tl.constexpr = 8 * rows
+    n = tl.arange(0, N)
+    i = tl.arange(0, 16)
+    row = i % rows
+    k_offset = head * k_nbytes
+    v_offset = KV_OFFSET + head * v_nbytes
+
+    q = ()
+    if k_ternary or k_raw:
+        for t in tl.static_range(count(k_pieces)):
+            q = q + (_piece_queries(q_ptr, n, dim, pick(k_pieces, t)),)
+    else:
+        for t in tl.static_range(count(k_tiles)):
+            q = q + (_tile_queries(q_ptr, n, dim, pick(k_tiles, t)),)
+    middles = ()
+    for g in tl.static_range(k_groups):
+        total = tl.zeros((N,), tl.float32)
+        if k_ternary:
+            for t in tl.static_range(count(k_pieces)):
+                total = _add_trit_middle(q[t], total, g, pick(k_pieces, t), scale_min)
+        else:
+            for t in tl.static_range(count(k_tiles)):
+                total = _add_middle(q[t], total, g, pick(k_tiles, t), scale_min)
+        middles = middles + (total,)
+    # a field's codes stand at 4^(f mod 4), ternary digits at 4^4
+    unit: tl.constexpr = 1.0 / 256 if k_ternary else 1.0
+    v_unit: tl.constexpr = 1.0 / 256 if v_ternary else 1.0
+    one = 16777216.0 * unit * q_scale
+    back: tl.constexpr = 1.0 / 16777216.0 / unit
+    low = ()
+    high = ()
+    for t in tl.static_range(count(v_pieces)):
+        a, b = _zeros_piece(N, pick(v_pieces, t))
+        low = low + (a,)
+        high = high + (b,)
+    z = ()
+    for g in tl.static_range(v_groups):
+        z = z + (tl.zeros((N,), tl.float32),)
+    top = tl.full((N,), NEVER, tl.float32)
+    total = tl.zeros((N,), tl.float32)
+
+    tiles = (last_page - first_page + pages_each - 1) // pages_each
+    each = (tiles + SPLITS - 1) // SPLITS
+    begin = tl.minimum(split * each, tiles)
+    end = tl.minimum(begin + each, tiles)
+    for tile in tl.range(begin, end, num_stages=STAGES):
+        number = first_page + tile * pages_each + i // rows
+        exists = number < last_page
+        place = tl.load(table + number, mask=exists, other=0)
+        page = anchor + place * 16
+        k_page = page + k_offset
+        v_page = page + v_offset
+        bias = tl.where(exists, 0.0, NEVER)
+        s = ()
+        for f in tl.static_range(8):
+            s = s + (tl.zeros((16, N), tl.float32) + bias[:, None],)
+        for g in tl.static_range(k_groups):
+            a = ()
+            if scale_min or k_raw:
+                for f in tl.static_range(8):
+                    a = a + (tl.zeros((16, N), tl.float32),)
+            else:
+                for f in tl.static_range(8):
+                    a = a + (tl.zeros((16, N), tl.float32) - (middles[g] * (back / field_unit(f, k_ternary)))[None, :],)
+            if k_ternary:
+                a = _trit_keys(k_page, row, q, a, k_trits, INTERPRET, g, k_groups)
+            elif k_raw:
+                for t in tl.static_range(count(k_pieces)):
+                    a = _raw_keys(k_page, row, q[t], a, rows, dim, pick(k_pieces, t))
+            else:
+                for t in tl.static_range(count(k_tiles)):
+                    a = _key_tile(k_page, row, q[t], a, g, pick(k_tiles, t), INTERPRET)
+            new = ()
+            if k_raw:
+                for f in tl.static_range(8):
+                    new = new + (a[f] * q_scale + s[f],)
+            elif scale_min:
+                minimum = load_params(k_page, row, k_params, 2 * g, page_tokens, k_fp16, INTERPRET)
+                scale = load_params(k_page, row, k_params, 2 * g + 1, page_tokens, k_fp16, INTERPRET)
+                for f in tl.static_range(8):
+                    rest = s[f] + (minimum[f] * q_scale)[:, None] * middles[g][None, :]
+                    new = new + (a[f] * (scale[f] * (one * field_unit(f, k_ternary)))[:, None] + rest,)
+            else:
+                scale = load_params(k_page, row, k_params, 0, page_tokens, k_fp16, INTERPRET)
+                for f in tl.static_range(8):
+                    new = new + (a[f] * (scale[f] * (one * field_unit(f, k_ternary)))[:, None] + s[f],)
+            s = new
+        if CAP > 0:
+            new = ()
+            for f in tl.static_range(8):
+                new = new + (tl.where(exists[:, None], soft_cap(s[f], CAP), NEVER),)
+            s = new
+        if MASKED:
+            new = ()
+            for f in tl.static_range(8):
+                position = sinks + number * page_tokens + f * rows + row
+                seen = (position[:, None] < limit[None, :]) & (position[:, None] >= lowest[None, :])
+                new = new + (tl.where(seen, s[f], NEVER),)
+            s = new
+        best = tl.maximum(
+            tl.maximum(tl.maximum(s[0], s[1]), tl.maximum(s[2], s[3])),
+            tl.maximum(tl.maximum(s[4], s[5]), tl.maximum(s[6], s[7])),
+        )
+        new_top = tl.maximum(top, tl.max(best, 0))
+        alpha = tl.exp2(top - new_top)
+        top = new_top
+        p = ()
+        for f in tl.static_range(8):
+            if MASKED:  # a column may have seen nothing so far
+                p = p + (tl.where(s[f] > 0.5 * NEVER, tl.exp2(s[f] - new_top[None, :]), 0.0),)
+            else:
+                p = p + (tl.exp2(s[f] - new_top[None, :]),)
+        total = total * alpha + tl.sum(((p[0] + p[1]) + (p[2] + p[3])) + ((p[4] + p[5]) + (p[6] + p[7])), 0)
+        new_z = ()
+        scaled = ()
+        for g in tl.static_range(v_groups):
+            if v_raw:
+                group = ()
+                for f in tl.static_range(8):
+                    group = group + (p[f].to(tl.float16),)
+                new_z = new_z + (z[g],)
+            else:
+                if v_kind == "scale_min":
+                    minimum = load_params(v_page, row, v_params, 2 * g, page_tokens, v_fp16, INTERPRET)
+                    scale = load_params(v_page, row, v_params, 2 * g + 1, page_tokens, v_fp16, INTERPRET)
+                else:
+                    scale = load_params(v_page, row, v_params, 0, page_tokens, v_fp16, INTERPRET)
+                    minimum = scale
+                sums = p[0] * minimum[0][:, None]
+                for f in tl.static_range(1, 8):
+                    sums += p[f] * minimum[f][:, None]
+                new_z = new_z + (z[g] * alpha + tl.sum(sums, 0),)
+                group = ()
+                for f in tl.static_range(8):
+                    weight = scale[f] * (p_one * v_unit * field_unit(f, v_ternary))
+                    group = group + ((p[f] * weight[:, None]).to(tl.float16),)
+            scaled = scaled + (group,)
+        z = new_z
+        new_low = ()
+        new_high = ()
+        for t in tl.static_range(count(v_pieces)):
+            new_low = new_low + (low[t] * alpha[None, :],)
+            new_high = new_high + (high[t] * alpha[None, :],)
+        if v_ternary:
+            low = _trit_values(v_page, row, scaled, new_low, v_trits, INTERPRET, v_groups)
+            high = new_high
+        elif v_raw:
+            low = ()
+            for t in tl.static_range(count(v_pieces)):
+                low = low + (_raw_values(v_page, row, scaled[0], new_low[t], rows, dim, pick(v_pieces, t)),)
+            high = new_high
+        else:
+            low = ()
+            high = ()
+            for t in tl.static_range(count(v_pieces)):
+                chosen = _piece_group(scaled, pick(v_pieces, t))
+                a, b = _value_piece(v_page, row, chosen, new_low[t], new_high[t], pick(v_pieces, t), INTERPRET)
+                low = low + (a,)
+                high = high + (b,)
+    columns = n < COLUMNS
+    for t in tl.static_range(count(v_pieces)):
+        _store_piece(
+            o_ptr + n[None, :] * dim, n, columns, low[t], high[t], z, 1.0 if v_raw else 16777216.0 / p_one, pick(v_pieces, t), v_kind == "scale"
+        )
+    tl.store(ml_ptr + n, top, mask=columns)
+    tl.store(ml_ptr + N + n, total, mask=columns)

@@ -1,0 +1,116 @@
+"""The 16-bit rows' part of the split-K attention kernel: sinks, window and, for a prompt, the prompt itself."""
+
+import triton
+import triton.language as tl
+
+from kvfold.kernels.triton_bits import count, pick
+from kvfold.kernels.triton_packed import NEVER, soft_cap
+
+
+@triton.jit
+def raw_part(
+    q_ptr, q_scale, k_ptr, v_ptr, token_stride, o_ptr, ml_ptr, split, total_tokens, packed_end, sinks, ring, limit, lowest,
+    last, P: tl.constexpr, dim: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
+    """Attention of N query columns to 16-bit rows: sinks, then either a ring (ring > 0 slots) or tokens in order.
+
+    Row r < sinks is token r. In a ring, slot r holds the newest token congruent to it; in order, row r ≥ sinks is token
+    packed_end + r − sinks. Tokens from sinks to packed_end − 1 are packed and not here.
+    """
+    n = tl.arange(0, N)
+    q = ()
+    acc = ()
+    for t in tl.static_range(count(P)):
+        a, b = _raw_query(q_ptr, n, dim, N, pick(P, t))
+        q = q + (a,)
+        acc = acc + (b,)
+    top = tl.full((N,), NEVER, tl.float32)
+    total = tl.zeros((N,), tl.float32)
+    held = total_tokens - (packed_end - sinks)
+    rows = tl.where(ring > 0, tl.minimum(total_tokens, sinks + ring), held)
+    first_block = 1
+    end_block = (rows + BLOCK - 1) // BLOCK
+    if MASKED:  # the rows in between are read packed, or come later
+        first_row = sinks + tl.min(limit, 0) - packed_end
+        first_block = tl.where(ring > 0, 1, tl.maximum(first_row // BLOCK, 1))
+        last_row = sinks + tl.max(last, 0) + 1 - packed_end
+        end_block = tl.where(ring > 0, end_block, tl.minimum(end_block, (last_row + BLOCK - 1) // BLOCK))
+    blocks = tl.minimum(rows, 1) + tl.maximum(end_block - first_block, 0)
+    each = (blocks + SPLITS - 1) // SPLITS
+    for j in range(split * each, tl.minimum(split * each + each, blocks)):
+        block = tl.where(j == 0, 0, first_block + j - 1)
+        r = block * BLOCK + tl.arange(0, BLOCK)
+        newest = total_tokens - 1
+        back = newest - sinks - (r - sinks)
+        behind = tl.where(ring > 0, back - (back // tl.maximum(ring, 1)) * ring, 0)
+        behind = tl.where(behind < 0, behind + ring, behind)
+        later = tl.where(ring > 0, newest - behind, packed_end + r - sinks)
+        position = tl.where(r < sinks, r, later)
+        exists = (r < rows) & (position < total_tokens) & ((position < sinks) | (position >= packed_end))
+        s = tl.zeros((BLOCK, N), tl.float32)
+        for t in tl.static_range(count(P)):
+            s = _raw_keys(k_ptr + r.to(tl.int64) * token_stride, exists, q[t], s, pick(P, t))
+        s = s * q_scale
+        if CAP > 0:
+            s = soft_cap(s, CAP)
+        seen = exists[:, None] & (position[:, None] <= last[None, :])
+        if MASKED:
+            early = position < sinks
+            seen = seen & (early[:, None] | (position[:, None] >= limit[None, :]))
+            seen = seen & (position[:, None] >= lowest[None, :])
+        s = tl.where(seen, s, NEVER)
+        new_top = tl.maximum(top, tl.max(s, 0))
+        alpha = tl.exp2(top - new_top)
+        top = new_top
+        p = tl.where(seen, tl.exp2(s - new_top[None, :]), 0.0)
+        total = total * alpha + tl.sum(p, 0)
+        p16 = p.to(tl.float16)
+        new = ()
+        for t in tl.static_range(count(P)):
+            new = new + (_raw_values(v_ptr + r.to(tl.int64) * token_stride, exists, p16, acc[t] * alpha[None, :], pick(P, t)),)
+        acc = new
+    columns = n < COLUMNS
+    for t in tl.static_range(count(P)):
+        _store_raw(o_ptr + n[None, :] * dim, columns, acc[t], pick(P, t))
+    tl.store(ml_ptr + n, top, mask=columns)
+    tl.store(ml_ptr + N + n, total, mask=columns)
+
+
+@triton.jit
+def _raw_query(q_ptr, n, dim, N: tl.constexpr, P: tl.constexpr):
+    start: tl.constexpr = P[0]
+    size: tl.constexpr = P[1]
+    valid: tl.constexpr = P[2]
+    c = tl.arange(0, size)
+    q = tl.load(q_ptr + n[None, :] * dim + start + c[:, None], mask=(c < valid)[:, None], other=0.0)
+    return q, tl.zeros((size, N), tl.float32)
+
+
+@triton.jit
+def _raw_keys(ptr, exists, q, s, P: tl.constexpr):
+    start: tl.constexpr = P[0]
+    size: tl.constexpr = P[1]
+    valid: tl.constexpr = P[2]
+    c = tl.arange(0, size)
+    k = tl.load(ptr[:, None] + start + c[None, :], mask=exists[:, None] & (c < valid)[None, :], other=0.0)
+    return tl.dot(k, q, s)
+
+
+@triton.jit
+def _raw_values(ptr, exists, p, acc, P: tl.constexpr):
+    start: tl.constexpr = P[0]
+    size: tl.constexpr = P[1]
+    valid: tl.constexpr = P[2]
+    c = tl.arange(0, size)
+    v = tl.load(ptr[None, :] + start + c[:, None], mask=exists[None, :] & (c < valid)[:, None], other=0.0)
+    return tl.dot(v, p, acc)
+
+
+@triton.jit
+def _store_raw(o_ptr, columns, acc, P: tl.constexpr):
+    start: tl.constexpr = P[0]
+    size: tl.constexpr = P[1]
+    valid: tl.constexpr = P[2]
+    c = tl.arange(0, size)
+    tl.store(o_ptr + start + c[:, None], acc, mask=(c < valid)[:, None] & columns[None, :])
