@@ -151,7 +151,7 @@ def program(fmt: Format, page_tokens: int) -> Program:
         step, middle = (GAUSSIAN_STEP[n], (n - 1) / 2) if symmetric and n else (1.0, 0.0)
         halves = any(p.width == 1 for p in planes)
         parts: dict[tuple[int, int, int], dict[bool, list]] = {}
-        for run in _runs(channels, group_size, halves) if n else []:
+        for run in _runs(channels, group_size, halves):
             parts[run] = {False: [], True: []}
         for plane in planes:
             row = 2 * channels // (2 if plane.width == 1 else 1)

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from kvfold.kernels.formats import Format, raw16
 from kvfold.kernels.tiles import program
+from kvfold.kernels.triton_bits import pick
 from kvfold.kernels.triton_packed import NEVER, packed_part
 from kvfold.kernels.triton_raw import raw_part
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 LOG2_E = 1.4426950408889634
-RAW_BLOCK = 64  # 16-bit rows at a time: 64 × 128 channels of K and V are 32 KiB
+RAW_BLOCK = 32  # 16-bit rows at a time
 PROMPT_COLUMNS = 16  # query columns of a program over a prompt
 QUERY_TOP = 7  # queries are scaled so that the largest component lies in [2^6, 2^7]
 
@@ -39,9 +40,9 @@ def _attention_kernel(
     b = tl.program_id(2) // query_blocks
     block = tl.program_id(2) % query_blocks
     heads = tl.num_programs(1)
-    rows: tl.constexpr = K[7]
-    k_nbytes: tl.constexpr = K[8]
-    dim: tl.constexpr = K[9]
+    rows: tl.constexpr = pick(K, 7)
+    k_nbytes: tl.constexpr = pick(K, 8)
+    dim: tl.constexpr = pick(K, 9)
     page_tokens: tl.constexpr = 8 * rows
     n = tl.arange(0, N)
     total = tl.load(state + 2 * b) + new

@@ -200,10 +200,10 @@ def trit_digits(page, row, TRANSPOSED: tl.constexpr, V: tl.constexpr, INTERPRET:
     Returns:
         float16 [16, 16] each: rows by channels, or channels by rows if TRANSPOSED; code · 2^8 · 2^−24.
     """
-    whole: tl.constexpr = V[1]
-    left: tl.constexpr = V[2]
-    words: tl.constexpr = V[3]
-    rows: tl.constexpr = V[4]
+    whole: tl.constexpr = pick(V, 1)
+    left: tl.constexpr = pick(V, 2)
+    words: tl.constexpr = pick(V, 3)
+    rows: tl.constexpr = pick(V, 4)
     halves: tl.constexpr = whole + (1 if left > 2 else 0)
     out = ()
     for k in tl.static_range(words):

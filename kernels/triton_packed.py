@@ -31,19 +31,19 @@ def _queries(q_ptr, n, dim, start: tl.constexpr, size: tl.constexpr, valid: tl.c
 
 @triton.jit
 def _tile_queries(q_ptr, n, dim, T: tl.constexpr):
-    start: tl.constexpr = T[5]
-    size: tl.constexpr = T[6]
-    valid: tl.constexpr = T[7]
-    step: tl.constexpr = T[9]
+    start: tl.constexpr = pick(T, 5)
+    size: tl.constexpr = pick(T, 6)
+    valid: tl.constexpr = pick(T, 7)
+    step: tl.constexpr = pick(T, 9)
     return _queries(q_ptr, n, dim, start, size, valid, step)
 
 
 @triton.jit
 def _piece_queries(q_ptr, n, dim, P: tl.constexpr):
-    start: tl.constexpr = P[0]
-    size: tl.constexpr = P[1]
-    valid: tl.constexpr = P[2]
-    step: tl.constexpr = P[4]
+    start: tl.constexpr = pick(P, 0)
+    size: tl.constexpr = pick(P, 1)
+    valid: tl.constexpr = pick(P, 2)
+    step: tl.constexpr = pick(P, 4)
     return _queries(q_ptr, n, dim, start, size, valid, step)
 
 
@@ -51,9 +51,9 @@ def _piece_queries(q_ptr, n, dim, P: tl.constexpr):
 def _add_middle(q, total, g: tl.constexpr, T: tl.constexpr, SCALE_MIN: tl.constexpr):
     """What the zero point of a tile's codes adds to group g: Σ q·(L − 1)/2, or Σ q where codes have a minimum; once a
     channel, so only for the plane of the low bits."""
-    group: tl.constexpr = T[8]
-    step: tl.constexpr = T[9]
-    middle: tl.constexpr = T[10]
+    group: tl.constexpr = pick(T, 8)
+    step: tl.constexpr = pick(T, 9)
+    middle: tl.constexpr = pick(T, 10)
     if group != g:
         return total
     elif SCALE_MIN:
@@ -65,14 +65,14 @@ def _add_middle(q, total, g: tl.constexpr, T: tl.constexpr, SCALE_MIN: tl.conste
 @triton.jit
 def _key_tile(page, row, q, s, g: tl.constexpr, T: tl.constexpr, INTERPRET: tl.constexpr):
     """Adds one tile of keys to the eight scores [16, N] of group g."""
-    width: tl.constexpr = T[0]
-    half: tl.constexpr = T[1]
-    offset: tl.constexpr = T[2]
-    stride: tl.constexpr = T[3]
-    fields_4: tl.constexpr = T[4]
-    size: tl.constexpr = T[6]
-    valid: tl.constexpr = T[7]
-    group: tl.constexpr = T[8]
+    width: tl.constexpr = pick(T, 0)
+    half: tl.constexpr = pick(T, 1)
+    offset: tl.constexpr = pick(T, 2)
+    stride: tl.constexpr = pick(T, 3)
+    fields_4: tl.constexpr = pick(T, 4)
+    size: tl.constexpr = pick(T, 6)
+    valid: tl.constexpr = pick(T, 7)
+    group: tl.constexpr = pick(T, 8)
     if group == g:
         c = tl.arange(0, size)
         ptr = (page + offset + row * stride).to(tl.pointer_type(tl.int16))[:, None] + c[None, :]
@@ -93,12 +93,12 @@ def _key_tile(page, row, q, s, g: tl.constexpr, T: tl.constexpr, INTERPRET: tl.c
 @triton.jit
 def _value_plane(page, row, p, acc, size: tl.constexpr, valid: tl.constexpr, C: tl.constexpr, INTERPRET: tl.constexpr):
     """Adds one plane of a run of value channels to its output [size, N]; p: eight probabilities [16, N]."""
-    width: tl.constexpr = C[0]
-    half: tl.constexpr = C[1]
-    offset: tl.constexpr = C[2]
-    stride: tl.constexpr = C[3]
-    fields_4: tl.constexpr = C[4]
-    left: tl.constexpr = C[5]
+    width: tl.constexpr = pick(C, 0)
+    half: tl.constexpr = pick(C, 1)
+    offset: tl.constexpr = pick(C, 2)
+    stride: tl.constexpr = pick(C, 3)
+    fields_4: tl.constexpr = pick(C, 4)
+    left: tl.constexpr = pick(C, 5)
     c = tl.arange(0, size)
     ptr = (page + offset + row * stride).to(tl.pointer_type(tl.int16))[None, :] + c[:, None]
     if valid < size:
@@ -115,10 +115,10 @@ def _value_plane(page, row, p, acc, size: tl.constexpr, valid: tl.constexpr, C: 
 @triton.jit
 def _value_piece(page, row, p, low, high, P: tl.constexpr, INTERPRET: tl.constexpr):
     """Adds all planes of a run of value channels: (low, high) outputs [size, N], high worth 16."""
-    size: tl.constexpr = P[1]
-    valid: tl.constexpr = P[2]
-    planes_low: tl.constexpr = P[6]
-    planes_high: tl.constexpr = P[7]
+    size: tl.constexpr = pick(P, 1)
+    valid: tl.constexpr = pick(P, 2)
+    planes_low: tl.constexpr = pick(P, 6)
+    planes_high: tl.constexpr = pick(P, 7)
     for i in tl.static_range(count(planes_low)):
         low = _value_plane(page, row, p, low, size, valid, pick(planes_low, i), INTERPRET)
     for i in tl.static_range(count(planes_high)):
@@ -129,15 +129,15 @@ def _value_piece(page, row, p, low, high, P: tl.constexpr, INTERPRET: tl.constex
 @triton.jit
 def _piece_group(p, P: tl.constexpr):
     """The probabilities of a run's parameter group."""
-    group: tl.constexpr = P[3]
+    group: tl.constexpr = pick(P, 3)
     return p[group]
 
 
 @triton.jit
 def _zeros_piece(N: tl.constexpr, P: tl.constexpr):
     """Empty outputs of a run: low, and high (a scalar zero where no plane needs it)."""
-    size: tl.constexpr = P[1]
-    high: tl.constexpr = P[7]
+    size: tl.constexpr = pick(P, 1)
+    high: tl.constexpr = pick(P, 7)
     if count(high) > 0:
         return tl.zeros((size, N), tl.float32), tl.zeros((size, N), tl.float32)
     else:
@@ -147,9 +147,9 @@ def _zeros_piece(N: tl.constexpr, P: tl.constexpr):
 @triton.jit
 def _raw_keys(page, row, q, s, rows: tl.constexpr, dim: tl.constexpr, P: tl.constexpr):
     """Adds a run of channels of 16-bit keys to the eight scores [16, N]."""
-    start: tl.constexpr = P[0]
-    size: tl.constexpr = P[1]
-    valid: tl.constexpr = P[2]
+    start: tl.constexpr = pick(P, 0)
+    size: tl.constexpr = pick(P, 1)
+    valid: tl.constexpr = pick(P, 2)
     c = tl.arange(0, size)
     new = ()
     for f in tl.static_range(8):
@@ -162,9 +162,9 @@ def _raw_keys(page, row, q, s, rows: tl.constexpr, dim: tl.constexpr, P: tl.cons
 @triton.jit
 def _raw_values(page, row, p, acc, rows: tl.constexpr, dim: tl.constexpr, P: tl.constexpr):
     """Adds a run of channels of 16-bit values to its output [size, N]."""
-    start: tl.constexpr = P[0]
-    size: tl.constexpr = P[1]
-    valid: tl.constexpr = P[2]
+    start: tl.constexpr = pick(P, 0)
+    size: tl.constexpr = pick(P, 1)
+    valid: tl.constexpr = pick(P, 2)
     c = tl.arange(0, size)
     for f in tl.static_range(8):
         ptr = (page + (f * rows + row) * (dim * 2)).to(tl.pointer_type(tl.float16))[None, :] + start + c[:, None]
@@ -176,7 +176,7 @@ def _raw_values(page, row, p, acc, rows: tl.constexpr, dim: tl.constexpr, P: tl.
 @triton.jit
 def _trit_keys(page, row, q, s, V: tl.constexpr, INTERPRET: tl.constexpr, g: tl.constexpr, G: tl.constexpr):
     """Adds ternary keys to the eight scores of group g of G; q: one [16, N] for each 16 channels."""
-    chunks: tl.constexpr = V[0]
+    chunks: tl.constexpr = pick(V, 0)
     digits = trit_digits(page, row, False, V, INTERPRET)
     for c in tl.static_range(chunks):
         if c * G // chunks == g:
@@ -190,7 +190,7 @@ def _trit_keys(page, row, q, s, V: tl.constexpr, INTERPRET: tl.constexpr, g: tl.
 @triton.jit
 def _trit_values(page, row, p, acc, V: tl.constexpr, INTERPRET: tl.constexpr, G: tl.constexpr):
     """Adds ternary values; acc: one [16, N] for each 16 channels, p: for each group eight [16, N]."""
-    chunks: tl.constexpr = V[0]
+    chunks: tl.constexpr = pick(V, 0)
     digits = trit_digits(page, row, True, V, INTERPRET)
     new = ()
     for c in tl.static_range(chunks):
@@ -203,8 +203,8 @@ def _trit_values(page, row, p, acc, V: tl.constexpr, INTERPRET: tl.constexpr, G:
 
 @triton.jit
 def _add_trit_middle(q, total, g: tl.constexpr, P: tl.constexpr, SCALE_MIN: tl.constexpr):
-    group: tl.constexpr = P[3]
-    middle: tl.constexpr = P[5]
+    group: tl.constexpr = pick(P, 3)
+    middle: tl.constexpr = pick(P, 5)
     if group == g:
         return total + tl.sum(q.to(tl.float32), 0) * (1.0 if SCALE_MIN else middle)
     else:
@@ -220,13 +220,13 @@ def soft_cap(x, CAP: tl.constexpr):
 @triton.jit
 def _store_piece(o_ptr, n, columns, low, high, z, l_scale, P: tl.constexpr, SYMMETRIC: tl.constexpr):
     """Writes one run of the partial output, [N, size] of a row-major [N, head_dim]."""
-    start: tl.constexpr = P[0]
-    size: tl.constexpr = P[1]
-    valid: tl.constexpr = P[2]
-    group: tl.constexpr = P[3]
-    step: tl.constexpr = P[4]
-    middle: tl.constexpr = P[5]
-    planes_high: tl.constexpr = P[7]
+    start: tl.constexpr = pick(P, 0)
+    size: tl.constexpr = pick(P, 1)
+    valid: tl.constexpr = pick(P, 2)
+    group: tl.constexpr = pick(P, 3)
+    step: tl.constexpr = pick(P, 4)
+    middle: tl.constexpr = pick(P, 5)
+    planes_high: tl.constexpr = pick(P, 7)
     c = tl.arange(0, size)
     out = low * l_scale
     if count(planes_high) > 0:
@@ -245,24 +245,24 @@ def packed_part(
     SPLITS: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Attention of N query columns to this split's share of pages first_page … last_page − 1."""
-    k_kind: tl.constexpr = K[0]
-    k_trits: tl.constexpr = K[1]
-    k_tiles: tl.constexpr = K[2]
-    k_pieces: tl.constexpr = K[3]
-    k_groups: tl.constexpr = K[4]
-    k_params: tl.constexpr = K[5]
-    k_fp16: tl.constexpr = K[6]
-    rows: tl.constexpr = K[7]
-    k_nbytes: tl.constexpr = K[8]
-    dim: tl.constexpr = K[9]
-    v_kind: tl.constexpr = V[0]
-    v_trits: tl.constexpr = V[1]
-    v_pieces: tl.constexpr = V[3]
-    v_groups: tl.constexpr = V[4]
-    v_params: tl.constexpr = V[5]
-    v_fp16: tl.constexpr = V[6]
-    v_nbytes: tl.constexpr = V[8]
-    p_one: tl.constexpr = V[10]
+    k_kind: tl.constexpr = pick(K, 0)
+    k_trits: tl.constexpr = pick(K, 1)
+    k_tiles: tl.constexpr = pick(K, 2)
+    k_pieces: tl.constexpr = pick(K, 3)
+    k_groups: tl.constexpr = pick(K, 4)
+    k_params: tl.constexpr = pick(K, 5)
+    k_fp16: tl.constexpr = pick(K, 6)
+    rows: tl.constexpr = pick(K, 7)
+    k_nbytes: tl.constexpr = pick(K, 8)
+    dim: tl.constexpr = pick(K, 9)
+    v_kind: tl.constexpr = pick(V, 0)
+    v_trits: tl.constexpr = pick(V, 1)
+    v_pieces: tl.constexpr = pick(V, 3)
+    v_groups: tl.constexpr = pick(V, 4)
+    v_params: tl.constexpr = pick(V, 5)
+    v_fp16: tl.constexpr = pick(V, 6)
+    v_nbytes: tl.constexpr = pick(V, 8)
+    p_one: tl.constexpr = pick(V, 10)
     k_ternary: tl.constexpr = count(k_trits) > 0
     v_ternary: tl.constexpr = count(v_trits) > 0
     scale_min: tl.constexpr = k_kind == "scale_min"
@@ -301,9 +301,9 @@ def packed_part(
     low = ()
     high = ()
     for t in tl.static_range(count(v_pieces)):
-        a, b = _zeros_piece(N, pick(v_pieces, t))
-        low = low + (a,)
-        high = high + (b,)
+        zero_low, zero_high = _zeros_piece(N, pick(v_pieces, t))
+        low = low + (zero_low,)
+        high = high + (zero_high,)
     z = ()
     for g in tl.static_range(v_groups):
         z = z + (tl.zeros((N,), tl.float32),)
@@ -326,35 +326,35 @@ def packed_part(
         for f in tl.static_range(8):
             s = s + (tl.zeros((16, N), tl.float32) + bias[:, None],)
         for g in tl.static_range(k_groups):
-            a = ()
+            dots = ()
             if scale_min or k_raw:
                 for f in tl.static_range(8):
-                    a = a + (tl.zeros((16, N), tl.float32),)
+                    dots = dots + (tl.zeros((16, N), tl.float32),)
             else:
                 for f in tl.static_range(8):
-                    a = a + (tl.zeros((16, N), tl.float32) - (middles[g] * (back / field_unit(f, k_ternary)))[None, :],)
+                    dots = dots + (tl.zeros((16, N), tl.float32) - (middles[g] * (back / field_unit(f, k_ternary)))[None, :],)
             if k_ternary:
-                a = _trit_keys(k_page, row, q, a, k_trits, INTERPRET, g, k_groups)
+                dots = _trit_keys(k_page, row, q, dots, k_trits, INTERPRET, g, k_groups)
             elif k_raw:
                 for t in tl.static_range(count(k_pieces)):
-                    a = _raw_keys(k_page, row, q[t], a, rows, dim, pick(k_pieces, t))
+                    dots = _raw_keys(k_page, row, q[t], dots, rows, dim, pick(k_pieces, t))
             else:
                 for t in tl.static_range(count(k_tiles)):
-                    a = _key_tile(k_page, row, q[t], a, g, pick(k_tiles, t), INTERPRET)
+                    dots = _key_tile(k_page, row, q[t], dots, g, pick(k_tiles, t), INTERPRET)
             new = ()
             if k_raw:
                 for f in tl.static_range(8):
-                    new = new + (a[f] * q_scale + s[f],)
+                    new = new + (dots[f] * q_scale + s[f],)
             elif scale_min:
                 minimum = load_params(k_page, row, k_params, 2 * g, page_tokens, k_fp16, INTERPRET)
                 scale = load_params(k_page, row, k_params, 2 * g + 1, page_tokens, k_fp16, INTERPRET)
                 for f in tl.static_range(8):
                     rest = s[f] + (minimum[f] * q_scale)[:, None] * middles[g][None, :]
-                    new = new + (a[f] * (scale[f] * (one * field_unit(f, k_ternary)))[:, None] + rest,)
+                    new = new + (dots[f] * (scale[f] * (one * field_unit(f, k_ternary)))[:, None] + rest,)
             else:
                 scale = load_params(k_page, row, k_params, 0, page_tokens, k_fp16, INTERPRET)
                 for f in tl.static_range(8):
-                    new = new + (a[f] * (scale[f] * (one * field_unit(f, k_ternary)))[:, None] + s[f],)
+                    new = new + (dots[f] * (scale[f] * (one * field_unit(f, k_ternary)))[:, None] + s[f],)
             s = new
         if CAP > 0:
             new = ()
@@ -425,9 +425,9 @@ def packed_part(
             high = ()
             for t in tl.static_range(count(v_pieces)):
                 chosen = _piece_group(scaled, pick(v_pieces, t))
-                a, b = _value_piece(v_page, row, chosen, new_low[t], new_high[t], pick(v_pieces, t), INTERPRET)
-                low = low + (a,)
-                high = high + (b,)
+                one_low, one_high = _value_piece(v_page, row, chosen, new_low[t], new_high[t], pick(v_pieces, t), INTERPRET)
+                low = low + (one_low,)
+                high = high + (one_high,)
     columns = n < COLUMNS
     for t in tl.static_range(count(v_pieces)):
         _store_piece(

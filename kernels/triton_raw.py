@@ -28,6 +28,8 @@ def raw_part(
     top = tl.full((N,), NEVER, tl.float32)
     total = tl.zeros((N,), tl.float32)
     held = total_tokens - (packed_end - sinks)
+    newest = total_tokens - 1
+    newest_slot = (newest - sinks) % tl.maximum(ring, 1)
     rows = tl.where(ring > 0, tl.minimum(total_tokens, sinks + ring), held)
     first_block = 1
     end_block = (rows + BLOCK - 1) // BLOCK
@@ -38,12 +40,10 @@ def raw_part(
         end_block = tl.where(ring > 0, end_block, tl.minimum(end_block, (last_row + BLOCK - 1) // BLOCK))
     blocks = tl.minimum(rows, 1) + tl.maximum(end_block - first_block, 0)
     each = (blocks + SPLITS - 1) // SPLITS
-    for j in range(split * each, tl.minimum(split * each + each, blocks)):
+    for j in tl.range(split * each, tl.minimum(split * each + each, blocks), num_stages=1):
         block = tl.where(j == 0, 0, first_block + j - 1)
         r = block * BLOCK + tl.arange(0, BLOCK)
-        newest = total_tokens - 1
-        back = newest - sinks - (r - sinks)
-        behind = tl.where(ring > 0, back - (back // tl.maximum(ring, 1)) * ring, 0)
+        behind = newest_slot - (r - sinks)
         behind = tl.where(behind < 0, behind + ring, behind)
         later = tl.where(ring > 0, newest - behind, packed_end + r - sinks)
         position = tl.where(r < sinks, r, later)
@@ -79,9 +79,9 @@ def raw_part(
 
 @triton.jit
 def _raw_query(q_ptr, n, dim, N: tl.constexpr, P: tl.constexpr):
-    start: tl.constexpr = P[0]
-    size: tl.constexpr = P[1]
-    valid: tl.constexpr = P[2]
+    start: tl.constexpr = pick(P, 0)
+    size: tl.constexpr = pick(P, 1)
+    valid: tl.constexpr = pick(P, 2)
     c = tl.arange(0, size)
     q = tl.load(q_ptr + n[None, :] * dim + start + c[:, None], mask=(c < valid)[:, None], other=0.0)
     return q, tl.zeros((size, N), tl.float32)
@@ -89,9 +89,9 @@ def _raw_query(q_ptr, n, dim, N: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def _raw_keys(ptr, exists, q, s, P: tl.constexpr):
-    start: tl.constexpr = P[0]
-    size: tl.constexpr = P[1]
-    valid: tl.constexpr = P[2]
+    start: tl.constexpr = pick(P, 0)
+    size: tl.constexpr = pick(P, 1)
+    valid: tl.constexpr = pick(P, 2)
     c = tl.arange(0, size)
     k = tl.load(ptr[:, None] + start + c[None, :], mask=exists[:, None] & (c < valid)[None, :], other=0.0)
     return tl.dot(k, q, s)
@@ -99,9 +99,9 @@ def _raw_keys(ptr, exists, q, s, P: tl.constexpr):
 
 @triton.jit
 def _raw_values(ptr, exists, p, acc, P: tl.constexpr):
-    start: tl.constexpr = P[0]
-    size: tl.constexpr = P[1]
-    valid: tl.constexpr = P[2]
+    start: tl.constexpr = pick(P, 0)
+    size: tl.constexpr = pick(P, 1)
+    valid: tl.constexpr = pick(P, 2)
     c = tl.arange(0, size)
     v = tl.load(ptr[None, :] + start + c[:, None], mask=exists[None, :] & (c < valid)[:, None], other=0.0)
     return tl.dot(v, p, acc)
@@ -109,8 +109,8 @@ def _raw_values(ptr, exists, p, acc, P: tl.constexpr):
 
 @triton.jit
 def _store_raw(o_ptr, columns, acc, P: tl.constexpr):
-    start: tl.constexpr = P[0]
-    size: tl.constexpr = P[1]
-    valid: tl.constexpr = P[2]
+    start: tl.constexpr = pick(P, 0)
+    size: tl.constexpr = pick(P, 1)
+    valid: tl.constexpr = pick(P, 2)
     c = tl.arange(0, size)
     tl.store(o_ptr + start + c[:, None], acc, mask=(c < valid)[:, None] & columns[None, :])
