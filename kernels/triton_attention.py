@@ -14,9 +14,9 @@ from torch import Tensor
 
 from kvfold.kernels.formats import Format, raw16
 from kvfold.kernels.tiles import program
-from kvfold.kernels.triton_bits import pick
+from kvfold.kernels.triton_bits import count, pick
 from kvfold.kernels.triton_packed import NEVER, packed_part
-from kvfold.kernels.triton_raw import raw_part
+from kvfold.kernels.triton_raw import raw_part, store_part
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 LOG2_E = 1.4426950408889634
@@ -31,10 +31,10 @@ def _attention_kernel(
     new, table_width, sinks, window, ring, sliding, query_blocks,
     raw_stride_b, raw_stride_h, raw_stride_t,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
-    SPLITS: tl.constexpr, RAW_SPLITS: tl.constexpr, PROMPT: tl.constexpr, SLIDING: tl.constexpr, CAP: tl.constexpr,
-    STAGES: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+    SPLITS: tl.constexpr, PROMPT: tl.constexpr, SLIDING: tl.constexpr, CAP: tl.constexpr,
+    STAGES: tl.constexpr, PREFETCH: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (SPLITS + RAW_SPLITS, KV heads, sequences × query blocks)."""
+    """Grid: (SPLITS, KV heads, sequences × query blocks)."""
     split = tl.program_id(0)
     head = tl.program_id(1)
     b = tl.program_id(2) // query_blocks
@@ -43,6 +43,7 @@ def _attention_kernel(
     rows: tl.constexpr = pick(K, 7)
     k_nbytes: tl.constexpr = pick(K, 8)
     dim: tl.constexpr = pick(K, 9)
+    v_pieces: tl.constexpr = pick(V, 3)
     page_tokens: tl.constexpr = 8 * rows
     n = tl.arange(0, N)
     total = tl.load(state + 2 * b) + new
@@ -59,35 +60,37 @@ def _attention_kernel(
         raw_from = sinks + pages * page_tokens
     lowest = tl.maximum(last - sliding + 1, 0) if SLIDING else tl.zeros((N,), tl.int32)
     place = (b * heads + head) * query_blocks + block
-    slots: tl.constexpr = SPLITS + RAW_SPLITS
     q = q_ptr + place.to(tl.int64) * (N * dim)
     q_scale = tl.load(q_scale_ptr + b * heads + head)
-    o = o_ptr + (place.to(tl.int64) * slots + split) * (N * dim)
-    ml = ml_ptr + (place * slots + split) * (2 * N)
-    if split < SPLITS:
-        last_page = (tl.max(limit, 0) - sinks) // page_tokens
-        first_page = tl.maximum(tl.min(lowest, 0) - sinks, 0) // page_tokens
-        packed_part(
-            q, q_scale, anchor, table + b.to(tl.int64) * table_width, o, ml, tl.minimum(first_page, last_page), last_page,
-            split, head, sinks, limit, lowest, heads * k_nbytes, K, V, N, COLUMNS, SPLITS, PROMPT or SLIDING, CAP, STAGES,
-            INTERPRET,
-        )  # fmt: skip
-    else:
-        at = b.to(tl.int64) * raw_stride_b + head * raw_stride_h
-        raw_part(
-            q, q_scale, raw_k + at, raw_v + at, raw_stride_t, o, ml, split - SPLITS, total, raw_from, sinks, ring, limit,
-            lowest, last, R, dim, N, COLUMNS, RAW_SPLITS, BLOCK, PROMPT or SLIDING, CAP,
-        )  # fmt: skip
+    o = o_ptr + (place.to(tl.int64) * SPLITS + split) * (N * dim)
+    ml = ml_ptr + (place * SPLITS + split) * (2 * N)
+    last_page = (tl.max(limit, 0) - sinks) // page_tokens
+    first_page = tl.maximum(tl.min(lowest, 0) - sinks, 0) // page_tokens
+    acc, top, weight = packed_part(
+        q, q_scale, anchor, table + b.to(tl.int64) * table_width, tl.minimum(first_page, last_page), last_page, split, head,
+        sinks, limit, lowest, heads * k_nbytes, K, V, N, SPLITS, PROMPT or SLIDING, CAP, STAGES, PREFETCH, INTERPRET,
+    )  # fmt: skip
+    at = b.to(tl.int64) * raw_stride_b + head * raw_stride_h
+    # the last programs first: where pages do not divide evenly, they have fewer
+    acc, top, weight = raw_part(
+        q, q_scale, raw_k + at, raw_v + at, raw_stride_t, acc, top, weight, SPLITS - 1 - split, total, raw_from, sinks, ring,
+        limit, lowest, last, R, v_pieces, dim, N, SPLITS, BLOCK, PROMPT or SLIDING, CAP,
+    )  # fmt: skip
+    columns = n < COLUMNS
+    for t in tl.static_range(count(v_pieces)):
+        store_part(o + n[None, :] * dim, columns, acc[t], pick(v_pieces, t))
+    tl.store(ml + n, top, mask=columns)
+    tl.store(ml + N + n, weight, mask=columns)
 
 
 @triton.jit
 def _merge_kernel(
     o_ptr, ml_ptr, out, aux, state, new, sinks, window, query_blocks, queries, out_stride_b, out_stride_t, out_stride_h,
-    DIM: tl.constexpr, DIM_2: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
+    DIM: tl.constexpr, CHANNELS: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
     SLOTS: tl.constexpr, SLOTS_2: tl.constexpr, BLOCK: tl.constexpr, AUX: tl.constexpr, ADVANCE: tl.constexpr,
     PAGE_TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (sequences × KV heads × query blocks, COLUMNS). Merges the parts of one query and, with ADVANCE, moves the
+    """Grid: (sequences × KV heads × query blocks, COLUMNS, runs of CHANNELS). Merges the parts of one query and, with ADVANCE, moves the
     sequence's length and number of pages on by `new` tokens."""
     place = tl.program_id(0)
     n = tl.program_id(1)
@@ -105,8 +108,8 @@ def _merge_kernel(
     total = tl.sum(tl.where(top > 0.5 * NEVER, tl.exp2(top - best) * part, 0.0), 0)
     if AUX:
         total += tl.exp2(sink - best)
-    d = tl.arange(0, DIM_2)
-    acc = tl.zeros((DIM_2,), tl.float32)
+    d = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    acc = tl.zeros((CHANNELS,), tl.float32)
     for start in tl.static_range(0, SLOTS_2, BLOCK):
         s = start + tl.arange(0, BLOCK)
         top_s = tl.load(base + s * (2 * N), mask=s < SLOTS, other=NEVER)
@@ -117,10 +120,10 @@ def _merge_kernel(
     acc = acc / tl.where(total > 0.0, total, 1.0)
     t = block * (COLUMNS // GROUP) + n // GROUP
     if t < queries:
-        at = out + b.to(tl.int64) * out_stride_b + t.to(tl.int64) * out_stride_t + (head * GROUP + n % GROUP) * out_stride_h
-        tl.store(at + d, acc.to(out.dtype.element_ty), mask=d < DIM)
+        to = out + b.to(tl.int64) * out_stride_b + t.to(tl.int64) * out_stride_t + (head * GROUP + n % GROUP) * out_stride_h
+        tl.store(to + d, acc.to(out.dtype.element_ty), mask=d < DIM)
     if ADVANCE:
-        if (head == 0) & (n == 0) & (block == 0):
+        if (head == 0) & (n == 0) & (block == 0) & (tl.program_id(2) == 0):
             length = tl.load(state + 2 * b) + new
             pages = tl.maximum(tl.load(state + 2 * b + 1), tl.maximum(length - sinks - window, 0) // PAGE_TOKENS)
             tl.store(state + 2 * b, length)
@@ -209,6 +212,8 @@ def attention(
     splits: int = 0,
     stages: int = 4,
     warps: int = 1,
+    maxnreg: int | None = None,
+    prefetch: bool = False,
 ) -> Tensor:
     """Attention of decoding steps or of prompts over packed pages and 16-bit rows.
 
@@ -231,27 +236,26 @@ def attention(
     prompt = first_query is not None
     if not splits:
         splits = pick_splits(batch * kv_heads * blocks, table.shape[1] * page_tokens, table.device)
-    raw_splits = 1 if prompt else 2
-    slots = splits + raw_splits
     device = out.device
-    partial = torch.empty(batch * kv_heads * blocks, slots, padded, dim, dtype=torch.float32, device=device)
-    ml = torch.empty(batch * kv_heads * blocks, slots, 2, padded, dtype=torch.float32, device=device)
+    partial = torch.empty(batch * kv_heads * blocks, splits, padded, dim, dtype=torch.float32, device=device)
+    ml = torch.empty(batch * kv_heads * blocks, splits, 2, padded, dtype=torch.float32, device=device)
     none = state
     k_program, v_program = program(key_format, page_tokens), program(value_format, page_tokens)
     raw_pieces = program(raw16(dim), page_tokens).pieces
-    _attention_kernel[(slots, kv_heads, batch * blocks)](
+    _attention_kernel[(splits, kv_heads, batch * blocks)](
         queries.data, queries.scale, anchor(device), table, state, raw_keys, raw_values, partial, ml,
         first_query if prompt else none, packed_before if prompt else none,
         new, table.shape[1], sinks, window, ring, sliding, blocks, *raw_keys.stride()[:3],
         K=tuple(k_program), V=tuple(v_program), R=raw_pieces, N=padded, COLUMNS=queries.columns, GROUP=queries.group,
-        SPLITS=splits, RAW_SPLITS=raw_splits, PROMPT=prompt, SLIDING=sliding > 0, CAP=float(softcap or 0.0),
-        STAGES=stages, BLOCK=RAW_BLOCK, INTERPRET=INTERPRET, num_warps=warps, num_stages=stages,
+        SPLITS=splits, PROMPT=prompt, SLIDING=sliding > 0, CAP=float(softcap or 0.0),
+        STAGES=stages, PREFETCH=prefetch, BLOCK=RAW_BLOCK, INTERPRET=INTERPRET, num_warps=warps, num_stages=stages, maxnreg=maxnreg,
     )  # fmt: skip
-    slots_2 = triton.next_power_of_2(slots)
-    _merge_kernel[(batch * kv_heads * blocks, queries.columns)](
+    slots_2 = triton.next_power_of_2(splits)
+    channels = 32 if dim % 32 == 0 else 16
+    _merge_kernel[(batch * kv_heads * blocks, queries.columns, -(-dim // channels))](
         partial, ml, out, aux if aux is not None else state, state, new, sinks, window, blocks, queries.tokens,
         out.stride(0), out.stride(1), out.stride(2),
-        DIM=dim, DIM_2=triton.next_power_of_2(dim), N=padded, COLUMNS=queries.columns, GROUP=queries.group, SLOTS=slots,
+        DIM=dim, CHANNELS=channels, N=padded, COLUMNS=queries.columns, GROUP=queries.group, SLOTS=splits,
         SLOTS_2=slots_2, BLOCK=min(slots_2, 32), AUX=aux is not None, ADVANCE=advance, PAGE_TOKENS=page_tokens,
         HEADS=kv_heads, num_warps=4,
     )  # fmt: skip
@@ -259,7 +263,12 @@ def attention(
 
 
 def pick_splits(programs: int, tokens: int, device: torch.device) -> int:
-    """Programs for each head and sequence: eight warps a multiprocessor in all, each with 256 tokens or more."""
+    """Programs for each head and sequence: one wave of eight warps a multiprocessor, each with 256 tokens or more.
+
+    Args:
+        programs: heads × sequences × query blocks.
+        tokens: of the longest sequence that fits the block table.
+    """
     if device.type != "cuda":
         return 2
     wave = 8 * torch.cuda.get_device_properties(device).multi_processor_count

@@ -218,33 +218,32 @@ def soft_cap(x, CAP: tl.constexpr):
 
 
 @triton.jit
-def _store_piece(o_ptr, n, columns, low, high, z, l_scale, P: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """Writes one run of the partial output, [N, size] of a row-major [N, head_dim]."""
-    start: tl.constexpr = pick(P, 0)
-    size: tl.constexpr = pick(P, 1)
-    valid: tl.constexpr = pick(P, 2)
+def _finish_piece(low, high, z, unit, P: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """A run's output [size, N] from its sums over codes and over parameters."""
     group: tl.constexpr = pick(P, 3)
     step: tl.constexpr = pick(P, 4)
     middle: tl.constexpr = pick(P, 5)
     planes_high: tl.constexpr = pick(P, 7)
-    c = tl.arange(0, size)
-    out = low * l_scale
+    out = low * unit
     if count(planes_high) > 0:
-        out += high * (l_scale * 16.0)
+        out += high * (unit * 16.0)
     if SYMMETRIC:
-        out = step * (out - middle * z[group][None, :])
+        return step * (out - middle * z[group][None, :])
     else:
-        out = out + z[group][None, :]
-    tl.store(o_ptr + c[:, None] + start, out, mask=(c < valid)[:, None] & columns[None, :])
+        return out + z[group][None, :]
 
 
 @triton.jit
 def packed_part(
-    q_ptr, q_scale, anchor, table, o_ptr, ml_ptr, first_page, last_page, split, head, sinks, limit, lowest,
-    KV_OFFSET: tl.constexpr, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLITS: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr,
+    q_ptr, q_scale, anchor, table, first_page, last_page, split, head, sinks, limit, lowest,
+    kv_offset, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr,
+    SPLITS: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Attention of N query columns to this split's share of pages first_page … last_page − 1."""
+    """Attention of N query columns to this split's share of pages first_page … last_page − 1.
+
+    Returns:
+        (output runs [size, N] not yet divided, largest scores [N], sums of weights [N])
+    """
     k_kind: tl.constexpr = pick(K, 0)
     k_trits: tl.constexpr = pick(K, 1)
     k_tiles: tl.constexpr = pick(K, 2)
@@ -274,7 +273,7 @@ def packed_part(
     i = tl.arange(0, 16)
     row = i % rows
     k_offset = head * k_nbytes
-    v_offset = KV_OFFSET + head * v_nbytes
+    v_offset = kv_offset + head * v_nbytes
 
     q = ()
     if k_ternary or k_raw:
@@ -292,7 +291,7 @@ def packed_part(
         else:
             for t in tl.static_range(count(k_tiles)):
                 total = _add_middle(q[t], total, g, pick(k_tiles, t), scale_min)
-        middles = middles + (total,)
+        middles = middles + (total * q_scale if scale_min else total,)
     # a field's codes stand at 4^(f mod 4), ternary digits at 4^4
     unit: tl.constexpr = 1.0 / 256 if k_ternary else 1.0
     v_unit: tl.constexpr = 1.0 / 256 if v_ternary else 1.0
@@ -306,19 +305,24 @@ def packed_part(
         high = high + (zero_high,)
     z = ()
     for g in tl.static_range(v_groups):
-        z = z + (tl.zeros((N,), tl.float32),)
+        z = z + (tl.zeros((16, N), tl.float32),)
     top = tl.full((N,), NEVER, tl.float32)
-    total = tl.zeros((N,), tl.float32)
+    sums = tl.zeros((16, N), tl.float32)  # over the rows only at the end: no shuffles in the loop
 
     tiles = (last_page - first_page + pages_each - 1) // pages_each
     each = (tiles + SPLITS - 1) // SPLITS
     begin = tl.minimum(split * each, tiles)
     end = tl.minimum(begin + each, tiles)
+    number = first_page + begin * pages_each + i // rows
+    place = tl.load(table + number, mask=number < last_page, other=0)
     for tile in tl.range(begin, end, num_stages=STAGES):
         number = first_page + tile * pages_each + i // rows
         exists = number < last_page
-        place = tl.load(table + number, mask=exists, other=0)
-        page = anchor + place * 16
+        if PREFETCH:
+            page = anchor + place * 16
+            place = tl.load(table + number + pages_each, mask=number + pages_each < last_page, other=0)
+        else:
+            page = anchor + tl.load(table + number, mask=exists, other=0) * 16
         k_page = page + k_offset
         v_page = page + v_offset
         bias = tl.where(exists, 0.0, NEVER)
@@ -349,7 +353,7 @@ def packed_part(
                 minimum = load_params(k_page, row, k_params, 2 * g, page_tokens, k_fp16, INTERPRET)
                 scale = load_params(k_page, row, k_params, 2 * g + 1, page_tokens, k_fp16, INTERPRET)
                 for f in tl.static_range(8):
-                    rest = s[f] + (minimum[f] * q_scale)[:, None] * middles[g][None, :]
+                    rest = s[f] + minimum[f][:, None] * middles[g][None, :]
                     new = new + (dots[f] * (scale[f] * (one * field_unit(f, k_ternary)))[:, None] + rest,)
             else:
                 scale = load_params(k_page, row, k_params, 0, page_tokens, k_fp16, INTERPRET)
@@ -381,7 +385,7 @@ def packed_part(
                 p = p + (tl.where(s[f] > 0.5 * NEVER, tl.exp2(s[f] - new_top[None, :]), 0.0),)
             else:
                 p = p + (tl.exp2(s[f] - new_top[None, :]),)
-        total = total * alpha + tl.sum(((p[0] + p[1]) + (p[2] + p[3])) + ((p[4] + p[5]) + (p[6] + p[7])), 0)
+        sums = sums * alpha[None, :] + (((p[0] + p[1]) + (p[2] + p[3])) + ((p[4] + p[5]) + (p[6] + p[7])))
         new_z = ()
         scaled = ()
         for g in tl.static_range(v_groups):
@@ -397,10 +401,10 @@ def packed_part(
                 else:
                     scale = load_params(v_page, row, v_params, 0, page_tokens, v_fp16, INTERPRET)
                     minimum = scale
-                sums = p[0] * minimum[0][:, None]
-                for f in tl.static_range(1, 8):
-                    sums += p[f] * minimum[f][:, None]
-                new_z = new_z + (z[g] * alpha + tl.sum(sums, 0),)
+                added = z[g] * alpha[None, :]
+                for f in tl.static_range(8):
+                    added += p[f] * minimum[f][:, None]
+                new_z = new_z + (added,)
                 group = ()
                 for f in tl.static_range(8):
                     weight = scale[f] * (p_one * v_unit * field_unit(f, v_ternary))
@@ -428,10 +432,11 @@ def packed_part(
                 one_low, one_high = _value_piece(v_page, row, chosen, new_low[t], new_high[t], pick(v_pieces, t), INTERPRET)
                 low = low + (one_low,)
                 high = high + (one_high,)
-    columns = n < COLUMNS
+    totals = ()
+    for g in tl.static_range(v_groups):
+        totals = totals + (tl.sum(z[g], 0),)
+    outs = ()
     for t in tl.static_range(count(v_pieces)):
-        _store_piece(
-            o_ptr + n[None, :] * dim, n, columns, low[t], high[t], z, 1.0 if v_raw else 16777216.0 / p_one, pick(v_pieces, t), v_kind == "scale"
-        )
-    tl.store(ml_ptr + n, top, mask=columns)
-    tl.store(ml_ptr + N + n, total, mask=columns)
+        unit_v = 1.0 if v_raw else 16777216.0 / p_one
+        outs = outs + (_finish_piece(low[t], high[t], totals, unit_v, pick(v_pieces, t), v_kind == "scale"),)
+    return outs, top, tl.sum(sums, 0)

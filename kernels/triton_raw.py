@@ -9,24 +9,24 @@ from kvfold.kernels.triton_packed import NEVER, soft_cap
 
 @triton.jit
 def raw_part(
-    q_ptr, q_scale, k_ptr, v_ptr, token_stride, o_ptr, ml_ptr, split, total_tokens, packed_end, sinks, ring, limit, lowest,
-    last, P: tl.constexpr, dim: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr,
+    q_ptr, q_scale, k_ptr, v_ptr, token_stride, acc, top, total, split, total_tokens, packed_end, sinks, ring, limit, lowest,
+    last, R: tl.constexpr, P: tl.constexpr, dim: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    MASKED: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """Attention of N query columns to 16-bit rows: sinks, then either a ring (ring > 0 slots) or tokens in order.
+    """Goes on with the attention of N query columns over this split's share of the 16-bit rows: sinks, then either a ring
+    (ring > 0 slots) or tokens in order.
 
     Row r < sinks is token r. In a ring, slot r holds the newest token congruent to it; in order, row r ≥ sinks is token
     packed_end + r − sinks. Tokens from sinks to packed_end − 1 are packed and not here.
+
+    Args:
+        acc, top, total: output runs [size, N], largest scores [N], sums of weights [N] so far.
+        R, P: runs of channels of keys and of `acc`.
     """
     n = tl.arange(0, N)
     q = ()
-    acc = ()
-    for t in tl.static_range(count(P)):
-        a, b = _raw_query(q_ptr, n, dim, N, pick(P, t))
-        q = q + (a,)
-        acc = acc + (b,)
-    top = tl.full((N,), NEVER, tl.float32)
-    total = tl.zeros((N,), tl.float32)
+    for t in tl.static_range(count(R)):
+        q = q + (_raw_query(q_ptr, n, dim, pick(R, t)),)
     held = total_tokens - (packed_end - sinks)
     newest = total_tokens - 1
     newest_slot = (newest - sinks) % tl.maximum(ring, 1)
@@ -39,8 +39,7 @@ def raw_part(
         last_row = sinks + tl.max(last, 0) + 1 - packed_end
         end_block = tl.where(ring > 0, end_block, tl.minimum(end_block, (last_row + BLOCK - 1) // BLOCK))
     blocks = tl.minimum(rows, 1) + tl.maximum(end_block - first_block, 0)
-    each = (blocks + SPLITS - 1) // SPLITS
-    for j in tl.range(split * each, tl.minimum(split * each + each, blocks), num_stages=1):
+    for j in tl.range(split, blocks, SPLITS, num_stages=1):
         block = tl.where(j == 0, 0, first_block + j - 1)
         r = block * BLOCK + tl.arange(0, BLOCK)
         behind = newest_slot - (r - sinks)
@@ -49,8 +48,8 @@ def raw_part(
         position = tl.where(r < sinks, r, later)
         exists = (r < rows) & (position < total_tokens) & ((position < sinks) | (position >= packed_end))
         s = tl.zeros((BLOCK, N), tl.float32)
-        for t in tl.static_range(count(P)):
-            s = _raw_keys(k_ptr + r.to(tl.int64) * token_stride, exists, q[t], s, pick(P, t))
+        for t in tl.static_range(count(R)):
+            s = _raw_keys(k_ptr + r.to(tl.int64) * token_stride, exists, q[t], s, pick(R, t))
         s = s * q_scale
         if CAP > 0:
             s = soft_cap(s, CAP)
@@ -68,23 +67,19 @@ def raw_part(
         p16 = p.to(tl.float16)
         new = ()
         for t in tl.static_range(count(P)):
-            new = new + (_raw_values(v_ptr + r.to(tl.int64) * token_stride, exists, p16, acc[t] * alpha[None, :], pick(P, t)),)
+            rescaled = acc[t] * alpha[None, :]
+            new = new + (_raw_values(v_ptr + r.to(tl.int64) * token_stride, exists, p16, rescaled, pick(P, t)),)
         acc = new
-    columns = n < COLUMNS
-    for t in tl.static_range(count(P)):
-        _store_raw(o_ptr + n[None, :] * dim, columns, acc[t], pick(P, t))
-    tl.store(ml_ptr + n, top, mask=columns)
-    tl.store(ml_ptr + N + n, total, mask=columns)
+    return acc, top, total
 
 
 @triton.jit
-def _raw_query(q_ptr, n, dim, N: tl.constexpr, P: tl.constexpr):
+def _raw_query(q_ptr, n, dim, P: tl.constexpr):
     start: tl.constexpr = pick(P, 0)
     size: tl.constexpr = pick(P, 1)
     valid: tl.constexpr = pick(P, 2)
     c = tl.arange(0, size)
-    q = tl.load(q_ptr + n[None, :] * dim + start + c[:, None], mask=(c < valid)[:, None], other=0.0)
-    return q, tl.zeros((size, N), tl.float32)
+    return tl.load(q_ptr + n[None, :] * dim + start + c[:, None], mask=(c < valid)[:, None], other=0.0)
 
 
 @triton.jit
@@ -108,7 +103,8 @@ def _raw_values(ptr, exists, p, acc, P: tl.constexpr):
 
 
 @triton.jit
-def _store_raw(o_ptr, columns, acc, P: tl.constexpr):
+def store_part(o_ptr, columns, acc, P: tl.constexpr):
+    """Writes one run of a partial output to a row-major [N, head_dim]."""
     start: tl.constexpr = pick(P, 0)
     size: tl.constexpr = pick(P, 1)
     valid: tl.constexpr = pick(P, 2)
