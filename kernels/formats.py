@@ -149,7 +149,8 @@ class Format:
 
     @property
     def payload_bits(self) -> float:
-        """Bits per cached element, codes and parameters, in pages of 32 tokens or more."""
+        """Bits per cached element, codes and parameters, in pages of 32 tokens: rows of ternary codes
+        that other pages leave empty are not counted."""
         return 8 * self.nbytes(32) / (32 * self.head_dim)
 
     def __str__(self) -> str:

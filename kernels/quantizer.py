@@ -107,8 +107,7 @@ def encode(x: Tensor, fmt: Format, clip: Tensor | None = None) -> Tensor:
 def decode(packed: Tensor, fmt: Format, tokens: int) -> Tensor:
     """Inverse of `encode` up to quantisation: uint8 [..., fmt.nbytes(tokens)] → float32 [..., tokens, head_dim]."""
     if fmt.params == "none":
-        own = packed.clone(memory_format=torch.contiguous_format)
-        return own.view(torch.float16).float().unflatten(-1, (tokens, fmt.head_dim))
+        return _load_param(packed.unflatten(-1, (tokens, 2 * fmt.head_dim)), "fp16")
     codes = torch.zeros(*packed.shape[:-1], tokens, fmt.head_dim, device=packed.device)
     offset = 0
     for plane in fmt.planes:
