@@ -55,7 +55,9 @@ class Plane(NamedTuple):
 
     def nbytes(self, tokens: int) -> int:
         """Bytes in a page of `tokens` tokens."""
-        return trit_nbytes(tokens, self.channels) if self.width == TRIT else plane_nbytes(tokens, self.channels, self.width)
+        if self.width == TRIT:
+            return trit_nbytes(tokens, self.channels)
+        return plane_nbytes(tokens, self.channels, self.width)
 
 
 @dataclass(frozen=True)

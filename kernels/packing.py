@@ -46,43 +46,34 @@ def pack_plane(codes: Tensor, width: int) -> Tensor:
     Returns:
         uint8 [..., P·n·width/8].
     """
-    fields = codes.unflatten(-2, (FIELDS, -1))  # [..., 8, R, n]
     n = codes.shape[-1]
-    if width == 2:
-        parts = fields.unflatten(-3, (2, 4))  # [..., byte, 4, R, n]
-        data = _gather_bits(parts, (0, 2, 4, 6)).movedim(-3, -1)  # [..., R, n, byte]
-    elif width == 4:
-        parts = fields.unflatten(-3, (2, 2, 2))  # [..., row set, high field, byte, R, n]
-        data = (parts[..., 0, :, :, :] | parts[..., 1, :, :, :] << 4).movedim(-3, -1)  # [..., set, R, n, byte]
-    else:
-        parts = fields.unflatten(-1, (2, n // 2)).unflatten(-4, (2, 4))  # [..., byte, 4, R, half, n/2]
-        pair = parts[..., 0, :] | parts[..., 1, :] << 1
-        data = _gather_bits(pair, (0, 2, 4, 6)).movedim(-3, -1)
-    return data.flatten(-3 if width != 4 else -4)
+    fields = codes.unflatten(-2, (FIELDS, -1))  # [..., 8, R, n]
+    if width == 4:
+        parts = fields.unflatten(-3, (2, 2, 2))  # [..., row set, high, byte, R, n]
+        return _join(parts, -4, 4).movedim(-3, -1).flatten(-4)  # [..., set, R, n, byte]
+    if width == 1:
+        fields = _join(fields.unflatten(-1, (2, n // 2)), -2, 1)  # [..., 8, R, n/2]
+    pairs = _join(fields.unflatten(-3, (2, 2, 2)), -3, 2)  # [..., byte, high, R, channels]
+    return _join(pairs, -3, 4).movedim(-3, -1).flatten(-3)  # [..., R, channels, byte]
 
 
-def _gather_bits(parts: Tensor, shifts: tuple[int, ...]) -> Tensor:
-    """Σ parts[..., i, :, :] << shifts[i] over the third dimension from the end."""
-    data = parts[..., 0, :, :] << shifts[0]
-    for i, shift in enumerate(shifts[1:], 1):
-        data = data | parts[..., i, :, :] << shift
-    return data
+def _join(parts: Tensor, dim: int, shift: int) -> Tensor:
+    """First of the two entries of `dim` in the low bits, second `shift` bits up."""
+    low, high = parts.unbind(dim)
+    return (high << shift).bitwise_or_(low)
 
 
 def unpack_plane(packed: Tensor, width: int, tokens: int, channels: int) -> Tensor:
     """Inverse of `pack_plane`: uint8 [..., P·n·width/8] → uint8 [..., P, n]."""
     rows = tokens // FIELDS
-    if width == 2:
-        data = packed.unflatten(-1, (rows, channels, 2)).movedim(-1, -3)  # [..., byte, R, n]
-        fields = torch.stack([(data >> s) & 3 for s in (0, 2, 4, 6)], -3)  # [..., byte, 4, R, n]
-        return fields.flatten(-4, -2)
     if width == 4:
         data = packed.unflatten(-1, (2, rows, channels, 2)).movedim(-1, -3)  # [..., set, byte, R, n]
-        fields = torch.stack((data & 15, data >> 4), -4)  # [..., set, high field, byte, R, n]
-        return fields.flatten(-5, -2)
-    data = packed.unflatten(-1, (rows, channels // 2, 2)).movedim(-1, -3)
-    low = torch.stack([(data >> s) & 1 for s in (0, 2, 4, 6)], -3)  # [..., byte, 4, R, n/2]
-    high = torch.stack([(data >> s) & 1 for s in (1, 3, 5, 7)], -3)
+        return torch.stack((data & 15, data >> 4), -4).flatten(-5, -2)  # of [..., set, high, byte, R, n]
+    words = packed.unflatten(-1, (rows, channels * width // 2, 2)).movedim(-1, -3)  # [..., byte, R, channels]
+    if width == 2:
+        return torch.stack([(words >> s) & 3 for s in (0, 2, 4, 6)], -3).flatten(-4, -2)
+    low = torch.stack([(words >> s) & 1 for s in (0, 2, 4, 6)], -3)  # [..., byte, 4, R, n/2]
+    high = torch.stack([(words >> s) & 1 for s in (1, 3, 5, 7)], -3)
     return torch.cat((low, high), -1).flatten(-4, -2)
 
 
@@ -106,9 +97,11 @@ def pack_trits(codes: Tensor) -> Tensor:
     whole, left = trit_parts(channels)
     tiles = codes.unflatten(-1, (channels // TRIT_CHANNELS, TRIT_CHANNELS)).unflatten(-3, (FIELDS, rows))
     numbered = tiles.movedim(-2, -4).flatten(-4, -3)  # [..., 8 · tiles, R, 16]
-    powers = torch.tensor([81, 27, 9, 3, 1], dtype=torch.int32, device=codes.device)[:, None, None]
-    five = numbered[..., : TRITS_PER_BYTE * whole, :, :].unflatten(-3, (whole, TRITS_PER_BYTE)).int()
-    halves = ((five * powers).sum(-3) * 256 + 242) // 243  # [..., whole, R, 16]
+    five = numbered[..., : TRITS_PER_BYTE * whole, :, :].unflatten(-3, (whole, TRITS_PER_BYTE)).unbind(-3)
+    value = five[0]  # at most 242: uint8 holds it
+    for digit in five[1:]:
+        value = value * 3 + digit
+    halves = (value.int() * 256 + 242) // 243  # [..., whole, R, 16]
     rest = [numbered[..., TRITS_PER_BYTE * whole + j, :, :].int() << 2 * j for j in range(left)]
     if left > 2:
         halves = torch.cat((halves, sum(rest[1:], rest[0]).unsqueeze(-3)), -3)
