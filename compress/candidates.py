@@ -14,6 +14,7 @@ from kvfold.compress.transforms.smooth import smooth
 from kvfold.compress.transforms.whiten import water_fill, whiten, whitened
 from kvfold.exports.spec import KeySpec, ValueSpec
 from kvfold.kernels.formats import Format, raw16, uniform
+from kvfold.kernels.packing import TRIT_CHANNELS
 from kvfold.kernels.quantizer import round_trip, to_float16
 
 CLIPS = tuple(round(0.4 + 0.05 * i, 2) for i in range(13))  # factors on (minimum, maximum) tried for each head
@@ -54,7 +55,8 @@ def _generator(seed: int, layer: int) -> torch.Generator:
 
 
 def _uniform_formats(head_dim: int, group_size: int) -> list[Format]:
-    return [uniform(head_dim, levels, dtype, group_size) for levels, dtype in UNIFORM]  # type: ignore[arg-type]
+    whole = head_dim % TRIT_CHANNELS == 0  # else no ternary format of that many channels exists
+    return [uniform(head_dim, levels, dtype, group_size) for levels, dtype in UNIFORM if levels != 3 or whole]  # type: ignore[arg-type]
 
 
 def best_clip(x: Tensor, fmt: Format, metric: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, cache_nbytes
 from kvfold.exports.architectures import Architecture, architecture_of, head_dim_of, num_kv_heads_of
 from kvfold.kernels.formats import Format, uniform
+from kvfold.kernels.packing import TRIT_CHANNELS
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,10 @@ def make_plan(model: str, budget: str, calib: str | None, recipe: Recipe, contex
 
 def _least_formats(recipe: Recipe, head_dim: int) -> tuple[Format, Format]:
     """The smallest formats that the search can choose, as far as size goes."""
-    value = uniform(head_dim, 3, "e4m3", recipe.value.group_size)
+    levels = 4 if head_dim % TRIT_CHANNELS else 3
+    value = uniform(head_dim, levels, "e4m3", recipe.value.group_size)
     if recipe.key.transform != "whiten":
-        return uniform(head_dim, 3, "e4m3", recipe.key.group_size), value
+        return uniform(head_dim, levels, "e4m3", recipe.key.group_size), value
     coded = max(8, int(min(recipe.key.bits) * head_dim) // 8 * 8)
     whole, rest = divmod(coded, head_dim)
     if whole:  # a bit or more each: any format of that many code bits has the same size

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.kernels.formats import Format
+from kvfold.kernels.packing import FIELDS
 
 FORMAT_VERSION = 1
 METADATA_NAME = "kv_cache.json"
@@ -121,6 +122,8 @@ class Metadata(Strict):
             raise ValueError(f"{len(self.layers)} layers are listed, but num_layers is {self.cache.num_layers}")
         if not all(length.isascii() and length.isdecimal() for length in self.account.bytes_at):
             raise ValueError("account.bytes_at has a key that is no number of tokens")
+        if self.cache.page_tokens % FIELDS:
+            raise ValueError(f"page_tokens is {self.cache.page_tokens}, but a page is a multiple of {FIELDS} tokens")
         if self.cache.num_heads % self.cache.num_kv_heads:
             raise ValueError("num_heads is not a multiple of num_kv_heads")
         for i, layer in enumerate(self.layers):

@@ -55,7 +55,9 @@ class Plane(NamedTuple):
 
     def nbytes(self, tokens: int) -> int:
         """Bytes in a page of `tokens` tokens."""
-        return trit_nbytes(tokens, self.channels) if self.width == TRIT else plane_nbytes(tokens, self.channels, self.width)
+        if self.width == TRIT:
+            return trit_nbytes(tokens, self.channels)
+        return plane_nbytes(tokens, self.channels, self.width)
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,8 @@ class Format:
 
     @property
     def payload_bits(self) -> float:
-        """Bits per cached element, codes and parameters, in pages of 32 tokens or more."""
+        """Bits per cached element, codes and parameters, in pages of 32 tokens: rows of ternary codes
+        that other pages leave empty are not counted."""
         return 8 * self.nbytes(32) / (32 * self.head_dim)
 
     def __str__(self) -> str:

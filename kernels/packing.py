@@ -3,7 +3,8 @@
 A page holds P tokens, P = 8·R. Token f·R + r (0 ≤ f < 8, 0 ≤ r < R) is field f of row r, so that one 16-bit word of row r
 and one channel holds that channel's codes of eight tokens, and `word & mask` without a shift gives one token's code times a
 power of four: what a tensor core can multiply as it stands (a masked word is an fp16 subnormal, code·4^g·2^−24 with
-g = f mod 4; fields 4 to 7 come down with one shift by 8). Words are little-endian, channels run fastest:
+g = f mod 4; fields 4 to 7 come down with one shift by 8). Words are little-endian; the n channels of a row stand side by
+side, rows follow each other:
 
     w = 2   R rows × n words        bits 2f … 2f+1 are field f
     w = 1   R rows × n/2 words      bit 2f is field f of channel j, bit 2f+1 that of channel j + n/2
@@ -12,12 +13,15 @@ g = f mod 4; fields 4 to 7 come down with one shift by 8). Words are little-endi
                                     to where they stand at width 2
 
 Ternary codes go five to a byte, ceil(256·v / 243) with v = Σ_k c_k·3^(4−k): digit k is (3·((byte·3^k) mod 256)) >> 8, no
-division. In each row the codes of 16 channels by 8 fields are numbered c·8 + f (c: which 16 channels); numbers 5i … 5i+4
-share byte i. What is left over, L = (head_dim/2) mod 5 codes, takes 2 bits each: four bits for L ≤ 2, a byte for L > 2.
+division. Channel t·16 + u (0 ≤ u < 16) is column u of tile t. In each row and column the codes are numbered t·8 + f; numbers
+5i … 5i+4 are digits 0 … 4 of byte i. What is left over, the last L = (n/2) mod 5 codes, takes 2 bits each, low bits first:
+in four bits for L ≤ 2, in one more byte for L > 2. The bytes are numbered; of B of them, in words of 16 columns side by side:
 
-    bytes 2k, 2k+1            R rows × 16 words, low byte and high byte of word tile k
-    an odd last byte          ceil(R/2) rows × 16 words, two rows to a word
-    four bits left over       ceil(R/4) rows × 16 words, four rows to a word
+    bytes 2k and 2k+1         R rows × 16 words for each k < floor(B/2): low byte 2k, high byte 2k+1
+    an odd last byte          ceil(R/2) rows × 16 words: low byte row 2q, high byte row 2q+1
+    four bits left over       ceil(R/4) rows × 16 words: from the low bits up rows 4q, 4q+1, 4q+2, 4q+3
+
+Rows past the last are zero.
 """
 
 import torch
@@ -42,43 +46,34 @@ def pack_plane(codes: Tensor, width: int) -> Tensor:
     Returns:
         uint8 [..., P·n·width/8].
     """
-    fields = codes.unflatten(-2, (FIELDS, -1))  # [..., 8, R, n]
     n = codes.shape[-1]
-    if width == 2:
-        parts = fields.unflatten(-3, (2, 4))  # [..., byte, 4, R, n]
-        data = _gather_bits(parts, (0, 2, 4, 6)).movedim(-3, -1)  # [..., R, n, byte]
-    elif width == 4:
-        parts = fields.unflatten(-3, (2, 2, 2))  # [..., row set, high field, byte, R, n]
-        data = (parts[..., 0, :, :, :] | parts[..., 1, :, :, :] << 4).movedim(-3, -1)  # [..., set, R, n, byte]
-    else:
-        parts = fields.unflatten(-1, (2, n // 2)).unflatten(-4, (2, 4))  # [..., byte, 4, R, half, n/2]
-        pair = parts[..., 0, :] | parts[..., 1, :] << 1
-        data = _gather_bits(pair, (0, 2, 4, 6)).movedim(-3, -1)
-    return data.flatten(-3 if width != 4 else -4)
+    fields = codes.unflatten(-2, (FIELDS, -1))  # [..., 8, R, n]
+    if width == 4:
+        parts = fields.unflatten(-3, (2, 2, 2))  # [..., row set, high, byte, R, n]
+        return _join(parts, -4, 4).movedim(-3, -1).flatten(-4)  # [..., set, R, n, byte]
+    if width == 1:
+        fields = _join(fields.unflatten(-1, (2, n // 2)), -2, 1)  # [..., 8, R, n/2]
+    pairs = _join(fields.unflatten(-3, (2, 2, 2)), -3, 2)  # [..., byte, high, R, channels]
+    return _join(pairs, -3, 4).movedim(-3, -1).flatten(-3)  # [..., R, channels, byte]
 
 
-def _gather_bits(parts: Tensor, shifts: tuple[int, ...]) -> Tensor:
-    """Σ parts[..., i, :, :] << shifts[i] over the third dimension from the end."""
-    data = parts[..., 0, :, :] << shifts[0]
-    for i, shift in enumerate(shifts[1:], 1):
-        data = data | parts[..., i, :, :] << shift
-    return data
+def _join(parts: Tensor, dim: int, shift: int) -> Tensor:
+    """First of the two entries of `dim` in the low bits, second `shift` bits up."""
+    low, high = parts.unbind(dim)
+    return (high << shift).bitwise_or_(low)
 
 
 def unpack_plane(packed: Tensor, width: int, tokens: int, channels: int) -> Tensor:
     """Inverse of `pack_plane`: uint8 [..., P·n·width/8] → uint8 [..., P, n]."""
     rows = tokens // FIELDS
-    if width == 2:
-        data = packed.unflatten(-1, (rows, channels, 2)).movedim(-1, -3)  # [..., byte, R, n]
-        fields = torch.stack([(data >> s) & 3 for s in (0, 2, 4, 6)], -3)  # [..., byte, 4, R, n]
-        return fields.flatten(-4, -2)
     if width == 4:
         data = packed.unflatten(-1, (2, rows, channels, 2)).movedim(-1, -3)  # [..., set, byte, R, n]
-        fields = torch.stack((data & 15, data >> 4), -4)  # [..., set, high field, byte, R, n]
-        return fields.flatten(-5, -2)
-    data = packed.unflatten(-1, (rows, channels // 2, 2)).movedim(-1, -3)
-    low = torch.stack([(data >> s) & 1 for s in (0, 2, 4, 6)], -3)  # [..., byte, 4, R, n/2]
-    high = torch.stack([(data >> s) & 1 for s in (1, 3, 5, 7)], -3)
+        return torch.stack((data & 15, data >> 4), -4).flatten(-5, -2)  # of [..., set, high, byte, R, n]
+    words = packed.unflatten(-1, (rows, channels * width // 2, 2)).movedim(-1, -3)  # [..., byte, R, channels]
+    if width == 2:
+        return torch.stack([(words >> s) & 3 for s in (0, 2, 4, 6)], -3).flatten(-4, -2)
+    low = torch.stack([(words >> s) & 1 for s in (0, 2, 4, 6)], -3)  # [..., byte, 4, R, n/2]
+    high = torch.stack([(words >> s) & 1 for s in (1, 3, 5, 7)], -3)
     return torch.cat((low, high), -1).flatten(-4, -2)
 
 
@@ -100,11 +95,13 @@ def pack_trits(codes: Tensor) -> Tensor:
     """Packs ternary codes, uint8 [..., P, n] with values 0, 1, 2 → uint8 [..., trit_nbytes(P, n)]; n a multiple of 16."""
     rows, channels = codes.shape[-2] // FIELDS, codes.shape[-1]
     whole, left = trit_parts(channels)
-    numbered = codes.reshape(*codes.shape[:-2], FIELDS, rows, -1, TRIT_CHANNELS).movedim(-2, -4)  # [..., c, f, R, 16]
-    numbered = numbered.flatten(-4, -3)  # [..., 8·C, R, 16]
-    powers = torch.tensor([81, 27, 9, 3, 1], dtype=torch.int32, device=codes.device)[:, None, None]
-    five = numbered[..., : TRITS_PER_BYTE * whole, :, :].unflatten(-3, (whole, TRITS_PER_BYTE)).int()
-    halves = ((five * powers).sum(-3) * 256 + 242) // 243  # [..., whole, R, 16]
+    tiles = codes.unflatten(-1, (channels // TRIT_CHANNELS, TRIT_CHANNELS)).unflatten(-3, (FIELDS, rows))
+    numbered = tiles.movedim(-2, -4).flatten(-4, -3)  # [..., 8 · tiles, R, 16]
+    five = numbered[..., : TRITS_PER_BYTE * whole, :, :].unflatten(-3, (whole, TRITS_PER_BYTE)).unbind(-3)
+    value = five[0]  # at most 242: uint8 holds it
+    for digit in five[1:]:
+        value = value * 3 + digit
+    halves = (value.int() * 256 + 242) // 243  # [..., whole, R, 16]
     rest = [numbered[..., TRITS_PER_BYTE * whole + j, :, :].int() << 2 * j for j in range(left)]
     if left > 2:
         halves = torch.cat((halves, sum(rest[1:], rest[0]).unsqueeze(-3)), -3)

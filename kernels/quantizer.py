@@ -107,18 +107,18 @@ def encode(x: Tensor, fmt: Format, clip: Tensor | None = None) -> Tensor:
 def decode(packed: Tensor, fmt: Format, tokens: int) -> Tensor:
     """Inverse of `encode` up to quantisation: uint8 [..., fmt.nbytes(tokens)] → float32 [..., tokens, head_dim]."""
     if fmt.params == "none":
-        own = packed.clone(memory_format=torch.contiguous_format)
-        return own.view(torch.float16).float().unflatten(-1, (tokens, fmt.head_dim))
-    codes = torch.zeros(*packed.shape[:-1], tokens, fmt.head_dim, device=packed.device)
+        return _load_param(packed.unflatten(-1, (tokens, 2 * fmt.head_dim)), "fp16")
+    found = torch.zeros(*packed.shape[:-1], tokens, fmt.head_dim, dtype=torch.uint8, device=packed.device)
     offset = 0
     for plane in fmt.planes:
         part = packed[..., offset : offset + plane.nbytes(tokens)]
         offset += plane.nbytes(tokens)
-        channels = slice(plane.start, plane.start + plane.channels)
+        own = found[..., plane.start : plane.start + plane.channels]
         if plane.width == TRIT:
-            codes[..., channels] = unpack_trits(part, tokens, plane.channels).float()
+            own.copy_(unpack_trits(part, tokens, plane.channels))
         else:
-            codes[..., channels] += unpack_plane(part, plane.width, tokens, plane.channels).float() * (1 << plane.shift)
+            own |= unpack_plane(part, plane.width, tokens, plane.channels) << plane.shift
+    codes = found.float()
     stored = _by_token(packed[..., offset:], fmt.num_params, fmt.param_nbytes)
     params = _load_param(stored.flatten(-2), fmt.param_dtype)  # [..., T, p]
     if fmt.params == "scale":

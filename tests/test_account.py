@@ -5,52 +5,53 @@ import torch
 
 from kvfold.exports.account import TABLE_STEP, Geometry, batch_nbytes, cache_nbytes, payload_bits
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
-from kvfold.kernels.formats import RAW, Format, raw16, uniform
+from kvfold.kernels.formats import Format, raw16, uniform
 from kvfold.runtime.cache import QuantizedKVCache
 
-GEOMETRY = Geometry(num_kv_heads=2, head_dim=16, sinks=3, window=10, page_tokens=4)
-# bytes of a token and head: keys 4 + 2 + 1 scale = 7 and 32, values 4 trit bytes + 2 and 16 + 8 (two fp16 pairs)
+GEOMETRY = Geometry(num_kv_heads=2, head_dim=16, sinks=3, window=10, page_tokens=16)
+# bytes of a token and head: keys 4 + 2 + 1 scale = 7 and 32, values 4 of ternary codes (a byte of five and one of three
+# for eight codes) + 2, and 16 + 8 (two fp16 pairs)
 FORMATS = [
     (Format(((8, 16), (8, 4))), uniform(16, 3)),
     (raw16(16), uniform(16, 256, "fp16", 8)),
 ]
-RAW_BUFFER = 17 * 2 * 16 * 2 * 2  # rows · heads · channels · (K, V) · float16
+RAW_BUFFER = 29 * 2 * 16 * 2 * 2  # rows · heads · channels · (K, V) · float16
 
 
 def test_one_sequence_by_hand():
-    assert RAW_BUFFER == 2176
-    page = 2 * 4 * (7 + 6) + 2 * 4 * (32 + 24)  # heads · tokens · (K + V) of both layers
-    assert page == 552
+    assert RAW_BUFFER == 3712
+    page = 2 * 16 * (7 + 6) + 2 * 16 * (32 + 24)  # heads · tokens · (K + V) of both layers
+    assert page == 2208
     for tokens, pages, entries in (
         (1, 0, 0),
-        (16, 0, 0),
-        (17, 1, 16),
-        (20, 1, 16),
-        (21, 2, 16),
-        (77, 16, 16),
-        (81, 17, 32),
+        (28, 0, 0),
+        (29, 1, 16),
+        (44, 1, 16),
+        (45, 2, 16),
+        (269, 16, 16),
+        (285, 17, 32),
     ):
         assert GEOMETRY.num_pages(tokens) == pages
-        assert cache_nbytes(GEOMETRY, FORMATS, tokens) == 2 * (2176 + 8 + 4 * entries) + 552 * pages
+        assert cache_nbytes(GEOMETRY, FORMATS, tokens) == 2 * (3712 + 8 + 4 * entries) + 2208 * pages
     assert cache_nbytes(GEOMETRY, FORMATS, 0) == 0
-    assert cache_nbytes(GEOMETRY, FORMATS, 81) == 2 * (2176 + 8 + 128) + 552 * 17 == 14008
+    assert cache_nbytes(GEOMETRY, FORMATS, 285) == 2 * (3712 + 8 + 128) + 2208 * 17 == 45232
 
 
 def test_a_batch_by_hand():
     # tables are as long as the longest sequence's: 17 pages, 32 entries, in all three sequences
-    assert batch_nbytes(GEOMETRY, FORMATS, [81, 17, 5]) == 3 * 2 * (2176 + 8 + 128) + 552 * (17 + 1 + 0)
-    assert batch_nbytes(GEOMETRY, FORMATS, [81, 0]) == 2 * 2 * (2176 + 8 + 128) + 552 * 17
+    assert batch_nbytes(GEOMETRY, FORMATS, [285, 29, 5]) == 3 * 2 * (3712 + 8 + 128) + 2208 * (17 + 1 + 0)
+    assert batch_nbytes(GEOMETRY, FORMATS, [285, 0]) == 2 * 2 * (3712 + 8 + 128) + 2208 * 17
     assert batch_nbytes(GEOMETRY, FORMATS, [0, 0]) == 0
-    assert batch_nbytes(GEOMETRY, FORMATS, [40, 40]) == 2 * cache_nbytes(GEOMETRY, FORMATS, 40)
+    assert batch_nbytes(GEOMETRY, FORMATS, [100, 100]) == 2 * cache_nbytes(GEOMETRY, FORMATS, 100)
 
 
 def test_parts_of_the_account():
     assert TABLE_STEP == 16
-    assert GEOMETRY.raw_rows == 17
+    assert GEOMETRY.raw_rows == 29
     assert GEOMETRY.fixed_nbytes(0) == 0
-    assert GEOMETRY.fixed_nbytes(81) == 2176 + 8 + 128
-    assert [GEOMETRY.page_nbytes(fmt) for pair in FORMATS for fmt in pair] == [56, 48, 256, 192]
-    assert GEOMETRY.side_nbytes(FORMATS[0][0], 81) == 17 * 56
+    assert GEOMETRY.fixed_nbytes(285) == 3712 + 8 + 128
+    assert [GEOMETRY.page_nbytes(fmt) for pair in FORMATS for fmt in pair] == [224, 192, 1024, 768]
+    assert GEOMETRY.side_nbytes(FORMATS[0][0], 285) == 17 * 224
     assert GEOMETRY.elements(100, 2) == 2 * 2 * 2 * 16 * 100
     assert payload_bits(FORMATS) == (7 / 2 + 6 / 2 + 16 + 24 / 2) / 4
 
@@ -80,7 +81,7 @@ def resident(cache: QuantizedKVCache) -> int:
     return sum(t.untyped_storage().nbytes() for t in storages.values())
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 12, 13, 14, 16, 17, 18, 20, 21, 40, 76, 77, 80, 81, 82, 200])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 12, 13, 14, 28, 29, 30, 44, 45, 46, 61, 100, 268, 269, 284, 285, 286])
 @pytest.mark.parametrize("chunk", ["whole", "single", "mixed"])
 def test_a_filled_cache_holds_what_the_account_says(tokens, chunk):
     cache = QuantizedKVCache(specs(FORMATS), GEOMETRY)
@@ -96,7 +97,7 @@ def test_a_filled_cache_holds_what_the_account_says(tokens, chunk):
     ]
 
 
-@pytest.mark.parametrize("lengths", [[81, 17, 5], [40, 40], [1, 30], [90, 1, 89, 16]])
+@pytest.mark.parametrize("lengths", [[285, 29, 5], [100, 100], [1, 30], [294, 1, 293, 28]])
 @pytest.mark.parametrize("decode", [0, 9])
 def test_a_ragged_batch_holds_what_the_account_says(lengths, decode):
     prompt = max(lengths)
@@ -109,10 +110,10 @@ def test_a_ragged_batch_holds_what_the_account_says(lengths, decode):
 
 
 def test_effective_bits_of_the_report():
-    fmt = Format(((8, 0), (8, RAW)))
+    fmt = Format(((8, 0), (8, 256)))
     cache = QuantizedKVCache(specs([(fmt, fmt)]), GEOMETRY)
-    fill(cache, [81], 1)
-    # 17 rows per token and head: 16 raw bytes and a scale
-    nbytes = 2176 + 8 + 128 + 17 * 4 * 2 * 2 * 17
+    fill(cache, [285], 1)
+    # 9 bytes per token and head: eight codes and a scale
+    nbytes = 3712 + 8 + 128 + 17 * 16 * 2 * 2 * 9
     assert cache.report()[0]["bytes"] == nbytes
-    assert cache.report()[0]["effective_bits"] == 8 * nbytes / (2 * 2 * 16 * 81)
+    assert cache.report()[0]["effective_bits"] == 8 * nbytes / (2 * 2 * 16 * 285)

@@ -23,21 +23,33 @@ DTYPES = st.sampled_from(("e4m3", "fp16"))
 @st.composite
 def any_format(draw) -> Format:
     """Any valid format of up to 128 channels."""
-    if draw(st.booleans()):
-        head_dim = 8 * draw(st.integers(1, 16))
+    kind = draw(st.sampled_from(("none", "scale", "scale_min")))
+    if kind == "none":
+        return Format(((8 * draw(st.integers(1, 16)), RAW),), "none", draw(DTYPES))
+    if kind == "scale_min":
+        levels = draw(st.sampled_from(CODED))
+        head_dim = 16 * draw(st.integers(1, 8)) if levels == 3 else 8 * draw(st.integers(1, 16))
         group = draw(st.sampled_from([g for g in range(0, head_dim + 1) if g == 0 or head_dim % g == 0]))
-        return Format(((head_dim, draw(st.sampled_from(CODED))),), "scale_min", draw(DTYPES), group)
-    params = draw(st.sampled_from(("none", "scale")))
-    levels = st.sampled_from((0, RAW) if params == "none" else sorted(PLANE_WIDTHS))
-    classes = draw(st.lists(st.tuples(st.integers(1, 4).map(lambda n: 8 * n), levels), min_size=1, max_size=4))
+        return Format(((head_dim, levels),), "scale_min", draw(DTYPES), group)
+    if draw(st.integers(0, 4)) == 0:
+        return Format(((16 * draw(st.integers(1, 8)), 3),), "scale", draw(DTYPES))
+    mixed = st.sampled_from(sorted(set(PLANE_WIDTHS) - {3, RAW}))
+    classes = draw(st.lists(st.tuples(st.integers(1, 4).map(lambda n: 8 * n), mixed), min_size=1, max_size=4))
     if all(n == 0 for _, n in classes):
-        classes.append((8, RAW))
-    return Format(tuple(classes), params, draw(DTYPES))
+        classes.append((8, 4))
+    return Format(tuple(classes), "scale", draw(DTYPES))
 
 
-@given(any_format(), st.integers(1, 70), st.integers(0, 2**31))
+def param_nbytes(fmt: Format) -> int:
+    """Bytes of one token's parameters."""
+    groups = fmt.head_dim // fmt.group_size if fmt.group_size else 1
+    return {"none": 0, "scale": 1, "scale_min": 2 * groups}[fmt.params] * (1 if fmt.param_dtype == "e4m3" else 2)
+
+
+@given(any_format(), st.integers(0, 9), st.integers(0, 2**31))
 @settings(deadline=None, max_examples=150)
-def test_nbytes_is_the_length_of_what_encode_writes(fmt, tokens, seed):
+def test_nbytes_is_the_length_of_what_encode_writes(fmt, rows, seed):
+    tokens = 8 * rows
     x = torch.randn(2, tokens, fmt.head_dim, generator=torch.Generator().manual_seed(seed))
     packed = encode(x, fmt)
     assert packed.dtype == torch.uint8
@@ -47,16 +59,29 @@ def test_nbytes_is_the_length_of_what_encode_writes(fmt, tokens, seed):
     assert bool(decoded.isfinite().all())
 
 
-@given(any_format(), st.integers(0, 70))
+@given(any_format(), st.integers(0, 9))
 @settings(deadline=None, max_examples=150)
-def test_nbytes_by_counting_bits(fmt, tokens):
-    row = 0
-    for channels, levels in fmt.classes:
-        row += math.ceil(channels / 5) if levels == 3 else channels * (levels - 1).bit_length() // 8 if levels else 0
-    groups = fmt.head_dim // fmt.group_size if fmt.group_size else 1
-    params = {"none": 0, "scale": 1, "scale_min": 2 * groups}[fmt.params] * (1 if fmt.param_dtype == "e4m3" else 2)
-    assert fmt.nbytes(tokens) == tokens * (row + params)
-    assert fmt.payload_bits == 8 * (row + params) / fmt.head_dim
+def test_nbytes_by_counting_bits(fmt, rows):
+    if fmt.classes[0][1] == 3:  # words of 16 bits by column: bytes in pairs, then what is left over
+        whole, left = divmod(fmt.head_dim // 2, 5)
+        count = whole + 1 if left > 2 else whole
+        words = count // 2 * rows + (math.ceil(rows / 2) if count % 2 else 0)
+        words += math.ceil(rows / 4) if left in (1, 2) else 0
+        codes = 32 * words
+    else:
+        codes = rows * sum(channels * (levels - 1).bit_length() for channels, levels in fmt.classes if levels)
+    assert fmt.nbytes(8 * rows) == codes + 8 * rows * param_nbytes(fmt)
+    assert fmt.payload_bits == 8 * fmt.nbytes(32) / (32 * fmt.head_dim)
+    if fmt.classes[0][1] != 3:  # the same in pages of any size
+        assert fmt.nbytes(8 * rows) * 8 == pytest.approx(8 * rows * fmt.head_dim * fmt.payload_bits, abs=1e-6)
+
+
+@pytest.mark.parametrize(("head_dim", "bits"), [(16, 2), (32, 1.75), (64, 1.625), (80, 1.6), (96, 5 / 3), (128, 1.625)])
+def test_bits_of_a_ternary_code(head_dim, bits):
+    """What is left over takes four or eight bits a row and column, and four rows share a word: nothing is empty at 32."""
+    fmt = uniform(head_dim, 3)
+    assert fmt.payload_bits == pytest.approx(bits + 16 / head_dim)
+    assert fmt.nbytes(64) == 2 * fmt.nbytes(32)
 
 
 @given(any_format())
@@ -72,22 +97,32 @@ def test_payload_bits_of_known_formats():
     assert raw16(64).payload_bits == 16.0
     assert uniform(128, 4).payload_bits == 2.125  # 32 bytes of codes, scale and minimum of 1 byte each
     assert uniform(128, 4, "fp16", 32).payload_bits == 3.0  # four pairs of 2-byte parameters
-    assert uniform(128, 3).payload_bits == 8 * 28 / 128
+    assert uniform(128, 3).payload_bits == 1.625 + 2 / 16
     # 8@4 bits, 24@2 bits, 32@1 bit, 64 not stored, one scale byte
     assert Format(((8, 16), (24, 4), (32, 2), (64, 0))).payload_bits == 8 * (4 + 6 + 4 + 1) / 128
 
 
 def test_planes_of_a_format_from_the_low_bits_up():
-    fmt = Format(((16, 8), (24, 3), (8, 64), (8, RAW)), "scale")
+    fmt = Format(((16, 8), (24, 2), (8, 0), (8, 64), (8, 256)), "scale")
     assert [tuple(p) for p in fmt.planes] == [
-        (0, 16, 2, 0, 4),
-        (0, 16, 1, 2, 2),
-        (16, 24, 0, 0, 5),
-        (40, 8, 4, 0, 4),
-        (40, 8, 2, 4, 2),
-        (48, 8, 16, 0, 16),
+        (0, 16, 2, 0),
+        (0, 16, 1, 2),
+        (16, 24, 1, 0),
+        (48, 8, 4, 0),
+        (48, 8, 2, 4),
+        (56, 8, 4, 0),
+        (56, 8, 4, 4),
     ]
-    assert fmt.head_dim == 56
+    assert [p.nbytes(24) for p in fmt.planes] == [24 * n for n in (4, 2, 3, 4, 2, 4, 4)]
+    assert fmt.head_dim == 64
+    assert [tuple(p) for p in uniform(48, 3).planes] == [(0, 48, 0, 0)]
+    assert [tuple(p) for p in raw16(24).planes] == [(0, 24, 16, 0)]
+
+
+def test_the_parts_of_a_format_start_at_even_bytes():
+    for levels in CODED:
+        fmt = Format(((16, levels),), "scale")
+        assert all(p.nbytes(8) % 2 == 0 for p in fmt.planes)
 
 
 def test_uniform_of_one_group_is_the_same_format_however_it_is_asked_for():
@@ -105,10 +140,17 @@ def test_uniform_of_one_group_is_the_same_format_however_it_is_asked_for():
         ({"classes": ((8, 1),)}, "1 levels"),
         ({"classes": ()}, "no channel"),
         ({"classes": ((8, 0), (16, 0))}, "no channel"),
-        ({"classes": ((8, 4),), "params": "none"}, "only hold 16-bit"),
-        ({"classes": ((8, RAW), (8, 2)), "params": "none"}, "only hold 16-bit"),
+        ({"classes": ((8, 4),), "params": "none"}, "A 16-bit format is one class"),
+        ({"classes": ((8, RAW), (8, 2)), "params": "none"}, "A 16-bit format is one class"),
+        ({"classes": ((8, RAW), (8, 0)), "params": "none"}, "A 16-bit format is one class"),
+        ({"classes": ((8, RAW), (8, 2))}, "A 16-bit format is one class"),
+        ({"classes": ((8, RAW),)}, "A 16-bit format is one class"),
+        ({"classes": ((16, 3), (16, 2))}, "A ternary format is one class of a multiple of 16"),
+        ({"classes": ((16, 0), (16, 3))}, "A ternary format is one class of a multiple of 16"),
+        ({"classes": ((24, 3),)}, "A ternary format is one class of a multiple of 16"),
+        ({"classes": ((24, 3),), "params": "scale_min"}, "A ternary format is one class of a multiple of 16"),
         ({"classes": ((8, 4), (8, 4)), "params": "scale_min"}, "exactly one class"),
-        ({"classes": ((8, RAW),), "params": "scale_min"}, "exactly one class"),
+        ({"classes": ((8, RAW),), "params": "scale_min"}, "A 16-bit format is one class"),
         ({"classes": ((16, 4),), "params": "scale", "group_size": 8}, "group_size=8"),
         ({"classes": ((16, RAW),), "params": "none", "group_size": 8}, "group_size=8"),
         ({"classes": ((24, 4),), "params": "scale_min", "group_size": 16}, "does not divide head_dim=24"),

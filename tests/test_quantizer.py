@@ -1,5 +1,6 @@
 """The reference quantiser: exact codes, error bounds, hard inputs, golden bytes, and an independent slow decoder."""
 
+import itertools
 import struct
 
 import numpy as np
@@ -11,13 +12,14 @@ from kvfold.kernels.quantizer import decode, encode, round_trip, to_float16
 
 SCALE = [Format(((64, n),), "scale", t) for n in (2, 3, 4, 8, 16, 32, 64, 256) for t in ("e4m3", "fp16")]
 MIXED = [
-    Format(((8, 16), (8, 8), (8, 3), (8, 0), (8, RAW))),
+    Format(((8, 16), (8, 8), (8, 2), (8, 0), (8, 4))),
     Format(((8, 64), (16, 32), (24, 2), (16, 0)), "scale", "fp16"),
-    Format(((8, RAW), (8, 256), (32, 4))),
+    Format(((8, 0), (8, 256), (32, 4))),
 ]
 SCALE_MIN = [uniform(64, n, t, g) for n, t, g in ((2, "fp16", 0), (3, "e4m3", 16), (4, "e4m3", 0), (8, "fp16", 8),
                                                   (16, "e4m3", 32), (32, "fp16", 0), (64, "fp16", 64), (256, "fp16", 16))]  # fmt: skip
-ALL = [*SCALE, *MIXED, *SCALE_MIN, raw16(24)]
+TERNARY = [uniform(n, 3) for n in (16, 32, 80, 96, 128)]  # every number of codes left over
+ALL = [*SCALE, *MIXED, *SCALE_MIN, *TERNARY, raw16(24)]
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -30,36 +32,63 @@ def e4m3(byte: int) -> float:
     return -size if sign else size
 
 
+def slow_code(plane: bytes, width: int | str, tokens: int, n: int, token: int, channel: int) -> int:
+    """One code of a plane of n channels, read from the written layout alone."""
+    rows = tokens // 8
+    field, row = divmod(token, rows)
+
+    def word(i: int) -> int:
+        return plane[2 * i] + 256 * plane[2 * i + 1]
+
+    if width == 1:
+        return word(row * (n // 2) + channel % (n // 2)) >> 2 * field + channel // (n // 2) & 1
+    if width == 2:
+        return word(row * n + channel) >> 2 * field & 3
+    if width == 4:
+        return word((field // 4 * rows + row) * n + channel) >> (0, 8, 4, 12)[field % 4] & 15
+    tile, column = divmod(channel, 16)
+    (i, digit), (whole, left) = divmod(8 * tile + field, 5), divmod(n // 2, 5)
+    count = whole + (left > 2)
+    if i == count:  # four bits, behind all bytes
+        start = 16 * (count // 2 * rows + count % 2 * ((rows + 1) // 2))
+        return word(start + row // 4 * 16 + column) >> 4 * (row % 4) + 2 * digit & 3
+    if i < count // 2 * 2:
+        byte = word((i // 2 * rows + row) * 16 + column) >> 8 * (i % 2) & 255
+    else:
+        byte = word((count // 2 * rows + row // 2) * 16 + column) >> 8 * (row % 2) & 255
+    if i == whole:
+        return byte >> 2 * digit & 3
+    return byte * 243 // 256 // 3 ** (4 - digit) % 3  # floor undoes the ceiling of the packed byte
+
+
 def slow_decode(data: bytes, fmt: Format, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Values, steps and lowest points, float32 [tokens, head_dim], byte by byte from the written layout alone."""
-    dim = fmt.head_dim
+    dim, rows = fmt.head_dim, tokens // 8
     codes, values = np.zeros((tokens, dim), int), np.zeros((tokens, dim), np.float32)
     steps, lowest, at, start = np.zeros_like(values), np.zeros_like(values), 0, 0
     for channels, levels in fmt.classes:
         shift = 0
-        for width in {0: [], 3: ["trit"], 8: [2, 1], 32: [4, 1], 64: [4, 2], 256: [8], RAW: ["f2"]}.get(
+        for width in {0: [], 3: ["trit"], 8: [2, 1], 32: [4, 1], 64: [4, 2], 256: [4, 4], RAW: ["f2"]}.get(
             levels, [max(levels - 1, 1).bit_length()]
         ):
-            size = -(-channels // 5) if width == "trit" else 2 * channels if width == "f2" else channels * width // 8
-            for t in range(tokens):
-                row = data[at : at + size]
-                at += size
-                for c in range(channels):
-                    if width == "trit":
-                        digits = row[c % size] * 243 // 256  # floor undoes the ceiling of the packed byte
-                        codes[t, start + c] = digits // 3 ** (4 - c // size) % 3
-                    elif width == "f2":
-                        values[t, start + c] = struct.unpack_from("<e", row, 2 * c)[0]
-                    else:
-                        codes[t, start + c] |= (row[c % size] >> c // size * width & (1 << width) - 1) << shift
-            shift += width if isinstance(width, int) else 0
+            for t, c in itertools.product(range(tokens), range(channels)):
+                if width == "f2":
+                    values[t, c] = struct.unpack_from("<e", data, 2 * (t * channels + c))[0]
+                else:
+                    codes[t, start + c] |= slow_code(data[at:], width, tokens, channels, t, c) << shift
+            if width == "trit":
+                count, left = (channels // 2 + 2) // 5, channels // 2 % 5  # three or four left over take a byte too
+                at += 32 * (count // 2 * rows + count % 2 * -(-rows // 2) + (left in (1, 2)) * -(-rows // 4))
+            else:
+                at += 2 * tokens * channels if width == "f2" else tokens * channels * width // 8
+                shift += width if isinstance(width, int) else 0
         start += channels
     size = 1 if fmt.param_dtype == "e4m3" else 2
     group = fmt.group_size or dim
+    count = {"none": 0, "scale": 1, "scale_min": 2 * dim // group}[fmt.params]
     for t in range(tokens):
-        count = {"none": 0, "scale": 1, "scale_min": 2 * dim // group}[fmt.params]
-        row = [data[at + size * i : at + size * (i + 1)] for i in range(count)]
-        at += size * count
+        place = t % rows * 8 + t // rows  # in the order of words: the eight tokens of row 0, of row 1, …
+        row = [data[at + size * (i * tokens + place) :][:size] for i in range(count)]
         params = np.array([e4m3(b[0]) if size == 1 else struct.unpack("<e", b)[0] for b in row], np.float32)
         levels = np.repeat([n for _, n in fmt.classes], [n for n, _ in fmt.classes])
         for c, n in enumerate(levels):
@@ -72,14 +101,15 @@ def slow_decode(data: bytes, fmt: Format, tokens: int) -> tuple[np.ndarray, np.n
             else:
                 lowest[t, c], steps[t, c] = params[2 * (c // group)], params[2 * (c // group) + 1]
                 values[t, c] = np.float32(codes[t, c]) * steps[t, c] + lowest[t, c]
-    assert at == len(data)
+    assert at + size * count * tokens == len(data)
     return values, steps, lowest
 
 
+@pytest.mark.parametrize("tokens", [8, 24, 32])
 @pytest.mark.parametrize("fmt", ALL, ids=str)
-def test_decode_is_the_slow_decoder_and_every_value_takes_the_nearest_point(fmt):
-    tokens = 5
-    x = gaussian(2, tokens, fmt.head_dim, seed=3) * torch.tensor([0.05, 1.0, 3.0, 0.4, 9.0])[:, None]
+def test_decode_is_the_slow_decoder_and_every_value_takes_the_nearest_point(fmt, tokens):
+    size = torch.tensor([0.05, 1.0, 3.0, 0.4, 9.0]).repeat(7)[:tokens]
+    x = gaussian(2, tokens, fmt.head_dim, seed=3) * size[:, None]
     packed = encode(x, fmt)
     decoded = decode(packed, fmt, tokens)
     levels = np.repeat([n for _, n in fmt.classes], [n for n, _ in fmt.classes])
@@ -92,6 +122,39 @@ def test_decode_is_the_slow_decoder_and_every_value_takes_the_nearest_point(fmt)
         assert (np.abs(inside - values) <= steps * (0.5 + 1e-4) + 1e-6)[:, coded].all()
         assert (values[:, levels == 0] == 0).all()
         assert np.array_equal(values[:, levels == RAW], original[:, levels == RAW].astype(np.float16))
+
+
+@pytest.mark.parametrize("fmt", ALL, ids=str)
+def test_round_trip_at_any_length_and_no_token_sees_another(fmt):
+    x = gaussian(2, 40, fmt.head_dim, seed=4)
+    whole = decode(encode(x, fmt), fmt, 40)
+    for tokens in (1, 7, 8, 37, 40):
+        assert torch.equal(round_trip(x[:, :tokens], fmt), whole[:, :tokens])
+    assert torch.equal(round_trip(x.flip(1), fmt), whole.flip(1))
+    assert round_trip(x[:, :0], fmt).shape == (2, 0, fmt.head_dim)
+    assert round_trip(x[:0], fmt).shape == (0, 40, fmt.head_dim)
+
+
+@pytest.mark.parametrize("fmt", ALL, ids=str)
+@pytest.mark.parametrize("tokens", [8, 24, 32])
+def test_parameters_stand_in_the_order_of_words(fmt, tokens):
+    if fmt.params == "none":
+        assert encode(gaussian(tokens, fmt.head_dim), fmt).shape == (2 * tokens * fmt.head_dim,)
+        return
+    rows, groups, e4m3_type = tokens // 8, fmt.num_groups, fmt.param_dtype == "e4m3"
+    x = gaussian(tokens, fmt.head_dim, seed=6) * 2.0 ** (torch.arange(tokens) % 9 - 4)[:, None]
+    data = encode(x, fmt)[-tokens * fmt.num_params * fmt.param_nbytes :]
+    stored = data.clone().view(torch.float8_e4m3fn if e4m3_type else torch.float16).float().view(fmt.num_params, tokens)
+    order = [f * rows + r for r in range(rows) for f in range(8)]
+    if fmt.params == "scale":
+        coded = torch.tensor([n > 0 for channels, n in fmt.classes for _ in range(channels)])
+        expected = x[:, coded].square().mean(-1).sqrt()[None]
+    else:
+        low, high = x.unflatten(-1, (groups, -1)).aminmax(dim=-1)  # [tokens, groups]
+        pair = torch.stack((low, (high - low) / (fmt.classes[0][1] - 1)), -1)
+        expected = pair.flatten(1).T  # minimum and scale of group 0, of group 1, …
+    rounded = expected[:, order].to(torch.float8_e4m3fn if e4m3_type else torch.float16).float()
+    assert torch.equal(stored, rounded)
 
 
 @pytest.mark.parametrize(
@@ -127,21 +190,40 @@ def test_scale_min_grid_points_round_trip_exactly(fmt):
     assert torch.equal(round_trip(x, fmt), x)
 
 
-def test_golden_bytes_of_a_block_of_mixed_classes():
-    fmt = Format(((8, 16), (8, 8), (8, 3), (8, 0), (8, RAW)))
-    x = (torch.arange(80) * 37 % 41 - 20).view(2, 40) / 10
+def test_golden_bytes_of_a_page_of_two_rows():
+    """16 tokens, so token 2f + r is field f of row r; codes (j + f) mod 4 in row 0, 3 − (j + f) mod 4 in row 1."""
+    fmt = uniform(8, 4, "fp16")
+    t, j = torch.arange(16)[:, None], torch.arange(8)
+    codes = (j + t // 2) % 4
+    codes = torch.where(t % 2 == 0, codes, 3 - codes)
+    x = t + torch.where(t % 2 == 0, 1.0, 0.5) * codes  # minimum t; scale 1 in row 0, 1/2 in row 1
     golden = bytes.fromhex(
-        "93 8c 7b 6a a4 93 8c 7b "  # 16 levels, two tokens
-        "16 19 67 16 "  # 8 levels, low two bits
-        "f8 f0 "  # 8 levels, high bit
-        "5c 6f 79 5c "  # ternary
-        "66 3e cd 3c 66 3a 66 36 00 00 66 b6 66 ba cd bc "  # float16, token 0
-        "00 40 66 3e cd 3c 66 3a 66 36 00 00 66 b6 66 ba "  # float16, token 1
-        "3a 3a "  # scales, e4m3: 1.25 and 1.25
+        "e4e4 3939 4e4e 9393 e4e4 3939 4e4e 9393 "  # row 0: fields of channel 0 are 0, 1, 2, 3, 0, 1, 2, 3
+        "1b1b c6c6 b1b1 6c6c 1b1b c6c6 b1b1 6c6c "  # row 1: 3, 2, 1, 0, …
+        "0000 0040 0044 0046 0048 0049 004a 004b "  # minima 0, 2, 4, …, 14
+        "003c 0042 0045 0047 8048 8049 804a 804b "  # 1, 3, 5, …, 15
+        "003c 003c 003c 003c 003c 003c 003c 003c "  # scales of the even tokens
+        "0038 0038 0038 0038 0038 0038 0038 0038 "  # and of the odd ones
     )
-    assert fmt.nbytes(2) == len(golden) == 2 * (4 + 3 + 2 + 16 + 1)
-    assert bytes(encode(x, fmt).tolist()).hex(" ") == golden.hex(" ")
-    assert np.array_equal(decode(torch.tensor(list(golden), dtype=torch.uint8), fmt, 2), slow_decode(golden, fmt, 2)[0])
+    assert fmt.nbytes(16) == len(golden) == 96
+    assert bytes(encode(x, fmt).tolist()).hex(" ", 2) == golden.hex(" ", 2)
+    assert torch.equal(decode(torch.tensor(list(golden), dtype=torch.uint8), fmt, 16), x)
+
+
+def test_golden_bytes_of_a_page_of_mixed_classes():
+    fmt = Format(((8, 16), (8, 8), (8, 0), (8, 2)))
+    x = (torch.arange(256) * 37 % 41 - 20).view(8, 32) / 10
+    golden = bytes.fromhex(
+        "a39c 9c8b 8b7a 7a69 6958 5846 4735 36d4 "  # 16 levels: fields 0, 2, 1, 3 of each channel
+        "5847 4736 36c5 c5b4 b4a3 a39c 9c8b 8b7a "  # 16 levels: fields 4, 6, 5, 7
+        "b6c1 61b0 59ac 166f c59b c196 b066 ac59 "  # 8 levels, low two bits
+        "7a95 7a85 5ea1 57a8 "  # 8 levels, high bit: channels 8 and 12 in a word, and so on
+        "857a a15e a857 aa57 "  # 2 levels: channels 24 and 28 in a word, and so on
+        "3a39 3939 3a3a 3a3a "  # scales, e4m3
+    )
+    assert fmt.nbytes(8) == len(golden) == 8 * (4 + 3 + 1 + 1)
+    assert bytes(encode(x, fmt).tolist()).hex(" ", 2) == golden.hex(" ", 2)
+    assert np.array_equal(decode(torch.tensor(list(golden), dtype=torch.uint8), fmt, 8), slow_decode(golden, fmt, 8)[0])
 
 
 @pytest.mark.parametrize("fmt", ALL, ids=str)
@@ -180,13 +262,13 @@ def test_float16_saturates_and_raw_channels_are_exact():
 
 @pytest.mark.parametrize("fmt", [uniform(16, 4, "fp16"), uniform(16, 16, "fp16", 8)], ids=str)
 def test_clip_narrows_the_range_of_each_head(fmt):
-    x = gaussian(3, 6, 16)  # heads, tokens, channels
+    x = gaussian(3, 24, 16)  # heads, tokens, channels
     clip = torch.tensor([0.5, 1.0, 0.75])
     packed = encode(x, fmt, clip[:, None, None])
     grouped = x.unflatten(-1, (fmt.num_groups, -1))
     low, high = grouped.amin(-1) * clip[:, None, None], grouped.amax(-1) * clip[:, None, None]
     for head in range(3):
-        _, steps, lowest = slow_decode(bytes(packed[head].tolist()), fmt, 6)
+        _, steps, lowest = slow_decode(bytes(packed[head].tolist()), fmt, 24)
         group = 16 // fmt.num_groups
         assert np.array_equal(lowest[:, ::group], low[head].half().float())
         assert np.array_equal(steps[:, ::group], ((high - low)[head] / (fmt.classes[0][1] - 1)).half().float())
@@ -203,26 +285,22 @@ def test_error_on_gaussian_channels_is_the_one_that_the_search_predicts(fmt):
 
 @pytest.mark.parametrize("fmt", ALL, ids=str)
 def test_layout_of_the_input_does_not_matter(fmt):
-    x = gaussian(fmt.head_dim, 3, 2).permute(2, 1, 0).half()  # [2, 3, head_dim], channels not adjacent
+    x = gaussian(fmt.head_dim, 24, 2).permute(2, 1, 0).half()  # [2, 24, head_dim], channels not adjacent
     packed = encode(x, fmt)
     assert torch.equal(packed, encode(x.float().contiguous(), fmt))
-    assert torch.equal(packed[0], encode(x[0], fmt))  # blocks do not see each other
-    assert torch.equal(decode(packed, fmt, 3)[1], decode(torch.stack((packed[1], packed[0])), fmt, 3)[0])
+    assert torch.equal(packed[0], encode(x[0], fmt))  # pages do not see each other
+    assert torch.equal(decode(packed, fmt, 24)[1], decode(torch.stack((packed[1], packed[0])), fmt, 24)[0])
+    assert torch.equal(decode(packed.T.contiguous().T, fmt, 24), decode(packed, fmt, 24))
 
 
-@pytest.mark.parametrize(
-    ("fmt", "tokens", "lead"),
-    [
-        (Format(((8, 2),), "scale_min", "fp16"), 3, 0),  # parameters behind 3 bytes of codes
-        (Format(((8, 2), (8, RAW))), 1, 0),  # raw channels behind 1 byte
-        (raw16(8), 2, 1),  # the block itself starts at an odd byte
-    ],
-)
-def test_a_single_block_with_float16_at_an_odd_address(fmt, tokens, lead):
-    x = gaussian(tokens, fmt.head_dim)
-    data = torch.cat((torch.zeros(lead, dtype=torch.uint8), encode(x, fmt)))[lead:]
-    values, _, _ = slow_decode(bytes(data.tolist()), fmt, tokens)
-    assert np.array_equal(decode(data, fmt, tokens).numpy(), values)
+@pytest.mark.parametrize("lead", [1, 2, 3])
+@pytest.mark.parametrize("fmt", ALL, ids=str)
+def test_a_page_at_any_address(fmt, lead):
+    packed = encode(gaussian(8, fmt.head_dim), fmt)
+    data = torch.cat((torch.zeros(lead, dtype=torch.uint8), packed))[lead:]
+    before = data.clone()
+    assert torch.equal(decode(data, fmt, 8), decode(packed, fmt, 8))
+    assert torch.equal(data, before)  # decoding writes nothing into the page
 
 
 def test_small_rows_with_a_float16_scale():

@@ -31,14 +31,14 @@ RAW_KEY = {
 FIELDS = {
     "format_version": 1,
     "cache": {
-        "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "sinks": 3, "window": 10, "page_tokens": 4,
+        "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "sinks": 3, "window": 10, "page_tokens": 16,
     },
     "layers": [{"key": KEY, "value": VALUE}, {"key": RAW_KEY, "value": VALUE}],
     "budget": {"request": "12", "at": 81, "bytes": 15552},
     "account": {
-        "at": 81, "bytes": 11560, "bytes_16bit": 20736, "page_bytes": 6936, "raw_bytes": 4352, "table_bytes": 272,
-        "bytes_at": {"1": 4624, "81": 11560},
-        "effective_bits": 8.919753086419753, "payload_bits": 6.375,
+        "at": 81, "bytes": 14096, "bytes_16bit": 20736, "page_bytes": 6528, "raw_bytes": 7424, "table_bytes": 144,
+        "bytes_at": {"1": 7440, "81": 14096},
+        "effective_bits": 10.876543209876543, "payload_bits": 6.375,
     },
     "calibration": {
         "source": "Prosa für Tests", "num_sequences": 2, "seq_len": 256, "seed": 0, "spread": 8, "covered_positions": 2048, "kl": 0.0625,
@@ -76,7 +76,7 @@ def test_round_trip():
     assert dump_metadata(parse_metadata(text)) == text
     assert parse_metadata(dump_fields(FIELDS)) == metadata  # another writer may lay the text out as it likes
     assert metadata.formats == [(spec.key.format, spec.value.format) for spec in SPECS]
-    assert cache_nbytes(metadata.geometry, metadata.formats, 81) == metadata.account.bytes == 6936 + 4352 + 272
+    assert cache_nbytes(metadata.geometry, metadata.formats, 81) == metadata.account.bytes == 6528 + 7424 + 144
 
 
 def test_golden_text():
@@ -86,10 +86,10 @@ def test_golden_text():
     assert '  "source": "Prosa für Tests",' in lines
     assert '    "predicted_loss": 1e-05' in lines
     assert '  "revision": null,' in lines
-    assert lines[-2:] == [' "digest": "89a587400fc7e5636b6117736e04e1a204efcdbed8a3d3d2d6aa3291cda4377f"', "}"]
+    assert lines[-2:] == [' "digest": "1c44207f56515dbddc53123f5b04b16ddf2eedced956c07855c3cfc5e55a336a"', "}"]
     assert text.endswith("}\n")
     assert (
-        hashlib.sha256(text.encode()).hexdigest() == "95e136b0ea52414d07fca855fd10751e89ec8a451ad3451232ea7921ed1e435c"
+        hashlib.sha256(text.encode()).hexdigest() == "203a2d77f6824c685be580b0660859d212d57a42fb1c9f2468787cbcf0911847"
     )
 
 
@@ -147,6 +147,7 @@ def changed(path: str, value) -> dict:
         ("cache.sinks", -1, "not valid at cache.sinks"),
         ("cache.window", True, "not valid at cache.window"),
         ("cache.page_tokens", 0, "not valid at cache.page_tokens"),
+        ("cache.page_tokens", 12, "page_tokens is 12, but a page is a multiple of 8 tokens"),
         ("cache.num_kv_heads", 3, "num_heads is not a multiple"),
         ("cache.num_layers", 3, "2 layers are listed, but num_layers is 3"),
         ("layers", [], "0 layers are listed"),
@@ -162,6 +163,8 @@ def changed(path: str, value) -> dict:
         ("layers.0.key.format.param_dtype", "bf16", "not valid at layers.0.key.format.param_dtype"),
         ("layers.0.key.format.classes", [[8, 16], [8, 5]], "5 levels"),
         ("layers.0.key.format.classes", [[8, 16, 0], [8, 4, 0]], "not valid"),
+        ("layers.0.key.format.classes", [[8, 3], [8, 4]], "A ternary format is one class"),
+        ("layers.0.key.format.classes", [[8, 65536], [8, 4]], "A 16-bit format is one class"),
         ("layers.0.key.format.group_size", 8, "group_size=8"),
         ("files", {"a": 1}, "not valid at files.a"),
     ],
@@ -175,7 +178,7 @@ def test_wrong_fields_are_refused_in_one_line(path, value, message):
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [('"bytes": 11560', '"bytes": 11561'), ('"model": "tiny"', '"model": "tinz"'), ('"seed": 0', '"seed": 1'), ("0000", "0001")],
+    [('"bytes": 14096', '"bytes": 14097'), ('"model": "tiny"', '"model": "tinz"'), ('"seed": 0', '"seed": 1'), ("0000", "0001")],
 )  # fmt: skip
 def test_a_flipped_character_shows(old, new):
     text = dump_metadata(Metadata.model_validate(FIELDS))

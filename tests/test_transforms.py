@@ -7,6 +7,7 @@ import torch
 
 from kvfold.compress.calibrate import LayerStats
 from kvfold.compress.candidates import best_clip, key_candidates, value_basis, value_candidates
+from kvfold.compress.plan import _least_formats
 from kvfold.compress.recipe import Recipe
 from kvfold.compress.transforms.basis import mixing_matrix
 from kvfold.compress.transforms.reorder import reorder
@@ -166,6 +167,21 @@ def test_more_bits_never_measure_worse_by_much():
         ordered = sorted(group, key=lambda c: c.spec.format.payload_bits)
         assert all(b.distortion < 1.1 * a.distortion for a, b in itertools.pairwise(ordered))
         assert ordered[-1].distortion < ordered[0].distortion / 1000
+
+
+@pytest.mark.parametrize(("head_dim", "least"), [(24, 4), (40, 4), (48, 3)])
+def test_heads_that_ternary_codes_do_not_fit(head_dim, least):
+    """Ternary codes take 16 channels at a time; other heads start at four levels, and the plan's lower bound says so."""
+    stats = make_stats(head_dim=head_dim)
+    recipe = Recipe.model_validate({"key": {"transform": "none"}})
+    for group in (
+        key_candidates(stats, recipe, 0, False),
+        value_candidates(stats, recipe, value_basis(stats, recipe, 0)),
+    ):
+        formats = [c.spec.format for c in group]
+        assert min(formats, key=lambda f: f.nbytes(32)) == uniform(head_dim, least)
+        assert uniform(head_dim, least) in _least_formats(recipe, head_dim)
+        assert len(formats) == (8 if least == 4 else 9)
 
 
 def test_balance_makes_the_product_of_metric_and_covariance_even():
