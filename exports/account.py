@@ -2,9 +2,10 @@
 
 One sequence of L tokens in one layer holds, resident:
 
-    raw rows     (sinks + window + page_tokens) × num_kv_heads × head_dim × 2 (K, V) × 2 bytes, allocated whole
+    raw rows     (sinks + ring) × num_kv_heads × head_dim × 2 (K, V) × 2 bytes, allocated whole; ring: room for the window
+                 and one open page, in whole pages
     pages        packed_tokens(L) / page_tokens × num_kv_heads × (key format + value format bytes of a page)
-    block table  4 bytes an entry, grown TABLE_STEP entries at a time
+    block table  8 bytes an entry, grown TABLE_STEP entries at a time
     state        8 bytes: length and number of pages
 """
 
@@ -15,6 +16,7 @@ from kvfold.kernels.attention import packed_tokens
 from kvfold.kernels.formats import Format
 
 TABLE_STEP = 16  # entries by which a block table grows
+ENTRY_NBYTES = 8  # of a block table: a page's address
 RAW_NBYTES = 2  # of one element in the sinks and the window
 STATE_NBYTES = 8  # of one sequence in one layer: length and number of pages, int32
 
@@ -35,9 +37,14 @@ class Geometry:
     page_tokens: int
 
     @property
+    def ring(self) -> int:
+        """Slots of the window and the page that fills behind it, a multiple of page_tokens: a page's rows lie in a run."""
+        return -(-(self.window + self.page_tokens) // self.page_tokens) * self.page_tokens
+
+    @property
     def raw_rows(self) -> int:
         """Tokens that the 16-bit buffer of one sequence has room for."""
-        return self.sinks + self.window + self.page_tokens
+        return self.sinks + self.ring
 
     def num_pages(self, tokens: int) -> int:
         """Pages of one sequence of `tokens` tokens in one layer."""
@@ -47,7 +54,7 @@ class Geometry:
         """Bytes of one layer and sequence that no format changes: raw rows, block table, state. 0 for no tokens."""
         if tokens == 0:
             return 0
-        table = -(-self.num_pages(tokens) // TABLE_STEP) * TABLE_STEP * 4
+        table = -(-self.num_pages(tokens) // TABLE_STEP) * TABLE_STEP * ENTRY_NBYTES
         return self.raw_rows * self.num_kv_heads * self.head_dim * 2 * RAW_NBYTES + table + STATE_NBYTES
 
     def page_nbytes(self, fmt: Format) -> int:

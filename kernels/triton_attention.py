@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvfold.kernels.formats import Format, raw16
+from kvfold.kernels.pages import anchor
 from kvfold.kernels.tiles import program
 from kvfold.kernels.triton_bits import count, pick
 from kvfold.kernels.triton_packed import NEVER, packed_part
@@ -128,22 +129,6 @@ def _merge_kernel(
             pages = tl.maximum(tl.load(state + 2 * b + 1), tl.maximum(length - sinks - window, 0) // PAGE_TOKENS)
             tl.store(state + 2 * b, length)
             tl.store(state + 2 * b + 1, pages)
-
-
-_anchors: dict[torch.device, Tensor] = {}
-
-
-def anchor(device: torch.device) -> Tensor:
-    """The tensor that block tables count from; one for each device, never freed. A table entry is the page's address less
-    the anchor's, in units of 16 bytes; entry 0 is readable memory."""
-    if device not in _anchors:
-        _anchors[device] = torch.zeros(1 << 21, dtype=torch.uint8, device=device)
-    return _anchors[device]
-
-
-def page_address(page: Tensor) -> int:
-    """A page's entry in a block table. `page`: uint8, contiguous, aligned to 16 bytes."""
-    return (page.data_ptr() - anchor(page.device).data_ptr()) // 16
 
 
 @dataclass(frozen=True)

@@ -35,26 +35,34 @@ class RowView:
     values: Tensor  # [Hkv, R, D] raw
     raw_positions: Tensor  # int64 [R]
     pages: list[int]
+    packed_before: int  # tokens that were in pages before this call
 
 
 @dataclass
 class LayerView:
     """The handle that `update` returns in place of keys and values; the attention function hands it back.
 
-    `dtype`, `device` and `shape` answer what model code may ask of a key tensor.
+    `rows` is None for a decoding step that a kernel reads from the layer itself. `dtype`, `device` and `shape` answer what
+    model code may ask of a key tensor.
     """
 
     layer: "PackedLayer"
-    rows: list[RowView]
+    rows: list[RowView] | None
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
 
-    def attend(self, query: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
-        """Attention of query [B, num_heads, T, head_dim] → float32 of the same shape.
+    def attend(self, query: Tensor, scaling: float, mask: Tensor | None, **options) -> Tensor:
+        """Attention of query [B, num_heads, T, head_dim] → the same shape.
 
         mask: bool [B, 1, T, columns] or None for plain causal over what is not padding.
+        options: `softcap`, `sliding`, `aux` of the model's attention; see kernels.attention.attend.
         """
+        if self.layer.use_triton:
+            from kvfold.runtime.triton import attend_triton
+
+            return attend_triton(self, query, scaling, **options)
+        assert self.rows is not None
         spec, geometry = self.layer.spec, self.layer.geometry
         out = torch.zeros(query.shape, device=query.device)
         q = spec.key.apply_query(query)
@@ -85,10 +93,14 @@ class PackedLayer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, spec: LayerSpec, geometry: Geometry, padding: Padding, layer_idx: int) -> None:
+    def __init__(
+        self, spec: LayerSpec, geometry: Geometry, padding: Padding, layer_idx: int, use_triton: bool = False
+    ) -> None:
         super().__init__()
         self.spec, self.geometry, self.padding, self.layer_idx = spec, geometry, padding, layer_idx
+        self.use_triton = use_triton
         self.columns = 0  # tokens seen, padding included: what transformers calls the sequence length
+        self.reserved = 0  # tokens of each sequence that memory was taken for in advance
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         g = self.geometry
@@ -100,9 +112,43 @@ class PackedLayer(CacheLayerMixin):
         shape = (self.batch_size, g.num_kv_heads, g.raw_rows, g.head_dim)
         self.raw_keys = torch.empty(shape, dtype=torch.float16, device=self.device)
         self.raw_values = torch.empty(shape, dtype=torch.float16, device=self.device)
+        # on the device for kernels, and on the host so that nothing waits for the device
         self.state = torch.zeros(self.batch_size, 2, dtype=torch.int32, device=self.device)  # length, pages
-        self.block_table = torch.zeros(self.batch_size, 0, dtype=torch.int32, device=self.device)
+        self.block_table = torch.zeros(self.batch_size, 0, dtype=torch.int64, device=self.device)  # addresses
+        self.length = [0] * self.batch_size
+        self.pages: list[list[int]] = [[] for _ in range(self.batch_size)]
+        self.spare: list[list[int]] = [[] for _ in range(self.batch_size)]  # in the table already, not yet written
         self.is_initialized = True
+        if self.reserved:
+            self._reserve()
+
+    def _reserve(self) -> None:
+        """Takes all pages that `reserved` tokens of each sequence need and enters them in the block table."""
+        count = self.geometry.num_pages(self.reserved)
+        self.pool.reserve(count * self.batch_size)
+        self._fit_table(count)
+        for b in range(self.batch_size):
+            self.spare[b] = self.pool.allocate(count)
+            self._enter(b, 0, self.spare[b])
+
+    def _enter(self, b: int, first: int, ids: list[int]) -> None:
+        """Writes pages into sequence b's block table from entry `first` on."""
+        if ids:
+            entries = torch.tensor(self.pool.addresses(ids), dtype=torch.int64)
+            self.block_table[b, first : first + len(ids)] = entries.to(self.device, non_blocking=True)
+
+    def _set_state(self, b: int) -> None:
+        state = torch.tensor([self.length[b], len(self.pages[b])], dtype=torch.int32)
+        self.state[b] = state.to(self.device, non_blocking=True)
+
+    def advance(self, tokens: int) -> None:
+        """Catches the host up with `tokens` tokens that a CUDA graph appended to every sequence."""
+        self.columns += tokens
+        for b in range(self.batch_size):
+            self.length[b] += tokens
+            due = self.geometry.num_pages(self.length[b]) - len(self.pages[b])
+            self.pages[b] += self.spare[b][: max(due, 0)]
+            del self.spare[b][: max(due, 0)]
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
@@ -119,11 +165,11 @@ class PackedLayer(CacheLayerMixin):
 
     def lengths(self) -> list[int]:
         """Tokens of each sequence, without padding."""
-        return self.state[:, 0].tolist() if self.is_initialized else []
+        return list(self.length) if self.is_initialized else []
 
     def num_pages(self) -> int:
         """Distinct resident pages."""
-        return len(self.pool.tensors()) if self.is_initialized else 0
+        return len({i for ids in self.pages for i in ids}) if self.is_initialized else 0
 
     def get_seq_length(self) -> int:
         return self.columns
@@ -149,12 +195,18 @@ class PackedLayer(CacheLayerMixin):
         tokens = key_states.shape[2]
         pads = self.padding.columns or [0] * self.batch_size
         skips = [min(max(pad - self.columns, 0), tokens) for pad in pads]
+        shape = torch.Size((*key_states.shape[:2], self.columns + tokens, key_states.shape[3]))
+        if self.use_triton and tokens == 1 and not any(skips):
+            from kvfold.runtime.triton import append_triton
+
+            append_triton(self, key_states, value_states)
+            view = LayerView(self, None, shape, key_states.dtype, key_states.device)
+            return view, view
         self._check_finite(key_states, value_states, skips)
         keys = to_float16(self.spec.key.apply(key_states))
         values = to_float16(value_states.float())
         rows = [self._append(b, keys[b, :, skip:], values[b, :, skip:], skip, pads[b]) for b, skip in enumerate(skips)]
         self.columns += tokens
-        shape = torch.Size((*key_states.shape[:2], self.columns, key_states.shape[3]))
         view = LayerView(self, rows, shape, key_states.dtype, key_states.device)
         return view, view
 
@@ -170,48 +222,70 @@ class PackedLayer(CacheLayerMixin):
                         f"{self.columns + skip + int(bad[0])} of sequence {b}; it was not cached."
                     )
 
+    def slots(self, start: int, end: int) -> Tensor:
+        """Rows of the 16-bit buffers that tokens start … end − 1 stand in, int64 [end − start]."""
+        g = self.geometry
+        positions = torch.arange(start, max(start, end))
+        slots = torch.where(positions < g.sinks, positions, g.sinks + (positions - g.sinks) % g.ring)
+        return slots.to(self.device, non_blocking=True)
+
     def _append(self, b: int, keys: Tensor, values: Tensor, skip: int, pad: int) -> RowView:
         """Appends keys in their stored basis and values, float16 [Hkv, n, D], to sequence b."""
         g = self.geometry
-        length, pages = self.state[b].tolist()
+        length, pages = self.length[b], len(self.pages[b])
         packed, new = pages * g.page_tokens, keys.shape[1]
         total = length + new
         packed_after = max(packed, packed_tokens(total, g.sinks, g.window, g.page_tokens))
-        held = length - packed  # raw rows in use
-        if total - packed <= g.raw_rows and (new <= 1 or packed_after == packed):
-            self.raw_keys[b, :, held : held + new] = keys
-            self.raw_values[b, :, held : held + new] = values
+        raw = (self.raw_keys[b], self.raw_values[b])
+        sinks = min(g.sinks, length)
+        if new == 1:
+            for buffer, row in zip(raw, (keys, values), strict=True):
+                buffer[:, self.slots(length, total)] = row
             if packed_after > packed:
-                end = g.sinks + packed_after - packed
-                self._store_pages(b, self.raw_keys[b, :, g.sinks : end], self.raw_values[b, :, g.sinks : end], pages)
-                for raw in (self.raw_keys, self.raw_values):
-                    raw[b, :, g.sinks : total - packed_after] = raw[b, :, end : total - packed].clone()
-            view_keys = self.raw_keys[b, :, : total - packed_after]
-            view_values = self.raw_values[b, :, : total - packed_after]
+                first = g.sinks + packed % g.ring
+                page = slice(first, first + g.page_tokens)
+                self._store_pages(b, raw[0][:, page], raw[1][:, page])
+            sinks = min(g.sinks, total)
+            held = torch.cat((self.slots(0, sinks), self.slots(max(sinks, g.sinks + packed_after), total)))
+            view_keys, view_values = raw[0][:, held], raw[1][:, held]
             view_packed = packed_after
         else:  # a prompt or a chunk: its queries still read raw what this very call packs
-            view_keys = torch.cat((self.raw_keys[b, :, :held], keys), 1)
-            view_values = torch.cat((self.raw_values[b, :, :held], values), 1)
+            held = torch.cat((self.slots(0, sinks), self.slots(max(sinks, g.sinks + packed), length)))
+            view_keys = torch.cat((raw[0][:, held], keys), 1)
+            view_values = torch.cat((raw[1][:, held], values), 1)
             view_packed = packed
             end = g.sinks + packed_after - packed
             if packed_after > packed:
-                self._store_pages(b, view_keys[:, g.sinks : end], view_values[:, g.sinks : end], pages)
-            for raw, view in ((self.raw_keys, view_keys), (self.raw_values, view_values)):
-                kept = view if packed_after == packed else torch.cat((view[:, : g.sinks], view[:, end:]), 1)
-                raw[b, :, : kept.shape[1]] = kept
-        self.state[b, 0] = total
+                self._store_pages(b, view_keys[:, g.sinks : end], view_values[:, g.sinks : end])
+            kept = max(length, g.sinks + packed_after) if length >= g.sinks else length  # first new token that stays raw
+            fresh = torch.cat((self.slots(length, min(g.sinks, total)), self.slots(max(kept, g.sinks), total)))
+            new_sinks = range(length, min(g.sinks, total))
+            source = torch.tensor([*new_sinks, *range(max(kept, g.sinks), total)], dtype=torch.int64) - length
+            source = source.to(self.device)
+            for buffer, row in zip(raw, (keys, values), strict=True):
+                buffer[:, fresh] = row[:, source]
+        self.length[b] = total
+        self._set_state(b)
         device = keys.device
         positions = torch.arange(length, total, device=device)
         seen = positions + 1 - g.sinks - g.window
         limit = g.sinks + (seen.clamp_min(0) // g.page_tokens * g.page_tokens).clamp_min(view_packed)
         raw_positions = torch.arange(view_keys.shape[1], device=device)
         raw_positions[g.sinks :] += view_packed
-        table = self.block_table[b, : int(self.state[b, 1])].tolist()
-        return RowView(skip, pad, positions, limit, view_keys, view_values, raw_positions, table)
+        ids = list(self.pages[b])
+        return RowView(skip, pad, positions, limit, view_keys, view_values, raw_positions, ids, view_packed)
 
-    def _store_pages(self, b: int, keys: Tensor, values: Tensor, pages: int) -> None:
-        """Packs whole pages of float16 [Hkv, n·page_tokens, D] behind the `pages` pages that sequence b has."""
+    def _store_pages(self, b: int, keys: Tensor, values: Tensor) -> None:
+        """Packs whole pages of float16 [Hkv, n·page_tokens, D] behind the pages that sequence b has."""
         size = self.geometry.page_tokens
+        count = keys.shape[1] // size
+        first = len(self.pages[b])
+        ready = self.spare[b][:count]
+        del self.spare[b][:count]
+        ids = ready + self.pool.allocate(count - len(ready))
+        if len(ready) < count:
+            self._fit_table(max(first + count, *(len(ids) for ids in self.pages)))
+            self._enter(b, first + len(ready), ids[len(ready) :])
 
         def pack(x: Tensor, spec) -> Tensor:
             blocks = x.unflatten(1, (-1, size)).transpose(0, 1)  # [n, Hkv, page, D]
@@ -219,13 +293,13 @@ class PackedLayer(CacheLayerMixin):
             return encode(blocks, spec.format, clip).flatten(1)
 
         packed = torch.cat((pack(keys, self.spec.key), pack(values, self.spec.value)), 1)
-        ids = self.pool.store(packed)
-        self._fit_table(max(pages + len(ids), int(self.state[:, 1].max())))
-        self.block_table[b, pages : pages + len(ids)] = torch.tensor(ids, dtype=torch.int32, device=self.device)
-        self.state[b, 1] = pages + len(ids)
+        for number, data in zip(ids, packed, strict=True):
+            self.pool.page(number).copy_(data)
+        self.pages[b] += ids
 
     def _fit_table(self, entries: int) -> None:
         """Gives the block table room for `entries` pages a sequence, in whole steps."""
+        entries = max(entries, *(len(self.pages[b]) + len(self.spare[b]) for b in range(self.batch_size)), 0)
         room = -(-entries // TABLE_STEP) * TABLE_STEP
         if room != self.block_table.shape[1]:
             table = self.block_table.new_zeros(self.batch_size, room)
@@ -269,6 +343,7 @@ class PackedLayer(CacheLayerMixin):
         """Forgets everything and frees it."""
         if self.is_initialized:
             del self.pool, self.raw_keys, self.raw_values, self.state, self.block_table, self.batch_size
+            del self.length, self.pages, self.spare
         self.is_initialized = False
         self.columns = 0
 
@@ -284,41 +359,56 @@ class PackedLayer(CacheLayerMixin):
         for b in range(self.batch_size):
             self._crop_row(b, remove)
         self.columns -= remove
-        self._fit_table(int(self.state[:, 1].max()))
+        self._fit_table(0)
 
     def _crop_row(self, b: int, remove: int) -> None:
         g = self.geometry
-        length, pages = self.state[b].tolist()
+        length, pages = self.length[b], len(self.pages[b])
         kept = max(0, length - remove)
         if kept < g.sinks + pages * g.page_tokens:
             whole = max(0, kept - g.sinks) // g.page_tokens
-            ids = self.block_table[b, whole:pages].tolist()
-            rest = kept - g.sinks - whole * g.page_tokens
-            if rest > 0:
+            ids = self.pages[b][whole:]
+            first = g.sinks + whole * g.page_tokens
+            if kept > first:
                 keys, values = self.read_pages(ids[:1])
-                self.raw_keys[b, :, g.sinks : g.sinks + rest] = to_float16(keys[:, :rest])
-                self.raw_values[b, :, g.sinks : g.sinks + rest] = to_float16(values[:, :rest])
-            self.pool.release(ids)
-            self.state[b, 1] = whole
-        self.state[b, 0] = kept
+                slots = self.slots(first, kept)
+                self.raw_keys[b, :, slots] = to_float16(keys[:, : kept - first])
+                self.raw_values[b, :, slots] = to_float16(values[:, : kept - first])
+            del self.pages[b][whole:]
+            if self.reserved:
+                self.spare[b] = ids + self.spare[b]
+            else:
+                self.pool.release(ids)
+        self.length[b] = kept
+        self._set_state(b)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the sequences `indices`, int64 [n], in that order; an index may repeat. Pages are shared, not copied."""
+        """Keeps the sequences `indices`, int64 [n], in that order; an index may repeat. Pages are shared, not copied.
+
+        Pages that were taken in advance and not yet written are given back.
+        """
         if not self.is_initialized:
             return
         indices = torch.as_tensor(indices)
         if indices.dtype == torch.bool:
             indices = indices.nonzero().flatten()
-        old = [self.block_table[b, :n].tolist() for b, n in enumerate(self.state[:, 1].tolist())]
-        for b in indices.tolist():
-            self.pool.share(old[b])
-        for ids in old:
+        chosen = indices.tolist()
+        for b in chosen:
+            self.pool.share(self.pages[b])
+        for ids in (*self.pages, *self.spare):
             self.pool.release(ids)
         index = indices.to(self.device)
         self.raw_keys, self.raw_values = self.raw_keys[index], self.raw_values[index]
         self.state, self.block_table = self.state[index], self.block_table[index]
-        self.batch_size = len(index)
-        self._fit_table(int(self.state[:, 1].max()) if self.batch_size else 0)
+        self.length = [self.length[b] for b in chosen]
+        self.pages = [list(self.pages[b]) for b in chosen]
+        self.spare = [[] for _ in chosen]
+        self.reserved = 0
+        self.batch_size = len(chosen)
+        if self.batch_size:
+            self._fit_table(0)
+        else:
+            self.block_table = self.block_table[:, :0]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

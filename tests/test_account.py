@@ -15,11 +15,11 @@ FORMATS = [
     (Format(((8, 16), (8, 4))), uniform(16, 3)),
     (raw16(16), uniform(16, 256, "fp16", 8)),
 ]
-RAW_BUFFER = 29 * 2 * 16 * 2 * 2  # rows · heads · channels · (K, V) · float16
+RAW_BUFFER = 35 * 2 * 16 * 2 * 2  # rows · heads · channels · (K, V) · float16
 
 
 def test_one_sequence_by_hand():
-    assert RAW_BUFFER == 3712
+    assert RAW_BUFFER == 4480
     page = 2 * 16 * (7 + 6) + 2 * 16 * (32 + 24)  # heads · tokens · (K + V) of both layers
     assert page == 2208
     for tokens, pages, entries in (
@@ -32,24 +32,24 @@ def test_one_sequence_by_hand():
         (285, 17, 32),
     ):
         assert GEOMETRY.num_pages(tokens) == pages
-        assert cache_nbytes(GEOMETRY, FORMATS, tokens) == 2 * (3712 + 8 + 4 * entries) + 2208 * pages
+        assert cache_nbytes(GEOMETRY, FORMATS, tokens) == 2 * (4480 + 8 + 8 * entries) + 2208 * pages
     assert cache_nbytes(GEOMETRY, FORMATS, 0) == 0
-    assert cache_nbytes(GEOMETRY, FORMATS, 285) == 2 * (3712 + 8 + 128) + 2208 * 17 == 45232
+    assert cache_nbytes(GEOMETRY, FORMATS, 285) == 2 * (4480 + 8 + 256) + 2208 * 17 == 47024
 
 
 def test_a_batch_by_hand():
     # tables are as long as the longest sequence's: 17 pages, 32 entries, in all three sequences
-    assert batch_nbytes(GEOMETRY, FORMATS, [285, 29, 5]) == 3 * 2 * (3712 + 8 + 128) + 2208 * (17 + 1 + 0)
-    assert batch_nbytes(GEOMETRY, FORMATS, [285, 0]) == 2 * 2 * (3712 + 8 + 128) + 2208 * 17
+    assert batch_nbytes(GEOMETRY, FORMATS, [285, 29, 5]) == 3 * 2 * (4480 + 8 + 256) + 2208 * (17 + 1 + 0)
+    assert batch_nbytes(GEOMETRY, FORMATS, [285, 0]) == 2 * 2 * (4480 + 8 + 256) + 2208 * 17
     assert batch_nbytes(GEOMETRY, FORMATS, [0, 0]) == 0
     assert batch_nbytes(GEOMETRY, FORMATS, [100, 100]) == 2 * cache_nbytes(GEOMETRY, FORMATS, 100)
 
 
 def test_parts_of_the_account():
     assert TABLE_STEP == 16
-    assert GEOMETRY.raw_rows == 29
+    assert GEOMETRY.raw_rows == 35 == 3 + 2 * 16
     assert GEOMETRY.fixed_nbytes(0) == 0
-    assert GEOMETRY.fixed_nbytes(285) == 3712 + 8 + 128
+    assert GEOMETRY.fixed_nbytes(285) == 4480 + 8 + 256
     assert [GEOMETRY.page_nbytes(fmt) for pair in FORMATS for fmt in pair] == [224, 192, 1024, 768]
     assert GEOMETRY.side_nbytes(FORMATS[0][0], 285) == 17 * 224
     assert GEOMETRY.elements(100, 2) == 2 * 2 * 2 * 16 * 100
@@ -114,6 +114,6 @@ def test_effective_bits_of_the_report():
     cache = QuantizedKVCache(specs([(fmt, fmt)]), GEOMETRY)
     fill(cache, [285], 1)
     # 9 bytes per token and head: eight codes and a scale
-    nbytes = 3712 + 8 + 128 + 17 * 16 * 2 * 2 * 9
+    nbytes = 4480 + 8 + 256 + 17 * 16 * 2 * 2 * 9
     assert cache.report()[0]["bytes"] == nbytes
     assert cache.report()[0]["effective_bits"] == 8 * nbytes / (2 * 2 * 16 * 285)
