@@ -50,14 +50,23 @@ class LayerView:
     dtype: torch.dtype
     device: torch.device
 
-    def attend(self, query: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        scaling: float,
+        mask: Tensor | None,
+        softcap: float | None = None,
+        sinks_logit: Tensor | None = None,
+    ) -> Tensor:
         """Attention of query [B, num_heads, T, head_dim] → float32 of the same shape.
 
         mask: bool [B, 1, T, columns] or None for plain causal over what is not padding.
+        softcap, sinks_logit: as in kernels.attention.attend.
         """
         spec, geometry = self.layer.spec, self.layer.geometry
         out = torch.zeros(query.shape, device=query.device)
         q = spec.key.apply_query(query)
+        shift = spec.key.shift(query) if softcap is not None or sinks_logit is not None else None
         for b, row in enumerate(self.rows):
             if row.positions.numel() == 0:
                 continue
@@ -67,7 +76,8 @@ class LayerView:
                 row_mask = mask[min(b, mask.shape[0] - 1), 0, row.skip :, row.pad : columns]
             out[b, :, row.skip :] = attend(
                 q[b, :, row.skip :], row.positions, row.limit, self.layer.tiles(row),
-                sinks=geometry.sinks, scaling=scaling, mask=row_mask,
+                sinks=geometry.sinks, scaling=scaling, mask=row_mask, softcap=softcap, sinks_logit=sinks_logit,
+                shift=None if shift is None else shift[b, :, row.skip :],
             )  # fmt: skip
         return out
 
