@@ -104,6 +104,28 @@ def test_one_layers_packed_attention_is_eager(family, offset):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_model_is_eager_but_for_float16(family):
+    """Every keyword that a family's attention gets reaches the pages: a prompt, then single tokens, padded on the left."""
+    mask = torch.ones_like(IDS)
+    mask[1, :13] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    model = tiny_model(family)
+    model.set_attn_implementation(NAME)
+    cache = QuantizedKVCache([raw_specs(True)] * 3, GEOMETRY)
+    parts = []
+    for part in (slice(0, 90), slice(90, 110), *(slice(t, t + 1) for t in range(110, 117))):
+        seen = mask[:, : part.stop]
+        cache.note_padding(seen, 2)
+        inputs = {"attention_mask": seen, "position_ids": positions[:, part], "past_key_values": cache}
+        parts.append(model(IDS[:, part], **inputs).logits)
+    got = torch.cat(parts, 1)
+    assert cache.layers[0].lengths() == [117, 104]
+    assert error(got[0], eager_logits(family, IDS[:1])[0]) < 0.01
+    assert error(got[1, 13:], eager_logits(family, IDS[1:, 13:])[0]) < 0.01
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
 def test_left_padding_reads_what_eager_reads(family):
     """Through plain tensors with a mask: a batch padded on the left, row by row."""
     mask = torch.ones_like(IDS)
