@@ -108,9 +108,9 @@ def check_checkpoint(path: Path) -> None:
     config = read_config(path)
     architecture_of(config)
     if quantised := getattr(config, "quantization_config", None):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", "")
+        stated = quantised if isinstance(quantised, dict) else vars(quantised)
         raise KvfoldError(
-            f"The weights in '{path}' are quantised ({method}), so nothing can be folded into them; "
+            f"The weights in '{path}' are quantised ({stated.get('quant_method', 'by an unknown method')}), so nothing can be folded into them; "
             "give the model in bfloat16, float16 or float32."
         )
     if is_artifact(path):

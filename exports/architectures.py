@@ -56,7 +56,9 @@ ARCHITECTURES = {
 
 _MLA = "its attention caches MLA latents, not keys and values per head"
 _ALIBI = "its attention adds ALiBi biases inside its own code"
-_MULTIMODAL = "it is multi-modal; give its text model (for Gemma 3 one of model_type gemma3_text) as a checkpoint of its own"
+_MULTIMODAL = (
+    "it is multi-modal; give its text model (for Gemma 3 one of model_type gemma3_text) as a checkpoint of its own"
+)
 _SHARED = "its layers normalise values and share them with later layers, so no basis of values can be folded in"
 _BOTH_WAYS = "it attends to later tokens (use_bidirectional_attention), which a cache does not hold"
 REFUSED = {

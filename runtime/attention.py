@@ -35,8 +35,7 @@ def attention_forward(
     Raises:
         NotImplementedError: the model asks for a position bias, which this function does not compute.
     """
-    plain = isinstance(key, Tensor) and isinstance(value, Tensor)
-    if plain and softcap is None and s_aux is None:
+    if isinstance(key, Tensor) and isinstance(value, Tensor) and softcap is None and s_aux is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -47,10 +46,11 @@ def attention_forward(
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         attention_mask = attention_mask >= 0  # additive: 0 where visible, the dtype's minimum elsewhere
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if isinstance(key, LayerView):
-        out = key.attend(query, scale, attention_mask, softcap, s_aux)
-    else:
+    if isinstance(key, Tensor) and isinstance(value, Tensor):
         out = attend_plain(query, key, value, scale, attention_mask, softcap, s_aux)
+    else:
+        assert isinstance(key, LayerView)
+        out = key.attend(query, scale, attention_mask, softcap, s_aux)
     return out.transpose(1, 2).to(query.dtype).contiguous(), None
 
 

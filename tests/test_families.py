@@ -1,6 +1,7 @@
 """What families have of their own: soft-caps, sink logits, sliding windows, RoPE bases; each against transformers' eager attention."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -82,8 +83,8 @@ def test_one_layers_packed_attention_is_eager(family, offset):
         causal = torch.ones(117, 117, dtype=torch.bool).tril()
         mask = causal if seen["mask"] is None else seen["mask"][0, 0]
         additive = torch.zeros(1, 1, 117, 117).masked_fill(~mask, torch.finfo(torch.float32).min)
-        eager_function = __import__(type(module).__module__, fromlist=["eager_attention_forward"]).eager_attention_forward
-        expected = eager_function(
+        family_code = sys.modules[type(module).__module__]
+        expected = family_code.eager_attention_forward(
             module, query, key, value, additive, scaling=seen["scaling"],
             softcap=seen["extras"].get("softcap"), s_aux=seen["extras"].get("sinks_logit"),
         )[0]  # fmt: skip
