@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvfold.compress.layerwise import LayerRunner
 from kvfold.compress.progress import progress
+from kvfold.compress.rope import rotate_on, turns
 from kvfold.compress.tap import tapped
 from kvfold.exports.architectures import Architecture, head_dim_of, num_kv_heads_of
 
@@ -56,17 +57,6 @@ class LayerStats:
     @classmethod
     def load(cls, path: Path) -> "LayerStats":
         return cls(**load_file(path))
-
-
-def rotate_on(x: Tensor, positions: Tensor, rotary: Any) -> Tensor:
-    """Rotates x, float [B, heads, T, D] already after RoPE, on by `positions` int64 [B, T] (halves convention)."""
-    cos, sin = rotary(x, positions)
-    attention_factor = getattr(rotary, "attention_scaling", 1.0)  # a length factor that x already has
-    cos, sin = cos.float()[:, None] / attention_factor, sin.float()[:, None] / attention_factor
-    width = cos.shape[-1]
-    turned, rest = x[..., :width].float(), x[..., width:].float()
-    low, high = turned.chunk(2, -1)
-    return torch.cat((turned * cos + torch.cat((-high, low), -1) * sin, rest), -1)
 
 
 class _Accumulator:
@@ -147,14 +137,14 @@ def calibrate(
         saved = load_file(work / f"hidden_{done:03d}.safetensors")
         hidden = [saved[str(i)].to(device) for i in range(len(sequences))]
     per_sequence = -(-sample_tokens // len(sequences))
-    rotary = model.base_model.rotary_emb
     for index in progress(range(done, len(layers)), "calibrate", "layer", done, len(layers)):
         attention = layers[index].get_submodule(arch.attention)
         sums = _Accumulator(num_kv_heads, per_sequence)
 
-        def tap(module, query, key, value, mask, scaling, sums=sums):
-            on = torch.arange(key.shape[2], device=key.device)[None] * (spread - 1)
-            spread_q, spread_k = rotate_on(query, on, rotary), rotate_on(key, on, rotary)
+        def tap(module, query, key, value, mask, scaling, sums=sums, index=index, **extras):
+            places = torch.arange(key.shape[2], device=key.device)[None]
+            near, far = (turns(model, arch, index, places * step) for step in (1, spread))
+            spread_q, spread_k = rotate_on(query, near, far), rotate_on(key, near, far)
             kept = slice(min(SKIP_TOKENS, key.shape[2] // 2), None)
             sums.add(spread_q[0, :, kept], spread_k[0, :, kept], value[0, :, kept].float(), key[0, :, kept])
             return None

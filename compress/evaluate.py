@@ -13,6 +13,7 @@ from kvfold.compress.progress import progress
 from kvfold.compress.text import HELD_OUT, prefix_ids, read_documents, tokenize
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import cache_nbytes
+from kvfold.exports.architectures import logits_of
 from kvfold.runtime.load import load_pretrained, plain_cache, resolve_artifact
 
 LOGIT_BLOCK = 128  # positions whose logits are in memory at a time
@@ -63,13 +64,13 @@ def windows_of(tokenizer: Any, text: str, seq_len: int, first: int, count: int, 
     return found
 
 
-def _compare(base_head: Any, head: Any, base: Tensor, other: Tensor, targets: Tensor) -> Tensor:
+def _compare(base_model: Any, model: Any, base: Tensor, other: Tensor, targets: Tensor) -> Tensor:
     """Sums over positions: [nll 16-bit, nll, KL, agreements], float64; hidden states [T, hidden_size], targets [T]."""
     sums = torch.zeros(4, dtype=torch.float64)
     for start in range(0, len(targets), LOGIT_BLOCK):
         rows = slice(start, start + LOGIT_BLOCK)
-        p = base_head(base[rows]).float().log_softmax(-1)
-        q = head(other[rows]).float().log_softmax(-1)
+        p = logits_of(base_model, base[rows]).log_softmax(-1)
+        q = logits_of(model, other[rows]).log_softmax(-1)
         wanted = targets[rows, None]
         sums[0] -= p.gather(1, wanted).sum().cpu()
         sums[1] -= q.gather(1, wanted).sum().cpu()
@@ -121,7 +122,7 @@ def evaluate(
             else:
                 reference = base.base_model(input_ids=ids).last_hidden_state[0, :-1]
             packed = model.base_model(input_ids=ids).last_hidden_state[0, :-1]
-            rows.append(_compare(base.lm_head, model.lm_head, reference, packed, ids[0, 1:]) / (ids.shape[1] - 1))
+            rows.append(_compare(base, model, reference, packed, ids[0, 1:]) / (ids.shape[1] - 1))
     table = torch.stack(rows)
     mean = table.mean(0)
     errors: list[float | None] = [None, None]

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from kvfold.compress.gguf import ALIASES, alias_gguf, convert_gguf
+from kvfold.compress.tap import NAME as TAP
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import ARCHITECTURES, architecture_of
 from kvfold.exports.reader import is_artifact
@@ -104,7 +105,14 @@ def check_checkpoint(path: Path) -> None:
     Raises:
         KvfoldError: what is wrong, by name.
     """
-    architecture_of(read_config(path))
+    config = read_config(path)
+    architecture_of(config)
+    if quantised := getattr(config, "quantization_config", None):
+        stated = quantised if isinstance(quantised, dict) else vars(quantised)
+        raise KvfoldError(
+            f"The weights in '{path}' are quantised ({stated.get('quant_method', 'by an unknown method')}), so nothing can be folded into them; "
+            "give the model in bfloat16, float16 or float32."
+        )
     if is_artifact(path):
         raise KvfoldError(f"'{path}' is already compressed by kvfold; give the original model.")
     index = path / "model.safetensors.index.json"
@@ -139,9 +147,11 @@ def _check_safetensors(file: Path) -> None:
         )
 
 
-def load_model(path: Path, dtype: torch.dtype | str, device: torch.device, attention: str = "sdpa") -> PreTrainedModel:
+def load_model(path: Path, dtype: torch.dtype | str, device: torch.device, attention: str = TAP) -> PreTrainedModel:
     """Loads a checkpoint for computing, in eval mode and without gradients.
 
+    Args:
+        attention: name of an attention function; the default can be tapped and computes every family.
     Raises:
         KvfoldError: tensors are missing or have the wrong shape.
     """

@@ -16,7 +16,7 @@ from kvfold.compress.recipe import Recipe
 from kvfold.compress.text import read_documents, sample_sequences
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, cache_nbytes
-from kvfold.exports.architectures import Architecture, architecture_of, head_dim_of, num_kv_heads_of
+from kvfold.exports.architectures import Architecture, architecture_of, head_dim_of, num_kv_heads_of, rotary_dim_of
 from kvfold.kernels.formats import Format, uniform
 from kvfold.kernels.packing import TRIT_CHANNELS
 
@@ -71,6 +71,11 @@ def make_plan(model: str, budget: str, calib: str | None, recipe: Recipe, contex
     source = resolve_model(model)
     config = read_config(source.path)
     arch = architecture_of(config)
+    if recipe.key.transform == "smooth" and rotary_dim_of(config) != head_dim_of(config):
+        raise KvfoldError(
+            f"key.transform 'smooth' scales the pairs that RoPE rotates, but '{source.name}' rotates {rotary_dim_of(config)} of "
+            f"{head_dim_of(config)} channels; choose another key.transform in the recipe."
+        )
     geometry = Geometry(num_kv_heads_of(config), head_dim_of(config), recipe.sinks, recipe.window, recipe.page_tokens)
     allowance = parse_budget(budget, geometry, config.num_hidden_layers, config.max_position_embeddings, context)
     k, v = _least_formats(recipe, geometry.head_dim)

@@ -103,7 +103,7 @@ def fused_parameters(attention: Any, arch: Architecture, layer: Layer) -> dict[s
     """All parameters of an attention module that the layer's choices change, float64, by name; the module stays."""
     fused = fuse_values(attention, layer.matrix)
     if layer.key.pair_scale is not None:
-        fused |= fuse_pair_scale(attention, layer.key.pair_scale, arch)
+        fused |= fuse_pair_scale(attention, layer.key.pair_scale, arch, fused)
     return fused
 
 

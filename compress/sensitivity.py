@@ -20,7 +20,7 @@ from kvfold.compress.layerwise import LayerRunner
 from kvfold.compress.progress import progress
 from kvfold.compress.tap import Tap, tapped
 from kvfold.exports.account import Geometry
-from kvfold.exports.architectures import Architecture
+from kvfold.exports.architectures import Architecture, logits_of
 from kvfold.exports.spec import KeySpec, ValueSpec
 from kvfold.kernels.attention import Tile, attend
 from kvfold.kernels.quantizer import round_trip, to_float16
@@ -38,6 +38,8 @@ def packed_attention(
     value_spec: ValueSpec | None = None,
     value_matrix: Tensor | None = None,
     mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks_logit: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of one whole sequence as the packed cache computes it, with either side left as it is.
 
@@ -45,6 +47,7 @@ def packed_attention(
         query: [H, T, D]; key, value: [Hkv, T, D]; after RoPE.
         value_matrix: float [Hkv, D, D], the basis that values are quantised in; it is undone on the output.
         mask: bool [T, T] where attention is narrower than causal, e.g. a sliding window.
+        softcap, sinks_logit: as in kernels.attention.attend.
     Returns:
         float32 [H, T, D].
     """
@@ -53,6 +56,7 @@ def packed_attention(
     seen = (positions + 1 - geometry.sinks - geometry.window).clamp_min(0)
     limit = geometry.sinks + seen // geometry.page_tokens * geometry.page_tokens
     raw_k, raw_v = key.float(), value.float()
+    shift = key_spec.shift(query) if key_spec is not None and (softcap is not None or sinks_logit is not None) else None
     if key_spec is not None:
         raw_k, query = to_float16(key_spec.apply(raw_k)).float(), key_spec.apply_query(query)
     if value_matrix is not None:
@@ -68,7 +72,10 @@ def packed_attention(
         Tile(raw_k, raw_v, positions, False),
         Tile(cached_k[:, packed], cached_v[:, packed], positions[packed], True),
     ]
-    out = attend(query, positions, limit, tiles, sinks=geometry.sinks, scaling=scaling, mask=mask)
+    out = attend(
+        query, positions, limit, tiles,
+        sinks=geometry.sinks, scaling=scaling, mask=mask, softcap=softcap, sinks_logit=sinks_logit, shift=shift,
+    )  # fmt: skip
     if value_matrix is not None:
         inverse = torch.linalg.inv(value_matrix.double()).float()
         out = (out.unflatten(0, (inverse.shape[0], -1)) @ inverse.mT[:, None]).flatten(0, 1)
@@ -108,8 +115,8 @@ class Probe:
         for base, other in zip(self.final, finals, strict=True):
             for block in range(0, len(base), KL_BLOCK):
                 rows = slice(block, block + KL_BLOCK)
-                p = self.model.lm_head(base[rows]).float().log_softmax(-1)
-                q = self.model.lm_head(other[rows]).float().log_softmax(-1)
+                p = logits_of(self.model, base[rows]).log_softmax(-1)
+                q = logits_of(self.model, other[rows]).log_softmax(-1)
                 total += float((p.exp() * (p - q)).sum())
                 count += len(p)
         return max(total / count, 0.0)
@@ -148,9 +155,9 @@ def packing_tap(
         "value_matrix": None if value_matrix is None else value_matrix.to(device),
     }
 
-    def tap(module, query, key, value, mask, scaling):
+    def tap(module, query, key, value, mask, scaling, **extras):
         narrow = None if mask is None else mask[0, 0]
-        out = packed_attention(query[0], key[0], value[0], geometry, scaling, mask=narrow, **options)
+        out = packed_attention(query[0], key[0], value[0], geometry, scaling, mask=narrow, **options, **extras)
         return out.transpose(0, 1)[None].to(query.dtype)
 
     return tap

@@ -8,18 +8,26 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from kvfold.kernels.attention import attend_plain
+
 NAME = "kvfold-tap"  # load a model with this attention to tap it
 
-# (module, query [B,H,T,D], key [B,Hkv,T,D], value [B,Hkv,T,D], mask, scaling) → [B,T,H,D], or None to go on as usual
-Tap = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None, float], Tensor | None]
+# (module, query [B,H,T,D], key [B,Hkv,T,D], value [B,Hkv,T,D], mask, scaling) → [B,T,H,D], or None to go on as usual;
+# models that have them add softcap=, a float, or sinks_logit=, [H]
+Tap = Callable[..., Tensor | None]
 
 
-def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, s_aux=None, **kwargs):
     tap = getattr(module, "kvfold_tap", None)
+    stated = {"softcap": softcap, "sinks_logit": s_aux}
+    extras = {name: given for name, given in stated.items() if given is not None}
     if tap is not None:
-        out = tap(module, query, key, value, attention_mask, scaling)
+        out = tap(module, query, key, value, attention_mask, scaling, **extras)
         if out is not None:
             return out, None
+    if extras:
+        out = attend_plain(query, key, value, scaling, attention_mask, **extras)
+        return out.transpose(1, 2).to(query.dtype).contiguous(), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 

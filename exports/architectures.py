@@ -17,12 +17,18 @@ class Architecture:
         layers: path from the causal LM to the list of decoder layers.
         attention: attribute of the attention module in a decoder layer.
         qk_norm: queries and keys are normalised per head (q_norm, k_norm) before RoPE, so a scale belongs there.
+        norm_plus: what a norm adds to its stored weight before it multiplies: 1 in Gemma's (1 + w).
+        rope_by_type: the rotary module is asked by layer type, e.g. another base for sliding layers.
+        rope_halves: its tables hold each angle once, not once for each channel of a pair.
     """
 
     model_type: str
     layers: str = "model.layers"
     attention: str = "self_attn"
     qk_norm: bool = False
+    norm_plus: float = 0.0
+    rope_by_type: bool = False
+    rope_halves: bool = False
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         layers = model.get_submodule(self.layers)
@@ -40,14 +46,26 @@ ARCHITECTURES = {
         Architecture("mistral"),
         Architecture("qwen2"),
         Architecture("qwen3", qk_norm=True),
+        Architecture("gemma2", norm_plus=1.0),  # soft-capped logits
+        Architecture("gemma3_text", qk_norm=True, norm_plus=1.0, rope_by_type=True),
+        Architecture("phi3"),  # one qkv_proj
+        Architecture("smollm3"),  # layers without RoPE
+        Architecture("gpt_oss", rope_halves=True),  # a sink logit for each head
     )
 }
 
 _MLA = "its attention caches MLA latents, not keys and values per head"
 _ALIBI = "its attention adds ALiBi biases inside its own code"
+_MULTIMODAL = (
+    "it is multi-modal; give its text model (for Gemma 3 one of model_type gemma3_text) as a checkpoint of its own"
+)
+_SHARED = "its layers normalise values and share them with later layers, so no basis of values can be folded in"
+_BOTH_WAYS = "it attends to later tokens (use_bidirectional_attention), which a cache does not hold"
 REFUSED = {
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "minicpm3", "longcat_flash"), _MLA),
     **dict.fromkeys(("bloom", "mpt", "falcon", "baichuan"), _ALIBI),
+    **dict.fromkeys(("gemma3", "mllama", "llama4", "qwen2_vl", "qwen2_5_vl"), _MULTIMODAL),
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), _SHARED),
 }
 
 
@@ -62,8 +80,13 @@ def architecture_of(config: Any) -> Architecture:
     if name in REFUSED or getattr(config, "kv_lora_rank", None):
         reason = REFUSED.get(str(name), _MLA)
         raise KvfoldError(f"Model family '{name}' is not supported: {reason}; supported families are {known}.")
-    if getattr(config, "alibi", False):
-        raise KvfoldError(f"Model family '{name}' is not supported: {_ALIBI}; supported families are {known}.")
+    for field, reason in (
+        ("alibi", _ALIBI),
+        ("vision_config", _MULTIMODAL),
+        ("use_bidirectional_attention", _BOTH_WAYS),
+    ):
+        if getattr(config, field, None):
+            raise KvfoldError(f"Model family '{name}' is not supported: {reason}; supported families are {known}.")
     if name not in ARCHITECTURES:
         raise KvfoldError(
             f"Model family '{name}' is not in the table of architectures; supported families are {known}."
@@ -78,6 +101,20 @@ def architecture_of(config: Any) -> Architecture:
 def head_dim_of(config: Any) -> int:
     """Channels of one head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def rotary_dim_of(config: Any) -> int:
+    """Leading channels of a head that RoPE rotates; the others carry no position."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    factor = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    return int(head_dim_of(config) * factor)
+
+
+def logits_of(model: Any, hidden: Any) -> Any:
+    """A causal LM's logits, float32 [..., vocabulary], of its last hidden states after the norm, soft-cap included."""
+    logits = model.lm_head(hidden).float()
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else (logits / cap).tanh() * cap
 
 
 def num_kv_heads_of(config: Any) -> int:

@@ -18,7 +18,7 @@ class KeySpec:
         transforms: names of the transforms applied, for people.
         matrix: float32 [num_kv_heads, head_dim, head_dim], M; None for the identity.
         offset: float32 [num_kv_heads, head_dim], μ; None for zero. A constant shift of every key's logit under one query,
-            so softmax does not see it and nothing is added back.
+            so softmax does not see it; only a soft-cap or a sink logit needs it back (`shift`).
         clip: float32 [num_kv_heads], factor on (minimum, maximum) of "scale_min" formats; None for 1.
     """
 
@@ -47,6 +47,13 @@ class KeySpec:
         heads = self.query_matrix.shape[0]
         grouped = queries.float().unflatten(-3, (heads, -1))
         return (grouped @ self.query_matrix[:, None]).flatten(-4, -3)
+
+    def shift(self, queries: Tensor) -> Tensor | None:
+        """q · μ of queries after RoPE [..., num_heads, T, head_dim] → float32 [..., num_heads, T]; None without offset."""
+        if self.offset is None:
+            return None
+        offset = self.offset.repeat_interleave(queries.shape[-3] // len(self.offset), 0)
+        return (queries.float() * offset[:, None]).sum(-1)
 
     def to(self, device: torch.device) -> "KeySpec":
         matrix, offset, clip = (None if t is None else t.to(device) for t in (self.matrix, self.offset, self.clip))

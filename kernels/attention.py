@@ -40,6 +40,9 @@ def attend(
     sinks: int,
     scaling: float,
     mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks_logit: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of T queries of one sequence over tiles, one tile in memory at a time (online softmax).
 
@@ -51,6 +54,10 @@ def attend(
         sinks: first positions, always raw.
         scaling: factor on the logits.
         mask: bool [T, seq_len] by position, True where the query may look; None for plain causal.
+        softcap: logits become softcap · tanh(logits / softcap) (Gemma 2).
+        sinks_logit: [num_heads], the logit of one more column, without a value, in every softmax of a head (gpt-oss).
+        shift: [num_heads, T], added to a query's products with keys, before `scaling`. The softmax alone would not see
+            it, but a soft-cap and a sink logit do: they need the q · μ that keys stored as k − μ leave out.
     Returns:
         float32 [num_heads, T, head_dim]; zeros for a query that may look at nothing.
     """
@@ -59,6 +66,8 @@ def attend(
     out = torch.zeros(num_heads, num_queries, head_dim, device=query.device)
     top = torch.full((num_heads, num_queries, 1), -torch.inf, device=query.device)
     total = torch.zeros(num_heads, num_queries, 1, device=query.device)
+    if sinks_logit is not None:
+        top, total = sinks_logit.float()[:, None, None].expand_as(top).clone(), total + 1
     blocks = []
     for start in range(0, num_queries, QUERY_BLOCK):
         rows = slice(start, min(start + QUERY_BLOCK, num_queries))
@@ -86,7 +95,12 @@ def attend(
                 visible = visible & mask[rows][:, tile.positions]
             q_block = q[:, rows]  # [H, Tq, D]
             scores = q_block.reshape(num_kv_heads, -1, head_dim) @ keys.mT  # [Hkv, G·Tq, n]
-            scores = scores.view(num_heads, -1, keys.shape[1]).masked_fill_(~visible, -torch.inf)
+            scores = scores.view(num_heads, -1, keys.shape[1])
+            if shift is not None:
+                scores += shift[:, rows, None] * scaling
+            if softcap is not None:
+                scores = scores.div_(softcap).tanh_().mul_(softcap)
+            scores = scores.masked_fill_(~visible, -torch.inf)
             new_top = torch.maximum(top[:, rows], scores.amax(-1, keepdim=True))
             base = new_top.masked_fill(new_top == -torch.inf, 0.0)
             weights = scores.sub_(base).exp_()
@@ -96,3 +110,37 @@ def attend(
             out[:, rows] = out[:, rows] * rescale + partial.view(num_heads, -1, head_dim)
             top[:, rows] = new_top
     return out / total.masked_fill(total == 0, 1.0)
+
+
+def attend_plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks_logit: Tensor | None = None,
+) -> Tensor:
+    """Attention over plain tensors, for models whose soft-cap or sink logits scaled_dot_product_attention lacks.
+
+    Args:
+        query: [B, num_heads, T, head_dim].
+        key, value: [B, num_kv_heads, S, head_dim].
+        mask: bool [B or 1, 1, T, S]; None for causal, with the last query at the last key.
+        scaling, softcap, sinks_logit: as in `attend`.
+    Returns:
+        float32 [B, num_heads, T, head_dim].
+    """
+    tokens, seen = query.shape[2], key.shape[2]
+    places = torch.arange(seen, device=query.device)
+    # a mask alone says what is visible: the keys may be a window's, or lie in a longer buffer
+    last = places[seen - tokens :] if mask is None else places[-1:].expand(tokens)
+    none_packed = torch.zeros_like(last)
+    out = torch.empty(query.shape, device=query.device)
+    for b in range(len(query)):
+        row_mask = None if mask is None else mask[min(b, len(mask) - 1), 0]
+        out[b] = attend(
+            query[b], last, none_packed, [Tile(key[b], value[b], places, False)],
+            sinks=0, scaling=scaling, mask=row_mask, softcap=softcap, sinks_logit=sinks_logit,
+        )  # fmt: skip
+    return out

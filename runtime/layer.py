@@ -52,20 +52,30 @@ class LayerView:
     dtype: torch.dtype
     device: torch.device
 
-    def attend(self, query: Tensor, scaling: float, mask: Tensor | None, **options) -> Tensor:
-        """Attention of query [B, num_heads, T, head_dim] → the same shape.
+    def attend(
+        self,
+        query: Tensor,
+        scaling: float,
+        mask: Tensor | None,
+        softcap: float | None = None,
+        sinks_logit: Tensor | None = None,
+        sliding: int = 0,
+    ) -> Tensor:
+        """Attention of query [B, num_heads, T, head_dim] → the same shape, float32 or the query's own type.
 
         mask: bool [B, 1, T, columns] or None for plain causal over what is not padding.
-        options: `softcap`, `sliding`, `aux` of the model's attention; see kernels.attention.attend.
+        softcap, sinks_logit: as in kernels.attention.attend.
+        sliding: tokens that a query sees at the most, 0 for all; the mask says so too, kernels go by this.
         """
         if self.layer.use_triton:
             from kvfold.runtime.triton import attend_triton
 
-            return attend_triton(self, query, scaling, **options)
+            return attend_triton(self, query, scaling, sliding)
         assert self.rows is not None
         spec, geometry = self.layer.spec, self.layer.geometry
         out = torch.zeros(query.shape, device=query.device)
         q = spec.key.apply_query(query)
+        shift = spec.key.shift(query) if softcap is not None or sinks_logit is not None else None
         for b, row in enumerate(self.rows):
             if row.positions.numel() == 0:
                 continue
@@ -75,7 +85,8 @@ class LayerView:
                 row_mask = mask[min(b, mask.shape[0] - 1), 0, row.skip :, row.pad : columns]
             out[b, :, row.skip :] = attend(
                 q[b, :, row.skip :], row.positions, row.limit, self.layer.tiles(row),
-                sinks=geometry.sinks, scaling=scaling, mask=row_mask,
+                sinks=geometry.sinks, scaling=scaling, mask=row_mask, softcap=softcap, sinks_logit=sinks_logit,
+                shift=None if shift is None else shift[b, :, row.skip :],
             )  # fmt: skip
         return out
 

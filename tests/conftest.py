@@ -10,8 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from kvfold.exports.architectures import ARCHITECTURES
 
 torch.set_num_threads(1)  # test workers share the cores
 
@@ -19,23 +32,45 @@ SHAPE = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048, "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
+FULL, SLIDING = "full_attention", "sliding_attention"
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SHAPE),
     "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None),
     "qwen2": lambda: Qwen2Config(**SHAPE),
     "qwen3": lambda: Qwen3Config(**SHAPE),
-}
+    # windows are shorter than the tests' sequences, and caps low enough to bend the logits
+    "gemma2": lambda: Gemma2Config(
+        **SHAPE, sliding_window=40, layer_types=[FULL, SLIDING, FULL], query_pre_attn_scalar=24,
+        attn_logit_softcapping=4.0, final_logit_softcapping=5.0, pad_token_id=0, tie_word_embeddings=False,
+    ),
+    "gemma3_text": lambda: Gemma3TextConfig(
+        **SHAPE, sliding_window=40, layer_types=[SLIDING, FULL, SLIDING], query_pre_attn_scalar=24, pad_token_id=0,
+        rope_parameters={FULL: {"rope_type": "default", "rope_theta": 1e6}, SLIDING: {"rope_type": "default", "rope_theta": 1e3}},
+    ),
+    "phi3": lambda: Phi3Config(**SHAPE, sliding_window=60, pad_token_id=0),
+    "smollm3": lambda: SmolLM3Config(
+        **SHAPE, no_rope_layers=[1, 0, 1], pad_token_id=0, use_sliding_window=True, sliding_window=40,
+        layer_types=[FULL, FULL, SLIDING],
+    ),
+    "gpt_oss": lambda: GptOssConfig(
+        **SHAPE, sliding_window=40, layer_types=[SLIDING, FULL, SLIDING], pad_token_id=0,
+        num_local_experts=2, num_experts_per_tok=2,  # a choice of experts would amplify rounding
+    ),
+}  # fmt: skip
 FAMILIES = sorted(CONFIGS)
 
 
-def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0):
+def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, attention: str | None = None):
     """A random model whose attention isn't flat: weights large enough that heads look at few tokens, biases not zero."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32, attn_implementation=attention)
+    plus = ARCHITECTURES[family].norm_plus
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+                parameter.uniform_(0.5, 1.5).sub_(plus)
+            elif plus and "embed" in name:
+                parameter.normal_(0, 0.5 / parameter.shape[1] ** 0.5)  # Gemma multiplies embeddings by that root
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.5)
             else:

@@ -4,17 +4,18 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from conftest import CONFIGS, char_tokenizer, save_tiny
+from conftest import CONFIGS, FAMILIES, char_tokenizer, save_tiny
 
-from kvfold.compress.calibrate import SKIP_TOKENS, LayerStats, calibrate, rotate_on
+from kvfold.compress.calibrate import SKIP_TOKENS, LayerStats, calibrate
 from kvfold.compress.models import load_model
+from kvfold.compress.rope import rotate_on, turns
 from kvfold.compress.tap import NAME, tapped
 from kvfold.compress.text import read_documents, sample_sequences
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import architecture_of
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def loaded(request, tmp_path_factory):
     folder = save_tiny(tmp_path_factory.mktemp(request.param), request.param)
     return load_model(folder, torch.float32, torch.device("cpu"), NAME), architecture_of(CONFIGS[request.param]())
@@ -27,7 +28,7 @@ def captured(model, arch, ids, position_ids=None):
     """Queries, keys and values that every layer's attention is called with in one ordinary forward pass."""
     seen = {}
 
-    def tap(module, query, key, value, mask, scaling):
+    def tap(module, query, key, value, mask, scaling, **extras):
         seen[module.layer_idx] = query[0].double(), key[0].double(), value[0].double()
 
     with ExitStack() as stack, torch.no_grad():
@@ -61,9 +62,9 @@ def test_interpolated_positions_are_those_of_the_rotary_embedding(loaded):
     ids, spread = SEQUENCES[0], 5
     positions = torch.arange(ids.shape[1])[None]
     plain, far = captured(model, arch, ids), captured(model, arch, ids, positions * spread)
-    rotary = model.base_model.rotary_emb
+    near, far_turns = (turns(model, arch, 0, positions * step) for step in (1, spread))
     for i in range(2):  # the first layer's hidden states don't depend on positions
-        moved = rotate_on(plain[0][i][None].float(), positions * (spread - 1), rotary)[0]
+        moved = rotate_on(plain[0][i][None].float(), near, far_turns)[0]
         torch.testing.assert_close(moved.double(), far[0][i], rtol=1e-3, atol=1e-3)
         assert float((plain[0][i] - far[0][i]).abs().max()) > 0.1
 

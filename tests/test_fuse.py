@@ -1,8 +1,12 @@
 """Fusing changes logits by rounding only: ≤ 1e-9 relative in float64, for every family."""
 
+import copy
+
 import pytest
 import torch
 from conftest import CONFIGS, FAMILIES, tiny_model
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 from kvfold.compress.fuse import fuse_pair_scale, fuse_values
 from kvfold.compress.transforms.reorder import reorder
@@ -12,20 +16,40 @@ from kvfold.exports.architectures import architecture_of
 HEADS, DIM = 2, 16
 
 
+def float64_attention(module, query, key, value, mask, scaling, dropout=0.0, softcap=None, s_aux=None, **kwargs):
+    """Eager attention in the queries' own type (transformers' own takes its softmax in float32)."""
+    groups = query.shape[1] // key.shape[1]
+    logits = query @ key.repeat_interleave(groups, 1).mT * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~mask, -torch.inf)
+    if s_aux is not None:
+        logits = torch.cat((logits, s_aux[:, None, None].expand(*logits.shape[:3], 1)), -1)
+    weights = logits.softmax(-1)[..., : key.shape[2]]
+    return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("float64", float64_attention)
+AttentionMaskInterface.register("float64", lambda *a, **kw: sdpa_mask(*a, **{**kw, "allow_is_causal_skip": False}))
+
+
 def exact(family):
-    """A float64 model whose norms compute in float64 too (transformers' own go through float32)."""
-    model = tiny_model(family, torch.float64)
+    """A float64 model whose norms and attention compute in float64 too (transformers' own go through float32)."""
+    model = tiny_model(family, torch.float64, attention="float64")
+    model.config._experts_implementation = "eager"  # grouped products have no float64
+    arch = architecture_of(CONFIGS[family]())
 
     def norm(module):
         def forward(x):
-            return module.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
+            eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+            return (module.weight + arch.norm_plus) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
         return forward
 
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = norm(module)
-    return model, architecture_of(CONFIGS[family]())
+    return model, arch
 
 
 def relative_change(model, arch, fuse):
@@ -66,6 +90,36 @@ def test_pair_scale(family):
         scale = scale[:1].expand(HEADS, -1)
     scale = torch.cat((scale, scale), -1)
     assert relative_change(model, arch, lambda attention: fuse_pair_scale(attention, scale, arch)) < 1e-9
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_basis_and_a_pair_scale_together(family):
+    """Both change the same parameter where a model has one qkv_proj."""
+    model, arch = exact(family)
+    half = torch.rand(1, DIM // 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64) + 0.2
+    scale = torch.cat((half, half), -1).expand(HEADS, -1)
+
+    def both(attention):
+        fused = fuse_values(attention, invertible("any"))
+        return fused | fuse_pair_scale(attention, scale, arch, fused)
+
+    assert relative_change(model, arch, both) < 1e-9
+
+
+def test_rows_of_one_projection_are_those_of_three():
+    one, arch = exact("phi3")
+    attention = one.model.layers[0].self_attn
+    three = copy.deepcopy(attention)
+    del three.qkv_proj
+    for name, rows in zip("qkv", attention.qkv_proj.weight.split((64, 32, 32)), strict=True):
+        projection = torch.nn.Linear(64, len(rows), bias=False, dtype=torch.float64)
+        projection.weight.data = rows
+        setattr(three, f"{name}_proj", projection)
+    scale = torch.rand(HEADS, DIM // 2, dtype=torch.float64).repeat(1, 2) + 0.2
+    whole = fuse_pair_scale(attention, scale, arch, fuse_values(attention, invertible("any")))["qkv_proj.weight"]
+    apart = fuse_pair_scale(three, scale, arch, fuse_values(three, invertible("any")))
+    assert torch.equal(whole, torch.cat([apart[f"{name}_proj.weight"] for name in "qkv"]))
+    assert not torch.equal(whole[:64], attention.qkv_proj.weight[:64])
 
 
 def test_a_fused_basis_does_change_the_values():

@@ -101,7 +101,7 @@ def test_every_transform_on_every_family(family, key, value, tmp_path, text_file
     figures = evaluate(
         str(artifact.path), against=str(source), text=str(text_file), windows=2, seq_len=160, device="cpu"
     )
-    assert figures.kl < 0.05 and figures.top1_agreement > 0.9
+    assert figures.kl < 0.05 and figures.top1_agreement > 0.85
     assert figures.kl > 1e-6  # something was quantised
 
 

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+from conftest import char_tokenizer
+from tokenizers.processors import TemplateProcessing
 
-from kvfold.compress.text import BUILT_IN, HELD_OUT, data_text, read_documents
+from kvfold.compress.evaluate import windows_of
+from kvfold.compress.text import BUILT_IN, HELD_OUT, data_text, prefix_ids, read_documents, sample_sequences
 from kvfold.errors import KvfoldError
 
 
@@ -28,3 +31,17 @@ def test_evaluation_text_is_not_calibration_text():
     assert len(sentences) > 100
     for name in BUILT_IN:
         assert not any(sentence in data_text(name) for sentence in sentences)
+
+
+def test_every_sequence_begins_as_the_tokenizer_begins_a_text(text_file):
+    """Gemma without its BOS token is another model: calibration, probes and evaluation all put it in front."""
+    tokenizer = char_tokenizer()
+    name, documents = read_documents(str(text_file))
+    assert prefix_ids(tokenizer) == []
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="\x02 $A", special_tokens=[("\x02", 2)])
+    assert prefix_ids(tokenizer) == [2]
+    for sequence in sample_sequences(tokenizer, documents, 3, 300, 0, name):
+        assert sequence.shape == (1, 300) and (sequence == 2).nonzero().tolist() == [[0, 0]]
+    windows = windows_of(tokenizer, documents[0], 256, 1, 2, name)
+    assert [w.shape for w in windows] == [(1, 256)] * 2 and all(w[0, 0] == 2 for w in windows)
+    assert windows[0][0, 1:].tolist() == [ord(c) for c in documents[0][255:510]]
