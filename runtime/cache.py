@@ -1,6 +1,7 @@
 """The packed KV cache as a transformers `Cache`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +20,41 @@ class QuantizedKVCache(Cache):
         specs: one LayerSpec a layer.
         geometry: of the cache.
         budget: bytes that `nbytes` may never pass; None for no limit.
+        use_triton: read and write by Triton kernels instead of plain torch.
+        reserve: tokens of each sequence to take memory for when the first ones come, so that nothing moves afterwards and
+            a step can be captured in a CUDA graph; 0 to grow as needed.
     """
 
-    def __init__(self, specs: Sequence[LayerSpec], geometry: Geometry, budget: int | None = None) -> None:
+    def __init__(
+        self,
+        specs: Sequence[LayerSpec],
+        geometry: Geometry,
+        budget: int | None = None,
+        use_triton: bool = False,
+        reserve: int = 0,
+    ) -> None:
         self.padding = Padding([])
         self.layers: list[PackedLayer]  # type: ignore[assignment]
-        super().__init__(layers=[PackedLayer(spec, geometry, self.padding, i) for i, spec in enumerate(specs)])
+        layers = [PackedLayer(spec, geometry, self.padding, i, use_triton) for i, spec in enumerate(specs)]
+        for layer in layers:
+            layer.reserved = reserve
+        super().__init__(layers=layers)
         self.geometry = geometry
         self.budget = budget
+        self.graph: Any = None  # a captured decoding step, see runtime.graph
+
+    @property
+    def room(self) -> int:
+        """Tokens that every sequence can still take in memory that was reserved."""
+        first = self.layers[0]
+        if not first.reserved or not first.is_initialized:
+            return 0
+        return min(first.reserved - length for length in first.length)
+
+    def advance(self, tokens: int) -> None:
+        """Catches the host up with tokens that a CUDA graph appended to every sequence."""
+        for layer in self.layers:
+            layer.advance(tokens)
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +101,8 @@ class QuantizedKVCache(Cache):
         assert self.budget is not None
         seen = self.get_seq_length()
         pads = self.padding.columns or [0] * batch_size
-        need = batch_nbytes(self.geometry, self.formats, [max(0, seen + tokens - pad) for pad in pads])
+        reserved = self.layers[0].reserved
+        need = batch_nbytes(self.geometry, self.formats, [max(0, seen + tokens - pad, reserved) for pad in pads])
         if need > self.budget:
             raise KVBudgetExceeded(
                 f"{seen + tokens} tokens in {batch_size} sequence(s) need a cache of {need} bytes, but kv_budget is "
@@ -101,16 +130,20 @@ class QuantizedKVCache(Cache):
     def reset(self) -> None:
         super().reset()
         self.padding.columns = []
+        self.graph = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.graph = None  # it holds the tensors of another batch
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._select_padding(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        self.graph = None  # it holds the tensors of another batch
         super().batch_select_indices(indices)
         self._select_padding((indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self.graph = None  # it holds the tensors of another batch
         super().batch_repeat_interleave(repeats)
         self._select_padding([b for b in range(len(self.padding.columns)) for _ in range(repeats)])
 

@@ -1,6 +1,6 @@
 """One layer of the packed cache: a 16-bit buffer (sinks, then window) and pages, for each sequence of a batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -18,9 +18,10 @@ TILE_TOKENS = 1024  # packed tokens decoded at a time while attending
 
 @dataclass
 class Padding:
-    """Left padding of each sequence in columns, shared by the layers of a cache."""
+    """What the layers of a cache share: the left padding of each sequence, in columns."""
 
     columns: list[int]
+    scratch: dict = field(default_factory=dict)  # buffers that the layers' kernels take turns with
 
 
 @dataclass
@@ -51,6 +52,7 @@ class LayerView:
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    new: tuple[Tensor, Tensor] | None = None  # keys and values of a step that the kernel appends when it attends
 
     def attend(
         self,
@@ -208,10 +210,9 @@ class PackedLayer(CacheLayerMixin):
         skips = [min(max(pad - self.columns, 0), tokens) for pad in pads]
         shape = torch.Size((*key_states.shape[:2], self.columns + tokens, key_states.shape[3]))
         if self.use_triton and tokens == 1 and not any(skips):
-            from kvfold.runtime.triton import append_triton
-
-            append_triton(self, key_states, value_states)
-            view = LayerView(self, None, shape, key_states.dtype, key_states.device)
+            self._make_room()
+            self.columns += 1
+            view = LayerView(self, None, shape, key_states.dtype, key_states.device, (key_states, value_states))
             return view, view
         self._check_finite(key_states, value_states, skips)
         keys = to_float16(self.spec.key.apply(key_states))
@@ -232,6 +233,19 @@ class PackedLayer(CacheLayerMixin):
                         f"Layer {self.layer_idx} computed a {name} that is NaN or infinite at position "
                         f"{self.columns + skip + int(bad[0])} of sequence {b}; it was not cached."
                     )
+
+    def _make_room(self) -> None:
+        """Before a step whose kernel writes on the device: the host's lengths, and a page where one comes due."""
+        for b in range(self.batch_size):
+            self.length[b] += 1
+            if self.geometry.num_pages(self.length[b]) > len(self.pages[b]):
+                if self.spare[b]:
+                    self.pages[b].append(self.spare[b].pop(0))
+                    continue
+                ids = self.pool.allocate(1)
+                self._fit_table(max(len(self.pages[b]) + 1, *(len(x) for x in self.pages)))
+                self._enter(b, len(self.pages[b]), ids)
+                self.pages[b] += ids
 
     def slots(self, start: int, end: int) -> Tensor:
         """Rows of the 16-bit buffers that tokens start … end − 1 stand in, int64 [end − start]."""
@@ -298,6 +312,13 @@ class PackedLayer(CacheLayerMixin):
             self._fit_table(max(first + count, *(len(ids) for ids in self.pages)))
             self._enter(b, first + len(ready), ids[len(ready) :])
 
+        self.pages[b] += ids
+        if self.use_triton:
+            from kvfold.runtime.triton import store_pages
+
+            store_pages(self, keys, values, ids)
+            return
+
         def pack(x: Tensor, spec) -> Tensor:
             blocks = x.unflatten(1, (-1, size)).transpose(0, 1)  # [n, Hkv, page, D]
             clip = None if spec.clip is None else spec.clip[:, None, None]
@@ -306,7 +327,6 @@ class PackedLayer(CacheLayerMixin):
         packed = torch.cat((pack(keys, self.spec.key), pack(values, self.spec.value)), 1)
         for number, data in zip(ids, packed, strict=True):
             self.pool.page(number).copy_(data)
-        self.pages[b] += ids
 
     def _fit_table(self, entries: int) -> None:
         """Gives the block table room for `entries` pages a sequence, in whole steps."""

@@ -1,9 +1,11 @@
 """`load_pretrained`: an artifact, local or on the Hub, as a transformers model that reads back a packed cache."""
 
+import functools
 import logging
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,7 @@ def load_pretrained(
     kv_budget: int | str | None = None,
     policy: str = "floor",
     attention: str = "auto",
+    cuda_graph: bool = False,
     **hub_kwargs: Any,
 ) -> PreTrainedModel:
     """Loads an artifact as a transformers model in eval mode whose every forward pass reads a packed cache.
@@ -61,7 +64,9 @@ def load_pretrained(
         revision: of the Hub repository.
         kv_budget: bytes ("1GiB" or an int) that a cache may never pass; KVBudgetExceeded is raised before it would.
         policy: "floor" stores at the searched bit-widths at once.
-        attention: "reference" is plain torch on any device; "auto" picks by device.
+        attention: "reference" is plain torch on any device, "triton" the kernels; "auto" picks by device.
+        cuda_graph: `generate` takes memory for the longest sequence at the start and replays one captured decoding step, so
+            that decoding isn't bound by Python. Needs a GPU and the kernels.
         hub_kwargs: for huggingface_hub.snapshot_download, e.g. `token`, `cache_dir`, `local_files_only`.
     Returns:
         A PreTrainedModel; `generate`, `model(ids)` and chunked calls read quantised keys and values back.
@@ -71,8 +76,8 @@ def load_pretrained(
     """
     if policy != "floor":
         raise KvfoldError(f"policy '{policy}' is not one this version knows; use 'floor'.")
-    if attention not in ("auto", "reference"):
-        raise KvfoldError(f"attention '{attention}' is not one this version knows; use 'auto' or 'reference'.")
+    if attention not in ("auto", "reference", "triton"):
+        raise KvfoldError(f"attention '{attention}' is not one this version knows; use 'auto', 'reference' or 'triton'.")
     budget = None if kv_budget is None else parse_nbytes(kv_budget)
     artifact = read_artifact(resolve_artifact(path_or_repo_id, revision, **hub_kwargs))
     if budget is not None:
@@ -90,11 +95,39 @@ def load_pretrained(
     model, info = loaded
     if absent := sorted(info["missing_keys"]):  # transformers fills these with random numbers and goes on
         raise KvfoldError(f"'{artifact.path}' lacks the weight {absent[0]}; write or download the artifact again.")
-    log.info("attention: plain-torch reference on %s", target)
-    return attach(model.to(target), artifact, budget)
+    triton = choose_triton(attention, target, artifact, model.config)
+    if cuda_graph and not (triton and target.type == "cuda"):
+        raise KvfoldError(f"cuda_graph=True needs a CUDA device and the Triton kernels, but this is {target}; leave it out.")
+    log.info("attention: %s on %s", "Triton kernels" if triton else "plain-torch reference", target)
+    return attach(model.to(target), artifact, budget, triton, cuda_graph)
 
 
-def attach(model: Any, artifact: Artifact, budget: int | None = None) -> PreTrainedModel:
+def choose_triton(attention: str, device: torch.device, artifact: Artifact, config: Any) -> bool:
+    """Whether the Triton kernels run.
+
+    Raises:
+        KvfoldError: "triton" was asked for, but isn't installed, or the cache or the model needs what the kernels lack.
+    """
+    if attention == "reference" or (attention == "auto" and device.type != "cuda"):
+        return False
+    page = artifact.geometry.page_tokens
+    reason = ""
+    if find_spec("triton") is None:
+        reason = "the package triton is not installed"
+    elif page & (page - 1) or not 8 <= page <= 128:
+        reason = f"page_tokens is {page}, and kernels read pages of 8 to 128 tokens, a power of two"
+    elif getattr(config, "attn_logit_softcapping", None) or config.model_type == "gpt_oss":
+        reason = f"'{config.model_type}' bends its logits, which the kernels leave to the reference"
+    if reason and attention == "triton":
+        raise KvfoldError(f"attention='triton' can't be used: {reason}; use attention='auto' or 'reference'.")
+    if reason:
+        log.warning("attention: plain-torch reference, because %s", reason)
+    return not reason
+
+
+def attach(
+    model: Any, artifact: Artifact, budget: int | None = None, triton: bool = False, cuda_graph: bool = False
+) -> PreTrainedModel:
     """Makes every forward pass of `model`, which has the artifact's weights, read a packed cache."""
     model.eval()
     model.set_attn_implementation(NAME)
@@ -102,10 +135,10 @@ def attach(model: Any, artifact: Artifact, budget: int | None = None) -> PreTrai
     covered = artifact.metadata.calibration.covered_positions
     warned: list[bool] = []
 
-    def new_cache() -> QuantizedKVCache:
-        return QuantizedKVCache(artifact.specs, artifact.geometry, budget)
+    def new_cache(reserve: int = 0) -> QuantizedKVCache:
+        return QuantizedKVCache(artifact.specs, artifact.geometry, budget, triton, reserve)
 
-    def prepare_cache(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+    def prepare_cache(self, generation_config, model_kwargs, mode, batch_size, max_length, *args, **kwargs) -> None:
         if model_kwargs.get("past_key_values") is not None:
             model_kwargs["past_key_values"]._is_user_defined = True
             return
@@ -116,7 +149,7 @@ def attach(model: Any, artifact: Artifact, budget: int | None = None) -> PreTrai
                 "leave cache_implementation out, or pass past_key_values."
             )
         if generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = new_cache()
+            model_kwargs["past_key_values"] = new_cache(max_length if cuda_graph else 0)
 
     def inject_cache(module, args, kwargs):
         """A plain forward pass would make a stock 16-bit cache, and perplexity would measure nothing."""
@@ -140,6 +173,10 @@ def attach(model: Any, artifact: Artifact, budget: int | None = None) -> PreTrai
 
     # bound on the instance: a subclass's name would end up in config.json when the model is saved
     model._prepare_cache_for_generation = types.MethodType(prepare_cache, model)
+    if cuda_graph:
+        from kvfold.runtime.graph import graphed
+
+        model.forward = functools.wraps(model.forward)(graphed(model.forward))
     model.base_model.kv_packed = True
     model.base_model.register_forward_pre_hook(inject_cache, with_kwargs=True)
     model.kv_artifact = artifact

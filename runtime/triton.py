@@ -1,0 +1,85 @@
+"""The packed cache's reads and writes by Triton kernels: what PackedLayer and LayerView do when `use_triton` is set."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvfold.exports.account import Geometry
+from kvfold.kernels.triton_append import append_step, empty_queries
+from kvfold.kernels.triton_attention import attention, prepare_queries
+from kvfold.kernels.triton_encode import encode_pages
+
+if TYPE_CHECKING:
+    from kvfold.runtime.layer import LayerView, PackedLayer, RowView
+
+
+def regions(geometry: Geometry) -> dict[str, int]:
+    """The regions of a cache as kernels take them."""
+    return {"sinks": geometry.sinks, "window": geometry.window, "page_tokens": geometry.page_tokens}
+
+
+def attend_triton(view: "LayerView", query: Tensor, scaling: float, sliding: int) -> Tensor:
+    """LayerView.attend by kernels: query [B, num_heads, T, head_dim] → the same shape and type."""
+    layer = view.layer
+    batch, heads, tokens, dim = query.shape
+    out = torch.empty(batch, tokens, heads, dim, dtype=query.dtype, device=query.device)
+    if view.rows is None:
+        assert view.new is not None
+        _decode(layer, *view.new, query, out, scaling, sliding)
+    else:
+        if any(row.skip for row in view.rows):
+            out.zero_()  # what padding attends to is read by nobody, but must be finite
+        for b, row in enumerate(view.rows):
+            if row.positions.numel():
+                _prompt(layer, b, row, query[b : b + 1, :, row.skip :], out[b : b + 1, row.skip :], scaling, sliding)
+    return out.transpose(1, 2)
+
+
+def _decode(
+    layer: "PackedLayer", keys: Tensor, values: Tensor, query: Tensor, out: Tensor, scaling: float, sliding: int
+) -> None:
+    """One step of every sequence: appends, packs the page that came due, attends, and moves the device's state on."""
+    spec, geometry = layer.spec, layer.geometry
+    name = (query.shape[0], query.shape[1], geometry.num_kv_heads, query.shape[3], query.device)
+    scratch = layer.padding.scratch
+    if name not in scratch:
+        scratch[name] = empty_queries(*name)
+    queries = scratch[name]
+    append_step(
+        keys.contiguous(), values.contiguous(), query.contiguous(), layer.raw_keys, layer.raw_values, layer.block_table,
+        layer.state, queries, spec.key.format, spec.value.format, scaling=scaling, matrix=spec.key.matrix,
+        offset=spec.key.offset, query_matrix=spec.key.query_matrix, key_clip=spec.key.clip, value_clip=spec.value.clip,
+        **regions(geometry),
+    )  # fmt: skip
+    attention(
+        queries, spec.key.format, spec.value.format, layer.block_table, layer.state, layer.raw_keys, layer.raw_values, out,
+        ring=geometry.ring, new=1, sliding=sliding, advance=True, **regions(geometry),
+    )  # fmt: skip
+
+
+def _prompt(
+    layer: "PackedLayer", b: int, row: "RowView", query: Tensor, out: Tensor, scaling: float, sliding: int
+) -> None:
+    """The queries [1, num_heads, T, head_dim] of one sequence, whose keys and values were appended before."""
+    spec, geometry = layer.spec, layer.geometry
+    device = query.device
+    first = torch.tensor([layer.length[b] - query.shape[2]], dtype=torch.int32, device=device)
+    before = torch.tensor([row.packed_before], dtype=torch.int32, device=device)
+    queries = prepare_queries(spec.key.apply_query(query), geometry.num_kv_heads, scaling)
+    attention(
+        queries, spec.key.format, spec.value.format, layer.block_table[b : b + 1], layer.state[b : b + 1],
+        row.keys[None], row.values[None], out, first_query=first, packed_before=before, sliding=sliding,
+        **regions(geometry),
+    )  # fmt: skip
+
+
+def store_pages(layer: "PackedLayer", keys: Tensor, values: Tensor, ids: list[int]) -> None:
+    """Packs 16-bit rows [Hkv, len(ids)·page_tokens, head_dim] into pages."""
+    device, size = keys.device, layer.geometry.page_tokens
+    pages = torch.tensor(layer.pool.addresses(ids), dtype=torch.int64).to(device, non_blocking=True)
+    tokens = torch.arange(len(ids), dtype=torch.int32, device=device) * size
+    encode_pages(
+        keys[None].contiguous(), values[None].contiguous(), layer.spec.key.format, layer.spec.value.format, pages,
+        torch.zeros_like(tokens), tokens, page_tokens=size, key_clip=layer.spec.key.clip, value_clip=layer.spec.value.clip,
+    )  # fmt: skip
