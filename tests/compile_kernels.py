@@ -1,0 +1,61 @@
+"""Compiles the attention kernels of one pair of formats for sm_90; a process of its own, because the interpreter is off here.
+
+usage: python tests/compile_kernels.py PAIR PROMPT
+"""
+
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kvfold.kernels import triton_attention as kernels
+from kvfold.kernels.formats import raw16
+from kvfold.kernels.tiles import program
+
+POINTERS = {
+    "q_ptr": "*fp16", "q_scale_ptr": "*fp32", "anchor": "*u8", "table": "*i64", "state": "*i32", "raw_k": "*fp16",
+    "raw_v": "*fp16", "o_ptr": "*fp32", "ml_ptr": "*fp32", "first_query": "*i32", "packed_before": "*i32", "out": "*bf16",
+    "aux": "*fp32",
+}  # fmt: skip
+
+
+def compile_kernel(function, constants: dict, num_warps: int = 1) -> object:
+    """A kernel for sm_90, every pointer aligned to 16 bytes."""
+    names = function.arg_names
+    signature = {n: "constexpr" if n in constants else POINTERS.get(n, "i32") for n in names}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in POINTERS}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attrs)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "num_stages": 4})
+
+
+def main(name: str, prompt: bool) -> None:
+    sys.path.insert(0, os.path.dirname(__file__))
+    os.environ["TRITON_INTERPRET"] = "0"
+    from test_triton_attention import PAIRS
+
+    key_format, value_format = PAIRS[name]
+    dim, columns = key_format.head_dim, 16 if prompt else 4
+    compile_kernel(
+        kernels._attention_kernel,
+        {
+            "K": tuple(program(key_format, 32)), "V": tuple(program(value_format, 32)), "R": program(raw16(dim), 32).pieces,
+            "N": max(8, columns), "COLUMNS": columns, "GROUP": 4, "SPLITS": 8, "PROMPT": prompt, "SLIDING": prompt, "CAP": 0.0,
+            "STAGES": 4, "PREFETCH": False, "BLOCK": kernels.RAW_BLOCK, "INTERPRET": False,
+        },
+    )  # fmt: skip
+    compile_kernel(
+        kernels._merge_kernel,
+        {
+            "DIM": dim, "CHANNELS": 16, "N": max(8, columns), "COLUMNS": columns, "GROUP": 4, "SLOTS": 8, "SLOTS_2": 8,
+            "BLOCK": 8, "AUX": True, "ADVANCE": not prompt, "PAGE_TOKENS": 32, "HEADS": 2,
+        },
+        num_warps=4,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], bool(int(sys.argv[2])))
