@@ -28,7 +28,7 @@ def to_e4m3(x):
     bits = size.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960  # exponents differ by 120
     small = (size * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 15  # adding 2^23 rounds to whole multiples of 2^-9
-    return sign | tl.where(bits < 0x3C800000, small, normal)
+    return tl.where(x != x, 0x7F, sign | tl.where(bits < 0x3C800000, small, normal))
 
 
 @triton.jit
@@ -36,13 +36,14 @@ def from_e4m3(byte):
     """e4m3 byte as int32 → float32."""
     normal = (((byte & 0x7F) << 20) + 0x3C000000).to(tl.float32, bitcast=True)
     size = tl.where((byte & 0x78) == 0, (byte & 7).to(tl.float32) * 0.001953125, normal)
+    size = tl.where((byte & 0x7F) == 0x7F, float("nan"), size)
     return tl.where((byte & 0x80) != 0, -size, size)
 
 
 @triton.jit
 def to_fp16(x):
-    """float32 → float16, saturating."""
-    return tl.minimum(tl.maximum(x, -FP16_MAX), FP16_MAX).to(tl.float16)
+    """float32 → float16, saturating; NaN stays NaN."""
+    return tl.where(x != x, x, tl.minimum(tl.maximum(x, -FP16_MAX), FP16_MAX)).to(tl.float16)
 
 
 @triton.jit

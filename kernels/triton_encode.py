@@ -114,7 +114,9 @@ def encode_pages(
     if str(keys.dtype) != "torch.float16" or keys.dtype != values.dtype or keys.stride(-1) != 1:
         raise KvfoldError(f"Pages are packed from float16 rows, not {keys.dtype} and {values.dtype}; cast them first.")
     if keys.shape != values.shape or keys.stride() != values.stride():
-        raise KvfoldError(f"keys {tuple(keys.shape)} and values {tuple(values.shape)} must have one shape and one layout.")
+        raise KvfoldError(
+            f"keys {tuple(keys.shape)} and values {tuple(values.shape)} must have one shape and one layout."
+        )
     heads = keys.shape[1]
     if not pages.numel():
         return

@@ -141,7 +141,9 @@ def _class_block(block, src, stride, first, sinks, ring, F: tl.constexpr, S: tl.
         codes = codes + (quantise(x, block, f, row, c, inside, F, C),)
         if halves:
             c = start + valid + j
-            x = load_source(src, stride, first, sinks, ring, f, row, c, inside, rows, S, start + valid, start + channels)
+            x = load_source(
+                src, stride, first, sinks, ring, f, row, c, inside, rows, S, start + valid, start + channels
+            )
             more = more + (quantise(x, block, f, row, c, inside, F, C),)
     for p in tl.static_range(count(planes)):
         _store_plane(block, row, j, inside, codes, more, channels, rows, pick(planes, p))
@@ -183,7 +185,9 @@ def _trit_block(block, src, stride, first, sinks, ring, F: tl.constexpr, S: tl.c
         byte = one * 0 + row * 0 + lane * 0
         for k in tl.static_range(left):
             number = one + (whole * 5 + k)
-            byte = byte | (_trit_codes(block, src, stride, first, sinks, ring, number, row, lane, inside, F, S) << (2 * k))
+            byte = byte | (
+                _trit_codes(block, src, stride, first, sinks, ring, number, row, lane, inside, F, S) << (2 * k)
+            )
         tl.store(block + trit_place(one + whole, row, F) + lane * 2, byte.to(tl.uint8), mask=inside)
     elif left > 0:
         start: tl.constexpr = (words * rows + odd * ((rows + 1) // 2)) * 32
