@@ -78,7 +78,8 @@ def page_layout(fmt: Format, page_tokens: int) -> PageLayout:
         raise KvfoldError(f"page_tokens={page_tokens} is not a power of two from 8 to 128; choose one that is.")
     nbytes = fmt.nbytes(page_tokens)
     kind = "raw" if fmt.params == "none" else fmt.params
-    classes, trits = [], ()
+    classes: list[tuple] = []
+    trits: tuple = ()
     offset = first = 0
     for channels, levels in fmt.classes:
         own = [p for p in fmt.planes if p.start == first and levels not in (0, 3, RAW)]

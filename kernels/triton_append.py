@@ -156,7 +156,7 @@ def append_step(
 
     z = M(k − μ) in float32, saturated to float16, and v go to row sinks + (t − sinks) mod ring of the 16-bit rows (row t for
     t < sinks), t being the sequence's length. If the window and the sinks leave a page's worth of tokens unpacked, page number
-    `pages` of the sequence is written to its address in `table`. Nothing is read by the host.
+    `pages` of the sequence is written to its address in `table`; no step brings more than one. Nothing is read by the host.
 
     Args:
         keys, values: new ones after RoPE, [B, Hkv, 1, head_dim], float16, bfloat16 or float32.

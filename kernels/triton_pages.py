@@ -122,6 +122,34 @@ def _store_words(ptr, inside, codes, WIDTH: tl.constexpr, SHIFT: tl.constexpr, F
 
 
 @triton.jit
+def _field_codes(
+    block, src, stride, first, sinks, ring, f: tl.constexpr, row, c, inside, F: tl.constexpr, S: tl.constexpr,
+    C: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+):  # fmt: skip
+    """Codes of field f of channels c of one class, LOW ≤ c < HIGH."""
+    x = load_source(src, stride, first, sinks, ring, f, row, c, inside, pick(F, 7), S, LOW, HIGH)
+    return quantise(x, block, f, row, c, inside, F, C)
+
+
+@triton.jit
+def _all_codes(
+    block, src, stride, first, sinks, ring, row, c, inside, F: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr,
+):  # fmt: skip
+    """Codes of the eight fields."""
+    return (
+        _field_codes(block, src, stride, first, sinks, ring, 0, row, c, inside, F, S, C, LOW, HIGH),
+        _field_codes(block, src, stride, first, sinks, ring, 1, row, c, inside, F, S, C, LOW, HIGH),
+        _field_codes(block, src, stride, first, sinks, ring, 2, row, c, inside, F, S, C, LOW, HIGH),
+        _field_codes(block, src, stride, first, sinks, ring, 3, row, c, inside, F, S, C, LOW, HIGH),
+        _field_codes(block, src, stride, first, sinks, ring, 4, row, c, inside, F, S, C, LOW, HIGH),
+        _field_codes(block, src, stride, first, sinks, ring, 5, row, c, inside, F, S, C, LOW, HIGH),
+        _field_codes(block, src, stride, first, sinks, ring, 6, row, c, inside, F, S, C, LOW, HIGH),
+        _field_codes(block, src, stride, first, sinks, ring, 7, row, c, inside, F, S, C, LOW, HIGH),
+    )
+
+
+@triton.jit
 def _class_block(block, src, stride, first, sinks, ring, F: tl.constexpr, S: tl.constexpr, C: tl.constexpr):
     """Codes and packs one class of binary codes."""
     rows: tl.constexpr = pick(F, 7)
@@ -130,21 +158,16 @@ def _class_block(block, src, stride, first, sinks, ring, F: tl.constexpr, S: tl.
     halves: tl.constexpr = pick(C, 4)
     planes: tl.constexpr = pick(C, 5)
     valid: tl.constexpr = channels // 2 if halves else channels
+    middle: tl.constexpr = start + valid
+    end: tl.constexpr = start + channels
     row = tl.arange(0, rows)[:, None]
     j = tl.arange(0, pow2(valid))[None, :]
     inside = (j < valid) & (row < rows)
-    codes = ()
-    more = ()
-    for f in tl.static_range(8):
-        c = start + j
-        x = load_source(src, stride, first, sinks, ring, f, row, c, inside, rows, S, start, start + valid)
-        codes = codes + (quantise(x, block, f, row, c, inside, F, C),)
-        if halves:
-            c = start + valid + j
-            x = load_source(
-                src, stride, first, sinks, ring, f, row, c, inside, rows, S, start + valid, start + channels
-            )
-            more = more + (quantise(x, block, f, row, c, inside, F, C),)
+    codes = _all_codes(block, src, stride, first, sinks, ring, row, start + j, inside, F, S, C, start, middle)
+    if halves:
+        more = _all_codes(block, src, stride, first, sinks, ring, row, middle + j, inside, F, S, C, middle, end)
+    else:
+        more = ()
     for p in tl.static_range(count(planes)):
         _store_plane(block, row, j, inside, codes, more, channels, rows, pick(planes, p))
 
