@@ -1,0 +1,201 @@
+"""One decoding step of one layer up to the attention: transform, window, page, queries. A single launch.
+
+What the host must know is known when the step is captured: lengths, pages and their addresses are read on the device, so the
+launch can be part of a CUDA graph. The lengths move on in the merging kernel of triton_attention.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvfold.errors import KvfoldError
+from kvfold.kernels.formats import Format
+from kvfold.kernels.planes import page_layout
+from kvfold.kernels.triton_attention import LOG2_E, QUERY_TOP, Queries, anchor
+from kvfold.kernels.triton_bits import pick
+from kvfold.kernels.triton_codec import pow2, to_fp16
+from kvfold.kernels.triton_encode import clips_of, warps_for
+from kvfold.kernels.triton_pages import write_block
+
+BLOCK: tl.constexpr = tl.constexpr(32)  # rows of a matrix at a time
+
+
+@triton.jit
+def _write_row(out, x_ptr, matrix, offset, DIM: tl.constexpr, MATRIX: tl.constexpr, OFFSET: tl.constexpr):
+    """out = float16(M(x − μ)), saturating."""
+    j = tl.arange(0, pow2(DIM))
+    x = tl.load(x_ptr + j, mask=j < DIM, other=0.0).to(tl.float32)
+    if OFFSET:
+        x = x - tl.load(offset + j, mask=j < DIM, other=0.0)
+    if MATRIX:
+        for start in tl.static_range(0, pow2(DIM), BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            inside = (i < DIM)[:, None] & (j < DIM)[None, :]
+            m = tl.load(matrix + i[:, None] * DIM + j[None, :], mask=inside, other=0.0)
+            tl.store(out + i, to_fp16(tl.sum(m * x[None, :], 1)), mask=i < DIM)
+    else:
+        tl.store(out + j, to_fp16(x), mask=j < DIM)
+
+
+@triton.jit
+def _write_queries(
+    out, scale, q_ptr, stride, matrix, factor,
+    DIM: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, TOP: tl.constexpr, MATRIX: tl.constexpr,
+):  # fmt: skip
+    """out[n] = float16(power · q_n M⁻¹) for n < GROUP, else 0; scale = factor / power, a power of two that brings the largest
+    component to [2^(TOP − 1), 2^TOP]."""
+    rows: tl.constexpr = max(16, N) if MATRIX else N  # a matrix product has sixteen rows
+    n = tl.arange(0, rows)
+    j = tl.arange(0, pow2(DIM))
+    if MATRIX:
+        q = tl.zeros((rows, pow2(DIM)), tl.float32)
+        for start in tl.range(0, pow2(DIM), BLOCK, num_stages=3):
+            i = start + tl.arange(0, BLOCK)
+            inside = (n < GROUP)[:, None] & (i < DIM)[None, :]
+            a = tl.load(q_ptr + n[:, None] * stride + i[None, :], mask=inside, other=0.0).to(tl.float32)
+            m = tl.load(matrix + i[:, None] * DIM + j[None, :], mask=(i < DIM)[:, None] & (j < DIM)[None, :], other=0.0)
+            q = tl.dot(a, m, q, input_precision="tf32x3")
+    else:
+        inside = (n < GROUP)[:, None] & (j < DIM)[None, :]
+        q = tl.load(q_ptr + n[:, None] * stride + j[None, :], mask=inside, other=0.0).to(tl.float32)
+    largest = tl.maximum(tl.max(tl.max(tl.abs(q), 1), 0), 1.0e-30)
+    bits = largest.to(tl.int32, bitcast=True)
+    above = (bits >> 23) - 127 + ((bits & 0x7FFFFF) != 0).to(tl.int32)  # the logarithm to base 2, rounded up
+    power = ((TOP - above + 127) << 23).to(tl.float32, bitcast=True)
+    back = ((above - TOP + 127) << 23).to(tl.float32, bitcast=True)
+    tl.store(scale, factor * back)
+    tl.store(out + n[:, None] * DIM + j[None, :], to_fp16(q * power), mask=(n < N)[:, None] & (j < DIM)[None, :])
+
+
+@triton.jit
+def _append_kernel(
+    anchor_ptr, table, state, new_keys, new_values, query, raw_keys, raw_values, q_out, q_scale,
+    matrix, offset, query_matrix, key_clip, value_clip, factor,
+    table_width, sinks, window, ring, key_stride_b, key_stride_h, value_stride_b, value_stride_h,
+    query_stride_b, query_stride_h, raw_stride_b, raw_stride_h, raw_stride_t,
+    K: tl.constexpr, V: tl.constexpr, K_CLIPS: tl.constexpr, V_CLIPS: tl.constexpr, MATRIX: tl.constexpr,
+    OFFSET: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, TOP: tl.constexpr,
+):  # fmt: skip
+    """Grid: (sequences, KV heads, keys, values or queries)."""
+    b = tl.program_id(0)
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
+    k_nbytes: tl.constexpr = pick(K, 8)
+    v_nbytes: tl.constexpr = pick(V, 8)
+    dim: tl.constexpr = pick(K, 9)
+    page_tokens: tl.constexpr = 8 * pick(K, 7)
+    if tl.program_id(2) == 2:
+        place = b * heads + head
+        q = query + b.to(tl.int64) * query_stride_b + head * GROUP * query_stride_h
+        out = q_out + place.to(tl.int64) * (N * dim)
+        inverse = query_matrix + head * (dim * dim)
+        _write_queries(out, q_scale + place, q, query_stride_h, inverse, factor, dim, GROUP, N, TOP, MATRIX)
+    else:
+        token = tl.load(state + 2 * b)
+        pages = tl.load(state + 2 * b + 1)
+        due = tl.maximum(token + 1 - sinks - window, 0) // page_tokens
+        row = tl.where(token < sinks, token, sinks + tl.maximum(token - sinks, 0) % ring)
+        at = b.to(tl.int64) * raw_stride_b + head.to(tl.int64) * raw_stride_h
+        first = sinks + pages * page_tokens
+        if tl.program_id(2) == 0:
+            x = new_keys + b.to(tl.int64) * key_stride_b + head * key_stride_h
+            out = raw_keys + at + row.to(tl.int64) * raw_stride_t
+            _write_row(out, x, matrix + head * (dim * dim), offset + head * dim, dim, MATRIX, OFFSET)
+            if due > pages:
+                tl.debug_barrier()  # without a window the page ends with the row just written
+                page = anchor_ptr + tl.load(table + b.to(tl.int64) * table_width + pages) * 16
+                clip = key_clip + head * K_CLIPS
+                write_block(
+                    page + head * k_nbytes, clip, raw_keys + at, raw_stride_t, first, sinks, ring, K, (), K_CLIPS
+                )
+        else:
+            x = new_values + b.to(tl.int64) * value_stride_b + head * value_stride_h
+            out = raw_values + at + row.to(tl.int64) * raw_stride_t
+            _write_row(out, x, matrix, offset, dim, False, False)
+            if due > pages:
+                tl.debug_barrier()
+                page = anchor_ptr + tl.load(table + b.to(tl.int64) * table_width + pages) * 16
+                block = page + heads * k_nbytes + head * v_nbytes
+                clip = value_clip + head * V_CLIPS
+                write_block(block, clip, raw_values + at, raw_stride_t, first, sinks, ring, V, (), V_CLIPS)
+
+
+def empty_queries(batch: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> Queries:
+    """Room for the queries of one decoding step, which `append_step` fills."""
+    group = num_heads // num_kv_heads
+    padded = max(8, triton.next_power_of_2(group))
+    data = torch.zeros(batch, num_kv_heads, 1, padded, head_dim, dtype=torch.float16, device=device)
+    return Queries(data, torch.zeros(batch, num_kv_heads, device=device), group, group, 1)
+
+
+def append_step(
+    keys: Tensor,
+    values: Tensor,
+    query: Tensor,
+    raw_keys: Tensor,
+    raw_values: Tensor,
+    table: Tensor,
+    state: Tensor,
+    queries: Queries,
+    key_format: Format,
+    value_format: Format,
+    *,
+    sinks: int,
+    window: int,
+    page_tokens: int,
+    scaling: float,
+    softcap: float | None = None,
+    matrix: Tensor | None = None,
+    offset: Tensor | None = None,
+    query_matrix: Tensor | None = None,
+    key_clip: Tensor | None = None,
+    value_clip: Tensor | None = None,
+) -> None:
+    """Appends one token to every sequence and prepares its queries; `state` is not moved on.
+
+    z = M(k − μ) in float32, saturated to float16, and v go to row sinks + (t − sinks) mod ring of the 16-bit rows (row t for
+    t < sinks), t being the sequence's length. If the window and the sinks leave a page's worth of tokens unpacked, page number
+    `pages` of the sequence is written to its address in `table`; no step brings more than one. Nothing is read by the host.
+
+    Args:
+        keys, values: new ones after RoPE, [B, Hkv, 1, head_dim], float16, bfloat16 or float32.
+        query: [B, num_heads, 1, head_dim].
+        raw_keys, raw_values: float16 [B, Hkv, sinks + ring, head_dim], same strides, ring ≥ window + page_tokens.
+        table: int64 [B, entries], addresses of pages (`page_address`), with that of the page that may come due.
+        state: int32 [B, 2], tokens and pages of each sequence before this token.
+        queries: written; from `empty_queries`, and to be given to `attention`.
+        scaling, softcap: of the model's attention.
+        matrix, offset, query_matrix: float32 [Hkv, head_dim, head_dim], [Hkv, head_dim] and [Hkv, head_dim, head_dim]: M, μ
+            and M⁻¹; None for the identity and zero. Contiguous.
+        key_clip, value_clip: float32 [Hkv] or [Hkv, groups], factors on (minimum, maximum); None for 1.
+    Raises:
+        KvfoldError: the rows have no room for a page beside the window, a matrix comes without its inverse, or a tensor lies
+            otherwise in memory.
+    """
+    batch, kv_heads, _, dim = keys.shape
+    ring = raw_keys.shape[2] - sinks
+    if ring < window + page_tokens:
+        raise KvfoldError(f"The ring has {ring} rows, but a window of {window} and a page of {page_tokens} must fit.")
+    if (matrix is None) != (query_matrix is None):
+        raise KvfoldError("matrix and query_matrix belong together; give both or neither.")
+    if raw_keys.stride() != raw_values.stride() or any(x.stride(-1) != 1 for x in (keys, values, query, raw_keys)):
+        raise KvfoldError("16-bit keys and values need the same strides, and every tensor its channels side by side.")
+    for x in (matrix, offset, query_matrix):
+        if x is not None and not (x.is_contiguous() and x.dtype == torch.float32):
+            raise KvfoldError(
+                "A key transform is not contiguous float32 (an inverse comes transposed); copy it once before."
+            )
+    none = queries.scale
+    _append_kernel[(batch, kv_heads, 3)](
+        anchor(keys.device), table, state, keys, values, query, raw_keys, raw_values, queries.data, queries.scale,
+        matrix if matrix is not None else none, offset if offset is not None else none,
+        query_matrix if query_matrix is not None else none, key_clip if key_clip is not None else none,
+        value_clip if value_clip is not None else none, scaling if softcap else scaling * LOG2_E,
+        table.stride(0), sinks, window, ring, *keys.stride()[:2], *values.stride()[:2], *query.stride()[:2],
+        *raw_keys.stride()[:3],
+        K=tuple(page_layout(key_format, page_tokens)), V=tuple(page_layout(value_format, page_tokens)),
+        K_CLIPS=clips_of(key_clip, key_format, kv_heads), V_CLIPS=clips_of(value_clip, value_format, kv_heads),
+        MATRIX=matrix is not None, OFFSET=offset is not None, GROUP=queries.group, N=queries.data.shape[3], TOP=QUERY_TOP,
+        num_warps=max(4, warps_for(page_tokens, dim)), enable_fp_fusion=False,
+    )  # fmt: skip
