@@ -26,17 +26,19 @@ PROMPT_COLUMNS = 16  # query columns of a program over a prompt
 QUERY_TOP = 7  # queries are scaled so that the largest component lies in [2^6, 2^7]
 
 
-@triton.jit
+# numbers that vary from call to call must not each compile a kernel of their own
+@triton.jit(do_not_specialize=["new", "table_width", "sinks", "window", "ring", "sliding", "query_blocks"])
 def _attention_kernel(
     q_ptr, q_scale_ptr, anchor, table, state, raw_k, raw_v, o_ptr, ml_ptr, first_query, packed_before,
     new, table_width, sinks, window, ring, sliding, query_blocks,
     raw_stride_b, raw_stride_h, raw_stride_t,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
-    SPLITS: tl.constexpr, PROMPT: tl.constexpr, SLIDING: tl.constexpr, CAP: tl.constexpr,
+    PROMPT: tl.constexpr, SLIDING: tl.constexpr, CAP: tl.constexpr,
     STAGES: tl.constexpr, PREFETCH: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (SPLITS, KV heads, sequences × query blocks)."""
+    """Grid: (splits, KV heads, sequences × query blocks)."""
     split = tl.program_id(0)
+    splits = tl.num_programs(0)
     head = tl.program_id(1)
     b = tl.program_id(2) // query_blocks
     block = tl.program_id(2) % query_blocks
@@ -63,19 +65,19 @@ def _attention_kernel(
     place = (b * heads + head) * query_blocks + block
     q = q_ptr + place.to(tl.int64) * (N * dim)
     q_scale = tl.load(q_scale_ptr + b * heads + head)
-    o = o_ptr + (place.to(tl.int64) * SPLITS + split) * (N * dim)
-    ml = ml_ptr + (place * SPLITS + split) * (2 * N)
+    o = o_ptr + (place.to(tl.int64) * splits + split) * (N * dim)
+    ml = ml_ptr + (place * splits + split) * (2 * N)
     last_page = (tl.max(limit, 0) - sinks) // page_tokens
     first_page = tl.maximum(tl.min(lowest, 0) - sinks, 0) // page_tokens
     acc, top, weight = packed_part(
         q, q_scale, anchor, table + b.to(tl.int64) * table_width, tl.minimum(first_page, last_page), last_page, split, head,
-        sinks, limit, lowest, heads * k_nbytes, K, V, N, SPLITS, PROMPT or SLIDING, CAP, STAGES, PREFETCH, INTERPRET,
+        sinks, limit, lowest, heads * k_nbytes, splits, K, V, N, PROMPT or SLIDING, CAP, STAGES, PREFETCH, INTERPRET,
     )  # fmt: skip
     at = b.to(tl.int64) * raw_stride_b + head * raw_stride_h
     # the last programs first: where pages do not divide evenly, they have fewer
     acc, top, weight = raw_part(
-        q, q_scale, raw_k + at, raw_v + at, raw_stride_t, acc, top, weight, SPLITS - 1 - split, total, raw_from, sinks, ring,
-        limit, lowest, last, R, v_pieces, dim, N, SPLITS, BLOCK, PROMPT or SLIDING, CAP,
+        q, q_scale, raw_k + at, raw_v + at, raw_stride_t, acc, top, weight, splits - 1 - split, total, raw_from, sinks, ring,
+        limit, lowest, last, splits, R, v_pieces, dim, N, BLOCK, PROMPT or SLIDING, CAP,
     )  # fmt: skip
     columns = n < COLUMNS
     for t in tl.static_range(count(v_pieces)):
@@ -84,11 +86,11 @@ def _attention_kernel(
     tl.store(ml + N + n, weight, mask=columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["new", "sinks", "window", "query_blocks", "queries", "slots"])
 def _merge_kernel(
-    o_ptr, ml_ptr, out, aux, state, new, sinks, window, query_blocks, queries, out_stride_b, out_stride_t, out_stride_h,
+    o_ptr, ml_ptr, out, aux, state, new, sinks, window, query_blocks, queries, slots, out_stride_b, out_stride_t, out_stride_h,
     DIM: tl.constexpr, CHANNELS: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
-    SLOTS: tl.constexpr, SLOTS_2: tl.constexpr, BLOCK: tl.constexpr, AUX: tl.constexpr, ADVANCE: tl.constexpr,
+    SLOTS_2: tl.constexpr, BLOCK: tl.constexpr, AUX: tl.constexpr, ADVANCE: tl.constexpr,
     PAGE_TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (sequences × KV heads × query blocks, COLUMNS, runs of CHANNELS). Merges the parts of one query and, with ADVANCE, moves the
@@ -99,13 +101,13 @@ def _merge_kernel(
     head = (place // query_blocks) % HEADS
     b = place // query_blocks // HEADS
     slot = tl.arange(0, SLOTS_2)
-    base = ml_ptr + place * (SLOTS * 2 * N) + n
-    top = tl.load(base + slot * (2 * N), mask=slot < SLOTS, other=NEVER)
+    base = ml_ptr + place * (slots * 2 * N) + n
+    top = tl.load(base + slot * (2 * N), mask=slot < slots, other=NEVER)
     best = tl.max(top, 0)
     if AUX:
         sink = tl.load(aux + head * GROUP + n % GROUP).to(tl.float32) * 1.4426950408889634
         best = tl.maximum(best, sink)
-    part = tl.load(base + slot * (2 * N) + N, mask=slot < SLOTS, other=0.0)
+    part = tl.load(base + slot * (2 * N) + N, mask=slot < slots, other=0.0)
     total = tl.sum(tl.where(top > 0.5 * NEVER, tl.exp2(top - best) * part, 0.0), 0)
     if AUX:
         total += tl.exp2(sink - best)
@@ -113,10 +115,10 @@ def _merge_kernel(
     acc = tl.zeros((CHANNELS,), tl.float32)
     for start in tl.static_range(0, SLOTS_2, BLOCK):
         s = start + tl.arange(0, BLOCK)
-        top_s = tl.load(base + s * (2 * N), mask=s < SLOTS, other=NEVER)
+        top_s = tl.load(base + s * (2 * N), mask=s < slots, other=NEVER)
         weight = tl.where(top_s > 0.5 * NEVER, tl.exp2(top_s - best), 0.0)
-        at = o_ptr + (place.to(tl.int64) * SLOTS * N + n) * DIM + s[:, None] * (N * DIM) + d[None, :]
-        values = tl.load(at, mask=(weight > 0.0)[:, None] & (d < DIM)[None, :], other=0.0)
+        at = o_ptr + (place.to(tl.int64) * slots * N + n) * DIM + s[:, None] * (N * DIM) + d[None, :]
+        values = tl.load(at, mask=(s < slots)[:, None] & (d < DIM)[None, :], other=0.0)
         acc += tl.sum(values * weight[:, None], 0)
     acc = acc / tl.where(total > 0.0, total, 1.0)
     t = block * (COLUMNS // GROUP) + n // GROUP
@@ -232,15 +234,15 @@ def attention(
         first_query if prompt else none, packed_before if prompt else none,
         new, table.shape[1], sinks, window, ring, sliding, blocks, *raw_keys.stride()[:3],
         K=tuple(k_program), V=tuple(v_program), R=raw_pieces, N=padded, COLUMNS=queries.columns, GROUP=queries.group,
-        SPLITS=splits, PROMPT=prompt, SLIDING=sliding > 0, CAP=float(softcap or 0.0),
+        PROMPT=prompt, SLIDING=sliding > 0, CAP=float(softcap or 0.0),
         STAGES=stages, PREFETCH=prefetch, BLOCK=RAW_BLOCK, INTERPRET=INTERPRET, num_warps=warps, num_stages=stages, maxnreg=maxnreg,
     )  # fmt: skip
-    slots_2 = triton.next_power_of_2(splits)
+    slots_2 = next(n for n in (8, 32, 128, 512, 2048) if n >= splits)
     channels = 32 if dim % 32 == 0 else 16
     _merge_kernel[(batch * kv_heads * blocks, queries.columns, -(-dim // channels))](
-        partial, ml, out, aux if aux is not None else state, state, new, sinks, window, blocks, queries.tokens,
+        partial, ml, out, aux if aux is not None else state, state, new, sinks, window, blocks, queries.tokens, splits,
         out.stride(0), out.stride(1), out.stride(2),
-        DIM=dim, CHANNELS=channels, N=padded, COLUMNS=queries.columns, GROUP=queries.group, SLOTS=splits,
+        DIM=dim, CHANNELS=channels, N=padded, COLUMNS=queries.columns, GROUP=queries.group, 
         SLOTS_2=slots_2, BLOCK=min(slots_2, 32), AUX=aux is not None, ADVANCE=advance, PAGE_TOKENS=page_tokens,
         HEADS=kv_heads, num_warps=4,
     )  # fmt: skip

@@ -236,8 +236,8 @@ def _finish_piece(low, high, z, unit, P: tl.constexpr, SYMMETRIC: tl.constexpr):
 @triton.jit
 def packed_part(
     q_ptr, q_scale, anchor, table, first_page, last_page, split, head, sinks, limit, lowest,
-    kv_offset, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr,
-    SPLITS: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr, INTERPRET: tl.constexpr,
+    kv_offset, splits, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr,
+    MASKED: tl.constexpr, CAP: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Attention of N query columns to this split's share of pages first_page … last_page − 1.
 
@@ -310,7 +310,7 @@ def packed_part(
     sums = tl.zeros((16, N), tl.float32)  # over the rows only at the end: no shuffles in the loop
 
     tiles = (last_page - first_page + pages_each - 1) // pages_each
-    each = (tiles + SPLITS - 1) // SPLITS
+    each = (tiles + splits - 1) // splits
     begin = tl.minimum(split * each, tiles)
     end = tl.minimum(begin + each, tiles)
     number = first_page + begin * pages_each + i // rows

@@ -10,7 +10,7 @@ from kvfold.kernels.triton_packed import NEVER, soft_cap
 @triton.jit
 def raw_part(
     q_ptr, q_scale, k_ptr, v_ptr, token_stride, acc, top, total, split, total_tokens, packed_end, sinks, ring, limit, lowest,
-    last, R: tl.constexpr, P: tl.constexpr, dim: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    last, splits, R: tl.constexpr, P: tl.constexpr, dim: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
     MASKED: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Goes on with the attention of N query columns over this split's share of the 16-bit rows: sinks, then either a ring
@@ -39,7 +39,7 @@ def raw_part(
         last_row = sinks + tl.max(last, 0) + 1 - packed_end
         end_block = tl.where(ring > 0, end_block, tl.minimum(end_block, (last_row + BLOCK - 1) // BLOCK))
     blocks = tl.minimum(rows, 1) + tl.maximum(end_block - first_block, 0)
-    for j in tl.range(split, blocks, SPLITS, num_stages=1):
+    for j in tl.range(split, blocks, splits, num_stages=1):
         block = tl.where(j == 0, 0, first_block + j - 1)
         r = block * BLOCK + tl.arange(0, BLOCK)
         behind = newest_slot - (r - sinks)

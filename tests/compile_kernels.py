@@ -43,14 +43,14 @@ def main(name: str, prompt: bool) -> None:
         kernels._attention_kernel,
         {
             "K": tuple(program(key_format, 32)), "V": tuple(program(value_format, 32)), "R": program(raw16(dim), 32).pieces,
-            "N": max(8, columns), "COLUMNS": columns, "GROUP": 4, "SPLITS": 8, "PROMPT": prompt, "SLIDING": prompt, "CAP": 0.0,
+            "N": max(8, columns), "COLUMNS": columns, "GROUP": 4, "PROMPT": prompt, "SLIDING": prompt, "CAP": 0.0,
             "STAGES": 4, "PREFETCH": False, "BLOCK": kernels.RAW_BLOCK, "INTERPRET": False,
         },
     )  # fmt: skip
     compile_kernel(
         kernels._merge_kernel,
         {
-            "DIM": dim, "CHANNELS": 16, "N": max(8, columns), "COLUMNS": columns, "GROUP": 4, "SLOTS": 8, "SLOTS_2": 8,
+            "DIM": dim, "CHANNELS": 16, "N": max(8, columns), "COLUMNS": columns, "GROUP": 4, "SLOTS_2": 8,
             "BLOCK": 8, "AUX": True, "ADVANCE": not prompt, "PAGE_TOKENS": 32, "HEADS": 2,
         },
         num_warps=4,
