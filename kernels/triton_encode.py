@@ -4,6 +4,7 @@ A page is [keys of all heads | values of all heads]; block tables and page lists
 Bytes equal those of the reference, `quantizer.encode`. Runs under Triton's interpreter on a CPU too.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -120,9 +121,10 @@ def encode_pages(
     heads = keys.shape[1]
     if not pages.numel():
         return
+    none = anchor(keys.device).view(torch.float32)  # a pointer of the right type that nothing reads
     _encode_kernel[(pages.numel(), heads, 2)](
         anchor(keys.device), pages, sequences, tokens, keys, values,
-        key_clip if key_clip is not None else keys, value_clip if value_clip is not None else keys,
+        key_clip if key_clip is not None else none, value_clip if value_clip is not None else none,
         *keys.stride()[:3], sinks, ring,
         K=tuple(page_layout(key_format, page_tokens)), V=tuple(page_layout(value_format, page_tokens)),
         K_CLIPS=clips_of(key_clip, key_format, heads), V_CLIPS=clips_of(value_clip, value_format, heads),
@@ -152,9 +154,10 @@ def lower_pages(
     """
     if not pages.numel():
         return
+    none = anchor(pages.device).view(torch.float32)
     _lower_kernel[(pages.numel(), num_kv_heads, 2)](
         anchor(pages.device), sources, pages,
-        key_clip if key_clip is not None else pages, value_clip if value_clip is not None else pages,
+        key_clip if key_clip is not None else none, value_clip if value_clip is not None else none,
         K=tuple(page_layout(new[0], page_tokens)), V=tuple(page_layout(new[1], page_tokens)),
         OLD_K=tuple(page_layout(old[0], page_tokens)), OLD_V=tuple(page_layout(old[1], page_tokens)),
         K_CLIPS=clips_of(key_clip, new[0], num_kv_heads), V_CLIPS=clips_of(value_clip, new[1], num_kv_heads),

@@ -9,5 +9,6 @@ if __name__ == "runtime":  # the bare folder, imported from the repository root:
 else:
     from kvfold.runtime.cache import QuantizedKVCache
     from kvfold.runtime.load import load_pretrained
+    from kvfold.runtime.warm import warm_up
 
-    __all__ = ["QuantizedKVCache", "load_pretrained"]
+    __all__ = ["QuantizedKVCache", "load_pretrained", "warm_up"]

@@ -180,6 +180,7 @@ def attach(
     model.base_model.kv_packed = True
     model.base_model.register_forward_pre_hook(inject_cache, with_kwargs=True)
     model.kv_artifact = artifact
+    model.kv_triton = triton
     return model
 
 

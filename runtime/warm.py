@@ -1,0 +1,66 @@
+"""Compiles an artifact's kernels ahead, in several processes: formats that differ by layer are kernels of their own, of some
+seconds each. Triton keeps the result on disk, so the next process finds it."""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+
+from kvfold.exports.account import Geometry
+from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
+from kvfold.kernels.formats import Format
+
+Job = tuple[dict, dict, bool, bool, bool, bool]  # key format, value format; matrix, offset, key clip, value clip given
+
+
+def warm_up(model: Any, jobs: int | None = None) -> int:
+    """Compiles every kernel that `model`, from load_pretrained, will call, and returns how many pairs of formats it has.
+
+    Args:
+        jobs: processes; default: one a core, at most one a pair. With 1, nothing is started.
+    """
+    artifact = model.kv_artifact
+    config = model.config.get_text_config()
+    parameter = next(model.parameters())
+    if not model.kv_triton or parameter.device.type != "cuda":
+        return 0
+    wanted: dict[str, Job] = {}
+    for spec in artifact.specs:
+        given = (spec.key.matrix is not None, spec.key.offset is not None, spec.key.clip is not None)
+        job = (spec.key.format.to_dict(), spec.value.format.to_dict(), *given, spec.value.clip is not None)
+        wanted[repr(job)] = job
+    work = list(wanted.values())
+    count = min(jobs or os.cpu_count() or 1, len(work))
+    shared = (artifact.geometry, config.num_attention_heads, parameter.dtype, str(parameter.device))
+    if count == 1:
+        _compile(work, *shared)
+    else:
+        with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for done in [pool.submit(_compile, work[i::count], *shared) for i in range(count)]:
+                done.result()
+    return len(work)
+
+
+@torch.no_grad()
+def _compile(work: list[Job], geometry: Geometry, num_heads: int, dtype: torch.dtype, device: str) -> None:
+    """Runs a prompt and a step of one layer of each kind."""
+    from kvfold.runtime.layer import PackedLayer, Padding
+
+    heads, dim = geometry.num_kv_heads, geometry.head_dim
+    for key, value, matrix, offset, key_clip, value_clip in work:
+        eye = torch.eye(dim).expand(heads, dim, dim).contiguous()
+        ones = torch.ones(heads)
+        spec = LayerSpec(
+            KeySpec(
+                Format.from_dict(key), (), eye if matrix else None, torch.zeros(heads, dim) if offset else None,
+                ones if key_clip else None,
+            ),
+            ValueSpec(Format.from_dict(value), (), ones if value_clip else None),
+        )  # fmt: skip
+        layer = PackedLayer(spec, geometry, Padding([0]), 0, use_triton=True)
+        for tokens in (geometry.sinks + geometry.window + 2 * geometry.page_tokens, 1):
+            states = [torch.randn(1, n, tokens, dim, device=device, dtype=dtype) for n in (heads, heads, num_heads)]
+            layer.update(*states[:2])[0].attend(states[2], dim**-0.5, None)
+    torch.cuda.synchronize(device)
