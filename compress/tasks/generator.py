@@ -36,7 +36,8 @@ class StopTexts(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         if self.done is None:
             self.done = torch.zeros(len(input_ids), dtype=torch.bool)
-        texts = self.tokenizer.batch_decode(input_ids[:, max(self.prompt_tokens, input_ids.shape[1] - self.tail) :])
+        tails = input_ids[:, max(self.prompt_tokens, input_ids.shape[1] - self.tail) :].tolist()
+        texts = self.tokenizer.batch_decode(tails)
         self.done |= torch.tensor([any(stop in text for stop in self.stops) for text in texts])
         return self.done.to(input_ids.device)
 
