@@ -207,7 +207,9 @@ def eval_command(
     """Measures perplexity, KL and top-1 agreement, or tasks, through the packed cache against the 16-bit cache."""
     from kvfold.compress.evaluate import evaluate
     from kvfold.compress.plan import pick_device
-    from kvfold.compress.tasks.run import check_options, print_tasks, run_tasks
+    from kvfold.compress.tasks.options import check_options
+    from kvfold.compress.tasks.report import print_tasks
+    from kvfold.compress.tasks.run import run_tasks
 
     check_options({name for name in ctx.params if ctx.get_parameter_source(name).name == "COMMANDLINE"}, tasks)  # type: ignore[union-attr]
     if json_file and not json_file.absolute().parent.is_dir():

@@ -20,7 +20,10 @@ from kvfold.compress.recipe import load_recipe
 from kvfold.compress.tasks import TASKS, gsm8k, humaneval, needle, retrieval
 from kvfold.compress.tasks.data import read_rows
 from kvfold.compress.tasks.generator import BATCH_TOKENS, PairedGenerator, batches_of
-from kvfold.compress.tasks.run import check_options, packed_share, parse_tasks, run_tasks
+from kvfold.compress.tasks.mcnemar import compare
+from kvfold.compress.tasks.options import check_options, parse_tasks
+from kvfold.compress.tasks.report import packed_share
+from kvfold.compress.tasks.run import run_tasks
 from kvfold.compress.tasks.samples import Samples
 from kvfold.compress.tasks.task import Judgement, Prompt, Setting, Task, ask_ids, cut_at
 from kvfold.compress.text import HELD_OUT, data_text
@@ -120,8 +123,6 @@ def test_cut_at_the_first_stop():
     ],
 )
 def test_mcnemar_by_hand(pairs, lost, gained, p):
-    from kvfold.compress.tasks.mcnemar import compare
-
     found = compare([bool(a) for a, _ in pairs], [bool(b) for _, b in pairs])
     assert (found.n, found.lost, found.gained) == (len(pairs), lost, gained)
     assert found.p == pytest.approx(p, abs=1e-12)
@@ -414,7 +415,7 @@ def test_a_run_and_its_resumption(artifact, tmp_path, monkeypatch):
     assert (few["prompts"], few["pairs"]) == (4, 4)
     short = run(parity_task(), "short", time_limit=1e-9 + 60 * 60)["tasks"][0]
     assert short["pairs"] == 10
-    with pytest.raises(KvfoldError, match="--time-limit"):
+    with pytest.raises(KvfoldError, match="--time-limit 0 left no time"):
         run(parity_task(), "none", time_limit=0.0)
 
 
@@ -435,6 +436,10 @@ def test_a_time_limit_stops_after_a_batch(artifact, tmp_path, monkeypatch):
     )
     # a batch takes two seconds: two of them in half of nine seconds, and two in the five that are left
     assert [(r["prompts"], r["pairs"], r["same_text"]) for r in report["tasks"]] == [(10, 4, 1.0), (10, 4, 1.0)]
+    report = run_tasks(
+        str(artifact), "gsm8k,humaneval", samples=tmp_path, device="cpu", batch_size=9, time_limit=1.0, run_code=True
+    )
+    assert [(r["task"], r["pairs"]) for r in report["tasks"]] == [("gsm8k", 9)]  # it took all the time that there was
 
 
 def test_answers_of_another_run_are_refused(tmp_path):

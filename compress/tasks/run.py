@@ -3,120 +3,30 @@
 import hashlib
 import os
 import random
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoTokenizer
 
 from kvfold import __version__
 from kvfold.compress.progress import progress, stage
 from kvfold.compress.tasks import TASKS
 from kvfold.compress.tasks.generator import CacheName, PairedGenerator, batches_of
-from kvfold.compress.tasks.mcnemar import compare
+from kvfold.compress.tasks.options import parse_tasks
+from kvfold.compress.tasks.report import TaskResult, packed_share, summarise
 from kvfold.compress.tasks.samples import Samples
 from kvfold.compress.tasks.task import Judgement, Prompt, Setting, Task
 from kvfold.compress.text import HELD_OUT, read_documents
 from kvfold.errors import KvfoldError
-from kvfold.exports.account import Geometry, cache_nbytes
-from kvfold.kernels.attention import packed_tokens
+from kvfold.exports.account import Geometry
 from kvfold.runtime.load import load_pretrained, resolve_artifact
 
 CACHES: tuple[CacheName, CacheName] = ("16bit", "packed")
-TASK_OPTIONS = {
-    "limit": "how many prompts of a task", "batch_size": "prompts at a time", "task_data": "a task's data", "time_limit": "when tasks stop",
-    "run_code": "running what a task wrote", "context": "how long a task's prompts are", "samples": "where answers go", "resume": "going on with a task",
-    "seed": "a task's random numbers",
-}  # fmt: skip
-NOT_WITH_TASKS = {"against", "windows", "first_window", "seq_len"}
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """One task's figures over the prompts that both caches answered; accuracies are shares of 1, points percentage points."""
-
-    task: str
-    prompts: int  # that there are
-    pairs: int  # answered by both
-    accuracy_16bit: float
-    accuracy: float
-    lost: int  # right with the 16-bit cache alone
-    gained: int  # right with the packed cache alone
-    points: float
-    points_se: float | None
-    p: float  # McNemar, exact, two-sided
-    same_text: float  # share of pairs with the same continuation to the last character
-    packed_share: (
-        float  # of the tokens that a new token reads, those read from pages: mean over new tokens, then prompts
-    )
-    prompt_tokens: float  # mean
-    new_tokens_16bit: float  # mean
-    new_tokens: float  # mean
-    effective_bits: float  # of all these sequences at their end, everything resident counted
-    seconds_16bit: float  # of generating
-    seconds: float
-
-
-def check_options(given: set[str], tasks: str | None) -> None:
-    """Refuses options of `kvfold eval` that have no effect.
-
-    Args:
-        given: parameters named on the command line.
-        tasks: the value of --tasks.
-    """
-    flags = {name: "--" + name.replace("_", "-") for name in given}
-    if tasks is None:
-        for name in sorted(given & TASK_OPTIONS.keys()):
-            raise KvfoldError(
-                f"{flags[name]} says {TASK_OPTIONS[name]}, and no task is asked for; add --tasks or drop it."
-            )
-    elif wrong := sorted(given & NOT_WITH_TASKS):
-        raise KvfoldError(
-            f"{flags[wrong[0]]} belongs to the perplexity measurement, which --tasks replaces; drop one of the two."
-        )
-
-
-def parse_tasks(names: str, data: str | None, run_code: bool) -> list[str]:
-    """The tasks of a comma-separated list, each once.
-
-    Raises:
-        KvfoldError: an unknown task; one that runs code without `run_code`; data that no task, or more than one, reads.
-    """
-    wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
-    for name in wanted:
-        if name not in TASKS:
-            raise KvfoldError(f"--tasks '{name}' is not a task; use {', '.join(TASKS)}.")
-        if TASKS[name].runs_code and not run_code:
-            raise KvfoldError(
-                f"Task {name} runs programs that the model writes, under limits but with your rights; "
-                "give --run-code to accept that, best in a container."
-            )
-    if not wanted:
-        raise KvfoldError(f"--tasks '{names}' names no task; use {', '.join(TASKS)}.")
-    readers = [name for name in wanted if TASKS[name].has_data]
-    if data is not None and not readers:
-        raise KvfoldError(
-            f"--task-data '{data}' is read by none of {', '.join(wanted)}, which make their own; drop it."
-        )
-    if data is not None and len(readers) > 1 and not Path(data).is_dir():
-        raise KvfoldError(f"--task-data '{data}' cannot serve {' and '.join(readers)}; give a folder that holds both.")
-    return wanted
-
-
-def packed_share(geometry: Geometry, prompt_tokens: int, new_tokens: int) -> float:
-    """Share of tokens read from pages when a token is made, mean over the new ones (at least the first)."""
-    shares = [
-        packed_tokens(n, geometry.sinks, geometry.window, geometry.page_tokens) / n
-        for n in range(prompt_tokens, prompt_tokens + max(1, new_tokens))
-    ]
-    return sum(shares) / len(shares)
 
 
 class TaskRunner:
@@ -137,8 +47,8 @@ class TaskRunner:
         self.formats = model.kv_artifact.formats
         self.samples, self.key, self.batch_size, self.resume = samples, key, batch_size, resume
 
-    def run(self, name: str, task: Task, setting: Setting, seconds: float | None) -> TaskResult:
-        """Answers a task's prompts, or as many batches of them as the time allows.
+    def run(self, name: str, task: Task, setting: Setting, seconds: float | None) -> TaskResult | None:
+        """Answers a task's prompts, or as many batches of them as the time allows; None if that is not one.
 
         Args:
             seconds: no batch begins that, going by those before, would end later; None for no limit.
@@ -157,9 +67,7 @@ class TaskRunner:
             samples.add(self._answer(task, batch))
             spent.append(time.monotonic() - start)
         found = [samples.records[p.id] for p in prompts if p.id in samples.records]
-        if not found:
-            raise KvfoldError(f"--time-limit left no time for a batch of {name}; give more seconds or fewer tasks.")
-        return self._result(name, len(prompts), found)
+        return summarise(name, len(prompts), found, self.geometry, self.formats) if found else None
 
     def _answer(self, task: Task, batch: list[Prompt]) -> list[dict[str, Any]]:
         texts, seconds = {}, {}
@@ -191,36 +99,6 @@ class TaskRunner:
             "seconds": seconds,
             "text": text,
         }
-
-    def _result(self, name: str, prompts: int, records: list[dict[str, Any]]) -> TaskResult:
-        pair = compare([r["16bit"]["correct"] for r in records], [r["packed"]["correct"] for r in records])
-        lengths = [r["prompt_tokens"] + r["packed"]["new_tokens"] for r in records]
-
-        def mean(values: list[Any]) -> float:
-            return sum(values) / len(values)
-
-        return TaskResult(
-            task=name,
-            prompts=prompts,
-            pairs=pair.n,
-            accuracy_16bit=pair.accuracy_first,
-            accuracy=pair.accuracy,
-            lost=pair.lost,
-            gained=pair.gained,
-            points=pair.points,
-            points_se=pair.points_se,
-            p=pair.p,
-            same_text=mean([r["16bit"]["text"] == r["packed"]["text"] for r in records]),
-            packed_share=mean([r["packed_share"] for r in records]),
-            prompt_tokens=mean([r["prompt_tokens"] for r in records]),
-            new_tokens_16bit=mean([r["16bit"]["new_tokens"] for r in records]),
-            new_tokens=mean([r["packed"]["new_tokens"] for r in records]),
-            effective_bits=8
-            * sum(cache_nbytes(self.geometry, self.formats, n) for n in lengths)
-            / sum(self.geometry.elements(n, len(self.formats)) for n in lengths),
-            seconds_16bit=sum(r["16bit"]["seconds"] for r in records),
-            seconds=sum(r["packed"]["seconds"] for r in records),
-        )
 
 
 def run_tasks(
@@ -281,9 +159,14 @@ def run_tasks(
     for done, name in enumerate(wanted):
         setting = Setting(tokenizer, context or most, limit, data, haystack, seed)
         left = None if time_limit is None else (begun + time_limit - time.monotonic()) / (len(wanted) - done)
-        results.append(runner.run(name, TASKS[name], setting, left))
-        r = results[-1]
+        r = runner.run(name, TASKS[name], setting, left)
+        if r is None:
+            stage(f"{name}: no time was left")
+            continue
+        results.append(r)
         stage(f"{name}: {r.pairs} of {r.prompts} prompts, {r.accuracy_16bit:.3f} → {r.accuracy:.3f}, p {r.p:.3f}")
+    if not results:
+        raise KvfoldError(f"--time-limit {time_limit:g} left no time for a single batch; give more seconds.")
     return {
         "model": metadata.provenance.model,
         "artifact": Path(artifact).name,
@@ -296,35 +179,3 @@ def run_tasks(
         "samples": str(folder),
         "tasks": [asdict(r) for r in results],
     }
-
-
-def print_tasks(report: dict[str, Any]) -> None:
-    """The table of `kvfold eval --tasks`, on stdout."""
-    table = Table(
-        title=f"{report['artifact']}: packed cache ({report['payload_bits']:.3f} payload bits) against {report['dtype']}, paired",
-        title_justify="left",
-    )
-    for column in (
-        "task",
-        "pairs",
-        "16-bit",
-        "packed",
-        "points",
-        "lost",
-        "gained",
-        "p",
-        "same text",
-        "prompt",
-        "packed tokens",
-        "bits",
-    ):
-        table.add_column(column, justify="left" if column == "task" else "right", no_wrap=True)
-    for r in report["tasks"]:
-        error = "" if r["points_se"] is None else f" ± {r['points_se']:.2f}"
-        table.add_row(
-            r["task"], f"{r['pairs']}/{r['prompts']}", f"{r['accuracy_16bit']:.3f}", f"{r['accuracy']:.3f}", f"{r['points']:+.2f}{error}",
-            str(r["lost"]), str(r["gained"]), f"{r['p']:.3f}", f"{r['same_text']:.2f}", f"{r['prompt_tokens']:.0f}", f"{r['packed_share']:.2f}",
-            f"{r['effective_bits']:.2f}",
-        )  # fmt: skip
-    Console(width=140 if not sys.stdout.isatty() else None).print(table)
-    print(f"Answers, one prompt a line: {report['samples']}")
