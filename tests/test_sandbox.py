@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,15 @@ def folders(monkeypatch) -> list[Path]:
 
     monkeypatch.setattr(sandbox.tempfile, "TemporaryDirectory", recorded)
     return made
+
+
+def command_lines() -> str:
+    """Of every process that runs."""
+    lines = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            lines.append(file.read_text(errors="replace"))
+    return "\n".join(lines)
 
 
 def test_a_program_passes_if_it_ends_by_itself(folders):
@@ -64,8 +74,15 @@ def test_an_endless_loop_is_stopped_and_leaves_no_process(folders):
     found = run_program("while True: pass", timeout=1.0)
     assert found == sandbox.Outcome(False, "timed out after 1 s") and time.monotonic() - begun < 20
     assert not folders[0].exists()
-    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    assert str(folders[0]) not in running
+    assert str(folders[0]) not in command_lines()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks behind Python's back")
+def test_a_process_left_behind_is_ended(folders):
+    program = "import ctypes, os, time\nif ctypes.CDLL(None).fork() == 0:\n    time.sleep(60)"
+    assert run_program(program).passed
+    time.sleep(0.2)
+    assert str(folders[0]) not in command_lines()
 
 
 def test_sleeping_is_no_way_around_the_limit_of_cpu_time():

@@ -358,6 +358,11 @@ def test_a_row_ends_at_its_stop_or_end_token(model):
     for (text, count), (whole, most) in zip(generator.generate(prompts, "packed", 24, (stop,)), free, strict=True):
         assert text == cut_at(whole, (stop,))
         assert count == (min(most, whole.index(stop) + 2) if stop in whole else most)
+    for prompt, (whole, most) in zip(prompts, free, strict=True):  # a stop in the prompt is none
+        stop = written(prompt.ids[-2:])
+        ends = whole.index(stop) + 2 if stop in whole else most
+        assert generator.generate([prompt], "packed", 24, (stop, "\x01" * 6)) == [(cut_at(whole, (stop,)), ends)]
+    assert max(most for _, most in free) > 6
     generator.ends = [ord(free[1][0][9])]
     text, count = generator.generate(prompts, "packed", 24)[1]
     assert text == free[1][0][:count] and count == free[1][0].index(free[1][0][9])
