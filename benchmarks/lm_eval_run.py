@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kvfold.compress.cli import with_error
 from kvfold.compress.models import quiet_transformers
 from kvfold.compress.plan import pick_device
 from kvfold.errors import KvfoldError
@@ -59,8 +60,8 @@ def print_table(results: dict[str, dict[str, dict[str, float]]]) -> None:
     first = next(iter(results.values()))
     for task, metrics in first.items():
         for metric in (m for m in metrics if "_stderr" not in m):
-            error = metric.replace(",", "_stderr,")
-            cells = [f"{r[task][metric]:.4f} ± {r[task].get(error, float('nan')):.4f}" for r in results.values()]
+            name = metric.replace(",", "_stderr,")
+            cells = [f"{r[task][metric]:.4f}{with_error(r[task].get(name))}" for r in results.values()]
             print(f"| {task} | {metric} | {' | '.join(cells)} |")
 
 

@@ -1,6 +1,7 @@
 """Tasks by generation: what is asked, how answers are read and judged, pairing, resumption, refusals."""
 
 import gzip
+import importlib.util
 import json
 import re
 import sys
@@ -36,6 +37,7 @@ sinks: 3
 calibration: {num_sequences: 2, seq_len: 256, sample_tokens: 128}
 sensitivity: {num_sequences: 1, seq_len: 192}
 """
+ROOT = Path(__file__).resolve().parent.parent
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 TEXT = data_text(HELD_OUT)
 
@@ -541,3 +543,22 @@ def test_options_and_tasks():
     check_options({"artifact", "windows", "against", "text"}, None)
     assert parse_tasks(" needle, gsm8k,needle", None, False) == ["needle", "gsm8k"]
     assert ask_ids(tokenizer(), "doc", "why?") == list(b"doc\n\nQuestion: why?\nAnswer:")
+
+
+def test_the_harness_is_asked_for_where_it_is_missing(monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("lm_eval_run", ROOT / "benchmarks" / "lm_eval_run.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(KvfoldError, match=r"pip install 'kvfold\[lm-eval\]'"):
+        script.import_harness()
+    found = {
+        "results": {"t": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "t"}, "n": {"bits_per_byte,none": 1.25}}
+    }
+    figures = script.figures(found)
+    assert figures == {"t": {"acc,none": 0.5, "acc_stderr,none": 0.1}, "n": {"bits_per_byte,none": 1.25}}
+    script.print_table({"16bit": figures, "packed": figures})
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| t | acc,none | 0.5000 ± 0.1000 | 0.5000 ± 0.1000 |",
+        "| n | bits_per_byte,none | 1.2500 | 1.2500 |",
+    ]
