@@ -200,6 +200,7 @@ def test_synthetic_prompts_are_seeded_and_do_not_depend_on_the_limit():
         assert len({p.sha256 for p in many}) == 9
         assert few != task.prompts(setting(limit=3, seed=1))
     assert len(needle.prompts(setting())) == needle.COUNT
+    assert len({(p.facts["length"], p.facts["depth"]) for p in needle.prompts(setting(context=4096, limit=20))}) == 20
 
 
 def test_retrieval_asks_for_one_of_the_pairs():

@@ -22,8 +22,8 @@ LEAD = "Remember the number that is hidden in this text."
 def grid(setting: Setting, new_tokens: int, count: int = COUNT) -> list[tuple[int, int, float, random.Random]]:
     """Cases as (index, tokens of the prompt at the most, depth, generator of its own), lengths and depths in turn.
 
-    Lengths are the context less the answer, its half, quarter and eighth, so that any limit leaves a mix; a case does not
-    depend on the limit.
+    Lengths are the context less the answer, its half, quarter and eighth. Up to four of them and five depths share no
+    factor, so twenty cases have every pair, and any limit leaves a mix; a case does not depend on the limit.
 
     Raises:
         KvfoldError: the context is too short for the shortest prompt.
@@ -34,7 +34,7 @@ def grid(setting: Setting, new_tokens: int, count: int = COUNT) -> list[tuple[in
             f"A context of {setting.context} is too short for long prompts; give {LEAST + new_tokens} or more."
         )
     return [
-        (i, lengths[i % len(lengths)], DEPTHS[i // len(lengths) % len(DEPTHS)], random.Random(f"{setting.seed}/{i}"))
+        (i, lengths[i % len(lengths)], DEPTHS[i % len(DEPTHS)], random.Random(f"{setting.seed}/{i}"))
         for i in range(count if setting.limit is None else setting.limit)
     ]
 
