@@ -165,6 +165,7 @@ def validate_command(artifact: Annotated[Path, typer.Argument(help="The artifact
 
 @app.command("eval")
 def eval_command(
+    ctx: typer.Context,
     artifact: Annotated[str, typer.Argument(help="The artifact's folder or Hub id.")],
     against: Annotated[
         str | None, typer.Option(help="Model whose 16-bit cache is the reference; default: the artifact's weights.")
@@ -177,13 +178,51 @@ def eval_command(
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     device: DeviceOption = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead, tasks by generation: gsm8k, humaneval, needle, retrieval; --text is then the haystack."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Tasks: prompts of each at the most.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Tasks: prompts at a time.")] = 16,
+    task_data: Annotated[
+        str | None, typer.Option(help="Tasks: .jsonl file, folder, or datasets id as ID:CONFIG:SPLIT.")
+    ] = None,
+    time_limit: Annotated[
+        float | None, typer.Option(min=0.0, help="Tasks: stop after a batch, in about so many seconds.")
+    ] = None,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="Tasks: allow humaneval to run the model's programs.")
+    ] = False,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tasks: tokens of prompt and answer; default: the model's maximum.")
+    ] = None,
+    samples: Annotated[
+        Path | None, typer.Option(help="Tasks: folder of the answers; default artifacts/NAME.tasks.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Tasks: go on with the answers that are there.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Tasks: seed of needle, retrieval and the order of batches.")] = 0,
 ) -> None:
-    """Measures perplexity, KL and top-1 agreement through the packed cache against the 16-bit cache."""
+    """Measures perplexity, KL and top-1 agreement, or tasks, through the packed cache against the 16-bit cache."""
     from kvfold.compress.evaluate import evaluate
     from kvfold.compress.plan import pick_device
+    from kvfold.compress.tasks.options import check_options
+    from kvfold.compress.tasks.report import print_tasks
+    from kvfold.compress.tasks.run import run_tasks
 
+    check_options({name for name in ctx.params if ctx.get_parameter_source(name).name == "COMMANDLINE"}, tasks)  # type: ignore[union-attr]
     if json_file and not json_file.absolute().parent.is_dir():
         raise KvfoldError(f"--json '{json_file}' lies in a folder that does not exist; make it or choose another file.")
+    if tasks is not None:
+        report = run_tasks(
+            artifact, tasks, data=task_data, limit=limit, batch_size=batch_size, time_limit=time_limit, run_code=run_code, context=context,
+            text=text, seed=seed, samples=samples, resume=resume, device=pick_device(device),
+        )  # fmt: skip
+        print_tasks(report)
+        if json_file:
+            json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        return
     e = evaluate(
         artifact,
         against=against,
