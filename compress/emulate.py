@@ -36,7 +36,7 @@ def _e2m1(x: Tensor) -> Tensor:
     levels = FP4_LEVELS.to(x.device)
     middle = (levels[1:] + levels[:-1]) / 2
     size = x.abs()
-    index = torch.bucketize(size, middle, right=True)  # a midpoint goes up …
+    index = torch.bucketize(size.contiguous(), middle, right=True)  # a midpoint goes up …
     for tie in FP4_TIES:  # … unless the level below it is the even one
         index = index - (size == tie).long()
     return levels[index].copysign(x)

@@ -5,7 +5,7 @@ an SVG that is merely scaled down can't be read.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvfold.exports.units import format_nbytes
@@ -89,7 +89,7 @@ def tokens_label(tokens: float) -> str:
     return f"{tokens:.0f}"
 
 
-def layer_bars(width: int, series: dict[str, Sequence[float]], tips: Sequence[str], stacked: bool) -> Chart:
+def layer_bars(width: int, series: Mapping[str, Sequence[float]], tips: Sequence[str], stacked: bool) -> Chart:
     """Bars over layers, the series side by side or on top of each other.
 
     Args:
@@ -105,7 +105,7 @@ def layer_bars(width: int, series: dict[str, Sequence[float]], tips: Sequence[st
     bar = slot * 0.76 / (1 if stacked else len(names))
     marks = []
     for i, tip in enumerate(tips):
-        base = HEIGHT - BOTTOM
+        base = float(HEIGHT - BOTTOM)
         for k, name in enumerate(names):
             height = plot_h * series[name][i] / ticks[-1]
             x = LEFT + slot * (i + 0.12) + (0 if stacked else bar * k)
@@ -118,7 +118,7 @@ def layer_bars(width: int, series: dict[str, Sequence[float]], tips: Sequence[st
     return Chart(width, HEIGHT, x_ticks, y_ticks, marks, [])
 
 
-def memory_lines(width: int, lines: dict[str, Sequence[tuple[int, int]]], point: tuple[int, int]) -> Chart:
+def memory_lines(width: int, lines: Mapping[str, Sequence[tuple[int, int]]], point: tuple[int, int]) -> Chart:
     """Bytes against tokens, both axes logarithmic.
 
     Args:
