@@ -58,22 +58,19 @@ def nvfp4(x: Tensor, scale: Tensor) -> Tensor:
 ROUNDINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"FP8": fp8, "NVFP4": nvfp4}
 
 
-def rounding_tap(algo: str | None, key_scale: Tensor, value_scale: Tensor, value_algo: str | None = None) -> Tap:
+def rounding_tap(key_algo: str | None, value_algo: str | None, key_scale: Tensor, value_scale: Tensor) -> Tap:
     """A tap whose attention reads keys and values back from an emulated cache; every token, sinks and latest included.
 
     Args:
-        algo: "FP8" or "NVFP4", None for 16 bits; of the keys, and of the values if value_algo is None.
+        key_algo, value_algo: "FP8" or "NVFP4"; None for 16 bits.
         key_scale, value_scale: float32 [1] or [num_kv_heads].
     """
 
-    def read_back(x: Tensor, name: str | None, scale: Tensor) -> Tensor:
-        if name is None:
-            return x
-        return ROUNDINGS[name](x, scale.to(x.device)[:, None, None]).to(x.dtype)
+    def read_back(x: Tensor, algo: str | None, scale: Tensor) -> Tensor:
+        return x if algo is None else ROUNDINGS[algo](x, scale.to(x.device)[:, None, None]).to(x.dtype)
 
     def tap(module, query, key, value, mask, scaling):
-        stored_k = read_back(key, algo, key_scale)
-        stored_v = read_back(value, value_algo or algo, value_scale)
+        stored_k, stored_v = read_back(key, key_algo, key_scale), read_back(value, value_algo, value_scale)
         return sdpa_attention_forward(module, query, stored_k, stored_v, mask, scaling=scaling)[0]
 
     return tap

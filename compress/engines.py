@@ -180,8 +180,8 @@ def export_modelopt(
         losses: dict[str, list[float]] = {algo: [] for algo in KV_BITS}
         for i in progress(range(cache.num_layers), "sensitivity", "layer"):
             for algo, found in losses.items():
-                found.append(probe.measure(i, rounding_tap(algo, keys[i], values[i])))
+                found.append(probe.measure(i, rounding_tap(algo, algo, keys[i], values[i])))
         algos = allocate_formats(losses, 2 * cache.num_kv_heads * cache.head_dim * artifact.metadata.account.at, target)
-        kl = probe.whole_model([rounding_tap(a, keys[i], values[i]) for i, a in enumerate(algos)])
+        kl = probe.whole_model([rounding_tap(a, a, keys[i], values[i]) for i, a in enumerate(algos)])
     write_modelopt(artifact, out, algos, keys[:, 0], values[:, 0])
     return KVMap(algos, losses, sum(KV_BITS[a] for a in algos) / len(algos), kl)

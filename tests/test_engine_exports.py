@@ -166,7 +166,7 @@ def test_stock_transformers_loads_it(ct_folders, tiny_artifact, strategy):
     with ExitStack() as stack:
         for name, layer in zip(NAMES, tapped_model.model.layers, strict=True):
             k, v = (tensors[f"{name}.{s}_scale"].flatten() for s in "kv")
-            stack.enter_context(tapped(layer.self_attn, rounding_tap("FP8", k, v)))
+            stack.enter_context(tapped(layer.self_attn, rounding_tap("FP8", "FP8", k, v)))
         emulated = tapped_model(ids, use_cache=False).logits
     torch.testing.assert_close(quantised, emulated, rtol=1e-4, atol=1e-4)
     assert float((quantised - plain).abs().max()) > 100 * float((quantised - emulated).abs().max())
