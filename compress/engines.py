@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from kvfold.compress.allocate import Choice, allocate
 from kvfold.compress.emulate import FP4_BLOCK, FP8_MAX, rounding_tap
 from kvfold.compress.layerwise import LayerRunner
-from kvfold.compress.models import load_model
+from kvfold.compress.models import load_model, read_config
 from kvfold.compress.progress import progress, stage
 from kvfold.compress.sensitivity import Probe
 from kvfold.compress.tap import NAME as TAP
@@ -168,12 +168,13 @@ def export_modelopt(
     attention_names(artifact)
     cache = artifact.metadata.cache
     target = choose_bits(bits, artifact.metadata.account.payload_bits)
-    model, arch, sequences = _prepare(artifact, calib, device)
     if cache.head_dim % FP4_BLOCK:
+        family = read_config(artifact.path).model_type
         raise KvfoldError(
-            f"head_dim {cache.head_dim} of this '{arch.model_type}' model is not a multiple of {FP4_BLOCK}, which NVFP4's blocks need; "
+            f"head_dim {cache.head_dim} of this '{family}' model is not a multiple of {FP4_BLOCK}, which NVFP4's blocks need; "
             "use `kvfold export compressed-tensors`."
         )
+    model, arch, sequences = _prepare(artifact, calib, device)
     with torch.inference_mode():
         keys, values = measure_ranges(model, arch, sequences).scales(per_head=False)
         probe = Probe(model, arch, [ids[:, :PROBE_LEN] for ids in sequences[:1]], PROBE_STRIDE)

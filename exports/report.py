@@ -44,7 +44,8 @@ class Result(BaseModel):
 
 
 def read_results(path: Path) -> list[Result]:
-    """Measured rows of a JSON file: one object, or a list of them, as `kvfold eval --json` or a benchmark writes.
+    """Measured rows of a JSON file: one object of `kvfold eval --json`, a list of such, or a benchmark's object with `rows`,
+    whose own text, windows and seq_len hold for every row.
 
     Raises:
         KvfoldError: no such file, not JSON, or a row without payload_bits, kl and a name.
@@ -57,12 +58,18 @@ def read_results(path: Path) -> list[Result]:
         ) from None
     except ValueError as error:
         raise KvfoldError(f"--results '{path}' is not JSON ({error}); give a file of `kvfold eval --json`.") from None
+    shared: dict[str, Any] = {}
+    if isinstance(data, dict) and isinstance(data.get("rows"), list):
+        shared, data = {k: data[k] for k in ("text", "windows", "seq_len") if k in data}, data["rows"]
     rows = data if isinstance(data, list) else [data]
     if not rows:
         raise KvfoldError(f"--results '{path}' holds no row; give one object or a list of objects.")
     found = []
     for i, row in enumerate(rows):
-        named = {"name": row.get("artifact"), "ours": "artifact" in row, **row} if isinstance(row, dict) else row
+        named = row
+        if isinstance(row, dict):
+            ours = "artifact" in row or row.get("kind") == "kvfold"
+            named = {**shared, "name": row.get("artifact"), "ours": ours, **row}
         try:
             found.append(Result.model_validate(named))
         except ValidationError as error:

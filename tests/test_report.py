@@ -204,6 +204,17 @@ def test_measured_rows(tmp_path, tiny_artifact, monkeypatch, capsys):
     assert (folder / "report.html").read_bytes() == (tiny_artifact / "report.html").read_bytes()
 
 
+def test_rows_of_a_benchmark_share_its_text(tmp_path):
+    rows = [
+        {"name": "ours 2", "kind": "kvfold", "payload_bits": 2, "kl": 0.1},
+        {"name": "b", "payload_bits": 2, "kl": 1},
+    ]
+    path = write(tmp_path / "q.json", {"text": "t", "windows": 3, "seq_len": 2048, "model": "m", "rows": rows})
+    first, second = read_results(path)
+    assert (first.text, first.windows, first.seq_len, first.ours) == ("t", 3, 2048, True)
+    assert (second.name, second.text, second.ours) == ("b", "t", False)
+
+
 @pytest.mark.parametrize(
     "data, fault",
     [
