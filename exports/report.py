@@ -68,7 +68,7 @@ def read_results(path: Path) -> list[Result]:
     for i, row in enumerate(rows):
         named = row
         if isinstance(row, dict):
-            ours = "artifact" in row or row.get("kind") == "kvfold"
+            ours = "artifact" in row or row.get("kind") == "artifact"
             named = {**shared, "name": row.get("artifact"), "ours": ours, **row}
         try:
             found.append(Result.model_validate(named))

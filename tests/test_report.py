@@ -206,7 +206,7 @@ def test_measured_rows(tmp_path, tiny_artifact, monkeypatch, capsys):
 
 def test_rows_of_a_benchmark_share_its_text(tmp_path):
     rows = [
-        {"name": "ours 2", "kind": "kvfold", "payload_bits": 2, "kl": 0.1},
+        {"name": "ours 2", "kind": "artifact", "payload_bits": 2, "kl": 0.1},
         {"name": "b", "payload_bits": 2, "kl": 1},
     ]
     path = write(tmp_path / "q.json", {"text": "t", "windows": 3, "seq_len": 2048, "model": "m", "rows": rows})
