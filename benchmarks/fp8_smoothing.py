@@ -78,6 +78,8 @@ def main() -> None:
     parser.add_argument("--text", default=WIKITEXT)
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--calib-sequences", type=int, default=4)
+    parser.add_argument("--caches", help="only these columns, by name and separated by ';'; default: all")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     quiet_transformers()
@@ -88,7 +90,10 @@ def main() -> None:
     model = load_model(source.path, torch.float32, torch.device("cpu"), TAP)
     name, documents = read_documents(options.text)
     windows = windows_of(tokenizer, "\n\n".join(documents), options.seq_len, 0, options.windows, name)
-    sequences = sample_sequences(tokenizer, read_documents(None)[1], 4, options.seq_len, 0, "built-in")
+    sequences = sample_sequences(
+        tokenizer, read_documents(None)[1], options.calib_sequences, options.seq_len, 0, "built-in"
+    )
+    chosen = options.caches.split(";") if options.caches else [row[0] for row in CACHES]
     rows = []
     with torch.inference_mode(), tempfile.TemporaryDirectory() as work:
         stats = calibrate(model, arch, sequences, 1, 512, Path(work))
@@ -103,13 +108,14 @@ def main() -> None:
                 ranges = measure_ranges(model, arch, sequences)
                 rounding = max(probe.whole_model() for probe in probes)
                 for cache, key, value, per_head in CACHES:
-                    if (key is None and exponent) or (value is None and basis):
+                    if cache not in chosen or (key is None and exponent) or (value is None and basis):
                         continue  # the transform doesn't touch the side that is stored
                     rows.append([weights, cache, measure(key, value, *ranges.scales(per_head)), rounding])
                     print(*rows[-1], file=sys.stderr, flush=True)
                 if weights == "original":
                     bare = ranges.key.amax(1, keepdim=True) / FP8_MAX
-                    rows.append([weights, "K FP8, scale without headroom", measure("FP8", None, bare, bare), rounding])
+                    rows.append([weights, "K FP8, no headroom", measure("FP8", None, bare, bare), rounding])
+                    print(*rows[-1], file=sys.stderr, flush=True)
     print(f"{platform.machine()}, torch {torch.__version__}; {name}, {options.windows} windows of {options.seq_len}")
     print("| weights | cache | KL, nats | against original, by window |")
     print("|---|---|---|---|")
