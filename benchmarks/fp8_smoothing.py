@@ -104,15 +104,17 @@ def main() -> None:
             return [probe.whole_model(taps) for probe in probes]
 
         for weights, basis, exponent in WEIGHTS:
+            # a transform of one side is judged on caches that store that side
+            todo = [c for c in CACHES if c[0] in chosen and not (exponent and not c[1]) and not (basis and not c[2])]
+            if not todo:
+                continue
             with folded(model, arch, stats, basis, exponent):
                 ranges = measure_ranges(model, arch, sequences)
                 rounding = max(probe.whole_model() for probe in probes)
-                for cache, key, value, per_head in CACHES:
-                    if cache not in chosen or (key is None and exponent) or (value is None and basis):
-                        continue  # the transform doesn't touch the side that is stored
+                for cache, key, value, per_head in todo:
                     rows.append([weights, cache, measure(key, value, *ranges.scales(per_head)), rounding])
                     print(*rows[-1], file=sys.stderr, flush=True)
-                if weights == "original":
+                if weights == "original" and any(c[1] for c in todo):
                     bare = ranges.key.amax(1, keepdim=True) / FP8_MAX
                     rows.append([weights, "K FP8, no headroom", measure("FP8", None, bare, bare), rounding])
                     print(*rows[-1], file=sys.stderr, flush=True)
