@@ -119,6 +119,7 @@ def _write_weights(source: Path, target: Path, scales: Mapping[str, Tensor]) -> 
         total += shard.stat().st_size
     name = f"model-{count:05d}-of-{count:05d}.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in scales.items()}, target / name, metadata={"format": "pt"})
+    shutil.copymode(target / "config.json", target / name)  # safetensors makes files that only their owner can read
     where |= dict.fromkeys(scales, name)
     total += sum(tensor.nbytes for tensor in scales.values())
     _dump(target / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
