@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvfold.compress.cli_export import export
+from kvfold.compress.cli_report import report_command
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import cache_nbytes
 from kvfold.exports.reader import read_artifact, read_metadata
@@ -20,6 +22,8 @@ from kvfold.exports.units import format_nbytes
 UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "UsageError")
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+app.add_typer(export, name="export")
+app.command("report")(report_command)
 
 OutOption = Annotated[Path | None, typer.Option(help="The artifact's folder; default artifacts/MODEL-BUDGET.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]

@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 from kvfold import __version__
 from kvfold.errors import KvfoldError
 from kvfold.exports.reader import Artifact, file_sha256, is_artifact, read_artifact
+from kvfold.exports.report import REPORT_NAME, report_html
 from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME, Metadata, dump_metadata
 from kvfold.exports.spec import LayerSpec
 from kvfold.exports.units import format_nbytes
 
-UNHASHED = {METADATA_NAME, "README.md"}  # people edit the card
+UNHASHED = {METADATA_NAME, "README.md", REPORT_NAME}  # people edit the card, `kvfold report` adds measured rows
 
 
 def check_output(out: Path, need_nbytes: int) -> None:
@@ -118,6 +119,7 @@ def write_artifact(
         write_tensors(scratch / TENSORS_NAME, specs)
         (scratch / "recipe.yaml").write_text(recipe, encoding="utf-8")
         (scratch / "README.md").write_text(model_card(metadata, out.name, license_id), encoding="utf-8")
+        (scratch / REPORT_NAME).write_text(report_html(metadata), encoding="utf-8")
         files = {p.name: file_sha256(p) for p in sorted(scratch.iterdir()) if p.name not in UNHASHED}
         complete = metadata.model_copy(update={"files": files})
         (scratch / METADATA_NAME).write_text(dump_metadata(complete), encoding="utf-8")
