@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from kvfold.autoclass import stock_from_pretrained
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import batch_nbytes
 from kvfold.exports.reader import Artifact, read_artifact
 from kvfold.exports.units import parse_nbytes
 from kvfold.runtime.attention import NAME
 from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.save import save_artifact
 
 log = logging.getLogger("kvfold")
 
@@ -81,17 +83,28 @@ def load_pretrained(
             raise KvfoldError(
                 f"kv_budget={kv_budget} is too small: sinks, window and one page take {least} bytes; give at least that."
             )
-    target = (
-        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
-    if dtype is None and target.type == "cpu":
-        dtype = torch.float32
-    loaded: Any = AutoModelForCausalLM.from_pretrained(artifact.path, dtype=dtype or "auto", output_loading_info=True)
-    model, info = loaded
-    if absent := sorted(info["missing_keys"]):  # transformers fills these with random numbers and goes on
-        raise KvfoldError(f"'{artifact.path}' lacks the weight {absent[0]}; write or download the artifact again.")
+    target = torch.device(device) if device is not None else default_device()
+    dtype = dtype or default_dtype(target)
+    model, info = stock_from_pretrained(artifact.path, dtype=dtype or "auto", output_loading_info=True)
+    check_complete(info, artifact)
     log.info("attention: plain-torch reference on %s", target)
     return attach(model.to(target), artifact, budget)
+
+
+def default_device() -> torch.device:
+    """CUDA if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device | None) -> torch.dtype | None:
+    """float32 on a CPU, where decoding in bfloat16 is an order of magnitude slower; else None, the checkpoint's own."""
+    return torch.float32 if device is not None and device.type == "cpu" else None
+
+
+def check_complete(info: Any, artifact: Artifact) -> None:
+    """Refuses weights that transformers filled with random numbers; `info`: its output_loading_info."""
+    if absent := sorted(info["missing_keys"]):
+        raise KvfoldError(f"'{artifact.path}' lacks the weight {absent[0]}; write or download the artifact again.")
 
 
 def attach(model: Any, artifact: Artifact, budget: int | None = None) -> PreTrainedModel:
@@ -140,6 +153,7 @@ def attach(model: Any, artifact: Artifact, budget: int | None = None) -> PreTrai
 
     # bound on the instance: a subclass's name would end up in config.json when the model is saved
     model._prepare_cache_for_generation = types.MethodType(prepare_cache, model)
+    model.save_pretrained = types.MethodType(save_artifact, model)
     model.base_model.kv_packed = True
     model.base_model.register_forward_pre_hook(inject_cache, with_kwargs=True)
     model.kv_artifact = artifact

@@ -1,0 +1,30 @@
+"""`optimum-cli kvfold …`: kvfold's own command line under optimum's. No `__init__.py` here: `optimum` is a namespace package."""
+
+import argparse
+from typing import Any
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+
+class KvfoldCommand(BaseOptimumCLICommand):
+    """Hands everything that stands behind `kvfold` to kvfold, so that verbs and options are the same."""
+
+    COMMAND = CommandInfo(name="kvfold", help="Compress a language model so that its KV cache is small.")
+
+    @staticmethod
+    def parse_args(parser: Any) -> None:
+        parser.add_argument("args", nargs=argparse.REMAINDER, help="As of the command `kvfold`.")
+        parser.print_help = lambda file=None: _run(["--help"])  # argparse keeps a first --help for itself
+
+    def run(self) -> None:
+        assert self.args is not None
+        _run(self.args.args)
+
+
+def _run(args: list[str]) -> None:
+    from kvfold.compress.cli import main  # only now: optimum-cli loads this file for each of its commands
+
+    main(args, prog="optimum-cli kvfold")
+
+
+REGISTER_COMMANDS = [KvfoldCommand]
