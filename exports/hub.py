@@ -222,11 +222,12 @@ def _one_sentence(repo_id: str, branch: str) -> Iterator[None]:
     except OfflineModeIsEnabled:
         raise KvfoldError(f"HF_HUB_OFFLINE is set, so nothing can be pushed to '{repo_id}'; unset it.") from None
     except Exception as error:
+        if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):  # the Hub's check of the card
+            reason = _line(error).rstrip(".")
+            raise KvfoldError(f"The Hub refuses what was to go to '{repo_id}': {reason}; correct it and push again.") from error
         answer = _answer(error)
         if answer is not None:
             raise KvfoldError(_status_sentence(answer, repo_id, branch)) from error
-        if isinstance(error, ValueError):  # the Hub's check of the card
-            raise KvfoldError(f"The Hub refuses what was sent to '{repo_id}': {_line(error).rstrip('.')}; correct it and push again.") from error
         if isinstance(error, (OSError, RuntimeError, TRANSPORT)):
             raise KvfoldError(
                 f"The connection to the Hub broke while pushing to '{repo_id}' ({_line(_root(error))}); "
@@ -274,4 +275,5 @@ def _status_sentence(answer: Any, repo_id: str, branch: str) -> str:
         wait = answer.headers.get("Retry-After")
         return f"The Hub limits the rate of requests (429); push to '{repo_id}' again {f'in {wait} seconds' if wait else 'later'}."
     said = answer.headers.get("X-Error-Message")
-    return f"The Hub answered {status} while pushing to '{repo_id}'{f' ({said})' if said else ''}; try again later."
+    fix = "try again later" if status >= 500 else "correct that and push again"
+    return f"The Hub answered {status} while pushing to '{repo_id}'{f' ({said})' if said else ''}; {fix}."
