@@ -17,7 +17,8 @@ def push_command(
         list[Path] | None, typer.Option(help="What `kvfold eval … --json FILE` wrote, for the card; may be repeated.")
     ] = None,
     i_know: Annotated[
-        bool, typer.Option("--i-know", help="The base model's licence lets me redistribute it, though kvfold can't tell.")
+        bool,
+        typer.Option("--i-know", help="The base model's licence lets me redistribute it, though kvfold can't tell."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:

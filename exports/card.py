@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,15 @@ class Base:
     """
 
     repo_id: str | None = None
-    licence: Licence = Licence()
+    licence: Licence = field(default_factory=Licence)
 
 
 def render(template: str, **values: Any) -> str:
     env = Environment(
-        loader=PackageLoader("kvfold.exports", "."), undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True
+        loader=PackageLoader("kvfold.exports", "."),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
     )
     env.filters["size"] = format_nbytes
     return env.get_template(template).render(values)
@@ -100,8 +103,8 @@ def published_card(text: str, metadata: Metadata, repo_id: str, results: Sequenc
     if results:
         section = quality_section(metadata, repo_id, results)
         body = QUALITY.sub(lambda _: section, body) if QUALITY.search(body) else f"{body.rstrip()}\n\n{section}\n"
-        card.data.model_name = repo_id.rpartition("/")[2]
-        card.data.eval_results = [figure for result in results for figure in _eval_results(result)]
+        card.data["model_name"] = repo_id.rpartition("/")[2]
+        card.data["eval_results"] = [figure for result in results for figure in _eval_results(result)]
     card.text = body
     return str(card)
 
@@ -115,10 +118,12 @@ def read_results(file: Path, metadata: Metadata) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise KvfoldError(f"Results '{file}' cannot be read as JSON; give what `kvfold eval … --json FILE` wrote.") from None
+        raise KvfoldError(
+            f"Results '{file}' cannot be read as JSON; give what `kvfold eval … --json FILE` wrote."
+        ) from None
     for name, kind in FIGURES.items():
         value = found.get(name) if isinstance(found, dict) else None
-        if not isinstance(value, kind) or isinstance(value, float) and not abs(value) < 1e30:
+        if not isinstance(value, kind) or (isinstance(value, float) and not abs(value) < 1e30):
             raise KvfoldError(f"Results '{file}' have no figure '{name}'; give what `kvfold eval … --json FILE` wrote.")
     geometry, formats = metadata.geometry, metadata.formats
     tokens = found["seq_len"]
@@ -172,6 +177,8 @@ def _eval_results(result: dict[str, Any]) -> list[EvalResult]:
         ("perplexity", "perplexity, packed cache", result["ppl"]),
         ("perplexity", "perplexity, unquantised cache", result["ppl_16bit"]),
         ("kl_divergence", "KL divergence of the packed from the unquantised cache, nats", result["kl"]),
-        ("accuracy", "top-1 agreement with the unquantised cache", result["top1_agreement"]),
+        ("top_1_agreement", "top-1 agreement with the unquantised cache", result["top1_agreement"]),
     )
-    return [EvalResult(**place, metric_type=kind, metric_name=name, metric_value=value) for kind, name, value in figures]
+    return [
+        EvalResult(**place, metric_type=kind, metric_name=name, metric_value=value) for kind, name, value in figures
+    ]

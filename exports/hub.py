@@ -136,7 +136,9 @@ def _prepare(api: HfApi, repo_id: str, branch: str, private: bool, metadata: Met
         api.create_repo(repo_id, private=private or None)  # None: what the owner's settings say
         info = api.model_info(repo_id)
     if private and not info.private:
-        raise KvfoldError(f"Repository '{repo_id}' exists and is public; make it private in its settings, or drop --private.")
+        raise KvfoldError(
+            f"Repository '{repo_id}' exists and is public; make it private in its settings, or drop --private."
+        )
     if branch == MAIN:
         return str(info.sha)
     try:
@@ -169,7 +171,9 @@ def _check_content(api: HfApi, repo_id: str, commit: str, remote: dict[str, Repo
             f"Repository '{repo_id}' already holds an artifact of '{there.provenance.model}', not of '{model}'; "
             "choose another REPO_ID, or another --revision."
         )
-    strays = {name for name in remote if name.endswith(".safetensors")}  # they would make what is loaded from there invalid
+    strays = {
+        name for name in remote if name.endswith(".safetensors")
+    }  # they would make what is loaded from there invalid
     return sorted(((there.files.keys() & remote.keys()) | strays) - metadata.files.keys())
 
 
@@ -184,7 +188,9 @@ def _check_upload(api: HfApi, repo_id: str, commit: str, artifact: Artifact, car
     remote = _tree(api, repo_id, commit)
     for name in [*_hashed(artifact), CARD_NAME]:
         content = card.encode() if name == CARD_NAME else None
-        if name not in remote or not _same(remote[name], artifact.path / name, artifact.metadata.files.get(name), content):
+        if name not in remote or not _same(
+            remote[name], artifact.path / name, artifact.metadata.files.get(name), content
+        ):
             raise KvfoldError(
                 f"{name} in commit {commit} of '{repo_id}' is not what '{artifact.path}' held when it was validated; push again."
             )
@@ -199,7 +205,9 @@ def _hashed(artifact: Artifact) -> list[str]:
 def _same(remote: RepoFile, file: Path, sha256: str | None, content: bytes | None) -> bool:
     """Whether a file on the Hub has the content that was validated; small ones are known by git's hash, large ones by SHA-256."""
     if remote.lfs is not None:
-        return remote.lfs.sha256 == (sha256 or (hashlib.sha256(content).hexdigest() if content is not None else file_sha256(file)))
+        return remote.lfs.sha256 == (
+            sha256 or (hashlib.sha256(content).hexdigest() if content is not None else file_sha256(file))
+        )
     local = file.read_bytes() if content is None else content
     if sha256 is not None and hashlib.sha256(local).hexdigest() != sha256:
         return False
@@ -224,7 +232,9 @@ def _one_sentence(repo_id: str, branch: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):  # the Hub's check of the card
             reason = _line(error).rstrip(".")
-            raise KvfoldError(f"The Hub refuses what was to go to '{repo_id}': {reason}; correct it and push again.") from error
+            raise KvfoldError(
+                f"The Hub refuses what was to go to '{repo_id}': {reason}; correct it and push again."
+            ) from error
         answer = _answer(error)
         if answer is not None:
             raise KvfoldError(_status_sentence(answer, repo_id, branch)) from error

@@ -60,7 +60,9 @@ def find_licence(folder: Path) -> Licence:
         link = card.get("license_link")
         shipped = isinstance(link, str) and any(link.rsplit("/", 1)[-1] == text.name for text in texts)
         # a link that is relative to the base model's folder holds in ours too, if we carry the file over
-        return Licence(card["license"], card.get("license_name"), link if shipped or "://" in str(link) else None, texts)
+        return Licence(
+            card["license"], card.get("license_name"), link if shipped or "://" in str(link) else None, texts
+        )
     try:
         stated = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("license")
     except (OSError, ValueError, AttributeError):
@@ -109,7 +111,9 @@ def check_redistributable(licence_id: Any, model: str, card: Path) -> None:
             f"The licence of the base model '{model}' is unknown; state it as `license:` at the top of '{card}', "
             "or say --i-know if you may redistribute the model."
         )
-    fault = "forbids sharing changed versions" if NO_DERIVATIVES.fullmatch(found) else "has terms of its own for sharing"
+    fault = (
+        "forbids sharing changed versions" if NO_DERIVATIVES.fullmatch(found) else "has terms of its own for sharing"
+    )
     raise KvfoldError(
         f"The licence '{found}' of the base model '{model}' {fault}; read it, and say --i-know if you may redistribute the model."
     )

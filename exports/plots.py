@@ -32,7 +32,13 @@ def _figure() -> tuple[Any, Any]:
 def _bits(metadata: Metadata) -> Any:
     figure, axes = _figure()
     layers = range(len(metadata.layers))
-    axes.bar([i - 0.2 for i in layers], [layer.key.payload_bits for layer in metadata.layers], 0.4, color=KEY_COLOUR, label="keys")
+    axes.bar(
+        [i - 0.2 for i in layers],
+        [layer.key.payload_bits for layer in metadata.layers],
+        0.4,
+        color=KEY_COLOUR,
+        label="keys",
+    )
     axes.bar([i + 0.2 for i in layers], [layer.value.payload_bits for layer in metadata.layers], 0.4, color=VALUE_COLOUR, label="values")  # fmt: skip
     axes.set(xlabel="layer", ylabel="bits per element in pages", xlim=(-0.8, len(layers) - 0.2))
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -47,7 +53,9 @@ def _memory(metadata: Metadata) -> Any:
     geometry, formats = metadata.geometry, metadata.formats
     plain = [2 * geometry.elements(n, len(formats)) / 2**20 for n in lengths]
     axes.plot(lengths, plain, color=PLAIN_COLOUR, linestyle="--", label="16-bit cache")
-    axes.plot(lengths, [cache_nbytes(geometry, formats, n) / 2**20 for n in lengths], color=KEY_COLOUR, label="packed cache")
+    axes.plot(
+        lengths, [cache_nbytes(geometry, formats, n) / 2**20 for n in lengths], color=KEY_COLOUR, label="packed cache"
+    )
     axes.set(xlabel="tokens of one sequence", ylabel="MiB resident", xlim=(0, longest), ylim=(0, plain[-1] * 1.05))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend(frameon=False, loc="upper left")

@@ -14,11 +14,12 @@ from torch import Tensor
 from kvfold.errors import KvfoldError
 from kvfold.exports.card import CARD_NAME
 from kvfold.exports.reader import is_artifact, read_artifact
-from kvfold.exports.schema import METADATA_NAME
+from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME
 from kvfold.exports.writer import install
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 CONFIG = "config.json"
+OURS = {TENSORS_NAME, "recipe.yaml"}  # never taken from what lies where the model is saved
 
 
 def save_artifact(self: Any, save_directory: str | os.PathLike, is_main_process: bool = True, **options: Any) -> None:
@@ -28,8 +29,8 @@ def save_artifact(self: Any, save_directory: str | os.PathLike, is_main_process:
 
     Args:
         self: a model that kvfold loaded; the folder that it came from must still be there.
-        save_directory: what is there is replaced if it is an artifact. Else other files stay, also tokenizer files that were put
-            there before.
+        save_directory: what is there is replaced if it is an artifact. Else other files stay, also a tokenizer or a card that was
+            put there before.
         options: of transformers' `save_pretrained`, e.g. `max_shard_size`.
     Raises:
         KvfoldError: the folder that the model came from is gone, or an option that would not give an artifact.
@@ -39,30 +40,40 @@ def save_artifact(self: Any, save_directory: str | os.PathLike, is_main_process:
     artifact = self.kv_artifact
     out = Path(save_directory).resolve()
     if options.pop("push_to_hub", False):
-        raise KvfoldError(f"save_pretrained writes a folder; publish it with `kvfold push {out.name} OWNER/NAME` instead of push_to_hub.")
+        raise KvfoldError(
+            f"save_pretrained writes a folder; publish it with `kvfold push {out.name} OWNER/NAME` instead of push_to_hub."
+        )
     if out.is_file():
         raise KvfoldError(f"'{out}' is a file, but an artifact is a folder; choose another place.")
     if not is_artifact(artifact.path):
-        raise KvfoldError(f"The folder '{artifact.path}' that this model came from is gone; load it again, then save it.")
+        raise KvfoldError(
+            f"The folder '{artifact.path}' that this model came from is gone; load it again, then save it."
+        )
     keep = out if out.is_dir() and not is_artifact(out) else None
 
     def fill(folder: Path) -> None:
-        state, narrowed = _stored_state(self, artifact.path) if "state_dict" not in options else (options.pop("state_dict"), False)
+        state, narrowed = (
+            _stored_state(self, artifact.path) if "state_dict" not in options else (options.pop("state_dict"), False)
+        )
         type(self).save_pretrained(self, folder, state_dict=state, **options)
         if narrowed:
             _restore_dtype(folder / CONFIG, artifact.path / CONFIG)
         for name in [*artifact.metadata.files, CARD_NAME]:
-            own = keep / name if keep and (keep / name).is_file() and name != CARD_NAME else artifact.path / name
-            written = (folder / name).exists() or name.endswith(WEIGHTS) and name.startswith("model")
-            if not written and own.is_file():
-                shutil.copyfile(own, folder / name)
+            if (folder / name).exists() or (name.startswith("model") and name.endswith(WEIGHTS)):
+                continue
+            stays = keep is not None and name not in OURS and (keep / name).is_file()
+            source = (keep if stays and keep else artifact.path) / name
+            if source.is_file():
+                shutil.copyfile(source, folder / name)
 
     if keep is None or not any(keep.iterdir()):
         install(out, artifact.metadata, fill)
         return
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         made = install(Path(scratch) / out.name, artifact.metadata, fill).path
-        for file in sorted(made.iterdir(), key=lambda file: file.name == METADATA_NAME):  # last: then all the others are there
+        for file in sorted(
+            made.iterdir(), key=lambda file: file.name == METADATA_NAME
+        ):  # last: then all the others are there
             os.replace(file, out / file.name)
     read_artifact(out)
 

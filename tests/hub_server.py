@@ -95,7 +95,9 @@ class Hub(ThreadingHTTPServer):
         """Makes a repository and fills it; returns the commit."""
         self.repos[repo_id] = repo = Repo(private)
         content = {p.name: p.read_bytes() for p in sorted(folder.iterdir())} if folder else {}
-        return repo.commit("main", {n: self.file(n, c) for n, c in {**content, **files, ".gitattributes": ATTRIBUTES}.items()})
+        return repo.commit(
+            "main", {n: self.file(n, c) for n, c in {**content, **files, ".gitattributes": ATTRIBUTES}.items()}
+        )
 
     def file(self, name: str, content: bytes) -> File:
         lfs = name.endswith(".safetensors") or len(content) >= BIG
@@ -106,7 +108,12 @@ class Hub(ThreadingHTTPServer):
     def environment(self, home: Path, token: str | None = OWNER) -> dict[str, str]:
         """Of a process that knows this server as its only Hub."""
         kept = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
-        ours = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        ours = {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
         ours |= {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1,localhost", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0"}
         return kept | ours | ({"HF_TOKEN": token} if token else {})
 
@@ -162,7 +169,9 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(self.path.partition("?")[0])
         line = f"{self.command} {path}"
         self.server.log.append(line)
-        self.user = {f"Bearer {OWNER}": "someone", f"Bearer {READER}": "reader"}.get(self.headers.get("Authorization", ""))
+        self.user = {f"Bearer {OWNER}": "someone", f"Bearer {READER}": "reader"}.get(
+            self.headers.get("Authorization", "")
+        )
         for fault in self.server.faults:
             if fault.times and re.search(fault.pattern, line):
                 fault.times -= 1
@@ -197,7 +206,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def whoami(self) -> None:
         if self.user is None:
-            return self.send(401, {"error": "Invalid credentials"}, X_Error_Message="Invalid credentials in Authorization header")
+            return self.send(
+                401, {"error": "Invalid credentials"}, X_Error_Message="Invalid credentials in Authorization header"
+            )
         self.send(200, {"name": self.user, "type": "user", "orgs": [], "auth": {"type": "access_token"}})
 
     def info(self, repo: str, rev: str = "main") -> None:
@@ -227,7 +238,9 @@ class Handler(BaseHTTPRequestHandler):
             if not file.lfs:
                 return self.send(200, file.content, **known)
             known |= {"X_Linked_Etag": f'"{file.etag}"', "X_Linked_Size": str(len(file.content))}
-            self.send(302, **known, Location=f"http://localhost:{self.server.server_port}/objects/{file.etag}")  # another host, as the Hub's
+            self.send(
+                302, **known, Location=f"http://localhost:{self.server.server_port}/objects/{file.etag}"
+            )  # another host, as the Hub's
 
     def download(self, oid: str) -> None:
         self.send(200, self.server.objects[oid], ETag=f'"{oid}"')
@@ -241,7 +254,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.user is None:
             return self.send(401, X_Error_Message="Invalid username or password.")
         if owner != self.user or self.user == "reader":
-            return self.send(403, X_Error_Message=f"You don't have the rights to create a model under the namespace {owner}")
+            return self.send(
+                403, X_Error_Message=f"You don't have the rights to create a model under the namespace {owner}"
+            )
         if repo_id in self.server.repos:
             return self.send(409, {"error": "You already created this model repo"})
         self.server.add(repo_id, private=wanted.get("private") is True or wanted.get("visibility") == "private")

@@ -47,7 +47,10 @@ def metadata(tiny_artifact):
             {"README.md": "---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n", "LICENSE": "Mine."},
             Licence("other", "mine", "LICENSE"),
         ),
-        ({"README.md": "---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n"}, Licence("other", "mine")),
+        (
+            {"README.md": "---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n"},
+            Licence("other", "mine"),
+        ),
         (
             {"README.md": "---\nlicense: other\nlicense_link: https://example.com/l\n---\n"},
             Licence("other", None, "https://example.com/l"),
@@ -63,7 +66,18 @@ def test_find_licence(tmp_path, files, wanted):
 
 
 @pytest.mark.parametrize(
-    "licence", ["apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc0-1.0", "agpl-3.0", "openrail++"]
+    "licence",
+    [
+        "apache-2.0",
+        "mit",
+        "bsd-3-clause",
+        "cc-by-4.0",
+        "cc-by-nc-4.0",
+        "cc-by-nc-sa-4.0",
+        "cc0-1.0",
+        "agpl-3.0",
+        "openrail++",
+    ],
 )
 def test_may_be_passed_on(tmp_path, licence):
     check_redistributable(licence, "model", tmp_path)
@@ -82,7 +96,9 @@ def test_is_asked_about(tmp_path, licence):
 
 
 def test_base_model(tmp_path):
-    assert base_of(Source(tmp_path, "smollm2-135m")) == Base("HuggingFaceTB/SmolLM2-135M-Instruct", Licence("apache-2.0"))
+    assert base_of(Source(tmp_path, "smollm2-135m")) == Base(
+        "HuggingFaceTB/SmolLM2-135M-Instruct", Licence("apache-2.0")
+    )
     assert base_of(Source(tmp_path, "someone/tiny", "0" * 40)).repo_id == "someone/tiny"
     assert base_of(Source(tmp_path, "some-folder")).repo_id is None  # which is no model's id
 
@@ -128,7 +144,9 @@ def test_a_card_without_the_marks_gets_the_table_at_its_end(metadata):
         "model": "tiny-llama", "text": "a text.txt", "windows": 2, "first_window": 1, "seq_len": 256, "effective_bits": 4.5,
         "payload_bits": 3.0, "ppl_16bit": 20.0, "ppl": 21.0, "kl": 0.0125, "kl_se": None, "top1_agreement": 0.75,
     }  # fmt: skip
-    card = published_card("# Mine\n", metadata, "me/it", [figures, {**figures, "text": "built-in", "model": "other/base"}])
+    card = published_card(
+        "# Mine\n", metadata, "me/it", [figures, {**figures, "text": "built-in", "model": "other/base"}]
+    )
     body = ModelCard(card).text
     assert body.startswith("# Mine\n\n<!-- quality -->") and "20.000 → 21.000 | 0.0125 | 0.7500 |" in body
     assert "`kvfold eval me/it --text 'a text.txt' --first-window 1 --windows 2 --seq-len 256` prints row 1." in body

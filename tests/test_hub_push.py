@@ -97,7 +97,9 @@ def push(client, hub, artifact):
 def refused(client, hub, artifact):
     """Pushes; must be refused in one sentence with these words and nothing may have been written."""
 
-    def run(*words: str, options=(), path: Path = artifact, repo: str = "someone/small", token: str | None = OWNER) -> str:
+    def run(
+        *words: str, options=(), path: Path = artifact, repo: str = "someone/small", token: str | None = OWNER
+    ) -> str:
         before = {name: dict(held.branches) for name, held in hub.repos.items()}
         code, out, err = client("push", path, repo, *options, token=token)
         assert (code, out) == (2, ""), err
@@ -272,7 +274,10 @@ def test_no_rights(refused, hub, artifact):
     refused("403", "'somebody/else'", repo="somebody/else")
 
 
-@pytest.mark.parametrize(("repo", "word"), [("small", "'someone/small'"), ("a/b/c", "a/b/c"), ("someone/sm all", "sm all"), ("someone/-x", "-x")])
+@pytest.mark.parametrize(
+    ("repo", "word"),
+    [("small", "'someone/small'"), ("a/b/c", "a/b/c"), ("someone/sm all", "sm all"), ("someone/-x", "-x")],
+)
 def test_repository_id(refused, repo, word):
     refused(word, repo=repo)
 
@@ -318,7 +323,9 @@ def test_status(client, hub, artifact, place, status, headers, words):
 
 def test_offline(hub, artifact, tmp_path):
     environment = hub.environment(tmp_path / "hf") | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*KVFOLD, "push", str(artifact), "someone/small"], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*KVFOLD, "push", str(artifact), "someone/small"], env=environment, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "HF_HUB_OFFLINE" in done.stderr, done.stderr
 
 
@@ -381,7 +388,9 @@ def test_killed_while_uploading(push, hub, artifact, tmp_path):
     """The second large file hangs and the process is killed; the next run sends what is missing, and only that."""
     hub.faults.append(Fault(f"PUT /objects/{file_sha256(artifact / 'model.safetensors')}", stall))
     environment = hub.environment(tmp_path / "hf")
-    with subprocess.Popen([*KVFOLD, "push", str(artifact), "someone/small"], env=environment, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [*KVFOLD, "push", str(artifact), "someone/small"], env=environment, stderr=subprocess.PIPE
+    ) as process:
         deadline = time.monotonic() + 60
         while not (hub.objects and len(hub.puts()) > len(hub.objects)) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -422,17 +431,25 @@ def test_card_states_what_was_measured(push, hub, artifact, results):
         "KL divergence of the packed from the unquantised cache, nats": figures["kl"],
         "top-1 agreement with the unquantised cache": figures["top1_agreement"],
     }
-    assert (card.data.model_name, card.data.license, card.data.pipeline_tag) == ("small", "apache-2.0", "text-generation")
+    assert (card.data.model_name, card.data.license, card.data.pipeline_tag) == (
+        "small",
+        "apache-2.0",
+        "text-generation",
+    )
     assert f"{figures['kl']:.4f} ± {figures['kl_se']:.4f}" in card.text
     read_artifact(artifact)
 
 
-def test_every_figure_of_the_card_comes_from_the_command_beside_it(client, push, hub, artifact, results, text_file, monkeypatch):
+def test_every_figure_of_the_card_comes_from_the_command_beside_it(
+    client, push, hub, artifact, results, text_file, monkeypatch
+):
     from kvfold.exports.units import format_nbytes
 
     push("--results", results)
     card = files_on(hub)["README.md"].decode()
-    rows = re.findall(r"^\| (\d+) \| (.+?) \| (.+?) \| (.+?) \| `kvfold (inspect someone/small --at \d+)` \|$", card, re.MULTILINE)
+    rows = re.findall(
+        r"^\| (\d+) \| (.+?) \| (.+?) \| (.+?) \| `kvfold (inspect someone/small --at \d+)` \|$", card, re.MULTILINE
+    )
     assert len(rows) == 3
     for tokens, packed, plain, ratio, command in rows:
         code, out, err = client(*command.split(), "--json")
@@ -449,7 +466,10 @@ def test_every_figure_of_the_card_comes_from_the_command_beside_it(client, push,
     row = f"{again['ppl_16bit']:.3f} → {again['ppl']:.3f} | {again['kl']:.4f} ± {again['kl_se']:.4f} | {again['top1_agreement']:.4f} |"
     assert row in card
     info = json.loads(client("inspect", "someone/small", "--json")[1])
-    assert f"{info['effective_bits']:.3f} bits per cached element" in card and f"{info['payload_bits']:.3f} in the packed" in card
+    assert (
+        f"{info['effective_bits']:.3f} bits per cached element" in card
+        and f"{info['payload_bits']:.3f} in the packed" in card
+    )
     assert f"{info['kl']:.4f} nats of KL" in card
 
 
@@ -458,9 +478,13 @@ def test_the_lines_that_load_it(push, hub, tmp_path):
     card = files_on(hub)["README.md"].decode()
     [code] = re.findall(r"```python\n(.+?)```", card, re.DOTALL)
     assert 'path = "someone/small"' in code
-    done = subprocess.run([sys.executable, "-c", code], env=hub.environment(tmp_path / "hf"), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=hub.environment(tmp_path / "hf"), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.replace(" ", "").startswith("Thekey-valuecache")  # the tiny tokenizer puts spaces between letters
+    assert done.stdout.replace(" ", "").startswith(
+        "Thekey-valuecache"
+    )  # the tiny tokenizer puts spaces between letters
 
 
 @pytest.mark.parametrize("fault", ["missing", "not JSON", "no figures", "another artifact", "infinite"])

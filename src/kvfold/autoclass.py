@@ -38,7 +38,7 @@ class Watch:
 
 def wrap(module: ModuleType) -> None:
     """Wraps `from_pretrained` of a module's AutoModelForCausalLM, once."""
-    auto: Any = module.AutoModelForCausalLM  # type: ignore[attr-defined]
+    auto: Any = module.AutoModelForCausalLM
     stock = auto.from_pretrained.__func__
     if hasattr(stock, "kvfold_stock"):
         return
@@ -57,7 +57,7 @@ def stock_from_pretrained(path: Any, **kwargs: Any) -> Any:
     """`AutoModelForCausalLM.from_pretrained` as transformers has it: of an artifact, the plain model with a 16-bit cache."""
     from transformers import AutoModelForCausalLM
 
-    method = AutoModelForCausalLM.from_pretrained.__func__
+    method = vars(AutoModelForCausalLM)["from_pretrained"].__func__
     return getattr(method, "kvfold_stock", method)(AutoModelForCausalLM, path, **kwargs)
 
 
@@ -66,4 +66,4 @@ def install() -> None:
     if MODULE in sys.modules:
         wrap(sys.modules[MODULE])
     elif Watch not in sys.meta_path:
-        sys.meta_path.insert(0, Watch)  # type: ignore[arg-type]
+        sys.meta_path.insert(0, Watch)
