@@ -47,6 +47,7 @@ class Base:
 
 
 def render(template: str, **values: Any) -> str:
+    """The text of a template of this folder."""
     env = Environment(
         loader=PackageLoader("kvfold.exports", "."),
         undefined=StrictUndefined,
