@@ -28,7 +28,7 @@ class Alias:
     requirement: str
     sha256: str  # of the GGUF
     license: str
-    repo_id: str  # of the original on the Hub
+    repo_id: str | None = None  # of the original on the Hub
 
 
 ALIASES = {

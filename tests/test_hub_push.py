@@ -1,147 +1,23 @@
 """`kvfold push` against a local server that speaks the Hub's protocol, and what comes back from there."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from hub_server import OWNER, READER, Fault, Hub, answer, drop, stall
+from hub_artifact import files_on, remake, rename_model, set_licence
+from hub_server import READER, Fault, answer, drop, stall
 from safetensors.torch import load_file, save_file
 
 from kvfold import runtime
-from kvfold.exports.reader import file_sha256, read_artifact, read_metadata
-from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME, dump_metadata
+from kvfold.exports.reader import file_sha256, read_metadata
+from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME
 
+pytest_plugins = ("hub_client",)
 KVFOLD = (sys.executable, "-m", "kvfold.compress.cli")
-
-# one process imports everything once and forks for each command: huggingface_hub reads its environment when it is imported
-SERVE = """
-import json, os, sys
-import kvfold.exports.hub, kvfold.compress.evaluate
-from kvfold.compress.cli import main
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-for line in sys.stdin:
-    job = json.loads(line)
-    if (child := os.fork()) == 0:
-        os.environ.pop("HF_TOKEN", None)
-        os.environ.update(job["env"])
-        for number, name in (1, "out"), (2, "err"):
-            os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        main(job["args"])
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-class Client:
-    def __init__(self, environment: dict[str, str], folder: Path):
-        self.folder = folder
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVE], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def __call__(self, *args: object, token: str | None = OWNER) -> tuple[int, str, str]:
-        out, err = (self.folder / name for name in ("out", "err"))
-        job = {"args": [*map(str, args)], "env": {"HF_TOKEN": token} if token else {}, "out": str(out), "err": str(err)}
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        code = int(self.process.stdout.readline())
-        return code, out.read_text(), err.read_text()
-
-
-@pytest.fixture(scope="module")
-def server():
-    hub = Hub()
-    yield hub
-    hub.shutdown()
-
-
-@pytest.fixture(scope="module")
-def client(server, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("client")
-    made = Client(server.environment(folder / "hf"), folder)
-    yield made
-    assert made.process.stdin
-    made.process.stdin.close()
-    made.process.wait()
-
-
-@pytest.fixture
-def hub(server):
-    """The server without repositories, objects, faults."""
-    for held in (server.repos, server.objects, server.log, server.faults):
-        held.clear()
-    return server
-
-
-@pytest.fixture
-def push(client, hub, artifact):
-    """Pushes the artifact to someone/small; must succeed. Returns the commit."""
-
-    def run(*options: object, path: Path = artifact, repo: str = "someone/small") -> str:
-        code, out, err = client("push", path, repo, *options)
-        assert code == 0, err
-        oid = out.splitlines()[-1].rpartition("/")[2]
-        assert oid in hub.repos[repo].commits
-        return oid
-
-    return run
-
-
-@pytest.fixture
-def refused(client, hub, artifact):
-    """Pushes; must be refused in one sentence with these words and nothing may have been written."""
-
-    def run(
-        *words: str, options=(), path: Path = artifact, repo: str = "someone/small", token: str | None = OWNER
-    ) -> str:
-        before = {name: dict(held.branches) for name, held in hub.repos.items()}
-        code, out, err = client("push", path, repo, *options, token=token)
-        assert (code, out) == (2, ""), err
-        assert err.startswith("kvfold: ") and err.count("\n") == 1, err
-        for word in words:
-            assert word in err, err
-        after = {name: dict(held.branches) for name, held in hub.repos.items() if name in before}
-        assert after == before and not hub.puts()
-        return err
-
-    return run
-
-
-@pytest.fixture
-def artifact(tmp_path, tiny_artifact) -> Path:
-    """A copy of the tiny artifact whose card states a licence."""
-    copy = shutil.copytree(tiny_artifact, tmp_path / "artifact")
-    set_licence(copy, "apache-2.0")
-    return copy
-
-
-def set_licence(artifact: Path, licence: str | None) -> None:
-    card = (artifact / "README.md").read_text()
-    line = f"license: {licence}\n" if licence else ""
-    (artifact / "README.md").write_text(re.sub(r"license: .*\n", line, card, count=1))
-
-
-def remake(artifact: Path, **fields) -> None:
-    """Makes kv_cache.json state other top-level fields, with a digest that fits."""
-    metadata = read_metadata(artifact)
-    (artifact / METADATA_NAME).write_text(dump_metadata(metadata.model_copy(update=fields)))
-
-
-def rename_model(artifact: Path, name: str) -> None:
-    provenance = read_metadata(artifact).provenance
-    remake(artifact, provenance=provenance.model_copy(update={"model": name}))
-
-
-def files_on(hub: Hub, repo: str = "someone/small", branch: str = "main") -> dict[str, bytes]:
-    held = hub.repos[repo]
-    return {name: file.content for name, file in held.commits[held.branches[branch]].items()}
-
 
 # -- there and back
 
@@ -403,114 +279,3 @@ def test_killed_while_uploading(push, hub, artifact, tmp_path):
     sent = hub.puts()
     assert file_sha256(artifact / "model.safetensors") in sent
     assert not there & set(sent)
-
-
-# -- the card
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory, client, server, tiny_artifact, text_file) -> Path:
-    file = tmp_path_factory.mktemp("results") / "results.json"
-    code, _, err = client("eval", tiny_artifact, "--text", text_file, "--windows", 2, "--seq-len", 256, "--json", file)
-    assert code == 0, err
-    return file
-
-
-def test_card_states_what_was_measured(push, hub, artifact, results):
-    from huggingface_hub import ModelCard
-
-    before = (artifact / "README.md").read_text()
-    push("--results", results)
-    assert (artifact / "README.md").read_text() == before
-    card = ModelCard(files_on(hub)["README.md"].decode())
-    figures = json.loads(results.read_text())
-    found = {r.metric_name: r.metric_value for r in card.data.eval_results}
-    assert found == {
-        "perplexity, packed cache": figures["ppl"],
-        "perplexity, unquantised cache": figures["ppl_16bit"],
-        "KL divergence of the packed from the unquantised cache, nats": figures["kl"],
-        "top-1 agreement with the unquantised cache": figures["top1_agreement"],
-    }
-    assert (card.data.model_name, card.data.license, card.data.pipeline_tag) == (
-        "small",
-        "apache-2.0",
-        "text-generation",
-    )
-    assert f"{figures['kl']:.4f} ± {figures['kl_se']:.4f}" in card.text
-    read_artifact(artifact)
-
-
-def test_every_figure_of_the_card_comes_from_the_command_beside_it(
-    client, push, hub, artifact, results, text_file, monkeypatch
-):
-    from kvfold.exports.units import format_nbytes
-
-    push("--results", results)
-    card = files_on(hub)["README.md"].decode()
-    rows = re.findall(
-        r"^\| (\d+) \| (.+?) \| (.+?) \| (.+?) \| `kvfold (inspect someone/small --at \d+)` \|$", card, re.MULTILINE
-    )
-    assert len(rows) == 3
-    for tokens, packed, plain, ratio, command in rows:
-        code, out, err = client(*command.split(), "--json")
-        assert code == 0, err
-        info = json.loads(out)
-        assert info["at"] == int(tokens)
-        assert (format_nbytes(info["bytes"]), format_nbytes(info["bytes_16bit"])) == (packed, plain)
-        assert f"{info['bytes_16bit'] / info['bytes']:.2f}" == ratio
-    [command] = re.findall(r"^`kvfold (eval .+)` prints row 1\.$", card, re.MULTILINE)
-    command = command.replace(text_file.name, str(text_file))  # which the reader has to have
-    code, out, err = client(*command.split(), "--json", results.parent / "again.json")
-    assert code == 0, err
-    again = json.loads((results.parent / "again.json").read_text())
-    row = f"{again['ppl_16bit']:.3f} → {again['ppl']:.3f} | {again['kl']:.4f} ± {again['kl_se']:.4f} | {again['top1_agreement']:.4f} |"
-    assert row in card
-    info = json.loads(client("inspect", "someone/small", "--json")[1])
-    assert (
-        f"{info['effective_bits']:.3f} bits per cached element" in card
-        and f"{info['payload_bits']:.3f} in the packed" in card
-    )
-    assert f"{info['kl']:.4f} nats of KL" in card
-
-
-def test_the_lines_that_load_it(push, hub, tmp_path):
-    push()
-    card = files_on(hub)["README.md"].decode()
-    [code] = re.findall(r"```python\n(.+?)```", card, re.DOTALL)
-    assert 'path = "someone/small"' in code
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=hub.environment(tmp_path / "hf"), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.replace(" ", "").startswith(
-        "Thekey-valuecache"
-    )  # the tiny tokenizer puts spaces between letters
-
-
-@pytest.mark.parametrize("fault", ["missing", "not JSON", "no figures", "another artifact", "infinite"])
-def test_results_that_are_not_of_this_artifact(refused, hub, results, tmp_path, fault):
-    figures = json.loads(results.read_text())
-    file = tmp_path / "wrong.json"
-    match fault:
-        case "not JSON":
-            file.write_text("kl: 1")
-        case "no figures":
-            file.write_text("{}")
-        case "another artifact":
-            file.write_text(json.dumps({**figures, "effective_bits": figures["effective_bits"] + 0.01}))
-        case "infinite":
-            file.write_text(json.dumps({**figures, "kl": float("inf")}))
-    refused(str(file), options=["--results", file])
-    assert not hub.log
-
-
-def test_a_card_that_the_hub_does_not_take(refused, artifact):
-    set_licence(artifact, "mit\nbase_model: not-an-id")
-    refused("base_model", "not valid")
-
-
-def test_a_card_whose_front_matter_is_broken(refused, hub, artifact):
-    card = (artifact / "README.md").read_text()
-    (artifact / "README.md").write_text(card.replace("tags:", "tags: ["))
-    refused("README.md", "front matter")
-    assert not hub.log
