@@ -35,4 +35,6 @@ def _run(args: list[str]) -> None:
     main(args, prog="optimum-cli kvfold")
 
 
-REGISTER_COMMANDS = [KvfoldCommand]
+# An iterator, so that it is taken once: optimum reads it for each folder on the path that holds this file, and a checkout beside an
+# installed kvfold makes two.
+REGISTER_COMMANDS = iter([KvfoldCommand])
