@@ -12,10 +12,11 @@ from rich.table import Table
 
 from kvfold.compress.cli_export import export
 from kvfold.compress.cli_report import report_command
+from kvfold.compress.push import push_command
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import cache_nbytes
 from kvfold.exports.reader import read_artifact, read_metadata
-from kvfold.exports.schema import Metadata
+from kvfold.exports.schema import METADATA_NAME, Metadata
 from kvfold.exports.units import format_nbytes
 
 # click's own, or that of the copy of click which newer releases of typer carry
@@ -146,12 +147,14 @@ def compress_command(
 
 @app.command("inspect")
 def inspect_command(
-    artifact: Annotated[Path, typer.Argument(help="The artifact's folder.")],
+    artifact: Annotated[str, typer.Argument(help="The artifact's folder or Hub id.")],
     at: Annotated[int | None, typer.Option(help="Tokens of one sequence; default: the budget's length.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Shows formats, bits and bytes by layer."""
-    metadata = read_metadata(artifact)
+    from kvfold.runtime.load import resolve_artifact
+
+    metadata = read_metadata(resolve_artifact(artifact, allow_patterns=METADATA_NAME))
     if as_json:
         print(json.dumps(describe(metadata, at)))
     else:
@@ -265,8 +268,16 @@ def generate_command(
     generate(artifact, prompt, max_new_tokens, temperature, chat, seed, pick_device(device))
 
 
-def main() -> None:
-    """Runs the command line: exit code 0 done, 2 wrong usage or input (one line), 1 failure."""
+app.command("push")(push_command)
+
+
+def main(args: list[str] | None = None, prog: str = "kvfold") -> None:
+    """Runs the command line: exit code 0 done, 2 wrong usage or input (one line), 1 failure.
+
+    Args:
+        args: what stands after the command's name; default: of this process.
+        prog: what the command is called in its help.
+    """
     import torch
 
     from kvfold.compress.models import quiet_transformers
@@ -275,9 +286,9 @@ def main() -> None:
     quiet_transformers()
     torch.set_flush_denormal(True)  # masked softmax is several times slower with denormals on a CPU
     try:
-        code = app(sys.argv[1:] or ["--help"], prog_name="kvfold", standalone_mode=False)
+        code = app((sys.argv[1:] if args is None else args) or ["--help"], prog_name=prog, standalone_mode=False)
     except UsageError as error:
-        command = error.ctx.command_path if error.ctx else "kvfold"
+        command = error.ctx.command_path if error.ctx else prog
         print(f"kvfold: {' '.join(error.format_message().split())} See `{command} --help`.", file=sys.stderr)
         code = 2
     except KvfoldError as error:

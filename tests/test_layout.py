@@ -67,9 +67,14 @@ def test_imports_go_one_way(file):
             assert rest.split(".")[0] in allowed, f"{name} imports {module}"
 
 
-def test_errors_import_nothing():
+def test_the_top_imports_nothing():
+    """Of kvfold or others, when it is imported; the hook on transformers' loader does when that is called."""
     for file in (ROOT / "src" / "kvfold").glob("*.py"):
-        assert all(name.startswith("kvfold.errors") for name in imported(parse(file)))
+        at_import = ast.Module([n for n in parse(file).body if isinstance(n, ast.Import | ast.ImportFrom)], [])
+        for name in imported(at_import):
+            assert (
+                name.startswith(("kvfold.errors", "kvfold.autoclass")) or name.split(".")[0] in sys.stdlib_module_names
+            )
 
 
 def test_kernels_is_no_package_of_its_own():

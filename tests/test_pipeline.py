@@ -159,14 +159,12 @@ def test_wide_type_where_rounding_costs_too_much(tmp_path, tiny_folder, text_fil
 
 @torch.no_grad()
 def test_the_checkpoint_is_a_plain_one_with_the_originals_logits(tiny_folder, tiny_artifact):
-    from transformers import AutoModelForCausalLM
+    from kvfold.autoclass import stock_from_pretrained
 
     ids = char_tokenizer()("a plain checkpoint", return_tensors="pt").input_ids
-    original, stock = (
-        AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32)(ids).logits for p in (tiny_folder, tiny_artifact)
-    )
+    original, stock = (stock_from_pretrained(p, dtype=torch.float32)(ids).logits for p in (tiny_folder, tiny_artifact))
     assert float((original - stock).norm() / original.norm()) < 0.05  # bfloat16 rounding of random weights
-    assert type(AutoModelForCausalLM.from_pretrained(tiny_artifact)).__name__ == "LlamaForCausalLM"
+    assert type(stock_from_pretrained(tiny_artifact)).__name__ == "LlamaForCausalLM"
 
 
 @torch.no_grad()
