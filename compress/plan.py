@@ -17,7 +17,7 @@ from kvfold.compress.text import read_documents, sample_sequences
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, cache_nbytes
 from kvfold.exports.architectures import Architecture, architecture_of, head_dim_of, num_kv_heads_of
-from kvfold.kernels.formats import Format, uniform
+from kvfold.kernels.formats import Format
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,16 @@ def make_plan(model: str, budget: str, calib: str | None, recipe: Recipe, contex
 
 def _least_formats(recipe: Recipe, head_dim: int) -> tuple[Format, Format]:
     """The smallest formats that the search can choose, as far as size goes."""
-    value = uniform(head_dim, 3, "e4m3", recipe.value.group_size)
-    if recipe.key.transform != "whiten":
-        return uniform(head_dim, 3, "e4m3", recipe.key.group_size), value
-    coded = max(8, int(min(recipe.key.bits) * head_dim) // 8 * 8)
-    whole, rest = divmod(coded, head_dim)
-    if whole:  # a bit or more each: any format of that many code bits has the same size
-        return Format(((head_dim, {1: 2, 2: 4, 3: 8}.get(whole, 16)),)), value
-    return Format(((rest, 2), (head_dim - rest, 0))), value
+    keys = recipe.key.uniform_formats(head_dim)
+    if recipe.key.bits:
+        coded = max(8, int(min(recipe.key.bits) * head_dim) // 8 * 8)
+        whole, rest = divmod(coded, head_dim)
+        if whole:  # a bit or more each: any format of that many code bits has the same size
+            keys.append(Format(((head_dim, {1: 2, 2: 4, 3: 8}.get(whole, 16)),)))
+        else:
+            keys.append(Format(((rest, 2), (head_dim - rest, 0))))
+    least = [min(formats, key=lambda f: f.nbytes(1)) for formats in (keys, recipe.value.uniform_formats(head_dim))]
+    return least[0], least[1]
 
 
 def _load_tokenizer(path: Path) -> Any:

@@ -5,6 +5,9 @@ z = Uᵀ W (k − μ), whose channels have variances λ. Channels are cut into c
 L levels costs D(L)·(Σ_{i∈c} √λ_i)²/n once it is half-whitened, which is the smallest that one shared scale allows:
 M_c = H_n Λ_c^(−¼), H_n orthogonal and mixing. So M = blockdiag(M_c) Uᵀ W. Rows are then divided by their calibrated
 standard deviation, so that the quantiser sees unit variance and one scale a token serves all channels.
+
+Three parts can be left out, to see what each is worth: "metric" (W = I: the keys' own eigenbasis), "mixing" (H_n = I) and
+"offset" (μ = 0, and Σ_k not centred).
 """
 
 import itertools
@@ -15,18 +18,33 @@ import torch
 from torch import Tensor
 
 from kvfold.compress.calibrate import LayerStats
-from kvfold.compress.transforms import KeyBasis
 from kvfold.compress.transforms.basis import mixing_matrix, regularised, symmetric_power
+from kvfold.compress.transforms.interface import Basis, Request, Transform
 from kvfold.kernels.formats import GAUSSIAN_MSE, PLANE_WIDTHS, Format
 
 CLASS_LEVELS = (64, 32, 16, 8, 4, 2, 0)  # of a class, falling with the variance
+FLOOR = 1e-6  # least variance of a channel, as a part of its head's largest
+DEAD = 1e-20  # a head of less variance is left unscaled
 MAX_COMPOSITIONS = 80_000  # more cuts than this: classes get coarser
 
 
-def whitened(stats: LayerStats) -> tuple[Tensor, Tensor]:
+PARTS = ("metric", "mixing", "offset")
+
+
+def _moment(stats: LayerStats, without: tuple[str, ...]) -> Tensor:
+    """Σ_k of what is coded: centred, unless the offset is left out."""
+    if "offset" not in without:
+        return stats.key_cov
+    return stats.key_cov + stats.key_mean[:, :, None] * stats.key_mean[:, None, :]
+
+
+def whitened(stats: LayerStats, without: tuple[str, ...] = ()) -> tuple[Tensor, Tensor]:
     """Uᵀ W and λ of every KV head: float64 [Hkv, D, D] and [Hkv, D], λ falling."""
-    root = symmetric_power(stats.query_moment, 0.5)
-    values, vectors = torch.linalg.eigh(root @ stats.key_cov @ root)
+    if "metric" in without:
+        root = torch.eye(stats.key_mean.shape[1], dtype=torch.float64).expand(stats.key_cov.shape)
+    else:
+        root = symmetric_power(stats.query_moment, 0.5)
+    values, vectors = torch.linalg.eigh(root @ _moment(stats, without) @ root)
     return vectors.flip(-1).mT @ root, values.flip(-1).clamp_min(0)
 
 
@@ -75,17 +93,31 @@ def water_fill(variances: Tensor, mean_bits: tuple[float, ...]) -> list[Format]:
     return list(formats)
 
 
-def whiten(stats: LayerStats, fmt: Format, generator: torch.Generator) -> KeyBasis:
+def whiten(stats: LayerStats, request: Request) -> Basis:
     """M and μ for one format; a format of one class is the balanced basis."""
-    basis, variances = whitened(stats)
+    assert request.fmt is not None
+    basis, variances = whitened(stats, request.without)
     quarter = regularised(variances) ** -0.25
+    generator = request.generator()
     rows = []
     start = 0
-    for channels, _ in fmt.classes:
+    for channels, _ in request.fmt.classes:
         part = slice(start, start + channels)
-        rows.append(mixing_matrix(channels, generator) @ (quarter[:, part, None] * basis[:, part]))
+        block = quarter[:, part, None] * basis[:, part]
+        rows.append(block if "mixing" in request.without else mixing_matrix(channels, generator) @ block)
         start += channels
     matrix = torch.cat(rows, 1)
-    variance = torch.einsum("hij,hjk,hik->hi", matrix, stats.key_cov, matrix)
-    floor = variance.amax(-1, keepdim=True).clamp_min(1e-30) * 1e-12
-    return KeyBasis(matrix=matrix / variance.clamp_min(floor).sqrt()[..., None], offset=stats.key_mean)
+    variance = torch.einsum("hij,hjk,hik->hi", matrix, _moment(stats, request.without), matrix)
+    top = variance.amax(-1, keepdim=True)
+    # a channel that calibration saw dead may fire later: it must not saturate the 16-bit rows
+    variance = torch.where(top > DEAD, torch.maximum(variance, FLOOR * top), torch.ones_like(variance))
+    scaled = matrix / variance.sqrt()[..., None]
+    return Basis(online=scaled, offset=None if "offset" in request.without else stats.key_mean)
+
+
+KEYS = Transform(
+    "whiten",
+    whiten,
+    mixed=lambda stats, bits, request: water_fill(whitened(stats, request.without)[1], bits),
+    each_format=True,
+)
