@@ -1,13 +1,15 @@
 """What the search chooses from: for each layer, formats of keys and of values, with their transforms and measured error."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvfold.compress.calibrate import LayerStats
-from kvfold.compress.recipe import Recipe
-from kvfold.compress.transforms import KEY_TRANSFORMS, VALUE_TRANSFORMS, Basis, Request
+from kvfold.compress.recipe import KeyRecipe, Recipe, ValueRecipe
+from kvfold.compress.transforms import KEY_TRANSFORMS, VALUE_TRANSFORMS, Basis, Request, Transform
 from kvfold.exports.spec import KeySpec, ValueSpec, clip_rows
 from kvfold.kernels.formats import RAW, Format
 from kvfold.kernels.quantizer import round_trip, to_float16
@@ -75,8 +77,19 @@ def _distortion(x: Tensor, fmt: Format, metric: Tensor, clip: Tensor | None) -> 
     return float(torch.einsum("hti,hij,htj->", delta, metric, delta) / (x.shape[0] * x.shape[1]))
 
 
-def _seed(recipe: Recipe, layer: int) -> int:
-    return recipe.seed * 1_000_003 + layer
+def _fitted(
+    row: Transform, side: KeyRecipe | ValueRecipe, stats: LayerStats, recipe: Recipe, layer: int, **more: Any
+) -> Iterator[tuple[Format, Basis]]:
+    """Every format that a side offers, with its basis."""
+    head_dim = stats.key_mean.shape[-1]
+    without = side.without if isinstance(side, KeyRecipe) else ()
+    request = Request(None, side.group(head_dim), recipe.seed * 1_000_003 + layer, without=without, **more)
+    formats = side.uniform_formats(head_dim)
+    if row.mixed is not None:
+        formats = [*row.mixed(stats, side.bits or (), request), *formats]
+    shared = None if row.each_format else row.fit(stats, request)
+    for fmt in formats:
+        yield fmt, shared or row.fit(stats, replace(request, fmt=fmt))
 
 
 def _key_candidate(fmt: Format, basis: Basis, stats: LayerStats, recipe: Recipe) -> KeyCandidate:
@@ -104,35 +117,25 @@ def key_candidates(
         one_norm: the model has one k_norm for all heads.
         output_weight: float [hidden_size, H·D], o_proj's weight, which "smooth" needs.
     """
-    side = recipe.key
-    row = KEY_TRANSFORMS[side.transform]
-    head_dim = stats.key_mean.shape[-1]
-    request = Request(None, side.group(head_dim), _seed(recipe, layer), one_norm, side.without, output_weight)
-    formats = side.uniform_formats(head_dim)
-    if row.mixed is not None:
-        formats = [*row.mixed(stats, side.bits or (), request), *formats]
-    shared = None if row.each_format else row.fit(stats, request)
-    found = []
-    for fmt in formats:
-        basis = Basis() if is_raw(fmt) else shared or row.fit(stats, replace(request, fmt=fmt))
-        found.append(_key_candidate(fmt, basis, stats, recipe))
-    return found
+    row = KEY_TRANSFORMS[recipe.key.transform]
+    pairs = _fitted(row, recipe.key, stats, recipe, layer, one_norm=one_norm, output_weight=output_weight)
+    return [_key_candidate(fmt, Basis() if is_raw(fmt) else basis, stats, recipe) for fmt, basis in pairs]
+
+
+def _value_candidate(fmt: Format, matrix: Tensor, stats: LayerStats, recipe: Recipe) -> ValueCandidate:
+    name = recipe.value.transform
+    names = ("scale",) if name == "none" else (name, "scale")
+    values = to_float16(stats.value_sample @ matrix.float().mT).float()
+    inverse = torch.linalg.inv(matrix)
+    metric = inverse.mT @ stats.output_metric @ inverse
+    clip = best_clip(values, fmt, metric) if fmt.params == "scale_min" and recipe.value.clip else None
+    return ValueCandidate(ValueSpec(fmt, names, clip), matrix, _distortion(values, fmt, metric, clip))
 
 
 def value_candidates(stats: LayerStats, recipe: Recipe, layer: int) -> list[ValueCandidate]:
     """Candidates for one layer's values, 16 bits last if offered."""
-    side = recipe.value
-    row = VALUE_TRANSFORMS[side.transform]
-    head_dim = stats.value_mean.shape[-1]
-    matrix = row.fit(stats, Request(None, side.group(head_dim), _seed(recipe, layer))).fused
-    assert matrix is not None
-    values = to_float16(stats.value_sample @ matrix.float().mT).float()
-    inverse = torch.linalg.inv(matrix)
-    metric = inverse.mT @ stats.output_metric @ inverse
-    names = ("scale",) if side.transform == "none" else (side.transform, "scale")
     found = []
-    for fmt in side.uniform_formats(head_dim):
-        clip = best_clip(values, fmt, metric) if fmt.params == "scale_min" and side.clip else None
-        error = _distortion(values, fmt, metric, clip)
-        found.append(ValueCandidate(ValueSpec(fmt, names, clip), matrix, error))
+    for fmt, basis in _fitted(VALUE_TRANSFORMS[recipe.value.transform], recipe.value, stats, recipe, layer):
+        assert basis.fused is not None
+        found.append(_value_candidate(fmt, basis.fused, stats, recipe))
     return found

@@ -17,7 +17,6 @@ from kvfold.compress.text import read_documents, sample_sequences
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, cache_nbytes
 from kvfold.exports.architectures import Architecture, architecture_of, head_dim_of, num_kv_heads_of
-from kvfold.kernels.formats import Format
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def make_plan(model: str, budget: str, calib: str | None, recipe: Recipe, contex
     arch = architecture_of(config)
     geometry = Geometry(num_kv_heads_of(config), head_dim_of(config), recipe.sinks, recipe.window, recipe.page_tokens)
     allowance = parse_budget(budget, geometry, config.num_hidden_layers, config.max_position_embeddings, context)
-    k, v = _least_formats(recipe, geometry.head_dim)
+    k, v = (side.least_format(geometry.head_dim) for side in (recipe.key, recipe.value))
     check_reach(
         allowance,
         geometry,
@@ -87,20 +86,6 @@ def make_plan(model: str, budget: str, calib: str | None, recipe: Recipe, contex
     )
     spread = c.spread or max(1, ceil(allowance.at / sequences[0].shape[1]))
     return Plan(source, config, arch, geometry, allowance, recipe, tokenizer, sequences, name, spread)
-
-
-def _least_formats(recipe: Recipe, head_dim: int) -> tuple[Format, Format]:
-    """The smallest formats that the search can choose, as far as size goes."""
-    keys = recipe.key.uniform_formats(head_dim)
-    if recipe.key.bits:
-        coded = max(8, int(min(recipe.key.bits) * head_dim) // 8 * 8)
-        whole, rest = divmod(coded, head_dim)
-        if whole:  # a bit or more each: any format of that many code bits has the same size
-            keys.append(Format(((head_dim, {1: 2, 2: 4, 3: 8}.get(whole, 16)),)))
-        else:
-            keys.append(Format(((rest, 2), (head_dim - rest, 0))))
-    least = [min(formats, key=lambda f: f.nbytes(1)) for formats in (keys, recipe.value.uniform_formats(head_dim))]
-    return least[0], least[1]
 
 
 def _load_tokenizer(path: Path) -> Any:

@@ -6,18 +6,19 @@ Recipes that ship are the YAML files of compress/recipes; a name stands for its 
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from kvfold.compress.transforms import KEY_TRANSFORMS, VALUE_TRANSFORMS
+from kvfold.compress.transforms import KEY_TRANSFORMS, VALUE_TRANSFORMS, Transform
 from kvfold.compress.transforms.whiten import PARTS
 from kvfold.errors import KvfoldError
 from kvfold.kernels.formats import PLANE_WIDTHS, RAW, Format, raw16, uniform
 
 DEFAULT = "best"
 MIXED_BITS = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5, 5.0)
+VALUE_BITS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 LEVELS = (3, 4, 8, 16, 32, 64, 256, RAW)
 MANY_LEVELS = (64, 256, RAW)  # beyond 5 bits nothing is won by mixing
 Params = Literal["scale", "scale_min"]
@@ -31,6 +32,8 @@ class _Side(_Strict):
     """What keys and values have in common.
 
     Attributes:
+        transform: a name of the side's table in transforms.
+        bits: mean code bits of the mixed formats that are offered; only for transforms that have some.
         levels: of the formats with one class that are offered; 65536 is 16 bits.
         params: of those formats: "scale" (symmetric) or "scale_min"; both may be offered.
         param_dtype: type of their parameters; "auto": e4m3 for few levels, fp16 for many, both at 16 levels.
@@ -38,11 +41,35 @@ class _Side(_Strict):
         clip: search factors on (minimum, maximum).
     """
 
+    _table: ClassVar[dict[str, Transform]]
+    _offered: ClassVar[
+        dict[str, tuple]
+    ]  # where a transform with mixed formats is asked for without saying what to offer
+
+    transform: str
+    bits: tuple[Annotated[float, Field(gt=0, le=6)], ...] | None = None
     levels: tuple[int, ...] | None = None
     params: tuple[Params, ...] = ("scale_min",)
     param_dtype: Literal["auto", "e4m3", "fp16"] = "auto"
     group_size: Annotated[int, Field(ge=0)] = 0
     clip: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolved(cls, data: object) -> object:
+        """What is offered where the recipe does not say: it depends on the transform."""
+        if not isinstance(data, dict):
+            return data
+        row = cls._table.get(data.get("transform", cls.model_fields["transform"].default))
+        offered = cls._offered if row is not None and row.mixed is not None else {"bits": (), "levels": LEVELS}
+        return offered | {name: value for name, value in data.items() if value is not None}
+
+    @field_validator("transform")
+    @classmethod
+    def _known_transform(cls, value: str) -> str:
+        if value not in cls._table:
+            raise ValueError(f"transform must be one of {', '.join(cls._table)}")
+        return value
 
     @field_validator("levels")
     @classmethod
@@ -51,6 +78,14 @@ class _Side(_Strict):
         if value is not None and set(value) - set(allowed):
             raise ValueError(f"levels must be some of {allowed}")
         return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.bits and self._table[self.transform].mixed is None:
+            raise ValueError(f"bits goes with mixed formats, which transform {self.transform} has not")
+        if not self.bits and not self.levels:
+            raise ValueError("bits and levels are both empty, so there is nothing to choose from")
+        return self
 
     def group(self, head_dim: int) -> int:
         """Channels of a group in a head of head_dim channels; 0 for the whole head."""
@@ -69,6 +104,18 @@ class _Side(_Strict):
                     found.append(uniform(head_dim, levels, dtype, size))
         return [*found, raw16(head_dim)] if RAW in (self.levels or ()) else found
 
+    def least_format(self, head_dim: int) -> Format:
+        """The smallest format that is offered, or one of the same size."""
+        found = self.uniform_formats(head_dim)
+        if self.bits:
+            coded = max(8, int(min(self.bits) * head_dim) // 8 * 8)
+            whole, rest = divmod(coded, head_dim)
+            if whole:  # a bit or more each: any format of that many code bits has the same size
+                found.append(Format(((head_dim, {1: 2, 2: 4, 3: 8}.get(whole, 16)),)))
+            else:
+                found.append(Format(((rest, 2), (head_dim - rest, 0))))
+        return min(found, key=lambda f: f.nbytes(1))
+
 
 def _param_dtypes(levels: int) -> tuple:
     """Few levels can't use a scale of 16 bits, many can't live with 8."""
@@ -76,59 +123,28 @@ def _param_dtypes(levels: int) -> tuple:
 
 
 class KeyRecipe(_Side):
-    """Keys.
+    """Keys. without: parts of "whiten" that are left out."""
 
-    Attributes:
-        transform: a name of transforms.KEY_TRANSFORMS.
-        bits: mean code bits of the mixed formats that are offered; only for transforms that have some ("whiten").
-        without: parts of "whiten" that are left out.
-    """
+    _table = KEY_TRANSFORMS
+    _offered: ClassVar = {"bits": MIXED_BITS, "levels": MANY_LEVELS}
 
     transform: str = "whiten"
-    bits: tuple[Annotated[float, Field(gt=0, le=6)], ...] | None = None
     without: tuple[Literal["metric", "mixing", "offset"], ...] = ()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _resolved(cls, data: object) -> object:
-        """What is offered where the recipe does not say: it depends on the transform."""
-        if not isinstance(data, dict):
-            return data
-        row = KEY_TRANSFORMS.get(data.get("transform", "whiten"))
-        mixed = row is not None and row.mixed is not None
-        offered: dict = {"bits": MIXED_BITS, "levels": MANY_LEVELS} if mixed else {"bits": (), "levels": LEVELS}
-        return offered | {name: value for name, value in data.items() if value is not None}
-
-    @field_validator("transform")
-    @classmethod
-    def _known_transform(cls, value: str) -> str:
-        if value not in KEY_TRANSFORMS:
-            raise ValueError(f"transform must be one of {', '.join(KEY_TRANSFORMS)}")
-        return value
-
     @model_validator(mode="after")
-    def _consistent(self) -> "KeyRecipe":
-        if self.bits and KEY_TRANSFORMS[self.transform].mixed is None:
-            raise ValueError(f"bits goes with mixed formats, which transform {self.transform} has not")
+    def _parts(self) -> Self:
         if self.without and self.transform != "whiten":
             raise ValueError(f"without ({', '.join(PARTS)}) goes with transform whiten")
-        if not self.bits and not self.levels:
-            raise ValueError("bits and levels are both empty, so there is nothing to choose from")
         return self
 
 
 class ValueRecipe(_Side):
-    """Values. transform: a name of transforms.VALUE_TRANSFORMS, the basis fused into v_proj and o_proj."""
+    """Values; their transform is the basis fused into v_proj and o_proj."""
 
-    transform: str = "rotate"
-    levels: Annotated[tuple[int, ...], Field(min_length=1)] = LEVELS
+    _table = VALUE_TRANSFORMS
+    _offered: ClassVar = {"bits": VALUE_BITS, "levels": LEVELS}
 
-    @field_validator("transform")
-    @classmethod
-    def _known_transform(cls, value: str) -> str:
-        if value not in VALUE_TRANSFORMS:
-            raise ValueError(f"transform must be one of {', '.join(VALUE_TRANSFORMS)}")
-        return value
+    transform: str = "whiten"
 
 
 class CalibrationRecipe(_Strict):
@@ -165,8 +181,8 @@ class Recipe(_Strict):
     page_tokens: Annotated[int, Field(gt=0, le=1024)] = 32
     seed: Annotated[int, Field(ge=0)] = 0
     tied: bool = False
-    key: KeyRecipe = KeyRecipe()
-    value: ValueRecipe = ValueRecipe()
+    key: KeyRecipe = Field(default_factory=lambda: KeyRecipe.model_validate({}))
+    value: ValueRecipe = Field(default_factory=lambda: ValueRecipe.model_validate({}))
     calibration: CalibrationRecipe = CalibrationRecipe()
     sensitivity: SensitivityRecipe = SensitivityRecipe()
 
@@ -182,10 +198,8 @@ class Recipe(_Strict):
         same = all(
             getattr(self.key, x) == getattr(self.value, x) for x in ("levels", "params", "param_dtype", "group_size")
         )
-        if self.tied and (self.key.bits or not same):
-            raise ValueError(
-                "tied needs keys without bits and with the values' levels, params, param_dtype and group_size"
-            )
+        if self.tied and (self.key.bits or self.value.bits or not same):
+            raise ValueError("tied needs no bits, and keys with the values' levels, params, param_dtype and group_size")
         return self
 
     def dump(self) -> str:

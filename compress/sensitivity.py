@@ -3,11 +3,12 @@
 One probe quantises one side of one layer through packed bytes, sinks and window left in 16 bits, and runs the rest of the
 model as it is. It is cheap because
 - a probe starts at its layer from stored hidden states, so that it costs half a forward pass on average;
-- one or two formats of a side are probed, not all: KL is quadratic in a small error, so that of another format follows
-  from the two formats' distortions, which are measured on calibration tokens without the model;
+- one format of each kind of a side is probed, not all: KL is quadratic in a small error, so that of another format
+  follows from the two formats' distortions, which are measured on calibration tokens without the model (kinds are
+  measured apart, because symmetric and minimum-maximum codes spend equal distortions on different tokens);
 - the layers' losses add up (the artifact states how well), so that choices need no probing together;
 - logits are compared at every `stride`-th position only.
-With L layers and n formats that is n·L forward passes: one minute for SmolLM2-135M's 30 layers on two cores. It runs in
+With L layers and n probed formats a layer that is n·L/2 forward passes: one minute for SmolLM2-135M's 30 layers on two cores. It runs in
 float32, because in bfloat16 the rounding of the rest of the model alone is as large as one layer's KL.
 """
 
@@ -34,6 +35,7 @@ from kvfold.kernels.quantizer import round_trip, to_float16
 
 KL_BLOCK = 128  # positions whose logits are in memory at a time
 SPREAD_BITS = 0.75  # how far around the budget's payload a side is probed where more than one format is
+NEAR_BITS = 1.5  # a kind of formats further than this from the budget's payload is not probed for itself
 Candidate = KeyCandidate | ValueCandidate
 
 
@@ -165,32 +167,47 @@ def packing_tap(
 
 
 def probed(group: Sequence[Candidate], bits: float, count: int) -> list[int]:
-    """Which candidates of a side are measured: `count` quantised ones, spread over SPREAD_BITS around `bits` of payload."""
-    coded = [i for i, c in enumerate(group) if not is_raw(c.spec.format)]
+    """Which candidates of a side are measured: of each kind of parameters, `count` quantised ones, spread over SPREAD_BITS
+    around `bits` of payload. A kind that has nothing within NEAR_BITS is not measured, unless no kind has."""
     offsets = [SPREAD_BITS * (2 * i / (count - 1) - 1) for i in range(count)] if count > 1 else [0.0]
-    nearest = [
-        min(coded, key=lambda i: abs(group[i].spec.format.payload_bits - bits - offset)) for offset in offsets if coded
-    ]
-    return sorted(set(nearest))
+    distance = {i: c.spec.format.payload_bits - bits for i, c in enumerate(group) if not is_raw(c.spec.format)}
+    kinds: dict[str, list[int]] = {}
+    for i in distance:
+        kinds.setdefault(group[i].spec.format.params, []).append(i)
+    nearest = min(map(abs, distance.values()), default=0.0)
+    chosen = set()
+    for members in kinds.values():
+        if min(abs(distance[i]) for i in members) <= max(NEAR_BITS, nearest):
+            chosen |= {min(members, key=lambda i: abs(distance[i] - offset)) for offset in offsets}
+    return sorted(chosen)
 
 
-def extrapolate(distortions: Sequence[float], measured: dict[int, float]) -> list[float]:
+def extrapolate(group: Sequence[Candidate], measured: dict[int, float]) -> list[float]:
     """Losses of all candidates from those of some.
 
     Args:
-        distortions: of each candidate.
         measured: index of a candidate → its loss.
     Returns:
-        Loss of each candidate: its distortion times loss / distortion of the measured ones, whose logarithm is
-        interpolated over the logarithm of the distortion, and constant beyond them.
+        Loss of each candidate: its distortion times loss / distortion of the measured ones of its kind (of any, if none of
+        its kind was), whose logarithm is interpolated over the logarithm of the distortion, and constant beyond them.
     """
-    known = sorted((distortions[i], loss) for i, loss in measured.items() if distortions[i] > 0 and loss > 0)
-    if not known:
-        return [0.0] * len(distortions)
-    x = np.log([d for d, _ in known])
-    ratio = np.log([loss / d for d, loss in known])
-    found = [float(d * np.exp(np.interp(np.log(d), x, ratio))) if d > 0 else 0.0 for d in distortions]
-    return [measured.get(i, loss) for i, loss in enumerate(found)]
+
+    def known(kind: str | None) -> list[tuple[float, float]]:
+        return sorted(
+            (group[i].distortion, loss)
+            for i, loss in measured.items()
+            if group[i].distortion > 0 and loss > 0 and kind in (None, group[i].spec.format.params)
+        )
+
+    losses = []
+    for i, candidate in enumerate(group):
+        points = known(candidate.spec.format.params) or known(None)
+        loss = measured.get(i)
+        if loss is None and points and candidate.distortion > 0:
+            x, ratio = np.log([d for d, _ in points]), np.log([loss / d for d, loss in points])
+            loss = float(candidate.distortion * np.exp(np.interp(np.log(candidate.distortion), x, ratio)))
+        losses.append(loss or 0.0)
+    return losses
 
 
 def sensitivities(
@@ -237,7 +254,7 @@ def sensitivities(
     def losses(side: str, groups: Sequence[Sequence[Candidate]]) -> list[list[float]]:
         return [
             extrapolate(
-                [c.distortion for c in group],
+                group,
                 {c: found[f"{layer}.{side}.{c}"] for s, i, c in jobs if s == side and i == layer},
             )
             for layer, group in enumerate(groups)

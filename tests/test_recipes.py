@@ -57,7 +57,7 @@ def test_a_dumped_recipe_reads_back(name, tmp_path):
         ("key: {without: [everything]}", ["key.without.0"]),
         ("key: {bits: [], levels: []}", ["nothing to choose"]),
         ("value: {levels: [5]}", ["value.levels", "256"]),
-        ("value: {levels: []}", ["value.levels"]),
+        ("value: {transform: rotate, levels: []}", ["value", "nothing to choose"]),
         ("tied: true", ["tied"]),
         ("sensitivity: {method: magic}", ["sensitivity.method"]),
     ],
@@ -288,14 +288,25 @@ def test_pm_kvq_ties_keys_and_values_and_covers_the_context(tmp_path, text_file)
 # -- losses from a few probes
 
 
+def candidate(fmt, distortion=0.0):
+    return SimpleNamespace(spec=SimpleNamespace(format=fmt), distortion=distortion)
+
+
 def test_probes_spread_around_the_budget_and_extrapolate_by_distortion():
-    group = [SimpleNamespace(spec=SimpleNamespace(format=f)) for f in (uniform(64, n) for n in (3, 4, 8, 16))]
-    group.append(SimpleNamespace(spec=SimpleNamespace(format=Format(((64, 65536),), "none"))))
+    formats = [*(uniform(64, n) for n in (3, 4, 8, 16)), Format(((64, 65536),), "none")]
+    group = [candidate(f, d) for f, d in zip(formats, [8.0, 4.0, 1.0, 0.25, 0.0], strict=True)]
     assert probed(group, 2.3, 1) == [1] and probed(group, 2.3, 3) == [0, 1, 2] and probed(group, 16.0, 2) == [3]
-    distortions = [8.0, 4.0, 1.0, 0.25, 0.0]
-    assert extrapolate(distortions, {1: 0.4}) == pytest.approx([0.8, 0.4, 0.1, 0.025, 0.0])
-    between = extrapolate(
-        distortions, {0: 0.8, 2: 0.2}
-    )  # loss / distortion is .1 and .2, so .1·2^(1/3) a third of the way
+    assert extrapolate(group, {1: 0.4}) == pytest.approx([0.8, 0.4, 0.1, 0.025, 0.0])
+    between = extrapolate(group, {0: 0.8, 2: 0.2})  # loss / distortion is .1 and .2, so .1·2^(1/3) a third of the way
     assert between == pytest.approx([0.8, 0.4 * 2 ** (1 / 3), 0.2, 0.05, 0.0])
-    assert extrapolate(distortions, {}) == [0.0] * 5
+    assert extrapolate(group, {}) == [0.0] * 5
+
+
+def test_each_kind_of_format_is_measured_for_itself_unless_it_is_far():
+    group = [candidate(Format(((64, n),)), 2.0**-n) for n in (2, 4, 8)] + [candidate(uniform(64, 4), 0.1)]
+    assert probed(group, 2.25, 1) == [1, 3]
+    far = [*group[:3], candidate(uniform(64, 256, "fp16"), 1e-6)]
+    assert probed(far, 2.25, 1) == [1] and probed(far, 7.0, 1) == [3]
+    losses = extrapolate(group, {1: 0.5, 3: 0.3})
+    assert losses == pytest.approx([2.0, 0.5, 0.5 / 16, 0.3])
+    assert extrapolate(far, {1: 0.5})[3] == pytest.approx(0.5 * 16 * 1e-6)  # nothing of its own kind: the other's ratio

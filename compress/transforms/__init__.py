@@ -10,12 +10,15 @@
 | whiten | K | – | a matrix M and an offset μ | whiten.py |
 | rotate | V | an orthogonal matrix times a power of two | – | rotate.py |
 | balance | V | an invertible matrix | – | rotate.py |
+| whiten | V | an invertible matrix M | – | whiten.py |
 """
 
 from kvfold.compress.transforms import reorder, rotate, smooth, whiten
 from kvfold.compress.transforms.interface import Basis, Request, Transform, identity
 
 KEY_TRANSFORMS = {row.name: row for row in (Transform("none", identity), smooth.KEYS, reorder.KEYS, whiten.KEYS)}
-VALUE_TRANSFORMS = {row.name: row for row in (rotate.PLAIN, reorder.VALUES, rotate.ROTATE, rotate.BALANCE)}
+VALUE_TRANSFORMS = {
+    row.name: row for row in (rotate.PLAIN, reorder.VALUES, rotate.ROTATE, rotate.BALANCE, whiten.VALUES)
+}
 
 __all__ = ["KEY_TRANSFORMS", "VALUE_TRANSFORMS", "Basis", "Request", "Transform"]

@@ -1,4 +1,4 @@
-"""Keys in the query-metric whitened eigenbasis, with bits by reverse water-filling.
+"""Keys and values in the whitened eigenbasis of the metric that their error is felt in, with bits by reverse water-filling.
 
 With Σ_q = E[q qᵀ], W = Σ_q^½ and W Σ_k W = U Λ Uᵀ (λ falling), the error of a logit is the plain squared error of
 z = Uᵀ W (k − μ), whose channels have variances λ. Channels are cut into contiguous classes; class c of n channels with
@@ -6,7 +6,11 @@ L levels costs D(L)·(Σ_{i∈c} √λ_i)²/n once it is half-whitened, which is
 M_c = H_n Λ_c^(−¼), H_n orthogonal and mixing. So M = blockdiag(M_c) Uᵀ W. Rows are then divided by their calibrated
 standard deviation, so that the quantiser sees unit variance and one scale a token serves all channels.
 
-Three parts can be left out, to see what each is worth: "metric" (W = I: the keys' own eigenbasis), "mixing" (H_n = I) and
+For values the metric is G = mean W_oᵀ W_o in the place of Σ_q, M is fused into v_proj and o_proj, and there is no offset, so
+Σ_v = E[v vᵀ] is not centred: tokens with small values often draw the most attention, and their error must stay in
+proportion to their own norm.
+
+Three parts of the keys' can be left out, to see what each is worth: "metric" (W = I: the keys' own eigenbasis), "mixing" (H_n = I) and
 "offset" (μ = 0, and Σ_k not centred).
 """
 
@@ -38,14 +42,21 @@ def _moment(stats: LayerStats, without: tuple[str, ...]) -> Tensor:
     return stats.key_cov + stats.key_mean[:, :, None] * stats.key_mean[:, None, :]
 
 
-def whitened(stats: LayerStats, without: tuple[str, ...] = ()) -> tuple[Tensor, Tensor]:
-    """Uᵀ W and λ of every KV head: float64 [Hkv, D, D] and [Hkv, D], λ falling."""
-    if "metric" in without:
-        root = torch.eye(stats.key_mean.shape[1], dtype=torch.float64).expand(stats.key_cov.shape)
-    else:
-        root = symmetric_power(stats.query_moment, 0.5)
-    values, vectors = torch.linalg.eigh(root @ _moment(stats, without) @ root)
+def value_moment(stats: LayerStats) -> Tensor:
+    """E[v vᵀ], float64 [Hkv, D, D]."""
+    return stats.value_cov + stats.value_mean[:, :, None] * stats.value_mean[:, None, :]
+
+
+def eigenbasis(moment: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Uᵀ W and λ of every head, from Σ and W² (None for the identity): float64 [Hkv, D, D] and [Hkv, D], λ falling."""
+    root = symmetric_power(metric, 0.5) if metric is not None else torch.eye(moment.shape[-1], dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(root @ moment @ root)
     return vectors.flip(-1).mT @ root, values.flip(-1).clamp_min(0)
+
+
+def whitened(stats: LayerStats, without: tuple[str, ...] = ()) -> tuple[Tensor, Tensor]:
+    """The keys' eigenbasis: Uᵀ W and λ of every KV head."""
+    return eigenbasis(_moment(stats, without), None if "metric" in without else stats.query_moment)
 
 
 @cache
@@ -93,10 +104,10 @@ def water_fill(variances: Tensor, mean_bits: tuple[float, ...]) -> list[Format]:
     return list(formats)
 
 
-def whiten(stats: LayerStats, request: Request) -> Basis:
-    """M and μ for one format; a format of one class is the balanced basis."""
+def half_whitened(moment: Tensor, metric: Tensor | None, request: Request) -> Tensor:
+    """M for one format, float64 [Hkv, D, D]; for a format of one class it is the balanced basis."""
     assert request.fmt is not None
-    basis, variances = whitened(stats, request.without)
+    basis, variances = eigenbasis(moment, metric)
     quarter = regularised(variances) ** -0.25
     generator = request.generator()
     rows = []
@@ -107,17 +118,34 @@ def whiten(stats: LayerStats, request: Request) -> Basis:
         rows.append(block if "mixing" in request.without else mixing_matrix(channels, generator) @ block)
         start += channels
     matrix = torch.cat(rows, 1)
-    variance = torch.einsum("hij,hjk,hik->hi", matrix, _moment(stats, request.without), matrix)
+    variance = torch.einsum("hij,hjk,hik->hi", matrix, moment, matrix)
     top = variance.amax(-1, keepdim=True)
     # a channel that calibration saw dead may fire later: it must not saturate the 16-bit rows
     variance = torch.where(top > DEAD, torch.maximum(variance, FLOOR * top), torch.ones_like(variance))
-    scaled = matrix / variance.sqrt()[..., None]
-    return Basis(online=scaled, offset=None if "offset" in request.without else stats.key_mean)
+    return matrix / variance.sqrt()[..., None]
+
+
+def whiten(stats: LayerStats, request: Request) -> Basis:
+    """M and μ of keys."""
+    metric = None if "metric" in request.without else stats.query_moment
+    matrix = half_whitened(_moment(stats, request.without), metric, request)
+    return Basis(online=matrix, offset=None if "offset" in request.without else stats.key_mean)
+
+
+def whiten_values(stats: LayerStats, request: Request) -> Basis:
+    """M of values."""
+    return Basis(fused=half_whitened(value_moment(stats), stats.output_metric, request))
 
 
 KEYS = Transform(
     "whiten",
     whiten,
     mixed=lambda stats, bits, request: water_fill(whitened(stats, request.without)[1], bits),
+    each_format=True,
+)
+VALUES = Transform(
+    "whiten",
+    whiten_values,
+    mixed=lambda stats, bits, request: water_fill(eigenbasis(value_moment(stats), stats.output_metric)[1], bits),
     each_format=True,
 )
