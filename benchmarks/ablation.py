@@ -29,17 +29,16 @@ ROWS: dict[str, dict] = {
     "K: no offset": {"key": {"without": ["offset"]}},
     "K: same bits in all channels": {"key": {"bits": [], **ANY}},
     "K: no transform": {"key": {"transform": "none", "bits": None, **ANY}},
-    "V: no rotation": {"value": {"transform": "none"}},
-    "V: balanced, not orthogonal": {"value": {"transform": "balance"}},
+    "V: mixed bits only": {"value": {"levels": [65536]}},
+    "V: same bits in all channels": {"value": {"bits": [], **ANY}},
+    "V: same bits, orthogonal basis": {"value": {"transform": "rotate", "bits": None, **ANY}},
+    "V: same bits, orthogonal basis, ternary at least": {"value": {"transform": "rotate", "bits": None}},
+    "V: no transform": {"value": {"transform": "none", "bits": None, **ANY}},
     "V: no clip search": {"value": {"clip": False}},
-    "V: minimum and scale only": {"value": {"params": ["scale_min"]}},
-    "V: symmetric scale only": {"value": {"params": ["scale"]}},
-    "V: 2 bits or ternary at least": {"value": {"levels": [3, 4, 8, 16, 32, 64, 256, 65536], "params": ["scale_min"]}},
     "positions not spread": {"calibration": {"spread": 1}},
     "one format for all layers": {"fixed": True},
     "first-order sensitivities": {"sensitivity": {"method": "first-order"}},
-    "one probe a side": {"sensitivity": {"probes": 1}},
-    "three probes a side": {"sensitivity": {"probes": 3}},
+    "two probes a kind": {"sensitivity": {"probes": 2}},
     "1 sink": {"sinks": 1},
     "64 sinks": {"sinks": 64},
     "skvq": {"recipe": "skvq"},
@@ -58,7 +57,7 @@ def recipe_for(change: dict, model: str, bits: float) -> Recipe:
     if change.get("fixed"):  # values with 2 bits, keys with the water-filled format that the rest of the bits pays
         head_dim = geometry_of(model, Recipe())[0].head_dim
         value_bits = 2 + 16 / head_dim
-        data["value"] |= {"levels": [4], "params": ["scale_min"]}
+        data["value"] |= {"bits": [], "levels": [4], "params": ["scale_min"]}
         data["key"] |= {"bits": [int((2 * bits - value_bits) * head_dim / 8 - 1 + 1e-9) * 8 / head_dim], "levels": []}
     return Recipe.model_validate(data)
 
