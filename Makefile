@@ -10,7 +10,7 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help compress eval bench test lint typecheck clean
+.PHONY: help compress eval bench ablation domains test lint typecheck clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -30,6 +30,12 @@ eval: $(READY)  ## measure the artifact OUT (default: what `make compress` write
 
 bench: $(READY)  ## the README's table: budgets 2.3, 3.0 and 4.5 of MODEL, measured on TEXT
 	@$(BIN)/python benchmarks/quality.py '$(MODEL)' $(if $(TEXT),--text '$(TEXT)') $(ARGS)
+
+ablation: $(READY)  ## what each ingredient of the default recipe is worth: MODEL, or two models; goes on where it stopped
+	@$(BIN)/python benchmarks/ablation.py $(if $(filter file,$(origin MODEL)),,'$(MODEL)') $(if $(TEXT),--text '$(TEXT)') $(ARGS)
+
+domains: $(READY)  ## calibrate MODEL on one domain, test on the others
+	@$(BIN)/python benchmarks/domains.py '$(MODEL)' $(ARGS)
 
 test: $(READY)  ## run the tests
 	@$(BIN)/python -m pytest -n auto $(ARGS)

@@ -15,6 +15,7 @@ from kvfold.compress.models import load_model, quiet_transformers
 from kvfold.compress.plan import make_plan
 from kvfold.compress.recipe import Recipe
 from kvfold.compress.tap import NAME
+from kvfold.compress.transforms import Request
 from kvfold.compress.transforms.whiten import water_fill, whiten, whitened
 from kvfold.exports.spec import KeySpec
 from kvfold.kernels.formats import Format
@@ -51,14 +52,14 @@ def fit(stats: LayerStats, matrix: Tensor, fmt: Format, tokens: slice) -> Tensor
 def main() -> None:
     quiet_transformers()
     plan = make_plan(sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m", "2.5", None, Recipe(), None)
-    with torch.inference_mode(), tempfile.TemporaryDirectory() as work:
+    with torch.no_grad(), tempfile.TemporaryDirectory() as work:
         model = load_model(plan.source.path, torch.float32, torch.device("cpu"), NAME)
         stats = calibrate(model, plan.arch, plan.sequences, plan.spread, 1024, Path(work))
         ratios = []
         print("layer, bits, fitted error over the Gaussian step's on unseen tokens")
         for layer in range(0, len(stats), 3):
             for fmt, bits in zip(water_fill(whitened(stats[layer])[1], BITS), BITS, strict=True):
-                matrix = whiten(stats[layer], fmt, torch.Generator().manual_seed(layer)).matrix
+                matrix = whiten(stats[layer], Request(fmt, seed=layer)).online
                 assert matrix is not None
                 fitted = fit(stats[layer], matrix, fmt, slice(0, None, 2))
                 unseen = slice(1, None, 2)

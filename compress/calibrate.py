@@ -19,6 +19,7 @@ from kvfold.compress.layerwise import LayerRunner
 from kvfold.compress.progress import progress
 from kvfold.compress.rope import rotate_on, turns
 from kvfold.compress.tap import tapped
+from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import Architecture, head_dim_of, num_kv_heads_of
 
 SKIP_TOKENS = 8  # first tokens of each sequence: the sinks stay in 16 bits and are outliers
@@ -34,8 +35,11 @@ class LayerStats:
         query_moment: float64 [Hkv, D, D], E[q qᵀ] over tokens and the group's query heads.
         value_mean, value_cov: like the keys'.
         output_metric: float64 [Hkv, D, D], mean of W_oᵀ W_o over the group's query heads: ‖W_o Δv‖² = Δvᵀ G Δv.
-        key_absmax: float64 [Hkv, D], of keys before spreading (pairs of channels are only rotated by it).
-        key_sample, value_sample: float32 [Hkv, S, D], evenly drawn tokens.
+        key_range, value_range: float64 [Hkv, 2, D], minimum and maximum of each channel.
+        key_sample, value_sample: float32 [Hkv, S, D], tokens drawn evenly from each sequence, one sequence after another.
+        query_sample: float32 [H, S, D], queries of the same tokens.
+        sample_lengths: int64 [number of sequences], tokens drawn from each; they sum to S.
+        scaling: float64 [], factor on the logits.
     """
 
     key_mean: Tensor
@@ -44,9 +48,13 @@ class LayerStats:
     value_mean: Tensor
     value_cov: Tensor
     output_metric: Tensor
-    key_absmax: Tensor
+    key_range: Tensor
+    value_range: Tensor
     key_sample: Tensor
     value_sample: Tensor
+    query_sample: Tensor
+    sample_lengths: Tensor
+    scaling: Tensor
 
     def save(self, path: Path) -> None:
         """Writes all fields; the file appears complete."""
@@ -62,41 +70,52 @@ class LayerStats:
 class _Accumulator:
     """Sums over sequences of one layer."""
 
-    def __init__(self, num_kv_heads: int, sample_tokens: int) -> None:
-        self.num_kv_heads, self.sample_tokens = num_kv_heads, sample_tokens
+    def __init__(self, layer: int, num_kv_heads: int, sample_tokens: int) -> None:
+        self.layer, self.num_kv_heads, self.sample_tokens = layer, num_kv_heads, sample_tokens
         self.count = 0
         self.sums: dict[str, Tensor] = {}
-        self.samples: dict[str, list[Tensor]] = {"key": [], "value": []}
-        self.key_absmax: Tensor | None = None
+        self.ranges: dict[str, Tensor] = {}
+        self.samples: dict[str, list[Tensor]] = {"query": [], "key": [], "value": []}
+        self.scaling = 1.0
 
     def _add(self, name: str, amount: Tensor) -> None:
         self.sums[name] = self.sums[name] + amount if name in self.sums else amount
 
-    def add(self, query: Tensor, key: Tensor, value: Tensor, plain_key: Tensor) -> None:
-        """query [H, T, D], key, value and plain_key [Hkv, T, D] of one sequence."""
+    def add(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        """query [H, T, D], key and value [Hkv, T, D] of one sequence."""
         q, k, v = query.double(), key.double(), value.double()
         grouped = q.unflatten(0, (self.num_kv_heads, -1)).flatten(1, 2)
         self._add("query_moment", grouped.mT @ grouped / (q.shape[0] // self.num_kv_heads))
         for name, x in (("key", k), ("value", v)):
             self._add(f"{name}_sum", x.sum(1))
             self._add(f"{name}_moment", x.mT @ x)
-        absmax = plain_key.double().abs().amax(1)
-        self.key_absmax = absmax if self.key_absmax is None else torch.maximum(self.key_absmax, absmax)
+            low, high = x.amin(1), x.amax(1)
+            if name in self.ranges:
+                low, high = torch.minimum(low, self.ranges[name][:, 0]), torch.maximum(high, self.ranges[name][:, 1])
+            self.ranges[name] = torch.stack((low, high), 1)
         drawn = torch.linspace(0, k.shape[1] - 1, min(self.sample_tokens, k.shape[1]), device=k.device).round().long()
-        self.samples["key"].append(key[:, drawn].float())
-        self.samples["value"].append(value[:, drawn].float())
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            self.samples[name].append(x[:, drawn].float())
         self.count += k.shape[1]
+        self.scaling = scaling
 
     def finish(self, output_metric: Tensor) -> LayerStats:
-        assert self.key_absmax is not None
-        found: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {"output_metric": output_metric, "query_sample": torch.cat(self.samples["query"], 1)}
         for name in ("key", "value"):
             mean = self.sums[f"{name}_sum"] / self.count
             found[f"{name}_mean"] = mean
             found[f"{name}_cov"] = self.sums[f"{name}_moment"] / self.count - mean[:, :, None] * mean[:, None, :]
+            found[f"{name}_range"] = self.ranges[name]
             found[f"{name}_sample"] = torch.cat(self.samples[name], 1)
-        query_moment = self.sums["query_moment"] / self.count
-        found |= {"query_moment": query_moment, "output_metric": output_metric, "key_absmax": self.key_absmax}
+        found["query_moment"] = self.sums["query_moment"] / self.count
+        found["sample_lengths"] = torch.tensor([x.shape[1] for x in self.samples["key"]])
+        found["scaling"] = torch.tensor(self.scaling, dtype=torch.float64)
+        for name, tensor in found.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise KvfoldError(
+                    f"Layer {self.layer} gives NaN or infinity ({name}) on the calibration text, so nothing can be fitted to it; "
+                    "check that the model's weights are whole, or calibrate in float32 (--device cpu)."
+                )
         return LayerStats(**{name: tensor.cpu() for name, tensor in found.items()})
 
 
@@ -139,14 +158,14 @@ def calibrate(
     per_sequence = -(-sample_tokens // len(sequences))
     for index in progress(range(done, len(layers)), "calibrate", "layer", done, len(layers)):
         attention = layers[index].get_submodule(arch.attention)
-        sums = _Accumulator(num_kv_heads, per_sequence)
+        sums = _Accumulator(index, num_kv_heads, per_sequence)
 
         def tap(module, query, key, value, mask, scaling, sums=sums, index=index, **extras):
             places = torch.arange(key.shape[2], device=key.device)[None]
             near, far = (turns(model, arch, index, places * step) for step in (1, spread))
             spread_q, spread_k = rotate_on(query, near, far), rotate_on(key, near, far)
             kept = slice(min(SKIP_TOKENS, key.shape[2] // 2), None)
-            sums.add(spread_q[0, :, kept], spread_k[0, :, kept], value[0, :, kept].float(), key[0, :, kept])
+            sums.add(spread_q[0, :, kept], spread_k[0, :, kept], value[0, :, kept].float(), scaling)
             return None
 
         with tapped(attention, tap):

@@ -113,7 +113,7 @@ def compress_command(
     calib: Annotated[
         str | None, typer.Option(help="Text file, or datasets id as ID:CONFIG:SPLIT; default: the built-in text.")
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML of choices; see recipe.yaml in any artifact.")] = None,
+    recipe: Annotated[str, typer.Option(help="best, skvq, skvq-v1.5, pm-kvq, or a YAML file of choices.")] = "best",
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens at which plain bits count; default 32768 or the model's maximum.")
     ] = None,

@@ -24,6 +24,7 @@ def compress(
     device: str = "auto",
     context: int | None = None,
     resume: bool = False,
+    statistics: Path | None = None,
 ) -> Artifact:
     """Compresses a model and writes the artifact.
 
@@ -36,6 +37,7 @@ def compress(
         device: "auto", "cpu", "cuda", ….
         context: tokens at which plain bits count.
         resume: go on with what an interrupted run of the same options left.
+        statistics: folder that keeps the calibration for later runs on the same model and text, whatever else they choose.
     Raises:
         KvfoldError: any bad input, in one sentence; nothing is left behind.
     """
@@ -44,15 +46,17 @@ def compress(
     weights = sum(p.stat().st_size for p in plan.source.path.glob("*.safetensors"))
     check_output(out, int(2.2 * weights) + (64 << 20))
     target = pick_device(device)
-    key = fingerprint(
-        {
-            "kvfold": __version__,
-            "model": weights_fingerprint(plan.source.path),
-            "recipe": recipe.model_dump(mode="json"),
-            "tokens": [s.tolist() for s in plan.sequences],
-            "budget": [plan.budget.at, plan.budget.nbytes, plan.spread],
-            "device": target.type,
-        }
-    )
-    with work_folder(out, key, resume) as work, torch.inference_mode():
-        return export(plan, search(plan, work, target), out)
+    calibrated = {
+        "kvfold": __version__,
+        "model": weights_fingerprint(plan.source.path),
+        "tokens": [s.tolist() for s in plan.sequences],
+        "calibration": [plan.spread, recipe.calibration.sample_tokens],
+        "device": target.type,
+    }
+    rest = {"recipe": recipe.model_dump(mode="json"), "budget": [plan.budget.at, plan.budget.nbytes]}
+    kept = None
+    if statistics is not None:
+        kept = statistics / fingerprint(calibrated)[:16]
+        kept.mkdir(parents=True, exist_ok=True)
+    with work_folder(out, fingerprint(calibrated | rest), resume) as work, torch.no_grad():
+        return export(plan, search(plan, work, target, kept), out)

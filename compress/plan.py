@@ -17,8 +17,6 @@ from kvfold.compress.text import read_documents, sample_sequences
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, cache_nbytes
 from kvfold.exports.architectures import Architecture, architecture_of, head_dim_of, num_kv_heads_of, rotary_dim_of
-from kvfold.kernels.formats import Format, uniform
-from kvfold.kernels.packing import TRIT_CHANNELS
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def make_plan(model: str, budget: str, calib: str | None, recipe: Recipe, contex
         )
     geometry = Geometry(num_kv_heads_of(config), head_dim_of(config), recipe.sinks, recipe.window, recipe.page_tokens)
     allowance = parse_budget(budget, geometry, config.num_hidden_layers, config.max_position_embeddings, context)
-    k, v = _least_formats(recipe, geometry.head_dim)
+    k, v = (side.least_format(geometry.head_dim) for side in (recipe.key, recipe.value))
     check_reach(
         allowance,
         geometry,
@@ -93,19 +91,6 @@ def make_plan(model: str, budget: str, calib: str | None, recipe: Recipe, contex
     )
     spread = c.spread or max(1, ceil(allowance.at / sequences[0].shape[1]))
     return Plan(source, config, arch, geometry, allowance, recipe, tokenizer, sequences, name, spread)
-
-
-def _least_formats(recipe: Recipe, head_dim: int) -> tuple[Format, Format]:
-    """The smallest formats that the search can choose, as far as size goes."""
-    levels = 4 if head_dim % TRIT_CHANNELS else 3
-    value = uniform(head_dim, levels, "e4m3", recipe.value.group_size)
-    if recipe.key.transform != "whiten":
-        return uniform(head_dim, levels, "e4m3", recipe.key.group_size), value
-    coded = max(8, int(min(recipe.key.bits) * head_dim) // 8 * 8)
-    whole, rest = divmod(coded, head_dim)
-    if whole:  # a bit or more each: any format of that many code bits has the same size
-        return Format(((head_dim, {1: 2, 2: 4, 3: 8}.get(whole, 16)),)), value
-    return Format(((rest, 2), (head_dim - rest, 0))), value
 
 
 def _load_tokenizer(path: Path) -> Any:

@@ -1,31 +1,153 @@
-"""A recipe: every choice of the pipeline as data. `recipe.yaml` in an artifact is the resolved recipe."""
+"""A recipe: every choice of the pipeline as data. `recipe.yaml` in an artifact is the resolved recipe.
 
+Recipes that ship are the YAML files of compress/recipes; a name stands for its file, and absent keys take the values of
+`best`. A side that offers a single format is fixed: then nothing is searched, and the budget only has to be large enough.
+"""
+
+from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from kvfold.compress.transforms import KEY_TRANSFORMS, VALUE_TRANSFORMS, Transform
+from kvfold.compress.transforms.whiten import PARTS
 from kvfold.errors import KvfoldError
+from kvfold.kernels.formats import PLANE_WIDTHS, RAW, Format, raw16, uniform
+from kvfold.kernels.packing import TRIT_CHANNELS
+
+DEFAULT = "best"
+MIXED_BITS = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5, 5.0)
+VALUE_BITS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
+LEVELS = (3, 4, 8, 16, 32, 64, 256, RAW)
+MANY_LEVELS = (64, 256, RAW)  # beyond 5 bits nothing is won by mixing
+Params = Literal["scale", "scale_min"]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class KeyRecipe(_Strict):
-    """Keys: the transform, and for "whiten" the mean code bits of the mixed formats to choose from."""
+class _Side(_Strict):
+    """What keys and values have in common.
 
-    transform: Literal["none", "smooth", "reorder", "whiten"] = "whiten"
-    bits: tuple[float, ...] = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5, 5.0)
+    Attributes:
+        transform: a name of the side's table in transforms.
+        bits: mean code bits of the mixed formats that are offered; only for transforms that have some.
+        levels: of the formats with one class that are offered; 65536 is 16 bits.
+        params: of those formats: "scale" (symmetric) or "scale_min"; both may be offered.
+        param_dtype: type of their parameters; "auto": e4m3 for few levels, fp16 for many, both at 16 levels.
+        group_size: channels that share (minimum, scale); 0, or more than a head has, is the whole head.
+        clip: search factors on (minimum, maximum).
+    """
+
+    _table: ClassVar[dict[str, Transform]]
+    _offered: ClassVar[
+        dict[str, tuple]
+    ]  # where a transform with mixed formats is asked for without saying what to offer
+
+    transform: str
+    bits: tuple[Annotated[float, Field(gt=0, le=6)], ...] | None = None
+    levels: tuple[int, ...] | None = None
+    params: tuple[Params, ...] = ("scale_min",)
+    param_dtype: Literal["auto", "e4m3", "fp16"] = "auto"
     group_size: Annotated[int, Field(ge=0)] = 0
+    clip: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolved(cls, data: object) -> object:
+        """What is offered where the recipe does not say: it depends on the transform."""
+        if not isinstance(data, dict):
+            return data
+        row = cls._table.get(data.get("transform", cls.model_fields["transform"].default))
+        offered = cls._offered if row is not None and row.mixed is not None else {"bits": (), "levels": LEVELS}
+        return offered | {name: value for name, value in data.items() if value is not None}
+
+    @field_validator("transform")
+    @classmethod
+    def _known_transform(cls, value: str) -> str:
+        if value not in cls._table:
+            raise ValueError(f"transform must be one of {', '.join(cls._table)}")
+        return value
+
+    @field_validator("levels")
+    @classmethod
+    def _known_levels(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        allowed = sorted(set(PLANE_WIDTHS) - {0})
+        if value is not None and set(value) - set(allowed):
+            raise ValueError(f"levels must be some of {allowed}")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.bits and self._table[self.transform].mixed is None:
+            raise ValueError(f"bits goes with mixed formats, which transform {self.transform} has not")
+        if not self.bits and not self.levels:
+            raise ValueError("bits and levels are both empty, so there is nothing to choose from")
+        return self
+
+    def group(self, head_dim: int) -> int:
+        """Channels of a group in a head of head_dim channels; 0 for the whole head."""
+        return 0 if self.group_size >= head_dim else self.group_size
+
+    def uniform_formats(self, head_dim: int) -> list[Format]:
+        """The formats of one class that are offered, 16 bits last."""
+        size = self.group(head_dim)
+        found = []
+        for levels in sorted(set(self.levels or ()) - {RAW}):
+            if levels == 3 and head_dim % TRIT_CHANNELS:
+                continue  # no ternary format of that many channels exists
+            dtypes = [self.param_dtype] if self.param_dtype != "auto" else _param_dtypes(levels)
+            for dtype in dtypes:
+                if "scale" in self.params:
+                    found.append(Format(((head_dim, levels),), "scale", dtype))
+                if "scale_min" in self.params:
+                    found.append(uniform(head_dim, levels, dtype, size))
+        return [*found, raw16(head_dim)] if RAW in (self.levels or ()) else found
+
+    def least_format(self, head_dim: int) -> Format:
+        """The smallest format that is offered, or one of the same size."""
+        found = self.uniform_formats(head_dim)
+        if self.bits:
+            coded = max(8, int(min(self.bits) * head_dim) // 8 * 8)
+            whole, rest = divmod(coded, head_dim)
+            if whole:  # a bit or more each: any format of that many code bits has the same size
+                found.append(Format(((head_dim, {1: 2, 2: 4, 3: 8}.get(whole, 16)),)))
+            else:
+                found.append(Format(((rest, 2), (head_dim - rest, 0))))
+        return min(found, key=lambda f: f.nbytes(32))
 
 
-class ValueRecipe(_Strict):
-    """Values: the basis fused into v_proj and o_proj, and the channels that share a scale (0: the whole head)."""
+def _param_dtypes(levels: int) -> tuple:
+    """Few levels can't use a scale of 16 bits, many can't live with 8."""
+    return ("e4m3",) if levels < 16 else ("e4m3", "fp16") if levels == 16 else ("fp16",)
 
-    transform: Literal["none", "reorder", "rotate", "balance"] = "rotate"
-    group_size: Annotated[int, Field(ge=0)] = 0
+
+class KeyRecipe(_Side):
+    """Keys. without: parts of "whiten" that are left out."""
+
+    _table = KEY_TRANSFORMS
+    _offered: ClassVar = {"bits": MIXED_BITS, "levels": MANY_LEVELS}
+
+    transform: str = "whiten"
+    without: tuple[Literal["metric", "mixing", "offset"], ...] = ()
+
+    @model_validator(mode="after")
+    def _parts(self) -> Self:
+        if self.without and self.transform != "whiten":
+            raise ValueError(f"without ({', '.join(PARTS)}) goes with transform whiten")
+        return self
+
+
+class ValueRecipe(_Side):
+    """Values; their transform is the basis fused into v_proj and o_proj."""
+
+    _table = VALUE_TRANSFORMS
+    _offered: ClassVar = {"bits": VALUE_BITS, "levels": LEVELS}
+
+    transform: str = "whiten"
 
 
 class CalibrationRecipe(_Strict):
@@ -38,22 +160,32 @@ class CalibrationRecipe(_Strict):
 
 
 class SensitivityRecipe(_Strict):
-    """Probes: sequences × tokens, and the KL taken at every `stride`-th position."""
+    """How a choice's loss is found.
 
+    Attributes:
+        method: "kl", measured (sensitivity.py), or "first-order", Σ|g·Δ| (first_order.py).
+        num_sequences, seq_len: of the probes.
+        stride: every how many positions the KL is taken.
+        probes: formats of a side that are measured.
+    """
+
+    method: Literal["kl", "first-order"] = "kl"
+    probes: Annotated[int, Field(gt=0)] = 1
     num_sequences: Annotated[int, Field(gt=0)] = 2
     seq_len: Annotated[int, Field(ge=64)] = 1024
     stride: Annotated[int, Field(gt=0)] = 4
 
 
 class Recipe(_Strict):
-    """All choices. Tokens are counted in `sinks`, `window` and `page_tokens`."""
+    """All choices. Tokens are counted in `sinks`, `window` and `page_tokens`; `tied`: K and V of a layer get one format."""
 
     sinks: Annotated[int, Field(ge=0)] = 5
     window: Annotated[int, Field(ge=0)] = 128
     page_tokens: Annotated[int, Field(gt=0, le=1024)] = 32
     seed: Annotated[int, Field(ge=0)] = 0
-    key: KeyRecipe = KeyRecipe()
-    value: ValueRecipe = ValueRecipe()
+    tied: bool = False
+    key: KeyRecipe = Field(default_factory=lambda: KeyRecipe.model_validate({}))
+    value: ValueRecipe = Field(default_factory=lambda: ValueRecipe.model_validate({}))
     calibration: CalibrationRecipe = CalibrationRecipe()
     sensitivity: SensitivityRecipe = SensitivityRecipe()
 
@@ -64,34 +196,58 @@ class Recipe(_Strict):
             raise ValueError("page_tokens must be a multiple of 8")
         return value
 
+    @model_validator(mode="after")
+    def _tied_alike(self) -> "Recipe":
+        same = all(
+            getattr(self.key, x) == getattr(self.value, x) for x in ("levels", "params", "param_dtype", "group_size")
+        )
+        if self.tied and (self.key.bits or self.value.bits or not same):
+            raise ValueError("tied needs no bits, and keys with the values' levels, params, param_dtype and group_size")
+        return self
+
     def dump(self) -> str:
         """recipe.yaml's text."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_recipe(path: Path | None, seed: int | None = None) -> Recipe:
-    """Reads a recipe; absent keys keep their defaults, `seed` overrides.
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that ship."""
+    return sorted(p.name.removesuffix(".yaml") for p in _folder().iterdir() if p.name.endswith(".yaml"))
 
+
+def _folder():
+    return files("kvfold.compress").joinpath("recipes")
+
+
+def load_recipe(recipe: str | Path | None = None, seed: int | None = None) -> Recipe:
+    """Reads a recipe.
+
+    Args:
+        recipe: name of one that ships, or the path of a YAML file; None for the default. Absent keys keep their defaults.
+        seed: overrides the recipe's.
     Raises:
-        KvfoldError: no such file, not YAML, an unknown key or a value out of range.
+        KvfoldError: no such recipe, not YAML, an unknown key or a value out of range.
     """
-    data: object = {}
-    if path is not None:
-        try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except OSError:
-            raise KvfoldError(f"Recipe '{path}' cannot be read; give the path of a YAML file.") from None
-        except (yaml.YAMLError, UnicodeDecodeError):
-            raise KvfoldError(f"Recipe '{path}' is not YAML; see recipe.yaml in any artifact for the form.") from None
+    name = DEFAULT if recipe is None else str(recipe)
+    try:
+        source = _folder().joinpath(f"{name}.yaml") if name in shipped_recipes() else Path(name)
+        data = yaml.safe_load(source.read_text(encoding="utf-8")) or {}
+    except OSError:
+        raise KvfoldError(
+            f"Recipe '{name}' cannot be read; give {', '.join(shipped_recipes())} or the path of a YAML file."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise KvfoldError(f"Recipe '{name}' is not YAML; see recipe.yaml in any artifact for the form.") from None
     if not isinstance(data, dict):
-        raise KvfoldError(f"Recipe '{path}' is not a mapping of options; see recipe.yaml in any artifact for the form.")
+        raise KvfoldError(f"Recipe '{name}' is not a mapping of options; see recipe.yaml in any artifact for the form.")
     if seed is not None:
         data = {**data, "seed": seed}
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = ".".join(str(part) for part in first["loc"]) or "the whole"
+        reason = first["msg"].removeprefix("Value error, ")
         raise KvfoldError(
-            f"Recipe '{path}' is not valid at '{place}': {first['msg']}; see recipe.yaml in any artifact."
+            f"Recipe '{name}' is not valid at '{place}': {reason}; see recipe.yaml in any artifact."
         ) from None

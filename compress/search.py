@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kvfold.compress.allocate import Choice, allocate, least_nbytes
 from kvfold.compress.calibrate import calibrate
-from kvfold.compress.candidates import KeyCandidate, ValueCandidate, key_candidates, value_basis, value_candidates
+from kvfold.compress.candidates import KeyCandidate, ValueCandidate, key_candidates, value_candidates
+from kvfold.compress.first_order import first_order
 from kvfold.compress.fuse import fuse_pair_scale, fuse_values
 from kvfold.compress.models import load_model
 from kvfold.compress.plan import Plan, check_reach
@@ -17,6 +18,7 @@ from kvfold.compress.progress import progress, stage
 from kvfold.compress.sensitivity import Probe, packing_tap, sensitivities
 from kvfold.compress.tap import NAME as TAP
 from kvfold.exports.architectures import Architecture
+from kvfold.kernels.formats import Format
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,6 @@ class Layer:
 
     key: KeyCandidate
     value: ValueCandidate
-    matrix: Tensor  # float64 [Hkv, D, D], fused into v_proj and o_proj
     key_loss: float
     value_loss: float
 
@@ -45,48 +46,78 @@ class Found:
     rounding_kl: float
 
 
-def search(plan: Plan, work: Path, device: torch.device) -> Found:
-    """Runs calibration, sensitivities and allocation; `work` holds what an interrupted run has finished."""
+def search(plan: Plan, work: Path, device: torch.device, statistics: Path | None = None) -> Found:
+    """Runs calibration, sensitivities and allocation.
+
+    Args:
+        work: folder that holds what an interrupted run has finished.
+        statistics: folder for the calibration's share of that; default: `work`.
+    """
     recipe, geometry, budget = plan.recipe, plan.geometry, plan.budget
     dtype: torch.dtype = plan.config.dtype or torch.float32
     stage(
         f"reading {plan.source.name}: {plan.num_layers} layers, {len(plan.sequences)} × {plan.sequences[0].shape[1]} tokens of calibration text"
     )
     model = load_model(plan.source.path, _compute_dtype(plan, device), device, TAP)
-    stats = calibrate(model, plan.arch, plan.sequences, plan.spread, recipe.calibration.sample_tokens, work)
-    matrices, keys, values = [], [], []
+    stats = calibrate(
+        model, plan.arch, plan.sequences, plan.spread, recipe.calibration.sample_tokens, statistics or work
+    )
+    keys, values = [], []
+    attentions = plan.arch.attention_modules(model)
     for i, found in enumerate(progress(stats, "candidates", "layer")):
-        matrices.append(value_basis(found, recipe, i))
-        keys.append(key_candidates(found, recipe, i, plan.arch.qk_norm))
-        values.append(value_candidates(found, recipe, matrices[-1]))
+        weight: Any = attentions[i].o_proj.weight  # type: ignore[union-attr]
+        keys.append(key_candidates(found, recipe, i, plan.arch.qk_norm, weight))
+        values.append(value_candidates(found, recipe, i))
     s = recipe.sensitivity
-    probe = Probe(model, plan.arch, [ids[:, : s.seq_len] for ids in plan.sequences[: s.num_sequences]], s.stride)
+    sequences = [ids[:, : s.seq_len] for ids in plan.sequences[: s.num_sequences]]
+    probe = Probe(model, plan.arch, sequences, s.stride)
     fixed = plan.num_layers * geometry.fixed_nbytes(budget.at)
     packed = geometry.elements(geometry.num_pages(budget.at) * geometry.page_tokens, plan.num_layers)
     target_bits = 8 * (budget.nbytes - fixed) / max(packed, 1)
-    probed_keys = [_nearest(group, target_bits) for group in keys]
-    probed_values = [_nearest(group, target_bits) for group in values]
-    key_kl, value_kl = sensitivities(probe, probed_keys, probed_values, matrices, geometry, work)
-
-    def choices(group, probed, kl) -> list[Choice]:
-        unit = kl / probed.distortion if probed.distortion > 0 else 0.0
-        return [Choice(geometry.side_nbytes(c.spec.format, budget.at), unit * c.distortion) for c in group]
-
-    groups = [choices(keys[i], probed_keys[i], key_kl[i]) for i in range(plan.num_layers)]
-    groups += [choices(values[i], probed_values[i], value_kl[i]) for i in range(plan.num_layers)]
-    check_reach(budget, geometry, plan.num_layers, fixed + least_nbytes(groups))
-    chosen = allocate(groups, budget.nbytes - fixed)
-    layers = []
-    for i in range(plan.num_layers):
-        k, v = chosen[i], chosen[plan.num_layers + i]
-        losses = groups[i][k].loss, groups[plan.num_layers + i][v].loss
-        layers.append(Layer(keys[i][k], values[i][v], matrices[i], *losses))
+    if s.method == "first-order":
+        key_losses, value_losses = first_order(probe, sequences, keys, values, geometry)
+    else:
+        key_losses, value_losses = sensitivities(probe, keys, values, geometry, target_bits, s.probes, work)
+    chosen = choose(plan, keys, values, key_losses, value_losses)
+    layers = [Layer(keys[i][k], values[i][v], key_losses[i][k], value_losses[i][v]) for i, (k, v) in enumerate(chosen)]
     stage("measuring all choices together, then what rounding the fused weights costs")
-    taps = [packing_tap(geometry, probe.device, x.key.spec, x.value.spec, x.matrix) for x in layers]
+    taps = [packing_tap(geometry, probe.device, x.key.spec, x.value.spec, x.value.matrix) for x in layers]
     together = probe.whole_model(taps)
-    for attention, layer in zip(plan.arch.attention_modules(model), layers, strict=True):
+    for attention, layer in zip(attentions, layers, strict=True):
         set_parameters(attention, fused_parameters(attention, plan.arch, layer), dtype)
     return Found(layers, together, probe.whole_model())
+
+
+def choose(
+    plan: Plan,
+    keys: list[list[KeyCandidate]],
+    values: list[list[ValueCandidate]],
+    key_losses: list[list[float]],
+    value_losses: list[list[float]],
+) -> list[tuple[int, int]]:
+    """The (key, value) candidate of each layer: least loss within the budget, K, V and bits of all layers together.
+
+    Raises:
+        KvfoldError: even the smallest candidates take more than the budget.
+    """
+    geometry, budget, count = plan.geometry, plan.budget, plan.num_layers
+
+    def choices(formats: list[Format], losses: list[float]) -> list[Choice]:
+        return [Choice(geometry.side_nbytes(f, budget.at), loss) for f, loss in zip(formats, losses, strict=True)]
+
+    formats = [[c.spec.format for c in group] for group in keys] + [[c.spec.format for c in group] for group in values]
+    sides = [choices(group, losses) for group, losses in zip(formats, [*key_losses, *value_losses], strict=True)]
+    if plan.recipe.tied:
+        pairs = [zip(k, v, strict=True) for k, v in zip(sides[:count], sides[count:], strict=True)]
+        sides = [[Choice(k.nbytes + v.nbytes, k.loss + v.loss) for k, v in pair] for pair in pairs]
+    fixed = count * geometry.fixed_nbytes(budget.at)
+    check_reach(budget, geometry, count, fixed + least_nbytes(sides))
+    found = allocate(sides, budget.nbytes - fixed)
+    return (
+        list(zip(found, found, strict=True))
+        if plan.recipe.tied
+        else list(zip(found[:count], found[count:], strict=True))
+    )
 
 
 def _compute_dtype(plan: Plan, device: torch.device) -> torch.dtype:
@@ -101,7 +132,7 @@ def _compute_dtype(plan: Plan, device: torch.device) -> torch.dtype:
 
 def fused_parameters(attention: Any, arch: Architecture, layer: Layer) -> dict[str, Tensor]:
     """All parameters of an attention module that the layer's choices change, float64, by name; the module stays."""
-    fused = fuse_values(attention, layer.matrix)
+    fused = fuse_values(attention, layer.value.matrix)
     if layer.key.pair_scale is not None:
         fused |= fuse_pair_scale(attention, layer.key.pair_scale, arch, fused)
     return fused
@@ -113,8 +144,3 @@ def set_parameters(attention: Any, fused: dict[str, Tensor], dtype: torch.dtype,
         parameter = attention.get_parameter(name)
         rounded = value.to(dtype)
         parameter.data = rounded if keep else rounded.to(parameter.dtype)
-
-
-def _nearest(group: list, bits: float):
-    """The quantised candidate whose payload is nearest to `bits`."""
-    return min(group[:-1], key=lambda c: abs(c.spec.format.payload_bits - bits))

@@ -119,9 +119,13 @@ def _check_config(path: Path, metadata: Metadata) -> None:
 def tensor_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that kv_cache.safetensors must hold, all float32."""
     heads, dim = metadata.cache.num_kv_heads, metadata.cache.head_dim
-    shape = {"matrix": (heads, dim, dim), "offset": (heads, dim), "clip": (heads,)}
+
+    def shape(name: str, groups: int) -> tuple[int, ...]:
+        clip = (heads,) if groups == 1 else (heads, groups)
+        return {"matrix": (heads, dim, dim), "offset": (heads, dim), "clip": clip}[name]
+
     return {
-        f"layers.{i}.{side}.{name}": shape[name]
+        f"layers.{i}.{side}.{name}": shape(name, model.format.build().num_groups)
         for i, layer in enumerate(metadata.layers)
         for side, model in (("key", layer.key), ("value", layer.value))
         for name in model.tensors

@@ -9,6 +9,11 @@ from torch import Tensor
 from kvfold.kernels.formats import Format
 
 
+def clip_rows(clip: Tensor | None) -> Tensor | None:
+    """A spec's clip as `encode` wants it, for blocks [..., num_kv_heads, T, head_dim]: [num_kv_heads, 1, groups or 1]."""
+    return None if clip is None else clip.reshape(len(clip), 1, -1)
+
+
 @dataclass(frozen=True)
 class KeySpec:
     """How a layer's keys are stored: z = M(k − μ) after RoPE, coded in `format`.
@@ -19,7 +24,8 @@ class KeySpec:
         matrix: float32 [num_kv_heads, head_dim, head_dim], M; None for the identity.
         offset: float32 [num_kv_heads, head_dim], μ; None for zero. A constant shift of every key's logit under one query,
             so softmax does not see it; only a soft-cap or a sink logit needs it back (`shift`).
-        clip: float32 [num_kv_heads], factor on (minimum, maximum) of "scale_min" formats; None for 1.
+        clip: float32 [num_kv_heads], or [num_kv_heads, groups] where the format has more than one group: factor on
+            (minimum, maximum) of "scale_min" formats; None for 1.
     """
 
     format: Format

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvfold.exports.account import TABLE_STEP, Geometry
-from kvfold.exports.spec import LayerSpec
+from kvfold.exports.spec import LayerSpec, clip_rows
 from kvfold.kernels.attention import Tile, attend, packed_tokens
 from kvfold.kernels.quantizer import decode, encode, to_float16
 from kvfold.runtime.pool import PagePool
@@ -321,8 +321,7 @@ class PackedLayer(CacheLayerMixin):
 
         def pack(x: Tensor, spec) -> Tensor:
             blocks = x.unflatten(1, (-1, size)).transpose(0, 1)  # [n, Hkv, page, D]
-            clip = None if spec.clip is None else spec.clip[:, None, None]
-            return encode(blocks, spec.format, clip).flatten(1)
+            return encode(blocks, spec.format, clip_rows(spec.clip)).flatten(1)
 
         packed = torch.cat((pack(keys, self.spec.key), pack(values, self.spec.value)), 1)
         for number, data in zip(ids, packed, strict=True):

@@ -93,6 +93,37 @@ def test_calibration_goes_on_where_it_stopped(loaded, tmp_path, monkeypatch):
         assert torch.equal(a.key_cov, b.key_cov) and torch.equal(a.value_sample, b.value_sample)
 
 
+@torch.no_grad()
+def test_the_sample_holds_the_same_tokens_of_all_three_and_the_range_every_token(loaded, tmp_path):
+    model, arch = loaded
+    stats = calibrate(model, arch, SEQUENCES, 1, 64, tmp_path)
+    runs = [captured(model, arch, ids) for ids in SEQUENCES]
+    for layer, found in enumerate(stats):
+        assert found.sample_lengths.tolist() == [32, 32] and float(found.scaling) == pytest.approx(0.25)
+        assert found.query_sample.shape == (4, 64, 16)
+        start = 0
+        for run, length in zip(runs, found.sample_lengths.tolist(), strict=True):
+            whole = [x[:, SKIP_TOKENS:].float() for x in run[layer]]
+            drawn = torch.linspace(0, whole[1].shape[1] - 1, length).round().long()
+            for sample, x in zip((found.query_sample, found.key_sample, found.value_sample), whole, strict=True):
+                torch.testing.assert_close(sample[:, start : start + length], x[:, drawn], rtol=1e-4, atol=1e-5)
+            start += length
+        keys = torch.cat([run[layer][1][:, SKIP_TOKENS:] for run in runs], 1)
+        torch.testing.assert_close(found.key_range, torch.stack((keys.amin(1), keys.amax(1)), 1), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_statistics_that_are_not_finite_are_refused_by_layer(bad, tmp_path):
+    folder = save_tiny(tmp_path / "model")
+    model = load_model(folder, torch.float32, torch.device("cpu"), NAME)
+    arch = architecture_of(CONFIGS["llama"]())
+    arch.attention_modules(model)[1].k_proj.weight[3, 5] = bad
+    with pytest.raises(KvfoldError, match="Layer 1 gives NaN or infinity") as error:
+        calibrate(model, arch, SEQUENCES, 1, 64, tmp_path)
+    assert str(error.value).count(". ") == 0  # one sentence
+
+
 def test_sequences_are_seeded_and_do_not_overlap(text_file):
     name, documents = read_documents(str(text_file))
     pick = [sample_sequences(char_tokenizer(), documents, 5, 300, seed, name) for seed in (0, 0, 1)]

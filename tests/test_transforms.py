@@ -6,16 +6,14 @@ import pytest
 import torch
 
 from kvfold.compress.calibrate import LayerStats
-from kvfold.compress.candidates import best_clip, key_candidates, value_basis, value_candidates
-from kvfold.compress.plan import _least_formats
+from kvfold.compress.candidates import key_candidates, value_candidates
 from kvfold.compress.recipe import Recipe
-from kvfold.compress.transforms.basis import mixing_matrix
+from kvfold.compress.transforms import KEY_TRANSFORMS, VALUE_TRANSFORMS, Request
+from kvfold.compress.transforms.basis import EPS, mixing_matrix, regularised
 from kvfold.compress.transforms.reorder import reorder
 from kvfold.compress.transforms.rotate import balance, rotate, unit_scale
-from kvfold.compress.transforms.smooth import pair_scale, smooth
 from kvfold.compress.transforms.whiten import CLASS_LEVELS, compositions, water_fill, whiten, whitened
 from kvfold.kernels.formats import GAUSSIAN_MSE, PLANE_WIDTHS, Format, uniform
-from kvfold.kernels.quantizer import round_trip
 
 
 def make_stats(head_dim=16, heads=2, seed=0, tokens=600, kind="plain"):
@@ -28,6 +26,10 @@ def make_stats(head_dim=16, heads=2, seed=0, tokens=600, kind="plain"):
     keys, values, queries = draw(tokens) + 2, draw(tokens), draw(tokens)
     if kind == "bias":
         keys[..., 1] += 150
+    if kind == "channel":
+        keys[..., 3], values[..., 5], queries[..., 3] = 0, 0, 0
+    if kind == "steep":  # 14 orders of magnitude between the largest and the smallest variance
+        keys, queries = keys * torch.logspace(2, -5, head_dim), queries * torch.logspace(-4, 3, head_dim)
     if kind == "dead":
         keys[0], values[0], queries[0] = 0, 0, 0
     if kind == "rank":
@@ -38,10 +40,17 @@ def make_stats(head_dim=16, heads=2, seed=0, tokens=600, kind="plain"):
         centred = x.double() - x.double().mean(1, keepdim=True)
         return centred.mT @ centred / x.shape[1]
 
+    def span(x):
+        return torch.stack((x.amin(1), x.amax(1)), 1).double()
+
     return LayerStats(
         keys.double().mean(1), cov(keys), queries.double().mT @ queries.double() / tokens, values.double().mean(1), cov(values),
-        wo.mT @ wo, keys.double().abs().amax(1), keys, values,
+        wo.mT @ wo, span(keys), span(values), keys, values, queries, torch.tensor([tokens // 2, tokens - tokens // 2]), torch.tensor(head_dim**-0.5),
     )  # fmt: skip
+
+
+def output_weight(head_dim=16, heads=2):
+    return torch.randn(40, heads * head_dim, generator=torch.Generator().manual_seed(9))
 
 
 @pytest.mark.parametrize("n", [8, 16, 24, 40, 80])
@@ -66,12 +75,12 @@ def test_whitened_coordinates_are_uncorrelated_and_measure_logit_error():
 def test_whiten_brings_every_channel_to_unit_variance_and_half_whitens_classes():
     stats = make_stats()
     fmt = Format(((8, 16), (8, 2)))
-    found = whiten(stats, fmt, torch.Generator().manual_seed(0))
-    variance = (found.matrix @ stats.key_cov @ found.matrix.mT).diagonal(dim1=-2, dim2=-1)
+    found = whiten(stats, Request(fmt))
+    variance = (found.online @ stats.key_cov @ found.online.mT).diagonal(dim1=-2, dim2=-1)
     torch.testing.assert_close(variance, torch.ones_like(variance))
     assert torch.equal(found.offset, stats.key_mean)
     # the error of one shared step in class c is n·Σ_i [(M⁻¹ᵀ Σ_q M⁻¹)_ii] with unit variances: (Σ √λ)² at its best
-    inverse = torch.linalg.inv(found.matrix[0])
+    inverse = torch.linalg.inv(found.online[0])
     weight = (inverse.mT @ stats.query_moment[0] @ inverse).diagonal()[:8].sum() * 8
     _, variances = whitened(stats)
     assert float(weight / variances[0, :8].sqrt().sum() ** 2) == pytest.approx(1, abs=0.05)
@@ -125,28 +134,92 @@ def test_values_get_equal_variance_from_a_rotation_and_keep_their_norm():
     assert bool(((rms > 0.5) & (rms < 2)).all())
 
 
-@pytest.mark.parametrize("kind", ["dead", "rank", "bias"])
-@pytest.mark.parametrize("key", ["whiten", "smooth", "reorder", "none"])
-@pytest.mark.parametrize("value", ["rotate", "balance", "reorder", "none"])
-def test_difficult_heads_stay_finite(kind, key, value):
+KINDS = ["dead", "rank", "bias", "channel", "steep"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("key", sorted(KEY_TRANSFORMS))
+def test_keys_of_difficult_heads_stay_finite_and_keep_their_logits(kind, key):
     stats = make_stats(kind=kind)
-    recipe = Recipe.model_validate(
-        {"key": {"transform": key, "group_size": 8}, "value": {"transform": value, "group_size": 8}}
-    )
-    if key in ("whiten", "smooth"):
-        recipe = recipe.model_copy(update={"key": recipe.key.model_copy(update={"group_size": 0})})
-    basis = value_basis(stats, recipe, 0)
-    for candidate in [*key_candidates(stats, recipe, 0, False), *value_candidates(stats, recipe, basis)]:
+    levels = {} if key == "whiten" else {"levels": [3, 16, 256, 65536], "group_size": 0 if key == "smooth" else 8}
+    recipe = Recipe.model_validate({"key": {"transform": key, **levels}})
+    for candidate in key_candidates(stats, recipe, 0, False, output_weight()):
         assert 0 <= candidate.distortion < float("inf")
-    for candidate in key_candidates(stats, recipe, 0, False):
         spec = candidate.spec
-        if spec.matrix is not None:
-            assert bool(torch.isfinite(spec.matrix).all()) and bool(torch.isfinite(spec.query_matrix).all())
-            query = torch.randn(2, 5, 16)
-            exact = query @ (stats.key_sample - (0 if spec.offset is None else spec.offset[:, None])).mT
-            got = spec.apply_query(query) @ spec.apply(stats.key_sample).mT
-            assert float((got - exact).abs().max()) <= 2e-3 * (1 + float(exact.abs().max()))
-    assert bool(torch.isfinite(torch.linalg.inv(basis)).all())
+        if spec.matrix is None:
+            continue
+        assert bool(torch.isfinite(spec.matrix).all()) and bool(torch.isfinite(spec.query_matrix).all())
+        query = torch.randn(2, 5, 16)
+        exact = query @ (stats.key_sample - (0 if spec.offset is None else spec.offset[:, None])).mT
+        got = spec.apply_query(query) @ spec.apply(stats.key_sample).mT
+        assert float((got - exact).abs().max()) <= 2e-3 * (1 + float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", sorted(VALUE_TRANSFORMS))
+def test_values_of_difficult_heads_stay_finite(kind, value):
+    recipe = Recipe.model_validate({"value": {"transform": value, "group_size": 8, "params": ["scale", "scale_min"]}})
+    for candidate in value_candidates(make_stats(kind=kind), recipe, 0):
+        assert 0 <= candidate.distortion < float("inf")
+        assert bool(torch.isfinite(torch.linalg.inv(candidate.matrix)).all())
+
+
+@pytest.mark.parametrize("side, name", [("key", n) for n in KEY_TRANSFORMS] + [("value", n) for n in VALUE_TRANSFORMS])
+def test_every_basis_is_undone_by_its_inverse_and_leaves_the_model_alone(side, name):
+    """Any row of the tables: what is fused commutes with RoPE, and values get nothing at run time."""
+    row = (KEY_TRANSFORMS if side == "key" else VALUE_TRANSFORMS)[name]
+    basis = row.fit(make_stats(), Request(uniform(16, 4, group_size=8), 8, 3, output_weight=output_weight()))
+    if basis.matrix is not None:
+        eye = torch.eye(16, dtype=torch.float64).expand(2, -1, -1)
+        torch.testing.assert_close(basis.inverse @ basis.matrix, eye, rtol=1e-7, atol=1e-7)
+    if side == "value":
+        assert basis.online is None and basis.offset is None and basis.fused is not None
+    elif basis.fused is not None:
+        diagonal = basis.fused.diagonal(dim1=-2, dim2=-1)
+        assert torch.equal(basis.fused, torch.diag_embed(diagonal)) and torch.equal(diagonal[:, :8], diagonal[:, 8:])
+    assert row.name == name and (row.mixed is None or row.mixed(make_stats(), (1.0, 2.0), Request()))
+
+
+def test_parts_of_the_whitening_can_be_left_out():
+    stats, fmt = make_stats(kind="bias"), Format(((8, 16), (8, 2)))
+    plain = whiten(stats, Request(fmt, without=("offset",)))
+    moment = stats.key_cov + stats.key_mean[:, :, None] * stats.key_mean[:, None, :]
+    assert plain.offset is None
+    unit = (plain.online @ moment @ plain.online.mT).diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(unit, torch.ones_like(unit))
+    unmixed = whiten(stats, Request(fmt, without=("mixing",))).online
+    covariance = unmixed @ stats.key_cov @ unmixed.mT  # eigen-channels stay uncorrelated where nothing mixes them
+    diagonal = covariance.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(covariance, torch.diag_embed(diagonal), atol=1e-8, rtol=1e-8)
+    assert bool((diagonal <= 1 + 1e-9).all()) and float(diagonal[:, :14].min()) > 0.999  # the last may be floored
+    basis, variances = whitened(stats, ("metric",))
+    torch.testing.assert_close(variances, torch.linalg.eigvalsh(stats.key_cov).flip(-1), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(basis @ basis.mT, torch.eye(16, dtype=torch.float64).expand(2, -1, -1))
+
+
+def test_regularised_matrices_have_a_bounded_condition():
+    """EPS of the mean eigenvalue bounds cond(W) by √(D/EPS), and half-whitening by the fourth root of the same."""
+    stats = make_stats(kind="steep")
+    bound = (16 / EPS + 1) ** 0.75
+    basis, variances = whitened(stats)
+    half = regularised(variances)[..., None] ** -0.25 * basis
+    assert bool((torch.linalg.cond(half) <= bound).all())
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("kind", ["plain", "dead", "rank", "channel"])
+def test_online_matrices_survive_sixteen_bits(dtype, limit, kind):
+    """M and M⁻¹ rounded to 16 bits: the logits move by a part of their own spread, far less than two bits a key move them."""
+    stats = make_stats(kind=kind)
+    for candidate in key_candidates(stats, Recipe(), 0, False):
+        spec = candidate.spec
+        if spec.matrix is None:
+            continue
+        exact = spec.apply_query(stats.query_sample) @ spec.apply(stats.key_sample).mT
+        matrix, inverse = spec.matrix.to(dtype).float(), spec.query_matrix.to(dtype).float()
+        assert bool(torch.isfinite(matrix).all()) and bool(torch.isfinite(inverse).all())
+        rounded = (stats.query_sample @ inverse) @ ((stats.key_sample - spec.offset[:, None]) @ matrix.mT).mT
+        assert float((rounded - exact).square().mean().sqrt()) <= limit * float(exact.square().mean().sqrt()) + 1e-6
 
 
 def test_whitening_beats_plain_uniform_keys_at_equal_bits():
@@ -160,27 +233,26 @@ def test_whitening_beats_plain_uniform_keys_at_equal_bits():
 
 def test_more_bits_never_measure_worse_by_much():
     stats = make_stats(head_dim=64)
-    for group in (
-        key_candidates(stats, Recipe(), 0, False),
-        value_candidates(stats, Recipe(), value_basis(stats, Recipe(), 0)),
-    ):
-        ordered = sorted(group, key=lambda c: c.spec.format.payload_bits)
-        assert all(b.distortion < 1.1 * a.distortion for a, b in itertools.pairwise(ordered))
-        assert ordered[-1].distortion < ordered[0].distortion / 1000
+    for group in (key_candidates(stats, Recipe(), 0, False), value_candidates(stats, Recipe(), 0)):
+        for kind in ("scale", "scale_min"):
+            ordered = sorted(
+                (c for c in group if c.spec.format.params == kind), key=lambda c: c.spec.format.payload_bits
+            )
+            assert all(b.distortion < 1.1 * a.distortion for a, b in itertools.pairwise(ordered))
+        assert min(c.distortion for c in group[:-1]) < max(c.distortion for c in group) / 1000
 
 
 @pytest.mark.parametrize(("head_dim", "least"), [(24, 4), (40, 4), (48, 3)])
 def test_heads_that_ternary_codes_do_not_fit(head_dim, least):
     """Ternary codes take 16 channels at a time; other heads start at four levels, and the plan's lower bound says so."""
     stats = make_stats(head_dim=head_dim)
-    recipe = Recipe.model_validate({"key": {"transform": "none"}})
-    for group in (
-        key_candidates(stats, recipe, 0, False),
-        value_candidates(stats, recipe, value_basis(stats, recipe, 0)),
+    recipe = Recipe.model_validate({"key": {"transform": "none"}, "value": {"transform": "rotate"}})
+    for group, side in (
+        (key_candidates(stats, recipe, 0, False), recipe.key),
+        (value_candidates(stats, recipe, 0), recipe.value),
     ):
         formats = [c.spec.format for c in group]
-        assert min(formats, key=lambda f: f.nbytes(32)) == uniform(head_dim, least)
-        assert uniform(head_dim, least) in _least_formats(recipe, head_dim)
+        assert min(formats, key=lambda f: f.nbytes(32)) == uniform(head_dim, least) == side.least_format(head_dim)
         assert len(formats) == (8 if least == 4 else 9)
 
 
@@ -199,35 +271,11 @@ def test_unit_scale_only_scales():
     assert torch.equal(matrix, torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1)))
 
 
-def test_smoothing_shares_a_scale_in_each_pair_and_lowers_the_error():
-    stats = make_stats(kind="bias")
-    fmt = uniform(16, 16)
-    found = smooth(stats, fmt).pair_scale
-    assert torch.equal(found[:, :8], found[:, 8:])
-
-    def error(scale):
-        divided = stats.key_sample / scale[:, None].float()
-        delta = (round_trip(divided, fmt) - divided).double() * scale[:, None]
-        return float(torch.einsum("hti,hij,htj->", delta, stats.query_moment, delta))
-
-    tried = [error(pair_scale(stats, i / 20)) for i in range(21)]
-    assert error(found) == pytest.approx(min(tried)) and min(tried) < tried[0]
-    assert torch.equal(*pair_scale(stats, 0.5, shared=True))
-
-
 def test_reordering_groups_channels_of_like_range():
     widths = torch.tensor([1.0, 9.0] * 8)
     sample = torch.randn(2, 300, 16, generator=torch.Generator().manual_seed(0)) * widths
-    order = reorder(sample, 8, 0)
+    order = reorder(torch.stack((sample.amin(1), sample.amax(1)), 1).double(), 8, 0)
     assert torch.equal(order.sum(1), torch.ones(2, 16, dtype=torch.float64)) and torch.equal(order.sum(2), order.sum(1))
     moved = sample @ order.float().mT
     spans = (moved.amax(1) - moved.amin(1)).unflatten(-1, (2, 8))
     assert bool((spans[:, 0].amax(-1) < spans[:, 1].amin(-1)).all())
-
-
-def test_clip_is_the_best_of_the_grid():
-    x = torch.randn(2, 400, 16, generator=torch.Generator().manual_seed(0))
-    metric = torch.eye(16, dtype=torch.float64).expand(2, -1, -1)
-    clip, error = best_clip(x, uniform(16, 4), metric)
-    unclipped = (round_trip(x, uniform(16, 4)) - x).double().square().sum((1, 2)) / 400
-    assert bool((clip < 1).all()) and bool((error < unclipped).all())

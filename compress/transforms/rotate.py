@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvfold.compress.calibrate import LayerStats
 from kvfold.compress.transforms.basis import mixing_matrix, regularised, symmetric_power
+from kvfold.compress.transforms.interface import Basis, Transform
 
 
 def _to_unit(matrix: Tensor, stats: LayerStats) -> Tensor:
@@ -39,3 +40,8 @@ def balance(stats: LayerStats, generator: torch.Generator) -> Tensor:
     values, vectors = torch.linalg.eigh(root @ stats.value_cov @ root)
     quarter = regularised(values) ** -0.25
     return _to_unit(mixing_matrix(vectors.shape[-1], generator) @ (quarter[:, :, None] * (vectors.mT @ root)), stats)
+
+
+PLAIN = Transform("none", lambda stats, request: Basis(fused=unit_scale(stats)))
+ROTATE = Transform("rotate", lambda stats, request: Basis(fused=rotate(stats, request.generator())))
+BALANCE = Transform("balance", lambda stats, request: Basis(fused=balance(stats, request.generator())))

@@ -1,10 +1,17 @@
-"""Keys in the query-metric whitened eigenbasis, with bits by reverse water-filling.
+"""Keys and values in the whitened eigenbasis of the metric that their error is felt in, with bits by reverse water-filling.
 
 With Σ_q = E[q qᵀ], W = Σ_q^½ and W Σ_k W = U Λ Uᵀ (λ falling), the error of a logit is the plain squared error of
 z = Uᵀ W (k − μ), whose channels have variances λ. Channels are cut into contiguous classes; class c of n channels with
 L levels costs D(L)·(Σ_{i∈c} √λ_i)²/n once it is half-whitened, which is the smallest that one shared scale allows:
 M_c = H_n Λ_c^(−¼), H_n orthogonal and mixing. So M = blockdiag(M_c) Uᵀ W. Rows are then divided by their calibrated
 standard deviation, so that the quantiser sees unit variance and one scale a token serves all channels.
+
+For values the metric is G = mean W_oᵀ W_o in the place of Σ_q, M is fused into v_proj and o_proj, and there is no offset, so
+Σ_v = E[v vᵀ] is not centred: tokens with small values often draw the most attention, and their error must stay in
+proportion to their own norm.
+
+Three parts of the keys' can be left out, to see what each is worth: "metric" (W = I: the keys' own eigenbasis), "mixing" (H_n = I) and
+"offset" (μ = 0, and Σ_k not centred).
 """
 
 import itertools
@@ -15,19 +22,41 @@ import torch
 from torch import Tensor
 
 from kvfold.compress.calibrate import LayerStats
-from kvfold.compress.transforms import KeyBasis
 from kvfold.compress.transforms.basis import mixing_matrix, regularised, symmetric_power
+from kvfold.compress.transforms.interface import Basis, Request, Transform
 from kvfold.kernels.formats import GAUSSIAN_MSE, PLANE_WIDTHS, Format
 
 CLASS_LEVELS = (64, 32, 16, 8, 4, 2, 0)  # of a class, falling with the variance
+FLOOR = 1e-6  # least variance of a channel, as a part of its head's largest
+DEAD = 1e-20  # a head of less variance is left unscaled
 MAX_COMPOSITIONS = 80_000  # more cuts than this: classes get coarser
 
 
-def whitened(stats: LayerStats) -> tuple[Tensor, Tensor]:
-    """Uᵀ W and λ of every KV head: float64 [Hkv, D, D] and [Hkv, D], λ falling."""
-    root = symmetric_power(stats.query_moment, 0.5)
-    values, vectors = torch.linalg.eigh(root @ stats.key_cov @ root)
+PARTS = ("metric", "mixing", "offset")
+
+
+def _moment(stats: LayerStats, without: tuple[str, ...]) -> Tensor:
+    """Σ_k of what is coded: centred, unless the offset is left out."""
+    if "offset" not in without:
+        return stats.key_cov
+    return stats.key_cov + stats.key_mean[:, :, None] * stats.key_mean[:, None, :]
+
+
+def value_moment(stats: LayerStats) -> Tensor:
+    """E[v vᵀ], float64 [Hkv, D, D]."""
+    return stats.value_cov + stats.value_mean[:, :, None] * stats.value_mean[:, None, :]
+
+
+def eigenbasis(moment: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Uᵀ W and λ of every head, from Σ and W² (None for the identity): float64 [Hkv, D, D] and [Hkv, D], λ falling."""
+    root = symmetric_power(metric, 0.5) if metric is not None else torch.eye(moment.shape[-1], dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(root @ moment @ root)
     return vectors.flip(-1).mT @ root, values.flip(-1).clamp_min(0)
+
+
+def whitened(stats: LayerStats, without: tuple[str, ...] = ()) -> tuple[Tensor, Tensor]:
+    """The keys' eigenbasis: Uᵀ W and λ of every KV head."""
+    return eigenbasis(_moment(stats, without), None if "metric" in without else stats.query_moment)
 
 
 @cache
@@ -75,17 +104,48 @@ def water_fill(variances: Tensor, mean_bits: tuple[float, ...]) -> list[Format]:
     return list(formats)
 
 
-def whiten(stats: LayerStats, fmt: Format, generator: torch.Generator) -> KeyBasis:
-    """M and μ for one format; a format of one class is the balanced basis."""
-    basis, variances = whitened(stats)
+def half_whitened(moment: Tensor, metric: Tensor | None, request: Request) -> Tensor:
+    """M for one format, float64 [Hkv, D, D]; for a format of one class it is the balanced basis."""
+    assert request.fmt is not None
+    basis, variances = eigenbasis(moment, metric)
     quarter = regularised(variances) ** -0.25
+    generator = request.generator()
     rows = []
     start = 0
-    for channels, _ in fmt.classes:
+    for channels, _ in request.fmt.classes:
         part = slice(start, start + channels)
-        rows.append(mixing_matrix(channels, generator) @ (quarter[:, part, None] * basis[:, part]))
+        block = quarter[:, part, None] * basis[:, part]
+        rows.append(block if "mixing" in request.without else mixing_matrix(channels, generator) @ block)
         start += channels
     matrix = torch.cat(rows, 1)
-    variance = torch.einsum("hij,hjk,hik->hi", matrix, stats.key_cov, matrix)
-    floor = variance.amax(-1, keepdim=True).clamp_min(1e-30) * 1e-12
-    return KeyBasis(matrix=matrix / variance.clamp_min(floor).sqrt()[..., None], offset=stats.key_mean)
+    variance = torch.einsum("hij,hjk,hik->hi", matrix, moment, matrix)
+    top = variance.amax(-1, keepdim=True)
+    # a channel that calibration saw dead may fire later: it must not saturate the 16-bit rows
+    variance = torch.where(top > DEAD, torch.maximum(variance, FLOOR * top), torch.ones_like(variance))
+    return matrix / variance.sqrt()[..., None]
+
+
+def whiten(stats: LayerStats, request: Request) -> Basis:
+    """M and μ of keys."""
+    metric = None if "metric" in request.without else stats.query_moment
+    matrix = half_whitened(_moment(stats, request.without), metric, request)
+    return Basis(online=matrix, offset=None if "offset" in request.without else stats.key_mean)
+
+
+def whiten_values(stats: LayerStats, request: Request) -> Basis:
+    """M of values."""
+    return Basis(fused=half_whitened(value_moment(stats), stats.output_metric, request))
+
+
+KEYS = Transform(
+    "whiten",
+    whiten,
+    mixed=lambda stats, bits, request: water_fill(whitened(stats, request.without)[1], bits),
+    each_format=True,
+)
+VALUES = Transform(
+    "whiten",
+    whiten_values,
+    mixed=lambda stats, bits, request: water_fill(eigenbasis(value_moment(stats), stats.output_metric)[1], bits),
+    each_format=True,
+)

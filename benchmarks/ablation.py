@@ -1,0 +1,123 @@
+"""Takes the ingredients out of the recipe `best` one at a time, at equal payload bits, through the packed cache.
+
+usage: python benchmarks/ablation.py [MODEL …] [--bits 2.25] [--text FILE|DATASET] [--windows 8] [--rows NAME,…]
+
+Every row is a real artifact, compressed anew and measured on each window alone; rows that calibrate alike share their
+statistics. Prints Markdown, and writes Markdown and JSON, after each row; run again, it goes on where it stopped.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from runs import Rows, geometry_of, make, mean_and_error, measure
+
+from kvfold.compress.models import quiet_transformers
+from kvfold.compress.recipe import Recipe, load_recipe
+
+MODELS = ("smollm2-135m", "Qwen/Qwen2.5-0.5B-Instruct")
+WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
+ANY = {"levels": [2, 3, 4, 8, 16, 32, 64, 256, 65536], "params": ["scale", "scale_min"]}  # formats of one class
+
+# name → what the row changes; None stands for the value that fits the changed transform
+ROWS: dict[str, dict] = {
+    "best": {},
+    "best, seed 1": {"seed": 1},
+    "best, seed 2": {"seed": 2},
+    "K: no whitening by the queries": {"key": {"without": ["metric"]}},
+    "K: no mixing inside classes": {"key": {"without": ["mixing"]}},
+    "K: no offset": {"key": {"without": ["offset"]}},
+    "K: same bits in all channels": {"key": {"bits": [], **ANY}},
+    "K: no transform": {"key": {"transform": "none", "bits": None, **ANY}},
+    "V: mixed bits only": {"value": {"levels": [65536]}},
+    "V: same bits in all channels": {"value": {"bits": [], **ANY}},
+    "V: same bits, orthogonal basis": {"value": {"transform": "rotate", "bits": None, **ANY}},
+    "V: same bits, orthogonal basis, ternary at least": {"value": {"transform": "rotate", "bits": None}},
+    "V: no transform": {"value": {"transform": "none", "bits": None, **ANY}},
+    "V: no clip search": {"value": {"clip": False}},
+    "positions not spread": {"calibration": {"spread": 1}},
+    "one format for all layers": {"fixed": True},
+    "first-order sensitivities": {"sensitivity": {"method": "first-order"}},
+    "two probes a kind": {"sensitivity": {"probes": 2}},
+    "1 sink": {"sinks": 1},
+    "64 sinks": {"sinks": 64},
+    "skvq": {"recipe": "skvq"},
+    "pm-kvq": {"recipe": "pm-kvq"},
+}
+
+
+def recipe_for(change: dict, model: str, bits: float) -> Recipe:
+    """`best`, or another recipe, with a row's change."""
+    data = load_recipe(change.get("recipe")).model_dump()
+    for name, value in change.items():
+        if isinstance(value, dict):
+            data[name] |= value
+        elif name not in ("recipe", "fixed"):
+            data[name] = value
+    if change.get("fixed"):  # values with 2 bits, keys with the water-filled format that the rest of the bits pays
+        head_dim = geometry_of(model, Recipe())[0].head_dim
+        value_bits = 2 + 16 / head_dim
+        data["value"] |= {"bits": [], "levels": [4], "params": ["scale_min"]}
+        data["key"] |= {"bits": [int((2 * bits - value_bits) * head_dim / 8 - 1 + 1e-9) * 8 / head_dim], "levels": []}
+    return Recipe.model_validate(data)
+
+
+def table(rows: dict[str, dict]) -> str:
+    """Markdown of the rows so far; differences to `best` are paired by window."""
+    lines = [
+        "| row | payload bits | K | V | Δloss | KL | KL − best's | top-1 | s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        kl, loss = mean_and_error(row["kl"]), mean_and_error(row["dnll"])
+        rest = [a - b for a, b in zip(row["kl"], rows["best"]["kl"], strict=True)] if "best" in rows else [0.0]
+        difference = mean_and_error(rest)
+        lines.append(
+            f"| {name} | {row['payload_bits']:.3f} | {row['key_bits']:.3f} | {row['value_bits']:.3f} | {loss[0]:+.4f} ± {loss[1]:.4f} "
+            f"| {kl[0]:.4f} ± {kl[1]:.4f} | {difference[0]:+.4f} ± {difference[1]:.4f} | {mean_and_error(row['top1'])[0]:.3f} | {row['seconds']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=MODELS)
+    parser.add_argument("--bits", type=float, default=2.25)
+    parser.add_argument("--text", default=WIKITEXT)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--first-window", type=int, default=0)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--rows", help="names, or parts of names, between commas")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("artifacts/ablation"))
+    options = parser.parse_args()
+    quiet_transformers()
+    wanted = [part.strip().lower() for part in options.rows.split(",")] if options.rows else [""]
+    for model in options.models:
+        name = Path(model).name
+        shared = {k: getattr(options, k) for k in ("bits", "text", "windows", "first_window", "seq_len")}
+        done = Rows(options.out / f"ablation-{name}.json", {"model": model, **shared})
+        for row, change in ROWS.items():
+            if row in done or not any(part in row.lower() for part in wanted):
+                continue
+            begun = time.monotonic()
+            recipe = recipe_for(change, model, options.bits)
+            artifact = options.out / name / "artifact"
+            figures = make(model, recipe, options.bits, artifact, options.device)
+            seconds = time.monotonic() - begun
+            found = measure(
+                artifact, options.text, options.first_window, options.windows, options.seq_len, options.device
+            )
+            lists = {
+                "kl": [e.kl for e in found],
+                "dnll": [e.dnll for e in found],
+                "top1": [e.top1_agreement for e in found],
+            }
+            done.add(row, {**figures, **lists, "seconds": seconds, "change": change})
+            text = table(done.rows)
+            (options.out / f"ablation-{name}.md").write_text(text, encoding="utf-8")
+            print(f"{name}\n{text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What benchmarks that make and measure many artifacts share: rows that outlive an interrupted run, budgets by payload."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvfold.compress.evaluate import Evaluation, evaluate
+from kvfold.compress.models import read_config, resolve_model
+from kvfold.compress.pipeline import compress
+from kvfold.compress.recipe import Recipe
+from kvfold.exports.account import Geometry
+from kvfold.exports.architectures import head_dim_of, num_kv_heads_of
+
+CONTEXT = 32768  # tokens at which budgets count, or the model's maximum
+
+
+class Rows:
+    """Finished rows by name, in a JSON file that is rewritten whole after each; a run with the same options goes on there.
+
+    Args:
+        path: of the file.
+        options: what all rows depend on; rows of other options are dropped.
+    """
+
+    def __init__(self, path: Path, options: dict) -> None:
+        self.path, self.options = path, json.loads(json.dumps(options))
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        self.rows: dict[str, Any] = found.get("rows", {}) if found.get("options") == self.options else {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.rows
+
+    def add(self, name: str, row: Any) -> None:
+        self.rows[name] = row
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = self.path.with_suffix(".part")
+        scratch.write_text(json.dumps({"options": self.options, "rows": self.rows}, indent=1) + "\n", encoding="utf-8")
+        os.replace(scratch, self.path)
+
+
+def geometry_of(model: str, recipe: Recipe) -> tuple[Geometry, int, int]:
+    """Shape of a model's cache under a recipe, its number of layers, and the tokens that its budgets count at."""
+    config = read_config(resolve_model(model).path)
+    shape = Geometry(num_kv_heads_of(config), head_dim_of(config), recipe.sinks, recipe.window, recipe.page_tokens)
+    return shape, config.num_hidden_layers, min(CONTEXT, config.max_position_embeddings)
+
+
+def budget_for_payload(model: str, recipe: Recipe, bits: float) -> str:
+    """The budget in bytes that leaves `bits` of payload for every packed element, whatever sinks and window take."""
+    geometry, layers, at = geometry_of(model, recipe)
+    packed = geometry.elements(geometry.num_pages(at) * geometry.page_tokens, layers)
+    return f"{layers * geometry.fixed_nbytes(at) + int(bits * packed / 8)}B@{at}"
+
+
+def make(model: str, recipe: Recipe, bits: float, out: Path, device: str, calib: str | None = None) -> dict:
+    """Compresses at a payload; the calibration is kept beside `out` for runs that share it. Returns the artifact's figures."""
+    budget = budget_for_payload(model, recipe, bits)
+    kept = out.parent / "statistics"
+    made = compress(model, budget, out, calib=calib, recipe=recipe, device=device, statistics=kept).metadata
+    return {
+        "payload_bits": made.account.payload_bits,
+        "key_bits": sum(layer.key.payload_bits for layer in made.layers) / len(made.layers),
+        "value_bits": sum(layer.value.payload_bits for layer in made.layers) / len(made.layers),
+        "predicted": sum(layer.key.predicted_loss + layer.value.predicted_loss for layer in made.layers),
+        "calibration_kl": made.calibration.kl,
+    }
+
+
+def measure(artifact: Path, text: str, first: int, windows: int, seq_len: int, device: str) -> list[Evaluation]:
+    """Each window on its own, in float32: differences between artifacts are then paired by window."""
+    place = None if device == "auto" else device
+    return [
+        evaluate(
+            str(artifact), text=text, windows=1, first_window=i, seq_len=seq_len, device=place, dtype=torch.float32
+        )
+        for i in range(first, first + windows)
+    ]
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean, and its standard error (0 for one value)."""
+    x = torch.tensor(values, dtype=torch.float64)
+    return float(x.mean()), float(x.std() / len(values) ** 0.5) if len(values) > 1 else 0.0

@@ -1,0 +1,67 @@
+"""The ablation and the domains command on a tiny model: every row is a real artifact, and a run goes on where it stopped."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def call(main, *argv):
+    sys.argv = ["benchmark", *map(str, argv)]
+    main()
+
+
+def test_ablation_rows_are_at_one_payload_and_are_not_run_twice(benchmarks, monkeypatch, tmp_path, tiny_folder, capsys):
+    import ablation
+
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    arguments = [tiny_folder, "--bits", 5, "--text", ROOT / "compress/data/heldout.txt", "--windows", 2]
+    arguments += ["--seq-len", 300, "--out", tmp_path, "--device", "cpu"]
+    call(ablation.main, *arguments, "--rows", "no offset")
+    call(ablation.main, *arguments, "--rows", "best,no offset,64 sinks")
+    shown = capsys.readouterr().out
+    made = json.loads((tmp_path / "ablation-tiny-llama.json").read_text())["rows"]
+    assert next(iter(made)) == "K: no offset" and len(made) == 5 and shown.count("tiny-llama\n") == 5
+    assert all(4.5 < row["payload_bits"] <= 5 and len(row["kl"]) == 2 and min(row["kl"]) > 0 for row in made.values())
+    assert made["64 sinks"]["kl"] < made["best"]["kl"]
+    assert made["best"]["kl"] != made["best, seed 1"]["kl"]
+    assert (tmp_path / "ablation-tiny-llama.md").read_text() in shown
+    monkeypatch.setattr(ablation, "make", None)  # nothing is left to do
+    call(ablation.main, *arguments, "--rows", "best,no offset,64 sinks")
+
+
+def test_every_row_of_the_ablation_is_a_valid_recipe(benchmarks, tiny_folder):
+    import ablation
+
+    recipes = {name: ablation.recipe_for(change, str(tiny_folder), 4.5) for name, change in ablation.ROWS.items()}
+    best = recipes.pop("best")
+    assert all(recipe != best for recipe in recipes.values())
+    fixed = recipes["one format for all layers"]
+    assert len(fixed.key.bits) == len(fixed.value.levels) == 1 and not fixed.key.levels
+
+
+def test_domains_compare_each_calibration_with_the_tests_own(benchmarks, monkeypatch, tmp_path, tiny_folder, capsys):
+    import domains
+
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    arguments = [tiny_folder, "--bits", 5, "--windows", 2, "--seq-len", 300, "--out", tmp_path, "--device", "cpu"]
+    call(domains.main, *arguments)
+    shown = capsys.readouterr().out
+    made = json.loads((tmp_path / "domains-tiny-llama.json").read_text())["rows"]
+    assert list(made) == ["maths", "prose", "code", "all"]
+    assert all(set(row["kl"]) == {"maths", "prose", "code"} for row in made.values())
+    assert "(1.00)" in shown and "worst ratio between single domains" in shown
+    monkeypatch.setattr(domains, "make", None)
+    call(domains.main, *arguments)
+    assert capsys.readouterr().out == shown
+    own = {name: sum(made[name]["kl"][name]) for name in ("maths", "prose", "code")}
+    worst = max(sum(made[c]["kl"][t]) / own[t] for c in own for t in own)
+    assert domains.worst(made, list(own)) == pytest.approx(worst)
