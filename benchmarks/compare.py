@@ -31,6 +31,7 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, cache_nbytes
 from kvfold.exports.architectures import architecture_of, head_dim_of, num_kv_heads_of
 from kvfold.exports.reader import is_artifact, read_metadata
+from kvfold.exports.schema import METADATA_NAME
 from kvfold.kernels.attention import Tile, attend, packed_tokens
 from kvfold.kernels.quantizer import to_float16
 
@@ -184,9 +185,15 @@ class Comparison:
             raise KvfoldError(
                 f"'{folder}' was not made from '{s.model}': its heads or layers differ; give its own model."
             )
-        name = f"kvfold {folder.name}"
-        if self._done(name):
+        name, digest = (
+            f"kvfold {folder.name}",
+            json.loads((folder / METADATA_NAME).read_text(encoding="utf-8"))["digest"],
+        )
+        if any(row.get("digest") == digest for row in self.result["rows"]):
             return
+        self.result["rows"] = [
+            row for row in self.result["rows"] if row["name"] != name
+        ]  # another artifact had the name
         found = evaluate(
             str(folder), against=s.model, text=s.text, windows=s.windows, first_window=s.first_window,
             seq_len=s.seq_len, device=s.device, dtype=s.dtype,
@@ -195,7 +202,7 @@ class Comparison:
             {t for layer in metadata.layers for side in (layer.key, layer.value) for t in side.transforms}
         )
         self._add(
-            begun, name=name, kind="artifact", source=", ".join(transforms), digest=metadata.digest, sinks=geometry.sinks,
+            begun, name=name, kind="artifact", source=", ".join(transforms), digest=digest, sinks=geometry.sinks,
             window=geometry.window, page_tokens=geometry.page_tokens, payload_bits=found["payload_bits"],
             bits_at={str(n): 8 * cache_nbytes(geometry, formats, n) / geometry.elements(n, len(formats)) for n in LENGTHS},
             **{field: found[field] for field in FIGURES},

@@ -59,11 +59,6 @@ def choose(asked: str, known: list[str]) -> list[str]:
     return split(asked)
 
 
-@bench.callback()
-def _bench() -> None:
-    """Measures artifacts and rivals; needs a checkout of the repository."""
-
-
 @bench.command("quality")
 def quality_command(
     model: Annotated[str, typer.Argument(help="Alias, checkpoint folder, .gguf, or Hub id: the original model.")],
@@ -115,6 +110,6 @@ def quality_command(
     print(table)
     if importlib.util.find_spec("matplotlib") is None:
         print("No plot: matplotlib is not installed.", file=sys.stderr)
-    else:
+    elif run.result["rows"]:
         report.plot(run.result, target)
     print(target)
