@@ -15,7 +15,7 @@ def _kl_digits(kl: float) -> int:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table, rows by payload bits and then by KL, with what was left out and the protocol under it."""
+    """The table, rows by whole payload bits and then by KL, with what was left out and the protocol under it."""
     lengths = [f"{n // 1024}K" for n in LENGTHS]
     first = result["first_window"]
     lines = [
@@ -24,7 +24,7 @@ def markdown(result: dict[str, Any]) -> str:
         "| cache | payload bits | " + " | ".join(f"bits at {n}" for n in lengths) + " | 16-bit tokens | perplexity | ΔNLL | KL | top-1 |",
         "|---|" + "---|" * (len(lengths) + 6),
     ]  # fmt: skip
-    rows = sorted(result["rows"], key=lambda row: (round(row["payload_bits"], 1), row["kl"]))
+    rows = sorted(result["rows"], key=lambda row: (round(row["payload_bits"]), row["kl"]))
     if rows:
         lines.append("| unquantised | 16 |" + " 16 |" * len(lengths) + f" all | {rows[0]['ppl_16bit']:.3f} | | | |")
     for row in rows:

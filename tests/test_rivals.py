@@ -221,14 +221,16 @@ def test_clip_search_finds_the_best_of_its_grid():
     assert (found < 1).all()
 
 
-def test_sinkhorn_brings_rows_and_columns_to_unit_size():
+def test_sinkhorn_brings_rows_and_columns_to_unit_variance():
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(2, 128, 64, generator=rng) * torch.rand(2, 1, 64, generator=rng).exp() ** 3
     x = x * torch.rand(2, 128, 1, generator=rng).exp() ** 2
     y, tokens, channels = kvarn.sinkhorn(x)
-    assert torch.allclose(tokens * y * channels, x, rtol=1e-4)
-    assert torch.allclose(y.square().mean(-1), torch.ones(2, 128), atol=1e-5)
-    assert torch.allclose(y.square().mean(-2), torch.ones(2, 64), atol=1e-3)
+    assert torch.allclose(tokens * y * channels, x, rtol=1e-3)
+    assert torch.allclose(y.std(-1, correction=0), torch.ones(2, 128), atol=1e-5)
+    columns = y.std(-2, correction=0)  # all alike; 1 but for what centring along the other axis takes
+    assert torch.allclose(columns, columns.mean(-1, keepdim=True).expand_as(columns), atol=1e-5)
+    assert torch.allclose(columns, torch.ones(2, 64), atol=0.01)
 
 
 def test_kvarn_does_not_care_for_the_size_of_a_token():

@@ -68,13 +68,15 @@ class Affine:
     Attributes:
         group: neighbours that share (m, s).
         params: stored type of m and s, rounded before coding.
-        clip: factor on the range, broadcastable to [..., groups]; None for 1.
+        clip: factor on minimum and maximum, broadcastable to [..., groups]; None for 1.
+        cut: factor on the range about its middle, which a group far from zero needs instead.
     """
 
     bits: int
     group: int
     params: ParamType = "e4m3"
     clip: Tensor | None = None
+    cut: float = 1.0
 
     def encode(self, x: Tensor) -> Stored:
         grouped = x.float().unflatten(-1, (-1, self.group))
@@ -82,6 +84,8 @@ class Affine:
         if self.clip is not None:
             clip = self.clip.to(x.device)
             low, high = low * clip, high * clip
+        margin = (high - low) * (1 - self.cut) / 2
+        low, high = low + margin, high - margin
         pair = store(torch.stack((low, (high - low) / (2**self.bits - 1)), -1), self.params)
         minimum, scale = pair.float()[..., None].unbind(-2)
         codes = ((grouped - minimum) / scale.clamp_min(1e-30)).round().clamp(0, 2**self.bits - 1)
