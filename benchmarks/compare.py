@@ -1,16 +1,14 @@
 """Artifacts and rivals on one text under one protocol, a row at a time, each saved as soon as it is there.
 
-Protocol: teacher-forced windows; the first N tokens and the last W in 16 bits; a page leaves the window as a whole, and a
-query reads everything behind it as it is stored (the rule of kernels/attention.py, through `attend` itself). Artifacts run
-through the real packed cache; rivals through the arrays that they store. The reference is the original model, unquantised,
-for both.
+Artifacts run through the real packed cache, rivals through the arrays that they store (protocol.py). The reference is the
+original model, unquantised, for both.
 """
 
 import json
 import os
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from kvfold.compress.models import load_model, read_config, resolve_model
 from kvfold.compress.pipeline import compress
 from kvfold.compress.progress import progress, stage
 from kvfold.compress.recipe import Recipe
-from kvfold.compress.tap import NAME, Tap, tapped
+from kvfold.compress.tap import NAME, tapped
 from kvfold.compress.text import read_documents, sample_sequences
 from kvfold.compress.work import fingerprint, weights_fingerprint
 from kvfold.errors import KvfoldError
@@ -32,13 +30,12 @@ from kvfold.exports.account import Geometry, cache_nbytes
 from kvfold.exports.architectures import architecture_of, head_dim_of, num_kv_heads_of
 from kvfold.exports.reader import is_artifact, read_metadata
 from kvfold.exports.schema import METADATA_NAME
-from kvfold.kernels.attention import Tile, attend, packed_tokens
-from kvfold.kernels.quantizer import to_float16
 
-from .rivals import RIVALS, Rival
+from .protocol import page_tokens, rival_bits, rival_tap
+from .rivals import RIVALS
 
 LENGTHS = (2048, 8192, 32768)  # tokens at which the whole cache is counted
-TILE = 512  # tokens of a tile: queries skip the tiles that they read in the other form
+FIGURES = ("nll_16bit", "nll", "dnll", "dnll_se", "ppl_16bit", "ppl", "kl", "kl_se", "top1_agreement")
 
 
 @dataclass(frozen=True)
@@ -53,41 +50,6 @@ class Settings:
     device: torch.device
     dtype: torch.dtype
     out: Path
-
-
-def rival_bits(rival: Rival, geometry: Geometry, num_layers: int, tokens: int) -> float:
-    """Bits per cached element of a sequence of `tokens` tokens, all that is resident counted as for an artifact."""
-    page = rival.payload_bits(geometry.head_dim) * 2 * geometry.num_kv_heads * geometry.head_dim * geometry.page_tokens
-    layer = 8 * geometry.fixed_nbytes(tokens) + geometry.num_pages(tokens) * page
-    return num_layers * layer / geometry.elements(tokens, num_layers)
-
-
-def rival_tap(rival: Rival, geometry: Geometry) -> Tap:
-    """A tap that attends with what `rival` keeps of the keys and values behind the window."""
-    g = geometry
-
-    def tap(module, query, key, value, mask, scaling):
-        tokens = key.shape[2]
-        packed = packed_tokens(tokens, g.sinks, g.window, g.page_tokens)
-        if packed == 0:
-            return None
-        positions = torch.arange(tokens, device=key.device)
-        limit = g.sinks + (positions + 1 - g.sinks - g.window).clamp_min(0) // g.page_tokens * g.page_tokens
-        keys, values = to_float16(key[0]).float(), to_float16(value[0]).float()
-        behind = slice(g.sinks, g.sinks + packed)
-        stored_keys, stored_values = rival.quantise(keys[:, behind], values[:, behind])
-        tiles = [Tile(keys[:, : g.sinks], values[:, : g.sinks], positions[: g.sinks], False)]
-        for start in range(g.sinks, tokens, TILE):
-            part = slice(start, start + TILE)
-            tiles.append(Tile(keys[:, part], values[:, part], positions[part], False))
-        for start in range(0, packed, TILE):
-            part = slice(start, min(start + TILE, packed))
-            tiles.append(Tile(stored_keys[:, part], stored_values[:, part], positions[behind][part], True))
-        narrow = None if mask is None else mask[0, 0]
-        out = attend(query[0], positions, limit, tiles, sinks=g.sinks, scaling=scaling, mask=narrow)
-        return out.transpose(0, 1)[None].to(query.dtype)
-
-    return tap
 
 
 class Comparison:
@@ -185,22 +147,18 @@ class Comparison:
             raise KvfoldError(
                 f"'{folder}' was not made from '{s.model}': its heads or layers differ; give its own model."
             )
-        name, digest = (
-            f"kvfold {folder.name}",
-            json.loads((folder / METADATA_NAME).read_text(encoding="utf-8"))["digest"],
-        )
+        name = f"kvfold {folder.name}"
+        digest = json.loads((folder / METADATA_NAME).read_text(encoding="utf-8"))["digest"]
         if any(row.get("digest") == digest for row in self.result["rows"]):
             return
-        self.result["rows"] = [
-            row for row in self.result["rows"] if row["name"] != name
-        ]  # another artifact had the name
+        # an earlier artifact may have had the name
+        self.result["rows"] = [row for row in self.result["rows"] if row["name"] != name]
         found = evaluate(
             str(folder), against=s.model, text=s.text, windows=s.windows, first_window=s.first_window,
             seq_len=s.seq_len, device=s.device, dtype=s.dtype,
         ).to_dict()  # fmt: skip
-        transforms = sorted(
-            {t for layer in metadata.layers for side in (layer.key, layer.value) for t in side.transforms}
-        )
+        sides = [side for layer in metadata.layers for side in (layer.key, layer.value)]
+        transforms = sorted({transform for side in sides for transform in side.transforms})
         self._add(
             begun, name=name, kind="artifact", source=", ".join(transforms), digest=digest, sinks=geometry.sinks,
             window=geometry.window, page_tokens=geometry.page_tokens, payload_bits=found["payload_bits"],
@@ -228,10 +186,7 @@ class Comparison:
         if kind.needs:
             for rival, stats in zip(rivals, self._statistics(kind.needs), strict=True):
                 rival.calibrate(stats)
-        page = max(kind.block_tokens, self.geometry.page_tokens)
-        geometry = Geometry(
-            self.geometry.num_kv_heads, head_dim, self.geometry.sinks, self.geometry.window, page // kind.block_tokens * kind.block_tokens
-        )  # fmt: skip
+        geometry = replace(self.geometry, page_tokens=page_tokens(rivals[0], self.geometry.page_tokens))
         rows = []
         attentions = architecture_of(self.config).attention_modules(self.model)
         with torch.inference_mode(), ExitStack() as stack:
@@ -277,10 +232,7 @@ class Comparison:
         return self.stats[spread]
 
 
-FIGURES = ("nll_16bit", "nll", "dnll", "dnll_se", "ppl_16bit", "ppl", "kl", "kl_se", "top1_agreement")
-
-
 def _device_name(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
-    )
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device}, {torch.get_num_threads()} threads"

@@ -22,7 +22,9 @@ from kvfold.exports.architectures import architecture_of
 from kvfold.kernels.formats import uniform
 from kvfold.kernels.quantizer import round_trip
 
-compare, report, rivals = (bench.benchmark_module(name) for name in ("compare", "report", "rivals"))
+compare, protocol, report, rivals = (
+    bench.benchmark_module(name) for name in ("compare", "protocol", "report", "rivals")
+)
 codecs, kvarn, oscar, pmkvq, skvq, turboquant, nqkv, transformers_cache = (
     bench.benchmark_module(f"rivals.{name}")
     for name in ("codecs", "kvarn", "oscar", "pmkvq", "skvq", "turboquant", "nqkv", "transformers_cache")
@@ -123,7 +125,7 @@ def test_bits_at_a_length_count_what_an_artifact_counts():
     assert rival.payload_bits(64) == fmt.payload_bits
     for tokens in (1, 133, 165, 2047, 32768):
         own = 8 * cache_nbytes(geometry, [(fmt, fmt)] * 7, tokens) / geometry.elements(tokens, 7)
-        assert compare.rival_bits(rival, geometry, 7, tokens) == pytest.approx(own, rel=1e-12)
+        assert protocol.rival_bits(rival, geometry, 7, tokens) == pytest.approx(own, rel=1e-12)
 
 
 # -- formulas ----------------------------------------------------------------------------------------------------------
@@ -291,7 +293,7 @@ def test_queries_read_stored_tokens_behind_the_window_only(tokens):
     rng = torch.Generator().manual_seed(tokens)
     query, key, value = (torch.randn(1, heads, tokens, 16, generator=rng).half().float() for heads in (4, 2, 2))
     geometry, rival = Geometry(2, 16, 3, 24, 16), Shifted(0.5)
-    out = compare.rival_tap(rival, geometry)(SimpleNamespace(), query, key, value, None, 0.25)
+    out = protocol.rival_tap(rival, geometry)(SimpleNamespace(), query, key, value, None, 0.25)
     if tokens < 3 + 24 + 16:
         assert out is None
         return
@@ -321,7 +323,7 @@ def test_a_lossless_rival_leaves_the_model_as_it_is(family, device):
             with ExitStack() as stack:
                 for attention in attentions(model):
                     stack.enter_context(
-                        tapped(attention, compare.rival_tap(Shifted(shift), Geometry(2, 16, 3, 24, 16)))
+                        tapped(attention, protocol.rival_tap(Shifted(shift), Geometry(2, 16, 3, 24, 16)))
                     )
                 packed = model(ids, use_cache=False).logits
             assert torch.allclose(plain[:, :42], packed[:, :42], atol=0.1)
