@@ -28,8 +28,8 @@ compress: $(READY)  ## compress MODEL under BUDGET and print the artifact's path
 eval: $(READY)  ## measure the artifact OUT (default: what `make compress` writes) on TEXT
 	@$(BIN)/kvfold eval '$(or $(OUT),artifacts/$(notdir $(MODEL))-$(subst @,-at-,$(BUDGET)))' $(if $(TEXT),--text '$(TEXT)') $(ARGS)
 
-bench: $(READY)  ## the README's table: budgets 2.3, 3.0 and 4.5 of MODEL, measured on TEXT
-	@$(BIN)/python benchmarks/quality.py '$(MODEL)' $(if $(TEXT),--text '$(TEXT)') $(ARGS)
+bench: $(READY)  ## the README's table: budgets 2.3, 3.0 and 4.5 of MODEL and its rivals, measured on TEXT
+	@$(BIN)/kvfold bench quality '$(MODEL)' --budgets 2.3,3.0,4.5 $(if $(TEXT),--text '$(TEXT)') $(ARGS)
 
 ablation: $(READY)  ## what each ingredient of the default recipe is worth: MODEL, or two models; goes on where it stopped
 	@$(BIN)/python benchmarks/ablation.py $(if $(filter file,$(origin MODEL)),,'$(MODEL)') $(if $(TEXT),--text '$(TEXT)') $(ARGS)

@@ -1,4 +1,4 @@
-"""The command line: `kvfold compress | eval | inspect | generate | validate`."""
+"""The command line: `kvfold compress | eval | inspect | generate | validate | bench`."""
 
 import json
 import logging
@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvfold.compress.bench import bench
 from kvfold.compress.cli_export import export
 from kvfold.compress.cli_report import report_command
 from kvfold.compress.push import push_command
@@ -25,6 +26,7 @@ UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "U
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 app.add_typer(export, name="export")
 app.command("report")(report_command)
+app.add_typer(bench, name="bench")
 
 OutOption = Annotated[Path | None, typer.Option(help="The artifact's folder; default artifacts/MODEL-BUDGET.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]

@@ -64,7 +64,7 @@ def windows_of(tokenizer: Any, text: str, seq_len: int, first: int, count: int, 
     return found
 
 
-def _compare(base_model: Any, model: Any, base: Tensor, other: Tensor, targets: Tensor) -> Tensor:
+def compare(base_model: Any, model: Any, base: Tensor, other: Tensor, targets: Tensor) -> Tensor:
     """Sums over positions: [nll 16-bit, nll, KL, agreements], float64; hidden states [T, hidden_size], targets [T]."""
     sums = torch.zeros(4, dtype=torch.float64)
     for start in range(0, len(targets), LOGIT_BLOCK):
@@ -77,6 +77,26 @@ def _compare(base_model: Any, model: Any, base: Tensor, other: Tensor, targets: 
         sums[2] += (p.exp() * (p - q)).sum().cpu()
         sums[3] += (p.argmax(-1) == q.argmax(-1)).sum().cpu()
     return sums
+
+
+def figures(rows: list[Tensor]) -> dict[str, Any]:
+    """The losses of an Evaluation from one tensor [nll 16-bit, nll, KL, agreement] a window, each a mean over its tokens."""
+    table = torch.stack(rows)
+    mean = table.mean(0)
+    errors: list[float | None] = [None, None]
+    if len(rows) > 1:
+        errors = [x.std().item() / len(rows) ** 0.5 for x in (table[:, 1] - table[:, 0], table[:, 2])]
+    return {
+        "nll_16bit": mean[0].item(),
+        "nll": mean[1].item(),
+        "dnll": (mean[1] - mean[0]).item(),
+        "dnll_se": errors[0],
+        "ppl_16bit": mean[0].exp().item(),
+        "ppl": mean[1].exp().item(),
+        "kl": mean[2].item(),
+        "kl_se": errors[1],
+        "top1_agreement": mean[3].item(),
+    }
 
 
 def evaluate(
@@ -122,12 +142,7 @@ def evaluate(
             else:
                 reference = base.base_model(input_ids=ids).last_hidden_state[0, :-1]
             packed = model.base_model(input_ids=ids).last_hidden_state[0, :-1]
-            rows.append(_compare(base, model, reference, packed, ids[0, 1:]) / (ids.shape[1] - 1))
-    table = torch.stack(rows)
-    mean = table.mean(0)
-    errors: list[float | None] = [None, None]
-    if len(rows) > 1:
-        errors = [x.std().item() / len(rows) ** 0.5 for x in (table[:, 1] - table[:, 0], table[:, 2])]
+            rows.append(compare(base, model, reference, packed, ids[0, 1:]) / (ids.shape[1] - 1))
     geometry, formats = metadata.geometry, metadata.formats
     nbytes = cache_nbytes(geometry, formats, seq_len)
     return Evaluation(
@@ -139,13 +154,5 @@ def evaluate(
         seq_len=seq_len,
         effective_bits=8 * nbytes / geometry.elements(seq_len, len(formats)),
         payload_bits=metadata.account.payload_bits,
-        nll_16bit=mean[0].item(),
-        nll=mean[1].item(),
-        dnll=(mean[1] - mean[0]).item(),
-        dnll_se=errors[0],
-        ppl_16bit=mean[0].exp().item(),
-        ppl=mean[1].exp().item(),
-        kl=mean[2].item(),
-        kl_se=errors[1],
-        top1_agreement=mean[3].item(),
+        **figures(rows),
     )

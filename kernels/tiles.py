@@ -6,7 +6,8 @@ Tensor-core operands have power-of-two shapes of 16 and more, so a run of n chan
 
 import math
 from functools import cache
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 from kvfold.kernels.formats import GAUSSIAN_STEP, RAW, TRIT, Format
 from kvfold.kernels.packing import FIELDS, TRIT_CHANNELS, trit_parts
@@ -98,11 +99,7 @@ def _runs(channels: int, group: int, halves: bool) -> list[tuple[int, int, int]]
     """Pieces of one class that cross no parameter group and, where a plane has one bit, no half."""
     edges = {0, channels, *range(0, channels, group)} | ({channels // 2} if halves else set())
     ordered = sorted(edges)
-    return [
-        (low + start, size, valid)
-        for low, high in zip(ordered, ordered[1:], strict=False)
-        for start, size, valid in cut(high - low)
-    ]
+    return [(low + start, size, valid) for low, high in pairwise(ordered) for start, size, valid in cut(high - low)]
 
 
 def _weight(fmt: Format) -> float:
@@ -122,7 +119,7 @@ def program(fmt: Format, page_tokens: int) -> Program:
     groups = fmt.num_groups if fmt.params == "scale_min" else 1
     nbytes = fmt.nbytes(page_tokens)
     params = nbytes - page_tokens * fmt.num_params * fmt.param_nbytes
-    common = {
+    common: dict[str, Any] = {
         "groups": groups, "params": params, "fp16": fmt.param_dtype == "fp16", "rows": rows, "nbytes": nbytes,
         "head_dim": fmt.head_dim, "weight": _weight(fmt),
     }  # fmt: skip
@@ -138,7 +135,9 @@ def program(fmt: Format, page_tokens: int) -> Program:
         )  # fmt: skip
         step, middle = (GAUSSIAN_STEP[3], 1.0) if symmetric else (1.0, 0.0)
         pieces = tuple(
-            Piece(c * TRIT_CHANNELS, TRIT_CHANNELS, TRIT_CHANNELS, c * TRIT_CHANNELS // group_size, step, middle, (), ())
+            Piece(
+                c * TRIT_CHANNELS, TRIT_CHANNELS, TRIT_CHANNELS, c * TRIT_CHANNELS // group_size, step, middle, (), ()
+            )
             for c in range(layout.chunks)
         )
         return Program(fmt.params, tuple(layout), (), tuple(map(tuple, pieces)), **common)
@@ -165,7 +164,7 @@ def program(fmt: Format, page_tokens: int) -> Program:
                 low = middle if plane.shift == 0 else 0.0
                 unit = step * 2**plane.shift
                 group = (first + start) // group_size
-                tiles.append(Tile(*where(start), first + start, size, valid, group, unit, low))  # type: ignore[arg-type]
+                tiles.append(Tile(*where(start), first + start, size, valid, group, unit, low))  # type: ignore[call-arg]
             for run, found in parts.items():
                 high = plane.shift >= 4
                 found[high].append((*where(run[0]), plane.shift - 4 * high))

@@ -123,7 +123,12 @@ def _merge_kernel(
     acc = acc / tl.where(total > 0.0, total, 1.0)
     t = block * (COLUMNS // GROUP) + n // GROUP
     if t < queries:
-        to = out + b.to(tl.int64) * out_stride_b + t.to(tl.int64) * out_stride_t + (head * GROUP + n % GROUP) * out_stride_h
+        to = (
+            out
+            + b.to(tl.int64) * out_stride_b
+            + t.to(tl.int64) * out_stride_t
+            + (head * GROUP + n % GROUP) * out_stride_h
+        )
         tl.store(to + d, acc.to(out.dtype.element_ty), mask=d < DIM)
     if ADVANCE:
         if (head == 0) & (n == 0) & (block == 0) & (tl.program_id(2) == 0):
@@ -242,7 +247,7 @@ def attention(
     _merge_kernel[(batch * kv_heads * blocks, queries.columns, -(-dim // channels))](
         partial, ml, out, aux if aux is not None else state, state, new, sinks, window, blocks, queries.tokens, splits,
         out.stride(0), out.stride(1), out.stride(2),
-        DIM=dim, CHANNELS=channels, N=padded, COLUMNS=queries.columns, GROUP=queries.group, 
+        DIM=dim, CHANNELS=channels, N=padded, COLUMNS=queries.columns, GROUP=queries.group,
         SLOTS_2=slots_2, BLOCK=min(slots_2, 32), AUX=aux is not None, ADVANCE=advance, PAGE_TOKENS=page_tokens,
         HEADS=kv_heads, num_warps=4,
     )  # fmt: skip

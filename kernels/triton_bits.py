@@ -135,7 +135,13 @@ def _halves(w):
 
 @triton.jit
 def load_params(
-    page, row, BASE: tl.constexpr, INDEX: tl.constexpr, TOKENS: tl.constexpr, FP16: tl.constexpr, INTERPRET: tl.constexpr
+    page,
+    row,
+    BASE: tl.constexpr,
+    INDEX: tl.constexpr,
+    TOKENS: tl.constexpr,
+    FP16: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):
     """Parameter INDEX of the eight tokens of each row: eight float32 [16].
 

@@ -336,7 +336,9 @@ def packed_part(
                     dots = dots + (tl.zeros((16, N), tl.float32),)
             else:
                 for f in tl.static_range(8):
-                    dots = dots + (tl.zeros((16, N), tl.float32) - (middles[g] * (back / field_unit(f, k_ternary)))[None, :],)
+                    dots = dots + (
+                        tl.zeros((16, N), tl.float32) - (middles[g] * (back / field_unit(f, k_ternary)))[None, :],
+                    )
             if k_ternary:
                 dots = _trit_keys(k_page, row, q, dots, k_trits, INTERPRET, g, k_groups)
             elif k_raw:
@@ -429,7 +431,9 @@ def packed_part(
             high = ()
             for t in tl.static_range(count(v_pieces)):
                 chosen = _piece_group(scaled, pick(v_pieces, t))
-                one_low, one_high = _value_piece(v_page, row, chosen, new_low[t], new_high[t], pick(v_pieces, t), INTERPRET)
+                one_low, one_high = _value_piece(
+                    v_page, row, chosen, new_low[t], new_high[t], pick(v_pieces, t), INTERPRET
+                )
                 low = low + (one_low,)
                 high = high + (one_high,)
     totals = ()

@@ -38,7 +38,7 @@ class QuantizedKVCache(Cache):
         layers = [PackedLayer(spec, geometry, self.padding, i, use_triton) for i, spec in enumerate(specs)]
         for layer in layers:
             layer.reserved = reserve
-        super().__init__(layers=layers)
+        super().__init__(layers=layers)  # type: ignore[arg-type]
         self.geometry = geometry
         self.budget = budget
         self.graph: Any = None  # a captured decoding step, see runtime.graph

@@ -33,7 +33,9 @@ class DecodingStep:
         torch.cuda.synchronize(device)
         with torch.cuda.graph(self.graph):
             positions = layers[0].state[:, :1].long()
-            self.logits = forward(input_ids=self.ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
+            self.logits = forward(
+                input_ids=self.ids, position_ids=positions, past_key_values=cache, use_cache=True
+            ).logits
         for layer, (columns, length, pages, spare) in zip(layers, before, strict=True):  # capturing ran nothing
             layer.columns, layer.length, layer.pages, layer.spare = columns, length, pages, spare
 
@@ -51,7 +53,9 @@ def graphed(forward: Callable[..., Any]) -> Callable[..., Any]:
     def step(*args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
         ids = kwargs.get("input_ids", args[0] if args else None)
-        wanted = kwargs.get("output_hidden_states") or kwargs.get("output_attentions") or kwargs.get("labels") is not None
+        wanted = (
+            kwargs.get("output_hidden_states") or kwargs.get("output_attentions") or kwargs.get("labels") is not None
+        )
         if wanted or not isinstance(cache, QuantizedKVCache) or ids is None or ids.shape[1] != 1 or cache.room < 1:
             return forward(*args, **kwargs)
         if cache.graph is None:
@@ -60,6 +64,6 @@ def graphed(forward: Callable[..., Any]) -> Callable[..., Any]:
         if cache.graph == "next":
             cache.graph = DecodingStep(forward, cache, ids.shape[0])
         logits = cache.graph(ids, cache).clone()
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     return step

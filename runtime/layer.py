@@ -282,7 +282,9 @@ class PackedLayer(CacheLayerMixin):
             end = g.sinks + packed_after - packed
             if packed_after > packed:
                 self._store_pages(b, view_keys[:, g.sinks : end], view_values[:, g.sinks : end])
-            kept = max(length, g.sinks + packed_after) if length >= g.sinks else length  # first new token that stays raw
+            kept = (
+                max(length, g.sinks + packed_after) if length >= g.sinks else length
+            )  # first new token that stays raw
             fresh = torch.cat((self.slots(length, min(g.sinks, total)), self.slots(max(kept, g.sinks), total)))
             new_sinks = range(length, min(g.sinks, total))
             source = torch.tensor([*new_sinks, *range(max(kept, g.sinks), total)], dtype=torch.int64) - length

@@ -79,7 +79,9 @@ def load_pretrained(
     if policy != "floor":
         raise KvfoldError(f"policy '{policy}' is not one this version knows; use 'floor'.")
     if attention not in ("auto", "reference", "triton"):
-        raise KvfoldError(f"attention '{attention}' is not one this version knows; use 'auto', 'reference' or 'triton'.")
+        raise KvfoldError(
+            f"attention '{attention}' is not one this version knows; use 'auto', 'reference' or 'triton'."
+        )
     budget = None if kv_budget is None else parse_nbytes(kv_budget)
     artifact = read_artifact(resolve_artifact(path_or_repo_id, revision, **hub_kwargs))
     if budget is not None:
@@ -94,7 +96,9 @@ def load_pretrained(
     check_complete(info, artifact)
     triton = choose_triton(attention, target, artifact, model.config)
     if cuda_graph and not (triton and target.type == "cuda"):
-        raise KvfoldError(f"cuda_graph=True needs a CUDA device and the Triton kernels, but this is {target}; leave it out.")
+        raise KvfoldError(
+            f"cuda_graph=True needs a CUDA device and the Triton kernels, but this is {target}; leave it out."
+        )
     log.info("attention: %s on %s", "Triton kernels" if triton else "plain-torch reference", target)
     return attach(model.to(target), artifact, budget, triton, cuda_graph)
 

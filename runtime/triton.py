@@ -1,6 +1,6 @@
 """The packed cache's reads and writes by Triton kernels: what PackedLayer and LayerView do when `use_triton` is set."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kvfold.runtime.layer import LayerView, PackedLayer, RowView
 
 
-def regions(geometry: Geometry) -> dict[str, int]:
+def regions(geometry: Geometry) -> dict[str, Any]:
     """The regions of a cache as kernels take them."""
     return {"sinks": geometry.sinks, "window": geometry.window, "page_tokens": geometry.page_tokens}
 

@@ -70,7 +70,9 @@ def contents(layer, b):
     first = max(g.sinks + pages * g.page_tokens, min(g.sinks, length))
     slots = torch.cat((layer.slots(0, min(g.sinks, length)), layer.slots(first, length)))
     parts = []
-    assert pages == len(layer.pages[b]) and layer.block_table[b, :pages].tolist() == layer.pool.addresses(layer.pages[b])
+    assert pages == len(layer.pages[b]) and layer.block_table[b, :pages].tolist() == layer.pool.addresses(
+        layer.pages[b]
+    )
     packed = layer.read_pages(layer.pages[b]) if pages else (None, None)
     for raw, middle in ((layer.raw_keys, packed[0]), (layer.raw_values, packed[1])):
         rows = raw[b][:, slots].float()

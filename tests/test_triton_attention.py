@@ -47,7 +47,9 @@ class Case:
         self.raw_keys = torch.full(shape, 1e4, dtype=torch.float16, device=DEVICE)
         self.raw_values = torch.full(shape, 1e4, dtype=torch.float16, device=DEVICE)
         self.table = torch.zeros(batch, max(*pages, 1), dtype=torch.int64, device=DEVICE)
-        self.state = torch.tensor([[n, m] for n, m in zip(lengths, pages, strict=True)], dtype=torch.int32, device=DEVICE)
+        self.state = torch.tensor(
+            [[n, m] for n, m in zip(lengths, pages, strict=True)], dtype=torch.int32, device=DEVICE
+        )
         self.query = torch.randn(batch, heads, 1, dim, generator=rng).to(DEVICE, dtype)
         self.kept, self.rows = [], []
         for b, (n, count) in enumerate(zip(lengths, pages, strict=True)):
@@ -185,7 +187,9 @@ def test_prompts_read_what_token_by_token_reads(name, before, chunk, group):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
-@pytest.mark.parametrize("name", ["2 bits", "mixed keys", "mixed both", "ternary 128", "8 and 6 bits, 80", "16 and 8 bits"])
+@pytest.mark.parametrize(
+    "name", ["2 bits", "mixed keys", "mixed both", "ternary 128", "8 and 6 bits, 80", "16 and 8 bits"]
+)
 @pytest.mark.parametrize("prompt", [False, True])
 def test_compiles_for_a_gpu(name, prompt):
     """The interpreter lets through what the compiler refuses."""
