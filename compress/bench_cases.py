@@ -43,7 +43,9 @@ def pair(name: str, head_dim: int) -> Pair:
     if name not in PAIRS:
         raise KvfoldError(f"--formats names '{name}', which is not in the table; choose from {', '.join(PAIRS)}.")
     if head_dim % 64:
-        raise KvfoldError(f"head_dim {head_dim} is not a multiple of 64, which the measured formats need; choose another.")
+        raise KvfoldError(
+            f"head_dim {head_dim} is not a multiple of 64, which the measured formats need; choose another."
+        )
     return PAIRS[name](head_dim)
 
 
@@ -201,7 +203,9 @@ def make_case(
             tables[c, b, count] = first + (total + c * len(lengths) + b) * step
             content[c, b, :count] = part % len(pages)
             start += count
-    states = torch.tensor([[n, count] for n, count in zip(lengths, counts, strict=True)], dtype=torch.int32, device=device)
+    states = torch.tensor(
+        [[n, count] for n, count in zip(lengths, counts, strict=True)], dtype=torch.int32, device=device
+    )
     shape = (copies, len(lengths), g.num_kv_heads, g.raw_rows, g.head_dim)
     empty = torch.ones(len(lengths), g.raw_rows, dtype=torch.bool)
     for b, length in enumerate(lengths):

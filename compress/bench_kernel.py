@@ -13,7 +13,16 @@ from torch import Tensor
 from kvfold.compress.bench_cases import DISTINCT, Case, Pair, Shape, make_case, pair
 from kvfold.compress.bench_gate import append_arguments, append_options, gate_cases, lowering, run_gate
 from kvfold.exports.account import TABLE_STEP, Geometry
-from kvfold.kernels.bench_tools import copies_for, copy_bandwidth, flex_call, flex_ms, machine, median_ms, random_kv, sdpa_ms
+from kvfold.kernels.bench_tools import (
+    copies_for,
+    copy_bandwidth,
+    flex_call,
+    flex_ms,
+    machine,
+    median_ms,
+    random_kv,
+    sdpa_ms,
+)
 from kvfold.kernels.triton_append import append_step, empty_queries
 from kvfold.kernels.triton_attention import pick_splits
 from kvfold.kernels.triton_encode import lower_pages
@@ -99,9 +108,7 @@ def prepare(settings: Settings, names: list[str], shapes: list[Shape]) -> list[t
     s = settings
     cases = gate_cases(names, s.head_dim)
     regions = (s.sinks, s.window, s.page_tokens, s.gate_tokens, s.device)
-    tasks: list[tuple[Callable, tuple]] = [
-        (run_gate, (case, *regions, s.seed + i)) for i, case in enumerate(cases)
-    ]
+    tasks: list[tuple[Callable, tuple]] = [(run_gate, (case, *regions, s.seed + i)) for i, case in enumerate(cases)]
     gates = len(tasks)
     if s.jobs:
         if s.flex:

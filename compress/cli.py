@@ -1,4 +1,4 @@
-"""The command line: `kvfold compress | eval | inspect | generate | validate`."""
+"""The command line: `kvfold compress | eval | inspect | generate | validate | bench`."""
 
 import json
 import logging
@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvfold.compress import bench_speed
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import cache_nbytes
 from kvfold.exports.reader import read_artifact, read_metadata
@@ -20,6 +21,9 @@ from kvfold.exports.units import format_nbytes
 UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "UsageError")
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+bench = typer.Typer(help="Measures speed and memory.")
+app.add_typer(bench, name="bench")
+bench_speed.add_to(bench)
 
 OutOption = Annotated[Path | None, typer.Option(help="The artifact's folder; default artifacts/MODEL-BUDGET.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]

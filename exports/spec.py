@@ -31,7 +31,7 @@ class KeySpec:
     @cached_property
     def query_matrix(self) -> Tensor | None:
         """M⁻¹, float32 [num_kv_heads, head_dim, head_dim]: q·(k − μ) = (q M⁻¹)·z. Inverted in float64."""
-        return None if self.matrix is None else torch.linalg.inv(self.matrix.double()).float()
+        return None if self.matrix is None else torch.linalg.inv(self.matrix.double()).float().contiguous()
 
     def apply(self, keys: Tensor) -> Tensor:
         """Keys after RoPE [..., num_kv_heads, T, head_dim] → z, float32."""

@@ -17,7 +17,13 @@ MAY_IMPORT = {
     "compress": {"compress", "exports", "kernels"},
     "runtime": {"runtime", "exports", "kernels"},
 }
-LOADERS = {"compress/cli.py", "compress/evaluate.py", "compress/generate.py"}  # commands that run an artifact
+LOADERS = {
+    "compress/bench_decode.py",
+    "compress/bench_model.py",
+    "compress/cli.py",
+    "compress/evaluate.py",
+    "compress/generate.py",
+}  # commands that run an artifact
 MOST_LINES = 400
 
 
