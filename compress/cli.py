@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvfold.compress import bench_speed
 from kvfold.compress.bench import bench
 from kvfold.compress.cli_export import export
 from kvfold.compress.cli_report import report_command
@@ -27,6 +28,7 @@ app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=F
 app.add_typer(export, name="export")
 app.command("report")(report_command)
 app.add_typer(bench, name="bench")
+bench_speed.add_to(bench)
 
 OutOption = Annotated[Path | None, typer.Option(help="The artifact's folder; default artifacts/MODEL-BUDGET.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]

@@ -1,0 +1,148 @@
+"""The correctness gate of `kvfold bench kernel`: kernels against float32 on the same codes. If it fails, no speed counts."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvfold.compress.bench_cases import PAIRS, Case, Pair, classes, finer, held_rows, make_case, random_pages
+from kvfold.exports.account import Geometry
+from kvfold.kernels.formats import raw16, uniform
+from kvfold.kernels.pages import page_address
+from kvfold.kernels.quantizer import decode, encode
+from kvfold.kernels.triton_append import append_step, empty_queries
+from kvfold.kernels.triton_encode import lower_pages
+
+LARGEST_ERROR = {torch.float16: 2e-3, torch.bfloat16: 1e-2}  # ‖out − reference‖ / ‖reference‖ of any sequence and head
+LARGEST_SHARE = 1e-3  # of a page's bytes that may differ from the reference's: a last bit of float32 decides some codes
+
+
+@dataclass(frozen=True)
+class GateCase:
+    """One combination to check: formats, and heads as (query heads, KV heads)."""
+
+    name: str
+    formats: Pair
+    heads: tuple[int, int] = (8, 2)
+    writes: bool = False  # check appending and lowering too
+
+
+def gate_cases(names: list[str], head_dim: int) -> list[GateCase]:
+    """The measured formats, and at other head sizes what else the kernels read. The slowest to compile come first."""
+    mixed = ((2, 16), (1, 8), (2, 4), (2, 2), (1, 0))
+    return [
+        GateCase("classes, head_dim 256", (classes(256, *mixed), uniform(256, 4)), (4, 1)),
+        *(GateCase(name, PAIRS[name](head_dim), writes=name != "16") for name in names),
+        *(GateCase(f"{name}, one query head", PAIRS[name](head_dim), (2, 2)) for name in names[:1]),
+        GateCase("groups of 64", (uniform(128, 4, "e4m3", 64), uniform(128, 4, "e4m3", 64))),
+        GateCase("classes, ternary values, head_dim 64", (classes(64, *mixed), uniform(64, 3)), (6, 2)),
+        GateCase("3 and 5 bits, head_dim 96", (uniform(96, 8, "fp16"), uniform(96, 32, "fp16")), (7, 1)),
+        GateCase("8 and 6 bits, head_dim 80", (uniform(80, 256, "fp16"), uniform(80, 64, "fp16"))),
+        GateCase("16-bit keys, head_dim 64", (raw16(64), uniform(64, 256, "fp16"))),
+    ]
+
+
+def lengths_of(geometry: Geometry, tokens: int) -> list[int]:
+    """A ragged batch: `tokens`, an odd half of it, one page, and less than the sinks or the window hold."""
+    g = geometry
+    return [tokens, tokens // 2 | 1, g.sinks + g.window + g.page_tokens + 1, 3]
+
+
+def poison(device: torch.device) -> None:
+    """Leaves NaN in the memory that the next allocations get."""
+    if device.type == "cuda":
+        sizes = [1 << 26] + [1 << 17] * 64 + [1 << 12] * 256
+        blocks = [torch.full((n,), torch.nan, device=device) for n in sizes]
+        torch.cuda.synchronize(device)
+        del blocks
+
+
+def run_gate(
+    case: GateCase, sinks: int, window: int, page_tokens: int, tokens: int, device: torch.device, seed: int
+) -> list[tuple[str, float, float]]:
+    """Checks one case with fresh random inputs: (what, error, largest error allowed) of each check; NaN errors fail too."""
+    torch.manual_seed(seed)
+    heads, kv_heads = case.heads
+    geometry = Geometry(kv_heads, case.formats[0].head_dim, sinks, window, page_tokens)
+    found = []
+    for dtype, bar in LARGEST_ERROR.items():
+        data = make_case(geometry, case.formats, heads, lengths_of(geometry, tokens), device, dtype)
+        queries = data.prepare()
+        out = torch.full((len(data.lengths), 1, heads, geometry.head_dim), torch.nan, dtype=dtype, device=device)
+        poison(device)
+        data.attend(out, queries)
+        name = f"{case.name}, {str(dtype).removeprefix('torch.')}"
+        found.append((name, worst_error(data, out), bar))
+    if case.writes:
+        found.append((f"{case.name}, append", append_difference(geometry, case, device), LARGEST_SHARE))
+        found.append((f"{case.name}, lower", lower_difference(geometry, case.formats, device), LARGEST_SHARE))
+    return found
+
+
+def worst_error(case: Case, out: Tensor) -> float:
+    """Largest relative error of any sequence and head; NaN if any is NaN."""
+    errors = []
+    for b in range(len(case.lengths)):
+        expected = case.expected(b)
+        errors.append((out[b, 0].float() - expected).norm(dim=-1) / expected.norm(dim=-1))
+    return float(torch.stack(errors).max())  # max keeps NaN
+
+
+def append_difference(geometry: Geometry, case: GateCase, device: torch.device) -> float:
+    """Share of bytes that differ from the reference's where one step appends a token and packs the page that came due."""
+    g = geometry
+    heads, kv_heads = case.heads
+    lengths = [g.sinks + g.window + (pages + 1) * g.page_tokens - 1 for pages in (2, 0)]
+    data = make_case(g, case.formats, heads, lengths, device)
+    keys, values = (torch.randn(2, kv_heads, 1, g.head_dim, device=device).half() for _ in range(2))
+    step = append_arguments(data, keys, values, data.query, empty_queries(2, heads, kv_heads, g.head_dim, device))
+    append_step(*step, **append_options(g))
+    wrong = total = 0
+    for b, length in enumerate(lengths):
+        rows = held_rows(g, length + 1)[-1]
+        for raw, new in ((data.raw_keys, keys), (data.raw_values, values)):
+            wrong += int((raw[0, b, :, rows] != new[b, :, 0]).sum())
+        first = g.sinks + g.num_pages(length) * g.page_tokens
+        slots = [g.sinks + (t - g.sinks) % g.ring for t in range(first, first + g.page_tokens)]
+        sides = zip((data.raw_keys, data.raw_values), case.formats, strict=True)
+        expected = torch.cat([encode(raw[0, b][:, slots], fmt).flatten() for raw, fmt in sides])
+        page = data.slab[len(data.slab) - len(lengths) + b]
+        wrong += int((page != expected).sum())
+        total += page.numel()
+    return wrong / total
+
+
+def append_arguments(case: Case, keys: Tensor, values: Tensor, query: Tensor, queries) -> tuple:
+    """What `append_step` takes by position, for copy 0 of a case."""
+    rows = (case.raw_keys[0], case.raw_values[0])
+    return keys, values, query, *rows, case.tables[0], case.states, queries, *case.formats
+
+
+def append_options(geometry: Geometry) -> dict:
+    """What `append_step` takes by name, without transforms."""
+    g = geometry
+    return {"sinks": g.sinks, "window": g.window, "page_tokens": g.page_tokens, "scaling": g.head_dim**-0.5}
+
+
+def lowering(geometry: Geometry, formats: Pair, pages: int, device: torch.device) -> tuple[Tensor, Tensor, tuple, dict]:
+    """Pages of a finer format, room for the same pages in `formats`, and `lower_pages`' arguments for them."""
+    old = (finer(formats[0]), finer(formats[1]))
+    source = random_pages(geometry, old, pages, device)
+    target = torch.empty(pages, sum(map(geometry.page_nbytes, formats)), dtype=torch.uint8, device=device)
+    places = [torch.tensor([page_address(x) for x in pool], device=device) for pool in (source, target)]
+    options = {"num_kv_heads": geometry.num_kv_heads, "page_tokens": geometry.page_tokens}
+    return source, target, (*places, old, formats), options
+
+
+def lower_difference(geometry: Geometry, formats: Pair, device: torch.device) -> float:
+    """Share of bytes of lowered pages that differ from the reference's."""
+    g = geometry
+    source, target, arguments, options = lowering(g, formats, 3, device)
+    lower_pages(*arguments, **options)
+    old = arguments[2]
+    split = g.page_nbytes(old[0])
+    sides = []
+    for part, coarse, fine in zip((source[:, :split], source[:, split:]), formats, old, strict=True):
+        rows = decode(part.unflatten(1, (g.num_kv_heads, -1)), fine, g.page_tokens)
+        sides.append(encode(rows, coarse).flatten(1))
+    return float((target != torch.cat(sides, 1)).float().mean())
