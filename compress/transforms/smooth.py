@@ -32,7 +32,7 @@ def attention_output(stats: LayerStats, keys: Tensor, values: Tensor, output_wei
 
     Args:
         keys, values: float32 [Hkv, S, D], in the place of the samples.
-        output_weight: float [hidden_size, H·D].
+        output_weight: float32 [hidden_size, H·D].
     Returns:
         float32 [S, hidden_size].
     """
@@ -47,7 +47,7 @@ def attention_output(stats: LayerStats, keys: Tensor, values: Tensor, output_wei
         weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
         found.append((weights @ values[:, None, part]).flatten(0, 1).transpose(0, 1).flatten(1))
         start += length
-    return torch.cat(found) @ output_weight.float().cpu().mT
+    return torch.cat(found) @ output_weight.mT
 
 
 def output_error(stats: LayerStats, fmt: Format, scale: Tensor, target: Tensor, output_weight: Tensor) -> float:
@@ -62,9 +62,10 @@ def output_error(stats: LayerStats, fmt: Format, scale: Tensor, target: Tensor, 
 def smooth(stats: LayerStats, request: Request) -> Basis:
     """The pair scale with the least output error."""
     assert request.fmt is not None and request.output_weight is not None
-    target = attention_output(stats, stats.key_sample, stats.value_sample, request.output_weight)
+    weight = request.output_weight.float().cpu()
+    target = attention_output(stats, stats.key_sample, stats.value_sample, weight)
     scales = [pair_scale(stats, step / (GRID - 1), request.one_norm) for step in range(GRID)]
-    errors = [output_error(stats, request.fmt, scale, target, request.output_weight) for scale in scales]
+    errors = [output_error(stats, request.fmt, scale, target, weight) for scale in scales]
     return Basis(fused=torch.diag_embed(1 / scales[errors.index(min(errors))]))
 
 
