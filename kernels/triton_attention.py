@@ -202,10 +202,6 @@ def attention(
     aux: Tensor | None = None,
     advance: bool = False,
     splits: int = 0,
-    stages: int = 4,
-    warps: int = 1,
-    maxnreg: int | None = None,
-    prefetch: bool = False,
 ) -> Tensor:
     """Attention of decoding steps or of prompts over packed pages and 16-bit rows.
 
@@ -233,6 +229,9 @@ def attention(
     ml = torch.empty(batch * kv_heads * blocks, splits, 2, padded, dtype=torch.float32, device=device)
     none = state
     k_program, v_program = program(key_format, page_tokens), program(value_format, page_tokens)
+    # ternary codes take more instructions than their bytes hide: two tiles in flight, addresses one ahead (LOG.md)
+    ternary = bool(k_program.trits or v_program.trits)
+    stages = 3 if ternary else 4
     raw_pieces = program(raw16(dim), page_tokens).pieces
     _attention_kernel[(splits, kv_heads, batch * blocks)](
         queries.data, queries.scale, anchor(device), table, state, raw_keys, raw_values, partial, ml,
@@ -240,7 +239,7 @@ def attention(
         new, table.shape[1], sinks, window, ring, sliding, blocks, *raw_keys.stride()[:3],
         K=tuple(k_program), V=tuple(v_program), R=raw_pieces, N=padded, COLUMNS=queries.columns, GROUP=queries.group,
         PROMPT=prompt, SLIDING=sliding > 0, CAP=float(softcap or 0.0),
-        STAGES=stages, PREFETCH=prefetch, BLOCK=RAW_BLOCK, INTERPRET=INTERPRET, num_warps=warps, num_stages=stages, maxnreg=maxnreg,
+        STAGES=stages, PREFETCH=ternary, BLOCK=RAW_BLOCK, INTERPRET=INTERPRET, num_warps=1, num_stages=stages,
     )  # fmt: skip
     slots_2 = next(n for n in (8, 32, 128, 512, 2048) if n >= splits)
     channels = 32 if dim % 32 == 0 else 16
