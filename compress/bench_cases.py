@@ -76,8 +76,9 @@ class Shape:
         """
         try:
             heads, batch, tokens = text.lower().split("x")
-            shape = cls(*map(int, heads.split("/")), int(batch), int(tokens))
-        except (ValueError, TypeError):
+            num_heads, num_kv_heads = map(int, heads.split("/"))
+            shape = cls(num_heads, num_kv_heads, int(batch), int(tokens))
+        except ValueError:
             raise KvfoldError(f"Shape '{text}' is not HEADS/KV_HEADSxBATCHxTOKENS; write e.g. 32/8x16x32768.") from None
         if min(shape.num_kv_heads, shape.batch, shape.tokens) < 1 or shape.num_heads % shape.num_kv_heads:
             raise KvfoldError(f"Shape '{text}' needs sizes of 1 or more and heads that are a multiple of KV heads.")

@@ -91,7 +91,9 @@ def eager_step_ms(model: Any, batch: int, tokens: int, steps: int = 8) -> float:
     cache = DynamicCache(config=config)
     shape = (batch, config.num_key_value_heads, tokens, config.head_dim)
     for i in range(config.num_hidden_layers):
-        cache.update(*(torch.randn(shape, dtype=model.dtype, device=device) for _ in range(2)), i)
+        keys, values = (torch.randn(shape, dtype=model.dtype, device=device) for _ in range(2))
+        cache.update(keys, values, i)
+    del keys, values
 
     def step(ids: Tensor) -> Tensor:
         return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
@@ -105,7 +107,8 @@ def static_step_ms(model: Any, batch: int, tokens: int, steps: int = 8) -> float
     config, device = model.config, model.device
     cache = StaticCache(config=config, max_cache_len=tokens + ROOM)
     cache.early_initialization(batch, config.num_key_value_heads, config.head_dim, model.dtype, device)
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers
+    for layer in layers:
         layer.keys.normal_()
         layer.values.normal_()
         layer.cumulative_length.fill_(tokens)

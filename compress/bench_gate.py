@@ -1,6 +1,7 @@
 """The correctness gate of `kvfold bench kernel`: kernels against float32 on the same codes. If it fails, no speed counts."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from kvfold.kernels.formats import raw16, uniform
 from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import decode, encode
 from kvfold.kernels.triton_append import append_step, empty_queries
+from kvfold.kernels.triton_attention import Queries
 from kvfold.kernels.triton_encode import lower_pages
 
 LARGEST_ERROR = {torch.float16: 2e-3, torch.bfloat16: 1e-2}  # ‖out − reference‖ / ‖reference‖ of any sequence and head
@@ -95,8 +97,8 @@ def append_difference(geometry: Geometry, case: GateCase, device: torch.device) 
     lengths = [g.sinks + g.window + (pages + 1) * g.page_tokens - 1 for pages in (2, 0)]
     data = make_case(g, case.formats, heads, lengths, device)
     keys, values = (torch.randn(2, kv_heads, 1, g.head_dim, device=device).half() for _ in range(2))
-    step = append_arguments(data, keys, values, data.query, empty_queries(2, heads, kv_heads, g.head_dim, device))
-    append_step(*step, **append_options(g))
+    queries = empty_queries(2, heads, kv_heads, g.head_dim, device)
+    run_append(data, keys, values, data.query, data.states, queries, append_options(g))
     wrong = total = 0
     for b, length in enumerate(lengths):
         rows = held_rows(g, length + 1)[-1]
@@ -112,13 +114,25 @@ def append_difference(geometry: Geometry, case: GateCase, device: torch.device) 
     return wrong / total
 
 
-def append_arguments(case: Case, keys: Tensor, values: Tensor, query: Tensor, queries) -> tuple:
-    """What `append_step` takes by position, for copy 0 of a case."""
-    rows = (case.raw_keys[0], case.raw_values[0])
-    return keys, values, query, *rows, case.tables[0], case.states, queries, *case.formats
+def run_append(
+    case: Case, keys: Tensor, values: Tensor, query: Tensor, state: Tensor, queries: Queries, options: dict[str, Any]
+) -> None:
+    """`append_step` on copy 0 of a case, whose lengths and pages are `state`'s."""
+    append_step(
+        keys,
+        values,
+        query,
+        case.raw_keys[0],
+        case.raw_values[0],
+        case.tables[0],
+        state,
+        queries,
+        *case.formats,
+        **options,
+    )
 
 
-def append_options(geometry: Geometry) -> dict:
+def append_options(geometry: Geometry) -> dict[str, Any]:
     """What `append_step` takes by name, without transforms."""
     g = geometry
     return {"sinks": g.sinks, "window": g.window, "page_tokens": g.page_tokens, "scaling": g.head_dim**-0.5}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvfold.compress.bench_cases import DISTINCT, Case, Pair, Shape, make_case, pair
-from kvfold.compress.bench_gate import append_arguments, append_options, gate_cases, lowering, run_gate
+from kvfold.compress.bench_gate import append_options, gate_cases, lowering, run_append, run_gate
 from kvfold.exports.account import TABLE_STEP, Geometry
 from kvfold.kernels.bench_tools import (
     copies_for,
@@ -23,7 +23,7 @@ from kvfold.kernels.bench_tools import (
     random_kv,
     sdpa_ms,
 )
-from kvfold.kernels.triton_append import append_step, empty_queries
+from kvfold.kernels.triton_append import empty_queries
 from kvfold.kernels.triton_attention import pick_splits
 from kvfold.kernels.triton_encode import lower_pages
 
@@ -176,17 +176,21 @@ def write_calls(case: Case, num_heads: int) -> list[Callable[[int], None]]:
         matrix = torch.linalg.qr(square).Q.contiguous()
         offset = torch.randn(g.num_kv_heads, g.head_dim, device=device)
         options |= {"matrix": matrix, "offset": offset, "query_matrix": matrix.mT.contiguous()}
-    arguments = append_arguments(case, keys, values, query, queries)
     pages = case.states[:, 1]
     packed = g.sinks + g.window + pages * g.page_tokens
-    calls = []
-    for length in (packed, packed + g.page_tokens - 1):  # then (length + 1 − sinks − window) / page_tokens rises or not
+
+    def append(length: Tensor) -> Callable[[int], None]:
         state = torch.stack((length, pages), 1).int().contiguous()
-        calls.append(lambda i, state=state: append_step(*arguments[:6], state, *arguments[7:], **options))
-    held, room, lower_arguments, lower_options = lowering(g, case.formats, batch, device)
-    # the default keeps the pages alive: block tables hold bare addresses
-    calls.append(lambda i, keep=(held, room): lower_pages(*lower_arguments, **lower_options))
-    return calls
+        return lambda i: run_append(case, keys, values, query, state, queries, options)
+
+    source, target, arguments, lower_options = lowering(g, case.formats, batch, device)
+
+    def lower(i: int) -> None:
+        assert len(source) == len(target)  # kept alive here: `arguments` are bare addresses
+        lower_pages(*arguments, **lower_options)
+
+    # the number of pages stays, or rises, with (length + 1 − sinks − window) / page_tokens
+    return [append(packed), append(packed + g.page_tokens - 1), lower]
 
 
 def measure_writes(settings: Settings, case: Case, shape: Shape) -> tuple[float, float]:

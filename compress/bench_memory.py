@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ import torch
 from kvfold.compress.bench_decode import BASELINES, ROOM, packed_step_ms
 from kvfold.compress.bench_model import attach_formats, build_model, free_memory, layer_formats, weights_nbytes
 from kvfold.exports.account import Geometry, batch_nbytes
-from kvfold.exports.reader import Artifact
 
 MARGIN = 1 << 30  # bytes left free for a step's own tensors when the largest batch is chosen
 
@@ -53,13 +53,14 @@ def memory_rows(
     Args:
         limit: bytes that a cache may take; 0: what the device has.
     Returns:
-        cache, shape, tokens, batch (0 and no ms where not even one sequence fits), ms, tokens_per_s, and for packed ones `ratio` to the best 16-bit row.
+        cache, shape, tokens, batch (0, and no ms, where not even one sequence fits), ms, tokens_per_s, and for packed caches
+        `ratio` to the best 16-bit row.
     """
     model = build_model(shape, device)
     config = model.config
     geometry = Geometry(config.num_key_value_heads, config.head_dim, *regions)
     plain = model.dtype.itemsize * geometry.elements(tokens + ROOM, config.num_hidden_layers)
-    rows = []
+    rows: list[dict[str, Any]] = []
 
     def add(name: str, batch: int, ms: float | None) -> None:
         rate = batch / ms * 1e3 if ms else 0.0
@@ -67,20 +68,14 @@ def memory_rows(
 
     for kind in baselines:
         more = plain // config.num_hidden_layers if kind == "eager" else 0  # a layer is copied while it grows
-        run = BASELINES[kind]
-        batch, ms = largest_batch(
-            room_bytes(device, limit), plain + more, lambda n, run=run: run(model, n, tokens), device
-        )
-        add(kind, batch, ms)
+        run: Callable[[int], Any] = partial(BASELINES[kind], model, tokens=tokens)
+        add(kind, *largest_batch(room_bytes(device, limit), plain + more, run, device))
     for name in ["16", *names]:
         formats = layer_formats(name, config.head_dim, config.num_hidden_layers)
         artifact, triton = attach_formats(model, formats, geometry)
         sequence = batch_nbytes(geometry, formats, [tokens + ROOM])
-
-        def run_packed(n: int, artifact: Artifact = artifact, triton: bool = triton) -> dict:
-            return packed_step_ms(model, artifact, n, tokens, triton)
-
-        batch, row = largest_batch(room_bytes(device, limit), sequence, run_packed, device)
+        run = partial(packed_step_ms, model, artifact, tokens=tokens, triton=triton)
+        batch, row = largest_batch(room_bytes(device, limit), sequence, run, device)
         add(name, batch, row["ms"] if row else None)
     best = max(row["tokens_per_s"] for row in rows[: len(baselines) + 1])
     for row in rows[len(baselines) + 1 :]:

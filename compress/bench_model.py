@@ -54,15 +54,19 @@ def check_names(shape: str, names: list[str]) -> None:
         pair(name, SHAPES[shape]["head_dim"])
 
 
-def build_model(shape: str, device: torch.device) -> Any:
-    """A LlamaForCausalLM of a named shape with random bfloat16 weights, made on the device."""
+def model_config(shape: str) -> LlamaConfig:
+    """The configuration of a named shape."""
     size = dict(SHAPES[shape])
     rope = {"rope_type": "default", "rope_theta": size.pop("rope_theta")}
-    config = LlamaConfig(
+    return LlamaConfig(
         **size, rope_parameters=rope, max_position_embeddings=MOST_TOKENS, bos_token_id=None, eos_token_id=None
     )
+
+
+def build_model(shape: str, device: torch.device) -> Any:
+    """A LlamaForCausalLM of a named shape with random bfloat16 weights, made on the device."""
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(model_config(shape), dtype=torch.bfloat16, attn_implementation="sdpa")
     return model.eval()
 
 

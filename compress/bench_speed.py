@@ -91,7 +91,7 @@ def kernel_command(
     start = time.perf_counter()
     print(f"gate and compilation in {jobs or 'no other'} processes, seed {seed}", file=sys.stderr)
     checks = bk.prepare(settings, names, sizes)
-    gate = [
+    gate: list[dict[str, Any]] = [
         {"check": name, "error": finite(error), "at_most": most, "passed": error <= most}
         for name, error, most in checks
     ]
