@@ -16,6 +16,7 @@ from kvfold.kernels.triton_attention import Queries
 from kvfold.kernels.triton_encode import lower_pages
 
 LARGEST_ERROR = {torch.float16: 2e-3, torch.bfloat16: 1e-2}  # ‖out − reference‖ / ‖reference‖ of any sequence and head
+LOWER_LIMIT = 0.01  # share by which the error of lowered pages may differ from the reference's
 LARGEST_SHARE = 1e-3  # of a page's bytes that may differ from the reference's: a last bit of float32 decides some codes
 
 
@@ -77,7 +78,7 @@ def run_gate(
         found.append((name, worst_error(data, out), bar))
     if case.writes:
         found.append((f"{case.name}, append", append_difference(geometry, case, device), LARGEST_SHARE))
-        found.append((f"{case.name}, lower", lower_difference(geometry, case.formats, device), LARGEST_SHARE))
+        found.append((f"{case.name}, lower", lower_difference(geometry, case.formats, device), LOWER_LIMIT))
     return found
 
 
@@ -107,9 +108,9 @@ def append_difference(geometry: Geometry, case: GateCase, device: torch.device) 
         first = g.sinks + g.num_pages(length) * g.page_tokens
         slots = [g.sinks + (t - g.sinks) % g.ring for t in range(first, first + g.page_tokens)]
         sides = zip((data.raw_keys, data.raw_values), case.formats, strict=True)
-        expected = torch.cat([encode(raw[0, b][:, slots], fmt).flatten() for raw, fmt in sides])
+        expected = torch.cat([encode(raw[0, b][:, slots].cpu(), fmt).flatten() for raw, fmt in sides])
         page = data.slab[len(data.slab) - len(lengths) + b]
-        wrong += int((page != expected).sum())
+        wrong += int((page.cpu() != expected).sum())
         total += page.numel()
     return wrong / total
 
@@ -149,14 +150,23 @@ def lowering(geometry: Geometry, formats: Pair, pages: int, device: torch.device
 
 
 def lower_difference(geometry: Geometry, formats: Pair, device: torch.device) -> float:
-    """Share of bytes of lowered pages that differ from the reference's."""
+    """By what share the error of lowered pages differs from that of the reference's.
+
+    Not bytes: what a finer grid holds lies often half-way between two levels of the coarser one, and such a tie may go either
+    way with the last bit of a division.
+    """
     g = geometry
     source, target, arguments, options = lowering(g, formats, 3, device)
     lower_pages(*arguments, **options)
     old = arguments[2]
-    split = g.page_nbytes(old[0])
-    sides = []
-    for part, coarse, fine in zip((source[:, :split], source[:, split:]), formats, old, strict=True):
-        rows = decode(part.unflatten(1, (g.num_kv_heads, -1)), fine, g.page_tokens)
-        sides.append(encode(rows, coarse).flatten(1))
-    return float((target != torch.cat(sides, 1)).float().mean())
+    splits = g.page_nbytes(old[0]), g.page_nbytes(formats[0])
+    worst = 0.0
+    for i, (coarse, fine) in enumerate(zip(formats, old, strict=True)):
+        part, got = ((x[:, :n], x[:, n:])[i].cpu().unflatten(1, (g.num_kv_heads, -1)) for x, n in zip((source, target), splits, strict=True))
+        rows = decode(part, fine, g.page_tokens)
+        errors = [
+            float((decode(x, coarse, g.page_tokens) - rows).square().mean())
+            for x in (got, encode(rows, coarse))
+        ]  # fmt: skip
+        worst = max(worst, abs(errors[0] - errors[1]) / max(errors[1], 1e-12))
+    return worst

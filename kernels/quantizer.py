@@ -82,7 +82,7 @@ def encode(x: Tensor, fmt: Format, clip: Tensor | None = None) -> Tensor:
         low, high = grouped.amin(-1), grouped.amax(-1)
         if clip is not None:
             low, high = low * clip, high * clip
-        pair = torch.stack((low, (high - low) / top), -1)  # [..., T, G, 2]
+        pair = torch.stack((low, (high - low) / torch.full_like(high, top)), -1)  # [..., T, G, 2]
         params, pair = _store_param(pair.flatten(-2), fmt.param_dtype)
         minimum, scale = pair.unflatten(-1, (fmt.num_groups, 2)).unbind(-1)
         u = (grouped - minimum[..., None]) / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
