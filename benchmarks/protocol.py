@@ -32,7 +32,7 @@ def rival_tap(rival: Rival, geometry: Geometry) -> Tap:
     """A tap that attends with what `rival` keeps of the keys and values behind the window."""
     g = geometry
 
-    def tap(module, query, key, value, mask, scaling):
+    def tap(module, query, key, value, mask, scaling, **extras):
         tokens = key.shape[2]
         packed = packed_tokens(tokens, g.sinks, g.window, g.page_tokens)
         if packed == 0:
@@ -50,7 +50,7 @@ def rival_tap(rival: Rival, geometry: Geometry) -> Tap:
             part = slice(start, min(start + TILE, packed))
             tiles.append(Tile(stored_keys[:, part], stored_values[:, part], positions[behind][part], True))
         narrow = None if mask is None else mask[0, 0]
-        out = attend(query[0], positions, limit, tiles, sinks=g.sinks, scaling=scaling, mask=narrow)
+        out = attend(query[0], positions, limit, tiles, sinks=g.sinks, scaling=scaling, mask=narrow, **extras)
         return out.transpose(0, 1)[None].to(query.dtype)
 
     return tap

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvfold.compress.tap import Tap
+from kvfold.kernels.attention import attend_plain
 
 FP8_MAX = 448.0
 FP4_MAX = 6.0
@@ -69,8 +70,11 @@ def rounding_tap(key_algo: str | None, value_algo: str | None, key_scale: Tensor
     def read_back(x: Tensor, algo: str | None, scale: Tensor) -> Tensor:
         return x if algo is None else ROUNDINGS[algo](x, scale.to(x.device)[:, None, None]).to(x.dtype)
 
-    def tap(module, query, key, value, mask, scaling):
+    def tap(module, query, key, value, mask, scaling, **extras):
         stored_k, stored_v = read_back(key, key_algo, key_scale), read_back(value, value_algo, value_scale)
+        if extras:
+            out = attend_plain(query, stored_k, stored_v, scaling, mask, **extras)
+            return out.transpose(1, 2).to(query.dtype)
         return sdpa_attention_forward(module, query, stored_k, stored_v, mask, scaling=scaling)[0]
 
     return tap

@@ -61,7 +61,7 @@ def measure_ranges(model: Any, arch: Architecture, sequences: list[Tensor]) -> R
     for i in progress(range(len(attentions)), "calibrate", "layer"):
         seen: dict[str, list[Tensor]] = {"key": [], "value": []}
 
-        def tap(module, query, key, value, mask, scaling, seen=seen):
+        def tap(module, query, key, value, mask, scaling, seen=seen, **extras):
             for name, x in (("key", key), ("value", value)):
                 seen[name].append(x.detach().float().abs().amax((0, 2, 3)).cpu())
             return None

@@ -16,6 +16,7 @@ from kvfold.compress.progress import progress
 from kvfold.compress.sensitivity import KL_BLOCK, Probe
 from kvfold.compress.tap import tapped
 from kvfold.exports.account import Geometry
+from kvfold.exports.architectures import logits_of
 from kvfold.exports.spec import clip_rows
 from kvfold.kernels.quantizer import round_trip, to_float16
 
@@ -45,7 +46,7 @@ def gradients(probe: Probe, index: int, input_ids: Tensor) -> list[tuple[Tensor,
     runner, model = probe.runners[index], probe.model
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def tap(module, query, key, value, mask, scaling):
+    def tap(module, query, key, value, mask, scaling, **extras):
         key.retain_grad()
         value.retain_grad()
         seen.append((key, value))
@@ -59,7 +60,7 @@ def gradients(probe: Probe, index: int, input_ids: Tensor) -> list[tuple[Tensor,
         targets = input_ids[0, 1:].to(leaf.device)
         for start in range(0, len(targets), KL_BLOCK):  # the logits of a block at a time
             rows = slice(start, start + KL_BLOCK)
-            logits = model.lm_head(leaf[rows]).float()
+            logits = logits_of(model, leaf[rows])
             (torch.nn.functional.cross_entropy(logits, targets[rows], reduction="sum") / len(targets)).backward()
         final.backward(leaf.grad)
     found = []

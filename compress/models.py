@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from kvfold.autoclass import stock_from_pretrained
 from kvfold.compress.gguf import ALIASES, alias_gguf, convert_gguf
 from kvfold.compress.tap import NAME as TAP
 from kvfold.errors import KvfoldError
@@ -150,7 +151,7 @@ def _check_safetensors(file: Path) -> None:
 
 
 def load_model(path: Path, dtype: torch.dtype | str, device: torch.device, attention: str = TAP) -> PreTrainedModel:
-    """Loads a checkpoint for computing, in eval mode and without gradients.
+    """Loads a checkpoint for computing, in eval mode and without gradients; of an artifact the plain model.
 
     Args:
         attention: name of an attention function; the default can be tapped and computes every family.
@@ -159,7 +160,7 @@ def load_model(path: Path, dtype: torch.dtype | str, device: torch.device, atten
     """
     loaded: Any
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded = stock_from_pretrained(
             path,
             dtype=dtype,
             attn_implementation=attention,

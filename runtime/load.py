@@ -131,6 +131,8 @@ def choose_triton(attention: str, device: torch.device, artifact: Artifact, conf
     reason = ""
     if find_spec("triton") is None:
         reason = "the package triton is not installed"
+    elif device.type == "cpu" and not interpreting():
+        reason = "the kernels need a CUDA device"
     elif page & (page - 1) or not 8 <= page <= 128:
         reason = f"page_tokens is {page}, and kernels read pages of 8 to 128 tokens, a power of two"
     elif getattr(config, "attn_logit_softcapping", None) or config.model_type == "gpt_oss":
@@ -140,6 +142,13 @@ def choose_triton(attention: str, device: torch.device, artifact: Artifact, conf
     if reason:
         log.warning("attention: plain-torch reference, because %s", reason)
     return not reason
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels, on any device: TRITON_INTERPRET=1 was set before they were imported."""
+    from triton import knobs
+
+    return knobs.runtime.interpret
 
 
 def attach(

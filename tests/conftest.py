@@ -61,6 +61,10 @@ CONFIGS = {
     "gpt_oss": lambda: GptOssConfig(
         **SHAPE, sliding_window=40, layer_types=[SLIDING, FULL, SLIDING], pad_token_id=0,
         num_local_experts=2, num_experts_per_tok=2,  # a choice of experts would amplify rounding
+        rope_parameters={  # the default's own, for SHAPE's number of positions
+            "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 64,
+        },
     ),
 }  # fmt: skip
 FAMILIES = sorted(CONFIGS)

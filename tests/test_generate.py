@@ -121,14 +121,19 @@ def test_a_cache_goes_on_over_turns(model):
     assert rms_ratio(out.logits[:, -1], model(tokens).logits[:, -1]) < 0.03
 
 
-def test_options_that_do_not_exist_are_refused(model, tiny_artifact):
+def test_options_that_do_not_exist_are_refused(model, tiny_artifact, monkeypatch):
     with pytest.raises(KvfoldError, match="cache_implementation='static'"):
         model.generate(ids(), max_new_tokens=2, cache_implementation="static")
-    for option, value in (("policy", "progressive"), ("attention", "triton"), ("kv_budget", "much")):
+    for option, value in (("policy", "progressive"), ("attention", "flash"), ("kv_budget", "much")):
         with pytest.raises(KvfoldError, match=value):
             runtime.load_pretrained(tiny_artifact, **{option: value})
     with pytest.raises(KvfoldError, match="too small"):
         runtime.load_pretrained(tiny_artifact, kv_budget="1KiB")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(KvfoldError, match=r"attention='triton' can't be used: the kernels need a CUDA device"):
+        runtime.load_pretrained(tiny_artifact, device="cpu", attention="triton")
+    with pytest.raises(KvfoldError, match="cuda_graph=True needs a CUDA device"):
+        runtime.load_pretrained(tiny_artifact, device="cpu", cuda_graph=True)
 
 
 @torch.no_grad()
