@@ -162,7 +162,10 @@ def lower_difference(geometry: Geometry, formats: Pair, device: torch.device) ->
     splits = g.page_nbytes(old[0]), g.page_nbytes(formats[0])
     worst = 0.0
     for i, (coarse, fine) in enumerate(zip(formats, old, strict=True)):
-        part, got = ((x[:, :n], x[:, n:])[i].cpu().unflatten(1, (g.num_kv_heads, -1)) for x, n in zip((source, target), splits, strict=True))
+        part, got = (
+            (x[:, :n], x[:, n:])[i].cpu().unflatten(1, (g.num_kv_heads, -1))
+            for x, n in zip((source, target), splits, strict=True)
+        )
         rows = decode(part, fine, g.page_tokens)
         errors = [
             float((decode(x, coarse, g.page_tokens) - rows).square().mean())

@@ -7,7 +7,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kvfold.kernels.attention import attend_plain
-from kvfold.runtime.layer import LayerView
+from kvfold.runtime.view import LayerView
 
 NAME = "kvfold"
 

@@ -10,7 +10,8 @@ from transformers.cache_utils import Cache
 from kvfold.errors import KVBudgetExceeded
 from kvfold.exports.account import Geometry, batch_nbytes
 from kvfold.exports.spec import LayerSpec
-from kvfold.runtime.layer import PackedLayer, Padding
+from kvfold.runtime.layer import PackedLayer
+from kvfold.runtime.view import Padding
 
 
 class QuantizedKVCache(Cache):

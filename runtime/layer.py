@@ -1,6 +1,5 @@
 """One layer of the packed cache: a 16-bit buffer (sinks, then window) and pages, for each sequence of a batch."""
 
-from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -9,88 +8,12 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvfold.exports.account import TABLE_STEP, Geometry
 from kvfold.exports.spec import LayerSpec, clip_rows
-from kvfold.kernels.attention import Tile, attend, packed_tokens
+from kvfold.kernels.attention import Tile, packed_tokens
 from kvfold.kernels.quantizer import decode, encode, to_float16
 from kvfold.runtime.pool import PagePool
+from kvfold.runtime.view import LayerView, Padding, RowView
 
 TILE_TOKENS = 1024  # packed tokens decoded at a time while attending
-
-
-@dataclass
-class Padding:
-    """What the layers of a cache share: the left padding of each sequence, in columns."""
-
-    columns: list[int]
-    scratch: dict = field(default_factory=dict)  # buffers that the layers' kernels take turns with
-
-
-@dataclass
-class RowView:
-    """What the queries of one sequence read: 16-bit rows that live for this call, and pages."""
-
-    skip: int  # leading columns of this call that are padding
-    pad: int  # leading columns of the whole sequence that are padding
-    positions: Tensor  # int64 [T - skip], of the queries
-    limit: Tensor  # int64 [T - skip], see kernels.attention.attend
-    keys: Tensor  # [Hkv, R, D] raw
-    values: Tensor  # [Hkv, R, D] raw
-    raw_positions: Tensor  # int64 [R]
-    pages: list[int]
-    packed_before: int  # tokens that were in pages before this call
-
-
-@dataclass
-class LayerView:
-    """The handle that `update` returns in place of keys and values; the attention function hands it back.
-
-    `rows` is None for a decoding step that a kernel reads from the layer itself. `dtype`, `device` and `shape` answer what
-    model code may ask of a key tensor.
-    """
-
-    layer: "PackedLayer"
-    rows: list[RowView] | None
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-    new: tuple[Tensor, Tensor] | None = None  # keys and values of a step that the kernel appends when it attends
-
-    def attend(
-        self,
-        query: Tensor,
-        scaling: float,
-        mask: Tensor | None,
-        softcap: float | None = None,
-        sinks_logit: Tensor | None = None,
-        sliding: int = 0,
-    ) -> Tensor:
-        """Attention of query [B, num_heads, T, head_dim] → the same shape, float32 or the query's own type.
-
-        mask: bool [B, 1, T, columns] or None for plain causal over what is not padding.
-        softcap, sinks_logit: as in kernels.attention.attend.
-        sliding: tokens that a query sees at the most, 0 for all; the mask says so too, kernels go by this.
-        """
-        if self.layer.use_triton:
-            from kvfold.runtime.triton import attend_triton
-
-            return attend_triton(self, query, scaling, sliding)
-        assert self.rows is not None
-        spec, geometry = self.layer.spec, self.layer.geometry
-        out = torch.zeros(query.shape, device=query.device)
-        q = spec.key.apply_query(query)
-        shift = spec.key.shift(query) if softcap is not None or sinks_logit is not None else None
-        for b, row in enumerate(self.rows):
-            if row.positions.numel() == 0:
-                continue
-            row_mask = None
-            if mask is not None:
-                columns = row.pad + int(row.positions[-1]) + 1
-                row_mask = mask[min(b, mask.shape[0] - 1), 0, row.skip :, row.pad : columns]
-            out[b, :, row.skip :] = attend(
-                q[b, :, row.skip :], row.positions, row.limit, self.layer.tiles(row),
-                sinks=geometry.sinks, scaling=scaling, mask=row_mask, softcap=softcap, sinks_logit=sinks_logit,
-                shift=None if shift is None else shift[b, :, row.skip :],
-            )  # fmt: skip
-        return out
 
 
 class PackedLayer(CacheLayerMixin):

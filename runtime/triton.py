@@ -11,7 +11,8 @@ from kvfold.kernels.triton_attention import attention, prepare_queries
 from kvfold.kernels.triton_encode import encode_pages
 
 if TYPE_CHECKING:
-    from kvfold.runtime.layer import LayerView, PackedLayer, RowView
+    from kvfold.runtime.layer import PackedLayer
+    from kvfold.runtime.view import LayerView, RowView
 
 
 def regions(geometry: Geometry) -> dict[str, Any]:

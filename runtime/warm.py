@@ -46,7 +46,8 @@ def warm_up(model: Any, jobs: int | None = None) -> int:
 @torch.no_grad()
 def _compile(work: list[Job], geometry: Geometry, num_heads: int, dtype: torch.dtype, device: str) -> None:
     """Runs a prompt and a step of one layer of each kind."""
-    from kvfold.runtime.layer import PackedLayer, Padding
+    from kvfold.runtime.layer import PackedLayer
+    from kvfold.runtime.view import Padding
 
     heads, dim = geometry.num_kv_heads, geometry.head_dim
     for key, value, matrix, offset, key_clip, value_clip in work:
