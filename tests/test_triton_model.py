@@ -1,14 +1,10 @@
 """A whole model with `attention="triton"` against the plain-torch reference, under the interpreter where there is no GPU."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from conftest import TINY_RECIPE, char_tokenizer, save_tiny
 
-from kvfold import KvfoldError, runtime
+from kvfold import runtime
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import load_recipe
 
