@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from kvfold.autoclass import stock_from_pretrained
 from kvfold.compress.cli import with_error
 from kvfold.compress.models import quiet_transformers
 from kvfold.compress.plan import pick_device
@@ -43,7 +44,7 @@ def load(path: Path, cache: str, device: str) -> Any:
     packed: Any = load_pretrained(path, device=target)
     if cache == "packed":
         return packed
-    return AutoModelForCausalLM.from_pretrained(path, dtype=packed.dtype).to(target).eval()
+    return stock_from_pretrained(path, dtype=packed.dtype).to(target).eval()
 
 
 def figures(found: dict[str, Any]) -> dict[str, dict[str, float]]:

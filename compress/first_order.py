@@ -37,6 +37,37 @@ def value_error(values: Tensor, candidate: ValueCandidate) -> Tensor:
     return delta @ torch.linalg.inv(matrix).float().mT
 
 
+def attend_whole(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    sinks_logit: Tensor | None = None,
+) -> Tensor:
+    """Attention with soft-cap and sink logits that autograd follows: kernels.attention works in place.
+
+    Args:
+        query, key, value: [1, H or Hkv, T, D].
+        mask: bool [1, 1, T, T], None for causal.
+        softcap, sinks_logit: as in kernels.attention.attend.
+    Returns:
+        [1, T, H, D] in the query's type.
+    """
+    group = query.shape[1] // key.shape[1]
+    keys, values = (x.float().repeat_interleave(group, 1) for x in (key, value))
+    scores = query.float() * scaling @ keys.mT
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    visible = torch.ones_like(scores, dtype=torch.bool).tril() if mask is None else mask
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks_logit is not None:
+        scores = torch.cat((scores, sinks_logit.float()[None, :, None, None].expand(*scores.shape[:3], 1)), -1)
+    weights = scores.softmax(-1)[..., : keys.shape[2]]
+    return (weights @ values).transpose(1, 2).to(query.dtype)
+
+
 def gradients(probe: Probe, index: int, input_ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """(keys, values, ∂L/∂keys, ∂L/∂values) of every layer for one of the probe's sequences, [Hkv, T, D] each.
 
@@ -50,6 +81,7 @@ def gradients(probe: Probe, index: int, input_ids: Tensor) -> list[tuple[Tensor,
         key.retain_grad()
         value.retain_grad()
         seen.append((key, value))
+        return attend_whole(query, key, value, mask, scaling, **extras) if extras else None
 
     with torch.enable_grad(), ExitStack() as stack:
         for attention in probe.attentions:

@@ -14,17 +14,18 @@ from torch import Tensor
 from kvfold.errors import KvfoldError
 from kvfold.exports.card import CARD_NAME
 from kvfold.exports.reader import is_artifact, read_artifact
+from kvfold.exports.report import REPORT_NAME
 from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME
 from kvfold.exports.writer import install
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 CONFIG = "config.json"
-OURS = {TENSORS_NAME, "recipe.yaml"}  # never taken from what lies where the model is saved
+OURS = {TENSORS_NAME, REPORT_NAME, "recipe.yaml"}  # never taken from what lies where the model is saved
 
 
 def save_artifact(self: Any, save_directory: str | os.PathLike, is_main_process: bool = True, **options: Any) -> None:
     """Writes the model as an artifact: the weights as they are now, and from the artifact that it was loaded from its formats,
-    transforms, recipe, tokenizer and card. Weights that were only widened to compute in are written in the type they had; a model
+    transforms, recipe, tokenizer, card and report. Weights that were only widened to compute in are written in the type they had; a model
     whose weights nobody changed gives back every file byte for byte.
 
     Args:
@@ -58,7 +59,7 @@ def save_artifact(self: Any, save_directory: str | os.PathLike, is_main_process:
         type(self).save_pretrained(self, folder, state_dict=state, **options)
         if narrowed:
             _restore_dtype(folder / CONFIG, artifact.path / CONFIG)
-        for name in [*artifact.metadata.files, CARD_NAME]:
+        for name in [*artifact.metadata.files, CARD_NAME, REPORT_NAME]:
             if (folder / name).exists() or (name.startswith("model") and name.endswith(WEIGHTS)):
                 continue
             stays = keep is not None and name not in OURS and (keep / name).is_file()

@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import CONFIGS, char_tokenizer, tiny_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 from kvfold import KvfoldError
+from kvfold.autoclass import stock_from_pretrained
 from kvfold.compress.cli import main
 from kvfold.compress.emulate import FP4_LEVELS, fp8, nvfp4, rounding_tap
 from kvfold.compress.engines import (
@@ -72,7 +73,22 @@ def logits(model, ids):
 
 
 def stock(folder, **kwargs):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **kwargs).eval()
+    """As transformers alone loads it."""
+    return stock_from_pretrained(folder, dtype=torch.float32, **kwargs).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_rounding_keeps_soft_caps_and_sink_logits(family):
+    """Nothing is rounded, so nothing changes; with both sides rounded something does."""
+    model, ids, one = tiny_model(family), some_ids(), torch.ones(1)
+    model.set_attn_implementation(TAP)
+    plain = logits(model, ids)
+    for algo in (None, "FP8"):
+        with ExitStack() as stack:
+            for layer in model.model.layers:
+                stack.enter_context(tapped(layer.self_attn, rounding_tap(algo, algo, one, one)))
+            assert torch.allclose(logits(model, ids), plain, atol=1e-4) == (algo is None)
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
@@ -80,7 +96,7 @@ def stock(folder, **kwargs):
 def test_ranges_are_what_a_stock_cache_holds(family):
     model = tiny_model(family)
     sequences = [some_ids(61), some_ids(33).flip(1)]
-    caches = [DynamicCache(config=model.config) for _ in sequences]
+    caches = [DynamicCache() for _ in sequences]  # without the config: a sliding layer keeps every token too
     for ids, cache in zip(sequences, caches, strict=True):
         model(ids, past_key_values=cache)
     model.set_attn_implementation(TAP)

@@ -196,7 +196,7 @@ def test_smoothing_takes_the_least_error_of_the_attentions_output():
     torch.testing.assert_close(1 / found.diagonal(dim1=-2, dim2=-1), expected)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gemma2", "gpt_oss"])
 def probe(request):
     model = tiny_model(request.param)
     model.set_attn_implementation(NAME)
@@ -213,7 +213,7 @@ def test_gradients_of_keys_and_values_are_those_of_the_loss(probe):
     labels = ids[0][0, 1:]
 
     def loss(layer, which, place, step):
-        def tap(module, query, key, value, mask, scaling):
+        def tap(module, query, key, value, mask, scaling, **extras):
             if module.layer_idx == layer:  # in place: the attention goes on with these
                 (key, value)[which][(0, *np.unravel_index(place, key.shape[1:]))] += step
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import char_tokenizer, tiny_model
 from tokenizers import decoders
-from transformers import AutoModelForCausalLM
 
 from kvfold import KvfoldError, runtime
+from kvfold.autoclass import stock_from_pretrained
 from kvfold.compress.cli import main
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import load_recipe
@@ -334,7 +334,7 @@ def some_prompts(count: int = 5) -> list[Prompt]:
 
 def test_a_batch_gives_each_prompt_what_it_gets_alone_from_either_cache(artifact, model, monkeypatch):
     prompts, tok = some_prompts(), tokenizer()
-    stock = AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32)
+    stock = stock_from_pretrained(artifact, dtype=torch.float32)
     generator = PairedGenerator(model, tok)
     alike = []
     for cache, reference in (("16bit", stock), ("packed", model)):
