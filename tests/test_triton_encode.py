@@ -11,6 +11,7 @@ import torch
 from kvfold.errors import KvfoldError
 from kvfold.exports.spec import KeySpec
 from kvfold.kernels.formats import Format, raw16, uniform
+from kvfold.kernels.pages import anchor, page_address
 from kvfold.kernels.quantizer import decode, encode, to_float16
 
 pytest.importorskip("triton")
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 
 from kvfold.kernels.triton_append import append_step, empty_queries
-from kvfold.kernels.triton_attention import anchor, page_address, prepare_queries
+from kvfold.kernels.triton_attention import prepare_queries
 from kvfold.kernels.triton_codec import from_e4m3, to_e4m3
 from kvfold.kernels.triton_encode import encode_pages, lower_pages
 
