@@ -9,6 +9,7 @@ distortions, since KL is quadratic in a small error.
 import json
 import os
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from kvfold.kernels.attention import Tile, attend
 from kvfold.kernels.quantizer import round_trip, to_float16
 
 KL_BLOCK = 128  # positions whose logits are in memory at a time
+TILE_TOKENS = 512  # of a sequence; a tile that no query of a block may read from its side is left out
 
 
 def packed_attention(
@@ -67,11 +69,11 @@ def packed_attention(
     if value_spec is not None:
         clip = None if value_spec.clip is None else value_spec.clip[:, None, None]
         cached_v = round_trip(to_float16(raw_v), value_spec.format, clip)
-    packed = slice(geometry.sinks, int(limit[-1]))
-    tiles = [
-        Tile(raw_k, raw_v, positions, False),
-        Tile(cached_k[:, packed], cached_v[:, packed], positions[packed], True),
-    ]
+    sinks, end = min(geometry.sinks, tokens), int(limit[-1])
+    raw_cuts = [0, *range(sinks, tokens, TILE_TOKENS), tokens]
+    tiles = [Tile(raw_k[:, a:b], raw_v[:, a:b], positions[a:b], False) for a, b in pairwise(raw_cuts)]
+    packed_cuts = [*range(sinks, end, TILE_TOKENS), end]
+    tiles += [Tile(cached_k[:, a:b], cached_v[:, a:b], positions[a:b], True) for a, b in pairwise(packed_cuts)]
     out = attend(
         query, positions, limit, tiles,
         sinks=geometry.sinks, scaling=scaling, mask=mask, softcap=softcap, sinks_logit=sinks_logit, shift=shift,
