@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ KL_BLOCK = 128  # positions whose logits are in memory at a time
 SPREAD_BITS = 0.75  # how far around the budget's payload a side is probed where more than one format is
 NEAR_BITS = 1.5  # a kind of formats further than this from the budget's payload is not probed for itself
 Candidate = KeyCandidate | ValueCandidate
+TILE_TOKENS = 512  # of a sequence; a tile that no query of a block may read from its side is left out
 
 
 def packed_attention(
@@ -77,11 +79,11 @@ def packed_attention(
         cached_k = round_trip(raw_k, key_spec.format, clip_rows(key_spec.clip))
     if value_spec is not None:
         cached_v = round_trip(to_float16(raw_v), value_spec.format, clip_rows(value_spec.clip))
-    packed = slice(geometry.sinks, int(limit[-1]))
-    tiles = [
-        Tile(raw_k, raw_v, positions, False),
-        Tile(cached_k[:, packed], cached_v[:, packed], positions[packed], True),
-    ]
+    sinks, end = min(geometry.sinks, tokens), int(limit[-1])
+    raw_cuts = [0, *range(sinks, tokens, TILE_TOKENS), tokens]
+    tiles = [Tile(raw_k[:, a:b], raw_v[:, a:b], positions[a:b], False) for a, b in pairwise(raw_cuts)]
+    packed_cuts = [*range(sinks, end, TILE_TOKENS), end]
+    tiles += [Tile(cached_k[:, a:b], cached_v[:, a:b], positions[a:b], True) for a, b in pairwise(packed_cuts)]
     out = attend(
         query, positions, limit, tiles,
         sinks=geometry.sinks, scaling=scaling, mask=mask, softcap=softcap, sinks_logit=sinks_logit, shift=shift,

@@ -93,6 +93,8 @@ def attend(
                 )
             if mask is not None:
                 visible = visible & mask[rows][:, tile.positions]
+                if not bool(visible.any()):  # beyond a sliding window
+                    continue
             q_block = q[:, rows]  # [H, Tq, D]
             scores = q_block.reshape(num_kv_heads, -1, head_dim) @ keys.mT  # [Hkv, G·Tq, n]
             scores = scores.view(num_heads, -1, keys.shape[1])
