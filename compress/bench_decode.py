@@ -51,6 +51,7 @@ def steps_ms(step: Callable[[Tensor], Tensor], batch: int, device: torch.device,
 
 
 def wait(device: torch.device) -> None:
+    """Lets the device finish what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -125,6 +125,7 @@ def prepare(settings: Settings, names: list[str], shapes: list[Shape]) -> list[t
 
 
 def is_large(shape: Shape) -> bool:
+    """Whether a shape is large enough for the baselines that are slow to set up."""
     return shape.batch * shape.tokens >= LARGE
 
 
@@ -139,6 +140,7 @@ def plain_tensors(settings: Settings, shape: Shape) -> tuple[Tensor, Tensor, Ten
 
 
 def measure_baseline(settings: Settings, shape: Shape) -> Baseline:
+    """Times 16-bit attention of one shape."""
     query, keys, values = plain_tensors(settings, shape)
     sdpa = sdpa_ms(query, keys, values)
     flex = flex_ms(query, keys, values) if settings.flex and is_large(shape) else None

@@ -71,6 +71,7 @@ def build_model(shape: str, device: torch.device) -> Any:
 
 
 def weights_nbytes(model: Any) -> int:
+    """Bytes of a model's parameters, the embedding included."""
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 

@@ -42,6 +42,7 @@ def check_options(json_file: Path | None, page_tokens: int, **sizes: int) -> Non
 
 
 def write_json(json_file: Path | None, result: dict[str, Any]) -> None:
+    """Writes a command's figures, if a file was asked for."""
     if json_file:
         json_file.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 

@@ -19,6 +19,7 @@ def queries(q_ptr, n, dim, start: tl.constexpr, size: tl.constexpr, valid: tl.co
 
 @triton.jit
 def tile_queries(q_ptr, n, dim, T: tl.constexpr):
+    """The queries that meet a key tile, times the step of its codes."""
     start: tl.constexpr = pick(T, 5)
     size: tl.constexpr = pick(T, 6)
     valid: tl.constexpr = pick(T, 7)
@@ -28,6 +29,7 @@ def tile_queries(q_ptr, n, dim, T: tl.constexpr):
 
 @triton.jit
 def piece_queries(q_ptr, n, dim, P: tl.constexpr):
+    """The queries of a run of channels, times the step of its codes."""
     start: tl.constexpr = pick(P, 0)
     size: tl.constexpr = pick(P, 1)
     valid: tl.constexpr = pick(P, 2)
@@ -191,6 +193,7 @@ def trit_values(page, row, p, acc, V: tl.constexpr, INTERPRET: tl.constexpr, G: 
 
 @triton.jit
 def add_trit_middle(q, total, g: tl.constexpr, P: tl.constexpr, SCALE_MIN: tl.constexpr):
+    """`add_middle` for 16 ternary channels."""
     group: tl.constexpr = pick(P, 3)
     middle: tl.constexpr = pick(P, 5)
     if group == g:
