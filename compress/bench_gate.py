@@ -171,5 +171,6 @@ def lower_difference(geometry: Geometry, formats: Pair, device: torch.device) ->
             float((decode(x, coarse, g.page_tokens) - rows).square().mean())
             for x in (got, encode(rows, coarse))
         ]  # fmt: skip
-        worst = max(worst, abs(errors[0] - errors[1]) / max(errors[1], 1e-12))
+        share = abs(errors[0] - errors[1]) / max(errors[1], 1e-12)
+        worst = worst if share <= worst else share  # keeps NaN
     return worst
