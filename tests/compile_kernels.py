@@ -1,6 +1,6 @@
-"""Compiles the attention kernels of one pair of formats for sm_90; a process of its own, because the interpreter is off here.
+"""Compiles the attention kernels of pairs of formats for sm_90; a process of its own, because the interpreter is off here.
 
-usage: python tests/compile_kernels.py PAIR PROMPT
+usage: python tests/compile_kernels.py PROMPT PAIR …
 """
 
 import os
@@ -58,4 +58,5 @@ def main(name: str, prompt: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], bool(int(sys.argv[2])))
+    for pair in sys.argv[2:]:
+        main(pair, bool(int(sys.argv[1])))

@@ -25,10 +25,11 @@ GENERATE = """
 import sys, torch
 from kvfold import runtime
 from transformers import AutoTokenizer
-model = runtime.load_pretrained("someone/small", revision=sys.argv[1], device="cpu")
-tokenizer = AutoTokenizer.from_pretrained("someone/small", revision=sys.argv[1])
-ids = tokenizer(sys.argv[2], return_tensors="pt").input_ids
-print(model.generate(ids, max_new_tokens=24, do_sample=False)[0].tolist())
+for revision in sys.argv[2:]:
+    model = runtime.load_pretrained("someone/small", revision=revision, device="cpu")
+    tokenizer = AutoTokenizer.from_pretrained("someone/small", revision=revision)
+    ids = tokenizer(sys.argv[1], return_tensors="pt").input_ids
+    print(model.generate(ids, max_new_tokens=24, do_sample=False)[0].tolist())
 """
 
 
@@ -58,11 +59,10 @@ def test_round_trip(client, hub, tmp_path, tiny_folder, text_file, recipe_file):
     environment = hub.environment(tmp_path / "hf")
     for offline in ({}, {"HF_HUB_OFFLINE": "1"}):
         hub.log.clear()
-        for revision in ("v1", pushed["commit"]):
-            command = [sys.executable, "-c", GENERATE, revision, prompt]
-            done = subprocess.run(command, env=environment | offline, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            assert json.loads(done.stdout) == wanted
+        command = [sys.executable, "-c", GENERATE, prompt, "v1", pushed["commit"]]
+        done = subprocess.run(command, env=environment | offline, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert [json.loads(line) for line in done.stdout.splitlines()] == [wanted, wanted]
         assert bool(hub.log) != bool(offline)
 
 

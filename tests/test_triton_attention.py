@@ -104,7 +104,7 @@ def error(got, expected):
 @pytest.mark.parametrize("page", [8, 32, 128])
 @pytest.mark.parametrize("name", PAIRS)
 def test_every_format(name, page):
-    case = Case(PAIRS[name], [5 + 24 + 3 * page + 7, 1, 37], 4, 2, page)
+    case = Case(PAIRS[name], [5 + 24 + 3 * page + 7, 37 if page == 8 else 1], 4, 2, page)
     assert error(case.got(), case.expected()) < 1e-3
 
 
@@ -160,7 +160,7 @@ def test_state_moves_on_only_when_asked():
 
 
 @pytest.mark.parametrize("name", ["2 bits", "mixed keys", "ternary values", "16 and 8 bits"])
-@pytest.mark.parametrize(("before", "chunk", "group"), [(0, 90, 1), (70, 41, 3), (131, 2, 4), (20, 19, 2)])
+@pytest.mark.parametrize(("before", "chunk", "group"), [(0, 70, 1), (70, 20, 3), (131, 2, 4), (20, 19, 2)])
 def test_prompts_read_what_token_by_token_reads(name, before, chunk, group):
     key_format, value_format = PAIRS[name]
     sinks, window, page, kv_heads = 5, 24, 16, 2
@@ -187,15 +187,15 @@ def test_prompts_read_what_token_by_token_reads(name, before, chunk, group):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
-@pytest.mark.parametrize(
-    ("name", "prompt"), [("mixed both", False), ("ternary 128", False), ("16 and 8 bits", False), ("mixed keys", True)]
-)
-def test_compiles_for_a_gpu(name, prompt):
-    """The interpreter lets through what the compiler refuses."""
+@pytest.mark.parametrize("prompt", [False, True])
+def test_compiles_for_a_gpu(prompt):
+    """The interpreter lets through what the compiler refuses. Every kind of plane, in a step or a prompt: a pair takes seconds."""
     import subprocess
     import sys
     from pathlib import Path
 
     script = Path(__file__).parent / "compile_kernels.py"
-    run = subprocess.run([sys.executable, script, name, str(int(prompt))], capture_output=True, text=True, check=False)
+    pairs = ["mixed keys", "16 and 8 bits"] if prompt else ["2 bits", "ternary values", "8 and 6 bits, 80"]
+    command = [sys.executable, script, str(int(prompt)), *pairs]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -1,13 +1,17 @@
 """A whole model with `attention="triton"` against the plain-torch reference, under the interpreter where there is no GPU."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import CONFIGS, SHAPE, TINY_RECIPE, char_tokenizer, save_tiny
 from transformers import LlamaConfig
 
-from kvfold import runtime
+from kvfold import KvfoldError, runtime
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import load_recipe
+from kvfold.exports.account import Geometry
+from kvfold.runtime.load import choose_triton
 
 pytest.importorskip("triton")
 
@@ -62,3 +66,25 @@ def test_greedy_text_is_the_references_row_by_row(models):
     together = models[1].generate(**batch_of(TEXTS), **options)
     for text, row in zip(TEXTS, together, strict=True):
         assert torch.equal(row[-4:], models[0].generate(**batch_of([text]), **options)[0, -4:])
+
+
+@pytest.mark.parametrize(
+    ("family", "page", "reason"),
+    [
+        ("gemma2", 16, "'gemma2' bends its logits"),
+        ("gpt_oss", 16, "'gpt_oss' bends its logits"),
+        ("llama", 24, "page_tokens is 24"),
+        ("llama", 256, "page_tokens is 256"),
+    ],
+)
+def test_what_kernels_lack_is_left_to_the_reference(family, page, reason, caplog):
+    config, gpu = CONFIGS[family](), torch.device("cuda")
+    artifact = SimpleNamespace(geometry=Geometry(2, 16, 3, 24, page))
+    with caplog.at_level("WARNING", logger="kvfold"):
+        assert not choose_triton("auto", gpu, artifact, config)
+    assert reason in caplog.text
+    with pytest.raises(KvfoldError, match=f"attention='triton' can't be used: {reason}"):
+        choose_triton("triton", gpu, artifact, config)
+    assert choose_triton("auto", gpu, SimpleNamespace(geometry=Geometry(2, 16, 3, 24, 128)), CONFIGS["llama"]())
+    assert not choose_triton("reference", gpu, artifact, config)
+    assert not choose_triton("auto", torch.device("cpu"), artifact, config)
