@@ -19,6 +19,8 @@ MODELS = ("smollm2-135m", "Qwen/Qwen2.5-0.5B-Instruct")
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 ANY = {"levels": [2, 3, 4, 8, 16, 32, 64, 256, 65536], "params": ["scale", "scale_min"]}  # formats of one class
 
+KEY_BITS, VALUE_BITS = Recipe().key.bits, Recipe().value.bits
+
 # name → what the row changes; None stands for the value that fits the changed transform
 ROWS: dict[str, dict] = {
     "best": {},
@@ -41,6 +43,14 @@ ROWS: dict[str, dict] = {
     "two probes a kind": {"sensitivity": {"probes": 2}},
     "1 sink": {"sinks": 1},
     "64 sinks": {"sinks": 64},
+    "also K 0.5, V 0.25": {"key": {"bits": [0.5, *KEY_BITS]}, "value": {"bits": [0.25, *VALUE_BITS]}},
+    "quarter steps of bits": {
+        "key": {"bits": [i / 4 for i in range(2, 21)]},
+        "value": {"bits": [i / 4 for i in range(1, 14)]},
+    },
+    "four probe sequences": {"sensitivity": {"num_sequences": 4}},
+    "probe sequences twice as long": {"sensitivity": {"seq_len": 2048}},
+    "twice the calibration": {"calibration": {"num_sequences": 8}},
     "skvq": {"recipe": "skvq"},
     "pm-kvq": {"recipe": "pm-kvq"},
 }

@@ -155,7 +155,7 @@ class Comparison:
         self.result["rows"] = [row for row in self.result["rows"] if row["name"] != name]
         found = evaluate(
             str(folder), against=s.model, text=s.text, windows=s.windows, first_window=s.first_window,
-            seq_len=s.seq_len, device=s.device, dtype=s.dtype,
+            seq_len=s.seq_len, device=s.device, dtype=s.dtype, attention="reference",
         ).to_dict()  # fmt: skip
         sides = [side for layer in metadata.layers for side in (layer.key, layer.value)]
         transforms = sorted({transform for side in sides for transform in side.transforms})

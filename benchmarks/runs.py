@@ -70,11 +70,21 @@ def make(model: str, recipe: Recipe, bits: float, out: Path, device: str, calib:
 
 
 def measure(artifact: Path, text: str, first: int, windows: int, seq_len: int, device: str) -> list[Evaluation]:
-    """Each window on its own, in float32: differences between artifacts are then paired by window."""
+    """Each window on its own, in float32: differences between artifacts are then paired by window.
+
+    Pages are read by the plain-torch reference on every device: kernels would be compiled anew for each row's formats.
+    """
     place = None if device == "auto" else device
     return [
         evaluate(
-            str(artifact), text=text, windows=1, first_window=i, seq_len=seq_len, device=place, dtype=torch.float32
+            str(artifact),
+            text=text,
+            windows=1,
+            first_window=i,
+            seq_len=seq_len,
+            device=place,
+            dtype=torch.float32,
+            attention="reference",
         )
         for i in range(first, first + windows)
     ]

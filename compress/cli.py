@@ -188,6 +188,7 @@ def eval_command(
     first_window: Annotated[int, typer.Option(min=0, help="Window to begin with.")] = 0,
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     device: DeviceOption = "auto",
+    attention: Annotated[str, typer.Option(help="auto, reference (plain torch) or triton.")] = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
     tasks: Annotated[
         str | None,
@@ -228,7 +229,7 @@ def eval_command(
     if tasks is not None:
         report = run_tasks(
             artifact, tasks, data=task_data, limit=limit, batch_size=batch_size, time_limit=time_limit, run_code=run_code, context=context,
-            text=text, seed=seed, samples=samples, resume=resume, device=pick_device(device),
+            text=text, seed=seed, samples=samples, resume=resume, device=pick_device(device), attention=attention,
         )  # fmt: skip
         print_tasks(report)
         if json_file:
@@ -242,6 +243,7 @@ def eval_command(
         first_window=first_window,
         seq_len=seq_len,
         device=pick_device(device),
+        attention=attention,
     )
     table = Table(title=f"{e.artifact} on {e.text}: {e.windows} windows of {e.seq_len} tokens", title_justify="left")
     for column in ("cache", "effective bits", "payload bits", "loss", "perplexity", "KL", "top-1"):

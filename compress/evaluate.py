@@ -109,6 +109,7 @@ def evaluate(
     seq_len: int = 2048,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    attention: str = "auto",
 ) -> Evaluation:
     """Measures an artifact.
 
@@ -118,10 +119,10 @@ def evaluate(
             type that the model computes in, so on a CPU, by default, it is float32: a stricter reference than 16 bits.
         text: file or datasets id; default: the held-out text that the package ships.
         windows, first_window, seq_len: how the text is cut.
-        device, dtype: as in load_pretrained.
+        device, dtype, attention: as in load_pretrained.
     """
     path = resolve_artifact(artifact)
-    model: Any = load_pretrained(path, device=device, dtype=dtype)
+    model: Any = load_pretrained(path, device=device, dtype=dtype, attention=attention)
     metadata = model.kv_artifact.metadata
     if seq_len > model.config.max_position_embeddings or seq_len < 2:
         raise KvfoldError(

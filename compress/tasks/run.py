@@ -25,6 +25,7 @@ from kvfold.compress.text import HELD_OUT, read_documents
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.runtime.load import load_pretrained, resolve_artifact
+from kvfold.runtime.warm import warm_up
 
 CACHES: tuple[CacheName, CacheName] = ("16bit", "packed")
 
@@ -117,6 +118,7 @@ def run_tasks(
     resume: bool = False,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    attention: str = "auto",
 ) -> dict[str, Any]:
     """Measures an artifact on tasks.
 
@@ -130,14 +132,16 @@ def run_tasks(
         text: haystack, a file or datasets id; default: the held-out text that the package ships.
         samples: folder of the answers, one JSON-lines file a task; default artifacts/NAME.tasks.
         resume: go on with the answers that are there.
-        device, dtype: as in load_pretrained. On a CPU, by default, the "16-bit" cache is float32: a stricter reference.
+        device, dtype, attention: as in load_pretrained. On a CPU, by default, the "16-bit" cache is float32: a stricter reference.
     Returns:
         {model, artifact, device, dtype, batch_size, payload_bits, context, seed, samples, tasks: [TaskResult as a dict]}
     """
     begun = time.monotonic()
     wanted = parse_tasks(names, data, run_code)
     path = resolve_artifact(artifact)
-    model: Any = load_pretrained(path, device=device, dtype=dtype)
+    model: Any = load_pretrained(path, device=device, dtype=dtype, attention=attention)
+    if model.kv_triton:
+        warm_up(model)
     metadata = model.kv_artifact.metadata
     most = model.config.max_position_embeddings
     if context is not None and context > most:
