@@ -226,7 +226,12 @@ class Comparison:
             work.mkdir(parents=True, exist_ok=True)
             with torch.inference_mode():
                 self.stats[spread] = calibrate(
-                    self.model, architecture_of(self.config), sequences, spread, c.sample_tokens, work
+                    self.model,
+                    architecture_of(self.config),
+                    sequences,
+                    [spread] * len(sequences),
+                    c.sample_tokens,
+                    work,
                 )
         return self.stats[spread]
 

@@ -54,7 +54,7 @@ def main() -> None:
     plan = make_plan(sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m", "2.5", None, Recipe(), None)
     with torch.no_grad(), tempfile.TemporaryDirectory() as work:
         model = load_model(plan.source.path, torch.float32, torch.device("cpu"), NAME)
-        stats = calibrate(model, plan.arch, plan.sequences, plan.spread, 1024, Path(work))
+        stats = calibrate(model, plan.arch, plan.sequences, plan.steps, 1024, Path(work))
         ratios = []
         print("layer, bits, fitted error over the Gaussian step's on unseen tokens")
         for layer in range(0, len(stats), 3):

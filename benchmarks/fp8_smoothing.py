@@ -96,7 +96,7 @@ def main() -> None:
     chosen = options.caches.split(";") if options.caches else [row[0] for row in CACHES]
     rows = []
     with torch.inference_mode(), tempfile.TemporaryDirectory() as work:
-        stats = calibrate(model, arch, sequences, 1, 512, Path(work))
+        stats = calibrate(model, arch, sequences, [1] * len(sequences), 512, Path(work))
         probes = [Probe(model, arch, [ids], 4) for ids in windows]
 
         def measure(key, value, key_scales, value_scales) -> list[float]:

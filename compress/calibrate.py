@@ -8,6 +8,7 @@ by (s − 1)·t; the hidden states stay those of the plain text and no extra for
 import json
 import os
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,14 +127,14 @@ def output_metric(attention: Any, num_kv_heads: int, head_dim: int) -> Tensor:
 
 
 def calibrate(
-    model: Any, arch: Architecture, sequences: list[Tensor], spread: int, sample_tokens: int, work: Path
+    model: Any, arch: Architecture, sequences: list[Tensor], steps: list[int], sample_tokens: int, work: Path
 ) -> list[LayerStats]:
     """Statistics of every layer; what `work` already holds is not computed again.
 
     Args:
         model: loaded with attention tap.NAME.
         sequences: int64 [1, T] each.
-        spread: s, the step between interpolated positions.
+        steps: s of each sequence, the step between interpolated positions.
         sample_tokens: tokens drawn from all sequences together, per head.
         work: folder for stats_*.safetensors and the hidden states that the next layer starts from.
     """
@@ -160,16 +161,19 @@ def calibrate(
         attention = layers[index].get_submodule(arch.attention)
         sums = _Accumulator(index, num_kv_heads, per_sequence)
 
-        def tap(module, query, key, value, mask, scaling, sums=sums, index=index, **extras):
+        def tap(module, query, key, value, mask, scaling, step, sums=sums, index=index, **extras):
             places = torch.arange(key.shape[2], device=key.device)[None]
-            near, far = (turns(model, arch, index, places * step) for step in (1, spread))
+            near, far = (turns(model, arch, index, places * s) for s in (1, step))
             spread_q, spread_k = rotate_on(query, near, far), rotate_on(key, near, far)
             kept = slice(min(SKIP_TOKENS, key.shape[2] // 2), None)
             sums.add(spread_q[0, :, kept], spread_k[0, :, kept], value[0, :, kept].float(), scaling)
             return None
 
-        with tapped(attention, tap):
-            hidden = [runner.run(index, h) for runner, h in zip(runners, hidden, strict=True)]
+        after = []
+        for runner, h, step in zip(runners, hidden, steps, strict=True):
+            with tapped(attention, partial(tap, step=step)):
+                after.append(runner.run(index, h))
+        hidden = after
         stats.append(sums.finish(output_metric(attention, num_kv_heads, head_dim)))
         stats[-1].save(work / f"stats_{index:03d}.safetensors")
         _save_hidden(work, index + 1, hidden)

@@ -50,7 +50,7 @@ def compress(
         "kvfold": __version__,
         "model": weights_fingerprint(plan.source.path),
         "tokens": [s.tolist() for s in plan.sequences],
-        "calibration": [plan.spread, recipe.calibration.sample_tokens],
+        "calibration": [plan.steps, recipe.calibration.sample_tokens],
         "device": target.type,
     }
     rest = {"recipe": recipe.model_dump(mode="json"), "budget": [plan.budget.at, plan.budget.nbytes]}

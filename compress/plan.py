@@ -33,6 +33,7 @@ class Plan:
     sequences: list[Tensor]
     text_name: str
     spread: int
+    steps: list[int]
 
     @property
     def num_layers(self) -> int:
@@ -90,7 +91,13 @@ def make_plan(model: str, budget: str, calib: str | None, recipe: Recipe, contex
         tokenizer, documents, c.num_sequences, min(c.seq_len, config.max_position_embeddings), recipe.seed, name
     )
     spread = c.spread or max(1, ceil(allowance.at / sequences[0].shape[1]))
-    return Plan(source, config, arch, geometry, allowance, recipe, tokenizer, sequences, name, spread)
+    steps = graded_steps(spread, len(sequences)) if c.graded else [spread] * len(sequences)
+    return Plan(source, config, arch, geometry, allowance, recipe, tokenizer, sequences, name, spread, steps)
+
+
+def graded_steps(spread: int, count: int) -> list[int]:
+    """`count` steps between positions that rise geometrically from 1 to `spread`; for a single sequence, `spread` itself."""
+    return [round(spread ** (i / (count - 1))) for i in range(count)] if count > 1 else [spread]
 
 
 def _load_tokenizer(path: Path) -> Any:

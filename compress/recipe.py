@@ -148,14 +148,24 @@ class ValueRecipe(_Side):
     _offered: ClassVar = {"bits": VALUE_BITS, "levels": LEVELS}
 
     transform: str = "whiten"
+    clip: bool = False
 
 
 class CalibrationRecipe(_Strict):
-    """Calibration text: sequences × tokens. `spread` is the step between positions; 0 covers the budget's context."""
+    """Calibration text.
+
+    Attributes:
+        num_sequences, seq_len: sequences and tokens of each.
+        spread: the step between positions; 0 covers the budget's context.
+        graded: the sequences' steps rise geometrically from 1 to `spread`, so that short contexts count as well as long ones;
+            else every sequence has that step, as in PM-KVQ.
+        sample_tokens: tokens kept whole, of all sequences together.
+    """
 
     num_sequences: Annotated[int, Field(gt=0)] = 4
     seq_len: Annotated[int, Field(ge=64)] = 2048
     spread: Annotated[int, Field(ge=0)] = 0
+    graded: bool = True
     sample_tokens: Annotated[int, Field(ge=64)] = 512
 
 
@@ -170,7 +180,7 @@ class SensitivityRecipe(_Strict):
     """
 
     method: Literal["kl", "first-order"] = "kl"
-    probes: Annotated[int, Field(gt=0)] = 1
+    probes: Annotated[int, Field(gt=0)] = 2
     num_sequences: Annotated[int, Field(gt=0)] = 2
     seq_len: Annotated[int, Field(ge=64)] = 1024
     stride: Annotated[int, Field(gt=0)] = 4

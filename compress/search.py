@@ -60,7 +60,7 @@ def search(plan: Plan, work: Path, device: torch.device, statistics: Path | None
     )
     model = load_model(plan.source.path, _compute_dtype(plan, device), device, TAP)
     stats = calibrate(
-        model, plan.arch, plan.sequences, plan.spread, recipe.calibration.sample_tokens, statistics or work
+        model, plan.arch, plan.sequences, plan.steps, recipe.calibration.sample_tokens, statistics or work
     )
     keys, values = [], []
     attentions = plan.arch.attention_modules(model)

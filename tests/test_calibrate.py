@@ -8,6 +8,7 @@ from conftest import CONFIGS, FAMILIES, char_tokenizer, save_tiny
 
 from kvfold.compress.calibrate import SKIP_TOKENS, LayerStats, calibrate
 from kvfold.compress.models import load_model
+from kvfold.compress.plan import graded_steps
 from kvfold.compress.rope import rotate_on, turns
 from kvfold.compress.tap import NAME, tapped
 from kvfold.compress.text import read_documents, sample_sequences
@@ -41,7 +42,7 @@ def captured(model, arch, ids, position_ids=None):
 @torch.no_grad()
 def test_statistics_equal_those_of_an_ordinary_forward_pass(loaded, tmp_path):
     model, arch = loaded
-    stats = calibrate(model, arch, SEQUENCES, 1, 64, tmp_path)
+    stats = calibrate(model, arch, SEQUENCES, [1] * len(SEQUENCES), 64, tmp_path)
     runs = [captured(model, arch, ids) for ids in SEQUENCES]
     for layer, found in enumerate(stats):
         query, key, value = (torch.cat([run[layer][i][:, SKIP_TOKENS:] for run in runs], 1) for i in range(3))
@@ -70,12 +71,32 @@ def test_interpolated_positions_are_those_of_the_rotary_embedding(loaded):
 
 
 @torch.no_grad()
+def test_every_sequence_has_a_step_of_its_own(loaded, tmp_path):
+    model, arch = loaded
+    alone = []
+    for i, (ids, step) in enumerate(zip(SEQUENCES, (1, 4), strict=True)):
+        (tmp_path / str(i)).mkdir()
+        alone.append(calibrate(model, arch, [ids], [step], 32, tmp_path / str(i)))
+    (tmp_path / "both").mkdir()
+    both = calibrate(model, arch, SEQUENCES, [1, 4], 32, tmp_path / "both")
+    counts = [ids.shape[1] - SKIP_TOKENS for ids in SEQUENCES]
+    for near, far, found in zip(*alone, both, strict=True):
+        expected = (counts[0] * near.query_moment + counts[1] * far.query_moment) / sum(counts)
+        torch.testing.assert_close(found.query_moment, expected)
+        assert not torch.allclose(found.query_moment, near.query_moment)
+
+
+def test_steps_rise_from_the_texts_own_positions_to_the_whole_context():
+    assert graded_steps(16, 4) == [1, 3, 6, 16] and graded_steps(1, 4) == [1, 1, 1, 1] and graded_steps(7, 1) == [7]
+
+
+@torch.no_grad()
 def test_calibration_goes_on_where_it_stopped(loaded, tmp_path, monkeypatch):
     model, arch = loaded
     whole, part = tmp_path / "whole", tmp_path / "part"
     whole.mkdir()
     part.mkdir()
-    expected = calibrate(model, arch, SEQUENCES, 3, 32, whole)
+    expected = calibrate(model, arch, SEQUENCES, [3] * len(SEQUENCES), 32, whole)
     save, saved = LayerStats.save, []
 
     def save_two(self, path):
@@ -86,9 +107,9 @@ def test_calibration_goes_on_where_it_stopped(loaded, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(LayerStats, "save", save_two)
-        calibrate(model, arch, SEQUENCES, 3, 32, part)
+        calibrate(model, arch, SEQUENCES, [3] * len(SEQUENCES), 32, part)
     assert sorted(p.name for p in part.glob("stats_*")) == ["stats_000.safetensors", "stats_001.safetensors"]
-    again = calibrate(model, arch, SEQUENCES, 3, 32, part)
+    again = calibrate(model, arch, SEQUENCES, [3] * len(SEQUENCES), 32, part)
     for a, b in zip(expected, again, strict=True):
         assert torch.equal(a.key_cov, b.key_cov) and torch.equal(a.value_sample, b.value_sample)
 
@@ -96,7 +117,7 @@ def test_calibration_goes_on_where_it_stopped(loaded, tmp_path, monkeypatch):
 @torch.no_grad()
 def test_the_sample_holds_the_same_tokens_of_all_three_and_the_range_every_token(loaded, tmp_path):
     model, arch = loaded
-    stats = calibrate(model, arch, SEQUENCES, 1, 64, tmp_path)
+    stats = calibrate(model, arch, SEQUENCES, [1] * len(SEQUENCES), 64, tmp_path)
     runs = [captured(model, arch, ids) for ids in SEQUENCES]
     for layer, found in enumerate(stats):
         assert found.sample_lengths.tolist() == [32, 32]
@@ -121,7 +142,7 @@ def test_statistics_that_are_not_finite_are_refused_by_layer(bad, tmp_path):
     arch = architecture_of(CONFIGS["llama"]())
     arch.attention_modules(model)[1].k_proj.weight[3, 5] = bad
     with pytest.raises(KvfoldError, match="Layer 1 gives NaN or infinity") as error:
-        calibrate(model, arch, SEQUENCES, 1, 64, tmp_path)
+        calibrate(model, arch, SEQUENCES, [1] * len(SEQUENCES), 64, tmp_path)
     assert str(error.value).count(". ") == 0  # one sentence
 
 

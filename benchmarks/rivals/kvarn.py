@@ -43,12 +43,13 @@ class Normalised:
 
     def encode(self, x: Tensor) -> Stored:
         tiles = x.unflatten(-2, (-1, TILE))
-        y, tokens, channels = sinkhorn(tiles)
-        if self.along == "channels":  # keys: one (minimum, scale) a channel takes up the channel's factor
-            kept = store(tokens, "e4m3")
-            return *self.inner.encode((y * channels).mT), kept
-        kept = store(channels, "e4m3")
-        return *self.inner.encode(y * tokens), kept
+        _, tokens, channels = sinkhorn(tiles)
+        keys = self.along == "channels"  # one (minimum, scale) a channel takes up the channel's factor
+        kept = store(tokens if keys else channels, "e4m3")
+        # divided by what is kept, not by what was rounded: else the rounding would scale the whole number, offset and all
+        factor = torch.where(kept.float() > 0, kept.float(), 1.0)
+        rest = tiles / factor
+        return *self.inner.encode(rest.mT if keys else rest), kept
 
     def decode(self, stored: Stored) -> Tensor:
         *coded, kept = stored
