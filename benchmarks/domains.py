@@ -1,6 +1,6 @@
 """Calibrates on one domain and tests on the others: KL at equal payload bits, through the packed cache.
 
-usage: python benchmarks/domains.py [MODEL] [--domain NAME=CALIBRATION,TEST …] [--bits 2.25] [--windows 3] [--seq-len 1024]
+usage: python benchmarks/domains.py [MODEL] [--domain NAME=CALIBRATION,TEST …] [--bits 2.25] [--windows 2] [--seq-len 512]
 
 Without --domain the built-in texts are used: the first two thirds of each to calibrate on, the rest to test on. A row is a
 calibration, a column a test; "all" is calibrated on every domain's text in turn. Goes on where an interrupted run stopped.
@@ -61,8 +61,8 @@ def main() -> None:
     )
     parser.add_argument("--bits", type=float, default=2.25)
     parser.add_argument("--recipe", default="best")
-    parser.add_argument("--windows", type=int, default=3)
-    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("artifacts/domains"))
     options = parser.parse_args()

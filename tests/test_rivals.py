@@ -248,16 +248,33 @@ def test_kvarn_does_not_care_for_the_size_of_a_token():
     assert errors["kvarn"] < 0.5 < errors["kivi"]
 
 
+def test_kvarn_gains_by_bits_where_an_offset_dwarfs_the_keys():
+    """What a factor loses when it is rounded must not scale the offset."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 256, 64, generator=rng) + 100 * torch.randn(1, 1, 64, generator=rng)
+    errors = [float((RIVALS["kvarn"](bits, 64).quantise(x, x)[0] - x).norm()) for bits in (2, 3, 4)]
+    assert errors[0] > 1.7 * errors[1] > 2.5 * errors[2]
+
+
 def test_skvq_order_gathers_like_channels():
     sample = torch.randn(2, 200, 16, generator=torch.Generator().manual_seed(0))
     large = torch.zeros(2, 16, dtype=torch.bool)
     large[:, ::2] = True  # 16 of 32 channels, scattered over both heads
     sample = sample * torch.where(large, 20.0, 1.0)[:, None]
-    order = skvq.cluster_order(sample, 16)
-    assert sorted(order.tolist()) == list(range(32))
-    assert not large.flatten()[order[:16]].any() and large.flatten()[order[16:]].all()
-    codec = skvq.Reordered(codecs.Affine(8, 16, "fp16"), order, 2)
-    assert torch.allclose(codec.decode(codec.encode(sample)), sample, atol=0.5)
+    groups = skvq.cluster(sample, 16)
+    assert sorted(torch.cat(groups).tolist()) == list(range(32))
+    assert sorted(map(set, (g.tolist() for g in groups)), key=min) == sorted(
+        (set(part.nonzero().flatten().tolist()) for part in (large.flatten(), ~large.flatten())), key=min
+    )
+    codec = skvq.Reordered(8, groups, torch.ones(2), 2)
+    back = codec.decode(codec.encode(sample))
+    assert float((back - sample).mT[~large].abs().max()) < 0.5  # e4m3 minima; the large ones' step would be 20 times as large
+
+
+def test_skvq_gives_an_outlier_a_group_of_its_own():
+    sample = torch.randn(2, 200, 16, generator=torch.Generator().manual_seed(0))
+    sample[1, :, 5] *= 1000
+    assert sorted(map(len, skvq.cluster(sample, 16))) == [1, 31]
 
 
 def test_pm_kvq_scales_rope_pairs_alike_and_is_never_worse_than_none():
