@@ -53,7 +53,7 @@ ROWS: dict[str, dict] = {
     "probe sequences twice as long": {"sensitivity": {"seq_len": 2048}},
     "twice the calibration": {"calibration": {"num_sequences": 8}},
     "skvq": {"recipe": "skvq"},
-    "pm-kvq": {"recipe": "pm-kvq"},
+    "pm-kvq": {"recipe": "pm-kvq", "least": 2.75},  # its smallest format has 2.5 bits; a little more leaves a choice
 }
 
 
@@ -63,7 +63,7 @@ def recipe_for(change: dict, model: str, bits: float) -> Recipe:
     for name, value in change.items():
         if isinstance(value, dict):
             data[name] |= value
-        elif name not in ("recipe", "fixed"):
+        elif name not in ("recipe", "fixed", "least"):
             data[name] = value
     if change.get("fixed"):  # values with 2 bits, keys with the water-filled format that the rest of the bits pays
         head_dim = geometry_of(model, Recipe())[0].head_dim
@@ -114,7 +114,7 @@ def main() -> None:
             begun = time.monotonic()
             recipe = recipe_for(change, model, options.bits)
             artifact = options.out / name / "artifact"
-            figures = make(model, recipe, options.bits, artifact, options.device)
+            figures = make(model, recipe, max(options.bits, change.get("least", 0)), artifact, options.device)
             seconds = time.monotonic() - begun
             found = measure(
                 artifact, options.text, options.first_window, options.windows, options.seq_len, options.device
