@@ -59,11 +59,13 @@ def _finish_piece(low, high, z, unit, P: tl.constexpr, SYMMETRIC: tl.constexpr):
 
 @triton.jit
 def packed_part(
-    q_ptr, q_scale, anchor, table, first_page, last_page, split, head, sinks, limit, lowest,
-    kv_offset, splits, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr,
-    MASKED: tl.constexpr, CAP: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr, INTERPRET: tl.constexpr,
+    q_ptr, q_scale, shift, anchor, table, first_page, last_page, begin, end, head, sinks, limit, lowest,
+    kv_offset, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr,
+    STAGES: tl.constexpr, PREFETCH: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Attention of N query columns to this split's share of pages first_page … last_page − 1.
+    """Attention of N query columns to tiles begin … end − 1, of 16 rows of words each, of pages first_page … last_page − 1.
+
+    With SHIFT, `shift` [N] is added to every logit.
 
     Returns:
         (output runs [size, N] not yet divided, largest scores [N], sums of weights [N])
@@ -133,10 +135,6 @@ def packed_part(
     top = tl.full((N,), NEVER, tl.float32)
     sums = tl.zeros((16, N), tl.float32)  # over the rows only at the end: no shuffles in the loop
 
-    tiles = (last_page - first_page + pages_each - 1) // pages_each
-    each = (tiles + splits - 1) // splits
-    begin = tl.minimum(split * each, tiles)
-    end = tl.minimum(begin + each, tiles)
     number = first_page + begin * pages_each + i // rows
     place = tl.load(table + number, mask=number < last_page, other=0)
     for tile in tl.range(begin, end, num_stages=STAGES):
@@ -150,9 +148,10 @@ def packed_part(
         k_page = page + k_offset
         v_page = page + v_offset
         bias = tl.where(exists, 0.0, NEVER)
+        start = bias[:, None] + shift[None, :] if SHIFT else tl.zeros((16, N), tl.float32) + bias[:, None]
         s = ()
         for f in tl.static_range(8):
-            s = s + (tl.zeros((16, N), tl.float32) + bias[:, None],)
+            s = s + (start,)
         for g in tl.static_range(k_groups):
             dots = ()
             if scale_min or k_raw:

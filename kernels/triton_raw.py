@@ -9,9 +9,9 @@ from kvfold.kernels.triton_packed import NEVER, soft_cap
 
 @triton.jit
 def raw_part(
-    q_ptr, q_scale, k_ptr, v_ptr, token_stride, acc, top, total, split, total_tokens, packed_end, sinks, ring, limit, lowest,
+    q_ptr, q_scale, shift, k_ptr, v_ptr, token_stride, acc, top, total, split, total_tokens, packed_end, sinks, ring, limit, lowest,
     last, splits, R: tl.constexpr, P: tl.constexpr, dim: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
-    MASKED: tl.constexpr, CAP: tl.constexpr,
+    MASKED: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
     """Goes on with the attention of N query columns over this split's share of the 16-bit rows: sinks, then either a ring
     (ring > 0 slots) or tokens in order.
@@ -21,7 +21,9 @@ def raw_part(
 
     Args:
         acc, top, total: output runs [size, N], largest scores [N], sums of weights [N] so far.
+        shift: [N], added to every logit with SHIFT.
         R, P: runs of channels of keys and of `acc`.
+        FIXED: there may be more programs than `splits`; only so many share the rows.
     """
     n = tl.arange(0, N)
     q = ()
@@ -39,6 +41,8 @@ def raw_part(
         last_row = sinks + tl.max(last, 0) + 1 - packed_end
         end_block = tl.where(ring > 0, end_block, tl.minimum(end_block, (last_row + BLOCK - 1) // BLOCK))
     blocks = tl.minimum(rows, 1) + tl.maximum(end_block - first_block, 0)
+    if FIXED:
+        blocks = tl.where(split < splits, blocks, 0)
     for j in tl.range(split, blocks, splits, num_stages=1):
         block = tl.where(j == 0, 0, first_block + j - 1)
         r = block * BLOCK + tl.arange(0, BLOCK)
@@ -51,6 +55,8 @@ def raw_part(
         for t in tl.static_range(count(R)):
             s = _raw_keys(k_ptr + r.to(tl.int64) * token_stride, exists, q[t], s, pick(R, t))
         s = s * q_scale
+        if SHIFT:
+            s += shift[None, :]
         if CAP > 0:
             s = soft_cap(s, CAP)
         seen = exists[:, None] & (position[:, None] <= last[None, :])
