@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvfold.errors import KvfoldError
 from kvfold.kernels.formats import Format, raw16
@@ -19,7 +20,7 @@ from kvfold.kernels.pages import anchor
 from kvfold.kernels.tiles import program
 from kvfold.kernels.triton_bits import count, pick
 from kvfold.kernels.triton_packed import NEVER, packed_part
-from kvfold.kernels.triton_raw import raw_part, store_part
+from kvfold.kernels.triton_raw import raw_blocks, raw_part, store_part
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 LOG2_E = 1.4426950408889634
@@ -29,26 +30,38 @@ QUERY_TOP = 7  # queries are scaled so that the largest component lies in [2^6, 
 MOST_SLOTS = 2048  # parts that one query's result is merged from
 TILE_TOKENS = 128  # packed tokens at a time
 FIXED_TILES = 8  # tiles in a part, where results may not depend on the batch
-FIXED_RAW = 8  # programs that share the 16-bit rows there
+LEAST_TOKENS = 256  # of a part, where the batch may decide
+MERGE_CHANNELS = 32  # of a program that merges
+# ways of hiding latency: kernels that start while the one before ends (Hopper and later); the first tile asked for early
+OVERLAP = True
+WARM = True
 
 
 # numbers that vary from call to call must not each compile a kernel of their own
 @triton.jit(
     do_not_specialize=[
-        "new", "table_width", "sinks", "window", "ring", "sliding", "query_blocks", "first_slot", "slots", "least", "raw_programs",
+        "new", "table_width", "sinks", "window", "ring", "sliding", "query_blocks", "first_slot", "slots", "least",
     ]
 )  # fmt: skip
 def _attention_kernel(
     q_ptr, q_scale_ptr, q_shift_ptr, anchor, table, state, segments, raw_k, raw_v, o_ptr, ml_ptr, first_query, packed_before,
-    new, table_width, sinks, window, ring, sliding, query_blocks, first_slot, slots, least, raw_programs,
+    new, table_width, sinks, window, ring, sliding, query_blocks, first_slot, slots, least,
     raw_stride_b, raw_stride_h, raw_stride_t,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
     PROMPT: tl.constexpr, SLIDING: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr,
-    RUNG: tl.constexpr, RUNGS: tl.constexpr, FIXED: tl.constexpr,
+    RUNG: tl.constexpr, RUNGS: tl.constexpr, HOLES: tl.constexpr, OVERLAP: tl.constexpr, WARM: tl.constexpr,
     STAGES: tl.constexpr, PREFETCH: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Grid: (splits, KV heads, sequences × query blocks). Writes slots first_slot … first_slot + splits − 1 of `slots` parts: pages of
-    one rung, and in the launch of the last rung the 16-bit rows."""
+    one rung, and in the launch of the last rung the 16-bit rows behind them. HOLES: a part without either may stay unwritten.
+
+    With OVERLAP the launch may begin before the kernel in front has ended. That of rung 0 waits for it; later rungs read nothing
+    that those in front write, and wait at their end, so that the last one ends when all have.
+    """
+    if OVERLAP and RUNG == 0:
+        gdc_wait()
+    if OVERLAP:
+        gdc_launch_dependents()
     split = tl.program_id(0)
     splits = tl.num_programs(0)
     head = tl.program_id(1)
@@ -89,36 +102,40 @@ def _attention_kernel(
             last_page = tl.minimum(last_page, tl.load(segments + b * (RUNGS + 1) + RUNG + 1))
         last_page = tl.maximum(last_page, first_page)
     tiles = (last_page - first_page + pages_each - 1) // pages_each
-    each = tl.maximum((tiles + splits - 1) // splits, least)
-    begin = tl.minimum(split * each, tiles)
-    end = tl.minimum(begin + each, tiles)
-    # the last programs first: where pages do not divide evenly, they have fewer
-    raw_split = split if FIXED else splits - 1 - split
-    if FIXED or not last_rung:
-        idle = begin >= end
-        if last_rung:
-            idle = idle & (raw_split >= raw_programs)
-        if idle:
+    units = tiles
+    if last_rung:
+        raw_count, raw_first = raw_blocks(total, raw_from, sinks, ring, limit, last, BLOCK, PROMPT or SLIDING)
+        units += raw_count
+    each = tl.maximum((units + splits - 1) // splits, least)
+    if HOLES:
+        if split * each >= units:
             tl.store(ml + n, tl.zeros((N,), tl.float32) + NEVER, mask=columns)
             tl.store(ml + N + n, tl.zeros((N,), tl.float32), mask=columns)
+            if OVERLAP and RUNG > 0:
+                gdc_wait()
             return
+    begin = tl.minimum(split * each, tiles)
+    end = tl.minimum(split * each + each, tiles)
     q = q_ptr + place.to(tl.int64) * (N * dim)
     q_scale = tl.load(q_scale_ptr + b * heads + head)
     shift = tl.load(q_shift_ptr + place * N + n) if SHIFT else tl.zeros((N,), tl.float32)
     acc, top, weight = packed_part(
         q, q_scale, shift, anchor, table + b.to(tl.int64) * table_width, first_page, last_page, begin, end, head,
-        sinks, limit, lowest, heads * k_nbytes, K, V, N, PROMPT or SLIDING, CAP, SHIFT, STAGES, PREFETCH, INTERPRET,
+        sinks, limit, lowest, heads * k_nbytes, K, V, N, PROMPT or SLIDING, CAP, SHIFT, STAGES, PREFETCH, WARM, INTERPRET,
     )  # fmt: skip
     if last_rung:
         at = b.to(tl.int64) * raw_stride_b + head * raw_stride_h
         acc, top, weight = raw_part(
-            q, q_scale, shift, raw_k + at, raw_v + at, raw_stride_t, acc, top, weight, raw_split, total, raw_from, sinks, ring,
-            limit, lowest, last, raw_programs, R, v_pieces, dim, N, BLOCK, PROMPT or SLIDING, CAP, SHIFT, FIXED,
+            q, q_scale, shift, raw_k + at, raw_v + at, raw_stride_t, acc, top, weight,
+            tl.maximum(split * each - tiles, 0), tl.minimum(split * each + each - tiles, raw_count), raw_first,
+            total, raw_from, sinks, ring, limit, lowest, last, R, v_pieces, dim, N, BLOCK, PROMPT or SLIDING, CAP, SHIFT,
         )  # fmt: skip
     for t in tl.static_range(count(v_pieces)):
         store_part(o + n[None, :] * dim, columns, acc[t], pick(v_pieces, t))
     tl.store(ml + n, top, mask=columns)
     tl.store(ml + N + n, weight, mask=columns)
+    if OVERLAP and RUNG > 0:
+        gdc_wait()
 
 
 @triton.jit(do_not_specialize=["new", "sinks", "window", "query_blocks", "queries", "slots"])
@@ -127,7 +144,7 @@ def _merge_kernel(
     out_stride_b, out_stride_t, out_stride_h,
     DIM: tl.constexpr, CHANNELS: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
     SLOTS_2: tl.constexpr, BLOCK: tl.constexpr, AUX: tl.constexpr, SHIFT: tl.constexpr, ADVANCE: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr, HEADS: tl.constexpr, HOLES: tl.constexpr, FIXED: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr, HEADS: tl.constexpr, HOLES: tl.constexpr, FIXED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid: (sequences × KV heads × query blocks, COLUMNS, runs of CHANNELS). Merges the parts of one query and, with ADVANCE, moves the
     sequence's length and number of pages on by `new` tokens.
@@ -148,6 +165,9 @@ def _merge_kernel(
             sink -= tl.load(q_shift_ptr + place * N + n)
         sink *= 1.4426950408889634
     acc = tl.zeros((CHANNELS,), tl.float32)
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     if FIXED:
         tops = tl.full((BLOCK,), NEVER, tl.float32)
         for start in tl.range(0, slots, BLOCK):
@@ -325,11 +345,12 @@ def attention(
         )
     fixed = batch_invariant and not prompt
     most = MOST_SLOTS // len(rungs) // 32 * 32
-    if fixed:  # enough for the longest sequence that fits the table, in whole blocks of the merge
-        splits = min(-(-table.shape[1] * page_tokens // (FIXED_TILES * TILE_TOKENS * 32)) * 32, most)
+    if fixed:  # enough for the longest sequence that fits the table
+        raw = -(-raw_keys.shape[2] // RAW_BLOCK)
+        units = -(-table.shape[1] * page_tokens // TILE_TOKENS) + raw
+        splits = min(-(-units // (FIXED_TILES * 32)) * 32, most)  # in whole blocks of the merge
     elif not splits:
         splits = min(pick_splits(batch * kv_heads * blocks, table.shape[1] * page_tokens, table.device), most)
-    splits = max(splits, FIXED_RAW) if fixed else splits
     slots = splits * len(rungs)
     device = out.device
     partial = torch.empty(batch * kv_heads * blocks, slots, padded, dim, dtype=torch.float32, device=device)
@@ -339,6 +360,8 @@ def attention(
     shift = queries.shift
     shifts = queries.scale if shift is None else shift
     raw_pieces = program(raw16(dim), page_tokens).pieces
+    overlap = overlaps(device)
+    holes = fixed or len(rungs) > 1
     for rung, pair in enumerate(rungs):
         k_program, v_program = (program(x, page_tokens) for x in pair)
         # ternary codes take more instructions than their bytes hide: two tiles in flight, addresses one ahead (LOG.md)
@@ -348,23 +371,29 @@ def attention(
             queries.data, queries.scale, shifts, anchor(device), table, state, none if segments is None else segments,
             raw_keys, raw_values, partial, ml, first_query if prompt else none, packed_before if prompt else none,
             new, table.shape[1], sinks, window, ring, sliding, blocks, rung * splits, slots,
-            FIXED_TILES if fixed else 1, FIXED_RAW if fixed else splits, *raw_keys.stride()[:3],
+            FIXED_TILES if fixed else 1, *raw_keys.stride()[:3],
             K=tuple(k_program), V=tuple(v_program), R=raw_pieces, N=padded, COLUMNS=queries.columns, GROUP=queries.group,
             PROMPT=prompt, SLIDING=sliding > 0, CAP=bend, SHIFT=shift is not None and bend > 0,
-            RUNG=rung, RUNGS=len(rungs), FIXED=fixed,
+            RUNG=rung, RUNGS=len(rungs), HOLES=holes, OVERLAP=overlap, WARM=WARM and not INTERPRET and device.type == "cuda",
             STAGES=stages, PREFETCH=ternary, BLOCK=RAW_BLOCK, INTERPRET=INTERPRET, num_warps=1, num_stages=stages,
+            launch_pdl=overlap,
         )  # fmt: skip
-    slots_2 = 0 if fixed else next(n for n in (8, 32, 128, 512, MOST_SLOTS) if n >= slots)
-    channels = 32 if dim % 32 == 0 else 16
+    slots_2 = 0 if fixed else next(n for n in (8, 32, 128, 256, 512, MOST_SLOTS) if n >= slots)
+    channels = MERGE_CHANNELS if dim % MERGE_CHANNELS == 0 else 16
     _merge_kernel[(batch * kv_heads * blocks, queries.columns, -(-dim // channels))](
         partial, ml, out, aux if aux is not None else state, shifts, state,
         new, sinks, window, blocks, queries.tokens, slots, out.stride(0), out.stride(1), out.stride(2),
         DIM=dim, CHANNELS=channels, N=padded, COLUMNS=queries.columns, GROUP=queries.group,
         SLOTS_2=slots_2, BLOCK=32 if fixed else min(slots_2, 32), AUX=aux is not None,
         SHIFT=shift is not None and not bend, ADVANCE=advance, PAGE_TOKENS=page_tokens, HEADS=kv_heads,
-        HOLES=fixed or len(rungs) > 1, FIXED=fixed, num_warps=4,
+        HOLES=holes, FIXED=fixed, OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
     return out
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether kernels are launched to begin while the one in front ends (programmatic dependent launch)."""
+    return OVERLAP and not INTERPRET and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def pick_splits(programs: int, tokens: int, device: torch.device) -> int:
@@ -377,4 +406,4 @@ def pick_splits(programs: int, tokens: int, device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     wave = 8 * torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(wave // programs, tokens // 256))
+    return max(1, min(wave // programs, tokens // LEAST_TOKENS))

@@ -42,7 +42,7 @@ def compile_pair(
         {
             "K": tuple(program(key_format, 32)), "V": tuple(program(value_format, 32)), "R": program(raw16(dim), 32).pieces,
             "N": max(8, columns), "COLUMNS": columns, "GROUP": 4, "PROMPT": prompt, "SLIDING": prompt, "CAP": cap,
-            "SHIFT": cap > 0, "RUNG": rung, "RUNGS": rungs, "FIXED": fixed,
+            "SHIFT": cap > 0, "RUNG": rung, "RUNGS": rungs, "HOLES": fixed or rungs > 1, "OVERLAP": True, "WARM": True,
             "STAGES": 4, "PREFETCH": False, "BLOCK": kernels.RAW_BLOCK, "INTERPRET": False,
         },
     )  # fmt: skip
@@ -55,7 +55,7 @@ def compile_merge(dim: int, prompt: bool = False, holes: bool = False, fixed: bo
         {
             "DIM": dim, "CHANNELS": 16, "N": max(8, columns), "COLUMNS": columns, "GROUP": 4, "SLOTS_2": 0 if fixed else 8,
             "BLOCK": 32 if fixed else 8, "AUX": True, "SHIFT": holes, "ADVANCE": not prompt, "PAGE_TOKENS": 32, "HEADS": 2,
-            "HOLES": holes, "FIXED": fixed,
+            "HOLES": holes, "FIXED": fixed, "OVERLAP": True,
         },
         num_warps=4,
     )  # fmt: skip
