@@ -366,6 +366,7 @@ def attention(
     shifts = queries.scale if shift is None else shift
     raw_pieces = program(raw16(dim), page_tokens).pieces
     overlap = overlaps(device)
+    launch = {"launch_pdl": True} if overlap else {}
     holes = fixed or len(rungs) > 1
     for rung, pair in enumerate(rungs):
         k_program, v_program = (program(x, page_tokens) for x in pair)
@@ -382,7 +383,7 @@ def attention(
             PROMPT=prompt, SLIDING=sliding > 0, CAP=bend, SHIFT=shift is not None and bend > 0,
             RUNG=rung, RUNGS=len(rungs), HOLES=holes, OVERLAP=overlap, WARM=WARM and not INTERPRET and device.type == "cuda",
             STAGES=stages, PREFETCH=ternary, BLOCK=RAW_BLOCK, INTERPRET=INTERPRET, num_warps=1, num_stages=stages,
-            launch_pdl=overlap, **limit,
+            **launch, **limit,
         )  # fmt: skip
     slots_2 = 0 if fixed else next(n for n in (8, 32, 128, 256, 512, MOST_SLOTS) if n >= slots)
     channels = MERGE_CHANNELS if dim % MERGE_CHANNELS == 0 else 16
@@ -392,7 +393,7 @@ def attention(
         DIM=dim, CHANNELS=channels, N=padded, COLUMNS=queries.columns, GROUP=queries.group,
         SLOTS_2=slots_2, BLOCK=32 if fixed else min(slots_2, 32), AUX=aux is not None,
         SHIFT=shift is not None and not bend, ADVANCE=advance, PAGE_TOKENS=page_tokens, HEADS=kv_heads,
-        HOLES=holes, FIXED=fixed, OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
+        HOLES=holes, FIXED=fixed, OVERLAP=overlap, num_warps=4, **launch,
     )  # fmt: skip
     return out
 
