@@ -33,9 +33,10 @@ TILE_TOKENS = 128  # packed tokens at a time
 FIXED_TILES = 8  # tiles in a part, where results may not depend on the batch
 LEAST_TOKENS = 256  # of a part, where the batch may decide
 MERGE_CHANNELS = 32  # of a program that merges
-# ways of hiding latency: kernels that start while the one before ends (Hopper and later); the first tile asked for early
-OVERLAP = True
-WARM = True
+# ways of hiding latency: kernels that start while the one before ends (Hopper and later); the first tile asked for early.
+# Off until they were measured on a GPU.
+OVERLAP = False
+WARM = False
 # programs of one warp that share a multiprocessor, tiles in flight and one, registers (None: as many as it takes)
 PLAIN = (8, 4, None)
 TERNARY = (8, 3, None)

@@ -81,8 +81,10 @@ def _prompt(
     table = layer.block_table[
         b : b + 1, : max(1, len(row.pages))
     ]  # of this sequence alone, whatever the batch has room for
+    # a copy: where it begins decides how it is aligned, and each alignment would compile a kernel of its own
+    state = layer.state[b : b + 1].clone()
     attention(
-        queries, spec.key.format, spec.value.format, table, layer.state[b : b + 1], row.keys[None], row.values[None], out,
+        queries, spec.key.format, spec.value.format, table, state, row.keys[None], row.values[None], out,
         first_query=first, packed_before=before, **bends, **regions(geometry),
     )  # fmt: skip
 

@@ -268,7 +268,9 @@ def test_skvq_order_gathers_like_channels():
     )
     codec = skvq.Reordered(8, groups, torch.ones(2), 2)
     back = codec.decode(codec.encode(sample))
-    assert float((back - sample).mT[~large].abs().max()) < 0.5  # e4m3 minima; the large ones' step would be 20 times as large
+    assert (
+        float((back - sample).mT[~large].abs().max()) < 0.5
+    )  # e4m3 minima; the large ones' step would be 20 times as large
 
 
 def test_skvq_gives_an_outlier_a_group_of_its_own():
