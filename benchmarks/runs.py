@@ -51,7 +51,7 @@ def geometry_of(model: str, recipe: Recipe) -> tuple[Geometry, int, int]:
 def budget_for_payload(model: str, recipe: Recipe, bits: float) -> str:
     """The budget in bytes that leaves `bits` of payload for every packed element, whatever sinks and window take."""
     geometry, layers, at = geometry_of(model, recipe)
-    packed = geometry.elements(geometry.num_pages(at) * geometry.page_tokens, layers)
+    packed = geometry.packed_elements(at, layers)
     return f"{layers * geometry.fixed_nbytes(at) + int(bits * packed / 8)}B@{at}"
 
 

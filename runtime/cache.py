@@ -1,6 +1,7 @@
 """The packed KV cache as a transformers `Cache`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from transformers.cache_utils import Cache
 from kvfold.errors import KVBudgetExceeded
 from kvfold.exports.account import Geometry, batch_nbytes
 from kvfold.exports.spec import LayerSpec
+from kvfold.runtime.branches import Branches
 from kvfold.runtime.layer import PackedLayer
 from kvfold.runtime.view import Padding
 
 
-class QuantizedKVCache(Cache):
+class QuantizedKVCache(Branches, Cache):
     """Keys and values of all layers: sinks and window in 16 bits, everything between packed in pages.
 
     Args:
@@ -62,11 +64,6 @@ class QuantizedKVCache(Cache):
         """Resident bytes: codes, parameters, sinks, window, block tables and lengths of every sequence."""
         return sum(layer.nbytes for layer in self.layers)
 
-    @property
-    def formats(self) -> list[tuple]:
-        """(key format, value format) of each layer."""
-        return [(layer.spec.key.format, layer.spec.value.format) for layer in self.layers]
-
     def note_padding(self, attention_mask: Tensor | None, batch_size: int) -> None:
         """Learns each sequence's left padding, before the forward pass that it belongs to.
 
@@ -103,7 +100,9 @@ class QuantizedKVCache(Cache):
         seen = self.get_seq_length()
         pads = self.padding.columns or [0] * batch_size
         reserved = self.layers[0].reserved
-        need = batch_nbytes(self.geometry, self.formats, [max(0, seen + tokens - pad, reserved) for pad in pads])
+        geometry = replace(self.geometry, sliding=()) if reserved else self.geometry  # what is reserved stays
+        lengths = [max(0, seen + tokens - pad, reserved) for pad in pads]
+        need = batch_nbytes(geometry, self.formats, lengths, tokens)
         if need > self.budget:
             raise KVBudgetExceeded(
                 f"{seen + tokens} tokens in {batch_size} sequence(s) need a cache of {need} bytes, but kv_budget is "
@@ -116,7 +115,8 @@ class QuantizedKVCache(Cache):
         rows = []
         for layer in self.layers:
             lengths = layer.lengths()
-            elements = 2 * g.num_kv_heads * g.head_dim * sum(lengths)
+            seen = sum(min(n, layer.sliding or n) for n in lengths)
+            elements = 2 * g.num_kv_heads * g.head_dim * seen
             name = f"K {layer.spec.key.format} | V {layer.spec.value.format}"
             rows.append(
                 {

@@ -11,12 +11,13 @@ from kvfold.exports.spec import LayerSpec, clip_rows
 from kvfold.kernels.attention import Tile, packed_tokens
 from kvfold.kernels.quantizer import decode, encode, to_float16
 from kvfold.runtime.pool import PagePool
+from kvfold.runtime.sequences import PASSED, Sequences, slots_of
 from kvfold.runtime.view import LayerView, Padding, RowView
 
 TILE_TOKENS = 1024  # packed tokens decoded at a time while attending
 
 
-class PackedLayer(CacheLayerMixin):
+class PackedLayer(Sequences, CacheLayerMixin):
     """Packed keys and values of one layer.
 
     Args:
@@ -35,6 +36,8 @@ class PackedLayer(CacheLayerMixin):
         super().__init__()
         self.spec, self.geometry, self.padding, self.layer_idx = spec, geometry, padding, layer_idx
         self.use_triton = use_triton
+        self.sliding = geometry.sliding_of(layer_idx)
+        self.shares_pool = False  # with forks
         self.columns = 0  # tokens seen, padding included: what transformers calls the sequence length
         self.reserved = 0  # tokens of each sequence that memory was taken for in advance
 
@@ -54,6 +57,9 @@ class PackedLayer(CacheLayerMixin):
         self.length = [0] * self.batch_size
         self.pages: list[list[int]] = [[] for _ in range(self.batch_size)]
         self.spare: list[list[int]] = [[] for _ in range(self.batch_size)]  # in the table already, not yet written
+        self.passed = [0] * self.batch_size  # leading pages that are gone
+        # lowest token of the ring whose 16-bit row is there, unless the ring has come round since
+        self.oldest = [self.geometry.sinks] * self.batch_size
         self.is_initialized = True
         if self.reserved:
             self._reserve()
@@ -92,7 +98,12 @@ class PackedLayer(CacheLayerMixin):
         """Every tensor that grows with the number of sequences or tokens."""
         if not self.is_initialized:
             return []
-        return [self.raw_keys, self.raw_values, self.state, self.block_table, *self.pool.tensors()]
+        pages = [self.pool.page(i) for i in sorted(self._own_pages())] if self.shares_pool else self.pool.tensors()
+        return [self.raw_keys, self.raw_values, self.state, self.block_table, *pages]
+
+    def _own_pages(self) -> set[int]:
+        """Distinct pages of these sequences."""
+        return {i for ids in (*self.pages, *self.spare) for i in ids if i != PASSED}
 
     @property
     def nbytes(self) -> int:
@@ -105,7 +116,7 @@ class PackedLayer(CacheLayerMixin):
 
     def num_pages(self) -> int:
         """Distinct resident pages."""
-        return len({i for ids in self.pages for i in ids}) if self.is_initialized else 0
+        return len({i for ids in self.pages for i in ids} - {PASSED}) if self.is_initialized else 0
 
     def get_seq_length(self) -> int:
         return self.columns
@@ -128,6 +139,7 @@ class PackedLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.release_passed()
         tokens = key_states.shape[2]
         pads = self.padding.columns or [0] * self.batch_size
         skips = [min(max(pad - self.columns, 0), tokens) for pad in pads]
@@ -172,10 +184,7 @@ class PackedLayer(CacheLayerMixin):
 
     def slots(self, start: int, end: int) -> Tensor:
         """Rows of the 16-bit buffers that tokens start … end − 1 stand in, int64 [end − start]."""
-        g = self.geometry
-        positions = torch.arange(start, max(start, end))
-        slots = torch.where(positions < g.sinks, positions, g.sinks + (positions - g.sinks) % g.ring)
-        return slots.to(self.device, non_blocking=True)
+        return slots_of(self.geometry, torch.arange(start, max(start, end))).to(self.device, non_blocking=True)
 
     def _append(self, b: int, keys: Tensor, values: Tensor, skip: int, pad: int) -> RowView:
         """Appends keys in their stored basis and values, float16 [Hkv, n, D], to sequence b."""
@@ -205,12 +214,14 @@ class PackedLayer(CacheLayerMixin):
             end = g.sinks + packed_after - packed
             if packed_after > packed:
                 self._store_pages(b, view_keys[:, g.sinks : end], view_values[:, g.sinks : end])
-            kept = (
-                max(length, g.sinks + packed_after) if length >= g.sinks else length
-            )  # first new token that stays raw
-            fresh = torch.cat((self.slots(length, min(g.sinks, total)), self.slots(max(kept, g.sinks), total)))
+            # first new token whose row is kept: of the window, or what a crop of `rollback` tokens would bring back there
+            least = packed_tokens(max(0, total - g.rollback), g.sinks, g.window, g.page_tokens)
+            kept = max(length, g.sinks + least)
+            if kept > length:
+                self.oldest[b] = max(self.oldest[b], kept)
+            fresh = torch.cat((self.slots(length, min(g.sinks, total)), self.slots(kept, total)))
             new_sinks = range(length, min(g.sinks, total))
-            source = torch.tensor([*new_sinks, *range(max(kept, g.sinks), total)], dtype=torch.int64) - length
+            source = torch.tensor([*new_sinks, *range(kept, total)], dtype=torch.int64) - length
             source = source.to(self.device)
             for buffer, row in zip(raw, (keys, values), strict=True):
                 buffer[:, fresh] = row[:, source]
@@ -286,88 +297,9 @@ class PackedLayer(CacheLayerMixin):
             part = slice(start, end)
             yield Tile(row.keys[:, part], row.values[:, part], row.raw_positions[part], False)
         step = max(1, TILE_TOKENS // g.page_tokens)
-        for start in range(0, len(row.pages), step):
+        passed = row.pages.count(PASSED)
+        for start in range(passed, len(row.pages), step):
             ids = row.pages[start : start + step]
             first = g.sinks + start * g.page_tokens
             keys, values = self.read_pages(ids)
             yield Tile(keys, values, torch.arange(first, first + keys.shape[1], device=keys.device), True)
-
-    # -- whole sequences -----------------------------------------------------------------------------------------------
-
-    def reset(self) -> None:
-        """Forgets everything and frees it."""
-        if self.is_initialized:
-            del self.pool, self.raw_keys, self.raw_values, self.state, self.block_table, self.batch_size
-            del self.length, self.pages, self.spare
-        self.is_initialized = False
-        self.columns = 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last |n| tokens for n ≤ 0; for n > 0 keeps the first n columns.
-
-        A page that is cut through goes back to the window with its quantised values.
-        """
-        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.columns - tokens_to_remove)
-        remove = min(remove, self.columns)
-        if not self.is_initialized or remove == 0:
-            return
-        for b in range(self.batch_size):
-            self._crop_row(b, remove)
-        self.columns -= remove
-        self._fit_table(0)
-
-    def _crop_row(self, b: int, remove: int) -> None:
-        g = self.geometry
-        length, pages = self.length[b], len(self.pages[b])
-        kept = max(0, length - remove)
-        if kept < g.sinks + pages * g.page_tokens:
-            whole = max(0, kept - g.sinks) // g.page_tokens
-            ids = self.pages[b][whole:]
-            first = g.sinks + whole * g.page_tokens
-            if kept > first:
-                keys, values = self.read_pages(ids[:1])
-                slots = self.slots(first, kept)
-                self.raw_keys[b, :, slots] = to_float16(keys[:, : kept - first])
-                self.raw_values[b, :, slots] = to_float16(values[:, : kept - first])
-            del self.pages[b][whole:]
-            if self.reserved:
-                self.spare[b] = ids + self.spare[b]
-            else:
-                self.pool.release(ids)
-        self.length[b] = kept
-        self._set_state(b)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the sequences `indices`, int64 [n], in that order; an index may repeat. Pages are shared, not copied.
-
-        Pages that were taken in advance and not yet written are given back.
-        """
-        if not self.is_initialized:
-            return
-        indices = torch.as_tensor(indices)
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero().flatten()
-        chosen = indices.tolist()
-        for b in chosen:
-            self.pool.share(self.pages[b])
-        for ids in (*self.pages, *self.spare):
-            self.pool.release(ids)
-        index = indices.to(self.device)
-        self.raw_keys, self.raw_values = self.raw_keys[index], self.raw_values[index]
-        self.state, self.block_table = self.state[index], self.block_table[index]
-        self.length = [self.length[b] for b in chosen]
-        self.pages = [list(self.pages[b]) for b in chosen]
-        self.spare = [[] for _ in chosen]
-        self.reserved = 0
-        self.batch_size = len(chosen)
-        if self.batch_size:
-            self._fit_table(0)
-        else:
-            self.block_table = self.block_table[:, :0]
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))

@@ -5,6 +5,7 @@ import logging
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.account import batch_nbytes
 from kvfold.exports.reader import Artifact, read_artifact
 from kvfold.exports.units import parse_nbytes
+from kvfold.runtime.assisted import hook_assisted, own_drafts
 from kvfold.runtime.attention import NAME
 from kvfold.runtime.cache import QuantizedKVCache
 from kvfold.runtime.save import save_artifact
@@ -54,6 +56,7 @@ def load_pretrained(
     policy: str = "floor",
     attention: str = "auto",
     cuda_graph: bool = False,
+    rollback: int = 0,
     **hub_kwargs: Any,
 ) -> PreTrainedModel:
     """Loads an artifact as a transformers model in eval mode whose every forward pass reads a packed cache.
@@ -69,6 +72,8 @@ def load_pretrained(
         attention: "reference" is plain torch on any device, "triton" the kernels; "auto" picks by device.
         cuda_graph: `generate` takes memory for the longest sequence at the start and replays one captured decoding step, so
             that decoding isn't bound by Python. Needs a GPU and the kernels.
+        rollback: tokens by which a cache may be cropped exactly, as if they had never come: their 16-bit rows are kept longer.
+            Assisted and prompt-lookup decoding see to that by themselves.
         hub_kwargs: for huggingface_hub.snapshot_download, e.g. `token`, `cache_dir`, `local_files_only`.
     Returns:
         A PreTrainedModel; `generate`, `model(ids)` and chunked calls read quantised keys and values back.
@@ -82,10 +87,12 @@ def load_pretrained(
         raise KvfoldError(
             f"attention '{attention}' is not one this version knows; use 'auto', 'reference' or 'triton'."
         )
+    if isinstance(rollback, bool) or not isinstance(rollback, int) or rollback < 0:
+        raise KvfoldError(f"rollback={rollback!r} is not a number of tokens; give 0 or more.")
     budget = None if kv_budget is None else parse_nbytes(kv_budget)
     artifact = read_artifact(resolve_artifact(path_or_repo_id, revision, **hub_kwargs))
     if budget is not None:
-        least = batch_nbytes(artifact.geometry, artifact.formats, [1])
+        least = batch_nbytes(replace(artifact.geometry, rollback=rollback), artifact.formats, [1])
         if budget < least:
             raise KvfoldError(
                 f"kv_budget={kv_budget} is too small: sinks, window and one page take {least} bytes; give at least that."
@@ -100,7 +107,7 @@ def load_pretrained(
             f"cuda_graph=True needs a CUDA device and the Triton kernels, but this is {target}; leave it out."
         )
     log.info("attention: %s on %s", "Triton kernels" if triton else "plain-torch reference", target)
-    return attach(model.to(target), artifact, budget, triton, cuda_graph)
+    return attach(model.to(target), artifact, budget, triton, cuda_graph, rollback)
 
 
 def default_device() -> torch.device:
@@ -152,7 +159,12 @@ def interpreting() -> bool:
 
 
 def attach(
-    model: Any, artifact: Artifact, budget: int | None = None, triton: bool = False, cuda_graph: bool = False
+    model: Any,
+    artifact: Artifact,
+    budget: int | None = None,
+    triton: bool = False,
+    cuda_graph: bool = False,
+    rollback: int = 0,
 ) -> PreTrainedModel:
     """Makes every forward pass of `model`, which has the artifact's weights, read a packed cache."""
     model.eval()
@@ -161,10 +173,21 @@ def attach(
     covered = artifact.metadata.calibration.covered_positions
     warned: list[bool] = []
 
+    geometry = replace(artifact.geometry, rollback=rollback)
+    digest = artifact.metadata.digest
+
     def new_cache(reserve: int = 0) -> QuantizedKVCache:
-        return QuantizedKVCache(artifact.specs, artifact.geometry, budget, triton, reserve)
+        cache = QuantizedKVCache(artifact.specs, geometry, budget, triton, reserve)
+        cache.artifact = digest
+        return cache
 
     def prepare_cache(self, generation_config, model_kwargs, mode, batch_size, max_length, *args, **kwargs) -> None:
+        find_cache(self, generation_config, model_kwargs, max_length)
+        cache = model_kwargs.get("past_key_values")
+        if getattr(generation_config, "is_assistant", False) and isinstance(cache, QuantizedKVCache):
+            cache.extend_rollback(own_drafts(generation_config))
+
+    def find_cache(self, generation_config, model_kwargs, max_length) -> None:
         if model_kwargs.get("past_key_values") is not None:
             model_kwargs["past_key_values"]._is_user_defined = True
             return
@@ -199,6 +222,8 @@ def attach(
 
     # bound on the instance: a subclass's name would end up in config.json when the model is saved
     model._prepare_cache_for_generation = types.MethodType(prepare_cache, model)
+    hook_assisted(model)
+    model.kv_new_cache = new_cache
     if cuda_graph:
         from kvfold.runtime.graph import graphed
 
