@@ -1,6 +1,7 @@
 """What a whole cache does with the past: going back, forking, a longer ring for assisted decoding, and a place on disk."""
 
 import copy
+from contextlib import suppress
 from dataclasses import replace
 from os import PathLike
 from typing import Any, Self
@@ -39,6 +40,21 @@ class Branches:
             layer.check_crop(tokens_to_remove)
         for layer in self.layers:
             layer.crop(tokens_to_remove)
+
+    def take_back(self, count: int, tokens: int) -> None:
+        """Removes the latest `tokens` tokens from the first `count` layers, after a call that failed in the next one."""
+        with suppress(KvfoldError):  # a sliding window forbids it: then check_whole refuses the cache
+            for layer in self.layers[:count]:
+                layer.crop(-tokens)
+
+    def check_whole(self) -> None:
+        """Raises KvfoldError if a call that failed has left layers of different lengths."""
+        found = {layer.columns for layer in self.layers if layer.columns}
+        if len(found) > 1:
+            raise KvfoldError(
+                f"A call that failed left this cache with layers of {min(found)} and of {max(found)} tokens; reset() it or "
+                "take a new one."
+            )
 
     def extend_rollback(self, tokens: int) -> None:
         """Makes crops of up to `tokens` tokens exact from here on, if they aren't: the 16-bit ring grows.

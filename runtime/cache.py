@@ -90,10 +90,17 @@ class QuantizedKVCache(Branches, Cache):
 
         Raises:
             KVBudgetExceeded: the tokens would take the whole cache past its budget; nothing is stored.
+            FloatingPointError: a key or value is NaN or infinite; what earlier layers have stored of the call is taken back.
         """
+        if layer_idx == 0:
+            self.check_whole()
         if self.budget is not None and layer_idx == 0:
             self._check_budget(key_states.shape[0], key_states.shape[2])
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        try:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except FloatingPointError:
+            self.take_back(layer_idx, key_states.shape[2])
+            raise
 
     def _check_budget(self, batch_size: int, tokens: int) -> None:
         assert self.budget is not None
