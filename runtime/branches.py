@@ -16,6 +16,7 @@ class Branches:
 
     Attributes:
         artifact: digest of the artifact that the cache belongs to; None for a cache made by hand, which can't be saved.
+        lent: the cache serves one forward pass only, whose caller wants none.
     """
 
     layers: list[Any]
@@ -24,6 +25,7 @@ class Branches:
     budget: int | None
     graph: Any
     artifact: str | None = None
+    lent: bool = False
 
     @property
     def formats(self) -> list[tuple]:
@@ -45,7 +47,7 @@ class Branches:
         """Removes the latest `tokens` tokens from the first `count` layers, after a call that failed in the next one."""
         with suppress(KvfoldError):  # a sliding window forbids it: then check_whole refuses the cache
             for layer in self.layers[:count]:
-                layer.crop(-tokens)
+                layer.crop(-tokens, undo=True)
 
     def check_whole(self) -> None:
         """Raises KvfoldError if a call that failed has left layers of different lengths."""

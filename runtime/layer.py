@@ -297,8 +297,10 @@ class PackedLayer(Sequences, CacheLayerMixin):
             part = slice(start, end)
             yield Tile(row.keys[:, part], row.values[:, part], row.raw_positions[part], False)
         step = max(1, TILE_TOKENS // g.page_tokens)
-        passed = row.pages.count(PASSED)
-        for start in range(passed, len(row.pages), step):
+        unseen = 0  # pages behind the first query's sliding window, be they gone already or not
+        if self.sliding and row.positions.numel():
+            unseen = max(0, int(row.positions[0]) - self.sliding + 1 - g.sinks) // g.page_tokens
+        for start in range(unseen, len(row.pages), step):
             ids = row.pages[start : start + step]
             first = g.sinks + start * g.page_tokens
             keys, values = self.read_pages(ids)

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from kvfold.autoclass import stock_from_pretrained
 from kvfold.errors import KvfoldError
@@ -208,6 +209,7 @@ def attach(
             return args, kwargs
         if kwargs.get("past_key_values") is None and not module.training:
             kwargs["past_key_values"] = new_cache()
+            kwargs["past_key_values"].lent = kwargs.get("use_cache") is False
         cache = kwargs.get("past_key_values")
         if isinstance(cache, QuantizedKVCache):
             cache.note_padding(kwargs.get("attention_mask"), tokens.shape[0])
@@ -220,6 +222,12 @@ def attach(
                 kwargs["position_ids"] = cache.positions(tokens.shape[1], tokens.device)
         return args, kwargs
 
+    def keep_cache(module, args, kwargs, output):
+        """Without use_cache nobody may go on with the cache: generate would feed it the whole text again."""
+        if getattr(kwargs.get("past_key_values"), "lent", False) and isinstance(output, ModelOutput):
+            return type(output)(**{**output, "past_key_values": None})
+        return output
+
     # bound on the instance: a subclass's name would end up in config.json when the model is saved
     model._prepare_cache_for_generation = types.MethodType(prepare_cache, model)
     hook_assisted(model)
@@ -231,6 +239,7 @@ def attach(
     model.save_pretrained = types.MethodType(save_artifact, model)
     model.base_model.kv_packed = True
     model.base_model.register_forward_pre_hook(inject_cache, with_kwargs=True)
+    model.base_model.register_forward_hook(keep_cache, with_kwargs=True)
     model.kv_artifact = artifact
     model.kv_triton = triton
     return model

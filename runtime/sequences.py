@@ -104,12 +104,14 @@ class Sequences:
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.columns - tokens_to_remove)
         return min(remove, self.columns)
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int, undo: bool = False) -> None:
         """Removes the last |n| tokens for n ≤ 0; for n > 0 keeps the first n columns.
 
         To a length that is `rollback` below the longest so far, or less, that is as if the tokens had never come. Further
         back, a page that is cut through goes back to the window with its quantised values, and whole pages stay pages.
 
+        Args:
+            undo: as if they had never come also without a rollback, where the 16-bit rows happen to be there still.
         Raises:
             KvfoldError: what is left would need tokens that a sliding window has left behind; nothing is removed.
         """
@@ -118,17 +120,17 @@ class Sequences:
         if not self.is_initialized or remove == 0:
             return
         for b in range(self.batch_size):
-            self._crop_row(b, remove)
+            self._crop_row(b, remove, undo or self.geometry.rollback > 0)
         self.columns -= remove
         self._fit_table(0)
 
-    def _crop_row(self, b: int, remove: int) -> None:
+    def _crop_row(self, b: int, remove: int, exact: bool) -> None:
         g = self.geometry
         length, pages = self.length[b], len(self.pages[b])
         kept = max(0, length - remove)
         oldest = max(g.sinks, self.oldest[b], length - g.ring)  # a slot was written anew when the ring came round
         whole = min(g.num_pages(kept), pages)
-        if whole == pages or (g.rollback and g.sinks + whole * g.page_tokens >= oldest):  # the rows are still there
+        if whole == pages or (exact and g.sinks + whole * g.page_tokens >= oldest):  # the rows are still there
             self._drop_pages(b, whole)
         else:
             whole = min(max(0, kept - g.sinks) // g.page_tokens, pages)
