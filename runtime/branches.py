@@ -87,6 +87,7 @@ class Branches:
         """
         if count < 1:
             raise KvfoldError(f"fork({count}) makes no cache; give 1 or more.")
+        self._refuse_policy("fork")
         forks = []
         for _ in range(count):
             other = copy.copy(self)
@@ -96,10 +97,16 @@ class Branches:
             forks.append(other)
         return forks
 
+    def _refuse_policy(self, what: str) -> None:
+        """A policy that rewrites pages in place would change them under another cache's hands."""
+        if getattr(self, "policy", None) is not None:
+            raise KvfoldError(f"{what}() needs pages that stay as they are; load with policy='floor'.")
+
     def save(self, path: str | PathLike) -> None:
         """Writes the cache to a file that `runtime.load_cache` restores; see runtime/prompt_cache.py."""
         from kvfold.runtime.prompt_cache import save_cache
 
+        self._refuse_policy("save")
         save_cache(self, path)
 
 
