@@ -7,7 +7,7 @@ from os import PathLike
 from typing import Any, Self
 
 from kvfold.errors import KVBudgetExceeded, KvfoldError
-from kvfold.exports.account import Geometry, batch_nbytes
+from kvfold.exports.account import RAW_NBYTES, Geometry
 from kvfold.runtime.view import Padding
 
 
@@ -67,9 +67,12 @@ class Branches:
         if tokens <= self.geometry.rollback:
             return
         geometry = replace(self.geometry, rollback=tokens)
-        lengths = self.layers[0].lengths()
-        if self.budget is not None and lengths:
-            need = batch_nbytes(geometry, self.formats, lengths)
+        held = [layer for layer in self.layers if layer.is_initialized]
+        if self.budget is not None and held:
+            rows = geometry.raw_rows - self.geometry.raw_rows
+            row = 2 * RAW_NBYTES * geometry.num_kv_heads * geometry.head_dim * held[0].batch_size
+            moving = self.geometry.raw_rows if rows else 0  # one layer's old ring stands beside its new one
+            need = sum(layer.nbytes for layer in held) + row * (len(held) * rows + moving)
             if need > self.budget:
                 raise KVBudgetExceeded(
                     f"A rollback of {tokens} tokens needs a cache of {need} bytes, but kv_budget is {self.budget}; raise "
@@ -91,7 +94,7 @@ class Branches:
         forks = []
         for _ in range(count):
             other = copy.copy(self)
-            other.padding = Padding(list(self.padding.columns))
+            other.padding = replace(self.padding, columns=list(self.padding.columns), scratch={})
             other.layers = [layer.fork(other.padding) for layer in self.layers]
             other.graph = None  # it holds the tensors of this one
             forks.append(other)

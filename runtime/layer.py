@@ -71,9 +71,9 @@ class PackedLayer(Sequences, CacheLayerMixin):
         self._fit_table(count)
         for b in range(self.batch_size):
             self.spare[b] = self.pool.allocate(count)
-            self._enter(b, 0, self.spare[b])
+            self.enter(b, 0, self.spare[b])
 
-    def _enter(self, b: int, first: int, ids: list[int]) -> None:
+    def enter(self, b: int, first: int, ids: list[int]) -> None:
         """Writes pages into sequence b's block table from entry `first` on."""
         if ids:
             entries = torch.tensor(self.pool.addresses(ids), dtype=torch.int64)
@@ -179,7 +179,7 @@ class PackedLayer(Sequences, CacheLayerMixin):
                     continue
                 ids = self.pool.allocate(1)
                 self._fit_table(max(len(self.pages[b]) + 1, *(len(x) for x in self.pages)))
-                self._enter(b, len(self.pages[b]), ids)
+                self.enter(b, len(self.pages[b]), ids)
                 self.pages[b] += ids
 
     def slots(self, start: int, end: int) -> Tensor:
@@ -246,7 +246,7 @@ class PackedLayer(Sequences, CacheLayerMixin):
         ids = ready + self.pool.allocate(count - len(ready))
         if len(ready) < count:
             self._fit_table(max(first + count, *(len(ids) for ids in self.pages)))
-            self._enter(b, first + len(ready), ids[len(ready) :])
+            self.enter(b, first + len(ready), ids[len(ready) :])
 
         self.pages[b] += ids
         if self.use_triton:

@@ -143,7 +143,7 @@ def _restore(layer: Any, state: dict[str, Any], prefix: str, tensors: dict[str, 
     layer.pool.release(numbers)  # each sequence owns them now
     layer._fit_table(0)
     for b, (ids, passed) in enumerate(zip(layer.pages, layer.passed, strict=True)):
-        layer._enter(b, passed, ids[passed:])
+        layer.enter(b, passed, ids[passed:])
         layer._set_state(b)
 
 

@@ -336,3 +336,28 @@ def test_a_budget_counts_what_a_prompt_holds_while_it_attends():
     assert cache.nbytes == most
     cache.layers[0].release_passed()
     assert cache.nbytes == rest
+
+
+def test_a_longer_ring_keeps_to_the_budget():
+    geometry = Geometry(HEADS, DIM, 3, 10, 8)
+    cache = QuantizedKVCache([SPECS["scale"]] * 2, geometry)
+    keys = torch.randn(1, HEADS, 60, DIM)
+    for i in range(2):
+        cache.update(keys, keys, i)
+    before, row = cache.nbytes, 2 * 2 * HEADS * DIM
+    need = before + row * (
+        2 * 16 + 27
+    )  # 16 rows more in each of two layers, and one layer's 27 once more while they move
+    cache.budget = need - 1
+    with pytest.raises(
+        KvfoldError, match=f"rollback of 20 tokens needs a cache of {need} bytes, but kv_budget is {need - 1}"
+    ):
+        cache.extend_rollback(20)
+    assert cache.nbytes == before and cache.geometry == geometry
+    cache.budget = need
+    cache.extend_rollback(20)
+    assert cache.nbytes == before + row * 32 and cache.geometry.rollback == 20
+    state = [layer.raw_keys.nan_to_num() for layer in cache.layers]
+    cache.extend_rollback(20)
+    cache.extend_rollback(3)
+    assert all(torch.equal(a, layer.raw_keys.nan_to_num()) for a, layer in zip(state, cache.layers, strict=True))

@@ -28,7 +28,9 @@ def attached(triton):
             if "norm" not in name:
                 parameter.normal_(0, 0.3)
     known = SimpleNamespace(calibration=SimpleNamespace(covered_positions=10**9), digest="")
-    return attach(model, SimpleNamespace(specs=[SPEC] * 2, geometry=GEOMETRY, metadata=known), triton=triton, rollback=12)
+    return attach(
+        model, SimpleNamespace(specs=[SPEC] * 2, geometry=GEOMETRY, metadata=known), triton=triton, rollback=12
+    )
 
 
 @torch.no_grad()
