@@ -106,7 +106,7 @@ def make_artifact(config: Any, geometry: Geometry, formats: list[Pair]) -> Artif
 def attach_formats(model: Any, formats: list[Pair], geometry: Geometry) -> tuple[Artifact, bool]:
     """Attaches formats to a model whose baselines were measured before; also says whether the kernels run."""
     artifact = make_artifact(model.config, geometry, formats)
-    triton = choose_triton("auto", model.device, artifact, model.config)
+    triton = choose_triton("auto", model.device, artifact)
     if not hasattr(model, "kv_artifact"):
         attach(model, artifact, None, triton)
     return artifact, triton

@@ -8,13 +8,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from kvfold.errors import KvfoldError
 from kvfold.kernels.formats import Format
 from kvfold.kernels.planes import page_layout
-from kvfold.kernels.triton_attention import LOG2_E, QUERY_TOP, Queries, anchor
-from kvfold.kernels.triton_bits import pick
-from kvfold.kernels.triton_codec import pow2, to_fp16
+from kvfold.kernels.triton_attention import LOG2_E, QUERY_TOP, Queries, anchor, overlaps
+from kvfold.kernels.triton_bits import pick, pow2
+from kvfold.kernels.triton_codec import to_fp16
 from kvfold.kernels.triton_encode import clips_of, warps_for
 from kvfold.kernels.triton_pages import write_block
 
@@ -40,11 +41,11 @@ def _write_row(out, x_ptr, matrix, offset, DIM: tl.constexpr, MATRIX: tl.constex
 
 @triton.jit
 def _write_queries(
-    out, scale, q_ptr, stride, matrix, factor,
-    DIM: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, TOP: tl.constexpr, MATRIX: tl.constexpr,
+    out, scale, shift, q_ptr, stride, matrix, offset, factor, scaling,
+    DIM: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, TOP: tl.constexpr, MATRIX: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """out[n] = float16(power · q_n M⁻¹) for n < GROUP, else 0; scale = factor / power, a power of two that brings the largest
-    component to [2^(TOP − 1), 2^TOP]."""
+    component to [2^(TOP − 1), 2^TOP]; with SHIFT, shift[n] = scaling · q_n·μ."""
     rows: tl.constexpr = max(16, N) if MATRIX else N  # a matrix product has sixteen rows
     n = tl.arange(0, rows)
     j = tl.arange(0, pow2(DIM))
@@ -59,6 +60,11 @@ def _write_queries(
     else:
         inside = (n < GROUP)[:, None] & (j < DIM)[None, :]
         q = tl.load(q_ptr + n[:, None] * stride + j[None, :], mask=inside, other=0.0).to(tl.float32)
+    if SHIFT:  # of the query as it came
+        mu = tl.load(offset + j, mask=j < DIM, other=0.0)
+        own = (n < GROUP)[:, None] & (j < DIM)[None, :]
+        given = tl.load(q_ptr + n[:, None] * stride + j[None, :], mask=own, other=0.0).to(tl.float32)
+        tl.store(shift + n, tl.sum(given * mu[None, :], 1) * scaling, mask=n < N)
     largest = tl.maximum(tl.max(tl.max(tl.abs(q), 1), 0), 1.0e-30)
     bits = largest.to(tl.int32, bitcast=True)
     above = (bits >> 23) - 127 + ((bits & 0x7FFFFF) != 0).to(tl.int32)  # the logarithm to base 2, rounded up
@@ -70,14 +76,16 @@ def _write_queries(
 
 @triton.jit
 def _append_kernel(
-    anchor_ptr, table, state, new_keys, new_values, query, raw_keys, raw_values, q_out, q_scale,
-    matrix, offset, query_matrix, key_clip, value_clip, factor,
+    anchor_ptr, table, state, new_keys, new_values, query, raw_keys, raw_values, q_out, q_scale, q_shift,
+    matrix, offset, query_matrix, key_clip, value_clip, factor, scaling,
     table_width, sinks, window, ring, key_stride_b, key_stride_h, value_stride_b, value_stride_h,
     query_stride_b, query_stride_h, raw_stride_b, raw_stride_h, raw_stride_t,
     K: tl.constexpr, V: tl.constexpr, K_CLIPS: tl.constexpr, V_CLIPS: tl.constexpr, MATRIX: tl.constexpr,
-    OFFSET: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, TOP: tl.constexpr,
+    OFFSET: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, TOP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid: (sequences, KV heads, keys, values or queries)."""
+    if OVERLAP:
+        gdc_launch_dependents()  # the attention that follows waits for the end by itself
     b = tl.program_id(0)
     head = tl.program_id(1)
     heads = tl.num_programs(1)
@@ -90,7 +98,10 @@ def _append_kernel(
         q = query + b.to(tl.int64) * query_stride_b + head * GROUP * query_stride_h
         out = q_out + place.to(tl.int64) * (N * dim)
         inverse = query_matrix + head * (dim * dim)
-        _write_queries(out, q_scale + place, q, query_stride_h, inverse, factor, dim, GROUP, N, TOP, MATRIX)
+        _write_queries(
+            out, q_scale + place, q_shift + place * N, q, query_stride_h, inverse, offset + head * dim, factor, scaling,
+            dim, GROUP, N, TOP, MATRIX, SHIFT,
+        )  # fmt: skip
     else:
         token = tl.load(state + 2 * b)
         pages = tl.load(state + 2 * b + 1)
@@ -121,12 +132,15 @@ def _append_kernel(
                 write_block(block, clip, raw_values + at, raw_stride_t, first, sinks, ring, V, (), V_CLIPS)
 
 
-def empty_queries(batch: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> Queries:
-    """Room for the queries of one decoding step, which `append_step` fills."""
+def empty_queries(
+    batch: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device, shift: bool = False
+) -> Queries:
+    """Room for the queries of one decoding step, which `append_step` fills; with `shift`, for Queries.shift too."""
     group = num_heads // num_kv_heads
     padded = max(8, triton.next_power_of_2(group))
     data = torch.zeros(batch, num_kv_heads, 1, padded, head_dim, dtype=torch.float16, device=device)
-    return Queries(data, torch.zeros(batch, num_kv_heads, device=device), group, group, 1)
+    shifts = torch.zeros(batch, num_kv_heads, 1, padded, device=device) if shift else None
+    return Queries(data, torch.zeros(batch, num_kv_heads, device=device), group, group, 1, shifts)
 
 
 def append_step(
@@ -164,14 +178,15 @@ def append_step(
         raw_keys, raw_values: float16 [B, Hkv, sinks + ring, head_dim], same strides, ring ≥ window + page_tokens.
         table: int64 [B, entries], addresses of pages (`page_address`), with that of the page that may come due.
         state: int32 [B, 2], tokens and pages of each sequence before this token.
-        queries: written; from `empty_queries`, and to be given to `attention`.
+        queries: written; from `empty_queries`, and to be given to `attention`. With a shift there must be an offset.
+        key_format, value_format: of the page that may come due: where pages differ, those of the last rung.
         scaling, softcap: of the model's attention.
         matrix, offset, query_matrix: float32 [Hkv, head_dim, head_dim], [Hkv, head_dim] and [Hkv, head_dim, head_dim]: M, μ
             and M⁻¹; None for the identity and zero. Contiguous.
         key_clip, value_clip: float32 [Hkv] or [Hkv, groups], factors on (minimum, maximum); None for 1.
     Raises:
-        KvfoldError: the rows have no room for a page beside the window, a matrix comes without its inverse, or a tensor lies
-            otherwise in memory.
+        KvfoldError: the rows have no room for a page beside the window, a matrix comes without its inverse, a shift without an
+            offset, or a tensor lies otherwise in memory.
     """
     batch, kv_heads, _, dim = keys.shape
     ring = raw_keys.shape[2] - sinks
@@ -187,15 +202,19 @@ def append_step(
                 "A key transform is not contiguous float32 (an inverse comes transposed); copy it once before."
             )
     none = queries.scale
+    shift = queries.shift
+    if shift is not None and offset is None:
+        raise KvfoldError("The queries have a shift, but the keys no offset; make them without, or give the offset.")
     _append_kernel[(batch, kv_heads, 3)](
         anchor(keys.device), table, state, keys, values, query, raw_keys, raw_values, queries.data, queries.scale,
-        matrix if matrix is not None else none, offset if offset is not None else none,
+        shift if shift is not None else none, matrix if matrix is not None else none, offset if offset is not None else none,
         query_matrix if query_matrix is not None else none, key_clip if key_clip is not None else none,
-        value_clip if value_clip is not None else none, scaling if softcap else scaling * LOG2_E,
+        value_clip if value_clip is not None else none, scaling if softcap else scaling * LOG2_E, scaling,
         table.stride(0), sinks, window, ring, *keys.stride()[:2], *values.stride()[:2], *query.stride()[:2],
         *raw_keys.stride()[:3],
         K=tuple(page_layout(key_format, page_tokens)), V=tuple(page_layout(value_format, page_tokens)),
         K_CLIPS=clips_of(key_clip, key_format, kv_heads), V_CLIPS=clips_of(value_clip, value_format, kv_heads),
-        MATRIX=matrix is not None, OFFSET=offset is not None, GROUP=queries.group, N=queries.data.shape[3], TOP=QUERY_TOP,
+        MATRIX=matrix is not None, OFFSET=offset is not None, SHIFT=shift is not None, GROUP=queries.group, N=queries.data.shape[3], TOP=QUERY_TOP,
+        OVERLAP=overlaps(keys.device),
         num_warps=max(4, warps_for(page_tokens, dim)), enable_fp_fusion=False,
     )  # fmt: skip

@@ -5,38 +5,63 @@ interpreter on a CPU too (TRITON_INTERPRET=1 before Triton is imported).
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kvfold.errors import KvfoldError
 from kvfold.kernels.formats import Format, raw16
 from kvfold.kernels.pages import anchor
 from kvfold.kernels.tiles import program
 from kvfold.kernels.triton_bits import count, pick
 from kvfold.kernels.triton_packed import NEVER, packed_part
-from kvfold.kernels.triton_raw import raw_part, store_part
+from kvfold.kernels.triton_raw import raw_blocks, raw_part, store_part
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 LOG2_E = 1.4426950408889634
 RAW_BLOCK = 32  # 16-bit rows at a time
 PROMPT_COLUMNS = 16  # query columns of a program over a prompt
 QUERY_TOP = 7  # queries are scaled so that the largest component lies in [2^6, 2^7]
+MOST_SLOTS = 2048  # parts that one query's result is merged from
+TILE_TOKENS = 128  # packed tokens at a time
+FIXED_TILES = 8  # tiles in a part, where results may not depend on the batch
+LEAST_TOKENS = 256  # of a part, where the batch may decide
+MERGE_CHANNELS = 32  # of a program that merges
+# ways of hiding latency: kernels that start while the one before ends (Hopper and later); the first tile asked for early
+OVERLAP = True
+WARM = True
 
 
 # numbers that vary from call to call must not each compile a kernel of their own
-@triton.jit(do_not_specialize=["new", "table_width", "sinks", "window", "ring", "sliding", "query_blocks"])
+@triton.jit(
+    do_not_specialize=[
+        "new", "table_width", "sinks", "window", "ring", "sliding", "query_blocks", "first_slot", "slots", "least",
+    ]
+)  # fmt: skip
 def _attention_kernel(
-    q_ptr, q_scale_ptr, anchor, table, state, raw_k, raw_v, o_ptr, ml_ptr, first_query, packed_before,
-    new, table_width, sinks, window, ring, sliding, query_blocks,
+    q_ptr, q_scale_ptr, q_shift_ptr, anchor, table, state, segments, raw_k, raw_v, o_ptr, ml_ptr, first_query, packed_before,
+    new, table_width, sinks, window, ring, sliding, query_blocks, first_slot, slots, least,
     raw_stride_b, raw_stride_h, raw_stride_t,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
-    PROMPT: tl.constexpr, SLIDING: tl.constexpr, CAP: tl.constexpr,
+    PROMPT: tl.constexpr, SLIDING: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr,
+    RUNG: tl.constexpr, RUNGS: tl.constexpr, HOLES: tl.constexpr, OVERLAP: tl.constexpr, WARM: tl.constexpr,
     STAGES: tl.constexpr, PREFETCH: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (splits, KV heads, sequences × query blocks)."""
+    """Grid: (splits, KV heads, sequences × query blocks). Writes slots first_slot … first_slot + splits − 1 of `slots` parts: pages of
+    one rung, and in the launch of the last rung the 16-bit rows behind them. HOLES: a part without either may stay unwritten.
+
+    With OVERLAP the launch may begin before the kernel in front has ended. That of rung 0 waits for it; later rungs read nothing
+    that those in front write, and wait at their end, so that the last one ends when all have.
+    """
+    if OVERLAP and RUNG == 0:
+        gdc_wait()
+    if OVERLAP:
+        gdc_launch_dependents()
     split = tl.program_id(0)
     splits = tl.num_programs(0)
     head = tl.program_id(1)
@@ -48,6 +73,8 @@ def _attention_kernel(
     dim: tl.constexpr = pick(K, 9)
     v_pieces: tl.constexpr = pick(V, 3)
     page_tokens: tl.constexpr = 8 * rows
+    pages_each: tl.constexpr = 16 // rows
+    last_rung: tl.constexpr = RUNG == RUNGS - 1
     n = tl.arange(0, N)
     total = tl.load(state + 2 * b) + new
     pages = tl.maximum(tl.load(state + 2 * b + 1), tl.maximum(total - sinks - window, 0) // page_tokens)
@@ -63,63 +90,111 @@ def _attention_kernel(
         raw_from = sinks + pages * page_tokens
     lowest = tl.maximum(last - sliding + 1, 0) if SLIDING else tl.zeros((N,), tl.int32)
     place = (b * heads + head) * query_blocks + block
+    o = o_ptr + (place.to(tl.int64) * slots + first_slot + split) * (N * dim)
+    ml = ml_ptr + (place * slots + first_slot + split) * (2 * N)
+    columns = n < COLUMNS
+    last_page = (tl.max(limit, 0) - sinks) // page_tokens
+    first_page = tl.minimum(tl.maximum(tl.min(lowest, 0) - sinks, 0) // page_tokens, last_page)
+    if RUNGS > 1:  # the last rung ends where the pages do: a page that comes due belongs to it
+        if RUNG > 0:
+            first_page = tl.maximum(first_page, tl.load(segments + b * (RUNGS + 1) + RUNG))
+        if not last_rung:
+            last_page = tl.minimum(last_page, tl.load(segments + b * (RUNGS + 1) + RUNG + 1))
+        last_page = tl.maximum(last_page, first_page)
+    tiles = (last_page - first_page + pages_each - 1) // pages_each
+    units = tiles
+    if last_rung:
+        raw_count, raw_first = raw_blocks(total, raw_from, sinks, ring, limit, last, BLOCK, PROMPT or SLIDING)
+        units += raw_count
+    each = tl.maximum((units + splits - 1) // splits, least)
+    if HOLES:
+        if split * each >= units:
+            tl.store(ml + n, tl.zeros((N,), tl.float32) + NEVER, mask=columns)
+            tl.store(ml + N + n, tl.zeros((N,), tl.float32), mask=columns)
+            if OVERLAP and RUNG > 0:
+                gdc_wait()
+            return
+    begin = tl.minimum(split * each, tiles)
+    end = tl.minimum(split * each + each, tiles)
     q = q_ptr + place.to(tl.int64) * (N * dim)
     q_scale = tl.load(q_scale_ptr + b * heads + head)
-    o = o_ptr + (place.to(tl.int64) * splits + split) * (N * dim)
-    ml = ml_ptr + (place * splits + split) * (2 * N)
-    last_page = (tl.max(limit, 0) - sinks) // page_tokens
-    first_page = tl.maximum(tl.min(lowest, 0) - sinks, 0) // page_tokens
+    shift = tl.load(q_shift_ptr + place * N + n) if SHIFT else tl.zeros((N,), tl.float32)
     acc, top, weight = packed_part(
-        q, q_scale, anchor, table + b.to(tl.int64) * table_width, tl.minimum(first_page, last_page), last_page, split, head,
-        sinks, limit, lowest, heads * k_nbytes, splits, K, V, N, PROMPT or SLIDING, CAP, STAGES, PREFETCH, INTERPRET,
+        q, q_scale, shift, anchor, table + b.to(tl.int64) * table_width, first_page, last_page, begin, end, head,
+        sinks, limit, lowest, heads * k_nbytes, K, V, N, PROMPT or SLIDING, CAP, SHIFT, STAGES, PREFETCH, WARM, INTERPRET,
     )  # fmt: skip
-    at = b.to(tl.int64) * raw_stride_b + head * raw_stride_h
-    # the last programs first: where pages do not divide evenly, they have fewer
-    acc, top, weight = raw_part(
-        q, q_scale, raw_k + at, raw_v + at, raw_stride_t, acc, top, weight, splits - 1 - split, total, raw_from, sinks, ring,
-        limit, lowest, last, splits, R, v_pieces, dim, N, BLOCK, PROMPT or SLIDING, CAP,
-    )  # fmt: skip
-    columns = n < COLUMNS
+    if last_rung:
+        at = b.to(tl.int64) * raw_stride_b + head * raw_stride_h
+        acc, top, weight = raw_part(
+            q, q_scale, shift, raw_k + at, raw_v + at, raw_stride_t, acc, top, weight,
+            tl.maximum(split * each - tiles, 0), tl.minimum(split * each + each - tiles, raw_count), raw_first,
+            total, raw_from, sinks, ring, limit, lowest, last, R, v_pieces, dim, N, BLOCK, PROMPT or SLIDING, CAP, SHIFT,
+        )  # fmt: skip
     for t in tl.static_range(count(v_pieces)):
         store_part(o + n[None, :] * dim, columns, acc[t], pick(v_pieces, t))
     tl.store(ml + n, top, mask=columns)
     tl.store(ml + N + n, weight, mask=columns)
+    if OVERLAP and RUNG > 0:
+        gdc_wait()
 
 
 @triton.jit(do_not_specialize=["new", "sinks", "window", "query_blocks", "queries", "slots"])
 def _merge_kernel(
-    o_ptr, ml_ptr, out, aux, state, new, sinks, window, query_blocks, queries, slots, out_stride_b, out_stride_t, out_stride_h,
+    o_ptr, ml_ptr, out, aux, q_shift_ptr, state, new, sinks, window, query_blocks, queries, slots,
+    out_stride_b, out_stride_t, out_stride_h,
     DIM: tl.constexpr, CHANNELS: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
-    SLOTS_2: tl.constexpr, BLOCK: tl.constexpr, AUX: tl.constexpr, ADVANCE: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    SLOTS_2: tl.constexpr, BLOCK: tl.constexpr, AUX: tl.constexpr, SHIFT: tl.constexpr, ADVANCE: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr, HEADS: tl.constexpr, HOLES: tl.constexpr, FIXED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid: (sequences × KV heads × query blocks, COLUMNS, runs of CHANNELS). Merges the parts of one query and, with ADVANCE, moves the
-    sequence's length and number of pages on by `new` tokens."""
+    sequence's length and number of pages on by `new` tokens.
+
+    HOLES: parts of no weight may be unwritten. FIXED: the sums are taken in an order that the number of slots has no part in.
+    """
     place = tl.program_id(0)
     n = tl.program_id(1)
     block = place % query_blocks
     head = (place // query_blocks) % HEADS
     b = place // query_blocks // HEADS
-    slot = tl.arange(0, SLOTS_2)
     base = ml_ptr + place * (slots * 2 * N) + n
-    top = tl.load(base + slot * (2 * N), mask=slot < slots, other=NEVER)
-    best = tl.max(top, 0)
+    d = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    parts = o_ptr + (place.to(tl.int64) * slots * N + n) * DIM
     if AUX:
-        sink = tl.load(aux + head * GROUP + n % GROUP).to(tl.float32) * 1.4426950408889634
-        best = tl.maximum(best, sink)
-    part = tl.load(base + slot * (2 * N) + N, mask=slot < slots, other=0.0)
-    total = tl.sum(tl.where(top > 0.5 * NEVER, tl.exp2(top - best) * part, 0.0), 0)
+        sink = tl.load(aux + head * GROUP + n % GROUP).to(tl.float32)
+        if SHIFT:  # instead of adding it to every logit
+            sink -= tl.load(q_shift_ptr + place * N + n)
+        sink *= 1.4426950408889634
+    acc = tl.zeros((CHANNELS,), tl.float32)
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    if FIXED:
+        tops = tl.full((BLOCK,), NEVER, tl.float32)
+        for start in tl.range(0, slots, BLOCK):
+            s = start + tl.arange(0, BLOCK)
+            tops = tl.maximum(tops, tl.load(base + s * (2 * N), mask=s < slots, other=NEVER))
+        best = tl.max(tops, 0)
+        if AUX:
+            best = tl.maximum(best, sink)
+        total = 0.0
+        for start in tl.range(0, slots, BLOCK):
+            s = start + tl.arange(0, BLOCK)
+            weight, values = _merge_block(parts, base, s, slots, best, d, DIM, N, HOLES)
+            total += tl.sum(weight * tl.load(base + s * (2 * N) + N, mask=s < slots, other=0.0), 0)
+            acc += tl.sum(values * weight[:, None], 0)
+    else:
+        slot = tl.arange(0, SLOTS_2)
+        top = tl.load(base + slot * (2 * N), mask=slot < slots, other=NEVER)
+        best = tl.max(top, 0)
+        if AUX:
+            best = tl.maximum(best, sink)
+        part = tl.load(base + slot * (2 * N) + N, mask=slot < slots, other=0.0)
+        total = tl.sum(tl.where(top > 0.5 * NEVER, tl.exp2(top - best) * part, 0.0), 0)
+        for start in tl.static_range(0, SLOTS_2, BLOCK):
+            weight, values = _merge_block(parts, base, start + tl.arange(0, BLOCK), slots, best, d, DIM, N, HOLES)
+            acc += tl.sum(values * weight[:, None], 0)
     if AUX:
         total += tl.exp2(sink - best)
-    d = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
-    acc = tl.zeros((CHANNELS,), tl.float32)
-    for start in tl.static_range(0, SLOTS_2, BLOCK):
-        s = start + tl.arange(0, BLOCK)
-        top_s = tl.load(base + s * (2 * N), mask=s < slots, other=NEVER)
-        weight = tl.where(top_s > 0.5 * NEVER, tl.exp2(top_s - best), 0.0)
-        at = o_ptr + (place.to(tl.int64) * slots * N + n) * DIM + s[:, None] * (N * DIM) + d[None, :]
-        values = tl.load(at, mask=(s < slots)[:, None] & (d < DIM)[None, :], other=0.0)
-        acc += tl.sum(values * weight[:, None], 0)
     acc = acc / tl.where(total > 0.0, total, 1.0)
     t = block * (COLUMNS // GROUP) + n // GROUP
     if t < queries:
@@ -138,6 +213,17 @@ def _merge_kernel(
             tl.store(state + 2 * b + 1, pages)
 
 
+@triton.jit
+def _merge_block(parts, base, s, slots, best, d, DIM: tl.constexpr, N: tl.constexpr, HOLES: tl.constexpr):
+    """Weights of slots s and their channels d."""
+    top = tl.load(base + s * (2 * N), mask=s < slots, other=NEVER)
+    seen = top > 0.5 * NEVER
+    written = seen if HOLES else s < slots
+    at = parts + s[:, None] * (N * DIM) + d[None, :]
+    values = tl.load(at, mask=written[:, None] & (d < DIM)[None, :], other=0.0)
+    return tl.where(seen, tl.exp2(top - best), 0.0), values
+
+
 @dataclass(frozen=True)
 class Queries:
     """Queries as the kernel reads them.
@@ -148,6 +234,8 @@ class Queries:
         columns: of N that are queries; N is padded to 8 at least.
         group: G, query heads of a KV head.
         tokens: queries of a sequence.
+        shift: float32 [B, Hkv, query blocks, N], softmax scaling times q·μ, which every logit of a query lacks where keys are
+            stored as k − μ; only a soft-cap and sink logits see it. None for zero.
     """
 
     data: Tensor
@@ -155,12 +243,18 @@ class Queries:
     columns: int
     group: int
     tokens: int
+    shift: Tensor | None = None
 
 
-def prepare_queries(query: Tensor, num_kv_heads: int, scaling: float, softcap: float | None = None) -> Queries:
+def prepare_queries(
+    query: Tensor, num_kv_heads: int, scaling: float, softcap: float | None = None, shift: Tensor | None = None
+) -> Queries:
     """Scales queries [B, num_heads, T, head_dim], in the keys' basis, to float16's middle and lays them out.
 
     The power of two is one for all queries of a KV head, so that it can go into the scale of the keys.
+
+    Args:
+        shift: float32 [B, num_heads, T], q·μ of what the keys leave out; None for zero.
     """
     batch, heads, tokens, dim = query.shape
     group = heads // num_kv_heads
@@ -171,13 +265,20 @@ def prepare_queries(query: Tensor, num_kv_heads: int, scaling: float, softcap: f
     each = columns // group
     blocks = -(-tokens // each)
     padded = max(8, 1 << (columns - 1).bit_length())
-    data = torch.zeros(batch, num_kv_heads, blocks * each, group, dim, dtype=torch.float16, device=query.device)
-    data[:, :, :tokens] = (grouped * power[:, :, None, None, None]).transpose(2, 3)
-    data = data.view(batch, num_kv_heads, blocks, columns, dim)
-    if padded > columns:
-        data = torch.nn.functional.pad(data, (0, 0, 0, padded - columns))
+
+    def columns_of(x: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B, Hkv, group, tokens, n] → [B, Hkv, blocks, padded, n]."""
+        data = torch.zeros(batch, num_kv_heads, blocks * each, group, x.shape[-1], dtype=dtype, device=query.device)
+        data[:, :, :tokens] = x.transpose(2, 3)
+        data = data.view(batch, num_kv_heads, blocks, columns, x.shape[-1])
+        return torch.nn.functional.pad(data, (0, 0, 0, padded - columns)).contiguous()
+
+    data = columns_of(grouped * power[:, :, None, None, None], torch.float16)
+    if shift is not None:
+        shifts = (shift.float() * scaling).view(batch, num_kv_heads, group, tokens, 1)
+        shift = columns_of(shifts, torch.float32).squeeze(-1)
     factor = scaling if softcap else scaling * LOG2_E
-    return Queries(data.contiguous(), factor / power, columns, group, tokens)
+    return Queries(data, factor / power, columns, group, tokens, shift)
 
 
 def attention(
@@ -202,11 +303,17 @@ def attention(
     aux: Tensor | None = None,
     advance: bool = False,
     splits: int = 0,
+    formats: Sequence[tuple[Format, Format]] | None = None,
+    segments: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Attention of decoding steps or of prompts over packed pages and 16-bit rows.
 
+    Pages of several formats take one launch a rung, each over its own pages, and one that merges them all.
+
     Args:
         queries: see Queries.
+        key_format, value_format: of every page, unless `formats` says otherwise.
         table: int64 [B, entries], addresses of pages (`page_address`), in rising position.
         state: int32 [B, 2], tokens and pages of each sequence.
         raw_keys, raw_values: float16 [B, Hkv, rows, head_dim], same strides: sinks, then a ring of `ring` slots, or, with
@@ -219,38 +326,74 @@ def attention(
         softcap: cap·tanh(logit / cap), 0 for none.
         aux: [num_heads], logits that join the denominator only (attention sinks of gpt-oss), or None.
         splits: programs that share the pages of one head and sequence; 0 chooses.
+        formats: (key format, value format) of each of R rungs, if pages differ. Rung 0 is that of the oldest pages.
+        segments: int32 [B, R + 1], contiguous, with `formats`: pages segments[b, r] … segments[b, r + 1] − 1 of sequence b are of
+            rung r. Column 0 counts as 0 and column R as the number of pages, whatever they hold: a page that comes due joins
+            the last rung without a write, and `append_step` must be given that rung's formats.
+        batch_invariant: divide the pages by the sequence's own length alone, so that what a decoding step gives a sequence
+            has the same bits in any batch. Prompts are divided by what their call holds; give them one sequence at a time.
+    Raises:
+        KvfoldError: `formats` and `segments` don't fit each other.
     """
     batch, kv_heads, blocks, padded, dim = queries.data.shape
     prompt = first_query is not None
-    if not splits:
-        splits = pick_splits(batch * kv_heads * blocks, table.shape[1] * page_tokens, table.device)
+    rungs = list(formats) if formats is not None else [(key_format, value_format)]
+    if (formats is None) != (segments is None) or (segments is not None and segments.shape != (batch, len(rungs) + 1)):
+        shape = None if segments is None else tuple(segments.shape)
+        raise KvfoldError(
+            f"segments of shape {shape} don't fit {len(rungs)} formats; give int32 [{batch}, formats + 1] with formats, or neither."
+        )
+    fixed = batch_invariant and not prompt
+    most = MOST_SLOTS // len(rungs) // 32 * 32
+    if fixed:  # enough for the longest sequence that fits the table
+        raw = -(-raw_keys.shape[2] // RAW_BLOCK)
+        units = -(-table.shape[1] * page_tokens // TILE_TOKENS) + raw
+        splits = min(-(-units // (FIXED_TILES * 32)) * 32, most)  # in whole blocks of the merge
+    elif not splits:
+        splits = min(pick_splits(batch * kv_heads * blocks, table.shape[1] * page_tokens, table.device), most)
+    slots = splits * len(rungs)
     device = out.device
-    partial = torch.empty(batch * kv_heads * blocks, splits, padded, dim, dtype=torch.float32, device=device)
-    ml = torch.empty(batch * kv_heads * blocks, splits, 2, padded, dtype=torch.float32, device=device)
+    partial = torch.empty(batch * kv_heads * blocks, slots, padded, dim, dtype=torch.float32, device=device)
+    ml = torch.empty(batch * kv_heads * blocks, slots, 2, padded, dtype=torch.float32, device=device)
     none = state
-    k_program, v_program = program(key_format, page_tokens), program(value_format, page_tokens)
-    # ternary codes take more instructions than their bytes hide: two tiles in flight, addresses one ahead (LOG.md)
-    ternary = bool(k_program.trits or v_program.trits)
-    stages = 3 if ternary else 4
+    bend = float(softcap or 0.0)
+    shift = queries.shift
+    shifts = queries.scale if shift is None else shift
     raw_pieces = program(raw16(dim), page_tokens).pieces
-    _attention_kernel[(splits, kv_heads, batch * blocks)](
-        queries.data, queries.scale, anchor(device), table, state, raw_keys, raw_values, partial, ml,
-        first_query if prompt else none, packed_before if prompt else none,
-        new, table.shape[1], sinks, window, ring, sliding, blocks, *raw_keys.stride()[:3],
-        K=tuple(k_program), V=tuple(v_program), R=raw_pieces, N=padded, COLUMNS=queries.columns, GROUP=queries.group,
-        PROMPT=prompt, SLIDING=sliding > 0, CAP=float(softcap or 0.0),
-        STAGES=stages, PREFETCH=ternary, BLOCK=RAW_BLOCK, INTERPRET=INTERPRET, num_warps=1, num_stages=stages,
-    )  # fmt: skip
-    slots_2 = next(n for n in (8, 32, 128, 512, 2048) if n >= splits)
-    channels = 32 if dim % 32 == 0 else 16
+    overlap = overlaps(device)
+    holes = fixed or len(rungs) > 1
+    for rung, pair in enumerate(rungs):
+        k_program, v_program = (program(x, page_tokens) for x in pair)
+        # ternary codes take more instructions than their bytes hide: two tiles in flight, addresses one ahead (LOG.md)
+        ternary = bool(k_program.trits or v_program.trits)
+        stages = 3 if ternary else 4
+        _attention_kernel[(splits, kv_heads, batch * blocks)](
+            queries.data, queries.scale, shifts, anchor(device), table, state, none if segments is None else segments,
+            raw_keys, raw_values, partial, ml, first_query if prompt else none, packed_before if prompt else none,
+            new, table.shape[1], sinks, window, ring, sliding, blocks, rung * splits, slots,
+            FIXED_TILES if fixed else 1, *raw_keys.stride()[:3],
+            K=tuple(k_program), V=tuple(v_program), R=raw_pieces, N=padded, COLUMNS=queries.columns, GROUP=queries.group,
+            PROMPT=prompt, SLIDING=sliding > 0, CAP=bend, SHIFT=shift is not None and bend > 0,
+            RUNG=rung, RUNGS=len(rungs), HOLES=holes, OVERLAP=overlap, WARM=WARM and not INTERPRET and device.type == "cuda",
+            STAGES=stages, PREFETCH=ternary, BLOCK=RAW_BLOCK, INTERPRET=INTERPRET, num_warps=1, num_stages=stages,
+            launch_pdl=overlap,
+        )  # fmt: skip
+    slots_2 = 0 if fixed else next(n for n in (8, 32, 128, 256, 512, MOST_SLOTS) if n >= slots)
+    channels = MERGE_CHANNELS if dim % MERGE_CHANNELS == 0 else 16
     _merge_kernel[(batch * kv_heads * blocks, queries.columns, -(-dim // channels))](
-        partial, ml, out, aux if aux is not None else state, state, new, sinks, window, blocks, queries.tokens, splits,
-        out.stride(0), out.stride(1), out.stride(2),
+        partial, ml, out, aux if aux is not None else state, shifts, state,
+        new, sinks, window, blocks, queries.tokens, slots, out.stride(0), out.stride(1), out.stride(2),
         DIM=dim, CHANNELS=channels, N=padded, COLUMNS=queries.columns, GROUP=queries.group,
-        SLOTS_2=slots_2, BLOCK=min(slots_2, 32), AUX=aux is not None, ADVANCE=advance, PAGE_TOKENS=page_tokens,
-        HEADS=kv_heads, num_warps=4,
+        SLOTS_2=slots_2, BLOCK=32 if fixed else min(slots_2, 32), AUX=aux is not None,
+        SHIFT=shift is not None and not bend, ADVANCE=advance, PAGE_TOKENS=page_tokens, HEADS=kv_heads,
+        HOLES=holes, FIXED=fixed, OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
     return out
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether kernels are launched to begin while the one in front ends (programmatic dependent launch)."""
+    return OVERLAP and not INTERPRET and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def pick_splits(programs: int, tokens: int, device: torch.device) -> int:
@@ -263,4 +406,4 @@ def pick_splits(programs: int, tokens: int, device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     wave = 8 * torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(wave // programs, tokens // 256))
+    return max(1, min(wave // programs, tokens // LEAST_TOKENS))

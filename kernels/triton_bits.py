@@ -21,6 +21,12 @@ def pick(items, i):
 
 
 @triton.constexpr_function
+def pow2(n):
+    """The smallest power of two that is no less than n."""
+    return 1 << (n - 1).bit_length() if n > 1 else 1
+
+
+@triton.constexpr_function
 def field_unit(f, ternary):
     """What a field's code, masked where it stands, is multiplied with to be worth the same in all eight fields."""
     return 1.0 if ternary else 0.25 ** (f % 4)

@@ -13,12 +13,6 @@ TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)  # smallest normal flo
 FP16_MAX: tl.constexpr = tl.constexpr(65504.0)
 
 
-@triton.constexpr_function
-def pow2(n):
-    """The smallest power of two that is no less than n."""
-    return 1 << (n - 1).bit_length() if n > 1 else 1
-
-
 @triton.jit
 def to_e4m3(x):
     """float32 → e4m3 byte as int32: to nearest, ties to even, saturating at ±448. Integer arithmetic, since the interpreter

@@ -16,7 +16,7 @@ Online softmax in base 2 (FlashAttention); partial results are merged by their m
 import triton
 import triton.language as tl
 
-from kvfold.kernels.triton_bits import count, field_unit, load_params, pick
+from kvfold.kernels.triton_bits import count, field_unit, load_params, pick, pow2
 from kvfold.kernels.triton_tiles import (
     add_middle,
     add_trit_middle,
@@ -42,6 +42,17 @@ def soft_cap(x, CAP: tl.constexpr):
 
 
 @triton.jit
+def _fetch(page, row, rows: tl.constexpr, nbytes: tl.constexpr):
+    """Asks for a head's blocks of pages; page: uint8 pointers [16], each given for `rows` rows that share its lines."""
+    lines: tl.constexpr = pow2((nbytes // 128 + rows) // rows)
+    line = row[:, None] + rows * tl.arange(0, lines)[None, :]
+    at = page[:, None] + tl.minimum(line * 128, nbytes - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _finish_piece(low, high, z, unit, P: tl.constexpr, SYMMETRIC: tl.constexpr):
     """A run's output [size, N] from its sums over codes and over parameters."""
     group: tl.constexpr = pick(P, 3)
@@ -59,11 +70,13 @@ def _finish_piece(low, high, z, unit, P: tl.constexpr, SYMMETRIC: tl.constexpr):
 
 @triton.jit
 def packed_part(
-    q_ptr, q_scale, anchor, table, first_page, last_page, split, head, sinks, limit, lowest,
-    kv_offset, splits, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr,
-    MASKED: tl.constexpr, CAP: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr, INTERPRET: tl.constexpr,
+    q_ptr, q_scale, shift, anchor, table, first_page, last_page, begin, end, head, sinks, limit, lowest,
+    kv_offset, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr,
+    STAGES: tl.constexpr, PREFETCH: tl.constexpr, WARM: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Attention of N query columns to this split's share of pages first_page … last_page − 1.
+    """Attention of N query columns to tiles begin … end − 1, of 16 rows of words each, of pages first_page … last_page − 1.
+
+    With SHIFT, `shift` [N] is added to every logit.
 
     Returns:
         (output runs [size, N] not yet divided, largest scores [N], sums of weights [N])
@@ -99,6 +112,11 @@ def packed_part(
     k_offset = head * k_nbytes
     v_offset = kv_offset + head * v_nbytes
 
+    number = first_page + begin * pages_each + i // rows
+    place = tl.load(table + number, mask=number < last_page, other=0)
+    if WARM:  # to the L2 cache, while the queries are made ready
+        _fetch(anchor + place * 16 + k_offset, row, rows, k_nbytes)
+        _fetch(anchor + place * 16 + v_offset, row, rows, v_nbytes)
     q = ()
     if k_ternary or k_raw:
         for t in tl.static_range(count(k_pieces)):
@@ -133,12 +151,6 @@ def packed_part(
     top = tl.full((N,), NEVER, tl.float32)
     sums = tl.zeros((16, N), tl.float32)  # over the rows only at the end: no shuffles in the loop
 
-    tiles = (last_page - first_page + pages_each - 1) // pages_each
-    each = (tiles + splits - 1) // splits
-    begin = tl.minimum(split * each, tiles)
-    end = tl.minimum(begin + each, tiles)
-    number = first_page + begin * pages_each + i // rows
-    place = tl.load(table + number, mask=number < last_page, other=0)
     for tile in tl.range(begin, end, num_stages=STAGES):
         number = first_page + tile * pages_each + i // rows
         exists = number < last_page
@@ -150,9 +162,10 @@ def packed_part(
         k_page = page + k_offset
         v_page = page + v_offset
         bias = tl.where(exists, 0.0, NEVER)
+        start = bias[:, None] + shift[None, :] if SHIFT else tl.zeros((16, N), tl.float32) + bias[:, None]
         s = ()
         for f in tl.static_range(8):
-            s = s + (tl.zeros((16, N), tl.float32) + bias[:, None],)
+            s = s + (start,)
         for g in tl.static_range(k_groups):
             dots = ()
             if scale_min or k_raw:

@@ -7,8 +7,8 @@ with shifts. Parameters are read back from the page as rounded, in whatever shap
 import triton
 import triton.language as tl
 
-from kvfold.kernels.triton_bits import count, pick
-from kvfold.kernels.triton_codec import load_source, pow2, quantise, store_param, to_fp16, trit_place
+from kvfold.kernels.triton_bits import count, pick, pow2
+from kvfold.kernels.triton_codec import load_source, quantise, store_param, to_fp16, trit_place
 
 
 @triton.jit

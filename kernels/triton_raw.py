@@ -8,29 +8,17 @@ from kvfold.kernels.triton_packed import NEVER, soft_cap
 
 
 @triton.jit
-def raw_part(
-    q_ptr, q_scale, k_ptr, v_ptr, token_stride, acc, top, total, split, total_tokens, packed_end, sinks, ring, limit, lowest,
-    last, splits, R: tl.constexpr, P: tl.constexpr, dim: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
-    MASKED: tl.constexpr, CAP: tl.constexpr,
+def raw_rows(total_tokens, packed_end, sinks, ring):
+    """Rows that may hold a token."""
+    return tl.where(ring > 0, tl.minimum(total_tokens, sinks + ring), total_tokens - (packed_end - sinks))
+
+
+@triton.jit
+def raw_blocks(
+    total_tokens, packed_end, sinks, ring, limit, last, BLOCK: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    """Goes on with the attention of N query columns over this split's share of the 16-bit rows: sinks, then either a ring
-    (ring > 0 slots) or tokens in order.
-
-    Row r < sinks is token r. In a ring, slot r holds the newest token congruent to it; in order, row r ≥ sinks is token
-    packed_end + r − sinks. Tokens from sinks to packed_end − 1 are packed and not here.
-
-    Args:
-        acc, top, total: output runs [size, N], largest scores [N], sums of weights [N] so far.
-        R, P: runs of channels of keys and of `acc`.
-    """
-    n = tl.arange(0, N)
-    q = ()
-    for t in tl.static_range(count(R)):
-        q = q + (_raw_query(q_ptr, n, dim, pick(R, t)),)
-    held = total_tokens - (packed_end - sinks)
-    newest = total_tokens - 1
-    newest_slot = (newest - sinks) % tl.maximum(ring, 1)
-    rows = tl.where(ring > 0, tl.minimum(total_tokens, sinks + ring), held)
+    """How many blocks of BLOCK rows the queries look at, and the number of the second of them; the first is block 0."""
+    rows = raw_rows(total_tokens, packed_end, sinks, ring)
     first_block = 1
     end_block = (rows + BLOCK - 1) // BLOCK
     if MASKED:  # the rows in between are read packed, or come later
@@ -38,8 +26,35 @@ def raw_part(
         first_block = tl.where(ring > 0, 1, tl.maximum(first_row // BLOCK, 1))
         last_row = sinks + tl.max(last, 0) + 1 - packed_end
         end_block = tl.where(ring > 0, end_block, tl.minimum(end_block, (last_row + BLOCK - 1) // BLOCK))
-    blocks = tl.minimum(rows, 1) + tl.maximum(end_block - first_block, 0)
-    for j in tl.range(split, blocks, splits, num_stages=1):
+    return tl.minimum(rows, 1) + tl.maximum(end_block - first_block, 0), first_block
+
+
+@triton.jit
+def raw_part(
+    q_ptr, q_scale, shift, k_ptr, v_ptr, token_stride, acc, top, total, begin, end, first_block,
+    total_tokens, packed_end, sinks, ring, limit, lowest, last,
+    R: tl.constexpr, P: tl.constexpr, dim: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    MASKED: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """Goes on with the attention of N query columns over blocks begin … end − 1, as `raw_blocks` counts them, of the 16-bit
+    rows: sinks, then either a ring (ring > 0 slots) or tokens in order.
+
+    Row r < sinks is token r. In a ring, slot r holds the newest token congruent to it; in order, row r ≥ sinks is token
+    packed_end + r − sinks. Tokens from sinks to packed_end − 1 are packed and not here.
+
+    Args:
+        acc, top, total: output runs [size, N], largest scores [N], sums of weights [N] so far.
+        shift: [N], added to every logit with SHIFT.
+        R, P: runs of channels of keys and of `acc`.
+    """
+    n = tl.arange(0, N)
+    q = ()
+    for t in tl.static_range(count(R)):
+        q = q + (_raw_query(q_ptr, n, dim, pick(R, t)),)
+    newest = total_tokens - 1
+    newest_slot = (newest - sinks) % tl.maximum(ring, 1)
+    rows = raw_rows(total_tokens, packed_end, sinks, ring)
+    for j in tl.range(begin, end, num_stages=1):
         block = tl.where(j == 0, 0, first_block + j - 1)
         r = block * BLOCK + tl.arange(0, BLOCK)
         behind = newest_slot - (r - sinks)
@@ -51,6 +66,8 @@ def raw_part(
         for t in tl.static_range(count(R)):
             s = _raw_keys(k_ptr + r.to(tl.int64) * token_stride, exists, q[t], s, pick(R, t))
         s = s * q_scale
+        if SHIFT:
+            s += shift[None, :]
         if CAP > 0:
             s = soft_cap(s, CAP)
         seen = exists[:, None] & (position[:, None] <= last[None, :])

@@ -58,6 +58,7 @@ def load_pretrained(
     attention: str = "auto",
     cuda_graph: bool = False,
     rollback: int = 0,
+    batch_invariant: bool = False,
     **hub_kwargs: Any,
 ) -> PreTrainedModel:
     """Loads an artifact as a transformers model in eval mode whose every forward pass reads a packed cache.
@@ -75,6 +76,9 @@ def load_pretrained(
             that decoding isn't bound by Python. Needs a GPU and the kernels.
         rollback: tokens by which a cache may be cropped exactly, as if they had never come: their 16-bit rows are kept longer.
             Assisted and prompt-lookup decoding see to that by themselves.
+        batch_invariant: attention gives a sequence the same bits in whatever batch it is decoded: the kernels divide its pages
+            by its own length alone, 1024 tokens to a program. Slower below some 16384 tokens at batch 1. The model's matrix
+            products remain their library's.
         hub_kwargs: for huggingface_hub.snapshot_download, e.g. `token`, `cache_dir`, `local_files_only`.
     Returns:
         A PreTrainedModel; `generate`, `model(ids)` and chunked calls read quantised keys and values back.
@@ -102,13 +106,13 @@ def load_pretrained(
     dtype = dtype or default_dtype(target)
     model, info = stock_from_pretrained(artifact.path, dtype=dtype or "auto", output_loading_info=True)
     check_complete(info, artifact)
-    triton = choose_triton(attention, target, artifact, model.config)
+    triton = choose_triton(attention, target, artifact)
     if cuda_graph and not (triton and target.type == "cuda"):
         raise KvfoldError(
             f"cuda_graph=True needs a CUDA device and the Triton kernels, but this is {target}; leave it out."
         )
     log.info("attention: %s on %s", "Triton kernels" if triton else "plain-torch reference", target)
-    return attach(model.to(target), artifact, budget, triton, cuda_graph, rollback)
+    return attach(model.to(target), artifact, budget, triton, cuda_graph, rollback, batch_invariant)
 
 
 def default_device() -> torch.device:
@@ -127,11 +131,11 @@ def check_complete(info: Any, artifact: Artifact) -> None:
         raise KvfoldError(f"'{artifact.path}' lacks the weight {absent[0]}; write or download the artifact again.")
 
 
-def choose_triton(attention: str, device: torch.device, artifact: Artifact, config: Any) -> bool:
+def choose_triton(attention: str, device: torch.device, artifact: Artifact) -> bool:
     """Whether the Triton kernels run.
 
     Raises:
-        KvfoldError: "triton" was asked for, but isn't installed, or the cache or the model needs what the kernels lack.
+        KvfoldError: "triton" was asked for, but isn't installed, or the cache needs what the kernels lack.
     """
     if attention == "reference" or (attention == "auto" and device.type != "cuda"):
         return False
@@ -143,8 +147,6 @@ def choose_triton(attention: str, device: torch.device, artifact: Artifact, conf
         reason = "the kernels need a CUDA device"
     elif page & (page - 1) or not 8 <= page <= 128:
         reason = f"page_tokens is {page}, and kernels read pages of 8 to 128 tokens, a power of two"
-    elif getattr(config, "attn_logit_softcapping", None) or config.model_type == "gpt_oss":
-        reason = f"'{config.model_type}' bends its logits, which the kernels leave to the reference"
     if reason and attention == "triton":
         raise KvfoldError(f"attention='triton' can't be used: {reason}; use attention='auto' or 'reference'.")
     if reason:
@@ -166,6 +168,7 @@ def attach(
     triton: bool = False,
     cuda_graph: bool = False,
     rollback: int = 0,
+    batch_invariant: bool = False,
 ) -> PreTrainedModel:
     """Makes every forward pass of `model`, which has the artifact's weights, read a packed cache."""
     model.eval()
@@ -180,6 +183,7 @@ def attach(
     def new_cache(reserve: int = 0) -> QuantizedKVCache:
         cache = QuantizedKVCache(artifact.specs, geometry, budget, triton, reserve)
         cache.artifact = digest
+        cache.padding.batch_invariant = batch_invariant
         return cache
 
     def prepare_cache(self, generation_config, model_kwargs, mode, batch_size, max_length, *args, **kwargs) -> None:

@@ -36,7 +36,7 @@ def load_if_artifact(stock: Callable[..., Any], name: Any, *args: Any, **kwargs:
     model, info = stock(artifact.path, *args, **options, output_loading_info=True)
     check_complete(info, artifact)
     model = model if device is None else model.to(device)
-    model = attach(model, artifact, triton=choose_triton("auto", model.device, artifact, model.config))
+    model = attach(model, artifact, triton=choose_triton("auto", model.device, artifact))
     return (model, info) if wants_info else model
 
 

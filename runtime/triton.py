@@ -20,29 +20,36 @@ def regions(geometry: Geometry) -> dict[str, Any]:
     return {"sinks": geometry.sinks, "window": geometry.window, "page_tokens": geometry.page_tokens}
 
 
-def attend_triton(view: "LayerView", query: Tensor, scaling: float, sliding: int) -> Tensor:
+def attend_triton(
+    view: "LayerView", query: Tensor, scaling: float, sliding: int, softcap: float | None, sinks_logit: Tensor | None
+) -> Tensor:
     """LayerView.attend by kernels: query [B, num_heads, T, head_dim] → the same shape and type."""
     layer = view.layer
+    # a softmax alone does not see what an offset of the keys takes off every logit
+    shifted = layer.spec.key.offset is not None and (softcap is not None or sinks_logit is not None)
+    bends = {"sliding": sliding, "softcap": softcap or 0.0, "aux": sinks_logit}
     batch, heads, tokens, dim = query.shape
     out = torch.empty(batch, tokens, heads, dim, dtype=query.dtype, device=query.device)
     if view.rows is None:
         assert view.new is not None
-        _decode(layer, *view.new, query, out, scaling, sliding)
+        _decode(layer, *view.new, query, out, scaling, shifted, bends)
     else:
         if any(row.skip for row in view.rows):
             out.zero_()  # what padding attends to is read by nobody, but must be finite
         for b, row in enumerate(view.rows):
             if row.positions.numel():
-                _prompt(layer, b, row, query[b : b + 1, :, row.skip :], out[b : b + 1, row.skip :], scaling, sliding)
+                queries = query[b : b + 1, :, row.skip :]
+                _prompt(layer, b, row, queries, out[b : b + 1, row.skip :], scaling, shifted, bends)
     return out.transpose(1, 2)
 
 
 def _decode(
-    layer: "PackedLayer", keys: Tensor, values: Tensor, query: Tensor, out: Tensor, scaling: float, sliding: int
-) -> None:
+    layer: "PackedLayer", keys: Tensor, values: Tensor, query: Tensor, out: Tensor, scaling: float, shifted: bool,
+    bends: dict[str, Any],
+) -> None:  # fmt: skip
     """One step of every sequence: appends, packs the page that came due, attends, and moves the device's state on."""
     spec, geometry = layer.spec, layer.geometry
-    name = (query.shape[0], query.shape[1], geometry.num_kv_heads, query.shape[3], query.device)
+    name = (query.shape[0], query.shape[1], geometry.num_kv_heads, query.shape[3], query.device, shifted)
     scratch = layer.padding.scratch
     if name not in scratch:
         scratch[name] = empty_queries(*name)
@@ -51,27 +58,32 @@ def _decode(
         keys.contiguous(), values.contiguous(), query.contiguous(), layer.raw_keys, layer.raw_values, layer.block_table,
         layer.state, queries, spec.key.format, spec.value.format, scaling=scaling, matrix=spec.key.matrix,
         offset=spec.key.offset, query_matrix=spec.key.query_matrix, key_clip=spec.key.clip, value_clip=spec.value.clip,
+        softcap=bends["softcap"],
         **regions(geometry),
     )  # fmt: skip
     attention(
         queries, spec.key.format, spec.value.format, layer.block_table, layer.state, layer.raw_keys, layer.raw_values, out,
-        ring=geometry.ring, new=1, sliding=sliding, advance=True, **regions(geometry),
+        ring=geometry.ring, new=1, advance=True, batch_invariant=layer.padding.batch_invariant, **bends, **regions(geometry),
     )  # fmt: skip
 
 
 def _prompt(
-    layer: "PackedLayer", b: int, row: "RowView", query: Tensor, out: Tensor, scaling: float, sliding: int
-) -> None:
+    layer: "PackedLayer", b: int, row: "RowView", query: Tensor, out: Tensor, scaling: float, shifted: bool,
+    bends: dict[str, Any],
+) -> None:  # fmt: skip
     """The queries [1, num_heads, T, head_dim] of one sequence, whose keys and values were appended before."""
     spec, geometry = layer.spec, layer.geometry
     device = query.device
     first = torch.tensor([layer.length[b] - query.shape[2]], dtype=torch.int32, device=device)
     before = torch.tensor([row.packed_before], dtype=torch.int32, device=device)
-    queries = prepare_queries(spec.key.apply_query(query), geometry.num_kv_heads, scaling)
+    shift = spec.key.shift(query) if shifted else None
+    queries = prepare_queries(spec.key.apply_query(query), geometry.num_kv_heads, scaling, bends["softcap"], shift)
+    table = layer.block_table[
+        b : b + 1, : max(1, len(row.pages))
+    ]  # of this sequence alone, whatever the batch has room for
     attention(
-        queries, spec.key.format, spec.value.format, layer.block_table[b : b + 1], layer.state[b : b + 1],
-        row.keys[None], row.values[None], out, first_query=first, packed_before=before, sliding=sliding,
-        **regions(geometry),
+        queries, spec.key.format, spec.value.format, table, layer.state[b : b + 1], row.keys[None], row.values[None], out,
+        first_query=first, packed_before=before, **bends, **regions(geometry),
     )  # fmt: skip
 
 

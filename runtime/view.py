@@ -14,9 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Padding:
-    """What the layers of a cache share: the left padding of each sequence, in columns."""
+    """What the layers of a cache share: the left padding of each sequence, in columns.
+
+    batch_invariant: kernels divide a sequence's pages by its own length alone, not by the batch's.
+    """
 
     columns: list[int]
+    batch_invariant: bool = False
     scratch: dict = field(default_factory=dict)  # buffers that the layers' kernels take turns with
 
 
@@ -68,7 +72,7 @@ class LayerView:
         if self.layer.use_triton:
             from kvfold.runtime.triton import attend_triton
 
-            out = attend_triton(self, query, scaling, sliding)
+            out = attend_triton(self, query, scaling, sliding, softcap, sinks_logit)
         else:
             out = self._attend_reference(query, scaling, mask, softcap, sinks_logit)
         self.layer.release_passed()

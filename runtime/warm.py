@@ -33,7 +33,8 @@ def warm_up(model: Any, jobs: int | None = None) -> int:
         wanted[repr(job)] = job
     work = list(wanted.values())
     count = min(jobs or os.cpu_count() or 1, len(work))
-    shared = (artifact.geometry, config.num_attention_heads, parameter.dtype, str(parameter.device))
+    bends = _bends(config, artifact.geometry)
+    shared = (artifact.geometry, config.num_attention_heads, parameter.dtype, str(parameter.device), bends)
     if count == 1:
         _compile(work, *shared)
     else:
@@ -43,8 +44,19 @@ def warm_up(model: Any, jobs: int | None = None) -> int:
     return len(work)
 
 
+def _bends(config: Any, geometry: Geometry) -> list[tuple[float | None, bool, int]]:
+    """What the layers of a model ask of attention beside a softmax: (soft-cap, whether there are sink logits, window)."""
+    cap = getattr(config, "attn_logit_softcapping", None)
+    types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = geometry.page_tokens  # any: it is no constant of the kernels
+    return [(cap, config.model_type == "gpt_oss", window * (kind == "sliding_attention")) for kind in sorted(types)]
+
+
 @torch.no_grad()
-def _compile(work: list[Job], geometry: Geometry, num_heads: int, dtype: torch.dtype, device: str) -> None:
+def _compile(
+    work: list[Job], geometry: Geometry, num_heads: int, dtype: torch.dtype, device: str,
+    bends: list[tuple[float | None, bool, int]],
+) -> None:  # fmt: skip
     """Runs a prompt and a step of one layer of each kind."""
     from kvfold.runtime.layer import PackedLayer
     from kvfold.runtime.view import Padding
@@ -60,8 +72,10 @@ def _compile(work: list[Job], geometry: Geometry, num_heads: int, dtype: torch.d
             ),
             ValueSpec(Format.from_dict(value), (), ones if value_clip else None),
         )  # fmt: skip
-        layer = PackedLayer(spec, geometry, Padding([0]), 0, use_triton=True)
-        for tokens in (geometry.sinks + geometry.window + 2 * geometry.page_tokens, 1):
-            states = [torch.randn(1, n, tokens, dim, device=device, dtype=dtype) for n in (heads, heads, num_heads)]
-            layer.update(*states[:2])[0].attend(states[2], dim**-0.5, None)
+        for cap, sinks, sliding in bends:
+            layer = PackedLayer(spec, geometry, Padding([0]), 0, use_triton=True)
+            logits = torch.zeros(num_heads, device=device, dtype=dtype) if sinks else None
+            for tokens in (geometry.sinks + geometry.window + 2 * geometry.page_tokens, 1):
+                states = [torch.randn(1, n, tokens, dim, device=device, dtype=dtype) for n in (heads, heads, num_heads)]
+                layer.update(*states[:2])[0].attend(states[2], dim**-0.5, None, cap, logits, sliding)
     torch.cuda.synchronize(device)

@@ -1,6 +1,6 @@
 """Compiles the attention kernels of pairs of formats for sm_90; a process of its own, because the interpreter is off here.
 
-usage: python tests/compile_kernels.py PROMPT PAIR …
+usage: python tests/compile_kernels.py PROMPT PAIR …, where PAIR may be "rungs" or "fixed" (batch-invariant)
 """
 
 import os
@@ -13,13 +13,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvfold.kernels import triton_attention as kernels
-from kvfold.kernels.formats import raw16
+from kvfold.kernels.formats import Format, raw16
 from kvfold.kernels.tiles import program
 
 POINTERS = {
     "q_ptr": "*fp16", "q_scale_ptr": "*fp32", "anchor": "*u8", "table": "*i64", "state": "*i32", "raw_k": "*fp16",
     "raw_v": "*fp16", "o_ptr": "*fp32", "ml_ptr": "*fp32", "first_query": "*i32", "packed_before": "*i32", "out": "*bf16",
-    "aux": "*fp32",
+    "aux": "*fp32", "q_shift_ptr": "*fp32", "segments": "*i32",
 }  # fmt: skip
 
 
@@ -32,29 +32,50 @@ def compile_kernel(function, constants: dict, num_warps: int = 1) -> object:
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "num_stages": 4})
 
 
-def main(name: str, prompt: bool) -> None:
-    sys.path.insert(0, os.path.dirname(__file__))
-    os.environ["TRITON_INTERPRET"] = "0"
-    from test_triton_attention import PAIRS
-
-    key_format, value_format = PAIRS[name]
+def compile_pair(
+    key_format: Format, value_format: Format, prompt: bool = False, rung: int = 0, rungs: int = 1, fixed: bool = False,
+    cap: float = 0.0,
+) -> None:  # fmt: skip
     dim, columns = key_format.head_dim, 16 if prompt else 4
     compile_kernel(
         kernels._attention_kernel,
         {
             "K": tuple(program(key_format, 32)), "V": tuple(program(value_format, 32)), "R": program(raw16(dim), 32).pieces,
-            "N": max(8, columns), "COLUMNS": columns, "GROUP": 4, "PROMPT": prompt, "SLIDING": prompt, "CAP": 0.0,
+            "N": max(8, columns), "COLUMNS": columns, "GROUP": 4, "PROMPT": prompt, "SLIDING": prompt, "CAP": cap,
+            "SHIFT": cap > 0, "RUNG": rung, "RUNGS": rungs, "HOLES": fixed or rungs > 1, "OVERLAP": True, "WARM": True,
             "STAGES": 4, "PREFETCH": False, "BLOCK": kernels.RAW_BLOCK, "INTERPRET": False,
         },
     )  # fmt: skip
+
+
+def compile_merge(dim: int, prompt: bool = False, holes: bool = False, fixed: bool = False) -> None:
+    columns = 16 if prompt else 4
     compile_kernel(
         kernels._merge_kernel,
         {
-            "DIM": dim, "CHANNELS": 16, "N": max(8, columns), "COLUMNS": columns, "GROUP": 4, "SLOTS_2": 8,
-            "BLOCK": 8, "AUX": True, "ADVANCE": not prompt, "PAGE_TOKENS": 32, "HEADS": 2,
+            "DIM": dim, "CHANNELS": 16, "N": max(8, columns), "COLUMNS": columns, "GROUP": 4, "SLOTS_2": 0 if fixed else 8,
+            "BLOCK": 32 if fixed else 8, "AUX": True, "SHIFT": holes, "ADVANCE": not prompt, "PAGE_TOKENS": 32, "HEADS": 2,
+            "HOLES": holes, "FIXED": fixed, "OVERLAP": True,
         },
         num_warps=4,
     )  # fmt: skip
+
+
+def main(name: str, prompt: bool) -> None:
+    sys.path.insert(0, os.path.dirname(__file__))
+    from test_triton_attention import PAIRS
+
+    os.environ["TRITON_INTERPRET"] = "0"
+    if name == "rungs":
+        for rung, pair in enumerate((PAIRS["mixed keys"], (raw16(64), raw16(64)))):
+            compile_pair(*pair, prompt, rung, 2, cap=30.0 * rung)
+        compile_merge(64, prompt, holes=True)
+    elif name == "fixed":
+        compile_pair(*PAIRS["2 bits"], fixed=True, cap=30.0)
+        compile_merge(64, holes=True, fixed=True)
+    else:
+        compile_pair(*PAIRS[name], prompt)
+        compile_merge(PAIRS[name][0].head_dim, prompt)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Attention kernels against plain torch on the same packed bytes: every format, ragged batches, prompts; compiled for a GPU."""
 
+from copy import copy
+
 import pytest
 import torch
 
@@ -126,6 +128,24 @@ def test_the_number_of_splits_does_not_matter(splits):
     assert error(case.got(splits=splits), case.expected()) < 1e-3
 
 
+@pytest.mark.parametrize("invariant", [True, False])
+def test_a_rows_bits_do_not_depend_on_its_batch(invariant, monkeypatch):
+    """A sequence by itself, and beside a longer one, whose table is wider, and a short one."""
+    monkeypatch.setattr(kernels, "FIXED_TILES", 1)
+    monkeypatch.setattr(kernels, "pick_splits", lambda programs, tokens, device: tokens // (256 * programs) + 1)
+    lengths = [420, 5000, 33]  # of 4, 39 and 1 parts
+    case = Case(PAIRS["2 bits"], lengths, 2, 1, 32)
+    options = {"batch_invariant": invariant}
+    together = case.got(**options)
+    assert error(together, case.expected()) < 1e-3
+    for b, length in enumerate(lengths[:2]):
+        alone = copy(case)
+        alone.lengths, alone.table = [length], case.table[b : b + 1, : length // 32].contiguous()
+        for name in ("state", "raw_keys", "raw_values", "query"):
+            setattr(alone, name, getattr(case, name)[b : b + 1])
+        assert torch.equal(alone.got(**options)[0], together[b]) == invariant
+
+
 @pytest.mark.parametrize("name", ["2 bits", "mixed keys", "16 and 8 bits"])
 @pytest.mark.parametrize("sliding", [1, 20, 100, 1000])
 def test_sliding_windows(name, sliding):
@@ -195,7 +215,7 @@ def test_compiles_for_a_gpu(prompt):
     from pathlib import Path
 
     script = Path(__file__).parent / "compile_kernels.py"
-    pairs = ["mixed keys", "16 and 8 bits"] if prompt else ["2 bits", "ternary values", "8 and 6 bits, 80"]
+    pairs = ["mixed keys", "16 and 8 bits"] if prompt else ["2 bits", "ternary values", "8 and 6 bits, 80", "fixed"]
     command = [sys.executable, script, str(int(prompt)), *pairs]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -172,6 +172,8 @@ def test_pages_of_a_ring_wrap_around():
 
 LOWER = [
     (raw16(32), uniform(32, 256, "fp16"), 16),
+    (raw16(64), Format(((40, 256), (24, 16))), 32),
+    (Format(((40, 256), (24, 16))), MIXED, 16),
     (uniform(32, 256, "fp16"), uniform(32, 16, "e4m3", 16), 32),
     (uniform(96, 16), uniform(96, 4, "e4m3", 48), 16),
     (uniform(64, 16, "fp16", 32), MIXED, 16),
@@ -212,6 +214,7 @@ STEPS = [
     (3, 5, 8, 0, 16, (uniform(16, 4), uniform(16, 3)), True, torch.bfloat16),
     (0, 0, 8, 3, 24, (Format(((16, 4), (8, 2)), "scale", "fp16"), uniform(24, 16)), False, torch.float32),
     (1, 0, 16, 0, 80, (uniform(80, 4), uniform(80, 4, "e4m3", 16)), True, torch.float16),
+    (2, 7, 16, 1, 32, (raw16(32), raw16(32)), True, torch.bfloat16),
 ]
 
 
@@ -311,7 +314,7 @@ from kvfold.kernels.planes import page_layout
 from kvfold.kernels.triton_append import _append_kernel
 from kvfold.kernels.triton_encode import _encode_kernel, _lower_kernel
 
-FLOATS = {"key_clip", "value_clip", "q_scale", "matrix", "offset", "query_matrix"}
+FLOATS = {"key_clip", "value_clip", "q_scale", "q_shift", "matrix", "offset", "query_matrix"}
 INTS = {"sequences", "tokens", "state"}
 
 def compile(kernel, **constants):
@@ -320,7 +323,7 @@ def compile(kernel, **constants):
         longs = name in ("pages", "sources", "table")
         signature[name] = (
             "constexpr" if name in constants else "*fp32" if name in FLOATS else "*i32" if name in INTS
-            else "*i64" if longs else "*u8" if name == "anchor_ptr" else "fp32" if name == "factor"
+            else "*i64" if longs else "*u8" if name == "anchor_ptr" else "fp32" if name in ("factor", "scaling")
             else "i32" if "stride" in name or name in ("sinks", "ring", "window", "table_width")
             else "*bf16" if name in ("new_keys", "new_values", "query") else "*fp16"
         )
@@ -339,7 +342,7 @@ compile(_lower_kernel, **layouts(16, K=mixed, V=uniform(64, 4), OLD_K=uniform(64
         K_CLIPS=0, V_CLIPS=0)
 for matrix in (False, True):
     compile(_append_kernel, **layouts(16, K=uniform(96, 4), V=raw16(96)), K_CLIPS=1, V_CLIPS=0, MATRIX=matrix,
-            OFFSET=matrix, GROUP=3, N=8, TOP=7)
+            OFFSET=matrix, SHIFT=matrix, GROUP=3, N=8, TOP=7, OVERLAP=True)
 print("compiled")
 """
 
