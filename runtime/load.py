@@ -21,6 +21,7 @@ from kvfold.exports.reader import Artifact, read_artifact
 from kvfold.exports.units import parse_nbytes
 from kvfold.runtime.attention import NAME
 from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.policy import Progressive
 from kvfold.runtime.save import save_artifact
 
 log = logging.getLogger("kvfold")
@@ -65,7 +66,8 @@ def load_pretrained(
             is an order of magnitude slower.
         revision: of the Hub repository.
         kv_budget: bytes ("1GiB" or an int) that a cache may never pass; KVBudgetExceeded is raised before it would.
-        policy: "floor" stores at the searched bit-widths at once.
+        policy: "floor" stores at the searched bit-widths at once; "progressive" starts in 16 bits and lowers pages, the least
+            harmful first, as kv_budget fills. Its attention is the plain-torch reference on every device.
         attention: "reference" is plain torch on any device, "triton" the kernels; "auto" picks by device.
         cuda_graph: `generate` takes memory for the longest sequence at the start and replays one captured decoding step, so
             that decoding isn't bound by Python. Needs a GPU and the kernels.
@@ -76,16 +78,31 @@ def load_pretrained(
     Raises:
         KvfoldError: not an artifact, a damaged one, or an option that does not exist.
     """
-    if policy != "floor":
-        raise KvfoldError(f"policy '{policy}' is not one this version knows; use 'floor'.")
+    if policy not in ("floor", "progressive"):
+        raise KvfoldError(f"policy '{policy}' is not one this version knows; use 'floor' or 'progressive'.")
+    progressive = policy == "progressive"
+    if progressive and kv_budget is None:
+        raise KvfoldError("policy='progressive' lowers pages as kv_budget fills, but there is none; give kv_budget='1GiB'.")
+    if progressive and attention == "triton":
+        raise KvfoldError(
+            "attention='triton' reads pages of one format, but policy='progressive' keeps several; use attention='auto'."
+        )
+    if progressive and cuda_graph:
+        raise KvfoldError(
+            "cuda_graph=True needs pages that stay as they are, but policy='progressive' lowers them; leave one of them out."
+        )
     if attention not in ("auto", "reference", "triton"):
         raise KvfoldError(
             f"attention '{attention}' is not one this version knows; use 'auto', 'reference' or 'triton'."
         )
     budget = None if kv_budget is None else parse_nbytes(kv_budget)
     artifact = read_artifact(resolve_artifact(path_or_repo_id, revision, **hub_kwargs))
+    g = artifact.geometry
+    ladders = progressive_policy(artifact) if progressive else None
     if budget is not None:
-        least = batch_nbytes(artifact.geometry, artifact.formats, [1])
+        least = batch_nbytes(g, artifact.formats, [1])
+        if ladders is not None:
+            least = ladders.least_nbytes(g, g.sinks + g.window + g.page_tokens)
         if budget < least:
             raise KvfoldError(
                 f"kv_budget={kv_budget} is too small: sinks, window and one page take {least} bytes; give at least that."
@@ -94,13 +111,19 @@ def load_pretrained(
     dtype = dtype or default_dtype(target)
     model, info = stock_from_pretrained(artifact.path, dtype=dtype or "auto", output_loading_info=True)
     check_complete(info, artifact)
-    triton = choose_triton(attention, target, artifact, model.config)
+    triton = not progressive and choose_triton(attention, target, artifact, model.config)
     if cuda_graph and not (triton and target.type == "cuda"):
         raise KvfoldError(
             f"cuda_graph=True needs a CUDA device and the Triton kernels, but this is {target}; leave it out."
         )
     log.info("attention: %s on %s", "Triton kernels" if triton else "plain-torch reference", target)
-    return attach(model.to(target), artifact, budget, triton, cuda_graph)
+    return attach(model.to(target), artifact, budget, triton, cuda_graph, ladders)
+
+
+def progressive_policy(artifact: Artifact) -> Progressive:
+    """The progressive policy by an artifact's own predicted losses."""
+    losses = [(layer.key.predicted_loss, layer.value.predicted_loss) for layer in artifact.metadata.layers]
+    return Progressive(artifact.specs, losses, artifact.geometry)
 
 
 def default_device() -> torch.device:
@@ -152,7 +175,12 @@ def interpreting() -> bool:
 
 
 def attach(
-    model: Any, artifact: Artifact, budget: int | None = None, triton: bool = False, cuda_graph: bool = False
+    model: Any,
+    artifact: Artifact,
+    budget: int | None = None,
+    triton: bool = False,
+    cuda_graph: bool = False,
+    policy: Progressive | None = None,
 ) -> PreTrainedModel:
     """Makes every forward pass of `model`, which has the artifact's weights, read a packed cache."""
     model.eval()
@@ -162,7 +190,7 @@ def attach(
     warned: list[bool] = []
 
     def new_cache(reserve: int = 0) -> QuantizedKVCache:
-        return QuantizedKVCache(artifact.specs, artifact.geometry, budget, triton, reserve)
+        return QuantizedKVCache(artifact.specs, artifact.geometry, budget, triton, reserve, policy)
 
     def prepare_cache(self, generation_config, model_kwargs, mode, batch_size, max_length, *args, **kwargs) -> None:
         if model_kwargs.get("past_key_values") is not None:
