@@ -58,7 +58,9 @@ class Geometry:
 
     def table_nbytes(self, entries: int) -> int:
         """Bytes of one layer and sequence besides pages, where the block table has so many entries: raw rows, table, state."""
-        return self.raw_rows * self.num_kv_heads * self.head_dim * 2 * RAW_NBYTES + entries * ENTRY_NBYTES + STATE_NBYTES
+        return (
+            self.raw_rows * self.num_kv_heads * self.head_dim * 2 * RAW_NBYTES + entries * ENTRY_NBYTES + STATE_NBYTES
+        )
 
     def fixed_nbytes(self, tokens: int) -> int:
         """Bytes of one layer and sequence that no format changes: raw rows, block table, state. 0 for no tokens."""

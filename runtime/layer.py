@@ -266,7 +266,9 @@ class PackedLayer(CacheLayerMixin):
         entries = max(entries, *(len(self.pages[b]) + len(self.spare[b]) for b in range(self.batch_size)), 0)
         room = -(-entries // TABLE_STEP) * TABLE_STEP
         if room != self.block_table.shape[1]:
-            self.block_table = self.block_table.new_zeros(self.batch_size, 0)  # the old one goes before the new one comes
+            self.block_table = self.block_table.new_zeros(
+                self.batch_size, 0
+            )  # the old one goes before the new one comes
             self.block_table = self.block_table.new_zeros(self.batch_size, room)
             for b in range(self.batch_size):
                 self.enter(b, 0, self.pages[b] + self.spare[b])

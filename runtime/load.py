@@ -82,7 +82,9 @@ def load_pretrained(
         raise KvfoldError(f"policy '{policy}' is not one this version knows; use 'floor' or 'progressive'.")
     progressive = policy == "progressive"
     if progressive and kv_budget is None:
-        raise KvfoldError("policy='progressive' lowers pages as kv_budget fills, but there is none; give kv_budget='1GiB'.")
+        raise KvfoldError(
+            "policy='progressive' lowers pages as kv_budget fills, but there is none; give kv_budget='1GiB'."
+        )
     if progressive and attention == "triton":
         raise KvfoldError(
             "attention='triton' reads pages of one format, but policy='progressive' keeps several; use attention='auto'."

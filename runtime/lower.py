@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from kvfold.errors import KVBudgetExceeded
 from kvfold.exports.account import TABLE_STEP, batch_nbytes
 from kvfold.runtime.pages import lower, oldest
-from kvfold.runtime.policy import Plan, Progressive
+from kvfold.runtime.policy import Plan
 
 if TYPE_CHECKING:
     from kvfold.runtime.cache import QuantizedKVCache

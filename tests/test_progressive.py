@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 from test_cache import DIM, GEOMETRY, HEADS, SPECS, PlainLists, contents
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvfold.errors import KVBudgetExceeded, KvfoldError
-from kvfold.exports.account import cache_nbytes
+from kvfold.errors import KVBudgetExceeded
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec, clip_rows
-from kvfold.kernels.formats import RAW, Format, raw16, uniform
-from kvfold.kernels.quantizer import round_trip, to_float16
+from kvfold.kernels.formats import Format, raw16, uniform
+from kvfold.kernels.quantizer import round_trip
 from kvfold.runtime import lower as lowering
 from kvfold.runtime.cache import QuantizedKVCache
 from kvfold.runtime.pages import lower, oldest, set_segments
