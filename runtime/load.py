@@ -236,6 +236,7 @@ def attach(
     model.save_pretrained = types.MethodType(save_artifact, model)
     model.base_model.kv_packed = True
     model.base_model.register_forward_pre_hook(inject_cache, with_kwargs=True)
+    model.new_kv_cache = new_cache
     model.kv_artifact = artifact
     model.kv_triton = triton
     return model

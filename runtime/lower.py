@@ -40,7 +40,8 @@ def exceeded(cache: "QuantizedKVCache", tokens: int, batch_size: int, need: int)
 
 def prepare(cache: "QuantizedKVCache", batch_size: int, tokens: int) -> None:
     """Before the progressive policy's cache takes `tokens` columns: lowers pages until they fit, and says which rungs the pages
-    that come due are written on. A decoding step that needs nothing yet lowers ahead, so that no step has to do much.
+    that come due are written on. A decoding step that takes no memory lowers ahead for the next page: as many pages as there
+    are layers, more only where the steps that are left could not do it else.
 
     Raises:
         KVBudgetExceeded: not even the floor has room; nothing was changed.
@@ -49,10 +50,13 @@ def prepare(cache: "QuantizedKVCache", batch_size: int, tokens: int) -> None:
     g, layers = cache.geometry, cache.layers
     first = layers[0]
     lengths = first.length if first.is_initialized else [0] * batch_size
+    have = [len(ids) for ids in first.pages] if first.is_initialized else [0] * batch_size
     pads = cache.padding.columns or [0] * batch_size
-    new = [tokens - min(max(pad - first.columns, 0), tokens) for pad in pads]
-    due = [g.num_pages(n + more) - g.num_pages(n) for n, more in zip(lengths, new, strict=True)]
+    total = [n + tokens - min(max(pad - first.columns, 0), tokens) for n, pad in zip(lengths, pads, strict=True)]
+    due = [max(0, g.num_pages(n) - pages) for n, pages in zip(total, have, strict=True)]
     ahead = [count + 1 for count in due]
+    for layer in layers:
+        layer.due = []
     takes = tokens > 1 or any(due) or not first.is_initialized  # memory, in this call
     plan = _plan(cache, batch_size, ahead) if tokens > 1 or not takes else None
     if takes:
@@ -64,8 +68,9 @@ def prepare(cache: "QuantizedKVCache", batch_size: int, tokens: int) -> None:
             layer.due = rungs_of(fresh, wanted) if any(fresh[:-1]) else []
         carry_out(cache, plan, None)
     elif plan is not None and not cache.policy.whole_layers:
-        rungs = max(len(layer.rungs) for layer in layers)
-        carry_out(cache, plan, -(-rungs * batch_size // g.page_tokens))
+        full = [g.sinks + g.window + (pages + 1) * g.page_tokens for pages in have]
+        steps = min(end - n for n, end in zip(total, full, strict=True))  # up to the one that takes the next page
+        carry_out(cache, plan, max(len(layers), -(-sum(map(sum, plan.moves)) // steps)))
 
 
 def _plan(cache: "QuantizedKVCache", batch_size: int, pages: list[int]) -> Plan | None:
@@ -117,17 +122,14 @@ def rungs_of(fresh: list[int], pages: list[int]) -> list[list[int]]:
 
 
 def carry_out(cache: "QuantizedKVCache", plan: Plan, limit: int | None) -> None:
-    """Lowers a plan's resident pages in the policy's order; `limit`: pages of a layer at the most, None for all."""
+    """Lowers a plan's resident pages in the policy's order; `limit`: pages at the most, None for all."""
     assert cache.policy is not None and cache.budget is not None
     if not any(map(any, plan.moves)):
         return
-    left = [limit] * len(cache.layers)
+    left = sum(map(sum, plan.moves)) if limit is None else limit
     for step in cache.policy.order:
-        count = plan.moves[step.layer][step.rung]
-        layer, allowed = cache.layers[step.layer], left[step.layer]
-        if allowed is not None:
-            count = min(count, allowed)
-            left[step.layer] = allowed - count
+        layer, count = cache.layers[step.layer], min(left, plan.moves[step.layer][step.rung])
+        left -= count
         while count:
             free = (cache.budget - cache.nbytes) // layer.pool.sizes[step.rung - 1]
             group = max(1, min(count, free, GROUP_TOKENS // layer.geometry.page_tokens))

@@ -3,8 +3,10 @@
 After PM-KVQ (arXiv 2505.18610), which lowers whole layers; here one page goes down at a time, the least harmful first.
 
 **Ladder.** Each layer has rungs, floor first: the searched formats, 4 bits, 8 bits, 16 bits, keys and values together. A rung that
-is not larger than the one below is left out. A finer rung has the floor's basis and classes of channels, each class with the same
-number of bits more: at the same error everywhere that is what the channels' own bits were chosen for.
+is hardly larger than the one below is left out. All rungs have the floor's basis, where channels of symmetric formats have unit
+variance but not one importance. So the rung of 4 bits keeps the floor's classes and gives each the same number of bits more; at 8
+bits the rounding of parameters to e4m3 and the tails that a symmetric code cuts off outweigh all else, so that a minimum and a
+scale of 16 bits are best (benchmarks/LOG.md has the errors of attention that this was chosen by).
 
 **Harm.** The artifact states the loss L of a layer's keys and of its values when all pages stand on the floor. Error is quadratic
 in a small distortion, so a page on rung r costs L · ρ(r), with ρ the format's distortion as a part of the floor's: the mean over
@@ -21,6 +23,7 @@ from kvfold.exports.spec import LayerSpec
 from kvfold.kernels.formats import GAUSSIAN_MSE, PLANE_WIDTHS, RAW, Format, raw16, uniform
 
 CODE_BITS = (4, 8)  # of the rungs between the floor and 16 bits
+WORTH = 1.125  # how many times larger a rung must be than the one below, or it is left out: to lower it would free too little
 WIDTHS = {sum(widths): levels for levels, widths in PLANE_WIDTHS.items() if levels not in (3, RAW)}  # bits → levels
 
 
@@ -28,7 +31,9 @@ def finer(floor: Format, bits: int) -> Format:
     """`floor` with more bits, so that a channel has `bits` in the mean; `floor` itself if it takes as much already."""
     if floor.params == "none":
         return floor
-    if floor.params == "scale_min":
+    if bits == 8:  # parameters of 8 bits, or a range fixed by a scale, would cost more than the codes do
+        found = uniform(floor.head_dim, 256, "fp16")
+    elif floor.params == "scale_min":
         found = uniform(floor.head_dim, 2**bits, floor.param_dtype, floor.group_size)
     else:
         found = _widened(floor, bits)
@@ -58,7 +63,7 @@ def ladder(spec: LayerSpec) -> tuple[LayerSpec, ...]:
     for key, value in [*pairs, (raw16(dim), raw16(dim))]:
         last = rungs[-1]
         size = key.payload_bits + value.payload_bits
-        if size > last.key.format.payload_bits + last.value.format.payload_bits:
+        if size >= WORTH * (last.key.format.payload_bits + last.value.format.payload_bits):
             key_clip = spec.key.clip if key == spec.key.format else None
             value_clip = spec.value.clip if value == spec.value.format else None
             rungs.append(
