@@ -8,6 +8,11 @@ One sequence of L tokens in one layer holds, resident:
                  a sliding window less those that no later query sees
     block table  8 bytes an entry, grown TABLE_STEP entries at a time; pages that are gone keep their entry
     state        8 bytes: length and number of pages
+
+Where pages come in several formats ("rungs", policy="progressive"), each page has the bytes of its own, and to each sequence and
+layer belong, besides, the boundaries between runs of pages of one rung:
+
+    segments     (rungs + 1) × 4 bytes
 """
 
 from collections.abc import Sequence
@@ -20,6 +25,7 @@ TABLE_STEP = 16  # entries by which a block table grows
 ENTRY_NBYTES = 8  # of a block table: a page's address
 RAW_NBYTES = 2  # of one element in the sinks and the window
 STATE_NBYTES = 8  # of one sequence in one layer: length and number of pages, int32
+SEGMENT_NBYTES = 4  # of one boundary between pages of two rungs, int32
 
 
 @dataclass(frozen=True)
@@ -72,16 +78,29 @@ class Geometry:
         """Resident pages of one sequence of `tokens` tokens in one layer, once its last query has attended."""
         return self.num_pages(tokens) - self.passed_pages(tokens, sliding)
 
+    def table_nbytes(self, entries: int) -> int:
+        """Bytes of one layer and sequence besides pages, where the block table has so many entries: raw rows, table, state."""
+        return (
+            self.raw_rows * self.num_kv_heads * self.head_dim * 2 * RAW_NBYTES + entries * ENTRY_NBYTES + STATE_NBYTES
+        )
+
     def fixed_nbytes(self, tokens: int) -> int:
         """Bytes of one layer and sequence that no format changes: raw rows, block table, state. 0 for no tokens."""
         if tokens == 0:
             return 0
-        table = -(-self.num_pages(tokens) // TABLE_STEP) * TABLE_STEP * ENTRY_NBYTES
-        return self.raw_rows * self.num_kv_heads * self.head_dim * 2 * RAW_NBYTES + table + STATE_NBYTES
+        return self.table_nbytes(-(-self.num_pages(tokens) // TABLE_STEP) * TABLE_STEP)
 
     def page_nbytes(self, fmt: Format) -> int:
         """Bytes of one page's keys or values in a format, all KV heads."""
         return self.num_kv_heads * fmt.nbytes(self.page_tokens)
+
+    def pair_nbytes(self, key: Format, value: Format) -> int:
+        """Bytes of one page, keys and values, all KV heads."""
+        return self.page_nbytes(key) + self.page_nbytes(value)
+
+    def segments_nbytes(self, rungs: int) -> int:
+        """Bytes of one sequence's segment boundaries in one layer; none where all pages have one format."""
+        return (rungs + 1) * SEGMENT_NBYTES if rungs > 1 else 0
 
     def side_nbytes(self, fmt: Format, tokens: int, sliding: int = 0) -> int:
         """Bytes of all resident pages' keys or values of one sequence in one layer."""

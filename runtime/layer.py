@@ -1,5 +1,6 @@
 """One layer of the packed cache: a 16-bit buffer (sinks, then window) and pages, for each sequence of a batch."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -7,9 +8,10 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvfold.exports.account import TABLE_STEP, Geometry
-from kvfold.exports.spec import LayerSpec, clip_rows
+from kvfold.exports.spec import LayerSpec
 from kvfold.kernels.attention import Tile, packed_tokens
-from kvfold.kernels.quantizer import decode, encode, to_float16
+from kvfold.kernels.quantizer import to_float16
+from kvfold.runtime.pages import read_pages, set_segments, write_pages
 from kvfold.runtime.pool import PagePool
 from kvfold.runtime.sequences import PASSED, Sequences, slots_of
 from kvfold.runtime.view import LayerView, Padding, RowView
@@ -25,19 +27,30 @@ class PackedLayer(Sequences, CacheLayerMixin):
         geometry: sinks, window, page size and head shape.
         padding: shared by all layers of the cache.
         layer_idx: for messages.
+        use_triton: read and write by Triton kernels instead of plain torch.
+        rungs: what pages may be stored in, floor (`spec`) first; new pages go on the last one unless `due` says otherwise.
     """
 
     is_croppable = True
     is_sliding = False
 
     def __init__(
-        self, spec: LayerSpec, geometry: Geometry, padding: Padding, layer_idx: int, use_triton: bool = False
+        self,
+        spec: LayerSpec,
+        geometry: Geometry,
+        padding: Padding,
+        layer_idx: int,
+        use_triton: bool = False,
+        rungs: Sequence[LayerSpec] = (),
     ) -> None:
         super().__init__()
+        self.rungs = list(rungs) or [spec]
+        self.due: list[list[int]] = []  # rungs of each sequence's next pages, oldest first; [] for the highest
         self.spec, self.geometry, self.padding, self.layer_idx = spec, geometry, padding, layer_idx
         self.use_triton = use_triton
         self.sliding = geometry.sliding_of(layer_idx)
         self.shares_pool = False  # with forks
+        self.bounds: list[list[int]] = []  # `segments` on the host
         self.columns = 0  # tokens seen, padding included: what transformers calls the sequence length
         self.reserved = 0  # tokens of each sequence that memory was taken for in advance
 
@@ -45,15 +58,16 @@ class PackedLayer(Sequences, CacheLayerMixin):
         g = self.geometry
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size = key_states.shape[0]
-        self.spec = self.spec.to(self.device)
-        page = g.page_nbytes(self.spec.key.format) + g.page_nbytes(self.spec.value.format)
-        self.pool = PagePool(page, self.device)
+        self.rungs = [rung.to(self.device) for rung in self.rungs]
+        self.spec = self.rungs[0]
+        self.pool = PagePool([g.pair_nbytes(r.key.format, r.value.format) for r in self.rungs], self.device)
         shape = (self.batch_size, g.num_kv_heads, g.raw_rows, g.head_dim)
         self.raw_keys = torch.empty(shape, dtype=torch.float16, device=self.device)
         self.raw_values = torch.empty(shape, dtype=torch.float16, device=self.device)
         # on the device for kernels, and on the host so that nothing waits for the device
         self.state = torch.zeros(self.batch_size, 2, dtype=torch.int32, device=self.device)  # length, pages
         self.block_table = torch.zeros(self.batch_size, 0, dtype=torch.int64, device=self.device)  # addresses
+        self.segments = torch.zeros(0, 0, dtype=torch.int32, device=self.device)  # see runtime.pages
         self.length = [0] * self.batch_size
         self.pages: list[list[int]] = [[] for _ in range(self.batch_size)]
         self.spare: list[list[int]] = [[] for _ in range(self.batch_size)]  # in the table already, not yet written
@@ -99,7 +113,11 @@ class PackedLayer(Sequences, CacheLayerMixin):
         if not self.is_initialized:
             return []
         pages = [self.pool.page(i) for i in sorted(self._own_pages())] if self.shares_pool else self.pool.tensors()
-        return [self.raw_keys, self.raw_values, self.state, self.block_table, *pages]
+        return [*self.own_tensors(), *pages]
+
+    def own_tensors(self) -> list[Tensor]:
+        """Every resident tensor but the pages."""
+        return [self.raw_keys, self.raw_values, self.state, self.block_table, self.segments]
 
     def _own_pages(self) -> set[int]:
         """Distinct pages of these sequences."""
@@ -108,7 +126,11 @@ class PackedLayer(Sequences, CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Resident bytes."""
-        return sum(t.nbytes for t in self.tensors())
+        if not self.is_initialized:
+            return 0
+        if self.shares_pool:
+            return sum(t.nbytes for t in self.tensors())
+        return sum(t.nbytes for t in self.own_tensors()) + self.pool.nbytes
 
     def lengths(self) -> list[int]:
         """Tokens of each sequence, without padding."""
@@ -144,8 +166,9 @@ class PackedLayer(Sequences, CacheLayerMixin):
         pads = self.padding.columns or [0] * self.batch_size
         skips = [min(max(pad - self.columns, 0), tokens) for pad in pads]
         shape = torch.Size((*key_states.shape[:2], self.columns + tokens, key_states.shape[3]))
-        if self.use_triton and tokens == 1 and not any(skips):
+        if self.use_triton and tokens == 1 and not any(skips) and not any(self.due):
             self._make_room()
+            set_segments(self)
             self.columns += 1
             view = LayerView(self, None, shape, key_states.dtype, key_states.device, (key_states, value_states))
             return view, view
@@ -154,6 +177,7 @@ class PackedLayer(Sequences, CacheLayerMixin):
         values = to_float16(value_states.float())
         rows = [self._append(b, keys[b, :, skip:], values[b, :, skip:], skip, pads[b]) for b, skip in enumerate(skips)]
         self.columns += tokens
+        set_segments(self)
         view = LayerView(self, rows, shape, key_states.dtype, key_states.device)
         return view, view
 
@@ -238,54 +262,37 @@ class PackedLayer(Sequences, CacheLayerMixin):
 
     def _store_pages(self, b: int, keys: Tensor, values: Tensor) -> None:
         """Packs whole pages of float16 [Hkv, n·page_tokens, D] behind the pages that sequence b has."""
-        size = self.geometry.page_tokens
-        count = keys.shape[1] // size
+        count = keys.shape[1] // self.geometry.page_tokens
         first = len(self.pages[b])
-        ready = self.spare[b][:count]
+        ids = self.spare[b][:count]
         del self.spare[b][:count]
-        ids = ready + self.pool.allocate(count - len(ready))
-        if len(ready) < count:
+        ready = len(ids)
+        rungs = self.due[b] if self.due else []
+        for i in range(ready, count):
+            ids += self.pool.allocate(1, rungs[i] if rungs else -1)
+        if ready < count:
             self._fit_table(max(first + count, *(len(ids) for ids in self.pages)))
-            self.enter(b, first + len(ready), ids[len(ready) :])
-
+            self.enter(b, first + ready, ids[ready:])
         self.pages[b] += ids
-        if self.use_triton:
-            from kvfold.runtime.triton import store_pages
-
-            store_pages(self, keys, values, ids)
-            return
-
-        def pack(x: Tensor, spec) -> Tensor:
-            blocks = x.unflatten(1, (-1, size)).transpose(0, 1)  # [n, Hkv, page, D]
-            return encode(blocks, spec.format, clip_rows(spec.clip)).flatten(1)
-
-        packed = torch.cat((pack(keys, self.spec.key), pack(values, self.spec.value)), 1)
-        for number, data in zip(ids, packed, strict=True):
-            self.pool.page(number).copy_(data)
+        write_pages(self, ids, keys, values)
 
     def _fit_table(self, entries: int) -> None:
         """Gives the block table room for `entries` pages a sequence, in whole steps."""
         entries = max(entries, *(len(self.pages[b]) + len(self.spare[b]) for b in range(self.batch_size)), 0)
         room = -(-entries // TABLE_STEP) * TABLE_STEP
         if room != self.block_table.shape[1]:
-            table = self.block_table.new_zeros(self.batch_size, room)
-            kept = min(room, self.block_table.shape[1])
-            table[:, :kept] = self.block_table[:, :kept]
-            self.block_table = table
+            self.block_table = self.block_table.new_zeros(
+                self.batch_size, 0
+            )  # the old one goes before the new one comes
+            self.block_table = self.block_table.new_zeros(self.batch_size, room)
+            for b in range(self.batch_size):
+                self.enter(b, 0, self.pages[b] + self.spare[b])
 
     # -- read ----------------------------------------------------------------------------------------------------------
 
     def read_pages(self, ids: list[int]) -> tuple[Tensor, Tensor]:
         """Decodes pages: (keys, values), float32 [Hkv, len(ids)·page_tokens, D], keys in their stored basis."""
-        g = self.geometry
-        data = self.pool.load(ids)
-        split = g.page_nbytes(self.spec.key.format)
-
-        def unpack(part: Tensor, spec) -> Tensor:
-            blocks = decode(part.unflatten(1, (g.num_kv_heads, -1)), spec.format, g.page_tokens)  # [n, Hkv, page, D]
-            return blocks.transpose(0, 1).flatten(1, 2)
-
-        return unpack(data[:, :split], self.spec.key), unpack(data[:, split:], self.spec.value)
+        return read_pages(self, ids)
 
     def tiles(self, row: RowView):
         """Yields what the queries of one sequence read, a tile at a time."""

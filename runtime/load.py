@@ -24,6 +24,7 @@ from kvfold.exports.units import parse_nbytes
 from kvfold.runtime.assisted import hook_assisted, own_drafts
 from kvfold.runtime.attention import NAME
 from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.policy import Progressive
 from kvfold.runtime.save import save_artifact
 
 log = logging.getLogger("kvfold")
@@ -70,7 +71,8 @@ def load_pretrained(
             is an order of magnitude slower.
         revision: of the Hub repository.
         kv_budget: bytes ("1GiB" or an int) that a cache may never pass; KVBudgetExceeded is raised before it would.
-        policy: "floor" stores at the searched bit-widths at once.
+        policy: "floor" stores at the searched bit-widths at once; "progressive" starts in 16 bits and lowers pages, the least
+            harmful first, as kv_budget fills. Its attention is the plain-torch reference on every device.
         attention: "reference" is plain torch on any device, "triton" the kernels; "auto" picks by device.
         cuda_graph: `generate` takes memory for the longest sequence at the start and replays one captured decoding step, so
             that decoding isn't bound by Python. Needs a GPU and the kernels.
@@ -86,8 +88,21 @@ def load_pretrained(
     Raises:
         KvfoldError: not an artifact, a damaged one, or an option that does not exist.
     """
-    if policy != "floor":
-        raise KvfoldError(f"policy '{policy}' is not one this version knows; use 'floor'.")
+    if policy not in ("floor", "progressive"):
+        raise KvfoldError(f"policy '{policy}' is not one this version knows; use 'floor' or 'progressive'.")
+    progressive = policy == "progressive"
+    if progressive and kv_budget is None:
+        raise KvfoldError(
+            "policy='progressive' lowers pages as kv_budget fills, but there is none; give kv_budget='1GiB'."
+        )
+    if progressive and attention == "triton":
+        raise KvfoldError(
+            "attention='triton' reads pages of one format, but policy='progressive' keeps several; use attention='auto'."
+        )
+    if progressive and cuda_graph:
+        raise KvfoldError(
+            "cuda_graph=True needs pages that stay as they are, but policy='progressive' lowers them; leave one of them out."
+        )
     if attention not in ("auto", "reference", "triton"):
         raise KvfoldError(
             f"attention '{attention}' is not one this version knows; use 'auto', 'reference' or 'triton'."
@@ -96,8 +111,12 @@ def load_pretrained(
         raise KvfoldError(f"rollback={rollback!r} is not a number of tokens; give 0 or more.")
     budget = None if kv_budget is None else parse_nbytes(kv_budget)
     artifact = read_artifact(resolve_artifact(path_or_repo_id, revision, **hub_kwargs))
+    g = artifact.geometry
+    ladders = progressive_policy(artifact) if progressive else None
     if budget is not None:
-        least = batch_nbytes(replace(artifact.geometry, rollback=rollback), artifact.formats, [1])
+        least = batch_nbytes(replace(g, rollback=rollback), artifact.formats, [1])
+        if ladders is not None:
+            least = ladders.least_nbytes(g, g.sinks + g.window + g.page_tokens)
         if budget < least:
             raise KvfoldError(
                 f"kv_budget={kv_budget} is too small: sinks, window and one page take {least} bytes; give at least that."
@@ -106,13 +125,21 @@ def load_pretrained(
     dtype = dtype or default_dtype(target)
     model, info = stock_from_pretrained(artifact.path, dtype=dtype or "auto", output_loading_info=True)
     check_complete(info, artifact)
-    triton = choose_triton(attention, target, artifact)
+    triton = not progressive and choose_triton(attention, target, artifact)
     if cuda_graph and not (triton and target.type == "cuda"):
         raise KvfoldError(
             f"cuda_graph=True needs a CUDA device and the Triton kernels, but this is {target}; leave it out."
         )
     log.info("attention: %s on %s", "Triton kernels" if triton else "plain-torch reference", target)
-    return attach(model.to(target), artifact, budget, triton, cuda_graph, rollback, batch_invariant)
+    return attach(
+        model.to(target), artifact, budget, triton, cuda_graph, rollback=rollback, batch_invariant=batch_invariant, policy=ladders
+    )  # fmt: skip
+
+
+def progressive_policy(artifact: Artifact) -> Progressive:
+    """The progressive policy by an artifact's own predicted losses."""
+    losses = [(layer.key.predicted_loss, layer.value.predicted_loss) for layer in artifact.metadata.layers]
+    return Progressive(artifact.specs, losses, artifact.geometry)
 
 
 def default_device() -> torch.device:
@@ -169,6 +196,7 @@ def attach(
     cuda_graph: bool = False,
     rollback: int = 0,
     batch_invariant: bool = False,
+    policy: Progressive | None = None,
 ) -> PreTrainedModel:
     """Makes every forward pass of `model`, which has the artifact's weights, read a packed cache."""
     model.eval()
@@ -181,7 +209,7 @@ def attach(
     digest = artifact.metadata.digest
 
     def new_cache(reserve: int = 0) -> QuantizedKVCache:
-        cache = QuantizedKVCache(artifact.specs, geometry, budget, triton, reserve)
+        cache = QuantizedKVCache(artifact.specs, geometry, budget, triton, reserve, policy)
         cache.artifact = digest
         cache.padding.batch_invariant = batch_invariant
         return cache
@@ -235,7 +263,7 @@ def attach(
     # bound on the instance: a subclass's name would end up in config.json when the model is saved
     model._prepare_cache_for_generation = types.MethodType(prepare_cache, model)
     hook_assisted(model)
-    model.kv_new_cache = new_cache
+    model.new_kv_cache = new_cache
     if cuda_graph:
         from kvfold.runtime.graph import graphed
 

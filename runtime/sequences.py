@@ -9,13 +9,11 @@ from torch import Tensor
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.kernels.quantizer import to_float16
-from kvfold.runtime.pool import PagePool
+from kvfold.runtime.pool import PASSED, PagePool
 from kvfold.runtime.view import Padding
 
 if TYPE_CHECKING:
     from kvfold.runtime.layer import PackedLayer
-
-PASSED = -1  # in a list of pages: one that a sliding window has left behind and that is gone
 
 
 def slots_of(geometry: Geometry, positions: Tensor) -> Tensor:
@@ -41,6 +39,9 @@ class Sequences:
     raw_keys: Tensor
     raw_values: Tensor
     state: Tensor
+    segments: Tensor
+    due: list[list[int]]
+    bounds: list[list[int]]
     block_table: Tensor
     length: list[int]
     pages: list[list[int]]
@@ -56,11 +57,12 @@ class Sequences:
         """Forgets everything and frees it."""
         if self.is_initialized:
             self._disown()
-            del self.pool, self.raw_keys, self.raw_values, self.state, self.block_table, self.batch_size
+            del self.pool, self.raw_keys, self.raw_values, self.state, self.block_table, self.segments, self.batch_size
             del self.length, self.pages, self.spare, self.passed, self.oldest
         self.shares_pool = False
         self.is_initialized = False
         self.columns = 0
+        self.due, self.bounds = [], []
 
     def _disown(self) -> None:
         """Gives back the pages of all sequences."""
@@ -179,6 +181,7 @@ class Sequences:
         if self.is_initialized:
             other.raw_keys, other.raw_values = self.raw_keys.clone(), self.raw_values.clone()
             other.state, other.block_table = self.state.clone(), self.block_table.clone()
+            other.segments, other.due, other.bounds = self.segments.clone(), [], []
             other.length, other.pages = list(self.length), [list(ids) for ids in self.pages]
             other.passed, other.oldest = list(self.passed), list(self.oldest)
             other.spare, other.reserved = [[] for _ in self.spare], 0
