@@ -288,7 +288,8 @@ class PackedLayer(CacheLayerMixin):
         for start, end in pairwise(cuts):
             part = slice(start, end)
             yield Tile(row.keys[:, part], row.values[:, part], row.raw_positions[part], False)
-        step = max(1, TILE_TOKENS // g.page_tokens)
+        # one query's scores are small: larger tiles, so that the time goes into tokens and not into launching operations
+        step = max(1, TILE_TOKENS * (4 if row.positions.numel() == 1 else 1) // g.page_tokens)
         for start in range(0, len(row.pages), step):
             ids = row.pages[start : start + step]
             first = g.sinks + start * g.page_tokens
