@@ -81,7 +81,7 @@ def new_cache(model: Any, rule: str, budget: int) -> Any:
     """An empty cache of one sequence."""
     artifact = model.kv_artifact
     if rule == PLAIN:
-        return DynamicCache()
+        return DynamicCache(config=model.config)
     if rule == FLOOR:
         return QuantizedKVCache(artifact.specs, artifact.geometry, budget, model.kv_triton)
     policy = progressive_policy(artifact)
@@ -191,7 +191,8 @@ def draw(path: Path, rows: dict[str, Any], windows: int, budget: int, tokens: in
         size.plot(row["positions"], [n / 2**20 for n in row["bytes"]], color=colour)
     loss.axhline(0, color="black", linewidth=0.5)
     loss.set(ylabel="nats over 16 bits")
-    loss.legend(frameon=False)
+    if loss.get_legend_handles_labels()[0]:
+        loss.legend(frameon=False)
     bits.set(ylabel="bits in pages", ylim=(0, 17))
     size.axhline(budget / 2**20, color="black", linestyle="--", linewidth=0.8)
     size.set(ylabel="MiB resident", xlabel="position", ylim=(0, None))

@@ -123,9 +123,9 @@ def decode(packed: Tensor, fmt: Format, tokens: int) -> Tensor:
     params = _load_param(stored.flatten(-2), fmt.param_dtype)  # [..., T, p]
     if fmt.params == "scale":
         levels, steps = _class_rows(fmt, packed.device)
-        return torch.where(levels > 0, (codes - (levels - 1) / 2) * (params * steps), torch.zeros_like(codes))
+        return codes.sub_((levels - 1) / 2).mul_(params * torch.where(levels > 0, steps, 0.0))
     minimum, scale = params.unflatten(-1, (fmt.num_groups, 2)).unbind(-1)
-    return (codes.unflatten(-1, (fmt.num_groups, -1)) * scale[..., None] + minimum[..., None]).flatten(-2)
+    return codes.unflatten(-1, (fmt.num_groups, -1)).mul_(scale[..., None]).add_(minimum[..., None]).flatten(-2)
 
 
 def round_trip(x: Tensor, fmt: Format, clip: Tensor | None = None) -> Tensor:

@@ -303,7 +303,8 @@ class PackedLayer(Sequences, CacheLayerMixin):
         for start, end in pairwise(cuts):
             part = slice(start, end)
             yield Tile(row.keys[:, part], row.values[:, part], row.raw_positions[part], False)
-        step = max(1, TILE_TOKENS // g.page_tokens)
+        # one query's scores are small: larger tiles, so that the time goes into tokens and not into launching operations
+        step = max(1, TILE_TOKENS * (4 if row.positions.numel() == 1 else 1) // g.page_tokens)
         unseen = 0  # pages behind the first query's sliding window, be they gone already or not
         if self.sliding and row.positions.numel():
             unseen = max(0, int(row.positions[0]) - self.sliding + 1 - g.sinks) // g.page_tokens

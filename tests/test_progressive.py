@@ -14,14 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kvfold import runtime
 from kvfold.compress.cli import main
 from kvfold.errors import KVBudgetExceeded, KvfoldError
+from kvfold.exports.account import Geometry
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec, clip_rows
 from kvfold.kernels.formats import Format, raw16, uniform
 from kvfold.kernels.quantizer import round_trip
 from kvfold.runtime import lower as lowering
 from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.layer import PackedLayer
 from kvfold.runtime.load import plain_cache
 from kvfold.runtime.pages import lower, oldest, set_segments
 from kvfold.runtime.policy import Progressive, Step, distortion, finer, ladder
+from kvfold.runtime.view import Padding
 
 LOSSES = {"mixed": (0.02, 0.01), "ternary": (0.5, 0.1), "raw": (0.0, 0.0)}
 PAGE, ROWS = GEOMETRY.page_tokens, GEOMETRY.raw_rows
@@ -481,3 +484,22 @@ def test_inspect_live_shows_a_cache_that_fills(tiny_artifact, capsys):
     with pytest.raises(SystemExit) as done:
         main(["inspect", str(tiny_artifact), "--live", "--policy", "progressive"])
     assert done.value.code == 2 and "give kv_budget='1GiB'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mixed", "ternary"])
+def test_kernels_write_and_lower_pages_to_the_bytes_of_the_reference(name):
+    geometry = Geometry(HEADS, DIM, sinks=3, window=10, page_tokens=16)
+    rungs = ladder(SPECS[name])
+    layers = [PackedLayer(rungs[0], geometry, Padding([0, 0]), 0, triton, rungs) for triton in (False, True)]
+    keys, values = torch.randn(2, 2, HEADS, 80, DIM)
+    for layer in layers:
+        layer.due = [[0, 1, 2, 3], [1, 1, 3, 3]]
+        layer.update(keys, values)
+        for rung, count in ((3, 3), (2, 2), (1, 1)):
+            lower(layer, oldest(layer, rung, count))
+        for b in range(2):
+            assert [layer.pool.rung(i) for i in layer.pages[b]] == [0, 1, 1, 2]
+            assert layer.block_table[b, :4].tolist() == layer.pool.addresses(layer.pages[b])
+    for b in range(2):
+        for ours, theirs in zip(*(layer.pages[b] for layer in layers), strict=True):
+            assert torch.equal(layers[0].pool.page(ours), layers[1].pool.page(theirs))
