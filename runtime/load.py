@@ -231,7 +231,7 @@ def attach(
     # bound on the instance: a subclass's name would end up in config.json when the model is saved
     model._prepare_cache_for_generation = types.MethodType(prepare_cache, model)
     hook_assisted(model)
-    model.kv_new_cache = new_cache
+    model.new_kv_cache = new_cache
     if cuda_graph:
         from kvfold.runtime.graph import graphed
 

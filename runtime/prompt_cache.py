@@ -72,7 +72,7 @@ def load_cache(path: str | PathLike, model: Any) -> "QuantizedKVCache":
         KvfoldError: no such file, a damaged one, or one of another artifact or version.
         KVBudgetExceeded: it takes more than the model's kv_budget.
     """
-    if not hasattr(model, "kv_new_cache"):
+    if not hasattr(model, "new_kv_cache"):
         raise KvfoldError("A cache is restored for a model that runtime.load_pretrained has loaded; this one is not.")
     body, tensors = _read(Path(path))
     digest = model.kv_artifact.metadata.digest
@@ -81,7 +81,7 @@ def load_cache(path: str | PathLike, model: Any) -> "QuantizedKVCache":
             f"'{path}' is a cache of another artifact ({str(body['artifact'])[:12]}…, this model's is {digest[:12]}…); load "
             "the artifact that it was made with."
         )
-    cache = model.kv_new_cache()
+    cache = model.new_kv_cache()
     cache.extend_rollback(body["rollback"])
     lengths = body["layers"][0]["length"]
     if cache.budget is not None:

@@ -262,7 +262,7 @@ def test_forks_go_on_by_themselves_and_share_their_pages(family):
 
 
 def test_a_fork_of_nothing():
-    cache = packed_model().kv_new_cache()
+    cache = packed_model().new_kv_cache()
     with pytest.raises(KvfoldError, match=r"fork\(0\)"):
         cache.fork(0)
     [other] = cache.fork(1)
@@ -306,7 +306,7 @@ def test_a_file_that_is_no_fitting_cache_is_refused(tmp_path):
     model = packed_model(spec=PACKED)
     path = tmp_path / "prefix.kv"
     with pytest.raises(KvfoldError, match="holds no tokens"):
-        model.kv_new_cache().save(path)
+        model.new_kv_cache().save(path)
     cache = model(PROMPT).past_key_values
     cache.save(path)
     data = path.read_bytes()
