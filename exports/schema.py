@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
@@ -69,6 +69,13 @@ class CacheModel(Strict):
     window: Count
     page_tokens: Positive
     sliding: list[Count] = Field(default_factory=list)
+
+    @model_serializer(mode="wrap")
+    def _fields(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = dump(self)
+        if not self.sliding:
+            del fields["sliding"]
+        return fields
 
 
 class AccountModel(Strict):
@@ -165,17 +172,10 @@ class Metadata(Strict):
     def formats(self) -> list[tuple[Format, Format]]:
         return [(layer.key.format.build(), layer.value.format.build()) for layer in self.layers]
 
-    def body(self) -> dict:
-        """The fields that kv_cache.json of this format_version has, without the digest."""
-        fields = self.model_dump()
-        if self.format_version == FORMAT_VERSION:
-            del fields["cache"]["sliding"]
-        return fields
-
     @property
     def digest(self) -> str:
         """What kv_cache.json states as its digest: it names the artifact, all files included."""
-        return _digest(self.body())
+        return _digest(self.model_dump())
 
 
 def _digest(body: dict) -> str:
@@ -184,7 +184,7 @@ def _digest(body: dict) -> str:
 
 def dump_metadata(metadata: Metadata) -> str:
     """kv_cache.json's text: the fields in order, and their digest last, so that a flipped byte anywhere shows."""
-    body = metadata.body()
+    body = metadata.model_dump()
     return json.dumps({**body, "digest": _digest(body)}, indent=1, ensure_ascii=False) + "\n"
 
 
