@@ -365,3 +365,16 @@ def test_tokens_past_the_models_maximum_are_transformers_own_affair():
     model = packed_model()
     model.config.max_position_embeddings = 80
     assert torch.equal(text(model, **GREEDY), text_16bit("llama", PROMPT, **GREEDY))  # 99 tokens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_cache_that_knew_no_rollback_learns_it_in_a_later_turn(family):
+    model = packed_model(family, PACKED)
+    first = model.generate(PROMPT, max_new_tokens=9, return_dict_in_generate=True, **GREEDY)
+    cache = first.past_key_values
+    assert cache.geometry.rollback == 0
+    ids = torch.cat((first.sequences, PROMPT[:, 10:40]), 1)
+    greedy = text(model, ids, **GREEDY)
+    found = text(model, ids, past_key_values=cache, prompt_lookup_num_tokens=9, max_matching_ngram_size=1, **GREEDY)
+    assert torch.equal(found, greedy) and cache.geometry.rollback == 9
