@@ -3,6 +3,7 @@
 import types
 from typing import Any
 
+from kvfold.errors import KvfoldError
 from kvfold.runtime.branches import Branches
 
 LOOKBEHIND = 16  # tokens beyond its drafts that an assistant takes back where tokenizers differ
@@ -11,7 +12,8 @@ LOOKBEHIND = 16  # tokens beyond its drafts that an assistant takes back where t
 def hook_assisted(model: Any) -> None:
     """Lets every draft that `model.generate` checks lengthen its cache's 16-bit ring first.
 
-    A crop of what was rejected then leaves no trace, so that the text is that of greedy decoding.
+    A crop of what was rejected then leaves no trace, so that the text is that of greedy decoding. transformers 5.23 gives an
+    assisted model the whole text at first, also where its cache holds a part; that is refused, and not read twice in silence.
     """
     stock = model._get_candidate_generator
 
@@ -19,6 +21,11 @@ def hook_assisted(model: Any) -> None:
         generator = stock(*args, **kwargs)
         cache = kwargs["model_kwargs"].get("past_key_values")
         draft = generator.get_candidates
+        if isinstance(cache, Branches) and cache.tokens:
+            raise KvfoldError(
+                f"Assisted decoding cannot go on with a cache that holds tokens ({cache.tokens}): transformers would give it the "
+                "whole text once more; leave past_key_values out, or assistant_model and prompt_lookup_num_tokens."
+            )
 
         def get_candidates(input_ids, *args, **kwargs):
             candidates, logits = draft(input_ids, *args, **kwargs)

@@ -32,6 +32,11 @@ class Branches:
         """(key format, value format) of each layer."""
         return [(layer.spec.key.format, layer.spec.value.format) for layer in self.layers]
 
+    @property
+    def tokens(self) -> int:
+        """Columns that the cache holds, padding included."""
+        return max(layer.columns for layer in self.layers)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last |n| tokens for n ≤ 0; for n > 0 keeps the first n columns. See PackedLayer.crop.
 

@@ -365,3 +365,27 @@ def test_tokens_past_the_models_maximum_are_transformers_own_affair():
     model = packed_model()
     model.config.max_position_embeddings = 80
     assert torch.equal(text(model, **GREEDY), text_16bit("llama", PROMPT, **GREEDY))  # 99 tokens
+
+
+@torch.no_grad()
+def test_drafting_on_a_cache_that_holds_tokens_is_refused():
+    """transformers gives it the whole text, as it does to its own cache; that went wrong in silence."""
+    model = packed_model(spec=PACKED)
+    cache = model(PROMPT[:, :50]).past_key_values
+    for options in ({"prompt_lookup_num_tokens": 5}, {"assistant_model": tiny_model("llama", seed=3)}):
+        with pytest.raises(KvfoldError, match=r"a cache that holds tokens \(50\)"):
+            text(model, past_key_values=cache, **options, **GREEDY)
+    assert torch.equal(text(model, past_key_values=cache, **GREEDY), text(model, **GREEDY))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_cache_that_knew_no_rollback_learns_it(family):
+    model = packed_model(family, PACKED)
+    fresh, used = model(PROMPT).past_key_values, model(PROMPT).past_key_values
+    more = torch.randint(1, 128, (1, 60), generator=torch.Generator().manual_seed(4))
+    used.extend_rollback(19)
+    model(more[:, 20:39], past_key_values=used)
+    used.crop(-19)
+    for part in (more[:, :1], more[:, 1:]):
+        assert torch.equal(model(part, past_key_values=used).logits, model(part, past_key_values=fresh).logits)
