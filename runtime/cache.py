@@ -11,7 +11,7 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import LayerSpec
 from kvfold.runtime.layer import PackedLayer
-from kvfold.runtime.lower import check_floor, make_room, prepare
+from kvfold.runtime.lower import check, make_room, prepare
 from kvfold.runtime.pages import set_segments
 from kvfold.runtime.policy import Progressive
 from kvfold.runtime.view import Padding
@@ -108,8 +108,8 @@ class QuantizedKVCache(Cache):
             KVBudgetExceeded: the tokens would take the whole cache past its budget; nothing is stored.
         """
         if self.budget is not None and layer_idx == 0:
-            check = check_floor if self.policy is None else prepare
-            check(self, key_states.shape[0], key_states.shape[2])
+            make_way = check if self.policy is None else prepare
+            make_way(self, key_states.shape[0], key_states.shape[2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def report(self) -> list[dict]:
