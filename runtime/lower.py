@@ -35,9 +35,9 @@ def check(cache: "QuantizedKVCache", batch_size: int, tokens: int) -> None:
 
 def exceeded(cache: "QuantizedKVCache", tokens: int, batch_size: int, need: int) -> KVBudgetExceeded:
     """The error that says what did not fit."""
-    floor = ", all pages at the lowest bits," if cache.policy is not None else ""
+    floor = " with all pages at the lowest bits" if cache.policy is not None else ""
     return KVBudgetExceeded(
-        f"{tokens} tokens in {batch_size} sequence(s) need a cache of {need} bytes{floor} but kv_budget is {cache.budget}; "
+        f"{tokens} tokens in {batch_size} sequence(s) need a cache of {need} bytes{floor}, but kv_budget is {cache.budget}; "
         "raise kv_budget, shorten the prompt or make the batch smaller."
     )
 

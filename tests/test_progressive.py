@@ -379,7 +379,9 @@ def test_all_the_budget_is_used_and_the_floor_is_reached_before_it_is_refused():
             feed(cache, 1)
         assert cache.nbytes == cache.budget and all(sum(x.pool.counts[1:]) == 0 for x in cache.layers)
         feed(cache, PAGE - 1)
-        with pytest.raises(KVBudgetExceeded, match=rf"all pages at the lowest bits, but kv_budget is {cache.budget}"):
+        with pytest.raises(
+            KVBudgetExceeded, match=rf"with all pages at the lowest bits, but kv_budget is {cache.budget}"
+        ):
             feed(cache, 1)
         assert cache.get_seq_length() == tokens + PAGE - 1
         cache.crop(-PAGE)
@@ -526,3 +528,22 @@ def test_kernels_write_and_lower_pages_to_the_bytes_of_the_reference(name):
     for b in range(2):
         for ours, theirs in zip(*(layer.pages[b] for layer in layers), strict=True):
             assert torch.equal(layers[0].pool.page(ours), layers[1].pool.page(theirs))
+
+
+def test_a_floor_cache_does_not_grow_past_its_budget_by_repeating_sequences():
+    spec = SPECS["mixed"]
+    cache = QuantizedKVCache([spec], GEOMETRY, 12_000)
+    feed(cache, 60, 2)
+    before = cache.nbytes
+    with pytest.raises(
+        KVBudgetExceeded, match=r"60 tokens in 6 sequence\(s\) need a cache of \d+ bytes, but kv_budget is 12000"
+    ):
+        cache.batch_repeat_interleave(3)
+    assert cache.nbytes == before and cache.layers[0].lengths() == [60, 60]
+    cache.reorder_cache(torch.tensor([1, 0]))
+
+
+def test_a_policy_needs_a_budget():
+    for options in ({}, {"budget": 1 << 20, "reserve": 100}):
+        with pytest.raises(KvfoldError, match="needs kv_budget and no reserved memory"):
+            QuantizedKVCache([SPECS["mixed"]], GEOMETRY, policy=policy_of(["mixed"]), **options)
