@@ -44,7 +44,7 @@ def exceeded(cache: "QuantizedKVCache", tokens: int, batch_size: int, need: int)
 
 def prepare(cache: "QuantizedKVCache", batch_size: int, tokens: int) -> None:
     """Before the progressive policy's cache takes `tokens` columns: lowers pages until they fit, and says which rungs the pages
-    that come due are written on. A decoding step that takes no memory lowers ahead for the next page: as many pages as there
+    that come due are written on. A call that takes no memory, as most decoding steps, lowers ahead for the next page: as many pages as there
     are layers, more only where the steps that are left could not do it else.
 
     Raises:
@@ -57,7 +57,7 @@ def prepare(cache: "QuantizedKVCache", batch_size: int, tokens: int) -> None:
     ahead = [count + 1 for count in due]
     for layer in layers:
         layer.due = []
-    takes = tokens > 1 or any(due) or not layers[0].is_initialized  # memory, in this call
+    takes = any(due) or not layers[0].is_initialized  # memory, in this call
     plan = _plan(cache, batch_size, ahead) if tokens > 1 or not takes else None
     if takes:
         wanted = ahead if plan is not None else due
