@@ -12,7 +12,7 @@ from kvfold.exports.account import Geometry
 from kvfold.exports.spec import LayerSpec
 from kvfold.runtime.branches import Branches
 from kvfold.runtime.layer import PackedLayer
-from kvfold.runtime.lower import check_floor, make_room, prepare
+from kvfold.runtime.lower import check, make_room, prepare
 from kvfold.runtime.pages import set_segments
 from kvfold.runtime.policy import Progressive
 from kvfold.runtime.view import Padding
@@ -107,8 +107,8 @@ class QuantizedKVCache(Branches, Cache):
         if layer_idx == 0:
             self.check_whole()
         if self.budget is not None and layer_idx == 0:
-            check = check_floor if self.policy is None else prepare
-            check(self, key_states.shape[0], key_states.shape[2])
+            make_way = check if self.policy is None else prepare
+            make_way(self, key_states.shape[0], key_states.shape[2])
         try:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except FloatingPointError:

@@ -24,6 +24,7 @@ from kvfold.exports.units import parse_nbytes
 from kvfold.runtime.assisted import hook_assisted, own_drafts
 from kvfold.runtime.attention import NAME
 from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.lower import check
 from kvfold.runtime.policy import Progressive
 from kvfold.runtime.save import save_artifact
 
@@ -84,7 +85,7 @@ def load_pretrained(
         hub_kwargs: for huggingface_hub.snapshot_download, e.g. `token`, `cache_dir`, `local_files_only`.
     Returns:
         A PreTrainedModel; `generate`, `model(ids)` and chunked calls read quantised keys and values back.
-        `outputs.past_key_values` is a QuantizedKVCache.
+        `outputs.past_key_values` is a QuantizedKVCache; `model.new_kv_cache()` gives an empty one to pass and to watch.
     Raises:
         KvfoldError: not an artifact, a damaged one, or an option that does not exist.
     """
@@ -245,6 +246,7 @@ def attach(
         cache = kwargs.get("past_key_values")
         if isinstance(cache, QuantizedKVCache):
             cache.note_padding(kwargs.get("attention_mask"), tokens.shape[0])
+            check(cache, tokens.shape[0], tokens.shape[1])
             if cache.get_seq_length() + tokens.shape[1] > covered and not warned:
                 warned.append(True)
                 log.warning("this artifact was calibrated for positions up to %d; past that quality falls off", covered)

@@ -15,58 +15,57 @@ if TYPE_CHECKING:
 GROUP_TOKENS = 1024  # re-quantised at a time while a prompt waits
 
 
-def check_floor(cache: "QuantizedKVCache", batch_size: int, tokens: int) -> None:
-    """Refuses columns that the floor policy's budget has no room for.
+def check(cache: "QuantizedKVCache", batch_size: int, tokens: int) -> None:
+    """Refuses columns that a budget has no room for, all pages on the floor; changes nothing.
 
     Raises:
         KVBudgetExceeded: in a sentence with the numbers.
     """
-    assert cache.budget is not None
+    if cache.budget is None:
+        return
     seen = cache.get_seq_length()
-    pads = cache.padding.columns or [0] * batch_size
-    reserved = cache.layers[0].reserved
-    geometry = replace(cache.geometry, sliding=()) if reserved else cache.geometry  # what is reserved stays
-    lengths = [max(0, seen + tokens - pad, reserved) for pad in pads]
-    need = batch_nbytes(geometry, cache.formats, lengths, tokens)
+    if cache.policy is None:
+        pads = cache.padding.columns or [0] * batch_size
+        reserved = cache.layers[0].reserved
+        geometry = replace(cache.geometry, sliding=()) if reserved else cache.geometry  # what is reserved stays
+        lengths = [max(0, seen + tokens - pad, reserved) for pad in pads]
+        need = batch_nbytes(geometry, cache.formats, lengths, tokens)
+    else:
+        need = floor_nbytes(cache, batch_size, _due(cache, batch_size, tokens)[2])
     if need > cache.budget:
         raise exceeded(cache, seen + tokens, batch_size, need)
 
 
 def exceeded(cache: "QuantizedKVCache", tokens: int, batch_size: int, need: int) -> KVBudgetExceeded:
     """The error that says what did not fit."""
-    floor = ", all pages at the lowest bits," if cache.policy is not None else ""
+    floor = " with all pages at the lowest bits" if cache.policy is not None else ""
     return KVBudgetExceeded(
-        f"{tokens} tokens in {batch_size} sequence(s) need a cache of {need} bytes{floor} but kv_budget is {cache.budget}; "
+        f"{tokens} tokens in {batch_size} sequence(s) need a cache of {need} bytes{floor}, but kv_budget is {cache.budget}; "
         "raise kv_budget, shorten the prompt or make the batch smaller."
     )
 
 
 def prepare(cache: "QuantizedKVCache", batch_size: int, tokens: int) -> None:
     """Before the progressive policy's cache takes `tokens` columns: lowers pages until they fit, and says which rungs the pages
-    that come due are written on. A decoding step that takes no memory lowers ahead for the next page: as many pages as there
+    that come due are written on. A call that takes no memory, as most decoding steps, lowers ahead for the next page: as many pages as there
     are layers, more only where the steps that are left could not do it else.
 
     Raises:
         KVBudgetExceeded: not even the floor has room; nothing was changed.
     """
     assert cache.policy is not None and cache.budget is not None
+    check(cache, batch_size, tokens)
     g, layers = cache.geometry, cache.layers
-    first = layers[0]
-    lengths = first.length if first.is_initialized else [0] * batch_size
-    have = [len(ids) for ids in first.pages] if first.is_initialized else [0] * batch_size
-    pads = cache.padding.columns or [0] * batch_size
-    total = [n + tokens - min(max(pad - first.columns, 0), tokens) for n, pad in zip(lengths, pads, strict=True)]
-    due = [max(0, g.num_pages(n) - pages) for n, pages in zip(total, have, strict=True)]
+    have, total, due = _due(cache, batch_size, tokens)
     ahead = [count + 1 for count in due]
     for layer in layers:
         layer.due = []
-    takes = tokens > 1 or any(due) or not first.is_initialized  # memory, in this call
+    takes = any(due) or not layers[0].is_initialized  # memory, in this call
     plan = _plan(cache, batch_size, ahead) if tokens > 1 or not takes else None
     if takes:
         wanted = ahead if plan is not None else due
         plan = plan or _plan(cache, batch_size, due)
-        if plan is None:
-            raise exceeded(cache, first.columns + tokens, batch_size, floor_nbytes(cache, batch_size, due))
+        assert plan is not None  # `check` has seen that the floor fits
         for layer, fresh in zip(layers, plan.fresh, strict=True):
             layer.due = rungs_of(fresh, wanted) if any(fresh[:-1]) else []
         carry_out(cache, plan, None)
@@ -74,6 +73,16 @@ def prepare(cache: "QuantizedKVCache", batch_size: int, tokens: int) -> None:
         full = [g.sinks + g.window + (pages + 1) * g.page_tokens for pages in have]
         steps = min(end - n for n, end in zip(total, full, strict=True))  # up to the one that takes the next page
         carry_out(cache, plan, max(len(layers), -(-sum(map(sum, plan.moves)) // steps)))
+
+
+def _due(cache: "QuantizedKVCache", batch_size: int, tokens: int) -> tuple[list[int], list[int], list[int]]:
+    """Pages that each sequence has, its tokens once `tokens` columns have come, and the pages that it takes for them."""
+    first = cache.layers[0]
+    lengths = first.length if first.is_initialized else [0] * batch_size
+    have = [len(ids) for ids in first.pages] if first.is_initialized else [0] * batch_size
+    pads = cache.padding.columns or [0] * batch_size
+    total = [n + tokens - min(max(pad - first.columns, 0), tokens) for n, pad in zip(lengths, pads, strict=True)]
+    return have, total, [max(0, cache.geometry.num_pages(n) - pages) for n, pages in zip(total, have, strict=True)]
 
 
 def _plan(cache: "QuantizedKVCache", batch_size: int, pages: list[int]) -> Plan | None:

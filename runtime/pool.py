@@ -78,12 +78,12 @@ class PagePool:
         return self._pages[number]
 
     def rung(self, number: int) -> int:
-        """The rung that a page stands on, 0 for the floor; below it the pages that a sliding window has left behind."""
-        return PASSED if number == PASSED else self._rungs[number]
+        """The rung that a page stands on, 0 for the floor and for a page that is gone."""
+        return self._rungs.get(number, 0)
 
     def addresses(self, ids: list[int]) -> list[int]:
-        """Block table entries of pages; 0 for those that a sliding window has left behind."""
-        return [0 if i == PASSED else self._addresses[i] for i in ids]
+        """Block table entries of pages; 0 for a page that is gone."""
+        return [self._addresses.get(i, 0) for i in ids]
 
     def load(self, ids: list[int]) -> Tensor:
         """uint8 [len(ids), page size], a copy of the packed bytes of pages of one rung."""

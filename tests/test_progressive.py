@@ -178,14 +178,14 @@ class ProgressiveLists(PlainLists):
         super().__init__(spec, batch)
         self.rungs = ladder(spec)
 
-    def quantised(self, x, side):
-        clip = None if side.clip is None else clip_rows(side.clip)
-        return round_trip(x[:, None].float(), side.format, clip)[:, 0]
-
     def requantise(self, b, page, rung):
         row, start = self.rows[b], GEOMETRY.sinks + page * PAGE
-        for t in range(start, start + PAGE):
-            row[t] = tuple(self.quantised(x, side) for x, side in zip(row[t], (self.rungs[rung].key, self.rungs[rung].value), strict=True))  # fmt: skip
+        sides = []
+        for i, side in enumerate((self.rungs[rung].key, self.rungs[rung].value)):
+            clip = None if side.clip is None else clip_rows(side.clip)
+            tokens = torch.stack([row[t][i] for t in range(start, start + PAGE)], 1).float()
+            sides.append(round_trip(tokens, side.format, clip).unbind(1))
+        row[start : start + PAGE] = list(zip(*sides, strict=True))
 
     def lowered(self, layer, ids):
         for b, own in enumerate(layer.pages):
@@ -242,9 +242,9 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("names", [["mixed"], ["ternary"], ["raw", "mixed"], ["mixed", "ternary"]], ids="+".join)
+@settings(max_examples=150, deadline=None)
 @given(
-    names=st.lists(st.sampled_from(sorted(SPECS)), min_size=1, max_size=2),
     batch=st.integers(1, 3),
     budget=st.integers(9_000, 120_000),
     steps=operations,
@@ -379,12 +379,34 @@ def test_all_the_budget_is_used_and_the_floor_is_reached_before_it_is_refused():
             feed(cache, 1)
         assert cache.nbytes == cache.budget and all(sum(x.pool.counts[1:]) == 0 for x in cache.layers)
         feed(cache, PAGE - 1)
-        with pytest.raises(KVBudgetExceeded, match=rf"all pages at the lowest bits, but kv_budget is {cache.budget}"):
+        with pytest.raises(
+            KVBudgetExceeded, match=rf"with all pages at the lowest bits, but kv_budget is {cache.budget}"
+        ):
             feed(cache, 1)
         assert cache.get_seq_length() == tokens + PAGE - 1
         cache.crop(-PAGE)
         feed(cache, PAGE)
         assert cache.nbytes == cache.budget
+
+
+def test_a_ragged_batch_stays_in_the_budget():
+    cache, lengths = make(["mixed", "ternary"], 44_000), [80, 3, 47]
+    mask = torch.tensor([[0] * (80 - n) + [1] * (n + 60) for n in lengths])
+    seen = 0
+    for tokens in [50, 30, *[1] * 60]:
+        seen += tokens
+        cache.note_padding(mask[:, :seen], 3)
+        for i in range(2):
+            cache.update(*torch.randn(2, 3, HEADS, tokens, DIM), i)
+        assert cache.nbytes == sum(t.nbytes for layer in cache.layers for t in layer.tensors()) <= cache.budget
+        for layer in cache.layers:
+            for b, own in enumerate(layer.pages):
+                rungs = [layer.pool.rung(number) for number in own]
+                assert rungs == sorted(rungs) and layer.segments[b, -1] == len(own) == GEOMETRY.num_pages(
+                    layer.length[b]
+                )
+    assert [layer.lengths() for layer in cache.layers] == [[n + 60 for n in lengths]] * 2
+    assert all(min(layer.pool.rung(i) for i in layer.pages[0]) < 3 for layer in cache.layers)
 
 
 def test_the_report_adds_up():
@@ -467,8 +489,11 @@ def test_generation_under_a_budget(tiny_artifact):
     assert [len(row["pages"]) for row in cache.report()] == [len(layer.rungs) for layer in cache.layers]
     beams = wide.generate(tokens, max_new_tokens=40, do_sample=False, num_beams=3, return_dict_in_generate=True)
     assert 60 * 1024 < beams.past_key_values.nbytes <= 90 * 1024
+    ran = []
+    tight.model.layers[0].register_forward_pre_hook(lambda *_: ran.append(True))
     with pytest.raises(KVBudgetExceeded, match=r"360 tokens in 12 sequence\(s\)"):
         tight(ids(360, 12))
+    assert not ran  # before anything is computed
 
 
 def test_inspect_live_shows_a_cache_that_fills(tiny_artifact, capsys):
@@ -503,3 +528,22 @@ def test_kernels_write_and_lower_pages_to_the_bytes_of_the_reference(name):
     for b in range(2):
         for ours, theirs in zip(*(layer.pages[b] for layer in layers), strict=True):
             assert torch.equal(layers[0].pool.page(ours), layers[1].pool.page(theirs))
+
+
+def test_a_floor_cache_does_not_grow_past_its_budget_by_repeating_sequences():
+    spec = SPECS["mixed"]
+    cache = QuantizedKVCache([spec], GEOMETRY, 12_000)
+    feed(cache, 60, 2)
+    before = cache.nbytes
+    with pytest.raises(
+        KVBudgetExceeded, match=r"60 tokens in 6 sequence\(s\) need a cache of \d+ bytes, but kv_budget is 12000"
+    ):
+        cache.batch_repeat_interleave(3)
+    assert cache.nbytes == before and cache.layers[0].lengths() == [60, 60]
+    cache.reorder_cache(torch.tensor([1, 0]))
+
+
+def test_a_policy_needs_a_budget():
+    for options in ({}, {"budget": 1 << 20, "reserve": 100}):
+        with pytest.raises(KvfoldError, match="needs kv_budget and no reserved memory"):
+            QuantizedKVCache([SPECS["mixed"]], GEOMETRY, policy=policy_of(["mixed"]), **options)
