@@ -16,7 +16,7 @@ _anchors: dict[torch.device, Tensor] = {}
 def anchor(device: torch.device) -> Tensor:
     """The tensor that block tables count from: one for each device, never freed, so entry 0 is readable memory."""
     if device not in _anchors:
-        _anchors[device] = torch.zeros(1 << 21, dtype=torch.uint8, device=device)
+        _anchors[device] = torch.zeros(1 << 22, dtype=torch.uint8, device=device)
     return _anchors[device]
 
 

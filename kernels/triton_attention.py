@@ -35,6 +35,9 @@ MERGE_CHANNELS = 32  # of a program that merges
 # ways of hiding latency: kernels that start while the one before ends (Hopper and later); the first tile asked for early
 OVERLAP = True
 WARM = True
+# programs of one warp that share a multiprocessor, tiles in flight and one, registers (None: as many as it takes)
+PLAIN = (8, 4, None)
+TERNARY = (8, 3, None)
 
 
 # numbers that vary from call to call must not each compile a kernel of their own
@@ -350,7 +353,9 @@ def attention(
         units = -(-table.shape[1] * page_tokens // TILE_TOKENS) + raw
         splits = min(-(-units // (FIXED_TILES * 32)) * 32, most)  # in whole blocks of the merge
     elif not splits:
-        splits = min(pick_splits(batch * kv_heads * blocks, table.shape[1] * page_tokens, table.device), most)
+        splits = min(
+            pick_splits(batch * kv_heads * blocks, table.shape[1] * page_tokens, table.device, wave_of(rungs)), most
+        )
     slots = splits * len(rungs)
     device = out.device
     partial = torch.empty(batch * kv_heads * blocks, slots, padded, dim, dtype=torch.float32, device=device)
@@ -364,9 +369,10 @@ def attention(
     holes = fixed or len(rungs) > 1
     for rung, pair in enumerate(rungs):
         k_program, v_program = (program(x, page_tokens) for x in pair)
-        # ternary codes take more instructions than their bytes hide: two tiles in flight, addresses one ahead (LOG.md)
+        # ternary codes take more instructions than their bytes hide: addresses are loaded one tile ahead (LOG.md)
         ternary = bool(k_program.trits or v_program.trits)
-        stages = 3 if ternary else 4
+        _, stages, registers = TERNARY if ternary else PLAIN
+        limit = {} if registers is None or prompt or dim > 128 else {"maxnreg": registers}
         _attention_kernel[(splits, kv_heads, batch * blocks)](
             queries.data, queries.scale, shifts, anchor(device), table, state, none if segments is None else segments,
             raw_keys, raw_values, partial, ml, first_query if prompt else none, packed_before if prompt else none,
@@ -376,7 +382,7 @@ def attention(
             PROMPT=prompt, SLIDING=sliding > 0, CAP=bend, SHIFT=shift is not None and bend > 0,
             RUNG=rung, RUNGS=len(rungs), HOLES=holes, OVERLAP=overlap, WARM=WARM and not INTERPRET and device.type == "cuda",
             STAGES=stages, PREFETCH=ternary, BLOCK=RAW_BLOCK, INTERPRET=INTERPRET, num_warps=1, num_stages=stages,
-            launch_pdl=overlap,
+            launch_pdl=overlap, **limit,
         )  # fmt: skip
     slots_2 = 0 if fixed else next(n for n in (8, 32, 128, 256, 512, MOST_SLOTS) if n >= slots)
     channels = MERGE_CHANNELS if dim % MERGE_CHANNELS == 0 else 16
@@ -396,14 +402,21 @@ def overlaps(device: torch.device) -> bool:
     return OVERLAP and not INTERPRET and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def pick_splits(programs: int, tokens: int, device: torch.device) -> int:
-    """Programs for each head and sequence: one wave of eight warps a multiprocessor, each with 256 tokens or more.
+def wave_of(rungs: Sequence[tuple[Format, Format]]) -> int:
+    """Programs that share a multiprocessor, for pages of these formats."""
+    ternary = all(3 in (levels for _, levels in (*key.classes, *value.classes)) for key, value in rungs)
+    return TERNARY[0] if ternary and rungs[0][0].head_dim <= 128 else PLAIN[0]
+
+
+def pick_splits(programs: int, tokens: int, device: torch.device, wave: int = 8) -> int:
+    """Programs for each head and sequence: one wave of the device, each with 256 tokens or more.
 
     Args:
         programs: heads × sequences × query blocks.
         tokens: of the longest sequence that fits the block table.
+        wave: programs that share a multiprocessor.
     """
     if device.type != "cuda":
         return 2
-    wave = 8 * torch.cuda.get_device_properties(device).multi_processor_count
+    wave *= torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(wave // programs, tokens // LEAST_TOKENS))

@@ -71,11 +71,34 @@ def shift_right(words, RIGHT: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def _high_bytes(words, INTERPRET: tl.constexpr):
+    """The high byte of each int16 word."""
+    if INTERPRET:
+        return ((words >> 8) & 0xFF).to(tl.int16)
+    else:
+        asm: tl.constexpr = "prmt.b32 $0, $1, 0, 0x4341;"
+        return tl.inline_asm_elementwise(asm, "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
+
+
+@triton.jit
 def _times_3(words, INTERPRET: tl.constexpr):
+    """3·words, of bytes; as float16 subnormals, which are whole numbers: half2 arithmetic has a pipe of its own."""
     if INTERPRET:
         return (words * 3).to(tl.int16)
     else:
-        return tl.inline_asm_elementwise("mul.lo.u32 $0, $1, 3;", "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
+        asm: tl.constexpr = "{ .reg .b32 three; mov.b32 three, 0x42004200; mul.f16x2 $0, $1, three; }"
+        return tl.inline_asm_elementwise(asm, "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
+
+
+@triton.jit
+def _rest_times_3(words, digits, INTERPRET: tl.constexpr):
+    """3·(words − digits), of words < 1024, digits being their bits 8 and 9 (as float16)."""
+    if INTERPRET:
+        return ((words & 0xFF) * 3).to(tl.int16)
+    else:
+        asm: tl.constexpr = """{ .reg .b32 three, rest; mov.b32 three, 0x42004200;
+            sub.f16x2 rest, $1, $2; mul.f16x2 $0, rest, three; }"""
+        return tl.inline_asm_elementwise(asm, "=r,r,r", [words, digits], dtype=tl.int16, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -195,10 +218,12 @@ def _half_word_digits(x, H: tl.constexpr, WHOLE: tl.constexpr, LEFT: tl.constexp
     """Ternary codes of half-word H: five, or what is left over; each float16, code · 2^8 · 2^−24."""
     out = ()
     if H < WHOLE:
-        for _ in tl.static_range(5):
-            x3 = _times_3(x, INTERPRET)
-            out = out + (mask_code(x3, 0x300, INTERPRET),)
-            x = _mask_words(x3, 0xFF, INTERPRET)
+        x3 = _times_3(x, INTERPRET)
+        for _ in tl.static_range(4):
+            digits = mask_code(x3, 0x300, INTERPRET)
+            out = out + (digits,)
+            x3 = _rest_times_3(x3, digits, INTERPRET)
+        out = out + (mask_code(x3, 0x300, INTERPRET),)
     else:
         for j in tl.static_range(LEFT):
             out = out + (mask_code(shift_right(x, 2 * j - 8, INTERPRET), 0x300, INTERPRET),)
@@ -223,7 +248,7 @@ def trit_digits(page, row, TRANSPOSED: tl.constexpr, V: tl.constexpr, INTERPRET:
     for k in tl.static_range(words):
         w = tl.load(_tile_ptr(page + k * rows * 32, row, TRANSPOSED))
         out = out + _half_word_digits(_mask_words(w, 0xFF, INTERPRET), 2 * k, whole, left, INTERPRET)
-        x = _mask_words(shift_right(w, 8, INTERPRET), 0xFF, INTERPRET)
+        x = _high_bytes(w, INTERPRET)
         out = out + _half_word_digits(x, 2 * k + 1, whole, left, INTERPRET)
     if halves % 2 == 1:  # two rows to a word
         w = tl.load(_tile_ptr(page + words * rows * 32, row // 2, TRANSPOSED))

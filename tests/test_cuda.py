@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from conftest import char_tokenizer, save_tiny
+from conftest import TINY_RECIPE, char_tokenizer, save_tiny
 
 from kvfold import runtime
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import load_recipe
+from kvfold.runtime.layer import PackedLayer
+from kvfold.runtime.view import Padding
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 TEXT = "the cache of a long sequence holds keys and values for every token that was read before and after it all"
@@ -31,3 +33,94 @@ def test_gpu_agrees_with_cpu(family, dtype, tmp_path, text_file, recipe_file):
     peak = torch.cuda.memory_allocated()
     del out
     assert torch.cuda.memory_allocated() < peak  # a cache that goes out of use frees its memory
+
+
+TEXTS = ["of it", TEXT]
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2", "gpt_oss", "gemma3_text"])
+def paths(request, tmp_path_factory, text_file):
+    """One artifact of a family: plain, soft-capped with windows, sink logits with windows, windows alone."""
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "recipe.yaml").write_text(TINY_RECIPE.replace("page_tokens: 8", "page_tokens: 16"))
+    source = save_tiny(folder / "model", request.param)
+    recipe = load_recipe(folder / "recipe.yaml")
+    return compress(str(source), "9.0", folder / "out", calib=str(text_file), recipe=recipe, device="cuda").path
+
+
+def relative(got, expected):
+    return float((got.float() - expected.float()).norm() / expected.float().norm())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-2), (torch.bfloat16, 1e-1)])
+@torch.no_grad()
+def test_kernels_agree_with_the_reference(paths, dtype, tolerance):
+    """A ragged batch padded on the left: prompt, steps in which pages come due, a chunk, steps."""
+    reference, triton = (
+        runtime.load_pretrained(paths, device="cuda", dtype=dtype, attention=name) for name in ("reference", "triton")
+    )
+    assert [reference.kv_triton, triton.kv_triton] == [False, True]
+    ids = torch.randint(1, 128, (2, 97), generator=torch.Generator().manual_seed(4)).cuda()
+    mask = torch.ones_like(ids)
+    mask[1, :13] = 0
+    caches = [None, None]
+    for part in (
+        slice(0, 61),
+        *(slice(t, t + 1) for t in range(61, 80)),
+        slice(80, 91),
+        *(slice(t, t + 1) for t in range(91, 97)),
+    ):
+        outs = [
+            model(ids[:, part], attention_mask=mask[:, : part.stop], past_key_values=cache)
+            for model, cache in zip((reference, triton), caches, strict=True)
+        ]
+        caches = [out.past_key_values for out in outs]
+        kept = mask[:, part].bool()
+        assert relative(outs[1].logits[kept], outs[0].logits[kept]) < tolerance
+        assert caches[0].nbytes == caches[1].nbytes
+    for one, other in zip(*(cache.layers for cache in caches), strict=True):
+        assert one.state.tolist() == other.state.tolist()
+
+
+@torch.no_grad()
+def test_a_graph_generates_what_the_kernels_generate(paths):
+    tokenizer = char_tokenizer()
+    tokenizer.padding_side = "left"
+    batch = tokenizer(TEXTS, return_tensors="pt", padding=True).to("cuda")
+    options = {"max_new_tokens": 50, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    plain, graph = (
+        runtime.load_pretrained(paths, device="cuda", dtype=torch.float32, attention="triton", cuda_graph=on).generate(
+            **batch, **options
+        )
+        for on in (False, True)
+    )
+    length = batch.input_ids.shape[1]
+    for t, (got, expected) in enumerate(zip(graph.logits, plain.logits, strict=True)):
+        assert relative(got, expected) < 1e-3, t
+        if not torch.equal(graph.sequences[:, : length + t + 1], plain.sequences[:, : length + t + 1]):
+            top = expected.topk(
+                2
+            ).values  # a near tie may be broken otherwise, and then all that follows is another text
+            assert float((top[:, 0] - top[:, 1]).min()) < 1e-2
+            break
+    states = [[layer.state.tolist() for layer in out.past_key_values.layers] for out in (plain, graph)]
+    assert states[0] == states[1]
+    assert all(layer.length == [n for n, _ in layer.state.tolist()] for layer in graph.past_key_values.layers)
+
+
+@torch.no_grad()
+def test_a_sequences_bits_are_the_same_in_every_batch(paths):
+    """From the same hidden states: one layer's attention, alone and beside a longer sequence."""
+    artifact = runtime.load_pretrained(paths, device="cuda", attention="triton", batch_invariant=True).kv_artifact
+    spec, geometry = artifact.specs[0], artifact.geometry
+    heads, dim, lengths = geometry.num_kv_heads, geometry.head_dim, [2777, 30011]
+    alone, both = (PackedLayer(spec, geometry, Padding([0] * n, True), 0, use_triton=True) for n in (1, 2))
+    both.padding.columns = [max(lengths) - n for n in lengths]
+    prompt = [torch.randn(2, heads, max(lengths), dim, device="cuda") for _ in "kv"]
+    both.update(*prompt)
+    alone.update(*(x[:1, :, max(lengths) - lengths[0] :] for x in prompt))
+    for _ in range(40):
+        states = [torch.randn(2, n, 1, dim, device="cuda") for n in (heads, heads, 4 * heads)]
+        together = both.update(*states[:2])[0].attend(states[2], 0.25, None)
+        single = alone.update(*(x[:1] for x in states[:2]))[0].attend(states[2][:1], 0.25, None)
+        assert torch.equal(single[0], together[0])
