@@ -149,7 +149,7 @@ geometries = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=1700, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     spec=st.sampled_from(sorted(SPECS)), geometry=geometries, steps=operations, seed=st.integers(0, 2**16),
     pads=st.sampled_from([[0], [0, 0], [0, 5, 2], [31, 0]]),
