@@ -1,7 +1,7 @@
 """Decoding time a token against the number of cached tokens: the plain-torch reference and transformers' DynamicCache, in one run.
 
 usage: python benchmarks/cpu_decode.py [--tokens 1024,2048,4096,8192,16384] [--key-bits 4] [--value-bits 2] [--steps 12]
-                                       [--layers 4] [--heads 8] [--kv-heads 2] [--head-dim 64] [--threads 1] [--json FILE]
+                                       [--layers 4] [--heads 8] [--kv-heads 2] [--head-dim 64] [--threads 1] [--dtype float32] [--json FILE]
 
 A random model of the shape given; caches are filled with random keys and values, then steps of all caches take turns, so that
 other load on the machine falls on all of them alike. Prints the fastest of the steps, and how each grows from the first length on.
@@ -29,14 +29,14 @@ PLAIN, FLOOR, PROGRESSIVE = CACHES = ("DynamicCache", "floor", "progressive")
 
 
 def build(options: argparse.Namespace) -> Any:
-    """A random model, float32 on the CPU."""
+    """A random model on the CPU."""
     torch.manual_seed(0)
     width = options.heads * options.head_dim
     config = LlamaConfig(
         hidden_size=width, intermediate_size=3 * width, num_hidden_layers=options.layers, num_attention_heads=options.heads,
         num_key_value_heads=options.kv_heads, head_dim=options.head_dim, vocab_size=1024, max_position_embeddings=1 << 20,
     )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval()
+    return AutoModelForCausalLM.from_config(config, attn_implementation=NAME).to(getattr(torch, options.dtype)).eval()
 
 
 def caches_of(options: argparse.Namespace, tokens: int) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def caches_of(options: argparse.Namespace, tokens: int) -> dict[str, Any]:
         for _ in range(0, tokens, FILL):
             for layer in range(options.layers):
                 shape = (2, 1, options.kv_heads, min(FILL, tokens), dim)
-                cache.update(*torch.randn(shape, generator=generator), layer)
+                cache.update(*torch.randn(shape, generator=generator).to(getattr(torch, options.dtype)), layer)
     return found
 
 
@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", default="float32", help="that the model computes in, and so of DynamicCache")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

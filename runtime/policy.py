@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kvfold.exports.account import Geometry
-from kvfold.exports.spec import LayerSpec
+from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import GAUSSIAN_MSE, PLANE_WIDTHS, RAW, Format, raw16, uniform
 
 CODE_BITS = (4, 8)  # of the rungs between the floor and 16 bits
@@ -56,7 +56,8 @@ def _widened(floor: Format, bits: int) -> Format:
 
 
 def ladder(spec: LayerSpec) -> tuple[LayerSpec, ...]:
-    """The rungs of a layer, floor first and 16 bits last. All share the floor's basis; its clip belongs to the floor's format."""
+    """The rungs of a layer, floor first and 16 bits last. All are in the floor's basis, which only the floor carries; its clips go
+    with its own formats."""
     dim = spec.key.format.head_dim
     pairs = [(finer(spec.key.format, bits), finer(spec.value.format, bits)) for bits in CODE_BITS]
     rungs = [spec]
@@ -66,11 +67,7 @@ def ladder(spec: LayerSpec) -> tuple[LayerSpec, ...]:
         if size >= WORTH * (last.key.format.payload_bits + last.value.format.payload_bits):
             key_clip = spec.key.clip if key == spec.key.format else None
             value_clip = spec.value.clip if value == spec.value.format else None
-            rungs.append(
-                LayerSpec(
-                    replace(spec.key, format=key, clip=key_clip), replace(spec.value, format=value, clip=value_clip)
-                )
-            )
+            rungs.append(LayerSpec(KeySpec(key, clip=key_clip), ValueSpec(value, clip=value_clip)))
     return tuple(rungs)
 
 
