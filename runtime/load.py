@@ -80,8 +80,8 @@ def load_pretrained(
         rollback: tokens by which a cache may be cropped exactly, as if they had never come: their 16-bit rows are kept longer.
             Assisted and prompt-lookup decoding see to that by themselves.
         batch_invariant: attention gives a sequence the same bits in whatever batch it is decoded: the kernels divide its pages
-            by its own length alone, 1024 tokens to a program. Slower below some 16384 tokens at batch 1. The model's matrix
-            products remain their library's.
+            by its own length alone, 1024 tokens to a program: too few programs for a short sequence alone, and more than fit at
+            once for a large batch. The model's matrix products remain their library's.
         hub_kwargs: for huggingface_hub.snapshot_download, e.g. `token`, `cache_dir`, `local_files_only`.
     Returns:
         A PreTrainedModel; `generate`, `model(ids)` and chunked calls read quantised keys and values back.

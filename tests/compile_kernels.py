@@ -51,7 +51,7 @@ def compile_pair(
 def compile_merge(dim: int, prompt: bool = False, holes: bool = False, fixed: bool = False) -> None:
     columns = 16 if prompt else 4
     compile_kernel(
-        kernels._merge_kernel,
+        kernels.merge_kernel,
         {
             "DIM": dim, "CHANNELS": 16, "N": max(8, columns), "COLUMNS": columns, "GROUP": 4, "SLOTS_2": 0 if fixed else 8,
             "BLOCK": 32 if fixed else 8, "AUX": True, "SHIFT": holes, "ADVANCE": not prompt, "PAGE_TOKENS": 32, "HEADS": 2,
