@@ -27,7 +27,7 @@ from kvfold.compress.text import read_documents, sample_sequences
 from kvfold.compress.work import fingerprint, weights_fingerprint
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, cache_nbytes
-from kvfold.exports.architectures import architecture_of, head_dim_of, num_kv_heads_of
+from kvfold.exports.architectures import architecture_of, head_dim_of, num_kv_heads_of, sliding_windows_of
 from kvfold.exports.reader import is_artifact, read_metadata
 from kvfold.exports.schema import METADATA_NAME
 
@@ -78,7 +78,8 @@ class Comparison:
         self.stats: dict[int, list[LayerStats]] = {}
         recipe = Recipe()
         shape = num_kv_heads_of(self.config), head_dim_of(self.config)
-        self.geometry = Geometry(*shape, recipe.sinks, recipe.window, recipe.page_tokens)
+        regions = recipe.sinks, recipe.window, recipe.page_tokens
+        self.geometry = Geometry(*shape, *regions, sliding_windows_of(self.config))
         self.key = fingerprint(
             {
                 "model": weights_fingerprint(self.source.path),

@@ -23,9 +23,9 @@ def page_tokens(rival: Rival, least: int) -> int:
 
 def rival_bits(rival: Rival, geometry: Geometry, num_layers: int, tokens: int) -> float:
     """Bits per cached element of a sequence of `tokens` tokens, all that is resident counted as for an artifact."""
-    page = rival.payload_bits(geometry.head_dim) * 2 * geometry.num_kv_heads * geometry.head_dim * geometry.page_tokens
-    layer = 8 * geometry.fixed_nbytes(tokens) + geometry.num_pages(tokens) * page
-    return num_layers * layer / geometry.elements(tokens, num_layers)
+    packed = rival.payload_bits(geometry.head_dim) * geometry.packed_elements(tokens, num_layers)
+    fixed = 8 * num_layers * geometry.fixed_nbytes(tokens)
+    return (fixed + packed) / geometry.elements(tokens, num_layers)
 
 
 def rival_tap(rival: Rival, geometry: Geometry) -> Tap:

@@ -12,7 +12,7 @@ from kvfold.compress.models import read_config, resolve_model
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import Recipe
 from kvfold.exports.account import Geometry
-from kvfold.exports.architectures import head_dim_of, num_kv_heads_of
+from kvfold.exports.architectures import head_dim_of, num_kv_heads_of, sliding_windows_of
 
 CONTEXT = 32768  # tokens at which budgets count, or the model's maximum
 
@@ -44,14 +44,15 @@ class Rows:
 def geometry_of(model: str, recipe: Recipe) -> tuple[Geometry, int, int]:
     """Shape of a model's cache under a recipe, its number of layers, and the tokens that its budgets count at."""
     config = read_config(resolve_model(model).path)
-    shape = Geometry(num_kv_heads_of(config), head_dim_of(config), recipe.sinks, recipe.window, recipe.page_tokens)
+    heads = num_kv_heads_of(config), head_dim_of(config)
+    shape = Geometry(*heads, recipe.sinks, recipe.window, recipe.page_tokens, sliding_windows_of(config))
     return shape, config.num_hidden_layers, min(CONTEXT, config.max_position_embeddings)
 
 
 def budget_for_payload(model: str, recipe: Recipe, bits: float) -> str:
     """The budget in bytes that leaves `bits` of payload for every packed element, whatever sinks and window take."""
     geometry, layers, at = geometry_of(model, recipe)
-    packed = geometry.elements(geometry.num_pages(at) * geometry.page_tokens, layers)
+    packed = geometry.packed_elements(at, layers)
     return f"{layers * geometry.fixed_nbytes(at) + int(bits * packed / 8)}B@{at}"
 
 

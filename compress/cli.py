@@ -54,7 +54,7 @@ def describe(metadata: Metadata, at: int | None = None) -> dict[str, Any]:
                     "format": str(fmt),
                     "payload_bits": side.payload_bits,
                     "transforms": side.transforms,
-                    "bytes": geometry.side_nbytes(fmt, tokens),
+                    "bytes": geometry.side_nbytes(fmt, tokens, geometry.sliding_of(i)),
                     "predicted_loss": side.predicted_loss,
                 }
                 for name, side, fmt in (("key", layer.key, formats[i][0]), ("value", layer.value, formats[i][1]))
@@ -154,10 +154,22 @@ def inspect_command(
     artifact: Annotated[str, typer.Argument(help="The artifact's folder or Hub id.")],
     at: Annotated[int | None, typer.Option(help="Tokens of one sequence; default: the budget's length.")] = None,
     as_json: JsonFlag = False,
+    live: Annotated[bool, typer.Option("--live", help="Show the cache while the model continues --prompt.")] = False,
+    prompt: Annotated[str, typer.Option(help="--live: text to continue.")] = "The key-value cache",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="--live: tokens to add at the most.")] = 256,
+    policy: Annotated[str, typer.Option(help="--live: floor, or progressive with --kv-budget.")] = "floor",
+    kv_budget: Annotated[str | None, typer.Option(help="--live: bytes that the cache may take, e.g. 512MiB.")] = None,
+    device: DeviceOption = "auto",
 ) -> None:
-    """Shows formats, bits and bytes by layer."""
+    """Shows formats, bits and bytes by layer; with --live, of a cache that fills."""
     from kvfold.runtime.load import resolve_artifact
 
+    if live:
+        from kvfold.compress.live import watch
+        from kvfold.compress.plan import pick_device
+
+        watch(artifact, prompt, max_new_tokens, policy, kv_budget, pick_device(device), as_json)
+        return
     metadata = read_metadata(resolve_artifact(artifact, allow_patterns=METADATA_NAME))
     if as_json:
         print(json.dumps(describe(metadata, at)))

@@ -19,6 +19,7 @@ from kvfold.exports.licence import Licence, find_licence
 from kvfold.exports.reader import Artifact
 from kvfold.exports.schema import (
     FORMAT_VERSION,
+    SLIDING_VERSION,
     AccountModel,
     BudgetModel,
     CacheModel,
@@ -89,14 +90,14 @@ def _metadata(plan: Plan, found: Found, specs: list[LayerSpec], dtype: torch.dty
 
     nbytes = cache_nbytes(g, formats, at)
     raw = plan.num_layers * g.raw_rows * g.num_kv_heads * g.head_dim * 4
-    pages = sum(g.side_nbytes(k, at) + g.side_nbytes(v, at) for k, v in formats)
+    pages = sum(g.side_nbytes(fmt, at, g.sliding_of(i)) for i, pair in enumerate(formats) for fmt in pair)
     elements = g.elements(at, plan.num_layers)
     lengths = [2**i for i in range(9, 31) if 2**i <= plan.config.max_position_embeddings]
     return Metadata(
-        format_version=FORMAT_VERSION,
+        format_version=SLIDING_VERSION if g.sliding else FORMAT_VERSION,
         cache=CacheModel(
             num_layers=plan.num_layers, num_heads=plan.config.num_attention_heads, num_kv_heads=g.num_kv_heads, head_dim=g.head_dim,
-            sinks=g.sinks, window=g.window, page_tokens=g.page_tokens,
+            sinks=g.sinks, window=g.window, page_tokens=g.page_tokens, **({"sliding": list(g.sliding)} if g.sliding else {}),
         ),
         layers=[
             LayerModel(key=side(spec.key, layer.key_loss), value=side(spec.value, layer.value_loss))

@@ -16,7 +16,14 @@ from kvfold.compress.recipe import Recipe
 from kvfold.compress.text import read_documents, sample_sequences
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, cache_nbytes
-from kvfold.exports.architectures import Architecture, architecture_of, head_dim_of, num_kv_heads_of, rotary_dim_of
+from kvfold.exports.architectures import (
+    Architecture,
+    architecture_of,
+    head_dim_of,
+    num_kv_heads_of,
+    rotary_dim_of,
+    sliding_windows_of,
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,8 @@ def make_plan(model: str, budget: str, calib: str | None, recipe: Recipe, contex
             f"key.transform 'smooth' scales the pairs that RoPE rotates, but '{source.name}' rotates {rotary_dim_of(config)} of "
             f"{head_dim_of(config)} channels; choose another key.transform in the recipe."
         )
-    geometry = Geometry(num_kv_heads_of(config), head_dim_of(config), recipe.sinks, recipe.window, recipe.page_tokens)
+    shape = num_kv_heads_of(config), head_dim_of(config)
+    geometry = Geometry(*shape, recipe.sinks, recipe.window, recipe.page_tokens, sliding_windows_of(config))
     allowance = parse_budget(budget, geometry, config.num_hidden_layers, config.max_position_embeddings, context)
     k, v = (side.least_format(geometry.head_dim) for side in (recipe.key, recipe.value))
     check_reach(

@@ -72,7 +72,7 @@ def search(plan: Plan, work: Path, device: torch.device, statistics: Path | None
     sequences = [ids[:, : s.seq_len] for ids in plan.sequences[: s.num_sequences]]
     probe = Probe(model, plan.arch, sequences, s.stride)
     fixed = plan.num_layers * geometry.fixed_nbytes(budget.at)
-    packed = geometry.elements(geometry.num_pages(budget.at) * geometry.page_tokens, plan.num_layers)
+    packed = geometry.packed_elements(budget.at, plan.num_layers)
     target_bits = 8 * (budget.nbytes - fixed) / max(packed, 1)
     if s.method == "first-order":
         key_losses, value_losses = first_order(probe, sequences, keys, values, geometry)
@@ -102,11 +102,15 @@ def choose(
     """
     geometry, budget, count = plan.geometry, plan.budget, plan.num_layers
 
-    def choices(formats: list[Format], losses: list[float]) -> list[Choice]:
-        return [Choice(geometry.side_nbytes(f, budget.at), loss) for f, loss in zip(formats, losses, strict=True)]
+    def choices(layer: int, formats: list[Format], losses: list[float]) -> list[Choice]:
+        sliding = geometry.sliding_of(layer)
+        return [
+            Choice(geometry.side_nbytes(f, budget.at, sliding), loss) for f, loss in zip(formats, losses, strict=True)
+        ]
 
     formats = [[c.spec.format for c in group] for group in keys] + [[c.spec.format for c in group] for group in values]
-    sides = [choices(group, losses) for group, losses in zip(formats, [*key_losses, *value_losses], strict=True)]
+    losses = [*key_losses, *value_losses]
+    sides = [choices(i % count, *side) for i, side in enumerate(zip(formats, losses, strict=True))]
     if plan.recipe.tied:
         pairs = [zip(k, v, strict=True) for k, v in zip(sides[:count], sides[count:], strict=True)]
         sides = [[Choice(k.nbytes + v.nbytes, k.loss + v.loss) for k, v in pair] for pair in pairs]

@@ -4,9 +4,15 @@ One sequence of L tokens in one layer holds, resident:
 
     raw rows     (sinks + ring) × num_kv_heads × head_dim × 2 (K, V) × 2 bytes, allocated whole; ring: room for the window
                  and one open page, in whole pages
-    pages        packed_tokens(L) / page_tokens × num_kv_heads × (key format + value format bytes of a page)
-    block table  8 bytes an entry, grown TABLE_STEP entries at a time
+    pages        packed_tokens(L) / page_tokens × num_kv_heads × (key format + value format bytes of a page); in a layer with
+                 a sliding window less those that no later query sees
+    block table  8 bytes an entry, grown TABLE_STEP entries at a time; pages that are gone keep their entry
     state        8 bytes: length and number of pages
+
+Where pages come in several formats ("rungs", policy="progressive"), each page has the bytes of its own, and to each sequence and
+layer belong, besides, the boundaries between runs of pages of one rung:
+
+    segments     (rungs + 1) × 4 bytes
 """
 
 from collections.abc import Sequence
@@ -19,6 +25,7 @@ TABLE_STEP = 16  # entries by which a block table grows
 ENTRY_NBYTES = 8  # of a block table: a page's address
 RAW_NBYTES = 2  # of one element in the sinks and the window
 STATE_NBYTES = 8  # of one sequence in one layer: length and number of pages, int32
+SEGMENT_NBYTES = 4  # of one boundary between pages of two rungs, int32
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,8 @@ class Geometry:
     Attributes:
         num_kv_heads, head_dim: of the model.
         sinks, window, page_tokens: in tokens.
+        sliding: for each layer the tokens that a query sees at the most, itself included, 0 for all; empty if no layer slides.
+        rollback: tokens by which a sequence may be cropped as if they had never come; the ring is that much longer.
     """
 
     num_kv_heads: int
@@ -35,39 +44,77 @@ class Geometry:
     sinks: int
     window: int
     page_tokens: int
+    sliding: tuple[int, ...] = ()
+    rollback: int = 0
 
     @property
     def ring(self) -> int:
-        """Slots of the window and the page that fills behind it, a multiple of page_tokens: a page's rows lie in a run."""
-        return -(-(self.window + self.page_tokens) // self.page_tokens) * self.page_tokens
+        """Slots of the window, the page that fills behind it and `rollback` more tokens, a multiple of page_tokens: a page's
+        rows lie in a run."""
+        return -(-(self.window + self.page_tokens + self.rollback) // self.page_tokens) * self.page_tokens
 
     @property
     def raw_rows(self) -> int:
         """Tokens that the 16-bit buffer of one sequence has room for."""
         return self.sinks + self.ring
 
+    def sliding_of(self, layer: int) -> int:
+        """Tokens that a query of a layer sees at the most; 0 for all."""
+        return self.sliding[layer] if self.sliding else 0
+
     def num_pages(self, tokens: int) -> int:
-        """Pages of one sequence of `tokens` tokens in one layer."""
+        """Pages of one sequence of `tokens` tokens in one layer, those that a sliding window has left behind included."""
         return packed_tokens(tokens, self.sinks, self.window, self.page_tokens) // self.page_tokens
+
+    def passed_pages(self, tokens: int, sliding: int) -> int:
+        """First pages that no query from position `tokens` − rollback on sees; 0 without a sliding window."""
+        if not sliding:
+            return 0
+        least = max(0, tokens - self.rollback)  # a crop may come back to here
+        behind = max(0, least - sliding + 1 - self.sinks) // self.page_tokens
+        return min(behind, self.num_pages(least))
+
+    def held_pages(self, tokens: int, sliding: int = 0) -> int:
+        """Resident pages of one sequence of `tokens` tokens in one layer, once its last query has attended."""
+        return self.num_pages(tokens) - self.passed_pages(tokens, sliding)
+
+    def table_nbytes(self, entries: int) -> int:
+        """Bytes of one layer and sequence besides pages, where the block table has so many entries: raw rows, table, state."""
+        return (
+            self.raw_rows * self.num_kv_heads * self.head_dim * 2 * RAW_NBYTES + entries * ENTRY_NBYTES + STATE_NBYTES
+        )
 
     def fixed_nbytes(self, tokens: int) -> int:
         """Bytes of one layer and sequence that no format changes: raw rows, block table, state. 0 for no tokens."""
         if tokens == 0:
             return 0
-        table = -(-self.num_pages(tokens) // TABLE_STEP) * TABLE_STEP * ENTRY_NBYTES
-        return self.raw_rows * self.num_kv_heads * self.head_dim * 2 * RAW_NBYTES + table + STATE_NBYTES
+        return self.table_nbytes(-(-self.num_pages(tokens) // TABLE_STEP) * TABLE_STEP)
 
     def page_nbytes(self, fmt: Format) -> int:
         """Bytes of one page's keys or values in a format, all KV heads."""
         return self.num_kv_heads * fmt.nbytes(self.page_tokens)
 
-    def side_nbytes(self, fmt: Format, tokens: int) -> int:
-        """Bytes of all pages' keys or values of one sequence in one layer."""
-        return self.num_pages(tokens) * self.page_nbytes(fmt)
+    def pair_nbytes(self, key: Format, value: Format) -> int:
+        """Bytes of one page, keys and values, all KV heads."""
+        return self.page_nbytes(key) + self.page_nbytes(value)
+
+    def segments_nbytes(self, rungs: int) -> int:
+        """Bytes of one sequence's segment boundaries in one layer; none where all pages have one format."""
+        return (rungs + 1) * SEGMENT_NBYTES if rungs > 1 else 0
+
+    def side_nbytes(self, fmt: Format, tokens: int, sliding: int = 0) -> int:
+        """Bytes of all resident pages' keys or values of one sequence in one layer."""
+        return self.held_pages(tokens, sliding) * self.page_nbytes(fmt)
 
     def elements(self, tokens: int, num_layers: int) -> int:
-        """Cached elements of one sequence, K and V."""
-        return 2 * num_layers * self.num_kv_heads * self.head_dim * tokens
+        """Cached elements of one sequence, K and V: of every token that a later query may see."""
+        seen = sum(min(tokens, self.sliding_of(i) or tokens) for i in range(num_layers))
+        return 2 * self.num_kv_heads * self.head_dim * seen
+
+    def packed_elements(self, tokens: int, num_layers: int) -> int:
+        """Elements in the resident pages of one sequence, K and V."""
+        pages = sum(self.held_pages(tokens, self.sliding_of(i)) for i in range(num_layers))
+        return 2 * self.num_kv_heads * self.head_dim * self.page_tokens * pages
 
 
 def cache_nbytes(geometry: Geometry, formats: Sequence[tuple[Format, Format]], tokens: int) -> int:
@@ -81,14 +128,30 @@ def cache_nbytes(geometry: Geometry, formats: Sequence[tuple[Format, Format]], t
     return batch_nbytes(geometry, formats, [tokens])
 
 
-def batch_nbytes(geometry: Geometry, formats: Sequence[tuple[Format, Format]], lengths: Sequence[int]) -> int:
-    """Resident bytes of the caches of a batch whose sequences share no page. `lengths`: tokens of each, without padding.
+def batch_nbytes(
+    geometry: Geometry, formats: Sequence[tuple[Format, Format]], lengths: Sequence[int], new: int = 0
+) -> int:
+    """Resident bytes of the caches of a batch whose sequences share no page.
 
     Every sequence's block table is as long as the longest one's, and a sequence of no tokens holds its raw rows too.
+
+    Args:
+        lengths: tokens of each sequence, without padding.
+        new: 0: between two calls of the model. Else the most that is resident in the call that brings the last `new` tokens:
+            the layer whose turn it is keeps what the first of their queries sees until all have attended.
     """
     longest = max(lengths)
-    fixed = len(formats) * len(lengths) * geometry.fixed_nbytes(longest) if longest else 0
-    return fixed + sum(geometry.side_nbytes(k, n) + geometry.side_nbytes(v, n) for k, v in formats for n in lengths)
+    total = len(formats) * len(lengths) * geometry.fixed_nbytes(longest) if longest else 0
+    most = 0
+    for i, (key, value) in enumerate(formats):
+        page, sliding = geometry.page_nbytes(key) + geometry.page_nbytes(value), geometry.sliding_of(i)
+        at_rest = sum(geometry.held_pages(n, sliding) for n in lengths)
+        before = sum(geometry.held_pages(max(0, n - new), sliding) for n in lengths)
+        within = sum(geometry.num_pages(n) - geometry.passed_pages(max(0, n - new), sliding) for n in lengths)
+        kept = max(at_rest, before) if new else at_rest
+        total += page * kept
+        most = max(most, page * (within - kept))
+    return total + most if new else total
 
 
 def payload_bits(formats: Sequence[tuple[Format, Format]]) -> float:

@@ -1,7 +1,7 @@
 """The table of model families. A new family of this shape is one row here and one test parameter."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -20,6 +20,7 @@ class Architecture:
         norm_plus: what a norm adds to its stored weight before it multiplies: 1 in Gemma's (1 + w).
         rope_by_type: the rotary module is asked by layer type, e.g. another base for sliding layers.
         rope_halves: its tables hold each angle once, not once for each channel of a pair.
+        sliding: layers that attend in a window of config.sliding_window tokens: "none", "all", or those that "layer_types" names.
     """
 
     model_type: str
@@ -29,6 +30,7 @@ class Architecture:
     norm_plus: float = 0.0
     rope_by_type: bool = False
     rope_halves: bool = False
+    sliding: Literal["none", "all", "layer_types"] = "none"
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         layers = model.get_submodule(self.layers)
@@ -43,14 +45,14 @@ ARCHITECTURES = {
     row.model_type: row
     for row in (
         Architecture("llama"),
-        Architecture("mistral"),
-        Architecture("qwen2"),
-        Architecture("qwen3", qk_norm=True),
-        Architecture("gemma2", norm_plus=1.0),  # soft-capped logits
-        Architecture("gemma3_text", qk_norm=True, norm_plus=1.0, rope_by_type=True),
-        Architecture("phi3"),  # one qkv_proj
-        Architecture("smollm3"),  # layers without RoPE
-        Architecture("gpt_oss", rope_halves=True),  # a sink logit for each head
+        Architecture("mistral", sliding="all"),
+        Architecture("qwen2", sliding="layer_types"),
+        Architecture("qwen3", qk_norm=True, sliding="layer_types"),
+        Architecture("gemma2", norm_plus=1.0, sliding="layer_types"),  # soft-capped logits
+        Architecture("gemma3_text", qk_norm=True, norm_plus=1.0, rope_by_type=True, sliding="layer_types"),
+        Architecture("phi3", sliding="all"),  # one qkv_proj
+        Architecture("smollm3", sliding="layer_types"),  # layers without RoPE
+        Architecture("gpt_oss", rope_halves=True, sliding="layer_types"),  # a sink logit for each head
     )
 }
 
@@ -108,6 +110,18 @@ def rotary_dim_of(config: Any) -> int:
     rope = getattr(config, "rope_parameters", None) or {}
     factor = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
     return int(head_dim_of(config) * factor)
+
+
+def sliding_windows_of(config: Any) -> tuple[int, ...]:
+    """For each layer the tokens that a query sees at the most, itself included, 0 for all; empty if no layer slides."""
+    window = getattr(config, "sliding_window", None) or 0
+    if getattr(config, "use_sliding_window", True) is False:
+        window = 0
+    rule = ARCHITECTURES[config.model_type].sliding
+    count = config.num_hidden_layers
+    types = config.layer_types if rule == "layer_types" else ["sliding_attention" if rule == "all" else ""] * count
+    windows = tuple(window if kind == "sliding_attention" else 0 for kind in types)
+    return windows if any(windows) else ()
 
 
 def logits_of(model: Any, hidden: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, cache_nbytes
-from kvfold.exports.architectures import head_dim_of, num_kv_heads_of
+from kvfold.exports.architectures import head_dim_of, num_kv_heads_of, sliding_windows_of
 from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME, Metadata, SideModel, parse_metadata
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format
@@ -108,6 +108,10 @@ def _check_config(path: Path, metadata: Metadata) -> None:
 
     config = AutoConfig.from_pretrained(path)
     cache = metadata.cache
+    if cache.sliding and tuple(cache.sliding) != sliding_windows_of(config):
+        raise KvfoldError(
+            f"config.json has sliding windows {sliding_windows_of(config)}, but {METADATA_NAME} {tuple(cache.sliding)}; {AGAIN}."
+        )
     found = (config.num_hidden_layers, config.num_attention_heads, num_kv_heads_of(config), head_dim_of(config))
     stated = (cache.num_layers, cache.num_heads, cache.num_kv_heads, cache.head_dim)
     if found != stated:

@@ -95,11 +95,11 @@ def account_parts(metadata: Metadata) -> list[tuple[str, str, int]]:
     """
     geometry, at = metadata.geometry, metadata.account.at
     layers = metadata.cache.num_layers
-    rows = geometry.num_pages(at) * geometry.page_tokens * geometry.num_kv_heads
-    sides = [fmt for pair in metadata.formats for fmt in pair]
-    codes = rows * sum(code_row_nbytes(fmt) for fmt in sides)
-    params = rows * sum(_param_row_nbytes(fmt) for fmt in sides)
-    packed = sum(geometry.side_nbytes(fmt, at) for fmt in sides)
+    sides = [(fmt, geometry.sliding_of(i)) for i, pair in enumerate(metadata.formats) for fmt in pair]
+    rows = [geometry.held_pages(at, sliding) * geometry.page_tokens * geometry.num_kv_heads for _, sliding in sides]
+    codes = sum(n * code_row_nbytes(fmt) for n, (fmt, _) in zip(rows, sides, strict=True))
+    params = sum(n * _param_row_nbytes(fmt) for n, (fmt, _) in zip(rows, sides, strict=True))
+    packed = sum(geometry.side_nbytes(fmt, at, sliding) for fmt, sliding in sides)
     token = layers * geometry.num_kv_heads * geometry.head_dim * 2 * RAW_NBYTES
     state = layers * STATE_NBYTES
     raw = token * geometry.raw_rows
@@ -160,7 +160,10 @@ def report_html(metadata: Metadata, results: Sequence[Result] = ()) -> str:
             "layer": i,
             "key": str(formats[i][0]), "key_bits": k.payload_bits, "key_loss": k.predicted_loss, "key_transforms": ", ".join(k.transforms),
             "value": str(formats[i][1]), "value_bits": v.payload_bits, "value_loss": v.predicted_loss, "value_transforms": ", ".join(v.transforms),
-            "bytes": sum(metadata.geometry.side_nbytes(fmt, metadata.account.at) for fmt in formats[i]),
+            "bytes": sum(
+                metadata.geometry.side_nbytes(fmt, metadata.account.at, metadata.geometry.sliding_of(i))
+                for fmt in formats[i]
+            ),
         }
         for i, (k, v) in enumerate(sides)
     ]  # fmt: skip

@@ -2,16 +2,17 @@
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.kernels.formats import Format
 from kvfold.kernels.packing import FIELDS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of an artifact without sliding-window layers
+SLIDING_VERSION = 2  # the same and cache.sliding
 METADATA_NAME = "kv_cache.json"
 TENSORS_NAME = "kv_cache.safetensors"
 
@@ -55,7 +56,10 @@ class LayerModel(Strict):
 
 
 class CacheModel(Strict):
-    """Shape of the model's cache and of its regions, in tokens."""
+    """Shape of the model's cache and of its regions, in tokens.
+
+    `sliding`: of each layer, 0 for none; from SLIDING_VERSION on, where one layer slides at least, and empty before.
+    """
 
     num_layers: Positive
     num_heads: Positive
@@ -64,6 +68,14 @@ class CacheModel(Strict):
     sinks: Count
     window: Count
     page_tokens: Positive
+    sliding: list[Count] = Field(default_factory=list)
+
+    @model_serializer(mode="wrap")
+    def _fields(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = dump(self)
+        if not self.sliding:
+            del fields["sliding"]
+        return fields
 
 
 class AccountModel(Strict):
@@ -124,6 +136,14 @@ class Metadata(Strict):
             raise ValueError("account.bytes_at has a key that is no number of tokens")
         if self.cache.page_tokens % FIELDS:
             raise ValueError(f"page_tokens is {self.cache.page_tokens}, but a page is a multiple of {FIELDS} tokens")
+        if self.format_version == FORMAT_VERSION and "sliding" in self.cache.model_fields_set:
+            raise ValueError(f"cache.sliding is no field of format_version {FORMAT_VERSION}")
+        if self.format_version == SLIDING_VERSION and (
+            len(self.cache.sliding) != self.cache.num_layers or not any(self.cache.sliding)
+        ):
+            raise ValueError(
+                f"format_version {SLIDING_VERSION} needs cache.sliding, one window for each of {self.cache.num_layers} layers"
+            )
         if self.cache.num_heads % self.cache.num_kv_heads:
             raise ValueError("num_heads is not a multiple of num_kv_heads")
         for i, layer in enumerate(self.layers):
@@ -146,11 +166,16 @@ class Metadata(Strict):
     @property
     def geometry(self) -> Geometry:
         c = self.cache
-        return Geometry(c.num_kv_heads, c.head_dim, c.sinks, c.window, c.page_tokens)
+        return Geometry(c.num_kv_heads, c.head_dim, c.sinks, c.window, c.page_tokens, tuple(c.sliding))
 
     @property
     def formats(self) -> list[tuple[Format, Format]]:
         return [(layer.key.format.build(), layer.value.format.build()) for layer in self.layers]
+
+    @property
+    def digest(self) -> str:
+        """What kv_cache.json states as its digest: it names the artifact, all files included."""
+        return _digest(self.model_dump())
 
 
 def _digest(body: dict) -> str:
@@ -176,9 +201,10 @@ def parse_metadata(text: str, name: str = METADATA_NAME) -> Metadata:
             f"{name} is not JSON ({error}); the artifact is damaged, write or download it again."
         ) from None
     version = data.get("format_version") if isinstance(data, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, SLIDING_VERSION):
         raise KvfoldError(
-            f"{name} has format_version {version!r}, but this kvfold reads {FORMAT_VERSION}; use the kvfold that wrote it."
+            f"{name} has format_version {version!r}, but this kvfold reads {FORMAT_VERSION} and {SLIDING_VERSION}; use the "
+            "kvfold that wrote it."
         )
     digest = data.pop("digest", None)
     try:
@@ -189,6 +215,6 @@ def parse_metadata(text: str, name: str = METADATA_NAME) -> Metadata:
         raise KvfoldError(
             f"{name} is not valid at {place}: {first['msg']}; write or download the artifact again."
         ) from None
-    if digest != _digest(metadata.model_dump()):
+    if digest != metadata.digest:
         raise KvfoldError(f"{name} does not match its own digest; the artifact is damaged, write or download it again.")
     return metadata

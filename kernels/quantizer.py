@@ -122,10 +122,14 @@ def decode(packed: Tensor, fmt: Format, tokens: int) -> Tensor:
     stored = _by_token(packed[..., offset:], fmt.num_params, fmt.param_nbytes)
     params = _load_param(stored.flatten(-2), fmt.param_dtype)  # [..., T, p]
     if fmt.params == "scale":
-        levels, steps = _class_rows(fmt, packed.device)
-        return torch.where(levels > 0, (codes - (levels - 1) / 2) * (params * steps), torch.zeros_like(codes))
+        start = 0
+        for channels, count in fmt.classes:
+            if count:
+                codes[..., start : start + channels].sub_((count - 1) / 2).mul_(params * GAUSSIAN_STEP[count])
+            start += channels
+        return codes
     minimum, scale = params.unflatten(-1, (fmt.num_groups, 2)).unbind(-1)
-    return (codes.unflatten(-1, (fmt.num_groups, -1)) * scale[..., None] + minimum[..., None]).flatten(-2)
+    return codes.unflatten(-1, (fmt.num_groups, -1)).mul_(scale[..., None]).add_(minimum[..., None]).flatten(-2)
 
 
 def round_trip(x: Tensor, fmt: Format, clip: Tensor | None = None) -> Tensor:

@@ -7,8 +7,10 @@ if __name__ == "runtime":  # the bare folder, imported from the repository root:
 
     _sys.modules[__name__] = _importlib.import_module("kvfold.runtime")
 else:
+    from kvfold.runtime.branches import resident_nbytes
     from kvfold.runtime.cache import QuantizedKVCache
     from kvfold.runtime.load import load_pretrained
+    from kvfold.runtime.prompt_cache import load_cache
     from kvfold.runtime.warm import warm_up
 
-    __all__ = ["QuantizedKVCache", "load_pretrained", "warm_up"]
+    __all__ = ["QuantizedKVCache", "load_cache", "load_pretrained", "resident_nbytes", "warm_up"]

@@ -7,14 +7,18 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from kvfold.errors import KVBudgetExceeded
-from kvfold.exports.account import Geometry, batch_nbytes
+from kvfold.errors import KvfoldError
+from kvfold.exports.account import Geometry
 from kvfold.exports.spec import LayerSpec
+from kvfold.runtime.branches import Branches
 from kvfold.runtime.layer import PackedLayer
+from kvfold.runtime.lower import check, make_room, prepare
+from kvfold.runtime.pages import set_segments
+from kvfold.runtime.policy import Progressive
 from kvfold.runtime.view import Padding
 
 
-class QuantizedKVCache(Cache):
+class QuantizedKVCache(Branches, Cache):
     """Keys and values of all layers: sinks and window in 16 bits, everything between packed in pages.
 
     Args:
@@ -24,6 +28,9 @@ class QuantizedKVCache(Cache):
         use_triton: read and write by Triton kernels instead of plain torch.
         reserve: tokens of each sequence to take memory for when the first ones come, so that nothing moves afterwards and
             a step can be captured in a CUDA graph; 0 to grow as needed.
+        policy: pages start in 16 bits and go down as the budget fills; None stores at the searched bits at once.
+    Raises:
+        KvfoldError: a policy without a budget, or with reserved memory, whose pages have one size.
     """
 
     def __init__(
@@ -33,10 +40,17 @@ class QuantizedKVCache(Cache):
         budget: int | None = None,
         use_triton: bool = False,
         reserve: int = 0,
+        policy: Progressive | None = None,
     ) -> None:
+        if policy is not None and (budget is None or reserve):
+            raise KvfoldError(
+                "policy='progressive' lowers pages as a budget fills, so it needs kv_budget and no reserved memory; give kv_budget."
+            )
         self.padding = Padding([])
+        self.policy = policy
         self.layers: list[PackedLayer]  # type: ignore[assignment]
-        layers = [PackedLayer(spec, geometry, self.padding, i, use_triton) for i, spec in enumerate(specs)]
+        rungs = policy.rungs if policy is not None else [(spec,) for spec in specs]
+        layers = [PackedLayer(x[0], geometry, self.padding, i, use_triton, x) for i, x in enumerate(rungs)]
         for layer in layers:
             layer.reserved = reserve
         super().__init__(layers=layers)  # type: ignore[arg-type]
@@ -61,11 +75,6 @@ class QuantizedKVCache(Cache):
     def nbytes(self) -> int:
         """Resident bytes: codes, parameters, sinks, window, block tables and lengths of every sequence."""
         return sum(layer.nbytes for layer in self.layers)
-
-    @property
-    def formats(self) -> list[tuple]:
-        """(key format, value format) of each layer."""
-        return [(layer.spec.key.format, layer.spec.value.format) for layer in self.layers]
 
     def note_padding(self, attention_mask: Tensor | None, batch_size: int) -> None:
         """Learns each sequence's left padding, before the forward pass that it belongs to.
@@ -93,35 +102,35 @@ class QuantizedKVCache(Cache):
 
         Raises:
             KVBudgetExceeded: the tokens would take the whole cache past its budget; nothing is stored.
+            FloatingPointError: a key or value is NaN or infinite; what earlier layers have stored of the call is taken back.
         """
+        if layer_idx == 0:
+            self.check_whole()
         if self.budget is not None and layer_idx == 0:
-            self._check_budget(key_states.shape[0], key_states.shape[2])
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    def _check_budget(self, batch_size: int, tokens: int) -> None:
-        assert self.budget is not None
-        seen = self.get_seq_length()
-        pads = self.padding.columns or [0] * batch_size
-        reserved = self.layers[0].reserved
-        need = batch_nbytes(self.geometry, self.formats, [max(0, seen + tokens - pad, reserved) for pad in pads])
-        if need > self.budget:
-            raise KVBudgetExceeded(
-                f"{seen + tokens} tokens in {batch_size} sequence(s) need a cache of {need} bytes, but kv_budget is "
-                f"{self.budget}; raise kv_budget, shorten the prompt or make the batch smaller."
-            )
+            make_way = check if self.policy is None else prepare
+            make_way(self, key_states.shape[0], key_states.shape[2])
+        try:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except FloatingPointError:
+            self.take_back(layer_idx, key_states.shape[2])
+            raise
 
     def report(self) -> list[dict]:
-        """One dict a layer: tokens (of each sequence), pages by format, bytes, effective_bits (bytes·8 / elements)."""
+        """One dict a layer: tokens (of each sequence), pages by format (finest first), bytes, effective_bits (bytes·8 / elements)."""
         g = self.geometry
         rows = []
         for layer in self.layers:
             lengths = layer.lengths()
-            elements = 2 * g.num_kv_heads * g.head_dim * sum(lengths)
-            name = f"K {layer.spec.key.format} | V {layer.spec.value.format}"
+            seen = sum(min(n, layer.sliding or n) for n in lengths)
+            elements = 2 * g.num_kv_heads * g.head_dim * seen
+            counts = layer.pool.counts if layer.is_initialized else [0] * len(layer.rungs)
+            if layer.shares_pool:  # a fork, which has one rung
+                counts = [layer.num_pages()]
+            names = [f"K {rung.key.format} | V {rung.value.format}" for rung in layer.rungs]
             rows.append(
                 {
                     "tokens": lengths,
-                    "pages": {name: layer.num_pages()},
+                    "pages": dict(reversed(list(zip(names, counts, strict=True)))),
                     "bytes": layer.nbytes,
                     "effective_bits": 8 * layer.nbytes / elements if elements else 0.0,
                 }
@@ -133,17 +142,25 @@ class QuantizedKVCache(Cache):
         self.padding.columns = []
         self.graph = None
 
+    def crop(self, *args, **kwargs) -> None:
+        super().crop(*args, **kwargs)
+        self._set_segments()
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        make_room(self, len(beam_idx))
         self.graph = None  # it holds the tensors of another batch
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._select_padding(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        chosen = (indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist()
+        make_room(self, len(chosen))
         self.graph = None  # it holds the tensors of another batch
         super().batch_select_indices(indices)
-        self._select_padding((indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist())
+        self._select_padding(chosen)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        make_room(self, self.layers[0].batch_size * repeats if self.layers[0].is_initialized else 0)
         self.graph = None  # it holds the tensors of another batch
         super().batch_repeat_interleave(repeats)
         self._select_padding([b for b in range(len(self.padding.columns)) for _ in range(repeats)])
@@ -151,3 +168,9 @@ class QuantizedKVCache(Cache):
     def _select_padding(self, indices: list[int]) -> None:
         if self.padding.columns:
             self.padding.columns = [self.padding.columns[i] for i in indices]
+        self._set_segments()
+
+    def _set_segments(self) -> None:
+        for layer in self.layers:
+            if layer.is_initialized:
+                set_segments(layer)

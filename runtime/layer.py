@@ -1,5 +1,6 @@
 """One layer of the packed cache: a 16-bit buffer (sinks, then window) and pages, for each sequence of a batch."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -7,16 +8,18 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvfold.exports.account import TABLE_STEP, Geometry
-from kvfold.exports.spec import LayerSpec, clip_rows
+from kvfold.exports.spec import LayerSpec
 from kvfold.kernels.attention import Tile, packed_tokens
-from kvfold.kernels.quantizer import decode, encode, to_float16
+from kvfold.kernels.quantizer import to_float16
+from kvfold.runtime.pages import read_pages, set_segments, write_pages
 from kvfold.runtime.pool import PagePool
+from kvfold.runtime.sequences import PASSED, Sequences, slots_of
 from kvfold.runtime.view import LayerView, Padding, RowView
 
 TILE_TOKENS = 1024  # packed tokens decoded at a time while attending
 
 
-class PackedLayer(CacheLayerMixin):
+class PackedLayer(Sequences, CacheLayerMixin):
     """Packed keys and values of one layer.
 
     Args:
@@ -24,17 +27,30 @@ class PackedLayer(CacheLayerMixin):
         geometry: sinks, window, page size and head shape.
         padding: shared by all layers of the cache.
         layer_idx: for messages.
+        use_triton: read and write by Triton kernels instead of plain torch.
+        rungs: what pages may be stored in, floor (`spec`) first; new pages go on the last one unless `due` says otherwise.
     """
 
     is_croppable = True
     is_sliding = False
 
     def __init__(
-        self, spec: LayerSpec, geometry: Geometry, padding: Padding, layer_idx: int, use_triton: bool = False
+        self,
+        spec: LayerSpec,
+        geometry: Geometry,
+        padding: Padding,
+        layer_idx: int,
+        use_triton: bool = False,
+        rungs: Sequence[LayerSpec] = (),
     ) -> None:
         super().__init__()
+        self.rungs = list(rungs) or [spec]
+        self.due: list[list[int]] = []  # rungs of each sequence's next pages, oldest first; [] for the highest
         self.spec, self.geometry, self.padding, self.layer_idx = spec, geometry, padding, layer_idx
         self.use_triton = use_triton
+        self.sliding = geometry.sliding_of(layer_idx)
+        self.shares_pool = False  # with forks
+        self.bounds: list[list[int]] = []  # `segments` on the host
         self.columns = 0  # tokens seen, padding included: what transformers calls the sequence length
         self.reserved = 0  # tokens of each sequence that memory was taken for in advance
 
@@ -42,18 +58,22 @@ class PackedLayer(CacheLayerMixin):
         g = self.geometry
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size = key_states.shape[0]
-        self.spec = self.spec.to(self.device)
-        page = g.page_nbytes(self.spec.key.format) + g.page_nbytes(self.spec.value.format)
-        self.pool = PagePool(page, self.device)
+        self.rungs = [rung.to(self.device) for rung in self.rungs]
+        self.spec = self.rungs[0]
+        self.pool = PagePool([g.pair_nbytes(r.key.format, r.value.format) for r in self.rungs], self.device)
         shape = (self.batch_size, g.num_kv_heads, g.raw_rows, g.head_dim)
         self.raw_keys = torch.empty(shape, dtype=torch.float16, device=self.device)
         self.raw_values = torch.empty(shape, dtype=torch.float16, device=self.device)
         # on the device for kernels, and on the host so that nothing waits for the device
         self.state = torch.zeros(self.batch_size, 2, dtype=torch.int32, device=self.device)  # length, pages
         self.block_table = torch.zeros(self.batch_size, 0, dtype=torch.int64, device=self.device)  # addresses
+        self.segments = torch.zeros(0, 0, dtype=torch.int32, device=self.device)  # see runtime.pages
         self.length = [0] * self.batch_size
         self.pages: list[list[int]] = [[] for _ in range(self.batch_size)]
         self.spare: list[list[int]] = [[] for _ in range(self.batch_size)]  # in the table already, not yet written
+        self.passed = [0] * self.batch_size  # leading pages that are gone
+        # lowest token of the ring whose 16-bit row is there, unless the ring has come round since
+        self.oldest = [self.geometry.sinks] * self.batch_size
         self.is_initialized = True
         if self.reserved:
             self._reserve()
@@ -65,9 +85,9 @@ class PackedLayer(CacheLayerMixin):
         self._fit_table(count)
         for b in range(self.batch_size):
             self.spare[b] = self.pool.allocate(count)
-            self._enter(b, 0, self.spare[b])
+            self.enter(b, 0, self.spare[b])
 
-    def _enter(self, b: int, first: int, ids: list[int]) -> None:
+    def enter(self, b: int, first: int, ids: list[int]) -> None:
         """Writes pages into sequence b's block table from entry `first` on."""
         if ids:
             entries = torch.tensor(self.pool.addresses(ids), dtype=torch.int64)
@@ -92,12 +112,25 @@ class PackedLayer(CacheLayerMixin):
         """Every tensor that grows with the number of sequences or tokens."""
         if not self.is_initialized:
             return []
-        return [self.raw_keys, self.raw_values, self.state, self.block_table, *self.pool.tensors()]
+        pages = [self.pool.page(i) for i in sorted(self._own_pages())] if self.shares_pool else self.pool.tensors()
+        return [*self.own_tensors(), *pages]
+
+    def own_tensors(self) -> list[Tensor]:
+        """Every resident tensor but the pages."""
+        return [self.raw_keys, self.raw_values, self.state, self.block_table, self.segments]
+
+    def _own_pages(self) -> set[int]:
+        """Distinct pages of these sequences."""
+        return {i for ids in (*self.pages, *self.spare) for i in ids if i != PASSED}
 
     @property
     def nbytes(self) -> int:
         """Resident bytes."""
-        return sum(t.nbytes for t in self.tensors())
+        if not self.is_initialized:
+            return 0
+        if self.shares_pool:
+            return sum(t.nbytes for t in self.tensors())
+        return sum(t.nbytes for t in self.own_tensors()) + self.pool.nbytes
 
     def lengths(self) -> list[int]:
         """Tokens of each sequence, without padding."""
@@ -105,7 +138,7 @@ class PackedLayer(CacheLayerMixin):
 
     def num_pages(self) -> int:
         """Distinct resident pages."""
-        return len({i for ids in self.pages for i in ids}) if self.is_initialized else 0
+        return len({i for ids in self.pages for i in ids} - {PASSED}) if self.is_initialized else 0
 
     def get_seq_length(self) -> int:
         return self.columns
@@ -128,12 +161,14 @@ class PackedLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.release_passed()
         tokens = key_states.shape[2]
         pads = self.padding.columns or [0] * self.batch_size
         skips = [min(max(pad - self.columns, 0), tokens) for pad in pads]
         shape = torch.Size((*key_states.shape[:2], self.columns + tokens, key_states.shape[3]))
-        if self.use_triton and tokens == 1 and not any(skips):
+        if self.use_triton and tokens == 1 and not any(skips) and not any(self.due):
             self._make_room()
+            set_segments(self)
             self.columns += 1
             view = LayerView(self, None, shape, key_states.dtype, key_states.device, (key_states, value_states))
             return view, view
@@ -142,6 +177,7 @@ class PackedLayer(CacheLayerMixin):
         values = to_float16(value_states.float())
         rows = [self._append(b, keys[b, :, skip:], values[b, :, skip:], skip, pads[b]) for b, skip in enumerate(skips)]
         self.columns += tokens
+        set_segments(self)
         view = LayerView(self, rows, shape, key_states.dtype, key_states.device)
         return view, view
 
@@ -167,15 +203,12 @@ class PackedLayer(CacheLayerMixin):
                     continue
                 ids = self.pool.allocate(1)
                 self._fit_table(max(len(self.pages[b]) + 1, *(len(x) for x in self.pages)))
-                self._enter(b, len(self.pages[b]), ids)
+                self.enter(b, len(self.pages[b]), ids)
                 self.pages[b] += ids
 
     def slots(self, start: int, end: int) -> Tensor:
         """Rows of the 16-bit buffers that tokens start … end − 1 stand in, int64 [end − start]."""
-        g = self.geometry
-        positions = torch.arange(start, max(start, end))
-        slots = torch.where(positions < g.sinks, positions, g.sinks + (positions - g.sinks) % g.ring)
-        return slots.to(self.device, non_blocking=True)
+        return slots_of(self.geometry, torch.arange(start, max(start, end))).to(self.device, non_blocking=True)
 
     def _append(self, b: int, keys: Tensor, values: Tensor, skip: int, pad: int) -> RowView:
         """Appends keys in their stored basis and values, float16 [Hkv, n, D], to sequence b."""
@@ -205,12 +238,14 @@ class PackedLayer(CacheLayerMixin):
             end = g.sinks + packed_after - packed
             if packed_after > packed:
                 self._store_pages(b, view_keys[:, g.sinks : end], view_values[:, g.sinks : end])
-            kept = (
-                max(length, g.sinks + packed_after) if length >= g.sinks else length
-            )  # first new token that stays raw
-            fresh = torch.cat((self.slots(length, min(g.sinks, total)), self.slots(max(kept, g.sinks), total)))
+            # first new token whose row is kept: of the window, or what a crop of `rollback` tokens would bring back there
+            least = packed_tokens(max(0, total - g.rollback), g.sinks, g.window, g.page_tokens)
+            kept = max(length, g.sinks + least)
+            if kept > length:
+                self.oldest[b] = max(self.oldest[b], kept)
+            fresh = torch.cat((self.slots(length, min(g.sinks, total)), self.slots(kept, total)))
             new_sinks = range(length, min(g.sinks, total))
-            source = torch.tensor([*new_sinks, *range(max(kept, g.sinks), total)], dtype=torch.int64) - length
+            source = torch.tensor([*new_sinks, *range(kept, total)], dtype=torch.int64) - length
             source = source.to(self.device)
             for buffer, row in zip(raw, (keys, values), strict=True):
                 buffer[:, fresh] = row[:, source]
@@ -227,54 +262,37 @@ class PackedLayer(CacheLayerMixin):
 
     def _store_pages(self, b: int, keys: Tensor, values: Tensor) -> None:
         """Packs whole pages of float16 [Hkv, n·page_tokens, D] behind the pages that sequence b has."""
-        size = self.geometry.page_tokens
-        count = keys.shape[1] // size
+        count = keys.shape[1] // self.geometry.page_tokens
         first = len(self.pages[b])
-        ready = self.spare[b][:count]
+        ids = self.spare[b][:count]
         del self.spare[b][:count]
-        ids = ready + self.pool.allocate(count - len(ready))
-        if len(ready) < count:
+        ready = len(ids)
+        rungs = self.due[b] if self.due else []
+        for i in range(ready, count):
+            ids += self.pool.allocate(1, rungs[i] if rungs else -1)
+        if ready < count:
             self._fit_table(max(first + count, *(len(ids) for ids in self.pages)))
-            self._enter(b, first + len(ready), ids[len(ready) :])
-
+            self.enter(b, first + ready, ids[ready:])
         self.pages[b] += ids
-        if self.use_triton:
-            from kvfold.runtime.triton import store_pages
-
-            store_pages(self, keys, values, ids)
-            return
-
-        def pack(x: Tensor, spec) -> Tensor:
-            blocks = x.unflatten(1, (-1, size)).transpose(0, 1)  # [n, Hkv, page, D]
-            return encode(blocks, spec.format, clip_rows(spec.clip)).flatten(1)
-
-        packed = torch.cat((pack(keys, self.spec.key), pack(values, self.spec.value)), 1)
-        for number, data in zip(ids, packed, strict=True):
-            self.pool.page(number).copy_(data)
+        write_pages(self, ids, keys, values)
 
     def _fit_table(self, entries: int) -> None:
         """Gives the block table room for `entries` pages a sequence, in whole steps."""
         entries = max(entries, *(len(self.pages[b]) + len(self.spare[b]) for b in range(self.batch_size)), 0)
         room = -(-entries // TABLE_STEP) * TABLE_STEP
         if room != self.block_table.shape[1]:
-            table = self.block_table.new_zeros(self.batch_size, room)
-            kept = min(room, self.block_table.shape[1])
-            table[:, :kept] = self.block_table[:, :kept]
-            self.block_table = table
+            self.block_table = self.block_table.new_zeros(
+                self.batch_size, 0
+            )  # the old one goes before the new one comes
+            self.block_table = self.block_table.new_zeros(self.batch_size, room)
+            for b in range(self.batch_size):
+                self.enter(b, 0, self.pages[b] + self.spare[b])
 
     # -- read ----------------------------------------------------------------------------------------------------------
 
     def read_pages(self, ids: list[int]) -> tuple[Tensor, Tensor]:
         """Decodes pages: (keys, values), float32 [Hkv, len(ids)·page_tokens, D], keys in their stored basis."""
-        g = self.geometry
-        data = self.pool.load(ids)
-        split = g.page_nbytes(self.spec.key.format)
-
-        def unpack(part: Tensor, spec) -> Tensor:
-            blocks = decode(part.unflatten(1, (g.num_kv_heads, -1)), spec.format, g.page_tokens)  # [n, Hkv, page, D]
-            return blocks.transpose(0, 1).flatten(1, 2)
-
-        return unpack(data[:, :split], self.spec.key), unpack(data[:, split:], self.spec.value)
+        return read_pages(self, ids)
 
     def tiles(self, row: RowView):
         """Yields what the queries of one sequence read, a tile at a time."""
@@ -285,89 +303,13 @@ class PackedLayer(CacheLayerMixin):
         for start, end in pairwise(cuts):
             part = slice(start, end)
             yield Tile(row.keys[:, part], row.values[:, part], row.raw_positions[part], False)
-        step = max(1, TILE_TOKENS // g.page_tokens)
-        for start in range(0, len(row.pages), step):
+        # one query's scores are small: larger tiles, so that the time goes into tokens and not into launching operations
+        step = max(1, TILE_TOKENS * (4 if row.positions.numel() == 1 else 1) // g.page_tokens)
+        unseen = 0  # pages behind the first query's sliding window, be they gone already or not
+        if self.sliding and row.positions.numel():
+            unseen = max(0, int(row.positions[0]) - self.sliding + 1 - g.sinks) // g.page_tokens
+        for start in range(unseen, len(row.pages), step):
             ids = row.pages[start : start + step]
             first = g.sinks + start * g.page_tokens
             keys, values = self.read_pages(ids)
             yield Tile(keys, values, torch.arange(first, first + keys.shape[1], device=keys.device), True)
-
-    # -- whole sequences -----------------------------------------------------------------------------------------------
-
-    def reset(self) -> None:
-        """Forgets everything and frees it."""
-        if self.is_initialized:
-            del self.pool, self.raw_keys, self.raw_values, self.state, self.block_table, self.batch_size
-            del self.length, self.pages, self.spare
-        self.is_initialized = False
-        self.columns = 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last |n| tokens for n ≤ 0; for n > 0 keeps the first n columns.
-
-        A page that is cut through goes back to the window with its quantised values.
-        """
-        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.columns - tokens_to_remove)
-        remove = min(remove, self.columns)
-        if not self.is_initialized or remove == 0:
-            return
-        for b in range(self.batch_size):
-            self._crop_row(b, remove)
-        self.columns -= remove
-        self._fit_table(0)
-
-    def _crop_row(self, b: int, remove: int) -> None:
-        g = self.geometry
-        length, pages = self.length[b], len(self.pages[b])
-        kept = max(0, length - remove)
-        if kept < g.sinks + pages * g.page_tokens:
-            whole = max(0, kept - g.sinks) // g.page_tokens
-            ids = self.pages[b][whole:]
-            first = g.sinks + whole * g.page_tokens
-            if kept > first:
-                keys, values = self.read_pages(ids[:1])
-                slots = self.slots(first, kept)
-                self.raw_keys[b, :, slots] = to_float16(keys[:, : kept - first])
-                self.raw_values[b, :, slots] = to_float16(values[:, : kept - first])
-            del self.pages[b][whole:]
-            if self.reserved:
-                self.spare[b] = ids + self.spare[b]
-            else:
-                self.pool.release(ids)
-        self.length[b] = kept
-        self._set_state(b)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the sequences `indices`, int64 [n], in that order; an index may repeat. Pages are shared, not copied.
-
-        Pages that were taken in advance and not yet written are given back.
-        """
-        if not self.is_initialized:
-            return
-        indices = torch.as_tensor(indices)
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero().flatten()
-        chosen = indices.tolist()
-        for b in chosen:
-            self.pool.share(self.pages[b])
-        for ids in (*self.pages, *self.spare):
-            self.pool.release(ids)
-        index = indices.to(self.device)
-        self.raw_keys, self.raw_values = self.raw_keys[index], self.raw_values[index]
-        self.state, self.block_table = self.state[index], self.block_table[index]
-        self.length = [self.length[b] for b in chosen]
-        self.pages = [list(self.pages[b]) for b in chosen]
-        self.spare = [[] for _ in chosen]
-        self.reserved = 0
-        self.batch_size = len(chosen)
-        if self.batch_size:
-            self._fit_table(0)
-        else:
-            self.block_table = self.block_table[:, :0]
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))

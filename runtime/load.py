@@ -5,6 +5,7 @@ import logging
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,18 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from kvfold.autoclass import stock_from_pretrained
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import batch_nbytes
 from kvfold.exports.reader import Artifact, read_artifact
 from kvfold.exports.units import parse_nbytes
+from kvfold.runtime.assisted import hook_assisted, own_drafts
 from kvfold.runtime.attention import NAME
 from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.lower import check
+from kvfold.runtime.policy import Progressive
 from kvfold.runtime.save import save_artifact
 
 log = logging.getLogger("kvfold")
@@ -54,6 +59,7 @@ def load_pretrained(
     policy: str = "floor",
     attention: str = "auto",
     cuda_graph: bool = False,
+    rollback: int = 0,
     batch_invariant: bool = False,
     **hub_kwargs: Any,
 ) -> PreTrainedModel:
@@ -66,30 +72,52 @@ def load_pretrained(
             is an order of magnitude slower.
         revision: of the Hub repository.
         kv_budget: bytes ("1GiB" or an int) that a cache may never pass; KVBudgetExceeded is raised before it would.
-        policy: "floor" stores at the searched bit-widths at once.
+        policy: "floor" stores at the searched bit-widths at once; "progressive" starts in 16 bits and lowers pages, the least
+            harmful first, as kv_budget fills. Its attention is the plain-torch reference on every device.
         attention: "reference" is plain torch on any device, "triton" the kernels; "auto" picks by device.
         cuda_graph: `generate` takes memory for the longest sequence at the start and replays one captured decoding step, so
             that decoding isn't bound by Python. Needs a GPU and the kernels.
+        rollback: tokens by which a cache may be cropped exactly, as if they had never come: their 16-bit rows are kept longer.
+            Assisted and prompt-lookup decoding see to that by themselves.
         batch_invariant: attention gives a sequence the same bits in whatever batch it is decoded: the kernels divide its pages
             by its own length alone, 1024 tokens to a program: too few programs for a short sequence alone, and more than fit at
             once for a large batch. The model's matrix products remain their library's.
         hub_kwargs: for huggingface_hub.snapshot_download, e.g. `token`, `cache_dir`, `local_files_only`.
     Returns:
         A PreTrainedModel; `generate`, `model(ids)` and chunked calls read quantised keys and values back.
-        `outputs.past_key_values` is a QuantizedKVCache.
+        `outputs.past_key_values` is a QuantizedKVCache; `model.new_kv_cache()` gives an empty one to pass and to watch.
     Raises:
         KvfoldError: not an artifact, a damaged one, or an option that does not exist.
     """
-    if policy != "floor":
-        raise KvfoldError(f"policy '{policy}' is not one this version knows; use 'floor'.")
+    if policy not in ("floor", "progressive"):
+        raise KvfoldError(f"policy '{policy}' is not one this version knows; use 'floor' or 'progressive'.")
+    progressive = policy == "progressive"
+    if progressive and kv_budget is None:
+        raise KvfoldError(
+            "policy='progressive' lowers pages as kv_budget fills, but there is none; give kv_budget='1GiB'."
+        )
+    if progressive and attention == "triton":
+        raise KvfoldError(
+            "attention='triton' reads pages of one format, but policy='progressive' keeps several; use attention='auto'."
+        )
+    if progressive and cuda_graph:
+        raise KvfoldError(
+            "cuda_graph=True needs pages that stay as they are, but policy='progressive' lowers them; leave one of them out."
+        )
     if attention not in ("auto", "reference", "triton"):
         raise KvfoldError(
             f"attention '{attention}' is not one this version knows; use 'auto', 'reference' or 'triton'."
         )
+    if isinstance(rollback, bool) or not isinstance(rollback, int) or rollback < 0:
+        raise KvfoldError(f"rollback={rollback!r} is not a number of tokens; give 0 or more.")
     budget = None if kv_budget is None else parse_nbytes(kv_budget)
     artifact = read_artifact(resolve_artifact(path_or_repo_id, revision, **hub_kwargs))
+    g = artifact.geometry
+    ladders = progressive_policy(artifact) if progressive else None
     if budget is not None:
-        least = batch_nbytes(artifact.geometry, artifact.formats, [1])
+        least = batch_nbytes(replace(g, rollback=rollback), artifact.formats, [1])
+        if ladders is not None:
+            least = ladders.least_nbytes(g, g.sinks + g.window + g.page_tokens)
         if budget < least:
             raise KvfoldError(
                 f"kv_budget={kv_budget} is too small: sinks, window and one page take {least} bytes; give at least that."
@@ -98,13 +126,21 @@ def load_pretrained(
     dtype = dtype or default_dtype(target)
     model, info = stock_from_pretrained(artifact.path, dtype=dtype or "auto", output_loading_info=True)
     check_complete(info, artifact)
-    triton = choose_triton(attention, target, artifact)
+    triton = not progressive and choose_triton(attention, target, artifact)
     if cuda_graph and not (triton and target.type == "cuda"):
         raise KvfoldError(
             f"cuda_graph=True needs a CUDA device and the Triton kernels, but this is {target}; leave it out."
         )
     log.info("attention: %s on %s", "Triton kernels" if triton else "plain-torch reference", target)
-    return attach(model.to(target), artifact, budget, triton, cuda_graph, batch_invariant)
+    return attach(
+        model.to(target), artifact, budget, triton, cuda_graph, rollback=rollback, batch_invariant=batch_invariant, policy=ladders
+    )  # fmt: skip
+
+
+def progressive_policy(artifact: Artifact) -> Progressive:
+    """The progressive policy by an artifact's own predicted losses."""
+    losses = [(layer.key.predicted_loss, layer.value.predicted_loss) for layer in artifact.metadata.layers]
+    return Progressive(artifact.specs, losses, artifact.geometry)
 
 
 def default_device() -> torch.device:
@@ -154,9 +190,15 @@ def interpreting() -> bool:
 
 
 def attach(
-    model: Any, artifact: Artifact, budget: int | None = None, triton: bool = False, cuda_graph: bool = False,
+    model: Any,
+    artifact: Artifact,
+    budget: int | None = None,
+    triton: bool = False,
+    cuda_graph: bool = False,
+    rollback: int = 0,
     batch_invariant: bool = False,
-) -> PreTrainedModel:  # fmt: skip
+    policy: Progressive | None = None,
+) -> PreTrainedModel:
     """Makes every forward pass of `model`, which has the artifact's weights, read a packed cache."""
     model.eval()
     model.set_attn_implementation(NAME)
@@ -164,12 +206,22 @@ def attach(
     covered = artifact.metadata.calibration.covered_positions
     warned: list[bool] = []
 
+    geometry = replace(artifact.geometry, rollback=rollback)
+    digest = artifact.metadata.digest
+
     def new_cache(reserve: int = 0) -> QuantizedKVCache:
-        cache = QuantizedKVCache(artifact.specs, artifact.geometry, budget, triton, reserve)
+        cache = QuantizedKVCache(artifact.specs, geometry, budget, triton, reserve, policy)
+        cache.artifact = digest
         cache.padding.batch_invariant = batch_invariant
         return cache
 
     def prepare_cache(self, generation_config, model_kwargs, mode, batch_size, max_length, *args, **kwargs) -> None:
+        find_cache(self, generation_config, model_kwargs, max_length)
+        cache = model_kwargs.get("past_key_values")
+        if getattr(generation_config, "is_assistant", False) and isinstance(cache, QuantizedKVCache):
+            cache.extend_rollback(own_drafts(generation_config))
+
+    def find_cache(self, generation_config, model_kwargs, max_length) -> None:
         if model_kwargs.get("past_key_values") is not None:
             model_kwargs["past_key_values"]._is_user_defined = True
             return
@@ -190,9 +242,11 @@ def attach(
             return args, kwargs
         if kwargs.get("past_key_values") is None and not module.training:
             kwargs["past_key_values"] = new_cache()
+            kwargs["past_key_values"].lent = kwargs.get("use_cache") is False
         cache = kwargs.get("past_key_values")
         if isinstance(cache, QuantizedKVCache):
             cache.note_padding(kwargs.get("attention_mask"), tokens.shape[0])
+            check(cache, tokens.shape[0], tokens.shape[1])
             if cache.get_seq_length() + tokens.shape[1] > covered and not warned:
                 warned.append(True)
                 log.warning("this artifact was calibrated for positions up to %d; past that quality falls off", covered)
@@ -202,8 +256,16 @@ def attach(
                 kwargs["position_ids"] = cache.positions(tokens.shape[1], tokens.device)
         return args, kwargs
 
+    def keep_cache(module, args, kwargs, output):
+        """Without use_cache nobody may go on with the cache: generate would feed it the whole text again."""
+        if getattr(kwargs.get("past_key_values"), "lent", False) and isinstance(output, ModelOutput):
+            return type(output)(**{**output, "past_key_values": None})
+        return output
+
     # bound on the instance: a subclass's name would end up in config.json when the model is saved
     model._prepare_cache_for_generation = types.MethodType(prepare_cache, model)
+    hook_assisted(model)
+    model.new_kv_cache = new_cache
     if cuda_graph:
         from kvfold.runtime.graph import graphed
 
@@ -211,6 +273,7 @@ def attach(
     model.save_pretrained = types.MethodType(save_artifact, model)
     model.base_model.kv_packed = True
     model.base_model.register_forward_pre_hook(inject_cache, with_kwargs=True)
+    model.base_model.register_forward_hook(keep_cache, with_kwargs=True)
     model.kv_artifact = artifact
     model.kv_triton = triton
     return model

@@ -1,69 +1,108 @@
 """Pages of packed tokens of one layer, shared by reference count between sequences (beams, forked prompts)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from kvfold.kernels.pages import page_address
 
+PASSED = -1  # in a list of pages: one that a sliding window has left behind and that is gone
+
 
 class PagePool:
-    """Fixed-size pages of bytes. A full page is never changed, so sequences may share it.
+    """Pages of bytes, each of the size of its rung. A full page never changes its tokens, so sequences may share it.
 
     A page is a tensor of its own, so that growing copies nothing and freeing returns memory; `reserve` takes many at once
     from one tensor, which stays until the pool goes.
 
     Args:
-        page_nbytes: bytes of a page, a multiple of 16.
+        page_nbytes: bytes of a page, a multiple of 16; of one on each rung, floor first, where pages come in several formats.
         device: where pages live.
     """
 
-    def __init__(self, page_nbytes: int, device: torch.device) -> None:
-        self.page_nbytes = page_nbytes
+    def __init__(self, page_nbytes: int | Sequence[int], device: torch.device) -> None:
+        self.sizes = (page_nbytes,) if isinstance(page_nbytes, int) else tuple(page_nbytes)
+        self.counts = [0] * len(self.sizes)  # pages with an owner, by rung
         self.device = device
         self._pages: dict[int, Tensor] = {}
+        self._addresses: dict[int, int] = {}
+        self._rungs: dict[int, int] = {}
         self._owners: dict[int, int] = {}
         self._free_ids: list[int] = []  # numbers of pages that were given back
         self._slab: Tensor | None = None
         self._slab_free: list[int] = []  # pages of the slab that nobody owns
         self._slab_size = 0
 
+    @property
+    def page_nbytes(self) -> int:
+        """Bytes of a page on the highest rung, which new pages have unless `allocate` is told otherwise."""
+        return self.sizes[-1]
+
     def reserve(self, count: int) -> None:
-        """Takes memory for `count` pages at once; only on a pool without pages."""
-        assert not self._pages and self._slab is None
+        """Takes memory for `count` pages at once; only on a pool of one rung without pages."""
+        assert not self._pages and self._slab is None and len(self.sizes) == 1
         self._slab = torch.empty(count, self.page_nbytes, dtype=torch.uint8, device=self.device)
         self._slab_size = count
         self._slab_free = list(range(count - 1, -1, -1))
 
-    def allocate(self, count: int) -> list[int]:
-        """`count` new pages of undefined bytes with one owner each; returns their numbers."""
+    def allocate(self, count: int, rung: int = -1) -> list[int]:
+        """`count` new pages of undefined bytes on a rung, default the highest, with one owner each; returns their numbers."""
+        rung %= len(self.sizes)
         ids = []
         for _ in range(count):
             if self._slab_free:
                 number = self._slab_free.pop()
                 assert self._slab is not None
-                self._pages[number] = self._slab[number]
+                self._place(number, rung, self._slab[number])
             else:
                 number = self._free_ids.pop() if self._free_ids else self._slab_size + self._own_pages()
-                self._pages[number] = torch.empty(self.page_nbytes, dtype=torch.uint8, device=self.device)
+                self._place(number, rung, self._new(rung))
             self._owners[number] = 1
             ids.append(number)
+        self.counts[rung] += count
         return ids
+
+    def _new(self, rung: int) -> Tensor:
+        return torch.empty(self.sizes[rung], dtype=torch.uint8, device=self.device)
+
+    def _place(self, number: int, rung: int, page: Tensor) -> None:
+        self._pages[number], self._rungs[number], self._addresses[number] = page, rung, page_address(page)
 
     def _own_pages(self) -> int:
         """Pages that are tensors of their own."""
         return sum(number >= self._slab_size for number in self._pages) if self._slab_size else len(self._pages)
 
     def page(self, number: int) -> Tensor:
-        """A page's bytes, uint8 [page_nbytes]."""
+        """A page's bytes, uint8 [size of its rung]."""
         return self._pages[number]
 
+    def rung(self, number: int) -> int:
+        """The rung that a page stands on, 0 for the floor and for a page that is gone."""
+        return self._rungs.get(number, 0)
+
     def addresses(self, ids: list[int]) -> list[int]:
-        """Block table entries of pages."""
-        return [page_address(self._pages[i]) for i in ids]
+        """Block table entries of pages; 0 for a page that is gone."""
+        return [self._addresses.get(i, 0) for i in ids]
 
     def load(self, ids: list[int]) -> Tensor:
-        """uint8 [len(ids), page_nbytes], a copy of the packed bytes."""
+        """uint8 [len(ids), page size], a copy of the packed bytes of pages of one rung."""
         return torch.stack([self._pages[i] for i in ids])
+
+    def lower(self, ids: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """Takes memory one rung down for pages of one rung. The numbers stay, and so do the owners.
+
+        Returns:
+            (old, new): the bytes as they were, freed when the caller lets go of them, and the undefined bytes that replace them.
+        """
+        old = [self._pages[i] for i in ids]
+        rung = self._rungs[ids[0]]
+        assert rung > 0 and self._slab is None and all(self._rungs[i] == rung for i in ids)
+        for i in ids:
+            self._place(i, rung - 1, self._new(rung - 1))
+        self.counts[rung] -= len(ids)
+        self.counts[rung - 1] += len(ids)
+        return old, [self._pages[i] for i in ids]
 
     def share(self, ids: list[int]) -> None:
         """Adds one owner to each page."""
@@ -75,12 +114,20 @@ class PagePool:
         for i in ids:
             self._owners[i] -= 1
             if self._owners[i] == 0:
-                del self._owners[i], self._pages[i]
+                del self._owners[i], self._pages[i], self._addresses[i]
+                self.counts[self._rungs.pop(i)] -= 1
                 (self._slab_free if i < self._slab_size else self._free_ids).append(i)
 
     def __len__(self) -> int:
         """Pages that have an owner."""
         return len(self._pages)
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes, from the counts: what `tensors` add up to."""
+        if self._slab is None:
+            return sum(count * size for count, size in zip(self.counts, self.sizes, strict=True))
+        return self._slab.nbytes + self._own_pages() * self.page_nbytes
 
     def tensors(self) -> list[Tensor]:
         """Every resident tensor."""

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from kvfold.exports.account import Geometry
+from kvfold.exports.spec import LayerSpec
+from kvfold.kernels.pages import page_address
 from kvfold.kernels.triton_append import append_step, empty_queries
 from kvfold.kernels.triton_attention import attention, prepare_queries
-from kvfold.kernels.triton_encode import encode_pages
+from kvfold.kernels.triton_encode import encode_pages, lower_pages
 
 if TYPE_CHECKING:
     from kvfold.runtime.layer import PackedLayer
@@ -89,12 +91,24 @@ def _prompt(
     )  # fmt: skip
 
 
-def store_pages(layer: "PackedLayer", keys: Tensor, values: Tensor, ids: list[int]) -> None:
-    """Packs 16-bit rows [Hkv, len(ids)·page_tokens, head_dim] into pages."""
+def store_pages(layer: "PackedLayer", keys: Tensor, values: Tensor, ids: list[int], spec: LayerSpec) -> None:
+    """Packs 16-bit rows [Hkv, len(ids)·page_tokens, head_dim] into pages of one rung, whose formats `spec` has."""
     device, size = keys.device, layer.geometry.page_tokens
     pages = torch.tensor(layer.pool.addresses(ids), dtype=torch.int64).to(device, non_blocking=True)
     tokens = torch.arange(len(ids), dtype=torch.int32, device=device) * size
     encode_pages(
-        keys[None].contiguous(), values[None].contiguous(), layer.spec.key.format, layer.spec.value.format, pages,
-        torch.zeros_like(tokens), tokens, page_tokens=size, key_clip=layer.spec.key.clip, value_clip=layer.spec.value.clip,
+        keys[None].contiguous(), values[None].contiguous(), spec.key.format, spec.value.format, pages,
+        torch.zeros_like(tokens), tokens, page_tokens=size, key_clip=spec.key.clip, value_clip=spec.value.clip,
+    )  # fmt: skip
+
+
+def lower(layer: "PackedLayer", old: list[Tensor], new: list[Tensor], source: LayerSpec, target: LayerSpec) -> None:
+    """Re-quantises pages: uint8 tensors of the formats of `source` into those of `target`."""
+    device = layer.device
+    addresses = torch.tensor([[page_address(page) for page in pages] for pages in (old, new)], dtype=torch.int64)
+    sources, pages = addresses.to(device, non_blocking=True)
+    lower_pages(
+        sources, pages, (source.key.format, source.value.format), (target.key.format, target.value.format),
+        num_kv_heads=layer.geometry.num_kv_heads, page_tokens=layer.geometry.page_tokens,
+        key_clip=target.key.clip, value_clip=target.value.clip,
     )  # fmt: skip

@@ -72,7 +72,15 @@ class LayerView:
         if self.layer.use_triton:
             from kvfold.runtime.triton import attend_triton
 
-            return attend_triton(self, query, scaling, sliding, softcap, sinks_logit)
+            out = attend_triton(self, query, scaling, sliding, softcap, sinks_logit)
+        else:
+            out = self._attend_reference(query, scaling, mask, softcap, sinks_logit)
+        self.layer.release_passed()
+        return out
+
+    def _attend_reference(
+        self, query: Tensor, scaling: float, mask: Tensor | None, softcap: float | None, sinks_logit: Tensor | None
+    ) -> Tensor:
         assert self.rows is not None
         spec, geometry = self.layer.spec, self.layer.geometry
         out = torch.zeros(query.shape, device=query.device)

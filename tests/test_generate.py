@@ -5,18 +5,33 @@ import torch
 from conftest import FAMILIES, char_tokenizer, save_tiny
 
 from kvfold import KVBudgetExceeded, KvfoldError, runtime
+from kvfold.compress.cli import describe
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import load_recipe
+from kvfold.exports.account import cache_nbytes
+from kvfold.exports.report import account_parts
 from kvfold.runtime.load import plain_cache
 
 TEXT = "the cache of a long sequence holds keys and values for every token that was read before and after it all"
+# where every layer slides, hardly more than the 16-bit rows is cached at all
+BUDGETS = {"phi3": "15.0"}
+SLIDING = {
+    "phi3": [60] * 3,
+    "gemma2": [0, 40, 0],
+    "gemma3_text": [40, 0, 40],
+    "gpt_oss": [40, 0, 40],
+    "smollm3": [0, 0, 40],
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request, tmp_path_factory, text_file, recipe_file):
     folder = tmp_path_factory.mktemp(request.param)
     source = save_tiny(folder / "model", request.param)
-    compress(str(source), "4.0", folder / "artifact", calib=str(text_file), recipe=load_recipe(recipe_file))
+    compress(
+        str(source), BUDGETS.get(request.param, "4.0"), folder / "artifact", calib=str(text_file),
+        recipe=load_recipe(recipe_file),
+    )  # fmt: skip
     return runtime.load_pretrained(folder / "artifact", device="cpu")
 
 
@@ -33,7 +48,13 @@ def test_a_plain_forward_reads_back_what_a_token_at_a_time_reads(model):
     tokens = ids()
     out = model(tokens)
     assert isinstance(out.past_key_values, runtime.QuantizedKVCache)
-    assert out.past_key_values.layers[0].num_pages() == 9
+    packed, geometry = out.past_key_values, model.kv_artifact.geometry
+    assert [layer.state[0].tolist() for layer in packed.layers] == [[104, 9]] * 3
+    held = [
+        9 - (104 - sliding + 1 - 3) // 8 if sliding else 9 for sliding in SLIDING.get(model.config.model_type, [0] * 3)
+    ]
+    assert [layer.num_pages() for layer in packed.layers] == held
+    assert packed.nbytes == cache_nbytes(geometry, packed.formats, 104)
     cache, steps = None, []
     for t in range(tokens.shape[1]):
         step = model(tokens[:, t : t + 1], past_key_values=cache)
@@ -158,3 +179,31 @@ def test_saving_keeps_the_class_name(tiny_artifact, tmp_path):
     model = runtime.load_pretrained(tiny_artifact, device="cpu")
     model.config.save_pretrained(tmp_path)
     assert '"LlamaForCausalLM"' in (tmp_path / "config.json").read_text()
+
+
+@torch.no_grad()
+def test_what_the_allocator_budgets_is_stated_shown_and_resident(model):
+    """The account of an artifact whose layers slide, wherever it is told, and a cache that is really filled."""
+    metadata = model.kv_artifact.metadata
+    account, geometry = metadata.account, metadata.geometry
+    assert list(geometry.sliding) == SLIDING.get(model.config.model_type, [])
+    assert metadata.format_version == (2 if geometry.sliding else 1)
+    shown = describe(metadata)
+    assert (
+        shown["bytes"]
+        == account.bytes
+        == sum(nbytes for _, _, nbytes in account_parts(metadata))
+        <= metadata.budget.bytes
+    )
+    sides = sum(layer[side]["bytes"] for layer in shown["layers"] for side in ("key", "value"))
+    assert sides == account.page_bytes
+    assert shown["bytes_16bit"] == account.bytes_16bit and shown["effective_bits"] == account.effective_bits
+    tokens = torch.randint(0, 128, (1, 512), generator=torch.Generator().manual_seed(0))
+    cache = model(tokens).past_key_values
+    assert cache.nbytes == account.bytes_at["512"] == describe(metadata, 512)["bytes"]
+    rows = cache.report()
+    assert sum(row["bytes"] for row in rows) == cache.nbytes
+    elements = [2 * 2 * 16 * min(512, sliding or 512) for sliding in geometry.sliding or [0] * 3]
+    assert [row["effective_bits"] for row in rows] == [
+        8 * row["bytes"] / n for row, n in zip(rows, elements, strict=True)
+    ]

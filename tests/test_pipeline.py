@@ -94,7 +94,12 @@ def test_every_transform_on_every_family(family, key, value, tmp_path, text_file
         f"key: {{transform: {key}, group_size: {8 if key == 'reorder' else 0}}}\nvalue: {{transform: {value}, group_size: {8 if value == 'reorder' else 0}}}\n",
     )
     budget = "9.0" if key == "reorder" else "7.0"  # small groups: two bits go to parameters
-    artifact = compress(str(source), budget, tmp_path / "out", calib=str(text_file), recipe=recipe)
+    context = None
+    if (
+        family == "phi3"
+    ):  # every layer slides: beside the 16-bit rows there is little to cache, and as many bits in that
+        budget, context = {"9.0": "15.0", "7.0": "13.9"}[budget], 400
+    artifact = compress(str(source), budget, tmp_path / "out", calib=str(text_file), recipe=recipe, context=context)
     account = artifact.metadata.account
     assert account.bytes <= artifact.metadata.budget.bytes and account.effective_bits <= float(budget)
     assert account.bytes == account.page_bytes + account.raw_bytes + account.table_bytes
@@ -106,7 +111,7 @@ def test_every_transform_on_every_family(family, key, value, tmp_path, text_file
 
 
 def test_a_sliding_window_stays_one(tmp_path, text_file, recipe_file):
-    shape = {**SHAPE, "sliding_window": 20}
+    shape = {**SHAPE, "sliding_window": 50}
     torch.manual_seed(0)
     model = MistralForCausalLM(MistralConfig(**shape)).to(torch.bfloat16)
     for name, parameter in model.named_parameters():
@@ -115,16 +120,27 @@ def test_a_sliding_window_stays_one(tmp_path, text_file, recipe_file):
     model.save_pretrained(tmp_path / "model")
     char_tokenizer().save_pretrained(tmp_path / "model")
     artifact = compress(
-        str(tmp_path / "model"), "8", tmp_path / "out", calib=str(text_file), recipe=load_recipe(recipe_file)
+        str(tmp_path / "model"),
+        "16",
+        tmp_path / "out",
+        calib=str(text_file),
+        recipe=load_recipe(recipe_file),
+        context=400,
     )
+    assert artifact.metadata.format_version == 2 and artifact.geometry.sliding == (50, 50, 50)
     figures = evaluate(str(artifact.path), text=str(text_file), windows=2, seq_len=160, device="cpu")
     assert 1e-6 < figures.kl < 0.02  # a query that looked past its window would cost a nat
     with torch.no_grad():
         loaded = runtime.load_pretrained(artifact.path, device="cpu")
-        ids = torch.randint(0, 128, (1, 90), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(0, 128, (1, 190), generator=torch.Generator().manual_seed(0))
         other = ids.clone()
         other[:, :30] = (other[:, :30] + 1) % 128  # out of reach of the last query through three layers' windows
         cache = [loaded(x[:, :-1]).past_key_values for x in (ids, other)]
+        assert (
+            [layer.num_pages() for layer in cache[0].layers]
+            == [3] * 3
+            == [20 - layer.passed[0] for layer in cache[0].layers]
+        )
         last = [loaded(ids[:, -1:], past_key_values=c).logits for c in cache]
     assert torch.equal(*last)
 

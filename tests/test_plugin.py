@@ -74,7 +74,8 @@ def test_a_stock_environment_computes_the_original(tmp_path, text_file, recipe_f
     pairs = []
     for family in FAMILIES:
         pairs += [save_tiny(tmp_path / family, family, torch.float32), tmp_path / f"{family}-out"]
-        compress(str(pairs[-2]), "4.0", pairs[-1], calib=str(text_file), recipe=load_recipe(recipe_file))
+        budget = "15.0" if family == "phi3" else "4.0"  # every layer slides: hardly more than the 16-bit rows is cached
+        compress(str(pairs[-2]), budget, pairs[-1], calib=str(text_file), recipe=load_recipe(recipe_file))
     done = python(BLOCK + STOCK, *pairs)
     assert (done.returncode, done.stderr) == (0, "")  # no warning either
     for family, line in zip(FAMILIES, done.stdout.splitlines(), strict=True):

@@ -5,13 +5,21 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+import kvfold.compress
 from kvfold import runtime
 from kvfold.compress.evaluate import evaluate
+from kvfold.exports.reader import read_artifact
+from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
+from kvfold.kernels.formats import raw16
+from kvfold.runtime.load import attach, stock_from_pretrained
 
 pytestmark = pytest.mark.real
 
@@ -62,3 +70,68 @@ def test_loss_on_text_that_was_not_calibrated_on(artifact):
     found = evaluate(str(artifact), windows=2, seq_len=2048, device="cpu")
     assert found.kl < 0.06 and found.top1_agreement > 0.85 and abs(found.dnll) < 0.08
     assert found.kl > 1e-3  # keys and values were read back quantised
+
+
+LENGTHS = [420, 333, 190, 37]  # tokens: the first two reach far into pages, the last one has none
+NEW = 40
+
+
+def prompts(artifact):
+    """Prose of these lengths, padded on the left."""
+    text = (Path(kvfold.compress.__file__).parent / "data" / "heldout.txt").read_text(encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(artifact)
+    found = tokenizer(text, return_tensors="pt").input_ids[0]
+    ids = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for b, n in enumerate(LENGTHS):
+        ids[b, -n:], mask[b, -n:] = found[1000 * b : 1000 * b + n], 1
+    return ids, mask
+
+
+def greedy(model, ids, mask=None, **options):
+    return model.generate(ids, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, **options)
+
+
+@torch.no_grad()
+def test_a_left_padded_batch_writes_what_each_row_writes_alone(artifact):
+    model = runtime.load_pretrained(artifact, device="cpu")
+    ids, mask = prompts(artifact)
+    together = greedy(model, ids, mask)
+    for b, n in enumerate(LENGTHS):
+        assert together[b, -NEW:].tolist() == greedy(model, ids[b : b + 1, -n:])[0, -NEW:].tolist()
+
+
+@torch.no_grad()
+def test_beams_do_not_depend_on_the_size_of_pages(artifact):
+    """In 16-bit pages: what is quantised when depends on the page, what 16 bits hold does not."""
+    ids, _ = prompts(artifact)
+    stored, found = read_artifact(artifact), []
+    dim = stored.geometry.head_dim
+    specs = [LayerSpec(KeySpec(raw16(dim)), ValueSpec(raw16(dim)))] * len(stored.specs)
+    for page in (32, 48):
+        model = stock_from_pretrained(stored.path, dtype=torch.float32)
+        geometry = replace(stored.geometry, page_tokens=page)
+        attach(model, SimpleNamespace(specs=specs, geometry=geometry, metadata=stored.metadata))
+        found.append(greedy(model, ids[1:2, -LENGTHS[1] :], num_beams=3))
+    assert torch.equal(*found)
+
+
+@torch.no_grad()
+def test_crop_and_continue_is_never_having_generated(artifact):
+    model = runtime.load_pretrained(artifact, device="cpu", rollback=64)
+    ids, _ = prompts(artifact)
+    ids, more = ids[:1], ids[1:2, -50:]
+    fresh, used = model(ids).past_key_values, model(ids).past_key_values
+    greedy(model, torch.cat((ids, more[:, :10]), 1), past_key_values=used)
+    pages = used.layers[0].state[0, 1].item()
+    used.crop(ids.shape[1])
+    assert used.layers[0].state[0, 1].item() < pages and used.nbytes == fresh.nbytes
+    for part in (more[:, :1], more[:, 1:]):
+        assert torch.equal(model(part, past_key_values=used).logits, model(part, past_key_values=fresh).logits)
+
+
+@torch.no_grad()
+def test_prompt_lookup_writes_greedy_text(artifact):
+    model = runtime.load_pretrained(artifact, device="cpu")
+    ids, _ = prompts(artifact)
+    assert torch.equal(greedy(model, ids[:1], prompt_lookup_num_tokens=10), greedy(model, ids[:1]))

@@ -138,7 +138,9 @@ def changed(path: str, value) -> dict:
         ("layers.1.key.format.zero", 0, r"not valid at layers.1.key.format.zero"),
         ("budget", ..., "not valid at budget"),
         ("provenance.revision", ..., "not valid at provenance.revision"),
-        ("format_version", 2, "format_version 2"),
+        ("format_version", 3, "format_version 3"),
+        ("format_version", 2, "format_version 2 needs cache.sliding"),
+        ("cache.sliding", [16, 0], "cache.sliding is no field of format_version 1"),
         ("format_version", "1", "format_version '1'"),
         ("format_version", True, "not valid at format_version"),
         ("format_version", ..., "format_version None"),
@@ -196,6 +198,24 @@ def test_the_digest_itself_counts():
     ):
         with pytest.raises(KvfoldError, match="its own digest"):
             parse_metadata(text)
+
+
+def test_sliding_windows_are_version_2():
+    """The rest is as in version 1, and so is an artifact without them."""
+    geometry = {**FIELDS["cache"], "sliding": [30, 0]}
+    formats = Metadata.model_validate(FIELDS).formats
+    fields = {**FIELDS, "format_version": 2, "cache": geometry}
+    metadata = parse_metadata(dump_fields(fields))
+    assert metadata.model_dump() == fields and metadata.geometry.sliding == (30, 0)
+    assert parse_metadata(dump_metadata(metadata)) == metadata
+    # 4 pages of 16 of 81 tokens, of which the first three end before token 81 − 30 + 1
+    page = 2 * 16 * (7 + 6)
+    assert cache_nbytes(metadata.geometry, formats, 81) == FIELDS["account"]["bytes"] - 3 * page
+    for wrong in ([0, 0], [30], [30, 0, 0], [], [30, -1], [30.0, 0]):
+        with pytest.raises(KvfoldError, match=r"sliding"):
+            parse_metadata(dump_fields({**fields, "cache": {**geometry, "sliding": wrong}}))
+    with pytest.raises(KvfoldError, match=r"needs cache.sliding"):
+        parse_metadata(dump_fields({**FIELDS, "format_version": 2}))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "1", '{"format_version": 1', "\ufeff{}"])

@@ -1,0 +1,44 @@
+"""Assisted and prompt-lookup decoding: the cache learns how many drafted tokens may be taken back before they come."""
+
+import types
+from typing import Any
+
+from kvfold.errors import KvfoldError
+from kvfold.runtime.branches import Branches
+
+LOOKBEHIND = 16  # tokens beyond its drafts that an assistant takes back where tokenizers differ
+
+
+def hook_assisted(model: Any) -> None:
+    """Lets every draft that `model.generate` checks lengthen its cache's 16-bit ring first.
+
+    A crop of what was rejected then leaves no trace, so that the text is that of greedy decoding. transformers 5.23 gives an
+    assisted model the whole text at first, also where its cache holds a part; that is refused, and not read twice in silence.
+    """
+    stock = model._get_candidate_generator
+
+    def get_candidate_generator(self, *args, **kwargs):
+        generator = stock(*args, **kwargs)
+        cache = kwargs["model_kwargs"].get("past_key_values")
+        draft = generator.get_candidates
+        if isinstance(cache, Branches) and cache.tokens:
+            raise KvfoldError(
+                f"Assisted decoding cannot go on with a cache that holds tokens ({cache.tokens}): transformers would give it the "
+                "whole text once more; leave past_key_values out, or assistant_model and prompt_lookup_num_tokens."
+            )
+
+        def get_candidates(input_ids, *args, **kwargs):
+            candidates, logits = draft(input_ids, *args, **kwargs)
+            if isinstance(cache, Branches):
+                cache.extend_rollback(candidates.shape[1] - input_ids.shape[1])
+            return candidates, logits
+
+        generator.get_candidates = get_candidates
+        return generator
+
+    model._get_candidate_generator = types.MethodType(get_candidate_generator, model)
+
+
+def own_drafts(generation_config: Any) -> int:
+    """Tokens that a model which drafts for another may have to take back from its own cache."""
+    return 2 * (generation_config.max_new_tokens or 0) + LOOKBEHIND

@@ -1,0 +1,124 @@
+"""What a whole cache does with the past: going back, forking, a longer ring for assisted decoding, and a place on disk."""
+
+import copy
+from contextlib import suppress
+from dataclasses import replace
+from os import PathLike
+from typing import Any, Self
+
+from kvfold.errors import KVBudgetExceeded, KvfoldError
+from kvfold.exports.account import RAW_NBYTES, Geometry
+from kvfold.runtime.view import Padding
+
+
+class Branches:
+    """The part of QuantizedKVCache that crops, forks and saves.
+
+    Attributes:
+        artifact: digest of the artifact that the cache belongs to; None for a cache made by hand, which can't be saved.
+        lent: the cache serves one forward pass only, whose caller wants none.
+    """
+
+    layers: list[Any]
+    geometry: Geometry
+    padding: Padding
+    budget: int | None
+    graph: Any
+    artifact: str | None = None
+    lent: bool = False
+
+    @property
+    def formats(self) -> list[tuple]:
+        """(key format, value format) of each layer."""
+        return [(layer.spec.key.format, layer.spec.value.format) for layer in self.layers]
+
+    @property
+    def tokens(self) -> int:
+        """Columns that the cache holds, padding included."""
+        return max(layer.columns for layer in self.layers)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last |n| tokens for n ≤ 0; for n > 0 keeps the first n columns. See PackedLayer.crop.
+
+        Raises:
+            KvfoldError: what is left would need tokens that a sliding window has left behind; nothing is removed.
+        """
+        for layer in self.layers:
+            layer.check_crop(tokens_to_remove)
+        for layer in self.layers:
+            layer.crop(tokens_to_remove)
+
+    def take_back(self, count: int, tokens: int) -> None:
+        """Removes the latest `tokens` tokens from the first `count` layers, after a call that failed in the next one."""
+        with suppress(KvfoldError):  # a sliding window forbids it: then check_whole refuses the cache
+            for layer in self.layers[:count]:
+                layer.crop(-tokens, undo=True)
+
+    def check_whole(self) -> None:
+        """Raises KvfoldError if a call that failed has left layers of different lengths."""
+        found = {layer.columns for layer in self.layers if layer.columns}
+        if len(found) > 1:
+            raise KvfoldError(
+                f"A call that failed left this cache with layers of {min(found)} and of {max(found)} tokens; reset() it or "
+                "take a new one."
+            )
+
+    def extend_rollback(self, tokens: int) -> None:
+        """Makes crops of up to `tokens` tokens exact from here on, if they aren't: the 16-bit ring grows.
+
+        Raises:
+            KVBudgetExceeded: there is no room for that in the budget; nothing has changed.
+        """
+        if tokens <= self.geometry.rollback:
+            return
+        geometry = replace(self.geometry, rollback=tokens)
+        held = [layer for layer in self.layers if layer.is_initialized]
+        if self.budget is not None and held:
+            rows = geometry.raw_rows - self.geometry.raw_rows
+            row = 2 * RAW_NBYTES * geometry.num_kv_heads * geometry.head_dim * held[0].batch_size
+            moving = self.geometry.raw_rows if rows else 0  # one layer's old ring stands beside its new one
+            need = sum(layer.nbytes for layer in held) + row * (len(held) * rows + moving)
+            if need > self.budget:
+                raise KVBudgetExceeded(
+                    f"A rollback of {tokens} tokens needs a cache of {need} bytes, but kv_budget is {self.budget}; raise "
+                    "kv_budget or draft fewer tokens at a time."
+                )
+        self.graph = None  # it holds the old ring
+        self.geometry = geometry
+        for layer in self.layers:
+            layer.extend_ring(geometry)
+
+    def fork(self, count: int) -> list[Self]:
+        """`count` caches that go on from here, each by itself, and so does this one. Packed pages are shared, not copied.
+
+        `nbytes` of each counts the pages that it reads, shared or not; `resident_nbytes` counts each page once.
+        """
+        if count < 1:
+            raise KvfoldError(f"fork({count}) makes no cache; give 1 or more.")
+        self._refuse_policy("fork")
+        forks = []
+        for _ in range(count):
+            other = copy.copy(self)
+            other.padding = replace(self.padding, columns=list(self.padding.columns), scratch={})
+            other.layers = [layer.fork(other.padding) for layer in self.layers]
+            other.graph = None  # it holds the tensors of this one
+            forks.append(other)
+        return forks
+
+    def _refuse_policy(self, what: str) -> None:
+        """A policy that rewrites pages in place would change them under another cache's hands."""
+        if getattr(self, "policy", None) is not None:
+            raise KvfoldError(f"{what}() needs pages that stay as they are; load with policy='floor'.")
+
+    def save(self, path: str | PathLike) -> None:
+        """Writes the cache to a file that `runtime.load_cache` restores; see runtime/prompt_cache.py."""
+        from kvfold.runtime.prompt_cache import save_cache
+
+        self._refuse_policy("save")
+        save_cache(self, path)
+
+
+def resident_nbytes(caches: list[Any]) -> int:
+    """Bytes of several caches, each tensor that they share once."""
+    tensors = {t.data_ptr(): t for cache in caches for layer in cache.layers for t in layer.tensors() if t.numel()}
+    return sum(t.nbytes for t in tensors.values())
