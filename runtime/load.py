@@ -96,10 +96,6 @@ def load_pretrained(
         raise KvfoldError(
             "policy='progressive' lowers pages as kv_budget fills, but there is none; give kv_budget='1GiB'."
         )
-    if progressive and attention == "triton":
-        raise KvfoldError(
-            "attention='triton' reads pages of one format, but policy='progressive' keeps several; use attention='auto'."
-        )
     if progressive and cuda_graph:
         raise KvfoldError(
             "cuda_graph=True needs pages that stay as they are, but policy='progressive' lowers them; leave one of them out."
@@ -126,7 +122,8 @@ def load_pretrained(
     dtype = dtype or default_dtype(target)
     model, info = stock_from_pretrained(artifact.path, dtype=dtype or "auto", output_loading_info=True)
     check_complete(info, artifact)
-    triton = not progressive and choose_triton(attention, target, artifact)
+    # "auto" leaves pages of several formats to the reference until the kernels for them were measured on a GPU
+    triton = choose_triton("reference" if progressive and attention == "auto" else attention, target, artifact)
     if cuda_graph and not (triton and target.type == "cuda"):
         raise KvfoldError(
             f"cuda_graph=True needs a CUDA device and the Triton kernels, but this is {target}; leave it out."

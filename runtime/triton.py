@@ -22,6 +22,14 @@ def regions(geometry: Geometry) -> dict[str, Any]:
     return {"sinks": geometry.sinks, "window": geometry.window, "page_tokens": geometry.page_tokens}
 
 
+def formats_of(layer: "PackedLayer", b: int | None = None) -> dict[str, Any]:
+    """What `attention` must know of pages that stand on several rungs, of all sequences or of b; {} where there is one."""
+    if len(layer.rungs) == 1:
+        return {}
+    segments = layer.segments if b is None else layer.segments[b : b + 1].clone()
+    return {"formats": [(rung.key.format, rung.value.format) for rung in layer.rungs], "segments": segments}
+
+
 def attend_triton(
     view: "LayerView", query: Tensor, scaling: float, sliding: int, softcap: float | None, sinks_logit: Tensor | None
 ) -> Tensor:
@@ -50,7 +58,7 @@ def _decode(
     bends: dict[str, Any],
 ) -> None:  # fmt: skip
     """One step of every sequence: appends, packs the page that came due, attends, and moves the device's state on."""
-    spec, geometry = layer.spec, layer.geometry
+    spec, top, geometry = layer.spec, layer.rungs[-1], layer.geometry
     name = (query.shape[0], query.shape[1], geometry.num_kv_heads, query.shape[3], query.device, shifted)
     scratch = layer.padding.scratch
     if name not in scratch:
@@ -58,14 +66,15 @@ def _decode(
     queries = scratch[name]
     append_step(
         keys.contiguous(), values.contiguous(), query.contiguous(), layer.raw_keys, layer.raw_values, layer.block_table,
-        layer.state, queries, spec.key.format, spec.value.format, scaling=scaling, matrix=spec.key.matrix,
-        offset=spec.key.offset, query_matrix=spec.key.query_matrix, key_clip=spec.key.clip, value_clip=spec.value.clip,
+        layer.state, queries, top.key.format, top.value.format, scaling=scaling, matrix=spec.key.matrix,
+        offset=spec.key.offset, query_matrix=spec.key.query_matrix, key_clip=top.key.clip, value_clip=top.value.clip,
         softcap=bends["softcap"],
         **regions(geometry),
     )  # fmt: skip
     attention(
         queries, spec.key.format, spec.value.format, layer.block_table, layer.state, layer.raw_keys, layer.raw_values, out,
-        ring=geometry.ring, new=1, advance=True, batch_invariant=layer.padding.batch_invariant, **bends, **regions(geometry),
+        ring=geometry.ring, new=1, advance=True, batch_invariant=layer.padding.batch_invariant, **formats_of(layer), **bends,
+        **regions(geometry),
     )  # fmt: skip
 
 
@@ -87,7 +96,7 @@ def _prompt(
     state = layer.state[b : b + 1].clone()
     attention(
         queries, spec.key.format, spec.value.format, table, state, row.keys[None], row.values[None], out,
-        first_query=first, packed_before=before, **bends, **regions(geometry),
+        first_query=first, packed_before=before, **formats_of(layer, b), **bends, **regions(geometry),
     )  # fmt: skip
 
 

@@ -447,7 +447,6 @@ def ids(tokens, batch=1, seed=0):
     [
         ({"policy": "progressive"}, "policy='progressive' lowers pages as kv_budget fills, but there is none"),
         ({"policy": "ceiling"}, "policy 'ceiling' is not one this version knows; use 'floor' or 'progressive'"),
-        ({"policy": "progressive", "kv_budget": "1MiB", "attention": "triton"}, "attention='triton' reads pages of one format"),
         ({"policy": "progressive", "kv_budget": "1MiB", "cuda_graph": True}, "cuda_graph=True needs pages that stay"),
         ({"policy": "progressive", "kv_budget": "much"}, "'much' is not a number of bytes"),
     ],

@@ -66,6 +66,25 @@ def test_logits_are_the_references(models):
 
 
 @torch.no_grad()
+def test_pages_of_several_rungs_are_the_references(models, tmp_path):
+    """A prompt, steps and a chunk under a budget that lowers pages on the way."""
+    path = models[0].kv_artifact.path
+    options = {"device": DEVICE, "dtype": torch.float32, "policy": "progressive", "kv_budget": 21_000}
+    pair = [runtime.load_pretrained(path, attention=name, **options) for name in ("reference", "triton")]
+    assert [model.kv_triton for model in pair] == [False, True]
+    ids = batch_of([TEXTS[1] * 3]).input_ids
+    caches, start, seen = [None, None], 0, set()
+    for end in (74, 75, 76, 91, 92, 107, 108, 123, 124):
+        outs = [model(ids[:, start:end], past_key_values=cache) for model, cache in zip(pair, caches, strict=True)]
+        caches, start = [out.past_key_values for out in outs], end
+        assert error(outs[1].logits, outs[0].logits) < 1e-2
+        assert caches[0].nbytes == caches[1].nbytes <= 21_000
+        assert [x.pool.counts for x in caches[0].layers] == [x.pool.counts for x in caches[1].layers]
+        seen |= {tuple(layer.pool.counts) for layer in caches[1].layers}
+    assert any(sum(count > 0 for count in counts) > 1 for counts in seen)
+
+
+@torch.no_grad()
 def test_greedy_text_is_the_references_row_by_row(models):
     """Left-padded rows of a batch, by kernels, against each row alone by the reference."""
     options = {"max_new_tokens": 4, "do_sample": False}
