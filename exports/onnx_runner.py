@@ -34,6 +34,8 @@ class OnnxRunner:
             onnxruntime.InferenceSession(str(Path(folder) / f"{stem}.onnx"), options, providers=["CPUExecutionProvider"])
             for stem in ("prefill", "decode")
         )
+        # GroupQueryAttention takes several tokens behind others for one sequence only
+        self.whole_batches = self.prefill.get_modelmeta().custom_metadata_map.get("kvfold.form") == '"gqa"'
         self.past = [i for i in self.prefill.get_inputs() if i.name.startswith("past.")]
         self.outputs = [o.name for o in self.prefill.get_outputs()]
 
@@ -66,6 +68,7 @@ class OnnxRunner:
         """Takes in a prompt [B, T]: (logits of its last token [B, vocabulary], the cache)."""
         ids = np.asarray(ids)
         cache = self.empty(len(ids)) if cache is None else cache
+        chunk = ids.shape[1] if self.whole_batches and len(ids) > 1 else chunk
         for start in range(0, ids.shape[1], chunk):
             part = ids[:, start : start + chunk]
             logits, cache = self(part, cache, [part.shape[1] - 1])

@@ -106,7 +106,11 @@ def _assemble(
     calls = {call.index: call for call in trace.calls}
     for node in trace.proto.graph.node:
         if node.domain != DOMAIN:
-            nodes.append(node)
+            bare = NodeProto()
+            bare.CopyFrom(node)
+            bare.ClearField("metadata_props")  # the exporter's notes: source files, with this machine's paths
+            bare.ClearField("doc_string")
+            nodes.append(bare)
             continue
         layer = helper.get_node_attr_value(node, "layer")
         graph, names = form.write(constants, calls[layer], list(node.input))
@@ -152,7 +156,7 @@ def write_graphs(
             del model.graph.node[:]
             model.graph.node.extend(nodes)
             model.graph.initializer.extend(stored)
-            helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
+            helper.set_model_props(model, {f"kvfold.{key}": json.dumps(value) for key, value in metadata.items()})
             (folder / f"{stem}.onnx").write_bytes(model.SerializeToString())
     for stem in GRAPHS:
         onnx.checker.check_model(str(folder / f"{stem}.onnx"))
