@@ -76,7 +76,9 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--text", help="text file, or datasets id as ID:CONFIG:SPLIT; default: the held-out text")
-    parser.add_argument("--graphs", type=Path, help="folder that keeps the graphs, and those that it has are not exported again")
+    parser.add_argument(
+        "--graphs", type=Path, help="folder that keeps the graphs, and those that it has are not exported again"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     quiet_transformers()
@@ -112,7 +114,13 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
             del runner
-    report = {"artifact": args.artifact.name, "prompt": args.prompt, "new": args.new, "threads": args.threads, "rows": rows}
+    report = {
+        "artifact": args.artifact.name,
+        "prompt": args.prompt,
+        "new": args.new,
+        "threads": args.threads,
+        "rows": rows,
+    }
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

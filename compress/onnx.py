@@ -45,9 +45,13 @@ def check_onnx(artifact: Artifact, form: str, bits: int | None) -> None:
         KvfoldError: an unknown form, bits that go with another, a missing package, or a family that can't be expressed.
     """
     if form not in FORMS:
-        raise KvfoldError(f"--form '{form}' is not one that can be written; use {', '.join(FORMS[:-1])} or {FORMS[-1]}.")
+        raise KvfoldError(
+            f"--form '{form}' is not one that can be written; use {', '.join(FORMS[:-1])} or {FORMS[-1]}."
+        )
     if bits is not None and form != "gqa":
-        raise KvfoldError(f"--bits {bits} goes with --form gqa; the form '{form}' has the bits that it has, leave it out.")
+        raise KvfoldError(
+            f"--bits {bits} goes with --form gqa; the form '{form}' has the bits that it has, leave it out."
+        )
     if bits not in (None, 4, 8):
         raise KvfoldError(f"--bits {bits} is not a width that GroupQueryAttention stores; give 8 or 4.")
     for name in NEEDED:
@@ -69,7 +73,9 @@ def check_onnx(artifact: Artifact, form: str, bits: int | None) -> None:
             "nodes for; export a model of another family."
         )
     if form == "gqa" and bits == 4 and artifact.metadata.cache.head_dim % 2:
-        raise KvfoldError(f"head_dim {artifact.metadata.cache.head_dim} is odd, so int4 codes don't pair up; use --bits 8.")
+        raise KvfoldError(
+            f"head_dim {artifact.metadata.cache.head_dim} is odd, so int4 codes don't pair up; use --bits 8."
+        )
 
 
 def export_onnx(

@@ -83,7 +83,7 @@ def codec_tap(codecs: tuple[UniformCodec, UniformCodec]) -> Tap:
     """A tap whose attention reads keys and values back as the operator stores them."""
 
     def tap(module, query, key, value, mask, scaling, **extras):
-        stored = [codec.round_trip(x.float()) for codec, x in zip(codecs, (key, value), strict=True)]
-        return attend_plain(query.float(), *stored, scaling, mask, **extras).transpose(1, 2).to(query.dtype)
+        stored_k, stored_v = (codec.round_trip(x.float()) for codec, x in zip(codecs, (key, value), strict=True))
+        return attend_plain(query.float(), stored_k, stored_v, scaling, mask, **extras).transpose(1, 2).to(query.dtype)
 
     return tap

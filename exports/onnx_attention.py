@@ -186,7 +186,11 @@ class PackedAttention:
         logits = self._visible(g, call, logits, bool(sides))
         if sinks_logit is not None:
             kv_heads = self.geometry.num_kv_heads
-            grouped = g.op("Reshape", logits, g.op("Concat", g.ints(0, 0, call.num_heads // kv_heads, -1), g.size(logits, 3), axis=0))
+            grouped = g.op(
+                "Reshape",
+                logits,
+                g.op("Concat", g.ints(0, 0, call.num_heads // kv_heads, -1), g.size(logits, 3), axis=0),
+            )
             column = g.reshape(sinks_logit, 1, kv_heads, -1, 1, 1)
             column = g.op("Expand", column, g.op("Concat", g.op("Shape", grouped, end=4), g.ints(1), axis=0))
             logits = g.concat([logits, g.reshape(column, 0, 0, -1, 1)], 3)
@@ -267,7 +271,9 @@ class PackedAttention:
 
         total = g.op("Add", sizes.before, sizes.rows)
         query = g.op("Unsqueeze", count(g.op("Sub", total, sizes.new), total), g.ints(1))  # [T, 1]
-        base = sizes.packed if self.single else sizes.before  # tokens in pages that lie between the sinks and other rows
+        base = (
+            sizes.packed if self.single else sizes.before
+        )  # tokens in pages that lie between the sinks and other rows
         place = count(g.ints(0), g.op("Sub", total, base))
         late = g.op("GreaterOrEqual", place, g.ints(geo.sinks)) if packed else ""
         position = g.op("Where", late, g.op("Add", place, base), place) if packed else place

@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from kvfold.exports.onnx_graph import FLOAT, FLOAT16, INT32, UINT8, Graph
+from kvfold.exports.onnx_graph import FLOAT, INT32, UINT8, Graph
 from kvfold.kernels.formats import GAUSSIAN_STEP, TRIT, Format
 from kvfold.kernels.packing import FIELDS, TRIT_CHANNELS, TRITS_PER_BYTE, trit_parts
 
@@ -148,8 +148,10 @@ class Side:
         codes = g.concat(parts, 2)
         if self.fmt.params == "scale":
             return codes, params, None
-        return codes, g.op("Slice", params, g.ints(1), g.ints(2**62), g.ints(2), g.ints(2)), g.op(
-            "Slice", params, g.ints(0), g.ints(2**62), g.ints(2), g.ints(2)
+        return (
+            codes,
+            g.op("Slice", params, g.ints(1), g.ints(2**62), g.ints(2), g.ints(2)),
+            g.op("Slice", params, g.ints(0), g.ints(2**62), g.ints(2), g.ints(2)),
         )
 
     def _plane(self, g: Graph, part: str, n: int, width: int, step: float, middle: float, unit: int) -> str:
@@ -296,7 +298,9 @@ class Side:
             data = self._float16_bytes(g, rounded)  # [..., p, 2]
         else:
             data = g.op("Unsqueeze", self._e4m3_bytes(g, values), g.ints(5))
-            rounded = g.op("Gather", g.array(np.nan_to_num(e4m3_values())), g.cast(g.reshape(data, 0, 0, 0, 0, count), INT32))
+            rounded = g.op(
+                "Gather", g.array(np.nan_to_num(e4m3_values())), g.cast(g.reshape(data, 0, 0, 0, 0, count), INT32)
+            )
         data = g.reshape(data, 0, 0, 0, FIELDS, self.rows, count, size)
         return g.reshape(g.transpose(data, 0, 1, 2, 5, 4, 3, 6), 0, 0, 0, count * self.page * size), rounded
 
@@ -319,7 +323,9 @@ class Side:
         )  # 0 … 30
         unit = g.op("Gather", g.array(2.0 ** (25 - np.maximum(np.arange(31), 1))), g.cast(exponent, INT32))
         whole = g.op("Mul", g.op("Relu", g.op("Sub", exponent, g.number(1.0))), g.number(1024.0))
-        word = g.op("Add", g.op("Add", whole, g.op("Mul", size, unit)), g.op("Mul", self._negative(g, x), g.number(32768.0)))
+        word = g.op(
+            "Add", g.op("Add", whole, g.op("Mul", size, unit)), g.op("Mul", self._negative(g, x), g.number(32768.0))
+        )
         high = g.op("Floor", g.op("Mul", word, g.number(1 / 256)))
         low = g.op("Sub", word, g.op("Mul", high, g.number(256.0)))
         return g.cast(g.op("Concat", *(g.op("Unsqueeze", t, g.ints(-1)) for t in (low, high)), axis=-1), UINT8)
@@ -334,7 +340,9 @@ class Side:
         else:
             parts = g.reshape(codes, 0, 0, 0, 2, 4, rows, 2 // width, n * width // 2)
             weight = 4.0 ** np.arange(4)[:, None, None, None] * 2.0 ** np.arange(2 // width)[:, None]
-            data = g.transpose(g.total(g.op("Mul", parts, g.array(weight)), 4, 6), 0, 1, 2, 4, 5, 3)  # [.., R, channel, byte]
+            data = g.transpose(
+                g.total(g.op("Mul", parts, g.array(weight)), 4, 6), 0, 1, 2, 4, 5, 3
+            )  # [.., R, channel, byte]
         return g.cast(g.reshape(data, 0, 0, 0, nbytes), UINT8)
 
     def _pack_trits(self, g: Graph, codes: str, n: int) -> list[str]:
@@ -343,7 +351,9 @@ class Side:
         whole, left = trit_parts(n)
         fields = g.reshape(codes, 0, 0, 0, FIELDS, rows, tiles, TRIT_CHANNELS)
         numbered = g.reshape(g.transpose(fields, 0, 1, 2, 5, 3, 4, 6), 0, 0, 0, tiles * FIELDS, rows, TRIT_CHANNELS)
-        first = g.reshape(g.slice(numbered, 3, 0, TRITS_PER_BYTE * whole), 0, 0, 0, whole, TRITS_PER_BYTE, rows * TRIT_CHANNELS)
+        first = g.reshape(
+            g.slice(numbered, 3, 0, TRITS_PER_BYTE * whole), 0, 0, 0, whole, TRITS_PER_BYTE, rows * TRIT_CHANNELS
+        )
         value = g.cast(g.total(g.op("Mul", first, g.array([[81.0], [27.0], [9.0], [3.0], [1.0]])), 4), INT32)
         scaled = g.op("Add", g.op("Mul", value, g.array(256, np.int32)), g.array(242, np.int32))
         halves = [g.cast(g.op("Div", scaled, g.array(243, np.int32)), FLOAT)]  # [B, Hkv, n, whole, R · 16]
@@ -356,7 +366,9 @@ class Side:
         data, count, parts = g.concat(halves, 3), whole + (left > 2), []
         if count > 1:
             pairs = g.reshape(g.slice(data, 3, 0, count // 2 * 2), 0, 0, 0, count // 2, 2, rows * TRIT_CHANNELS)
-            parts.append(g.reshape(g.transpose(pairs, 0, 1, 2, 3, 5, 4), 0, 0, 0, count // 2 * rows * TRIT_CHANNELS * 2))
+            parts.append(
+                g.reshape(g.transpose(pairs, 0, 1, 2, 3, 5, 4), 0, 0, 0, count // 2 * rows * TRIT_CHANNELS * 2)
+            )
         if count % 2:
             padded = self._pad_rows(g, g.slice(data, 3, count - 1), 2)  # [B, Hkv, n, rows / 2, 2, 16]
             parts.append(g.reshape(g.transpose(padded, 0, 1, 2, 3, 5, 4), 0, 0, 0, -(-rows // 2) * TRIT_CHANNELS * 2))

@@ -31,7 +31,9 @@ class OnnxRunner:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         self.prefill, self.decode = (
-            onnxruntime.InferenceSession(str(Path(folder) / f"{stem}.onnx"), options, providers=["CPUExecutionProvider"])
+            onnxruntime.InferenceSession(
+                str(Path(folder) / f"{stem}.onnx"), options, providers=["CPUExecutionProvider"]
+            )
             for stem in ("prefill", "decode")
         )
         # GroupQueryAttention takes several tokens behind others for one sequence only
@@ -47,6 +49,11 @@ class OnnxRunner:
             cache[tensor.name] = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, NUMPY[tensor.type]))
         return cache
 
+    @staticmethod
+    def cache_of(arrays: dict[str, np.ndarray]) -> Cache:
+        """A cache of given arrays by name, e.g. one that was saved."""
+        return {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for name, x in arrays.items()}
+
     def __call__(self, ids: np.ndarray, cache: Cache, keep: Sequence[int] | None = None) -> tuple[np.ndarray, Cache]:
         """One call of a graph: `decode` for one token, else `prefill`.
 
@@ -60,9 +67,14 @@ class OnnxRunner:
         ids = np.ascontiguousarray(ids, dtype=np.int64)
         at = np.arange(ids.shape[1]) if keep is None else np.asarray(keep)
         session = self.decode if ids.shape[1] == 1 else self.prefill
-        feeds = {name: onnxruntime.OrtValue.ortvalue_from_numpy(x) for name, x in (("input_ids", ids), ("logits_at", at.astype(np.int64)))}
+        feeds = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(x)
+            for name, x in (("input_ids", ids), ("logits_at", at.astype(np.int64)))
+        }
         logits, *present = session.run_with_ort_values(self.outputs, feeds | cache)
-        return logits.numpy(), {name.replace("present.", "past."): t for name, t in zip(self.outputs[1:], present, strict=True)}
+        return logits.numpy(), {
+            name.replace("present.", "past."): t for name, t in zip(self.outputs[1:], present, strict=True)
+        }
 
     def read(self, ids: np.ndarray, cache: Cache | None = None, chunk: int = CHUNK) -> tuple[np.ndarray, Cache]:
         """Takes in a prompt [B, T]: (logits of its last token [B, vocabulary], the cache)."""
@@ -74,7 +86,9 @@ class OnnxRunner:
             logits, cache = self(part, cache, [part.shape[1] - 1])
         return logits[:, 0], cache
 
-    def generate(self, ids: Sequence[Sequence[int]] | np.ndarray, max_new_tokens: int, end: int | None = None) -> Iterator[np.ndarray]:
+    def generate(
+        self, ids: Sequence[Sequence[int]] | np.ndarray, max_new_tokens: int, end: int | None = None
+    ) -> Iterator[np.ndarray]:
         """Greedy continuation of prompts of one length: yields int64 [B] a token, until all sequences have ended.
 
         Args:

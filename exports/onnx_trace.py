@@ -23,7 +23,7 @@ NAME = "kvfold-onnx"  # load a model with this attention to trace it
 DOMAIN = "kvfold"
 BATCH, TOKENS = 2, 5  # of the example inputs; other lengths are free, but 0 and 1 would be taken for constants
 LENGTHS = {"pages": 3, "rows": 7, "past": 7}
-DTYPES = {UINT8: torch.uint8, INT8: torch.int8, FLOAT16: torch.float16}
+DTYPES: dict[int, torch.dtype] = {UINT8: torch.uint8, INT8: torch.int8, FLOAT16: torch.float16}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,11 @@ _recorder = _Recorder()
 def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, s_aux=None, **kwargs):
     batch, heads, tokens, dim = query.shape
     call = Call(
-        module.layer_idx, heads, scaling if scaling is not None else dim**-0.5, softcap, kwargs.get("sliding_window") or 0
+        module.layer_idx,
+        heads,
+        scaling if scaling is not None else dim**-0.5,
+        softcap,
+        kwargs.get("sliding_window") or 0,
     )
     cache = _recorder.cache[call.index]
     extra = [] if s_aux is None else [s_aux.float()]
@@ -128,7 +132,7 @@ def trace(model: Any, tensors: Sequence[Sequence[CacheTensor]], page_tokens: int
     free = torch.export.Dim.DYNAMIC
     for layer in tensors:
         sizes = [[BATCH if d == "batch" else LENGTHS.get(str(d), d) for d in tensor.dims] for tensor in layer]
-        example.append([torch.zeros(s, dtype=DTYPES[t.dtype]) for s, t in zip(sizes, layer, strict=True)])  # type: ignore[arg-type]
+        example.append([torch.zeros(s, dtype=DTYPES[t.dtype]) for s, t in zip(sizes, layer, strict=True)])
         shapes.append([{i: free for i, d in enumerate(t.dims) if isinstance(d, str)} for t in layer])
     ids = torch.zeros(BATCH, TOKENS, dtype=torch.int64)
     try:
@@ -152,7 +156,9 @@ def trace(model: Any, tensors: Sequence[Sequence[CacheTensor]], page_tokens: int
     assert program is not None
     calls, _recorder.cache, _recorder.present = list(_recorder.calls), [], []
     graph = program.model.graph
-    weights = {name: value.const_value.numpy() for name, value in graph.initializers.items() if value.const_value is not None}
+    weights = {
+        name: value.const_value.numpy() for name, value in graph.initializers.items() if value.const_value is not None
+    }
     graph.initializers.clear()
     proto = onnx_ir.to_proto(program.model)
     return Trace(proto, weights, calls)

@@ -76,11 +76,11 @@ def _store(
         narrow = _narrow(array) if array.dtype == np.float32 else None
         if narrow:
             dtype, words = narrow
-            tensors.append(file.add(stream, f"{name}.16", dtype, array.shape, memoryview(words).cast("B")))
+            tensors.append(file.add(stream, f"{name}.16", dtype, array.shape, words.data.cast("B")))
             casts.append(helper.make_node("Cast", [f"{name}.16"], [name], to=TensorProto.FLOAT))
         else:
             dtype = helper.np_dtype_to_tensor_dtype(array.dtype)
-            tensors.append(file.add(stream, name, dtype, array.shape, memoryview(array).cast("B")))
+            tensors.append(file.add(stream, name, dtype, array.shape, array.data.cast("B")))
     return tensors, casts
 
 

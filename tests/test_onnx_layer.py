@@ -1,14 +1,17 @@
 """The cache's ONNX nodes against the reference: bytes of pages, and attention over them, without a model around it."""
 
+from importlib.util import find_spec
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-ort = pytest.importorskip("onnxruntime", reason="onnxruntime is missing: pip install 'kvfold[onnx]'")
-onnx = pytest.importorskip("onnx", reason="onnx is missing: pip install 'kvfold[onnx]'")
+if absent := [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]:
+    pytest.skip(f"{absent[0]} is missing: pip install 'kvfold[onnx]'", allow_module_level=True)
 
+import onnx
+import onnxruntime as ort
 from onnx import helper
 
 from kvfold.exports.account import Geometry
@@ -131,14 +134,21 @@ CASES = {  # name → spec, (sinks, window, page), softcap, sliding, sink logits
     "soft-cap": (spec_of(MIXED, uniform(DIM, 8), True), (3, 16, 16), 5.0, 40, False),
     "sink logits": (spec_of(MIXED, uniform(DIM, 8), True), (3, 16, 16), None, 25, True),
 }
-SPLITS = {"prompt": [117], "tokens": [1] * 75, "chunks": [30, 2, 41, 1, 1, 1, 13], "grows out of the window": [9, *[1] * 60, 7]}
+SPLITS = {
+    "prompt": [117],
+    "tokens": [1] * 75,
+    "chunks": [30, 2, 41, 1, 1, 1, 13],
+    "grows out of the window": [9, *[1] * 60, 7],
+}
 
 
 def layer_session(writer, call, tensors, sink, contrib=False):
     """A session with one layer: query, key, value and the cache."""
     shapes = {"query": QUERY_HEADS, "key": HEADS, "value": HEADS}
     inputs = [value_info(n, FLOAT, ["b", heads, "t", DIM]) for n, heads in shapes.items()]
-    inputs += [value_info(f"past.{t.name}", t.dtype, [str(d) if isinstance(d, str) else d for d in t.dims]) for t in tensors]
+    inputs += [
+        value_info(f"past.{t.name}", t.dtype, [str(d) if isinstance(d, str) else d for d in t.dims]) for t in tensors
+    ]
     inputs += [value_info("sink", FLOAT, [QUERY_HEADS])] if sink else []
     constants = Constants()
     graph, names = writer.write(constants, call, [i.name for i in inputs])
@@ -161,7 +171,9 @@ def run_layer(sessions, cache, states, split, feeds):
     """Outputs [B, T, H, D] of the parts of a split, and the cache after them."""
     outs = []
     for first, end in pairwise(np.cumsum([0, *split])):
-        part = {n: x[:, :, first:end].contiguous().numpy() for n, x in zip(("query", "key", "value"), states, strict=True)}
+        part = {
+            n: x[:, :, first:end].contiguous().numpy() for n, x in zip(("query", "key", "value"), states, strict=True)
+        }
         out, *cache_list = sessions[end - first == 1].run(None, {**part, **cache, **feeds})
         cache = dict(zip(cache, cache_list, strict=True))
         outs.append(out)
@@ -171,7 +183,9 @@ def run_layer(sessions, cache, states, split, feeds):
 def empty(tensors, batch=2):
     types = {FLOAT16: np.float16, UINT8: np.uint8}
     return {
-        f"past.{t.name}": np.zeros([batch if d == "batch" else 0 if isinstance(d, str) else d for d in t.dims], types.get(t.dtype, np.int8))
+        f"past.{t.name}": np.zeros(
+            [batch if d == "batch" else 0 if isinstance(d, str) else d for d in t.dims], types.get(t.dtype, np.int8)
+        )
         for t in tensors
     }
 
@@ -186,7 +200,8 @@ def test_layer_is_the_runtimes(case):
     sink = torch.linspace(-1, 2, QUERY_HEADS) if has_sink else None
     tensors = packed_tensors(geometry, spec)
     sessions = {
-        single: layer_session(PackedAttention(geometry, [spec], single), call, tensors, has_sink) for single in (False, True)
+        single: layer_session(PackedAttention(geometry, [spec], single), call, tensors, has_sink)
+        for single in (False, True)
     }
     for split in SPLITS.values():
         states = random_states(sum(split))
@@ -204,10 +219,15 @@ def test_layer_is_the_runtimes(case):
         torch.testing.assert_close(torch.from_numpy(got), torch.cat(expected, 1), rtol=2e-3, atol=2e-3)
         tokens = sum(split)
         assert cache["past.pages"].shape[1] == geometry.num_pages(tokens) > 0
-        held = [*range(geometry.sinks), *range(geometry.sinks + geometry.num_pages(tokens) * geometry.page_tokens, tokens)]
+        held = [
+            *range(geometry.sinks),
+            *range(geometry.sinks + geometry.num_pages(tokens) * geometry.page_tokens, tokens),
+        ]
         for b in range(2):
             pages = layer.pool.load(layer.pages[b]).numpy()
-            slots = torch.tensor([s if s < geometry.sinks else geometry.sinks + (s - geometry.sinks) % geometry.ring for s in held])
+            slots = torch.tensor(
+                [s if s < geometry.sinks else geometry.sinks + (s - geometry.sinks) % geometry.ring for s in held]
+            )
             rows = [raw[b][:, slots].numpy() for raw in (layer.raw_keys, layer.raw_values)]
             if spec.key.matrix is None:
                 np.testing.assert_array_equal(cache["past.pages"][b], pages)
@@ -260,7 +280,11 @@ def test_gqa_layer(bits, offset, softcap, sliding):
     for split in ([70], [40, *[1] * 30]):
         got, cache = run_layer({False: run, True: run}, empty(tensors), (query, key, value), split, {})
         np.testing.assert_allclose(got, expected, atol=1e-4)
-        codes = cache["past.key"] if bits == 8 else np.stack([cache["past.key"] & 15, cache["past.key"] >> 4], -1).reshape(2, HEADS, 70, DIM)
+        codes = (
+            cache["past.key"]
+            if bits == 8
+            else np.stack([cache["past.key"] & 15, cache["past.key"] >> 4], -1).reshape(2, HEADS, 70, DIM)
+        )
         shift = 0 if codecs[0].offset is None else codecs[0].offset[:, None]
         half = 2 ** (bits - 1)
         wanted = ((key - shift) / codecs[0].scale[:, None]).round().clamp(-half, half - 1)
