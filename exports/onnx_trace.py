@@ -131,7 +131,7 @@ def trace(model: Any, tensors: Sequence[Sequence[CacheTensor]], page_tokens: int
     example, shapes = [], []
     free = torch.export.Dim.DYNAMIC
     for layer in tensors:
-        sizes = [[BATCH if d == "batch" else LENGTHS.get(str(d), d) for d in tensor.dims] for tensor in layer]
+        sizes = [[BATCH if d == "batch" else LENGTHS[d] if isinstance(d, str) else d for d in t.dims] for t in layer]
         example.append([torch.zeros(s, dtype=DTYPES[t.dtype]) for s, t in zip(sizes, layer, strict=True)])
         shapes.append([{i: free for i, d in enumerate(t.dims) if isinstance(d, str)} for t in layer])
     ids = torch.zeros(BATCH, TOKENS, dtype=torch.int64)

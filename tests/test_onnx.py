@@ -30,8 +30,11 @@ from kvfold.compress.text import read_documents, sample_sequences
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import ARCHITECTURES
+from kvfold.exports.onnx_attention import PackedAttention, raw_tensors
+from kvfold.exports.onnx_graph import IR_VERSION, OPSET
 from kvfold.exports.onnx_runner import OnnxRunner, nbytes
-from kvfold.exports.onnx_writer import WEIGHTS_NAME
+from kvfold.exports.onnx_trace import NAME, trace
+from kvfold.exports.onnx_writer import WEIGHTS_NAME, WeightFile, write_graphs
 from kvfold.exports.reader import read_artifact
 
 PROMPT = "a cache that is read where there is no torch, a page at a time: the sinks, the pages and the window"
@@ -162,6 +165,52 @@ def test_generation_ends(folder):
     assert [int(t[0]) for t in runner.generate(IDS.numpy(), 20, end=tokens[3])] == tokens[: tokens.index(tokens[3]) + 1]
 
 
+def test_weights_beyond_4_gib(tmp_path):
+    """A tensor far into a file (of holes), as in a large model, is read from there; the same bytes are stored once."""
+    from onnx import TensorProto, helper
+    from onnxruntime import InferenceSession
+
+    file = WeightFile(tmp_path / WEIGHTS_NAME)
+    numbers = np.arange(2048, dtype=np.float32)
+    with open(file.path, "wb") as stream:
+        file.end = 5 << 30
+        stream.seek(file.end)
+        first, second = (file.add(stream, n, TensorProto.FLOAT, [2048], numbers.data.cast("B")) for n in ("a", "b"))
+    assert file.path.stat().st_size == (5 << 30) + numbers.nbytes
+    value = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2048])
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["a", "b"], ["y"])], "g", [], [value], initializer=[first, second]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    (tmp_path / "g.onnx").write_bytes(model.SerializeToString())
+    onnx.checker.check_model(str(tmp_path / "g.onnx"))
+    session = InferenceSession(str(tmp_path / "g.onnx"), providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(session.run(None, {})[0], 2 * numbers)
+
+
+def test_soft_caps_and_sliding_windows_reach_the_graph(tmp_path):
+    """What a family hands to its attention: Gemma 2's logits from the 16-bit graphs, over more tokens than its window."""
+    model = tiny_model("gemma2", attention="eager")
+    ids = torch.cat((IDS, IDS.flip(1)))
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits.numpy()
+    model.set_attn_implementation(NAME)
+    geometry = Geometry(2, 16, 3, 24, 8)
+    tensors = [raw_tensors(geometry)] * 3
+    traced = trace(model, tensors, geometry.page_tokens)
+    assert [call.sliding for call in traced.calls] == [0, 40, 0] and {call.softcap for call in traced.calls} == {4.0}
+    write_graphs(tmp_path, traced, tensors, lambda single: PackedAttention(geometry, None, single), 128, {})
+    runner = OnnxRunner(tmp_path, threads=1)
+    for split in ([ids.shape[1]], [60, *[1] * (ids.shape[1] - 60)]):
+        cache, found, start = runner.empty(2), [], 0
+        for count in split:
+            logits, cache = runner(ids[:, start : start + count].numpy(), cache)
+            found.append(logits)
+            start += count
+        error = np.concatenate(found, 1) - expected
+        assert np.sqrt((error**2).mean()) < 1e-3 * np.sqrt((expected**2).mean())
+
+
 # -- the uniform form
 
 
@@ -271,9 +320,6 @@ def test_families_that_cannot_be_expressed(tmp_path, tiny_artifact, text_file, r
 
 
 def test_a_forward_pass_that_cannot_be_traced(monkeypatch):
-    from kvfold.exports.onnx_attention import raw_tensors
-    from kvfold.exports.onnx_trace import NAME, trace
-
     model = tiny_model("llama")
     model.set_attn_implementation(NAME)
     monkeypatch.setattr(
