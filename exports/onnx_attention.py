@@ -13,6 +13,7 @@ import numpy as np
 
 from kvfold.exports.account import Geometry
 from kvfold.exports.onnx_codec import Side, word_order
+from kvfold.exports.onnx_encode import encode
 from kvfold.exports.onnx_graph import FLOAT, FLOAT16, UINT8, Constants, Graph
 from kvfold.exports.spec import LayerSpec
 
@@ -150,7 +151,7 @@ class PackedAttention:
         coded, kept = [], []
         for side, clip, rows in zip(sides, (spec.key.clip, spec.value.clip), raw, strict=True):
             factor = None if clip is None else then.array(clip.numpy().reshape(len(clip), 1, 1, -1))
-            coded.append(side.encode(then, then.slice(rows, 2, sinks, cut), factor))
+            coded.append(encode(side, then, then.slice(rows, 2, sinks, cut), factor))
             tail = then.slice(rows, 2, cut)
             kept.append(then.concat([then.slice(rows, 2, 0, sinks), tail], 2) if sinks else tail)
         longer = then.concat([pages, then.concat(coded, 2)], 1)

@@ -16,7 +16,9 @@ from onnx import helper
 
 from kvfold.exports.account import Geometry
 from kvfold.exports.onnx_attention import Call, PackedAttention, packed_tensors, raw_tensors
-from kvfold.exports.onnx_codec import Side, e4m3_thresholds, e4m3_values
+from kvfold.exports.onnx_codec import Side, e4m3_values
+from kvfold.exports.onnx_encode import e4m3_thresholds
+from kvfold.exports.onnx_encode import encode as encode_nodes
 from kvfold.exports.onnx_gqa import GqaAttention, UniformCodec, gqa_tensors
 from kvfold.exports.onnx_graph import FLOAT, FLOAT16, IR_VERSION, OPSET, UINT8, Constants, Graph
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec, clip_rows
@@ -80,7 +82,7 @@ def test_pages_byte_for_byte(fmt, page):
 
     g = Graph(Constants())
     factor = None if clip is None else g.array(clip.numpy().reshape(HEADS, 1, 1, -1))
-    packed = side.encode(g, "x", factor)
+    packed = encode_nodes(side, g, "x", factor)
     run = session(
         g.nodes, g.constants, [value_info("x", FLOAT16, ["b", HEADS, "t", dim])], [value_info(packed, UINT8, ["b", "n", "y"])]
     )  # fmt: skip
