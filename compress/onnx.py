@@ -22,6 +22,8 @@ FORMS = ("packed", "gqa", "16bit")
 NEEDED = ("onnx", "onnxscript")
 CHANGING_ROPE = ("longrope", "dynamic")  # another table beyond some length, chosen while the model runs
 
+EXPERTS_CHUNK = 8  # tokens at a time where a layer has experts: the graph gathers the weights of each token's experts
+
 
 @dataclass(frozen=True)
 class OnnxExport:
@@ -67,11 +69,6 @@ def check_onnx(artifact: Artifact, form: str, bits: int | None) -> None:
                 f"This '{family}' model cannot be expressed in ONNX: its RoPE is of type '{table['rope_type']}', whose table changes "
                 "with the length; export a model with a fixed table."
             )
-    if family == "gpt_oss":
-        raise KvfoldError(
-            "Model family 'gpt_oss' cannot be expressed in ONNX: its experts are multiplied by an operation that ONNX has no "
-            "nodes for; export a model of another family."
-        )
     if form == "gqa" and bits == 4 and artifact.metadata.cache.head_dim % 2:
         raise KvfoldError(
             f"head_dim {artifact.metadata.cache.head_dim} is odd, so int4 codes don't pair up; use --bits 8."
@@ -147,6 +144,8 @@ def _write(artifact: Artifact, folder: Path, form: str, codecs: list | None) -> 
     stage("tracing the model")
     model: Any = load_model(artifact.path, torch.float32, torch.device("cpu"), NAME)
     stated: dict[str, Any] = {"form": form, "model": artifact.metadata.provenance.model}
+    if getattr(model.config, "num_local_experts", None):
+        stated["chunk"] = EXPERTS_CHUNK
     make: Any
     if codecs is not None:
         tensors = [gqa_tensors(codecs[0][0].bits, geometry.num_kv_heads, geometry.head_dim)] * len(specs)

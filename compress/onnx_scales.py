@@ -61,21 +61,22 @@ def calibrate_codecs(
     found = []
     for i, attention in enumerate(progress(arch.attention_modules(model), "calibrate", "layer")):
         seen: dict[str, list[Tensor]] = {"key": [], "value": []}
-        bent: list[bool] = []
+        seen_by: set[str] = set()
 
-        def tap(module, query, key, value, mask, scaling, seen=seen, bent=bent, i=i, **extras):
+        def tap(module, query, key, value, mask, scaling, seen=seen, seen_by=seen_by, i=i, **extras):
             places = torch.arange(key.shape[2], device=key.device)[None]
             near, far = (turns(model, arch, i, places * step) for step in (1, spread))
             seen["key"] += [key[0].float(), rotate_on(key, near, far)[0]]
             seen["value"].append(value[0].float())
-            bent.append("softcap" in extras)
+            seen_by.update(extras)
             return None
 
         with tapped(attention, tap):
             hidden = [runner.run(i, h) for runner, h in zip(runners, hidden, strict=True)]
-        # a soft-cap sees the shift of logits that an offset of keys makes
-        codecs = [fit_codec(torch.cat(x, 1).cpu(), bits, name == "value" or not any(bent)) for name, x in seen.items()]
-        found.append((codecs[0], codecs[1]))
+        # a soft-cap and a sink logit see the shift of logits that an offset of keys makes; with the latter weights don't sum to 1
+        key = fit_codec(torch.cat(seen["key"], 1).cpu(), bits, centred=not seen_by)
+        value = fit_codec(torch.cat(seen["value"], 1).cpu(), bits, centred="sinks_logit" not in seen_by)
+        found.append((key, value))
     return found
 
 

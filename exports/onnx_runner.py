@@ -7,6 +7,7 @@ Both graphs take token ids and a cache and give logits and the longer cache; wha
 call's inputs name "past.…". An empty cache has zero in every free dimension but the batch.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -37,7 +38,9 @@ class OnnxRunner:
             for stem in ("prefill", "decode")
         )
         # GroupQueryAttention takes several tokens behind others for one sequence only
-        self.whole_batches = self.prefill.get_modelmeta().custom_metadata_map.get("kvfold.form") == '"gqa"'
+        stated = {name: json.loads(text) for name, text in self.prefill.get_modelmeta().custom_metadata_map.items()}
+        self.whole_batches = stated.get("kvfold.form") == "gqa"
+        self.chunk = int(stated.get("kvfold.chunk", CHUNK))
         self.past = [i for i in self.prefill.get_inputs() if i.name.startswith("past.")]
         self.outputs = [o.name for o in self.prefill.get_outputs()]
 
@@ -76,11 +79,11 @@ class OnnxRunner:
             name.replace("present.", "past."): t for name, t in zip(self.outputs[1:], present, strict=True)
         }
 
-    def read(self, ids: np.ndarray, cache: Cache | None = None, chunk: int = CHUNK) -> tuple[np.ndarray, Cache]:
-        """Takes in a prompt [B, T]: (logits of its last token [B, vocabulary], the cache)."""
+    def read(self, ids: np.ndarray, cache: Cache | None = None, chunk: int | None = None) -> tuple[np.ndarray, Cache]:
+        """Takes in a prompt [B, T], `chunk` tokens at a time: (logits of its last token [B, vocabulary], the cache)."""
         ids = np.asarray(ids)
         cache = self.empty(len(ids)) if cache is None else cache
-        chunk = ids.shape[1] if self.whole_batches and len(ids) > 1 else chunk
+        chunk = ids.shape[1] if self.whole_batches and len(ids) > 1 else chunk or self.chunk
         for start in range(0, ids.shape[1], chunk):
             part = ids[:, start : start + chunk]
             logits, cache = self(part, cache, [part.shape[1] - 1])

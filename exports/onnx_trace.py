@@ -128,6 +128,8 @@ def trace(model: Any, tensors: Sequence[Sequence[CacheTensor]], page_tokens: int
     """
     import onnx_ir
 
+    if getattr(model.config, "num_local_experts", None):
+        model.set_experts_implementation("batched_mm")  # the default is one operation that ONNX has no nodes for
     example, shapes = [], []
     free = torch.export.Dim.DYNAMIC
     for layer in tensors:

@@ -266,8 +266,10 @@ def test_16bit_layer(sliding):
 
 @pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("softcap,sliding", [(None, 0), (None, 25), (5.0, 0)])
-def test_gqa_layer(bits, offset, softcap, sliding):
+@pytest.mark.parametrize(
+    "softcap,sliding,sink", [(None, 0, False), (None, 25, False), (5.0, 0, False), (None, 25, True)]
+)
+def test_gqa_layer(bits, offset, softcap, sliding, sink):
     """onnxruntime's operator stores and reads what UniformCodec says."""
     call = Call(0, QUERY_HEADS, 0.3, softcap, sliding)
     query, key, value = random_states(70)
@@ -276,17 +278,19 @@ def test_gqa_layer(bits, offset, softcap, sliding):
         scale = x.abs().amax((0, 2)) / (2 ** (bits - 1) - 1)
         return UniformCodec(bits, scale, x.mean((0, 2)) if shifted else None)
 
-    codecs = (codec(key, offset and softcap is None), codec(value, offset))
+    logits = torch.linspace(-1, 2, QUERY_HEADS) if sink else None
+    codecs = (codec(key, offset and softcap is None and not sink), codec(value, offset and not sink))
     tensors = gqa_tensors(bits, HEADS, DIM)
-    run = layer_session(GqaAttention([codecs]), call, tensors, False, contrib=True)
+    run = layer_session(GqaAttention([codecs]), call, tensors, sink, contrib=True)
     at = torch.arange(70)
     mask = at <= at[:, None]
     if sliding:
         mask = mask & (at > at[:, None] - sliding)
     stored = [c.round_trip(x) for c, x in zip(codecs, (key, value), strict=True)]
-    expected = attend_plain(query, *stored, 0.3, mask[None, None], softcap).transpose(1, 2).numpy()
+    expected = attend_plain(query, *stored, 0.3, mask[None, None], softcap, logits).transpose(1, 2).numpy()
     for split in ([70], [40, *[1] * 30]):
-        got, cache = run_layer({False: run, True: run}, empty(tensors), (query, key, value), split, {})
+        feeds = {"sink": logits.numpy()} if sink else {}
+        got, cache = run_layer({False: run, True: run}, empty(tensors), (query, key, value), split, feeds)
         np.testing.assert_allclose(got, expected, atol=1e-4)
         codes = (
             cache["past.key"]
