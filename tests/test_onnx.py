@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from importlib.util import find_spec
 
 import numpy as np
@@ -23,6 +24,7 @@ from kvfold.compress.engines import NUM_SEQUENCES, SEQ_LEN
 from kvfold.compress.models import load_model
 from kvfold.compress.onnx import check_onnx
 from kvfold.compress.onnx_scales import calibrate_codecs, codec_tap, fit_codec
+from kvfold.compress.tap import NAME as TAP
 from kvfold.compress.tap import tapped
 from kvfold.compress.text import read_documents, sample_sequences
 from kvfold.errors import KvfoldError
@@ -34,6 +36,7 @@ from kvfold.exports.onnx_runner import OnnxRunner, nbytes
 from kvfold.exports.onnx_trace import NAME, trace
 from kvfold.exports.onnx_writer import WEIGHTS_NAME, WeightFile, write_graphs
 from kvfold.exports.reader import read_artifact
+from kvfold.kernels.attention import attend_plain
 
 PROMPT = "a cache that is read where there is no torch, a page at a time: the sinks, the pages and the window"
 IDS = torch.tensor([[ord(letter) for letter in PROMPT]])
@@ -186,17 +189,24 @@ def test_weights_beyond_4_gib(tmp_path):
     np.testing.assert_array_equal(session.run(None, {})[0], 2 * numbers)
 
 
-def test_soft_caps_and_sliding_windows_reach_the_graph(tmp_path):
-    """What a family hands to its attention: Gemma 2's logits from the 16-bit graphs, over more tokens than its window."""
-    model = tiny_model("gemma2", attention="eager")
+@pytest.mark.parametrize("family,sliding,softcap", [("gemma2", [0, 40, 0], 4.0), ("gpt_oss", [40, 0, 40], None)])
+def test_what_a_family_hands_to_its_attention(tmp_path, family, sliding, softcap):
+    """Soft-caps, sliding windows and sink logits: transformers' logits with keys and values in 16 bits, over more tokens than a window."""
+    model = tiny_model(family, attention=TAP)
     ids = torch.cat((IDS, IDS.flip(1)))
-    with torch.no_grad():
+
+    def rounded(module, query, key, value, mask, scaling, **extras):
+        return attend_plain(query, key.half().float(), value.half().float(), scaling, mask, **extras).transpose(1, 2)
+
+    with torch.no_grad(), ExitStack() as stack:
+        for attention in ARCHITECTURES[family].attention_modules(model):
+            stack.enter_context(tapped(attention, rounded))
         expected = model(ids, use_cache=False).logits.numpy()
     model.set_attn_implementation(NAME)
     geometry = Geometry(2, 16, 3, 24, 8)
     tensors = [raw_tensors(geometry)] * 3
     traced = trace(model, tensors, geometry.page_tokens)
-    assert [call.sliding for call in traced.calls] == [0, 40, 0] and {call.softcap for call in traced.calls} == {4.0}
+    assert [call.sliding for call in traced.calls] == sliding and {call.softcap for call in traced.calls} == {softcap}
     write_graphs(tmp_path, traced, tensors, lambda single: PackedAttention(geometry, None, single), 128, {})
     runner = OnnxRunner(tmp_path, threads=1)
     for split in ([ids.shape[1]], [60, *[1] * (ids.shape[1] - 60)]):
