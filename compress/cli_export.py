@@ -62,3 +62,24 @@ def modelopt_command(
         f"{found.bits:.3f} payload bits; KL on calibration text {found.kl:.2e} nats with all layers in their formats."
     )
     print(out)
+
+
+@export.command("onnx")
+def onnx_command(
+    artifact: ArtifactArgument,
+    out: OutArgument,
+    form: Annotated[
+        str, typer.Option(help="Cache: packed (the artifact's own), gqa (uniform, for GroupQueryAttention) or 16bit.")
+    ] = "packed",
+    bits: Annotated[int | None, typer.Option(help="Of gqa: 8 or 4; default 8.")] = None,
+    calib: CalibOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """ONNX graphs for onnxruntime, cache included. The last line printed is the folder."""
+    from kvfold.compress.onnx import export_onnx
+    from kvfold.compress.plan import pick_device
+
+    found = export_onnx(artifact, out, form, bits, calib, pick_device(device))
+    cost = "" if found.kl is None else f"; KL on calibration text {found.kl:.2e} nats"
+    print(f"{found.nbytes} bytes; {found.cache_bits:.3f} payload bits a cached element{cost}.")
+    print(out)
