@@ -60,7 +60,9 @@ def make(model: str, recipe: Recipe, bits: float, out: Path, device: str, calib:
     """Compresses at a payload; the calibration is kept beside `out` for runs that share it. Returns the artifact's figures."""
     budget = budget_for_payload(model, recipe, bits)
     kept = out.parent / "statistics"
-    made = compress(model, budget, out, calib=calib, recipe=recipe, device=device, statistics=kept).metadata
+    made = compress(
+        model, budget, out, calib=calib, recipe=recipe, device=device, statistics=kept, resume=True
+    ).metadata
     return {
         "payload_bits": made.account.payload_bits,
         "key_bits": sum(layer.key.payload_bits for layer in made.layers) / len(made.layers),
