@@ -1,7 +1,5 @@
 """`kvfold export onnx`: the compressed model as ONNX graphs."""
 
-import os
-import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +14,7 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import ARCHITECTURES, architecture_of
 from kvfold.exports.engine_folder import OURS, check_engine_folder
 from kvfold.exports.reader import Artifact, read_artifact
-from kvfold.exports.writer import is_disk_full
+from kvfold.exports.writer import new_folder
 
 FORMS = ("packed", "gqa", "16bit")
 NEEDED = ("onnx", "onnxscript")
@@ -91,22 +89,8 @@ def export_onnx(
     check_engine_folder(artifact, out)
     check_onnx(artifact, form, bits)
     codecs, kl = _calibrate(artifact, bits or 8, calib, device) if form == "gqa" else (None, None)
-    scratch = out.with_name(out.name + ".partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        scratch.mkdir(parents=True)
+    with new_folder(out) as scratch:
         cache_bits = _write(artifact, scratch, form, codecs)
-        if out.is_dir():
-            out.rmdir()
-        os.replace(scratch, out)
-    except OSError as error:
-        if is_disk_full(error):
-            raise KvfoldError(
-                f"The disk filled up while making '{out}'; free some space or choose another folder."
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return OnnxExport(sum(p.stat().st_size for p in out.iterdir()), cache_bits, kl)
 
 

@@ -1,7 +1,6 @@
 """A checkpoint folder for an engine: the artifact's plain weights, byte for byte, with scales of the engine's own KV cache."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from kvfold.exports.architectures import architecture_of
 from kvfold.exports.reader import Artifact
 from kvfold.exports.report import REPORT_NAME
 from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME
-from kvfold.exports.writer import check_output, is_disk_full
+from kvfold.exports.writer import check_output, new_folder
 
 OURS = {METADATA_NAME, TENSORS_NAME, REPORT_NAME, "recipe.yaml", "README.md"}  # of no use to an engine
 INDEX = "model.safetensors.index.json"
@@ -71,10 +70,7 @@ def write_engine_folder(
     Raises:
         KvfoldError: the disk filled up; nothing is left behind.
     """
-    scratch = out.with_name(out.name + ".partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        scratch.mkdir(parents=True)
+    with new_folder(out) as scratch:
         for path in sorted(artifact.path.iterdir()):
             if path.is_file() and path.name not in OURS and path.suffix != ".safetensors" and path.name != INDEX:
                 shutil.copyfile(path, scratch / path.name)
@@ -88,17 +84,6 @@ def write_engine_folder(
             f"---\nbase_model: {json.dumps(model)}\nbase_model_relation: quantized\n---\n# {model} with a calibrated KV cache\n\n{about}\n",
             encoding="utf-8",
         )
-        if out.is_dir():
-            out.rmdir()
-        os.replace(scratch, out)
-    except OSError as error:
-        if is_disk_full(error):
-            raise KvfoldError(
-                f"The disk filled up while making '{out}'; free some space or choose another folder."
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _dump(path: Path, data: Any) -> None:

@@ -3,7 +3,8 @@
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -59,6 +60,31 @@ def is_disk_full(error: BaseException) -> bool:
     if isinstance(error, SafetensorError):
         return f"os error {errno.ENOSPC}" in str(error)
     return isinstance(error, OSError) and error.errno == errno.ENOSPC
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out`, to be filled; it becomes `out`, which must not exist or be empty, when the block ends well.
+
+    Raises:
+        KvfoldError: the disk filled up; nothing is left behind.
+    """
+    scratch = out.with_name(out.name + ".partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+        yield scratch
+        if out.is_dir():
+            out.rmdir()
+        os.replace(scratch, out)
+    except OSError as error:
+        if is_disk_full(error):
+            raise KvfoldError(
+                f"The disk filled up while making '{out}'; free some space or choose another folder."
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_tensors(path: Path, specs: list[LayerSpec]) -> None:

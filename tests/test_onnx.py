@@ -59,6 +59,16 @@ def folder(tmp_path_factory, tiny_artifact):
 # -- the packed form
 
 
+def logits_in_parts(runner, ids, split):
+    """(float32 [B, T, vocab_size], the cache at the end) of ids int64 [B, T], fed in parts of `split` tokens."""
+    cache, found, start = runner.empty(len(ids)), [], 0
+    for count in split:
+        logits, cache = runner(ids[:, start : start + count].numpy(), cache)
+        found.append(logits)
+        start += count
+    return np.concatenate(found, 1), cache
+
+
 def test_round_trip(folder, tiny_artifact):
     """compress → export onnx → onnxruntime: the runtime's text, over several pages; every file is where it is looked for."""
     model = runtime.load_pretrained(tiny_artifact, device="cpu")
@@ -210,12 +220,8 @@ def test_what_a_family_hands_to_its_attention(tmp_path, family, sliding, softcap
     write_graphs(tmp_path, traced, tensors, lambda single: PackedAttention(geometry, None, single), 128, {})
     runner = OnnxRunner(tmp_path, threads=1)
     for split in ([ids.shape[1]], [60, *[1] * (ids.shape[1] - 60)]):
-        cache, found, start = runner.empty(2), [], 0
-        for count in split:
-            logits, cache = runner(ids[:, start : start + count].numpy(), cache)
-            found.append(logits)
-            start += count
-        error = np.concatenate(found, 1) - expected
+        found, _ = logits_in_parts(runner, ids, split)
+        error = found - expected
         assert np.sqrt((error**2).mean()) < 1e-3 * np.sqrt((expected**2).mean())
 
 
@@ -248,12 +254,8 @@ def test_gqa_is_its_emulation(tmp_path, tiny_artifact, text_file, capsys):
             expected = model(ids, use_cache=False).logits.numpy()
     runner = OnnxRunner(out, threads=1)
     for split in ([ids.shape[1]], [60, *[1] * (ids.shape[1] - 60)]):
-        cache, found, start = runner.empty(2), [], 0
-        for count in split:
-            logits, cache = runner(ids[:, start : start + count].numpy(), cache)
-            found.append(logits)
-            start += count
-        error = np.concatenate(found, 1) - expected
+        found, cache = logits_in_parts(runner, ids, split)
+        error = found - expected
         assert np.sqrt((error**2).mean()) < 2e-3 * np.sqrt((expected**2).mean())
     assert cache["past.0.key"].numpy().dtype == np.int8 and cache["past.0.key"].numpy().shape == (
         2,
