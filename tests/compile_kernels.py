@@ -5,6 +5,7 @@ usage: python tests/compile_kernels.py PROMPT PAIR …, where PAIR may be "rungs
 
 import os
 import sys
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
 
@@ -23,26 +24,28 @@ POINTERS = {
 }  # fmt: skip
 
 
-def compile_kernel(function, constants: dict, num_warps: int = 1) -> object:
-    """A kernel for sm_90, every pointer aligned to 16 bytes."""
+def compile_kernel(function, constants: dict, num_warps: int = 1) -> Any:
+    """A kernel for sm_90, every pointer aligned to 16 bytes, strides of 16-bit rows in whole heads of 16 channels."""
     names = function.arg_names
     signature = {n: "constexpr" if n in constants else POINTERS.get(n, "i32") for n in names}
-    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in POINTERS}
+    attrs = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in POINTERS or n.startswith("raw_stride")
+    }
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attrs)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "num_stages": 4})
 
 
 def compile_pair(
     key_format: Format, value_format: Format, prompt: bool = False, rung: int = 0, rungs: int = 1, fixed: bool = False,
-    cap: float = 0.0,
-) -> None:  # fmt: skip
+    cap: float = 0.0, overlap: bool = True, warm: bool = True,
+) -> Any:  # fmt: skip
     dim, columns = key_format.head_dim, 16 if prompt else 4
-    compile_kernel(
+    return compile_kernel(
         kernels._attention_kernel,
         {
             "K": tuple(program(key_format, 32)), "V": tuple(program(value_format, 32)), "R": program(raw16(dim), 32).pieces,
             "N": max(8, columns), "COLUMNS": columns, "GROUP": 4, "PROMPT": prompt, "SLIDING": prompt, "CAP": cap,
-            "SHIFT": cap > 0, "RUNG": rung, "RUNGS": rungs, "HOLES": fixed or rungs > 1, "OVERLAP": True, "WARM": True,
+            "SHIFT": cap > 0, "RUNG": rung, "RUNGS": rungs, "HOLES": fixed or rungs > 1, "OVERLAP": overlap, "WARM": warm,
             "STAGES": 4, "PREFETCH": False, "BLOCK": kernels.RAW_BLOCK, "INTERPRET": False,
         },
     )  # fmt: skip
@@ -75,6 +78,7 @@ def main(name: str, prompt: bool) -> None:
         compile_merge(64, holes=True, fixed=True)
     else:
         compile_pair(*PAIRS[name], prompt)
+        compile_pair(*PAIRS[name], prompt, overlap=kernels.OVERLAP, warm=kernels.WARM)  # as it runs
         compile_merge(PAIRS[name][0].head_dim, prompt)
 
 
