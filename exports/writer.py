@@ -74,6 +74,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     try:
         scratch.mkdir(parents=True)
         yield scratch
+        _open_to_readers(scratch)
         if out.is_dir():
             out.rmdir()
         os.replace(scratch, out)
@@ -156,10 +157,18 @@ def install(out: Path, metadata: Metadata, fill: Callable[[Path], None]) -> Arti
         complete = metadata.model_copy(update={"files": files})
         (scratch / METADATA_NAME).write_text(dump_metadata(complete), encoding="utf-8")
         read_artifact(scratch)
+        _open_to_readers(scratch)
         _swap(scratch, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return read_artifact(out)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Gives every file the rights that a new file has here; safetensors' are for their owner alone."""
+    allowed = folder.stat().st_mode & 0o666
+    for path in folder.iterdir():
+        path.chmod(allowed)
 
 
 def _swap(scratch: Path, out: Path) -> None:

@@ -184,6 +184,12 @@ def test_the_checkpoint_is_a_plain_one_with_the_originals_logits(tiny_folder, ti
 
 
 @torch.no_grad()
+def test_files_can_be_read_by_whom_the_umask_lets(tiny_artifact, tmp_path):
+    fresh = tmp_path / "fresh"
+    fresh.touch()
+    assert {path.stat().st_mode for path in tiny_artifact.iterdir()} == {fresh.stat().st_mode}
+
+
 def test_prediction_equals_the_cache_to_the_byte(tiny_artifact):
     model = runtime.load_pretrained(tiny_artifact, device="cpu")
     account = read_artifact(tiny_artifact).metadata.account
