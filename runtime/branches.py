@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from kvfold.errors import KVBudgetExceeded, KvfoldError
 from kvfold.exports.account import RAW_NBYTES, Geometry
+from kvfold.runtime.marks import look
 from kvfold.runtime.view import Padding
 
 
@@ -96,6 +97,7 @@ class Branches:
         if count < 1:
             raise KvfoldError(f"fork({count}) makes no cache; give 1 or more.")
         self._refuse_policy("fork")
+        look(self)
         forks = []
         for _ in range(count):
             other = copy.copy(self)
@@ -115,6 +117,7 @@ class Branches:
         from kvfold.runtime.prompt_cache import save_cache
 
         self._refuse_policy("save")
+        look(self)
         save_cache(self, path)
 
 

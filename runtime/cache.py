@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import LayerSpec
+from kvfold.runtime import marks
 from kvfold.runtime.branches import Branches
 from kvfold.runtime.layer import PackedLayer
 from kvfold.runtime.lower import check, make_room, prepare
@@ -102,10 +103,12 @@ class QuantizedKVCache(Branches, Cache):
 
         Raises:
             KVBudgetExceeded: the tokens would take the whole cache past its budget; nothing is stored.
-            FloatingPointError: a key or value is NaN or infinite; what earlier layers have stored of the call is taken back.
+            FloatingPointError: a key or value is NaN or infinite; what earlier layers have stored of the call is taken back. A
+                decoding step by kernels waits for nothing: its keys and values are reported before the next page is packed.
         """
         if layer_idx == 0:
             self.check_whole()
+            marks.look_before_packing(self, key_states.shape[2])
         if self.budget is not None and layer_idx == 0:
             make_way = check if self.policy is None else prepare
             make_way(self, key_states.shape[0], key_states.shape[2])
@@ -140,13 +143,16 @@ class QuantizedKVCache(Branches, Cache):
     def reset(self) -> None:
         super().reset()
         self.padding.columns = []
+        self.padding.scratch.pop(marks.NAME, None)
         self.graph = None
 
     def crop(self, *args, **kwargs) -> None:
         super().crop(*args, **kwargs)
+        marks.unmark(self)
         self._set_segments()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        marks.look(self)
         make_room(self, len(beam_idx))
         self.graph = None  # it holds the tensors of another batch
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
@@ -154,12 +160,14 @@ class QuantizedKVCache(Branches, Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         chosen = (indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist()
+        marks.look(self)
         make_room(self, len(chosen))
         self.graph = None  # it holds the tensors of another batch
         super().batch_select_indices(indices)
         self._select_padding(chosen)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        marks.look(self)
         make_room(self, self.layers[0].batch_size * repeats if self.layers[0].is_initialized else 0)
         self.graph = None  # it holds the tensors of another batch
         super().batch_repeat_interleave(repeats)

@@ -11,6 +11,7 @@ from kvfold.exports.account import TABLE_STEP, Geometry
 from kvfold.exports.spec import LayerSpec
 from kvfold.kernels.attention import Tile, packed_tokens
 from kvfold.kernels.quantizer import to_float16
+from kvfold.runtime.marks import not_finite
 from kvfold.runtime.pages import read_pages, set_segments, write_pages
 from kvfold.runtime.pool import PagePool
 from kvfold.runtime.sequences import PASSED, Sequences, slots_of
@@ -157,7 +158,8 @@ class PackedLayer(Sequences, CacheLayerMixin):
         """Appends keys (after RoPE) and values [B, num_kv_heads, T, head_dim] and returns the handle to attend with, twice.
 
         Raises:
-            FloatingPointError: a key or value is NaN or infinite; nothing of this layer is stored.
+            FloatingPointError: a key or value is NaN or infinite; nothing of this layer is stored. A decoding step by kernels
+                leaves that to the cache (runtime.marks).
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -188,10 +190,7 @@ class PackedLayer(Sequences, CacheLayerMixin):
             for b, skip in enumerate(skips):
                 bad = (~torch.isfinite(states[b, :, skip:])).any(-1).any(0).nonzero()
                 if len(bad):
-                    raise FloatingPointError(
-                        f"Layer {self.layer_idx} computed a {name} that is NaN or infinite at position "
-                        f"{self.columns + skip + int(bad[0])} of sequence {b}; it was not cached."
-                    )
+                    raise not_finite(self.layer_idx, name, self.columns + skip + int(bad[0]), b)
 
     def _make_room(self) -> None:
         """Before a step whose kernel writes on the device: the host's lengths, and a page where one comes due."""
