@@ -13,7 +13,8 @@ from kvfold.exports.spec import LayerSpec
 from kvfold.runtime import marks
 from kvfold.runtime.branches import Branches
 from kvfold.runtime.layer import PackedLayer
-from kvfold.runtime.lower import check, make_room, prepare
+from kvfold.runtime.lower import check, make_room, prepare, push_out
+from kvfold.runtime.pager import Pager
 from kvfold.runtime.pages import set_segments
 from kvfold.runtime.policy import Progressive
 from kvfold.runtime.view import Padding
@@ -30,8 +31,10 @@ class QuantizedKVCache(Branches, Cache):
         reserve: tokens of each sequence to take memory for when the first ones come, so that nothing moves afterwards and
             a step can be captured in a CUDA graph; 0 to grow as needed.
         policy: pages start in 16 bits and go down as the budget fills; None stores at the searched bits at once.
+        offload: old pages go to host memory as the budget, then of bytes on the device, fills; None keeps all on the device.
     Raises:
-        KvfoldError: a policy without a budget, or with reserved memory, whose pages have one size.
+        KvfoldError: a policy without a budget, or with reserved memory, whose pages have one size; offload without a budget, with a
+            policy or with reserved memory.
     """
 
     def __init__(
@@ -42,7 +45,13 @@ class QuantizedKVCache(Branches, Cache):
         use_triton: bool = False,
         reserve: int = 0,
         policy: Progressive | None = None,
+        offload: Pager | None = None,
     ) -> None:
+        if offload is not None and (budget is None or reserve or policy is not None):
+            raise KvfoldError(
+                "offload moves pages that stay as they are as kv_budget fills, so it needs kv_budget, policy='floor' and no reserved "
+                "memory."
+            )
         if policy is not None and (budget is None or reserve):
             raise KvfoldError(
                 "policy='progressive' lowers pages as a budget fills, so it needs kv_budget and no reserved memory; give kv_budget."
@@ -53,7 +62,8 @@ class QuantizedKVCache(Branches, Cache):
         rungs = policy.rungs if policy is not None else [(spec,) for spec in specs]
         layers = [PackedLayer(x[0], geometry, self.padding, i, use_triton, x) for i, x in enumerate(rungs)]
         for layer in layers:
-            layer.reserved = reserve
+            layer.reserved, layer.pager = reserve, offload
+        self.pager = offload
         super().__init__(layers=layers)  # type: ignore[arg-type]
         self.geometry = geometry
         self.budget = budget
@@ -74,8 +84,15 @@ class QuantizedKVCache(Branches, Cache):
 
     @property
     def nbytes(self) -> int:
-        """Resident bytes: codes, parameters, sinks, window, block tables and lengths of every sequence."""
-        return sum(layer.nbytes for layer in self.layers)
+        """Resident bytes: codes, parameters, sinks, window, block tables and lengths of every sequence. With offload, those on the
+        device, staging buffers included."""
+        staging = 0 if self.pager is None else self.pager.nbytes
+        return sum(layer.nbytes for layer in self.layers) + staging
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of pages that offload has moved to host memory."""
+        return 0 if self.pager is None else self.pager.host_nbytes
 
     def note_padding(self, attention_mask: Tensor | None, batch_size: int) -> None:
         """Learns each sequence's left padding, before the forward pass that it belongs to.
@@ -110,7 +127,7 @@ class QuantizedKVCache(Branches, Cache):
             self.check_whole()
             marks.look_before_packing(self, key_states.shape[2])
         if self.budget is not None and layer_idx == 0:
-            make_way = check if self.policy is None else prepare
+            make_way = push_out if self.pager is not None else check if self.policy is None else prepare
             make_way(self, key_states.shape[0], key_states.shape[2])
         try:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -119,7 +136,8 @@ class QuantizedKVCache(Branches, Cache):
             raise
 
     def report(self) -> list[dict]:
-        """One dict a layer: tokens (of each sequence), pages by format (finest first), bytes, effective_bits (bytes·8 / elements)."""
+        """One dict a layer: tokens (of each sequence), pages by format (finest first), bytes (on the device, without the staging buffers
+        of offload), host_bytes, effective_bits (of both, ·8 / elements)."""
         g = self.geometry
         rows = []
         for layer in self.layers:
@@ -135,7 +153,8 @@ class QuantizedKVCache(Branches, Cache):
                     "tokens": lengths,
                     "pages": dict(reversed(list(zip(names, counts, strict=True)))),
                     "bytes": layer.nbytes,
-                    "effective_bits": 8 * layer.nbytes / elements if elements else 0.0,
+                    "host_bytes": layer.host_nbytes,
+                    "effective_bits": 8 * (layer.nbytes + layer.host_nbytes) / elements if elements else 0.0,
                 }
             )
         return rows
@@ -145,6 +164,10 @@ class QuantizedKVCache(Branches, Cache):
         self.padding.columns = []
         self.padding.scratch.pop(marks.NAME, None)
         self.graph = None
+        if self.pager is not None:  # forks go on with the old one
+            self.pager = self.pager.new()
+            for layer in self.layers:
+                layer.pager = self.pager
 
     def crop(self, *args, **kwargs) -> None:
         super().crop(*args, **kwargs)

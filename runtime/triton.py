@@ -36,6 +36,7 @@ def attend_triton(
 ) -> Tensor:
     """LayerView.attend by kernels: query [B, num_heads, T, head_dim] → the same shape and type."""
     layer = view.layer
+    layer.bring()
     # a softmax alone does not see what an offset of the keys takes off every logit
     shifted = layer.spec.key.offset is not None and (softcap is not None or sinks_logit is not None)
     bends = {"sliding": sliding, "softcap": softcap or 0.0, "aux": sinks_logit}

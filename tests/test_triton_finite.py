@@ -102,7 +102,7 @@ def test_the_earliest_column_is_the_one_reported():
     feed(1, (1, "value", 0, NAN))
     feed(1, (0, "key", 1, INF))
     feed(1, (0, "key", 0, INF))
-    with pytest.raises(FloatingPointError, match="Layer 1 computed a value .* at position 25 of sequence 0"):
+    with pytest.raises(FloatingPointError, match=r"Layer 1 computed a value .* at position 25 of sequence 0"):
         feed(2)  # a chunk looks as well
     assert feed.cache.get_seq_length() == 25
     feed(40)
@@ -116,7 +116,7 @@ def test_without_a_window_it_is_reported_in_the_next_step():
         one(18)
     feed(1, (0, "value", 0, INF))  # the last row of a page
     assert len(feed.cache.layers[0].pages[0]) == 1
-    with pytest.raises(FloatingPointError, match="Layer 0 computed a value .* at position 18 of sequence 0"):
+    with pytest.raises(FloatingPointError, match=r"Layer 0 computed a value .* at position 18 of sequence 0"):
         feed(1)
     assert same(feed.cache, twin.cache)
 
@@ -136,7 +136,7 @@ def test_what_a_crop_takes_away_is_not_reported():
     feed(1, (1, "key", 0, NAN))
     feed(1)
     feed.cache.crop(-1)  # what is left has it still
-    with pytest.raises(FloatingPointError, match="Layer 1 computed a key .* at position 40 of sequence 0"):
+    with pytest.raises(FloatingPointError, match=r"Layer 1 computed a key .* at position 40 of sequence 0"):
         feed(40)
 
 
@@ -154,7 +154,7 @@ def test_no_other_way_leads_past_the_look(way, tmp_path):
         "fork": lambda cache: cache.fork(2),
         "save": lambda cache: cache.save(tmp_path / "cache.kv"),
     }
-    with pytest.raises(FloatingPointError, match="Layer 0 computed a key .* at position 30 of sequence 1"):
+    with pytest.raises(FloatingPointError, match=r"Layer 0 computed a key .* at position 30 of sequence 1"):
         calls[way](feed.cache)
     assert feed.cache.get_seq_length() == 30 and not list(tmp_path.iterdir())
     calls[way](feed.cache)  # now there is nothing to report
