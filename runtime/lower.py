@@ -77,7 +77,8 @@ def make_way(cache: Any, nbytes: int) -> bool:
     """Moves pages to host memory until the cache has `nbytes` left in its budget; False if that can't be."""
     assert cache.pager is not None and cache.budget is not None
     fixed = sum(t.nbytes for layer in cache.layers if layer.is_initialized for t in layer.own_tensors())
-    cache.pager.limit = cache.budget - fixed
+    cache.pager.fixed[cache] = fixed
+    cache.pager.limit = cache.budget - max(cache.pager.fixed.values())
     if cache.pager.allotted + nbytes <= cache.pager.limit:
         return True
     # with few layers to a buffer all pages in host memory may take more than some: then nothing moves
