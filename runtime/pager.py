@@ -97,8 +97,9 @@ class Pager:
         """Leaves `budget` less a cache's `fixed` bytes to pages and staging buffers, and makes room in it."""
         self.fixed[cache] = fixed
         self.limit = budget - max(self.fixed.values())
-        self.most = max(1, (self.limit - self.needed(new, 0)) // max(self.sizes))
         self.make_room(0)
+        on_device = self.allotted + new * sum(self.sizes) <= self.limit
+        self.most = max(1, new if on_device else (self.limit - self.needed(new, 0)) // max(self.sizes))
 
     def make_room(self, nbytes: int) -> bool:
         """Moves pages to host memory until `nbytes` more fit on the device; False if there are none left to move.
@@ -128,13 +129,20 @@ class Pager:
         for b, stage in enumerate(self.stages):
             count = max((len(pool.chunks) for i, pool in self.pools.items() if i % self.buffers == b), default=0)
             if len(stage) > count:
-                self._wait(b)  # a copy that was started early may still be writing there
+                self._wait(b)
                 del stage[count:]
             for _ in range(count - len(stage)):
-                device = next(iter(self.pools.values())).device
-                stage.append(torch.empty(self.chunk_nbytes(b), dtype=torch.uint8, device=device))
+                stage.append(self._new_chunk(b))
         for pool in self.pools.values():
             pool.settle_addresses()
+
+    def _new_chunk(self, buffer: int) -> Tensor:
+        device = next(iter(self.pools.values())).device
+        chunk = torch.empty(self.chunk_nbytes(buffer), dtype=torch.uint8, device=device)
+        if self.buffers > 1 and device.type == "cuda":
+            self.stream = self.stream or torch.cuda.Stream(device)
+            chunk.record_stream(self.stream)  # whenever it is freed, a copy that was started early ends first
+        return chunk
 
     def place(self, pool: "PagingPool", slot: int) -> Tensor:
         """A slot of the staging buffer, as a page of this pool."""
@@ -156,11 +164,8 @@ class Pager:
         if pool.device.type != "cuda":
             self._copy(pool)
             return
-        if self.stream is None:
-            self.stream = torch.cuda.Stream(pool.device)
-        self.stream.wait_stream(
-            torch.cuda.current_stream(pool.device)
-        )  # that layer's turn before this one has attended
+        assert self.stream is not None  # chunks came with it
+        self.stream.wait_stream(torch.cuda.current_stream(pool.device))  # the buffer's last reader has attended
         with torch.cuda.stream(self.stream):
             self._copy(pool)
             self.copied[index % self.buffers] = self.stream.record_event()
@@ -178,7 +183,7 @@ class Pager:
     def _wait(self, buffer: int) -> None:
         event = self.copied[buffer]
         if event is not None:
-            torch.cuda.current_stream().wait_event(event)
+            event.wait(torch.cuda.current_stream(self.stages[buffer][0].device))
             self.copied[buffer] = None
 
 

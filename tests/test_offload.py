@@ -23,6 +23,7 @@ from kvfold.runtime.branches import resident_nbytes
 from kvfold.runtime.cache import QuantizedKVCache
 from kvfold.runtime.pager import Pager, PagingPool
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS, DIM = 1, 8
 SPECS = [
     LayerSpec(KeySpec(uniform(DIM, 16)), ValueSpec(uniform(DIM, 4))),
@@ -209,9 +210,8 @@ def path(tmp_path_factory, text_file):
 def pair(path, monkeypatch):
     """A model that keeps all pages on the device, and one that does not, whose budget `tight` sets."""
     monkeypatch.setattr(runtime_load, "Pager", functools.partial(Pager, chunk_pages=2))
-    plain = runtime.load_pretrained(path, device="cpu")
-    budget = {"kv_budget": 10**6, "offload": True}
-    return plain, functools.partial(runtime.load_pretrained, path, device="cpu", **budget)
+    load = functools.partial(runtime.load_pretrained, path, device=DEVICE, dtype=torch.float32)
+    return load(), functools.partial(load, offload=True)
 
 
 def tight(cache, share=0.5):
@@ -225,7 +225,7 @@ def prompts(lengths, seed=7):
     tokenizer.padding_side = "left"
     generator = torch.Generator().manual_seed(seed)
     texts = ["".join(chr(i) for i in torch.randint(97, 123, (n,), generator=generator).tolist()) for n in lengths]
-    return tokenizer(texts, return_tensors="pt", padding=True)
+    return tokenizer(texts, return_tensors="pt", padding=True).to(DEVICE)
 
 
 MODES = {
@@ -389,7 +389,6 @@ def test_memory_goes_with_the_cache(pair):
 def test_kernels_read_what_was_brought(buffers):
     """Steps and a chunk of a ragged batch by the Triton kernels: block tables point into the staging buffers."""
     pytest.importorskip("triton")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     geometry = Geometry(1, 16, 3, 5, 16)
     specs = [LayerSpec(KeySpec(uniform(16, 16)), ValueSpec(uniform(16, 4)))] * 4
     page = geometry.pair_nbytes(specs[0].key.format, specs[0].value.format)
@@ -404,7 +403,7 @@ def test_kernels_read_what_was_brought(buffers):
         mask = torch.arange(start + tokens) >= torch.tensor([[0], [2]])
         start += tokens
         for i in range(4):
-            keys, values, query = (torch.randn(2, 1, tokens, 16, generator=generator).to(device) for _ in "kvq")
+            keys, values, query = (torch.randn(2, 1, tokens, 16, generator=generator).to(DEVICE) for _ in "kvq")
             outs = []
             for cache in caches:
                 cache.note_padding(mask.long(), 2)
