@@ -110,6 +110,8 @@ class Branches:
             other.graph = None  # it holds the tensors of this one
             if self.pager is not None:
                 self.pager.fixed[other] = self.pager.fixed.get(self, 0)
+                if not all(layer.is_initialized for layer in self.layers):
+                    other.reset()  # layers that have no pool yet would each bring their own to one pager
             forks.append(other)
         return forks
 

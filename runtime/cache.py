@@ -165,6 +165,7 @@ class QuantizedKVCache(Branches, Cache):
         self.padding.scratch.pop(marks.NAME, None)
         self.graph = None
         if self.pager is not None:  # forks go on with the old one
+            self.pager.fixed.pop(self, None)
             self.pager = self.pager.new()
             for layer in self.layers:
                 layer.pager = self.pager

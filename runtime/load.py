@@ -73,12 +73,13 @@ def load_pretrained(
         dtype: of weights and activations; default: the checkpoint's own, but float32 on a CPU, where decoding in bfloat16
             is an order of magnitude slower.
         revision: of the Hub repository.
-        kv_budget: bytes ("1GiB" or an int) that a cache may never pass; KVBudgetExceeded is raised before it would.
+        kv_budget: bytes ("1GiB" or an int) that a cache may never pass; KVBudgetExceeded is raised before it would. With offload,
+            bytes on the device.
         policy: "floor" stores at the searched bit-widths at once; "progressive" starts in 16 bits and lowers pages, the least
             harmful first, as kv_budget fills. Its attention is the plain-torch reference on every device.
-        offload: kv_budget is of bytes on the device, and as it fills the oldest pages go to host memory, packed as they are. Each step
-            copies them in again, a layer at a time, through a staging buffer (two on a GPU, so that one layer's are copied while another
-            attends), which must hold one layer's: a budget reaches further by the number of layers at the most.
+        offload: as kv_budget fills, the oldest pages go to host memory, packed as they are. Each step copies them in again, a layer
+            at a time, through a staging buffer (two on a GPU, so that one layer's are copied while another attends). The buffer must hold
+            a layer's, so that a budget reaches further by the number of layers at the most.
         attention: "reference" is plain torch on any device, "triton" the kernels; "auto" picks by device.
         cuda_graph: `generate` takes memory for the longest sequence at the start and replays one captured decoding step, so
             that decoding isn't bound by Python. Needs a GPU and the kernels.
