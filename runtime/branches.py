@@ -104,7 +104,7 @@ class Branches:
         look(self)
         forks = []
         for _ in range(count):
-            other = copy.copy(self)
+            other: Any = copy.copy(self)
             other.padding = replace(self.padding, columns=list(self.padding.columns), scratch={})
             other.layers = [layer.fork(other.padding) for layer in self.layers]
             other.graph = None  # it holds the tensors of this one
