@@ -20,13 +20,40 @@ from kvfold.kernels.triton_encode import clips_of, warps_for
 from kvfold.kernels.triton_pages import write_block
 
 BLOCK: tl.constexpr = tl.constexpr(32)  # rows of a matrix at a time
+UNMARKED = 2**63 - 1  # of a sequence whose keys and values were all finite
+LABELS: tl.constexpr = tl.constexpr(65536)  # marks of one token; twice as many as there may be layers
+
+
+def empty_marks(batch: int, device: torch.device) -> Tensor:
+    """int64 [batch], for `append_step`: no sequence has had a key or value that is NaN or infinite."""
+    return torch.full((batch,), UNMARKED, dtype=torch.int64, device=device)
+
+
+def read_mark(mark: int) -> tuple[int, int, str]:
+    """(token, layer, "key" or "value") of a mark other than UNMARKED."""
+    token, label = divmod(mark, LABELS.value)
+    return token, label // 2, ("key", "value")[label % 2]
 
 
 @triton.jit
-def _write_row(out, x_ptr, matrix, offset, DIM: tl.constexpr, MATRIX: tl.constexpr, OFFSET: tl.constexpr):
-    """out = float16(M(x − μ)), saturating."""
+def _mark(mark, x, j, token, label):
+    """mark = min(mark, token · LABELS + label) if a channel of x is NaN or infinite. Each thread sees to its own channels and nothing
+    waits for it; where all is finite nothing is written."""
+    code = (j * 0).to(tl.int64) + (token.to(tl.int64) * LABELS + label)
+    finite = tl.abs(x) < float("inf")
+    tl.atomic_min(mark + j * 0, code, mask=finite == 0, sem="relaxed")
+
+
+@triton.jit
+def _write_row(
+    out, x_ptr, matrix, offset, mark, token, label,
+    DIM: tl.constexpr, MATRIX: tl.constexpr, OFFSET: tl.constexpr, MARKS: tl.constexpr,
+):  # fmt: skip
+    """out = float16(M(x − μ)), saturating; with MARKS, x that is not finite is marked, of which saturation leaves no trace."""
     j = tl.arange(0, pow2(DIM))
     x = tl.load(x_ptr + j, mask=j < DIM, other=0.0).to(tl.float32)
+    if MARKS:
+        _mark(mark, x, j, token, label)
     if OFFSET:
         x = x - tl.load(offset + j, mask=j < DIM, other=0.0)
     if MATRIX:
@@ -74,14 +101,15 @@ def _write_queries(
     tl.store(out + n[:, None] * DIM + j[None, :], to_fp16(q * power), mask=(n < N)[:, None] & (j < DIM)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["label"])  # or layers 0, 1 and 16 would each compile a kernel of their own
 def _append_kernel(
-    anchor_ptr, table, state, new_keys, new_values, query, raw_keys, raw_values, q_out, q_scale, q_shift,
-    matrix, offset, query_matrix, key_clip, value_clip, factor, scaling,
+    anchor_ptr, table, state, marks, new_keys, new_values, query, raw_keys, raw_values, q_out, q_scale, q_shift,
+    matrix, offset, query_matrix, key_clip, value_clip, label, factor, scaling,
     table_width, sinks, window, ring, key_stride_b, key_stride_h, value_stride_b, value_stride_h,
     query_stride_b, query_stride_h, raw_stride_b, raw_stride_h, raw_stride_t,
     K: tl.constexpr, V: tl.constexpr, K_CLIPS: tl.constexpr, V_CLIPS: tl.constexpr, MATRIX: tl.constexpr,
-    OFFSET: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, TOP: tl.constexpr, OVERLAP: tl.constexpr,
+    OFFSET: tl.constexpr, SHIFT: tl.constexpr, MARKS: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, TOP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid: (sequences, KV heads, keys, values or queries)."""
     if OVERLAP:
@@ -112,7 +140,8 @@ def _append_kernel(
         if tl.program_id(2) == 0:
             x = new_keys + b.to(tl.int64) * key_stride_b + head * key_stride_h
             out = raw_keys + at + row.to(tl.int64) * raw_stride_t
-            _write_row(out, x, matrix + head * (dim * dim), offset + head * dim, dim, MATRIX, OFFSET)
+            mu = offset + head * dim
+            _write_row(out, x, matrix + head * (dim * dim), mu, marks + b, token, label, dim, MATRIX, OFFSET, MARKS)
             if due > pages:
                 tl.debug_barrier()  # without a window the page ends with the row just written
                 page = anchor_ptr + tl.load(table + b.to(tl.int64) * table_width + pages) * 16
@@ -123,7 +152,7 @@ def _append_kernel(
         else:
             x = new_values + b.to(tl.int64) * value_stride_b + head * value_stride_h
             out = raw_values + at + row.to(tl.int64) * raw_stride_t
-            _write_row(out, x, matrix, offset, dim, False, False)
+            _write_row(out, x, matrix, offset, marks + b, token, label + 1, dim, False, False, MARKS)
             if due > pages:
                 tl.debug_barrier()
                 page = anchor_ptr + tl.load(table + b.to(tl.int64) * table_width + pages) * 16
@@ -165,6 +194,8 @@ def append_step(
     query_matrix: Tensor | None = None,
     key_clip: Tensor | None = None,
     value_clip: Tensor | None = None,
+    marks: Tensor | None = None,
+    layer: int = 0,
 ) -> None:
     """Appends one token to every sequence and prepares its queries; `state` is not moved on.
 
@@ -184,6 +215,9 @@ def append_step(
         matrix, offset, query_matrix: float32 [Hkv, head_dim, head_dim], [Hkv, head_dim] and [Hkv, head_dim, head_dim]: M, μ
             and M⁻¹; None for the identity and zero. Contiguous.
         key_clip, value_clip: float32 [Hkv] or [Hkv, groups], factors on (minimum, maximum); None for 1.
+        marks: int64 [B] from `empty_marks`, for all layers of a cache, contiguous. A sequence's becomes that of its earliest key
+            or value that is NaN or infinite, as `read_mark` tells; None: nobody looks.
+        layer: number of the layer, for marks.
     Raises:
         KvfoldError: the rows have no room for a page beside the window, a matrix comes without its inverse, a shift without an
             offset, or a tensor lies otherwise in memory.
@@ -206,15 +240,15 @@ def append_step(
     if shift is not None and offset is None:
         raise KvfoldError("The queries have a shift, but the keys no offset; make them without, or give the offset.")
     _append_kernel[(batch, kv_heads, 3)](
-        anchor(keys.device), table, state, keys, values, query, raw_keys, raw_values, queries.data, queries.scale,
-        shift if shift is not None else none, matrix if matrix is not None else none, offset if offset is not None else none,
+        anchor(keys.device), table, state, marks if marks is not None else table, keys, values, query, raw_keys, raw_values,
+        queries.data, queries.scale, shift if shift is not None else none, matrix if matrix is not None else none, offset if offset is not None else none,
         query_matrix if query_matrix is not None else none, key_clip if key_clip is not None else none,
-        value_clip if value_clip is not None else none, scaling if softcap else scaling * LOG2_E, scaling,
+        value_clip if value_clip is not None else none, 2 * layer, scaling if softcap else scaling * LOG2_E, scaling,
         table.stride(0), sinks, window, ring, *keys.stride()[:2], *values.stride()[:2], *query.stride()[:2],
         *raw_keys.stride()[:3],
         K=tuple(page_layout(key_format, page_tokens)), V=tuple(page_layout(value_format, page_tokens)),
         K_CLIPS=clips_of(key_clip, key_format, kv_heads), V_CLIPS=clips_of(value_clip, value_format, kv_heads),
-        MATRIX=matrix is not None, OFFSET=offset is not None, SHIFT=shift is not None, GROUP=queries.group, N=queries.data.shape[3], TOP=QUERY_TOP,
+        MATRIX=matrix is not None, OFFSET=offset is not None, SHIFT=shift is not None, MARKS=marks is not None, GROUP=queries.group, N=queries.data.shape[3], TOP=QUERY_TOP,
         OVERLAP=overlaps(keys.device),
         num_warps=max(4, warps_for(page_tokens, dim)), enable_fp_fusion=False,
     )  # fmt: skip

@@ -8,6 +8,8 @@ from typing import Any, Self
 
 from kvfold.errors import KVBudgetExceeded, KvfoldError
 from kvfold.exports.account import RAW_NBYTES, Geometry
+from kvfold.runtime.lower import make_way
+from kvfold.runtime.marks import look
 from kvfold.runtime.view import Padding
 
 
@@ -23,6 +25,7 @@ class Branches:
     geometry: Geometry
     padding: Padding
     budget: int | None
+    pager: Any
     graph: Any
     artifact: str | None = None
     lent: bool = False
@@ -77,8 +80,10 @@ class Branches:
             rows = geometry.raw_rows - self.geometry.raw_rows
             row = 2 * RAW_NBYTES * geometry.num_kv_heads * geometry.head_dim * held[0].batch_size
             moving = self.geometry.raw_rows if rows else 0  # one layer's old ring stands beside its new one
-            need = sum(layer.nbytes for layer in held) + row * (len(held) * rows + moving)
-            if need > self.budget:
+            more = row * (len(held) * rows + moving)
+            staging = self.pager.nbytes if self.pager is not None else 0
+            need = sum(layer.nbytes for layer in held) + staging + more
+            if need > self.budget and not (self.pager is not None and make_way(self, more)):
                 raise KVBudgetExceeded(
                     f"A rollback of {tokens} tokens needs a cache of {need} bytes, but kv_budget is {self.budget}; raise "
                     "kv_budget or draft fewer tokens at a time."
@@ -96,12 +101,17 @@ class Branches:
         if count < 1:
             raise KvfoldError(f"fork({count}) makes no cache; give 1 or more.")
         self._refuse_policy("fork")
+        look(self)
         forks = []
         for _ in range(count):
-            other = copy.copy(self)
+            other: Any = copy.copy(self)
             other.padding = replace(self.padding, columns=list(self.padding.columns), scratch={})
             other.layers = [layer.fork(other.padding) for layer in self.layers]
             other.graph = None  # it holds the tensors of this one
+            if self.pager is not None:
+                self.pager.fixed[other] = self.pager.fixed.get(self, 0)
+                if not all(layer.is_initialized for layer in self.layers):
+                    other.reset()  # layers that have no pool yet would each bring their own to one pager
             forks.append(other)
         return forks
 
@@ -115,10 +125,12 @@ class Branches:
         from kvfold.runtime.prompt_cache import save_cache
 
         self._refuse_policy("save")
+        look(self)
         save_cache(self, path)
 
 
 def resident_nbytes(caches: list[Any]) -> int:
-    """Bytes of several caches, each tensor that they share once."""
+    """Bytes of several caches on the device, each tensor that they share once."""
     tensors = {t.data_ptr(): t for cache in caches for layer in cache.layers for t in layer.tensors() if t.numel()}
-    return sum(t.nbytes for t in tensors.values())
+    staging = {id(cache.pager): cache.pager.nbytes for cache in caches if cache.pager is not None}
+    return sum(t.nbytes for t in tensors.values()) + sum(staging.values())

@@ -10,9 +10,11 @@ from transformers.cache_utils import Cache
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import LayerSpec
+from kvfold.runtime import marks
 from kvfold.runtime.branches import Branches
 from kvfold.runtime.layer import PackedLayer
-from kvfold.runtime.lower import check, make_room, prepare
+from kvfold.runtime.lower import check, make_room, prepare, push_out
+from kvfold.runtime.pager import Pager
 from kvfold.runtime.pages import set_segments
 from kvfold.runtime.policy import Progressive
 from kvfold.runtime.view import Padding
@@ -29,8 +31,10 @@ class QuantizedKVCache(Branches, Cache):
         reserve: tokens of each sequence to take memory for when the first ones come, so that nothing moves afterwards and
             a step can be captured in a CUDA graph; 0 to grow as needed.
         policy: pages start in 16 bits and go down as the budget fills; None stores at the searched bits at once.
+        offload: old pages go to host memory as the budget, then of bytes on the device, fills; None keeps all on the device.
     Raises:
-        KvfoldError: a policy without a budget, or with reserved memory, whose pages have one size.
+        KvfoldError: a policy without a budget, or with reserved memory, whose pages have one size; offload without a budget, with a
+            policy or with reserved memory.
     """
 
     def __init__(
@@ -41,7 +45,13 @@ class QuantizedKVCache(Branches, Cache):
         use_triton: bool = False,
         reserve: int = 0,
         policy: Progressive | None = None,
+        offload: Pager | None = None,
     ) -> None:
+        if offload is not None and (budget is None or reserve or policy is not None):
+            raise KvfoldError(
+                "offload moves pages that stay as they are as kv_budget fills, so it needs kv_budget, policy='floor' and no reserved "
+                "memory."
+            )
         if policy is not None and (budget is None or reserve):
             raise KvfoldError(
                 "policy='progressive' lowers pages as a budget fills, so it needs kv_budget and no reserved memory; give kv_budget."
@@ -52,7 +62,8 @@ class QuantizedKVCache(Branches, Cache):
         rungs = policy.rungs if policy is not None else [(spec,) for spec in specs]
         layers = [PackedLayer(x[0], geometry, self.padding, i, use_triton, x) for i, x in enumerate(rungs)]
         for layer in layers:
-            layer.reserved = reserve
+            layer.reserved, layer.pager = reserve, offload
+        self.pager = offload
         super().__init__(layers=layers)  # type: ignore[arg-type]
         self.geometry = geometry
         self.budget = budget
@@ -73,8 +84,15 @@ class QuantizedKVCache(Branches, Cache):
 
     @property
     def nbytes(self) -> int:
-        """Resident bytes: codes, parameters, sinks, window, block tables and lengths of every sequence."""
-        return sum(layer.nbytes for layer in self.layers)
+        """Resident bytes: codes, parameters, sinks, window, block tables and lengths of every sequence. With offload, those on the
+        device, staging buffers included."""
+        staging = 0 if self.pager is None else self.pager.nbytes
+        return sum(layer.nbytes for layer in self.layers) + staging
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of pages that offload has moved to host memory."""
+        return 0 if self.pager is None else self.pager.host_nbytes
 
     def note_padding(self, attention_mask: Tensor | None, batch_size: int) -> None:
         """Learns each sequence's left padding, before the forward pass that it belongs to.
@@ -102,12 +120,14 @@ class QuantizedKVCache(Branches, Cache):
 
         Raises:
             KVBudgetExceeded: the tokens would take the whole cache past its budget; nothing is stored.
-            FloatingPointError: a key or value is NaN or infinite; what earlier layers have stored of the call is taken back.
+            FloatingPointError: a key or value is NaN or infinite; what earlier layers have stored of the call is taken back. A
+                decoding step by kernels waits for nothing: its keys and values are reported before the next page is packed.
         """
         if layer_idx == 0:
             self.check_whole()
+            marks.look_before_packing(self, key_states.shape[2])
         if self.budget is not None and layer_idx == 0:
-            make_way = check if self.policy is None else prepare
+            make_way = push_out if self.pager is not None else check if self.policy is None else prepare
             make_way(self, key_states.shape[0], key_states.shape[2])
         try:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -116,7 +136,8 @@ class QuantizedKVCache(Branches, Cache):
             raise
 
     def report(self) -> list[dict]:
-        """One dict a layer: tokens (of each sequence), pages by format (finest first), bytes, effective_bits (bytes·8 / elements)."""
+        """One dict a layer: tokens (of each sequence), pages by format (finest first), bytes (on the device, without the staging buffers
+        of offload), host_bytes, effective_bits (of both, ·8 / elements)."""
         g = self.geometry
         rows = []
         for layer in self.layers:
@@ -132,7 +153,8 @@ class QuantizedKVCache(Branches, Cache):
                     "tokens": lengths,
                     "pages": dict(reversed(list(zip(names, counts, strict=True)))),
                     "bytes": layer.nbytes,
-                    "effective_bits": 8 * layer.nbytes / elements if elements else 0.0,
+                    "host_bytes": layer.host_nbytes,
+                    "effective_bits": 8 * (layer.nbytes + layer.host_nbytes) / elements if elements else 0.0,
                 }
             )
         return rows
@@ -140,13 +162,21 @@ class QuantizedKVCache(Branches, Cache):
     def reset(self) -> None:
         super().reset()
         self.padding.columns = []
+        self.padding.scratch.pop(marks.NAME, None)
         self.graph = None
+        if self.pager is not None:  # forks go on with the old one
+            self.pager.fixed.pop(self, None)
+            self.pager = self.pager.new()
+            for layer in self.layers:
+                layer.pager = self.pager
 
     def crop(self, *args, **kwargs) -> None:
         super().crop(*args, **kwargs)
+        marks.unmark(self)
         self._set_segments()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        marks.look(self)
         make_room(self, len(beam_idx))
         self.graph = None  # it holds the tensors of another batch
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
@@ -154,12 +184,14 @@ class QuantizedKVCache(Branches, Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         chosen = (indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist()
+        marks.look(self)
         make_room(self, len(chosen))
         self.graph = None  # it holds the tensors of another batch
         super().batch_select_indices(indices)
         self._select_padding(chosen)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        marks.look(self)
         make_room(self, self.layers[0].batch_size * repeats if self.layers[0].is_initialized else 0)
         self.graph = None  # it holds the tensors of another batch
         super().batch_repeat_interleave(repeats)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.marks import look_before_packing
 
 
 class DecodingStep:
@@ -40,7 +41,12 @@ class DecodingStep:
             layer.columns, layer.length, layer.pages, layer.spare = columns, length, pages, spare
 
     def __call__(self, ids: Tensor, cache: QuantizedKVCache) -> Tensor:
-        """Appends ids [B, 1] and returns the logits [B, 1, vocab_size], valid until the next call."""
+        """Appends ids [B, 1] and returns the logits [B, 1, vocab_size], valid until the next call.
+
+        Raises:
+            FloatingPointError: an earlier step had a key or value that is NaN or infinite, and this one would pack a page.
+        """
+        look_before_packing(cache, 1)  # what `update` does in a step that Python runs
         self.ids.copy_(ids)
         self.graph.replay()
         cache.advance(1)

@@ -11,6 +11,8 @@ from kvfold.exports.account import TABLE_STEP, Geometry
 from kvfold.exports.spec import LayerSpec
 from kvfold.kernels.attention import Tile, packed_tokens
 from kvfold.kernels.quantizer import to_float16
+from kvfold.runtime.marks import not_finite
+from kvfold.runtime.pager import Pager, PagingPool
 from kvfold.runtime.pages import read_pages, set_segments, write_pages
 from kvfold.runtime.pool import PagePool
 from kvfold.runtime.sequences import PASSED, Sequences, slots_of
@@ -53,6 +55,7 @@ class PackedLayer(Sequences, CacheLayerMixin):
         self.bounds: list[list[int]] = []  # `segments` on the host
         self.columns = 0  # tokens seen, padding included: what transformers calls the sequence length
         self.reserved = 0  # tokens of each sequence that memory was taken for in advance
+        self.pager: Pager | None = None  # where old pages may go to host memory
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         g = self.geometry
@@ -60,7 +63,12 @@ class PackedLayer(Sequences, CacheLayerMixin):
         self.batch_size = key_states.shape[0]
         self.rungs = [rung.to(self.device) for rung in self.rungs]
         self.spec = self.rungs[0]
-        self.pool = PagePool([g.pair_nbytes(r.key.format, r.value.format) for r in self.rungs], self.device)
+        sizes = [g.pair_nbytes(r.key.format, r.value.format) for r in self.rungs]
+        if self.pager is None:
+            self.pool = PagePool(sizes, self.device)
+        else:
+            self.pool = PagingPool(sizes[0], self.device, self.pager, self.layer_idx)
+        self.moves = 0  # of the pool's, that the block table knows
         shape = (self.batch_size, g.num_kv_heads, g.raw_rows, g.head_dim)
         self.raw_keys = torch.empty(shape, dtype=torch.float16, device=self.device)
         self.raw_values = torch.empty(shape, dtype=torch.float16, device=self.device)
@@ -109,11 +117,12 @@ class PackedLayer(Sequences, CacheLayerMixin):
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor that grows with the number of sequences or tokens."""
+        """Every tensor on the device that grows with the number of sequences or tokens."""
         if not self.is_initialized:
             return []
-        pages = [self.pool.page(i) for i in sorted(self._own_pages())] if self.shares_pool else self.pool.tensors()
-        return [*self.own_tensors(), *pages]
+        if not self.shares_pool:
+            return [*self.own_tensors(), *self.pool.tensors()]
+        return [*self.own_tensors(), *(self.pool.page(i) for i in sorted(self._own_pages()) if self.pool.on_device(i))]
 
     def own_tensors(self) -> list[Tensor]:
         """Every resident tensor but the pages."""
@@ -124,8 +133,13 @@ class PackedLayer(Sequences, CacheLayerMixin):
         return {i for ids in (*self.pages, *self.spare) for i in ids if i != PASSED}
 
     @property
+    def host_nbytes(self) -> int:
+        """Bytes in host memory, whoever shares them."""
+        return self.pool.host_nbytes if self.is_initialized else 0
+
+    @property
     def nbytes(self) -> int:
-        """Resident bytes."""
+        """Resident bytes, on the device."""
         if not self.is_initialized:
             return 0
         if self.shares_pool:
@@ -157,11 +171,13 @@ class PackedLayer(Sequences, CacheLayerMixin):
         """Appends keys (after RoPE) and values [B, num_kv_heads, T, head_dim] and returns the handle to attend with, twice.
 
         Raises:
-            FloatingPointError: a key or value is NaN or infinite; nothing of this layer is stored.
+            FloatingPointError: a key or value is NaN or infinite; nothing of this layer is stored. A decoding step by kernels
+                leaves that to the cache (runtime.marks).
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.release_passed()
+        self.pool.written()
         tokens = key_states.shape[2]
         pads = self.padding.columns or [0] * self.batch_size
         skips = [min(max(pad - self.columns, 0), tokens) for pad in pads]
@@ -188,10 +204,7 @@ class PackedLayer(Sequences, CacheLayerMixin):
             for b, skip in enumerate(skips):
                 bad = (~torch.isfinite(states[b, :, skip:])).any(-1).any(0).nonzero()
                 if len(bad):
-                    raise FloatingPointError(
-                        f"Layer {self.layer_idx} computed a {name} that is NaN or infinite at position "
-                        f"{self.columns + skip + int(bad[0])} of sequence {b}; it was not cached."
-                    )
+                    raise not_finite(self.layer_idx, name, self.columns + skip + int(bad[0]), b)
 
     def _make_room(self) -> None:
         """Before a step whose kernel writes on the device: the host's lengths, and a page where one comes due."""
@@ -262,6 +275,15 @@ class PackedLayer(Sequences, CacheLayerMixin):
 
     def _store_pages(self, b: int, keys: Tensor, values: Tensor) -> None:
         """Packs whole pages of float16 [Hkv, n·page_tokens, D] behind the pages that sequence b has."""
+        most = self.pool.most
+        if most is not None:
+            for part in zip(*(x.split(most * self.geometry.page_tokens, 1) for x in (keys, values)), strict=True):
+                self._store_run(b, *part)
+        else:
+            self._store_run(b, keys, values)
+
+    def _store_run(self, b: int, keys: Tensor, values: Tensor) -> None:
+        """_store_pages for pages that may all wait for their bytes together."""
         count = keys.shape[1] // self.geometry.page_tokens
         first = len(self.pages[b])
         ids = self.spare[b][:count]
@@ -275,6 +297,15 @@ class PackedLayer(Sequences, CacheLayerMixin):
             self.enter(b, first + ready, ids[ready:])
         self.pages[b] += ids
         write_pages(self, ids, keys, values)
+        self.pool.written()
+
+    def bring(self) -> None:
+        """Makes all pages readable by kernels, at the addresses that the block table has."""
+        self.pool.bring()
+        if self.moves != self.pool.moves:
+            self.moves = self.pool.moves
+            for b, (ids, passed) in enumerate(zip(self.pages, self.passed, strict=True)):
+                self.enter(b, passed, ids[passed:])
 
     def _fit_table(self, entries: int) -> None:
         """Gives the block table room for `entries` pages a sequence, in whole steps."""

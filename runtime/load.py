@@ -25,6 +25,7 @@ from kvfold.runtime.assisted import hook_assisted, own_drafts
 from kvfold.runtime.attention import NAME
 from kvfold.runtime.cache import QuantizedKVCache
 from kvfold.runtime.lower import check
+from kvfold.runtime.pager import Pager
 from kvfold.runtime.policy import Progressive
 from kvfold.runtime.save import save_artifact
 
@@ -57,6 +58,7 @@ def load_pretrained(
     revision: str | None = None,
     kv_budget: int | str | None = None,
     policy: str = "floor",
+    offload: bool = False,
     attention: str = "auto",
     cuda_graph: bool = False,
     rollback: int = 0,
@@ -71,9 +73,13 @@ def load_pretrained(
         dtype: of weights and activations; default: the checkpoint's own, but float32 on a CPU, where decoding in bfloat16
             is an order of magnitude slower.
         revision: of the Hub repository.
-        kv_budget: bytes ("1GiB" or an int) that a cache may never pass; KVBudgetExceeded is raised before it would.
+        kv_budget: bytes ("1GiB" or an int) that a cache may never pass; KVBudgetExceeded is raised before it would. With offload,
+            bytes on the device.
         policy: "floor" stores at the searched bit-widths at once; "progressive" starts in 16 bits and lowers pages, the least
             harmful first, as kv_budget fills. Its attention is the plain-torch reference on every device.
+        offload: as kv_budget fills, the oldest pages go to host memory, packed as they are. Each step copies them in again, a layer
+            at a time, through a staging buffer (two on a GPU, so that one layer's are copied while another attends). The buffer must hold
+            a layer's, so that a budget reaches further by the number of layers at the most.
         attention: "reference" is plain torch on any device, "triton" the kernels; "auto" picks by device.
         cuda_graph: `generate` takes memory for the longest sequence at the start and replays one captured decoding step, so
             that decoding isn't bound by Python. Needs a GPU and the kernels.
@@ -99,6 +105,18 @@ def load_pretrained(
     if progressive and cuda_graph:
         raise KvfoldError(
             "cuda_graph=True needs pages that stay as they are, but policy='progressive' lowers them; leave one of them out."
+        )
+    if offload and kv_budget is None:
+        raise KvfoldError(
+            "offload=True moves pages to host memory as kv_budget fills, but there is none; give kv_budget='1GiB'."
+        )
+    if offload and progressive:
+        raise KvfoldError(
+            "offload=True moves pages that stay as they are, but policy='progressive' lowers them; leave one of them out."
+        )
+    if offload and cuda_graph:
+        raise KvfoldError(
+            "cuda_graph=True needs pages that stay where they are, but offload=True moves them; leave one of them out."
         )
     if attention not in ("auto", "reference", "triton"):
         raise KvfoldError(
@@ -130,7 +148,8 @@ def load_pretrained(
         )
     log.info("attention: %s on %s", "Triton kernels" if triton else "plain-torch reference", target)
     return attach(
-        model.to(target), artifact, budget, triton, cuda_graph, rollback=rollback, batch_invariant=batch_invariant, policy=ladders
+        model.to(target), artifact, budget, triton, cuda_graph, rollback=rollback, batch_invariant=batch_invariant, policy=ladders,
+        offload=offload,
     )  # fmt: skip
 
 
@@ -195,6 +214,7 @@ def attach(
     rollback: int = 0,
     batch_invariant: bool = False,
     policy: Progressive | None = None,
+    offload: bool = False,
 ) -> PreTrainedModel:
     """Makes every forward pass of `model`, which has the artifact's weights, read a packed cache."""
     model.eval()
@@ -207,7 +227,11 @@ def attach(
     digest = artifact.metadata.digest
 
     def new_cache(reserve: int = 0) -> QuantizedKVCache:
-        cache = QuantizedKVCache(artifact.specs, geometry, budget, triton, reserve, policy)
+        away = None
+        if offload:
+            buffers = 2 if next(model.parameters()).device.type == "cuda" else 1
+            away = Pager([geometry.pair_nbytes(*pair) for pair in artifact.formats], buffers=buffers)
+        cache = QuantizedKVCache(artifact.specs, geometry, budget, triton, reserve, policy, away)
         cache.artifact = digest
         cache.padding.batch_invariant = batch_invariant
         return cache

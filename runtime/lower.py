@@ -1,7 +1,7 @@
 """Makes room in a cache under a byte budget: what the floor policy checks, and what the progressive policy lowers."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvfold.errors import KVBudgetExceeded
 from kvfold.exports.account import TABLE_STEP, batch_nbytes
@@ -24,7 +24,9 @@ def check(cache: "QuantizedKVCache", batch_size: int, tokens: int) -> None:
     if cache.budget is None:
         return
     seen = cache.get_seq_length()
-    if cache.policy is None:
+    if cache.pager is not None:
+        need = sum(offload_nbytes(cache, batch_size, tokens))
+    elif cache.policy is None:
         pads = cache.padding.columns or [0] * batch_size
         reserved = cache.layers[0].reserved
         geometry = replace(cache.geometry, sliding=()) if reserved else cache.geometry  # what is reserved stays
@@ -39,10 +41,48 @@ def check(cache: "QuantizedKVCache", batch_size: int, tokens: int) -> None:
 def exceeded(cache: "QuantizedKVCache", tokens: int, batch_size: int, need: int) -> KVBudgetExceeded:
     """The error that says what did not fit."""
     floor = " with all pages at the lowest bits" if cache.policy is not None else ""
+    if cache.pager is not None:
+        floor = " on the device, with all pages in host memory"
     return KVBudgetExceeded(
         f"{tokens} tokens in {batch_size} sequence(s) need a cache of {need} bytes{floor}, but kv_budget is {cache.budget}; "
         "raise kv_budget, shorten the prompt or make the batch smaller."
     )
+
+
+def offload_nbytes(cache: "QuantizedKVCache", batch_size: int, tokens: int) -> tuple[int, int]:
+    """The least bytes on the device once `tokens` columns have come to a cache whose pages may go to host memory: (fixed, pages and
+    staging buffers)."""
+    assert cache.pager is not None
+    due = _due(cache, batch_size, tokens)[2]
+    fixed = sum(_fixed_nbytes(layer, batch_size, due) for layer in cache.layers)
+    others = [nbytes for other, nbytes in cache.pager.fixed.items() if other is not cache]
+    waiting = sum(due) if tokens == 1 else min(1, sum(due))  # the kernel of a step fills all pages at once
+    return max([fixed, *others]), cache.pager.needed(sum(due), waiting)
+
+
+def push_out(cache: "QuantizedKVCache", batch_size: int, tokens: int) -> None:
+    """Before `tokens` columns come to a cache whose pages may go to host memory: moves as many as must go.
+
+    Raises:
+        KVBudgetExceeded: it would be too much with all pages in host memory; nothing was changed.
+    """
+    assert cache.pager is not None and cache.budget is not None
+    check(cache, batch_size, tokens)
+    due = _due(cache, batch_size, tokens)[2]
+    fixed = sum(_fixed_nbytes(layer, batch_size, due) for layer in cache.layers)
+    cache.pager.admit(cache, fixed, cache.budget, sum(due))
+
+
+def make_way(cache: Any, nbytes: int) -> bool:
+    """Moves pages to host memory until the cache has `nbytes` left in its budget; False if that can't be."""
+    assert cache.pager is not None and cache.budget is not None
+    fixed = sum(t.nbytes for layer in cache.layers if layer.is_initialized for t in layer.own_tensors())
+    cache.pager.fixed[cache] = fixed
+    cache.pager.limit = cache.budget - max(cache.pager.fixed.values())
+    if cache.pager.allotted + nbytes <= cache.pager.limit:
+        return True
+    # with few layers to a buffer all pages in host memory may take more than some: then nothing moves
+    return cache.pager.needed(0, 0) + nbytes <= cache.pager.limit and cache.pager.make_room(nbytes)
 
 
 def prepare(cache: "QuantizedKVCache", batch_size: int, tokens: int) -> None:
@@ -163,6 +203,10 @@ def make_room(cache: "QuantizedKVCache", sequences: int) -> None:
     more = sum(after) - sum(own) if sequences > before else 0
     peak = more + max(map(min, own, after))
     tokens = cache.get_seq_length()
+    if cache.pager is not None:
+        if not make_way(cache, peak) and sequences > before:
+            raise exceeded(cache, tokens, sequences, cache.nbytes + peak)
+        return
     if cache.policy is None:
         if sequences > before and cache.nbytes + peak > cache.budget:
             raise exceeded(cache, tokens, sequences, cache.nbytes + peak)

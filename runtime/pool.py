@@ -21,6 +21,8 @@ class PagePool:
         device: where pages live.
     """
 
+    moves = 0  # changes of pages' addresses so far
+
     def __init__(self, page_nbytes: int | Sequence[int], device: torch.device) -> None:
         self.sizes = (page_nbytes,) if isinstance(page_nbytes, int) else tuple(page_nbytes)
         self.counts = [0] * len(self.sizes)  # pages with an owner, by rung
@@ -76,6 +78,26 @@ class PagePool:
     def page(self, number: int) -> Tensor:
         """A page's bytes, uint8 [size of its rung]."""
         return self._pages[number]
+
+    @property
+    def most(self) -> int | None:
+        """New pages that may wait for their bytes together; None for any number."""
+        return None
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes in host memory."""
+        return 0
+
+    def on_device(self, number: int) -> bool:
+        """Whether a page is where kernels read it without `bring`."""
+        return True
+
+    def bring(self) -> None:
+        """Makes all pages readable at their addresses, until another layer's are brought."""
+
+    def written(self) -> None:
+        """All pages have their bytes."""
 
     def rung(self, number: int) -> int:
         """The rung that a page stands on, 0 for the floor and for a page that is gone."""

@@ -84,7 +84,17 @@ def load_cache(path: str | PathLike, model: Any) -> "QuantizedKVCache":
     cache = model.new_kv_cache()
     cache.extend_rollback(body["rollback"])
     lengths = body["layers"][0]["length"]
-    if cache.budget is not None:
+    if cache.pager is not None and cache.budget is not None:
+        fixed = cache.geometry.fixed_nbytes(max(lengths)) * len(lengths) * len(cache.layers)
+        most = max(len(tensors[f"layers.{i}.pages"]) for i in range(len(cache.layers)))
+        need = fixed + cache.pager.needed(most, min(1, most))
+        if need > cache.budget:
+            raise KVBudgetExceeded(
+                f"The cache in '{path}' takes {need} bytes on the device, with all pages in host memory, but kv_budget is "
+                f"{cache.budget}; raise kv_budget."
+            )
+        cache.pager.admit(cache, fixed, cache.budget, most)
+    elif cache.budget is not None:
         need = batch_nbytes(cache.geometry, cache.formats, lengths)
         if need > cache.budget:
             raise KVBudgetExceeded(
@@ -133,9 +143,11 @@ def _restore(layer: Any, state: dict[str, Any], prefix: str, tensors: dict[str, 
         layer.raw_keys[b, :, rows] = tensors[prefix + "keys"][:, part].to(layer.device)
         layer.raw_values[b, :, rows] = tensors[prefix + "values"][:, part].to(layer.device)
     data = tensors[prefix + "pages"]
-    numbers = layer.pool.allocate(len(data))
-    for number, page in zip(numbers, data, strict=True):
-        layer.pool.page(number).copy_(page)
+    numbers = []
+    for page in data:
+        numbers += layer.pool.allocate(1)
+        layer.pool.page(numbers[-1]).copy_(page)
+        layer.pool.written()
     layer.pages = [[PASSED if row == PASSED else numbers[row] for row in rows] for rows in state["pages"]]
     layer.passed = [ids.count(PASSED) for ids in layer.pages]
     for ids, passed in zip(layer.pages, layer.passed, strict=True):

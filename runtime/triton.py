@@ -11,6 +11,7 @@ from kvfold.kernels.pages import page_address
 from kvfold.kernels.triton_append import append_step, empty_queries
 from kvfold.kernels.triton_attention import attention, prepare_queries
 from kvfold.kernels.triton_encode import encode_pages, lower_pages
+from kvfold.runtime.marks import marks_of
 
 if TYPE_CHECKING:
     from kvfold.runtime.layer import PackedLayer
@@ -35,6 +36,7 @@ def attend_triton(
 ) -> Tensor:
     """LayerView.attend by kernels: query [B, num_heads, T, head_dim] → the same shape and type."""
     layer = view.layer
+    layer.bring()
     # a softmax alone does not see what an offset of the keys takes off every logit
     shifted = layer.spec.key.offset is not None and (softcap is not None or sinks_logit is not None)
     bends = {"sliding": sliding, "softcap": softcap or 0.0, "aux": sinks_logit}
@@ -68,7 +70,7 @@ def _decode(
         keys.contiguous(), values.contiguous(), query.contiguous(), layer.raw_keys, layer.raw_values, layer.block_table,
         layer.state, queries, top.key.format, top.value.format, scaling=scaling, matrix=spec.key.matrix,
         offset=spec.key.offset, query_matrix=spec.key.query_matrix, key_clip=top.key.clip, value_clip=top.value.clip,
-        softcap=bends["softcap"],
+        softcap=bends["softcap"], marks=marks_of(layer.padding, query.shape[0], query.device), layer=layer.layer_idx,
         **regions(geometry),
     )  # fmt: skip
     attention(

@@ -75,6 +75,7 @@ class LayerView:
             out = attend_triton(self, query, scaling, sliding, softcap, sinks_logit)
         else:
             out = self._attend_reference(query, scaling, mask, softcap, sinks_logit)
+        self.layer.pool.written()
         self.layer.release_passed()
         return out
 

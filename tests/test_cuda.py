@@ -124,3 +124,35 @@ def test_a_sequences_bits_are_the_same_in_every_batch(paths):
         together = both.update(*states[:2])[0].attend(states[2], 0.25, None)
         single = alone.update(*(x[:1] for x in states[:2]))[0].attend(states[2][:1], 0.25, None)
         assert torch.equal(single[0], together[0])
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@torch.no_grad()
+def test_a_value_that_is_not_finite_is_reported_before_it_is_packed(graph, tmp_path, text_file):
+    """In steps that wait for nothing, captured or not; the cache then goes on from where it came."""
+    (tmp_path / "recipe.yaml").write_text(TINY_RECIPE.replace("page_tokens: 8", "page_tokens: 16"))
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    path = compress(str(save_tiny(tmp_path / "m")), "9.0", tmp_path / "out", calib=str(text_file), recipe=recipe).path
+    model = runtime.load_pretrained(path, device="cuda", dtype=torch.float32, attention="triton", cuda_graph=graph)
+    ids = torch.randint(1, 128, (1, 150), generator=torch.Generator().manual_seed(4)).cuda()
+    cache = model.new_kv_cache(200 if graph else 0)
+
+    def step():
+        t = cache.get_seq_length()
+        return model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits
+
+    model(input_ids=ids[:, :61], past_key_values=cache)
+    for _ in range(5):
+        step()
+    assert (cache.graph is not None) == graph
+    weight = model.base_model.layers[1].self_attn.v_proj.weight
+    whole = weight.clone()
+    weight[0] = float("inf")
+    step()
+    weight.copy_(whole)
+    with pytest.raises(FloatingPointError, match=r"Layer 1 computed a value .* at position 66 of sequence 0"):
+        for _ in range(16):
+            step()
+    assert cache.get_seq_length() == 66 and [layer.state.tolist()[0][0] for layer in cache.layers] == [66] * 3
+    logits = [step() for _ in range(40)][-1]
+    assert relative(logits, model(input_ids=ids[:, :106]).logits[:, -1:]) < 0.05

@@ -320,11 +320,11 @@ INTS = {"sequences", "tokens", "state"}
 def compile(kernel, **constants):
     signature = {}
     for name in kernel.arg_names:
-        longs = name in ("pages", "sources", "table")
+        longs = name in ("pages", "sources", "table", "marks")
         signature[name] = (
             "constexpr" if name in constants else "*fp32" if name in FLOATS else "*i32" if name in INTS
             else "*i64" if longs else "*u8" if name == "anchor_ptr" else "fp32" if name in ("factor", "scaling")
-            else "i32" if "stride" in name or name in ("sinks", "ring", "window", "table_width")
+            else "i32" if "stride" in name or name in ("sinks", "ring", "window", "table_width", "label")
             else "*bf16" if name in ("new_keys", "new_values", "query") else "*fp16"
         )
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
@@ -342,7 +342,7 @@ compile(_lower_kernel, **layouts(16, K=mixed, V=uniform(64, 4), OLD_K=uniform(64
         K_CLIPS=0, V_CLIPS=0)
 for matrix in (False, True):
     compile(_append_kernel, **layouts(16, K=uniform(96, 4), V=raw16(96)), K_CLIPS=1, V_CLIPS=0, MATRIX=matrix,
-            OFFSET=matrix, SHIFT=matrix, GROUP=3, N=8, TOP=7, OVERLAP=True)
+            OFFSET=matrix, SHIFT=matrix, MARKS=matrix, GROUP=3, N=8, TOP=7, OVERLAP=True)
 print("compiled")
 """
 
