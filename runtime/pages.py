@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec, clip_rows
+from kvfold.kernels.codes import Codes
 from kvfold.kernels.quantizer import decode, encode
 
 if TYPE_CHECKING:
@@ -45,6 +46,16 @@ def read_pages(layer: "PackedLayer", ids: list[int]) -> tuple[Tensor, Tensor]:
         return parts[0]
     keys, values = zip(*parts, strict=True)
     return torch.cat(keys, 1), torch.cat(values, 1)
+
+
+def read_codes(layer: "PackedLayer", ids: list[int]) -> tuple[Codes, Codes]:
+    """Packed pages of a layer, all of one rung, to multiply with: (keys, values)."""
+    g = layer.geometry
+    rung = layer.rungs[layer.pool.rung(ids[0])]
+    data = layer.pool.load(ids)
+    split = g.num_kv_heads * rung.key.format.nbytes(g.page_tokens)
+    parts = [part.unflatten(1, (g.num_kv_heads, -1)) for part in (data[:, :split], data[:, split:])]
+    return Codes(parts[0], rung.key.format, g.page_tokens), Codes(parts[1], rung.value.format, g.page_tokens)
 
 
 def write_pages(layer: "PackedLayer", ids: list[int], keys: Tensor, values: Tensor) -> None:

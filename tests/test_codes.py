@@ -1,0 +1,90 @@
+"""Products with packed codes against the same products with decoded tokens."""
+
+import pytest
+import torch
+
+from kvfold.kernels.attention import Tile, attend
+from kvfold.kernels.codes import Codes, field_order
+from kvfold.kernels.formats import Format, raw16, uniform
+from kvfold.kernels.quantizer import decode, encode
+
+FORMATS = [
+    raw16(24),
+    Format(((16, 3),)),
+    Format(((48, 3),), "scale", "fp16"),
+    *(Format(((24, levels),)) for levels in (2, 4, 8, 16, 32, 64, 256)),
+    Format(((8, 64), (16, 16), (8, 8), (24, 4), (8, 2), (16, 0))),
+    Format(((8, 0), (8, 2), (16, 32)), "scale", "fp16"),
+    *(uniform(32, levels, "fp16", 16) for levels in (2, 4, 8, 16, 32, 64, 256)),
+    uniform(48, 8, "e4m3", 8),
+    uniform(48, 3, "e4m3", 24),
+    uniform(40, 2),
+]
+
+
+def pages_of(fmt, pages, heads, page_tokens, seed=0):
+    """Packed pages uint8 [pages, heads, nbytes], and what they decode to, float32 [heads, pages·page_tokens, head_dim]."""
+    x = torch.randn(pages, heads, page_tokens, fmt.head_dim, generator=torch.Generator().manual_seed(seed)) + 0.3
+    packed = encode(x, fmt)
+    return packed, decode(packed, fmt, page_tokens).transpose(0, 1).flatten(1, 2)
+
+
+def relative(found, expected):
+    return float((found.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("page_tokens", [8, 24, 32])
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_products_are_those_of_the_decoded_tokens(fmt, page_tokens):
+    pages, heads, rows = 3, 2, 5
+    packed, decoded = pages_of(fmt, pages, heads, page_tokens)
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(heads, rows, fmt.head_dim, generator=generator)
+    weights = torch.rand(heads, rows, pages * page_tokens, generator=generator)
+    codes = Codes(packed, fmt, page_tokens)
+    kept = packed.clone(), query.clone(), weights.clone()
+    want = field_order((query.double() @ decoded.double().mT), page_tokens)
+    assert codes.products(query).shape == want.shape and relative(codes.products(query), want) <= 5e-6
+    want = weights.double() @ decoded.double()
+    found = codes.weighted(field_order(weights, page_tokens))
+    assert found.shape == want.shape and relative(found, want) <= 5e-6
+    assert all(torch.equal(a, b) for a, b in zip(kept, (packed, query, weights), strict=True))
+
+
+def test_integers_are_exact():
+    """With a scale of a power of two, no step and integer queries nothing rounds: products are equal to the last bit."""
+    fmt = uniform(16, 16, "fp16", 8)
+    codes = torch.randint(0, 16, (2, 2, 16, 16), generator=torch.Generator().manual_seed(2)).float()
+    codes[..., ::8], codes[..., 1::8] = 0, 15  # both ends in every group: minimum -4, scale 1/2
+    packed = encode(codes / 2 - 4, fmt)
+    decoded = decode(packed, fmt, 16).transpose(0, 1).flatten(1, 2)
+    assert torch.equal(decoded, (codes / 2 - 4).transpose(0, 1).flatten(1, 2))
+    query = torch.arange(-16.0, 16.0).view(2, 1, 16)
+    weights = torch.arange(64.0).view(2, 1, 32)
+    found = Codes(packed, fmt, 16)
+    assert torch.equal(found.products(query), field_order(query @ decoded.mT, 16))
+    assert torch.equal(found.weighted(field_order(weights, 16)), weights @ decoded)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("fmt", [Format(((16, 16), (8, 2), (8, 0))), uniform(32, 4, "e4m3", 16), raw16(32)], ids=str)
+def test_attention_over_codes_is_attention_over_decoded_tokens(fmt, masked):
+    heads, page_tokens, sinks, pages, raw = 2, 16, 3, 5, 21
+    packed, decoded = pages_of(fmt, pages, heads, page_tokens)
+    end = sinks + pages * page_tokens
+    rows = torch.randn(heads, sinks + raw, 32, generator=torch.Generator().manual_seed(3))
+    where = torch.cat((torch.arange(sinks), torch.arange(end, end + raw)))
+    dense = [Tile(rows, rows, where, False), Tile(decoded, decoded, torch.arange(sinks, end), True)]
+    coded = dense[:1]
+    for first, last in ((0, 2), (2, 5)):
+        held = Codes(packed[first:last], fmt, page_tokens)
+        at = torch.arange(sinks + first * page_tokens, sinks + last * page_tokens)
+        coded.append(Tile(held, held, field_order(at, page_tokens), True))
+    mask = None
+    if masked:
+        mask = torch.rand(1, end + raw, generator=torch.Generator().manual_seed(4)) < 0.5
+    query = torch.randn(6, 1, 32, generator=torch.Generator().manual_seed(5))
+    position, limit = torch.tensor([end + raw - 1]), torch.tensor([end])
+    extras = {"sinks": sinks, "scaling": 0.3, "mask": mask, "softcap": 20.0, "sinks_logit": torch.ones(6), "shift": torch.ones(6, 1)}
+    want = attend(query, position, limit, dense, **extras)
+    assert relative(attend(query, position, limit, coded, **extras), want.double()) <= 2e-6
