@@ -87,16 +87,14 @@ def attend(
             if unseen:
                 continue
             limit = packed_limit[rows, None]
-            visible = None  # all
-            if tile.packed and last < limit_low and mask is None:
-                pass
-            elif tile.packed:
-                visible = tile.positions < limit  # [Tq, n]
-            else:
+            visible = None  # all of it
+            if not tile.packed:
                 visible = ((tile.positions < sinks) | (tile.positions >= limit)) & (
                     tile.positions <= positions[rows, None]
                 )
-            if mask is not None:
+            elif mask is not None or last >= limit_low:
+                visible = tile.positions < limit  # [Tq, n]
+            if mask is not None and visible is not None:
                 visible = visible & mask[rows][:, tile.positions]
                 if not bool(visible.any()):  # beyond a sliding window
                     continue

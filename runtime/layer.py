@@ -18,7 +18,8 @@ from kvfold.runtime.sequences import PASSED, Sequences, slots_of
 from kvfold.runtime.view import LayerView, Padding, RowView
 
 TILE_TOKENS = 1024  # packed tokens decoded at a time while attending
-CODE_ELEMENTS = 2**18  # of keys or of values, unpacked at a time for one query
+CODE_TOKENS = 2**14  # packed tokens that one query attends to at a time, and the most bytes that are copied for that
+CODE_NBYTES = 2**21
 
 
 class PackedLayer(Sequences, CacheLayerMixin):
@@ -324,10 +325,8 @@ class PackedLayer(Sequences, CacheLayerMixin):
         if not one:
             yield from ((i, pages[i : i + step]) for i in range(start, len(pages), step))
             return
-        # as many tokens as a core's cache holds the unpacked codes of; elsewhere, so many that the time goes into them and not into
-        # launching operations
-        tokens = CODE_ELEMENTS // (g.num_kv_heads * g.head_dim) if self.device.type == "cpu" else 4 * TILE_TOKENS
-        step = max(1, tokens // g.page_tokens)
         for _, run in groupby(range(start, len(pages)), lambda i: self.pool.rung(pages[i])):
             held = list(run)
-            yield from ((i, pages[i : min(i + step, held[-1] + 1)]) for i in range(held[0], held[-1] + 1, step))
+            size = min(CODE_TOKENS // g.page_tokens, CODE_NBYTES // self.pool.sizes[self.pool.rung(pages[held[0]])])
+            for i in range(held[0], held[-1] + 1, max(1, size)):
+                yield i, pages[i : min(i + max(1, size), held[-1] + 1)]

@@ -85,6 +85,9 @@ def test_attention_over_codes_is_attention_over_decoded_tokens(fmt, masked):
         mask = torch.rand(1, end + raw, generator=torch.Generator().manual_seed(4)) < 0.5
     query = torch.randn(6, 1, 32, generator=torch.Generator().manual_seed(5))
     position, limit = torch.tensor([end + raw - 1]), torch.tensor([end])
-    extras = {"sinks": sinks, "scaling": 0.3, "mask": mask, "softcap": 20.0, "sinks_logit": torch.ones(6), "shift": torch.ones(6, 1)}
-    want = attend(query, position, limit, dense, **extras)
-    assert relative(attend(query, position, limit, coded, **extras), want.double()) <= 2e-6
+    extras = {"softcap": 20.0, "sinks_logit": torch.ones(6), "shift": torch.ones(6, 1)}
+    want = attend(query, position, limit, dense, sinks=sinks, scaling=0.3, mask=mask, **extras)
+    assert (
+        relative(attend(query, position, limit, coded, sinks=sinks, scaling=0.3, mask=mask, **extras), want.double())
+        <= 2e-6
+    )
