@@ -35,7 +35,7 @@ def _store_param(x: Tensor, param_dtype: str) -> tuple[Tensor, Tensor]:
 def load_param(data: Tensor, param_dtype: str) -> Tensor:
     """Inverse of `_store_param`: uint8 [..., T, p·size] → float32 [..., T, p]."""
     if param_dtype == "e4m3" and data.device.type == "cpu":  # seven times faster than the cast
-        return E4M3_VALUES.index_select(0, data.flatten().int()).view(data.shape)
+        return E4M3_VALUES.index_select(0, data.int().flatten()).view(data.shape)
     own = data.clone(memory_format=torch.contiguous_format)  # a slice may start at an odd byte
     return own.view(torch.float8_e4m3fn if param_dtype == "e4m3" else torch.float16).float()
 
