@@ -3,10 +3,20 @@
 import pytest
 import torch
 
+import kvfold.kernels.codes as codes_module
+import kvfold.runtime.layer as layer_module
+from kvfold.exports.account import Geometry
+from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.attention import Tile, attend
 from kvfold.kernels.codes import Codes, field_order
 from kvfold.kernels.formats import Format, raw16, uniform
 from kvfold.kernels.quantizer import decode, encode
+from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.pages import lower, oldest, set_segments
+from kvfold.runtime.policy import Progressive
+from kvfold.runtime.sequences import PASSED
+
+LIMITS = ("CODE_TOKENS", "CODE_NBYTES", "BLOCK_ELEMENTS")
 
 FORMATS = [
     raw16(24),
@@ -91,3 +101,42 @@ def test_attention_over_codes_is_attention_over_decoded_tokens(fmt, masked):
         relative(attend(query, position, limit, coded, sinks=sinks, scaling=0.3, mask=mask, **extras), want.double())
         <= 2e-6
     )
+
+
+@pytest.mark.parametrize("sizes", [(2**14, 2**21, 2**18), (16, 2**21, 1), (2**14, 2000, 2**9)], ids=str)
+@pytest.mark.parametrize("sliding", [0, 100], ids=["full", "sliding"])
+def test_a_step_of_a_layer_is_attention_over_its_decoded_pages(monkeypatch, sizes, sliding):
+    """Pages on four rungs, cut into tiles and blocks of any size; the memory that is worked in outlives an inference mode."""
+    for where, name, size in zip((layer_module, layer_module, codes_module), LIMITS, sizes, strict=True):
+        monkeypatch.setattr(where, name, size)
+    geometry = Geometry(2, 16, 3, 24, 8, sliding=(sliding,) if sliding else ())
+    key = KeySpec(Format(((8, 16), (8, 4))), matrix=torch.eye(16).repeat(2, 1, 1) * 2, offset=torch.ones(2, 16))
+    spec = LayerSpec(key, ValueSpec(uniform(16, 4, "e4m3", 8)))
+    policy = Progressive([spec], [(1.0, 1.0)], geometry)
+    cache = QuantizedKVCache([spec], geometry, 1 << 30, policy=policy)
+    layer = cache.layers[0]
+    generator = torch.Generator().manual_seed(7)
+
+    def states(tokens):
+        return torch.randn(2, 2, 2, tokens, 16, generator=generator)
+
+    cache.update(*states(190), 0)
+    for rung, count in ((3, 24), (2, 16), (1, 8)):
+        lower(layer, oldest(layer, rung, count))
+    set_segments(layer)
+    assert [layer.pool.rung(i) for i in layer.pages[0]] == 4 * [0] + 4 * [1] + 4 * [2] + 8 * [3]
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            view, _ = cache.update(*states(1), 0)
+            query = torch.randn(2, 6, 1, 16, generator=generator)
+            mask = torch.arange(layer.columns)[None, None, None] >= (layer.columns - sliding if sliding else 0)
+            want = []
+            for b, row in enumerate(view.rows):
+                gone = row.pages.count(PASSED)
+                at = torch.arange(3 + 8 * gone, 3 + 8 * len(row.pages))
+                tiles = [Tile(row.keys, row.values, row.raw_positions, False)]
+                tiles.append(Tile(*layer.read_pages(row.pages[gone:]), at, True))
+                q = key.apply_query(query[b])
+                want.append(attend(q, row.positions, row.limit, tiles, sinks=3, scaling=0.25, mask=mask[0, 0]))
+            found = view._attend_reference(query, 0.25, mask if sliding else None, None, None)
+            assert relative(found, torch.stack(want).double()) <= 2e-6
