@@ -10,7 +10,7 @@ from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.attention import Tile, attend
 from kvfold.kernels.codes import Codes, field_order
 from kvfold.kernels.formats import Format, raw16, uniform
-from kvfold.kernels.quantizer import decode, encode
+from kvfold.kernels.quantizer import decode, encode, load_param
 from kvfold.runtime.cache import QuantizedKVCache
 from kvfold.runtime.pages import lower, oldest, set_segments
 from kvfold.runtime.policy import Progressive
@@ -140,3 +140,11 @@ def test_a_step_of_a_layer_is_attention_over_its_decoded_pages(monkeypatch, size
                 want.append(attend(q, row.positions, row.limit, tiles, sinks=3, scaling=0.25, mask=mask[0, 0]))
             found = view._attend_reference(query, 0.25, mask if sliding else None, None, None)
             assert relative(found, torch.stack(want).double()) <= 2e-6
+
+
+def test_looked_up_parameters_are_the_cast_ones():
+    stored = torch.arange(256, dtype=torch.uint8).view(2, 8, 16)
+    cast = stored.view(torch.float8_e4m3fn).float()
+    found = load_param(stored, "e4m3")
+    assert torch.equal(found.view(torch.int32), cast.view(torch.int32)) and bool(found.isnan().any())  # NaNs' bits too
+    assert torch.equal(load_param(stored[..., 1::2], "e4m3").view(torch.int32), cast[..., 1::2].view(torch.int32))
