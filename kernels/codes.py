@@ -157,39 +157,40 @@ class Codes:
         for plane in self.fmt.planes:
             end = offset + plane.nbytes(self.page_tokens)
             step = max(1, elements // (self.num_kv_heads * self.page_tokens * plane.channels))
-            for first in range(0, self.num_pages, step):
-                part = self.packed[first : first + step, :, offset:end]
-                if plane.width in (TRIT, 16):
-                    yield self._tokenwise(part, plane, first)
-                else:
-                    yield from self._masked(part.view(torch.int16), plane, first)
+            unpack = self._tokenwise if plane.width in (TRIT, 16) else self._masked
+            yield from unpack(self.packed[..., offset:end], plane, step)
             offset = end
 
-    def _tokenwise(self, part: Tensor, plane: Plane, first: int) -> Piece:
-        """Ternary codes, and 16-bit values, which stand token by token. part: uint8 [pages, Hkv, bytes of a head's plane]."""
-        if plane.width == TRIT:
-            found = unpack_trits(part, self.page_tokens, plane.channels)
-        else:
-            found = part.view(torch.float16).unflatten(-1, (self.page_tokens, -1))
-        fields = found.unflatten(2, (FIELDS, -1)).permute(1, 2, 0, 3, 4)  # [Hkv, 8, pages, R, channels]
-        codes = scratch(self.buffers, fields.shape, torch.float32, part.device).copy_(fields)
-        return Piece(first, plane.start, codes.flatten(1, 3), None)
+    def _tokenwise(self, data: Tensor, plane: Plane, step: int) -> Iterator[Piece]:
+        """Ternary codes, and 16-bit values, which stand token by token. data: uint8 [pages, Hkv, bytes of a head's plane]."""
+        for first in range(0, self.num_pages, step):
+            part = data[first : first + step]
+            if plane.width == TRIT:
+                found = unpack_trits(part, self.page_tokens, plane.channels)
+            else:
+                found = part.view(torch.float16).unflatten(-1, (self.page_tokens, -1))
+            fields = found.unflatten(2, (FIELDS, -1)).permute(1, 2, 0, 3, 4)  # [Hkv, 8, pages, R, channels]
+            codes = scratch(self.buffers, fields.shape, torch.float32, data.device).copy_(fields)
+            yield Piece(first, plane.start, codes.flatten(1, 3), None)
 
-    def _masked(self, words: Tensor, plane: Plane, first: int) -> Iterator[Piece]:
-        """Binary codes: fields of masked words. words: int16 [pages, Hkv, words of a head's plane]."""
-        width, device = plane.width, words.device
-        sets = 2 if width == 4 else 1
-        table = words.unflatten(-1, (sets, 1, self.rows, -1)).permute(1, 2, 3, 0, 4, 5)  # [Hkv, sets, 1, pages, R, n]
-        shape = (*table.shape[:2], FIELDS // sets, *table.shape[3:])
-        for half in range(2 if width == 1 else 1):
+    def _masked(self, data: Tensor, plane: Plane, step: int) -> Iterator[Piece]:
+        """Binary codes: fields of masked words. data: uint8 [pages, Hkv, bytes of a head's plane]."""
+        width, device = plane.width, data.device
+        sets, halves = 2 if width == 4 else 1, 2 if width == 1 else 1
+        table = data.view(torch.int16).unflatten(-1, (sets, 1, self.rows, -1))
+        table = table.permute(1, 2, 3, 0, 4, 5)  # [Hkv, sets, 1, pages, R, n]
+        for half in range(halves):
             # of the fields in their order, from the lowest bit on; the last one's top bit is a word's sign
             places = (0, 8, 4, 12) if width == 4 else tuple(range(half, 16, 2))
             masks = _constant(tuple((((2**width - 1 << p,),),) for p in places[:-1]), torch.int16, device)
-            found = scratch(self.buffers, shape, torch.int16, device)
-            torch.bitwise_and(table, masks, out=found[:, :, :-1])
-            last = found[:, :, -1:]
-            torch.bitwise_right_shift(table, places[-1], out=last).bitwise_and_(2**width - 1)
             powers = (*(2.0**-p for p in places[:-1]), 1.0) * sets
             factors = _constant(tuple(((power * 2**plane.shift,),) for power in powers), torch.float32, device)
-            codes = scratch(self.buffers, shape, torch.float32, device).copy_(found).flatten(1, 4)
-            yield Piece(first, plane.start + half * codes.shape[-1], codes, factors)
+            for first in range(0, self.num_pages, step):
+                words = table[:, :, :, first : first + step]
+                shape = (*words.shape[:2], len(places), *words.shape[3:])
+                found = scratch(self.buffers, shape, torch.int16, device)
+                torch.bitwise_and(words, masks, out=found[:, :, :-1])
+                last = found[:, :, -1:]
+                torch.bitwise_right_shift(words, places[-1], out=last).bitwise_and_(2**width - 1)
+                codes = scratch(self.buffers, shape, torch.float32, device).copy_(found).flatten(1, 4)
+                yield Piece(first, plane.start + half * plane.channels // halves, codes, factors)
