@@ -5,7 +5,8 @@ The semantics that kernels are tested against. With N sinks, a window of W token
 
     packed(t) = P·floor(max(0, t + 1 − N − W) / P)      tokens N … N + packed(t) − 1 from pages, all others up to t raw,
 
-and one pass over a prompt gives what feeding it token by token gives.
+and one pass over a prompt gives what feeding it token by token gives. Queries of a prompt read decoded pages; a single one, of a
+decoding step, multiplies with the codes as they are packed (codes.py), which rounds differently and decodes nothing.
 """
 
 from collections.abc import Iterable
