@@ -20,7 +20,7 @@ from kvfold.kernels.formats import GAUSSIAN_STEP, TRIT, Format, Plane
 from kvfold.kernels.packing import FIELDS, unpack_trits
 from kvfold.kernels.quantizer import load_param
 
-BLOCK_ELEMENTS = 2**18  # unpacked at a time on a CPU, so that they stay in a core's cache
+BLOCK_ELEMENTS = 2**17  # unpacked at a time on a CPU, so that they stay in a core's cache
 
 
 def field_order(x: Tensor, page_tokens: int) -> Tensor:
@@ -81,8 +81,8 @@ class Codes:
         shape = (self.fmt.num_groups, *query.shape[:2], FIELDS, self.num_pages, self.rows)
         out = query.new_zeros(shape)
         for piece in self._pieces():
-            for group, inner, outer in self._groups(piece):
-                part = (query[..., outer] @ piece.codes[..., inner].mT).unflatten(-1, (FIELDS, -1, self.rows))
+            for group, codes, outer in self._groups(piece):
+                part = (query[..., outer] @ codes.mT).unflatten(-1, (FIELDS, -1, self.rows))
                 place = out[group, :, :, :, piece.first : piece.first + part.shape[-2]]
                 if piece.factors is None:
                     place += part
@@ -113,10 +113,10 @@ class Codes:
         fields = [x.unflatten(-1, (FIELDS, self.num_pages, self.rows)) for x in scaled]
         for piece in self._pieces():
             pages = slice(piece.first, piece.first + piece.codes.shape[1] // self.page_tokens)
-            for group, inner, outer in self._groups(piece):
+            for group, codes, outer in self._groups(piece):
                 rows = fields[group][:, :, :, pages]
                 rows = rows if piece.factors is None else rows * piece.factors
-                out[..., outer] += rows.flatten(2) @ piece.codes[..., inner]
+                out[..., outer] += rows.flatten(2) @ codes
         steps, centres = self._channels()
         if steps is not None and centres is not None:
             return out.sub_(scaled[0].sum(-1, keepdim=True) * centres).mul_(steps)
@@ -134,13 +134,16 @@ class Codes:
         device = self.packed.device
         return _constant(steps, torch.float32, device), _constant(centres, torch.float32, device)
 
-    def _groups(self, piece: Piece) -> Iterator[tuple[int, slice, slice]]:
-        """Where a piece meets the parameter groups: (group, channels of the piece, channels of the head)."""
+    def _groups(self, piece: Piece) -> Iterator[tuple[int, Tensor, slice]]:
+        """Where a piece meets the parameter groups: (group, its codes, channels of the head)."""
         size = self.fmt.head_dim // self.fmt.num_groups
         end = piece.start + piece.codes.shape[-1]
+        if self.fmt.num_groups == 1:
+            yield 0, piece.codes, slice(piece.start, end)
+            return
         for group in range(piece.start // size, -(-end // size)):
             first, last = max(piece.start, group * size), min(end, (group + 1) * size)
-            yield group, slice(first - piece.start, last - piece.start), slice(first, last)
+            yield group, piece.codes[..., first - piece.start : last - piece.start], slice(first, last)
 
     def _params(self) -> Tensor:
         """float32 [parameters, num_kv_heads, 1, n]."""
@@ -153,7 +156,7 @@ class Codes:
     def _pieces(self) -> Iterator[Piece]:
         """Unpacks a block of pages of a plane at a time, into memory that the next one is unpacked into."""
         offset = 0
-        elements = BLOCK_ELEMENTS if self.packed.device.type == "cpu" else 16 * BLOCK_ELEMENTS
+        elements = BLOCK_ELEMENTS if self.packed.device.type == "cpu" else 32 * BLOCK_ELEMENTS
         for plane in self.fmt.planes:
             end = offset + plane.nbytes(self.page_tokens)
             step = max(1, elements // (self.num_kv_heads * self.page_tokens * plane.channels))
@@ -185,12 +188,16 @@ class Codes:
             masks = _constant(tuple((((2**width - 1 << p,),),) for p in places[:-1]), torch.int16, device)
             powers = (*(2.0**-p for p in places[:-1]), 1.0) * sets
             factors = _constant(tuple(((power * 2**plane.shift,),) for power in powers), torch.float32, device)
+            size = 0  # pages that the buffers are cut for
             for first in range(0, self.num_pages, step):
                 words = table[:, :, :, first : first + step]
-                shape = (*words.shape[:2], len(places), *words.shape[3:])
-                found = scratch(self.buffers, shape, torch.int16, device)
-                torch.bitwise_and(words, masks, out=found[:, :, :-1])
-                last = found[:, :, -1:]
+                if words.shape[3] != size:
+                    size = words.shape[3]
+                    shape = (*words.shape[:2], len(places), *words.shape[3:])
+                    found = scratch(self.buffers, shape, torch.int16, device)
+                    unpacked = scratch(self.buffers, shape, torch.float32, device)
+                    low, last, codes = found[:, :, :-1], found[:, :, -1:], unpacked.flatten(1, 4)
+                torch.bitwise_and(words, masks, out=low)
                 torch.bitwise_right_shift(words, places[-1], out=last).bitwise_and_(2**width - 1)
-                codes = scratch(self.buffers, shape, torch.float32, device).copy_(found).flatten(1, 4)
+                unpacked.copy_(found)
                 yield Piece(first, plane.start + half * plane.channels // halves, codes, factors)
