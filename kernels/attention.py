@@ -5,7 +5,8 @@ The semantics that kernels are tested against. With N sinks, a window of W token
 
     packed(t) = P·floor(max(0, t + 1 − N − W) / P)      tokens N … N + packed(t) − 1 from pages, all others up to t raw,
 
-and one pass over a prompt gives what feeding it token by token gives.
+and one pass over a prompt gives what feeding it token by token gives. Queries of a prompt read decoded pages; a single one, of a
+decoding step, multiplies with the codes as they are packed (codes.py), which rounds differently and decodes nothing.
 """
 
 from collections.abc import Iterable
@@ -14,14 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvfold.kernels.codes import Codes
+
 QUERY_BLOCK = 512  # queries scored at a time: bounds the score matrix to [num_heads, 512, tile]
 
 
 class Tile(NamedTuple):
-    """A run of cached tokens of one sequence, in rising position."""
+    """A run of cached tokens of one sequence, in rising position or, as codes, in their order; the first token comes first."""
 
-    keys: Tensor  # [num_kv_heads, n, head_dim]
-    values: Tensor  # [num_kv_heads, n, head_dim]
+    keys: Tensor | Codes  # [num_kv_heads, n, head_dim]
+    values: Tensor | Codes  # [num_kv_heads, n, head_dim]
     positions: Tensor  # int64 [n]
     packed: bool
 
@@ -75,8 +78,8 @@ def attend(
     for tile in tiles:
         if tile.positions.numel() == 0:
             continue
-        num_kv_heads = tile.keys.shape[0]
-        keys, values = tile.keys.float(), tile.values.float()
+        keys, values = (x if isinstance(x, Codes) else x.float() for x in tile[:2])
+        num_kv_heads, size = len(keys), tile.positions.numel()
         first, last = int(tile.positions[0]), int(tile.positions[-1])
         for rows, last_query, limit_low, limit_high in blocks:
             unseen = (
@@ -85,30 +88,33 @@ def attend(
             if unseen:
                 continue
             limit = packed_limit[rows, None]
-            if tile.packed:
-                visible = tile.positions < limit  # [Tq, n]
-            else:
+            visible = None  # all of it
+            if not tile.packed:
                 visible = ((tile.positions < sinks) | (tile.positions >= limit)) & (
                     tile.positions <= positions[rows, None]
                 )
-            if mask is not None:
+            elif mask is not None or last >= limit_low:
+                visible = tile.positions < limit  # [Tq, n]
+            if mask is not None and visible is not None:
                 visible = visible & mask[rows][:, tile.positions]
                 if not bool(visible.any()):  # beyond a sliding window
                     continue
-            q_block = q[:, rows]  # [H, Tq, D]
-            scores = q_block.reshape(num_kv_heads, -1, head_dim) @ keys.mT  # [Hkv, G·Tq, n]
-            scores = scores.view(num_heads, -1, keys.shape[1])
+            q_block = q[:, rows].reshape(num_kv_heads, -1, head_dim)  # [Hkv, G·Tq, D]
+            scores = keys.products(q_block) if isinstance(keys, Codes) else q_block @ keys.mT  # [Hkv, G·Tq, n]
+            scores = scores.view(num_heads, -1, size)
             if shift is not None:
                 scores += shift[:, rows, None] * scaling
             if softcap is not None:
                 scores = scores.div_(softcap).tanh_().mul_(softcap)
-            scores = scores.masked_fill_(~visible, -torch.inf)
+            if visible is not None:
+                scores = scores.masked_fill_(~visible, -torch.inf)
             new_top = torch.maximum(top[:, rows], scores.amax(-1, keepdim=True))
             base = new_top.masked_fill(new_top == -torch.inf, 0.0)
             weights = scores.sub_(base).exp_()
             rescale = (top[:, rows] - base).exp()
             total[:, rows] = total[:, rows] * rescale + weights.sum(-1, keepdim=True)
-            partial = weights.view(num_kv_heads, -1, keys.shape[1]) @ values
+            weights = weights.view(num_kv_heads, -1, size)
+            partial = values.weighted(weights) if isinstance(values, Codes) else weights @ values
             out[:, rows] = out[:, rows] * rescale + partial.view(num_heads, -1, head_dim)
             top[:, rows] = new_top
     return out / total.masked_fill(total == 0, 1.0)

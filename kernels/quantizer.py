@@ -16,6 +16,7 @@ from kvfold.kernels.formats import GAUSSIAN_STEP, TRIT, Format
 from kvfold.kernels.packing import FIELDS, pack_plane, pack_trits, unpack_plane, unpack_trits
 
 E4M3_MAX = 448.0
+E4M3_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # of every byte
 FP16_MAX = 65504.0
 
 
@@ -31,8 +32,10 @@ def _store_param(x: Tensor, param_dtype: str) -> tuple[Tensor, Tensor]:
     return stored.contiguous().view(torch.uint8), stored.float()
 
 
-def _load_param(data: Tensor, param_dtype: str) -> Tensor:
+def load_param(data: Tensor, param_dtype: str) -> Tensor:
     """Inverse of `_store_param`: uint8 [..., T, p·size] → float32 [..., T, p]."""
+    if param_dtype == "e4m3" and data.device.type == "cpu":  # seven times faster than the cast
+        return E4M3_VALUES.index_select(0, data.int().flatten()).view(data.shape)
     own = data.clone(memory_format=torch.contiguous_format)  # a slice may start at an odd byte
     return own.view(torch.float8_e4m3fn if param_dtype == "e4m3" else torch.float16).float()
 
@@ -107,7 +110,7 @@ def encode(x: Tensor, fmt: Format, clip: Tensor | None = None) -> Tensor:
 def decode(packed: Tensor, fmt: Format, tokens: int) -> Tensor:
     """Inverse of `encode` up to quantisation: uint8 [..., fmt.nbytes(tokens)] → float32 [..., tokens, head_dim]."""
     if fmt.params == "none":
-        return _load_param(packed.unflatten(-1, (tokens, 2 * fmt.head_dim)), "fp16")
+        return load_param(packed.unflatten(-1, (tokens, 2 * fmt.head_dim)), "fp16")
     found = torch.zeros(*packed.shape[:-1], tokens, fmt.head_dim, dtype=torch.uint8, device=packed.device)
     offset = 0
     for plane in fmt.planes:
@@ -120,7 +123,7 @@ def decode(packed: Tensor, fmt: Format, tokens: int) -> Tensor:
             own |= unpack_plane(part, plane.width, tokens, plane.channels) << plane.shift
     codes = found.float()
     stored = _by_token(packed[..., offset:], fmt.num_params, fmt.param_nbytes)
-    params = _load_param(stored.flatten(-2), fmt.param_dtype)  # [..., T, p]
+    params = load_param(stored.flatten(-2), fmt.param_dtype)  # [..., T, p]
     if fmt.params == "scale":
         start = 0
         for channels, count in fmt.classes:

@@ -1,7 +1,7 @@
 """One layer of the packed cache: a 16-bit buffer (sinks, then window) and pages, for each sequence of a batch."""
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -10,15 +10,18 @@ from transformers.cache_utils import CacheLayerMixin
 from kvfold.exports.account import TABLE_STEP, Geometry
 from kvfold.exports.spec import LayerSpec
 from kvfold.kernels.attention import Tile, packed_tokens
+from kvfold.kernels.codes import field_order
 from kvfold.kernels.quantizer import to_float16
 from kvfold.runtime.marks import not_finite
 from kvfold.runtime.pager import Pager, PagingPool
-from kvfold.runtime.pages import read_pages, set_segments, write_pages
+from kvfold.runtime.pages import read_codes, read_pages, set_segments, write_pages
 from kvfold.runtime.pool import PagePool
 from kvfold.runtime.sequences import PASSED, Sequences, slots_of
 from kvfold.runtime.view import LayerView, Padding, RowView
 
 TILE_TOKENS = 1024  # packed tokens decoded at a time while attending
+CODE_TOKENS = 2**14  # packed tokens that one query attends to at a time, and the most bytes that are copied for that
+CODE_NBYTES = 2**21
 
 
 class PackedLayer(Sequences, CacheLayerMixin):
@@ -334,13 +337,27 @@ class PackedLayer(Sequences, CacheLayerMixin):
         for start, end in pairwise(cuts):
             part = slice(start, end)
             yield Tile(row.keys[:, part], row.values[:, part], row.raw_positions[part], False)
-        # one query's scores are small: larger tiles, so that the time goes into tokens and not into launching operations
-        step = max(1, TILE_TOKENS * (4 if row.positions.numel() == 1 else 1) // g.page_tokens)
         unseen = 0  # pages behind the first query's sliding window, be they gone already or not
         if self.sliding and row.positions.numel():
             unseen = max(0, int(row.positions[0]) - self.sliding + 1 - g.sinks) // g.page_tokens
-        for start in range(unseen, len(row.pages), step):
-            ids = row.pages[start : start + step]
+        one = row.positions.numel() == 1
+        for start, ids in self._runs(row.pages, unseen, one):
             first = g.sinks + start * g.page_tokens
-            keys, values = self.read_pages(ids)
-            yield Tile(keys, values, torch.arange(first, first + keys.shape[1], device=keys.device), True)
+            positions = torch.arange(first, first + len(ids) * g.page_tokens, device=self.device)
+            if one:
+                yield Tile(*read_codes(self, ids), field_order(positions, g.page_tokens), True)
+            else:
+                yield Tile(*self.read_pages(ids), positions, True)
+
+    def _runs(self, pages: list[int], start: int, one: bool) -> Iterator[tuple[int, list[int]]]:
+        """Cuts the pages from number `start` on into tiles, of one rung each for one query: (first number, pages)."""
+        g = self.geometry
+        step = max(1, TILE_TOKENS // g.page_tokens)
+        if not one:
+            yield from ((i, pages[i : i + step]) for i in range(start, len(pages), step))
+            return
+        for _, run in groupby(range(start, len(pages)), lambda i: self.pool.rung(pages[i])):
+            held = list(run)
+            size = min(CODE_TOKENS // g.page_tokens, CODE_NBYTES // self.pool.sizes[self.pool.rung(pages[held[0]])])
+            for i in range(held[0], held[-1] + 1, max(1, size)):
+                yield i, pages[i : min(i + max(1, size), held[-1] + 1)]

@@ -285,9 +285,9 @@ class PagingPool(PagePool):
         if self.chunks:
             self.pager.bring(self)
 
-    def load(self, ids: list[int]) -> Tensor:
+    def readable(self, ids: list[int]) -> list[Tensor]:
         self.bring()
-        return torch.stack([self.pager.place(self, self.slots[i]) if i in self.slots else self._pages[i] for i in ids])
+        return [self.pager.place(self, self.slots[i]) if i in self.slots else self._pages[i] for i in ids]
 
     @property
     def nbytes(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec, clip_rows
+from kvfold.kernels.codes import Codes, scratch
 from kvfold.kernels.quantizer import decode, encode
 
 if TYPE_CHECKING:
@@ -45,6 +46,20 @@ def read_pages(layer: "PackedLayer", ids: list[int]) -> tuple[Tensor, Tensor]:
         return parts[0]
     keys, values = zip(*parts, strict=True)
     return torch.cat(keys, 1), torch.cat(values, 1)
+
+
+def read_codes(layer: "PackedLayer", ids: list[int]) -> tuple[Codes, Codes]:
+    """Packed pages of a layer, all of one rung, to multiply with: (keys, values)."""
+    g = layer.geometry
+    rung = layer.rungs[layer.pool.rung(ids[0])]
+    buffers = layer.padding.scratch.setdefault("codes", {})
+    data = scratch(buffers, (len(ids) * layer.pool.sizes[layer.pool.rung(ids[0])],), torch.uint8, layer.device)
+    data = torch.cat(layer.pool.readable(ids), out=data).unflatten(0, (len(ids), -1))
+    split = g.num_kv_heads * rung.key.format.nbytes(g.page_tokens)
+    parts = [part.unflatten(1, (g.num_kv_heads, -1)) for part in (data[:, :split], data[:, split:])]
+    formats = rung.key.format, rung.value.format
+    keys, values = (Codes(x, fmt, g.page_tokens, buffers) for x, fmt in zip(parts, formats, strict=True))
+    return keys, values
 
 
 def write_pages(layer: "PackedLayer", ids: list[int], keys: Tensor, values: Tensor) -> None:

@@ -107,9 +107,13 @@ class PagePool:
         """Block table entries of pages; 0 for a page that is gone."""
         return [self._addresses.get(i, 0) for i in ids]
 
+    def readable(self, ids: list[int]) -> list[Tensor]:
+        """The bytes of pages on the device, uint8 [page size] each, until other pages are asked for."""
+        return [self._pages[i] for i in ids]
+
     def load(self, ids: list[int]) -> Tensor:
         """uint8 [len(ids), page size], a copy of the packed bytes of pages of one rung."""
-        return torch.stack([self._pages[i] for i in ids])
+        return torch.stack(self.readable(ids))
 
     def lower(self, ids: list[int]) -> tuple[list[Tensor], list[Tensor]]:
         """Takes memory one rung down for pages of one rung. The numbers stay, and so do the owners.
