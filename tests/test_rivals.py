@@ -248,6 +248,20 @@ def test_kvarn_does_not_care_for_the_size_of_a_token():
     assert errors["kvarn"] < 0.5 < errors["kivi"]
 
 
+def test_kvarn_keeps_factors_that_e4m3_can_hold():
+    """They are known but for a constant, which must not push those that are kept out of its range, to zero or to its end."""
+    rng = torch.Generator().manual_seed(0)
+    sizes = torch.randn(2, 1, 64, generator=rng).exp() * torch.randn(2, 256, 1, generator=rng).exp()
+    x = 0.3 * torch.randn(2, 256, 64, generator=rng) * sizes
+    for codec in (
+        kvarn.Normalised(codecs.Affine(4, 64), "tokens"),
+        kvarn.Normalised(codecs.Affine(4, 128, "fp16"), "channels"),
+    ):
+        kept = codec.encode(x)[-1].float()
+        assert kept.min() > 2**-6 and kept.max() < 448
+        assert (codec.decode(codec.encode(x)) - x).norm() < 0.2 * x.norm()
+
+
 def test_kvarn_gains_by_bits_where_an_offset_dwarfs_the_keys():
     """What a factor loses when it is rounded must not scale the offset."""
     rng = torch.Generator().manual_seed(0)

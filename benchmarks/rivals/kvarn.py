@@ -45,7 +45,9 @@ class Normalised:
         tiles = x.unflatten(-2, (-1, TILE))
         _, tokens, channels = sinkhorn(tiles)
         keys = self.along == "channels"  # one (minimum, scale) a channel takes up the channel's factor
-        kept = store(tokens if keys else channels, "e4m3")
+        kept = tokens if keys else channels
+        # tokens · c and channels / c are the same tile: about 1, what is kept neither saturates nor vanishes in e4m3
+        kept = store(kept / kept.log().mean((-2, -1), keepdim=True).exp(), "e4m3")
         # divided by what is kept, not by what was rounded: else the rounding would scale the whole number, offset and all
         factor = torch.where(kept.float() > 0, kept.float(), 1.0)
         rest = tiles / factor
