@@ -45,24 +45,6 @@ class Reference(NamedTuple):
     spread: float  # largest difference of two ways to read the prompt: at once, and in two parts
 
 
-def as_inputs(cache: Any) -> dict[str, np.ndarray]:
-    """A runtime's cache of one sequence as the graphs' inputs."""
-    found = {}
-    for i, layer in enumerate(cache.layers):
-        sinks, length = layer.geometry.sinks, layer.length[0]
-        behind = sinks + layer.num_pages() * layer.geometry.page_tokens
-        slots = torch.cat((layer.slots(0, min(sinks, length)), layer.slots(behind, length)))
-        held = (
-            layer.pool.load(layer.pages[0])
-            if layer.pages[0]
-            else torch.zeros(0, layer.pool.page_nbytes, dtype=torch.uint8)
-        )
-        found[f"past.{i}.pages"] = held[None].numpy()
-        found[f"past.{i}.key_rows"] = layer.raw_keys[:, :, slots].numpy()
-        found[f"past.{i}.value_rows"] = layer.raw_values[:, :, slots].numpy()
-    return found
-
-
 def reference(artifact: Path, ids: np.ndarray, new: int) -> Reference:
     """Reads the prompt and generates greedily."""
     model: Any = runtime.load_pretrained(artifact, device="cpu", attention="reference")
@@ -77,7 +59,7 @@ def reference(artifact: Path, ids: np.ndarray, new: int) -> Reference:
         token = out.logits[:, -1:].argmax(-1)
         for _ in range(new):
             tokens.append(int(token))
-            caches.append(as_inputs(cache))
+            caches.append(runtime.onnx_inputs(cache))
             out = model(token, past_key_values=cache)
             later.append(out.logits[0, 0].numpy().copy())
             token = out.logits[:, -1:].argmax(-1)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 OPSET = 21
 IR_VERSION = 10  # of opset 21
@@ -110,10 +110,3 @@ class Graph:
         return self.op(
             "If", condition, outputs=len(then[1]), then_branch=branches[0], else_branch=branches[1]
         )  # fmt: skip
-
-
-def splice(main: GraphProto, nodes: Sequence[NodeProto], constants: Constants) -> None:
-    """Replaces the main graph's nodes and adds the constants."""
-    del main.node[:]
-    main.node.extend(nodes)
-    main.initializer.extend(constants.tensors.values())

@@ -91,12 +91,8 @@ def test_logits_and_cache_are_the_runtimes(folder, tiny_artifact):
     runner = OnnxRunner(folder, threads=1)
     total = ids.shape[1]
     for split in ([total], [50, 1, 1, 1, 20, *[1] * (total - 73)]):
-        cache, found, start = runner.empty(2), [], 0
-        for count in split:
-            logits, cache = runner(ids[:, start : start + count].numpy(), cache)
-            found.append(logits)
-            start += count
-        error = np.concatenate(found, 1) - out.logits.numpy()
+        logits, cache = logits_in_parts(runner, ids, split)
+        error = logits - out.logits.numpy()
         assert np.sqrt((error**2).mean()) < 1e-3 * float(out.logits.square().mean().sqrt())
         differ = size = 0
         for i, layer in enumerate(out.past_key_values.layers):
@@ -111,25 +107,34 @@ def test_logits_and_cache_are_the_runtimes(folder, tiny_artifact):
         assert nbytes(cache) == 2 * (stated + len(formats) * raw * geometry.num_kv_heads * geometry.head_dim * 4)
 
 
-def test_goes_on_with_the_runtimes_own_cache(folder, tiny_artifact):
+@pytest.mark.parametrize("tokens", [2, 26, 90])  # not all sinks, no page yet, several pages
+def test_goes_on_with_the_runtimes_own_cache(folder, tiny_artifact, tokens):
     """Pages are the same bytes: those of the runtime are continued here, and give its next logits to a rounding error."""
-    artifact = read_artifact(tiny_artifact)
-    geometry = artifact.geometry
+    ids = torch.cat((IDS, IDS.flip(1)))[:, : tokens + 1]
     model = runtime.load_pretrained(tiny_artifact, device="cpu")
     runner = OnnxRunner(folder, threads=1)
     with torch.no_grad():
-        held = model(IDS[:, :-1]).past_key_values
-        length = IDS.shape[1] - 1
-        feeds = {}
-        for i, layer in enumerate(held.layers):
-            feeds[f"past.{i}.pages"] = layer.pool.load(layer.pages[0]).numpy()[None]
-            packed = layer.num_pages() * geometry.page_tokens
-            slots = torch.cat((layer.slots(0, geometry.sinks), layer.slots(geometry.sinks + packed, length)))
-            feeds[f"past.{i}.key_rows"] = layer.raw_keys[:, :, slots].numpy()
-            feeds[f"past.{i}.value_rows"] = layer.raw_values[:, :, slots].numpy()
-        expected = model(IDS[:, -1:], past_key_values=held).logits
-    logits, _ = runner(IDS[:, -1:].numpy(), runner.cache_of(feeds))
+        held = model(ids[:, :-1]).past_key_values
+        feeds = runtime.onnx_inputs(held)
+        expected = model(ids[:, -1:], past_key_values=held).logits
+    assert sum(x.nbytes for x in feeds.values()) == nbytes(logits_in_parts(runner, ids[:, :-1], [tokens])[1])
+    logits, _ = runner(ids[:, -1:].numpy(), runner.cache_of(feeds))
     np.testing.assert_allclose(logits, expected.numpy(), atol=1e-3)
+
+
+@torch.no_grad()
+def test_caches_that_graphs_do_not_take(tiny_artifact):
+    model = runtime.load_pretrained(tiny_artifact, device="cpu")
+    with pytest.raises(KvfoldError, match=r"have \[\] tokens"):
+        runtime.onnx_inputs(model.new_kv_cache())
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[0, :7] = 0
+    cache = model(IDS[:, :40].repeat(2, 1), attention_mask=mask).past_key_values
+    with pytest.raises(KvfoldError, match=r"have \[33, 40\] tokens"):
+        runtime.onnx_inputs(cache)
+    lowers = runtime.load_pretrained(tiny_artifact, device="cpu", policy="progressive", kv_budget="1MiB")
+    with pytest.raises(KvfoldError, match="progressive"):
+        runtime.onnx_inputs(lowers(IDS).past_key_values)
 
 
 def test_graphs_are_valid_and_say_nothing_of_this_machine(folder):

@@ -77,18 +77,6 @@ needs_onnx = pytest.mark.skipif(
 PROMPT = 300  # tokens: several pages behind sinks and window
 
 
-def as_inputs(cache):
-    """A cache of one sequence of the runtime as the graphs' inputs."""
-    found = {}
-    for i, layer in enumerate(cache.layers):
-        length, behind = layer.length[0], layer.geometry.sinks + layer.num_pages() * layer.geometry.page_tokens
-        slots = torch.cat((layer.slots(0, layer.geometry.sinks), layer.slots(behind, length)))
-        found[f"past.{i}.pages"] = layer.pool.load(layer.pages[0])[None].numpy()
-        found[f"past.{i}.key_rows"] = layer.raw_keys[:, :, slots].numpy()
-        found[f"past.{i}.value_rows"] = layer.raw_values[:, :, slots].numpy()
-    return found
-
-
 @pytest.fixture(scope="module")
 def graphs(real_artifact, tmp_path_factory):
     out = tmp_path_factory.mktemp("onnx") / "graphs"
@@ -107,11 +95,11 @@ def test_onnxruntime_goes_on_where_the_runtime_is(real_artifact, graphs):
     cache = model(ids[:, :PROMPT]).past_key_values
     errors, agreed = [], 0
     for at in range(PROMPT, PROMPT + 40):
-        logits, present = runner(ids[:, at : at + 1].numpy(), runner.cache_of(as_inputs(cache)))
+        logits, present = runner(ids[:, at : at + 1].numpy(), runner.cache_of(runtime.onnx_inputs(cache)))
         wanted = model(ids[:, at : at + 1], past_key_values=cache).logits[0, 0].numpy()
         errors.append(float(np.abs(logits[0, 0] - wanted).max()))
         agreed += int(logits.argmax() == wanted.argmax())
-        grown = as_inputs(cache)
+        grown = runtime.onnx_inputs(cache)
         for name, tensor in present.items():
             assert tensor.numpy().shape == grown[name].shape
     assert np.median(errors) < 1e-3 and max(errors) < 1e-2
