@@ -10,7 +10,7 @@ import argparse
 import time
 from pathlib import Path
 
-from runs import Rows, geometry_of, make, mean_and_error, measure
+from runs import Rows, comparable, geometry_of, make, mean_and_error, measure
 
 from kvfold.compress.models import quiet_transformers
 from kvfold.compress.recipe import Recipe, load_recipe
@@ -43,6 +43,7 @@ ROWS: dict[str, dict] = {
     "first-order sensitivities": {"sensitivity": {"method": "first-order"}},
     "one probe a kind": {"sensitivity": {"probes": 1}},
     "1 sink": {"sinks": 1},
+    "32 sinks": {"sinks": 32},
     "64 sinks": {"sinks": 64},
     "also K 0.5, V 0.25": {"key": {"bits": [0.5, *KEY_BITS]}, "value": {"bits": [0.25, *VALUE_BITS]}},
     "quarter steps of bits": {
@@ -58,8 +59,8 @@ ROWS: dict[str, dict] = {
 
 
 def recipe_for(change: dict, model: str, bits: float) -> Recipe:
-    """`best`, or another recipe, with a row's change."""
-    data = load_recipe(change.get("recipe")).model_dump()
+    """`best` with the tables' sinks, or another recipe, with a row's change."""
+    data = comparable(load_recipe(change.get("recipe"))).model_dump()
     for name, value in change.items():
         if isinstance(value, dict):
             data[name] |= value

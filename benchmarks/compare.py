@@ -33,6 +33,7 @@ from kvfold.exports.schema import METADATA_NAME
 
 from .protocol import page_tokens, rival_bits, rival_tap
 from .rivals import RIVALS
+from .runs import comparable
 
 LENGTHS = (2048, 8192, 32768)  # tokens at which the whole cache is counted
 FIGURES = ("nll_16bit", "nll", "dnll", "dnll_se", "ppl_16bit", "ppl", "kl", "kl_se", "top1_agreement")
@@ -76,7 +77,7 @@ class Comparison:
         self.model: Any = None
         self.references: list[Tensor] = []
         self.stats: dict[int, list[LayerStats]] = {}
-        recipe = Recipe()
+        recipe = comparable(Recipe())
         shape = num_kv_heads_of(self.config), head_dim_of(self.config)
         regions = recipe.sinks, recipe.window, recipe.page_tokens
         self.geometry = Geometry(*shape, *regions, sliding_windows_of(self.config))
@@ -135,7 +136,14 @@ class Comparison:
         folder = self.settings.out / f"{Path(self.source.name).name}-{budget.replace('@', '-at-')}"
         if not (resume and is_artifact(folder)):
             stage(f"compressing to {budget}")
-            compress(self.settings.model, budget, folder, device=str(self.settings.device), resume=resume)
+            compress(
+                self.settings.model,
+                budget,
+                folder,
+                recipe=comparable(Recipe()),
+                device=str(self.settings.device),
+                resume=resume,
+            )
         return folder
 
     def artifact(self, folder: Path) -> None:

@@ -61,9 +61,7 @@ def main() -> None:
     for name in options.pairs or PAIRS:
         if name not in PAIRS:
             parser.error(f"'{name}' is none of {', '.join(PAIRS)}")
-        sass = listing(
-            compile_pair(*PAIRS[name], overlap=triton_attention.OVERLAP, warm=triton_attention.WARM).asm["cubin"]
-        )
+        sass = listing(compile_pair(*PAIRS[name]).asm["cubin"])
         loop = longest_loop(sass)
         found = re.search(r"REG:(\d+)", sass)
         assert found

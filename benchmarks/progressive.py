@@ -4,9 +4,9 @@ usage: python benchmarks/progressive.py MODEL_OR_DIR [--tokens 4096] [--share S]
                                         [--chunk 128] [--device auto] [--out artifacts/progressive]
 
 The budget is a share of the 16-bit cache of so many tokens. A model is compressed so that its floor takes just that at the end, by
-default a fifth; for an artifact the default is what its own floor takes at the end. Text is teacher-forced in chunks through one cache of each rule:
+default a fifth; for an artifact the default is what its own floor takes at the end. Text is teacher-forced in chunks through one cache of each rule, and
+beside it through an unquantised cache in 16 bits (float32 on a CPU), without a budget:
 
-    16 bits       an unquantised cache, without a budget
     floor         every page at the searched bits at once
     progressive   pages go down one at a time, the least harmful first
     whole layers  PM-KVQ's rule (arXiv 2505.18610) on the same ladders: all pages of a layer, keys and values, go down together when
@@ -42,7 +42,7 @@ from kvfold.runtime.load import load_pretrained, plain_cache, progressive_policy
 from kvfold.runtime.policy import Progressive, Step
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
-PLAIN, FLOOR, PAGES, LAYERS = RULES = ("16 bits", "floor", "progressive", "whole layers")
+FLOOR, PAGES, LAYERS = RULES = ("floor", "progressive", "whole layers")
 BINS = 16  # stretches of the text that a mean loss is shown of
 
 
@@ -80,8 +80,6 @@ def budget_of(artifact: Artifact, tokens: int, share: float | None) -> int:
 def new_cache(model: Any, rule: str, budget: int) -> Any:
     """An empty cache of one sequence."""
     artifact = model.kv_artifact
-    if rule == PLAIN:
-        return DynamicCache(config=model.config)
     if rule == FLOOR:
         return QuantizedKVCache(artifact.specs, artifact.geometry, budget, model.kv_triton)
     policy = progressive_policy(artifact)
@@ -96,32 +94,33 @@ def losses_of(model: Any, ids: Tensor, rule: str, budget: int, chunk: int) -> di
     """Teacher-forced losses of ids [1, T] under a rule.
 
     Returns:
-        nll: of every token but the first; positions, bytes, bits: of the cache after each chunk (bits: mean of an element in pages);
-        peak_bytes, seconds.
+        nll, plain_nll, kl: of every token but the first; plain_nll is the unquantised cache's, kl from it to the rule's, in nats;
+        positions, bytes, bits: of the cache after each chunk (bits: mean of an element in pages); peak_bytes, seconds (both caches').
     """
-    cache = new_cache(model, rule, budget)
+    cache, plain = new_cache(model, rule, budget), DynamicCache(config=model.config)
     begun = time.monotonic()
-    nll: list[float] = []
+    found: dict[str, list[float]] = {"nll": [], "plain_nll": [], "kl": []}
     trace: dict[str, list] = {"positions": [], "bytes": [], "bits": []}
     for start in progress(range(0, ids.shape[1], chunk), rule, "chunk"):
         part = ids[:, start : start + chunk]
-        if rule == PLAIN:
-            with plain_cache(model):
-                hidden = model.base_model(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state[0]
-        else:
-            hidden = model.base_model(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state[0]
+        hidden = model.base_model(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state[0]
+        with plain_cache(model):
+            true = model.base_model(input_ids=part, past_key_values=plain, use_cache=True).last_hidden_state[0]
         targets = ids[0, start + 1 : start + 1 + part.shape[1]]
         for row in range(0, len(targets), LOGIT_BLOCK):
             wanted = targets[row : row + LOGIT_BLOCK, None]
-            logits = logits_of(model, hidden[row : row + len(wanted)]).float()
-            nll += (-logits.log_softmax(-1).gather(1, wanted))[:, 0].tolist()
-        if rule != PLAIN:
-            trace["positions"].append(start + part.shape[1])
-            trace["bytes"].append(cache.nbytes)
-            trace["bits"].append(page_bits(cache))
+            ours, theirs = (
+                logits_of(model, x[row : row + len(wanted)]).float().log_softmax(-1) for x in (hidden, true)
+            )
+            found["nll"] += (-ours.gather(1, wanted))[:, 0].tolist()
+            found["plain_nll"] += (-theirs.gather(1, wanted))[:, 0].tolist()
+            found["kl"] += (theirs.exp() * (theirs - ours)).sum(-1).tolist()
+        trace["positions"].append(start + part.shape[1])
+        trace["bytes"].append(cache.nbytes)
+        trace["bits"].append(page_bits(cache))
     seconds = time.monotonic() - begun
-    peak = max(trace["bytes"], default=0)
-    return {"nll": nll, **trace, "peak_bytes": peak, "seconds": seconds, "pages": pages_of(cache, rule)}
+    pages = [list(layer.pool.counts) for layer in cache.layers]  # by rung, floor first
+    return {**found, **trace, "peak_bytes": max(trace["bytes"]), "seconds": seconds, "pages": pages}
 
 
 def page_bits(cache: QuantizedKVCache) -> float:
@@ -132,71 +131,68 @@ def page_bits(cache: QuantizedKVCache) -> float:
     return 8 * nbytes / (2 * pages * g.page_tokens * g.num_kv_heads * g.head_dim) if pages else 16.0
 
 
-def pages_of(cache: Any, rule: str) -> list[list[int]]:
-    """Pages of each layer by rung, floor first."""
-    return [] if rule == PLAIN else [list(layer.pool.counts) for layer in cache.layers]
-
-
-def differences(rows: dict[str, Any], rule: str, windows: int, part: slice) -> tuple[float, float]:
-    """Mean difference to the unquantised cache over a stretch of all windows, and its standard error over blocks of 64 tokens."""
+def means(rows: dict[str, Any], rule: str, windows: int, part: slice, what: str) -> tuple[float, float]:
+    """Mean over a stretch of all windows of "kl", or of "loss" over the unquantised cache's, and its standard error over blocks of 64 tokens."""
     blocks: list[float] = []
     for window in range(windows):
-        ours, plain = rows[f"{rule}, {window}"]["nll"][part], rows[f"{PLAIN}, {window}"]["nll"][part]
-        delta = [a - b for a, b in zip(ours, plain, strict=True)]
-        blocks += [sum(delta[i : i + 64]) / len(delta[i : i + 64]) for i in range(0, len(delta), 64)]
+        row = rows[f"{rule}, {window}"]
+        values = row["kl"] if what == "kl" else [a - b for a, b in zip(row["nll"], row["plain_nll"], strict=True)]
+        values = values[part]
+        blocks += [sum(values[i : i + 64]) / len(values[i : i + 64]) for i in range(0, len(values), 64)]
     return mean_and_error(blocks)
 
 
 def table(rows: dict[str, Any], windows: int, budget: int, tokens: int) -> str:
-    """Markdown: loss over the unquantised cache by quarters of the text, peak bytes and bits of the pages at the end."""
+    """Markdown: KL to the unquantised cache and loss over its loss by quarters of the text, peak bytes and bits of the pages at the end."""
     size = tokens - 1
-    quarters = [slice(size * i // 4, size * (i + 1) // 4) for i in range(4)]
-    heads = [f"tokens {q.start}–{q.stop}" for q in quarters]
+    parts = [slice(size * i // 4, size * (i + 1) // 4) for i in range(4)] + [slice(0, size)]
+    heads = [f"tokens {q.start}–{q.stop}" for q in parts[:-1]]
     lines = [
-        f"Budget {budget} bytes. Loss in nats per token over the unquantised cache's, ± standard error over blocks of 64 tokens.",
+        f"Budget {budget} bytes. Nats per token, ± standard error over blocks of 64 tokens; Δloss is over the unquantised cache's.",
         "",
-        f"| rule | peak bytes | bits in pages at the end | {' | '.join(heads)} | all | s |",
+        f"| rule | peak bytes | bits in pages at the end | | {' | '.join(heads)} | all |",
         "|---" * (len(heads) + 5) + "|",
     ]
-    for rule in RULES[1:]:
-        if any(f"{name}, {window}" not in rows for name in (rule, PLAIN) for window in range(windows)):
+    for rule in RULES:
+        if any(f"{rule}, {window}" not in rows for window in range(windows)):
             continue
-        found = [differences(rows, rule, windows, part) for part in [*quarters, slice(0, size)]]
         row = [rows[f"{rule}, {window}"] for window in range(windows)]
-        cells = " | ".join(f"{mean:+.4f} ± {error:.4f}" for mean, error in found)
         bits = sum(r["bits"][-1] for r in row) / windows
-        lines.append(
-            f"| {rule} | {max(r['peak_bytes'] for r in row)} | {bits:.2f} | {cells} | {sum(r['seconds'] for r in row):.0f} |"
-        )
+        for what, name, sign in (("kl", "KL", ""), ("loss", "Δloss", "+")):
+            found = [means(rows, rule, windows, part, what) for part in parts]
+            cells = " | ".join(f"{mean:{sign}.4f} ± {error:.4f}" for mean, error in found)
+            lines.append(f"| {rule} | {max(r['peak_bytes'] for r in row)} | {bits:.2f} | {name} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
 def draw(path: Path, rows: dict[str, Any], windows: int, budget: int, tokens: int) -> None:
-    """Loss over the unquantised cache, bits of the pages and resident bytes, by position; nothing without matplotlib."""
+    """KL to the unquantised cache, loss over its loss, bits of the pages and resident bytes, by position; nothing without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    figure = Figure(figsize=(7.2, 7.2), dpi=120, layout="constrained")
-    loss, bits, size = figure.subplots(3, 1, sharex=True)
+    figure = Figure(figsize=(7.2, 9.0), dpi=120, layout="constrained")
+    kl, loss, bits, size = figure.subplots(4, 1, sharex=True)
     edges = [(tokens - 1) * i // BINS for i in range(BINS + 1)]
     middles = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
-    for rule, colour in zip(RULES[1:], ("#808080", "#0072b2", "#d55e00"), strict=True):
-        if any(f"{name}, {window}" not in rows for name in (rule, PLAIN) for window in range(windows)):
+    for rule, colour in zip(RULES, ("#808080", "#0072b2", "#d55e00"), strict=True):
+        if any(f"{rule}, {window}" not in rows for window in range(windows)):
             continue
-        found = [differences(rows, rule, windows, slice(a, b)) for a, b in itertools.pairwise(edges)]
-        loss.errorbar(middles, [m for m, _ in found], [e for _, e in found], color=colour, label=rule, capsize=2)
+        for axes, what in ((kl, "kl"), (loss, "loss")):
+            found = [means(rows, rule, windows, slice(a, b), what) for a, b in itertools.pairwise(edges)]
+            axes.errorbar(middles, [m for m, _ in found], [e for _, e in found], color=colour, label=rule, capsize=2)
         row = rows[f"{rule}, 0"]
         bits.plot(row["positions"], row["bits"], color=colour)
         size.plot(row["positions"], [n / 2**20 for n in row["bytes"]], color=colour)
+    kl.set(ylabel="KL to 16 bits, nats", ylim=(0, None))
     loss.axhline(0, color="black", linewidth=0.5)
     loss.set(ylabel="nats over 16 bits")
-    if loss.get_legend_handles_labels()[0]:
-        loss.legend(frameon=False)
+    if kl.get_legend_handles_labels()[0]:
+        kl.legend(frameon=False)
     bits.set(ylabel="bits in pages", ylim=(0, 17))
     size.axhline(budget / 2**20, color="black", linestyle="--", linewidth=0.8)
     size.set(ylabel="MiB resident", xlabel="position", ylim=(0, None))
-    for axes in (loss, bits, size):
+    for axes in (kl, loss, bits, size):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.3)
     figure.savefig(path)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from kvfold.compress.recipe import Recipe
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import head_dim_of, num_kv_heads_of, sliding_windows_of
 
+SINKS = 5  # tokens in 16 bits at a sequence's beginning, as SKVQ has them (arXiv 2405.06219): the same in all rows of all tables
 CONTEXT = 32768  # tokens at which budgets count, or the model's maximum
 
 
@@ -41,6 +43,11 @@ class Rows:
         os.replace(scratch, self.path)
 
 
+def comparable(recipe: Recipe) -> Recipe:
+    """A recipe with no more sinks than the tables' other rows have; by default an artifact keeps more."""
+    return recipe.model_copy(update={"sinks": min(recipe.sinks, SINKS)})
+
+
 def geometry_of(model: str, recipe: Recipe) -> tuple[Geometry, int, int]:
     """Shape of a model's cache under a recipe, its number of layers, and the tokens that its budgets count at."""
     config = read_config(resolve_model(model).path)
@@ -50,8 +57,12 @@ def geometry_of(model: str, recipe: Recipe) -> tuple[Geometry, int, int]:
 
 
 def budget_for_payload(model: str, recipe: Recipe, bits: float) -> str:
-    """The budget in bytes that leaves `bits` of payload for every packed element, whatever sinks and window take."""
+    """The budget in bytes that leaves `bits` of payload for every packed element, whatever sinks and window take.
+
+    Where layers slide it counts at the shortest window: all layers then hold as much, and the payload is the mean of the layers'.
+    """
     geometry, layers, at = geometry_of(model, recipe)
+    at = min([at, *(window for window in geometry.sliding if window)])
     packed = geometry.packed_elements(at, layers)
     return f"{layers * geometry.fixed_nbytes(at) + int(bits * packed / 8)}B@{at}"
 
@@ -59,6 +70,10 @@ def budget_for_payload(model: str, recipe: Recipe, bits: float) -> str:
 def make(model: str, recipe: Recipe, bits: float, out: Path, device: str, calib: str | None = None) -> dict:
     """Compresses at a payload; the calibration is kept beside `out` for runs that share it. Returns the artifact's figures."""
     budget = budget_for_payload(model, recipe, bits)
+    c = recipe.calibration
+    if not c.spread:  # the whole context, wherever the budget counts
+        spread = max(1, ceil(geometry_of(model, recipe)[2] / c.seq_len))
+        recipe = recipe.model_copy(update={"calibration": c.model_copy(update={"spread": spread})})
     kept = out.parent / "statistics"
     made = compress(
         model, budget, out, calib=calib, recipe=recipe, device=device, statistics=kept, resume=True

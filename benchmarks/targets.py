@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from runs import Rows, make, mean_and_error, measure
+from runs import Rows, comparable, make, mean_and_error, measure
 
 from kvfold.compress.models import quiet_transformers
 from kvfold.compress.recipe import load_recipe
@@ -91,7 +91,9 @@ def main() -> None:
         artifact = options.out / f"{row.model}-{row.bits:g}"
         if (row.model, row.bits) not in made:
             begun = time.monotonic()
-            figures = make(models[row.model], load_recipe(options.recipe), row.bits, artifact, options.device)
+            figures = make(
+                models[row.model], comparable(load_recipe(options.recipe)), row.bits, artifact, options.device
+            )
             made[row.model, row.bits] = {**figures, "compress_seconds": time.monotonic() - begun}
         found = measure(artifact, options.text, row.first, row.windows, row.seq_len, options.device)
         lists = {

@@ -12,7 +12,7 @@ from kvfold.kernels.formats import raw16, uniform
 from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import decode, encode
 from kvfold.kernels.triton_append import append_step, empty_queries
-from kvfold.kernels.triton_attention import Queries
+from kvfold.kernels.triton_attention import Queries, attention
 from kvfold.kernels.triton_encode import lower_pages
 
 LARGEST_ERROR = {torch.float16: 2e-3, torch.bfloat16: 1e-2}  # ‖out − reference‖ / ‖reference‖ of any sequence and head
@@ -28,6 +28,7 @@ class GateCase:
     formats: Pair
     heads: tuple[int, int] = (8, 2)
     writes: bool = False  # check appending and lowering too
+    rungs: bool = False  # check pages of four formats in one call too
 
 
 def gate_cases(names: list[str], head_dim: int) -> list[GateCase]:
@@ -36,6 +37,7 @@ def gate_cases(names: list[str], head_dim: int) -> list[GateCase]:
     return [
         GateCase("classes, head_dim 256", (classes(256, *mixed), uniform(256, 4)), (4, 1)),
         *(GateCase(name, PAIRS[name](head_dim), writes=name != "16") for name in names),
+        GateCase("four rungs", PAIRS["best"](head_dim), rungs=True),
         *(GateCase(f"{name}, one query head", PAIRS[name](head_dim), (2, 2)) for name in names[:1]),
         GateCase("groups of 64", (uniform(128, 4, "e4m3", 64), uniform(128, 4, "e4m3", 64))),
         GateCase("classes, ternary values, head_dim 64", (classes(64, *mixed), uniform(64, 3)), (6, 2)),
@@ -68,6 +70,9 @@ def run_gate(
     heads, kv_heads = case.heads
     geometry = Geometry(kv_heads, case.formats[0].head_dim, sinks, window, page_tokens)
     found = []
+    if case.rungs:
+        error = rungs_error(geometry, heads, lengths_of(geometry, tokens), device)
+        return [(f"{case.name}, float16", error, LARGEST_ERROR[torch.float16])]
     for dtype, bar in LARGEST_ERROR.items():
         data = make_case(geometry, case.formats, heads, lengths_of(geometry, tokens), device, dtype)
         queries = data.prepare()
@@ -80,6 +85,47 @@ def run_gate(
         found.append((f"{case.name}, append", append_difference(geometry, case, device), LARGEST_SHARE))
         found.append((f"{case.name}, lower", lower_difference(geometry, case.formats, device), LOWER_LIMIT))
     return found
+
+
+def rungs_error(geometry: Geometry, num_heads: int, lengths: list[int], device: torch.device) -> float:
+    """Largest relative error of any sequence and head where pages are of four formats, as the progressive policy leaves them.
+
+    Sequence b has its pages cut at other places than the others, one rung of sequence 0 being empty; all rungs share sinks and window.
+    """
+    g, dim = geometry, geometry.head_dim
+    ladder = [PAIRS["best"](dim), PAIRS["k4v4"](dim), (uniform(dim, 256, "fp16"),) * 2, (raw16(dim),) * 2]
+    cases = [make_case(g, formats, num_heads, lengths, device) for formats in ladder]
+    base, table = cases[-1], cases[-1].tables[0].clone()
+    edges = []
+    for b, length in enumerate(lengths):
+        count = g.num_pages(length)
+        cuts = [0, count // 3, count // 3 + (count // 5) * (b > 0), count - count // 4, count]
+        for rung, case in enumerate(cases):
+            table[b, cuts[rung] : cuts[rung + 1]] = case.tables[0, b, cuts[rung] : cuts[rung + 1]]
+        edges.append(cuts)
+    out = torch.full((len(lengths), 1, num_heads, dim), torch.nan, dtype=torch.float16, device=device)
+    poison(device)
+    attention(
+        base.prepare(), *ladder[-1], table, base.states, base.raw_keys[0], base.raw_values[0], out, sinks=g.sinks,
+        window=g.window, page_tokens=g.page_tokens, ring=g.ring, formats=ladder,
+        segments=torch.tensor(edges, dtype=torch.int32, device=device),
+    )  # fmt: skip
+    errors = []
+    for b, cuts in enumerate(edges):
+        sides: list[list[Tensor]] = [[], []]
+        for rung, case in enumerate(cases):
+            found = case.pages[case.content[0, b, cuts[rung] : cuts[rung + 1]]]
+            at = g.page_nbytes(ladder[rung][0])
+            for side, part, fmt in zip(sides, (found[:, :at], found[:, at:]), ladder[rung], strict=True):
+                rows = decode(part.unflatten(1, (g.num_kv_heads, -1)), fmt, g.page_tokens)
+                side.append(rows.transpose(0, 1).flatten(1, 2))
+        for side, raw in zip(sides, (base.raw_keys, base.raw_values), strict=True):
+            side.append(raw[0, b][:, base.held(b)].float())
+        keys, values = (torch.cat(side, 1) for side in sides)
+        query = base.query[b, :, 0].float().unflatten(0, (g.num_kv_heads, -1))
+        expected = ((query @ keys.mT * dim**-0.5).softmax(-1) @ values).flatten(0, 1)
+        errors.append((out[b, 0].float() - expected).norm(dim=-1) / expected.norm(dim=-1))
+    return float(torch.stack(errors).max())
 
 
 def worst_error(case: Case, out: Tensor) -> float:

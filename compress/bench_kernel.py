@@ -24,7 +24,7 @@ from kvfold.kernels.bench_tools import (
     sdpa_ms,
 )
 from kvfold.kernels.triton_append import empty_queries
-from kvfold.kernels.triton_attention import pick_splits, wave_of
+from kvfold.kernels.triton_attention import pick_splits
 from kvfold.kernels.triton_encode import lower_pages
 
 LARGE = 131072  # tokens of a batch from which on the 16-bit kernel and FlexAttention are timed too
@@ -48,12 +48,12 @@ class Settings:
     def geometry(self, num_kv_heads: int) -> Geometry:
         return Geometry(num_kv_heads, self.head_dim, self.sinks, self.window, self.page_tokens)
 
-    def splits(self, shape: Shape, formats: Pair) -> int:
+    def splits(self, shape: Shape) -> int:
         """As `attention` chooses them for a cache of this shape."""
         pages = self.geometry(shape.num_kv_heads).num_pages(shape.tokens) + 1
         entries = -(-pages // TABLE_STEP) * TABLE_STEP
         programs = shape.batch * shape.num_kv_heads
-        return pick_splits(programs, entries * self.page_tokens, self.device, wave_of([formats]))
+        return pick_splits(programs, entries * self.page_tokens, self.device)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def variants(settings: Settings, names: list[str], shapes: list[Shape]) -> list[
     for shape in shapes:
         for name in [*names, *(["16"] if is_large(shape) else [])]:
             formats = pair(name, settings.head_dim)
-            key = (formats, (shape.num_heads, shape.num_kv_heads), settings.splits(shape, formats))
+            key = (formats, (shape.num_heads, shape.num_kv_heads), settings.splits(shape))
             wanted[key] = wanted.get(key, False) or (shape.batch >= WRITE_BATCH and name != "16")
     return [(settings, *key, writes) for key, writes in wanted.items()]
 
@@ -161,7 +161,7 @@ def attention_ms(settings: Settings, name: str, shape: Shape) -> tuple[float, Ca
     )
     queries = case.prepare()
     out = torch.empty(shape.batch, 1, shape.num_heads, g.head_dim, dtype=torch.float16, device=settings.device)
-    splits = settings.splits(shape, formats)
+    splits = settings.splits(shape)
     return median_ms(lambda i: case.attend(out, queries, i, splits), settings.device, copies), case
 
 

@@ -13,7 +13,7 @@ from kvfold.compress.budget import Budget, parse_budget
 from kvfold.compress.models import Source, read_config, resolve_model
 from kvfold.compress.progress import stage
 from kvfold.compress.recipe import Recipe
-from kvfold.compress.text import read_documents, sample_sequences
+from kvfold.compress.text import calibration_sequences
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, cache_nbytes
 from kvfold.exports.architectures import (
@@ -92,12 +92,9 @@ def make_plan(model: str, budget: str, calib: str | None, recipe: Recipe, contex
         config.num_hidden_layers,
         cache_nbytes(geometry, [(k, v)] * config.num_hidden_layers, allowance.at),
     )
-    name, documents = read_documents(calib)
     tokenizer = _load_tokenizer(source.path)
     c = recipe.calibration
-    sequences = sample_sequences(
-        tokenizer, documents, c.num_sequences, min(c.seq_len, config.max_position_embeddings), recipe.seed, name
-    )
+    name, sequences = calibration_sequences(tokenizer, calib, c, config.max_position_embeddings, recipe.seed)
     spread = c.spread or max(1, ceil(allowance.at / sequences[0].shape[1]))
     steps = graded_steps(spread, len(sequences)) if c.graded else [spread] * len(sequences)
     return Plan(source, config, arch, geometry, allowance, recipe, tokenizer, sequences, name, spread, steps)

@@ -156,6 +156,8 @@ class CalibrationRecipe(_Strict):
 
     Attributes:
         num_sequences, seq_len: sequences and tokens of each.
+        general: where a text is given, take every second sequence from the built-in text all the same, so that a narrow text
+            does not make a cache that is poor at everything else.
         spread: the step between positions; 0 covers the budget's context.
         graded: the sequences' steps rise geometrically from 1 to `spread`, so that short contexts count as well as long ones;
             else every sequence has that step, as in PM-KVQ.
@@ -163,6 +165,7 @@ class CalibrationRecipe(_Strict):
     """
 
     num_sequences: Annotated[int, Field(gt=0)] = 4
+    general: bool = True
     seq_len: Annotated[int, Field(ge=64)] = 2048
     spread: Annotated[int, Field(ge=0)] = 0
     graded: bool = True
@@ -189,7 +192,7 @@ class SensitivityRecipe(_Strict):
 class Recipe(_Strict):
     """All choices. Tokens are counted in `sinks`, `window` and `page_tokens`; `tied`: K and V of a layer get one format."""
 
-    sinks: Annotated[int, Field(ge=0)] = 5
+    sinks: Annotated[int, Field(ge=0)] = 64
     window: Annotated[int, Field(ge=0)] = 128
     page_tokens: Annotated[int, Field(gt=0, le=1024)] = 32
     seed: Annotated[int, Field(ge=0)] = 0

@@ -2,15 +2,18 @@
 
 import random
 from importlib.resources import files
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvfold.compress.recipe import CalibrationRecipe
 from kvfold.errors import KvfoldError
 
 BUILT_IN = ("maths.txt", "drama.txt", "prose.txt", "code.txt")
+GENERAL = ("prose.txt", "code.txt", "maths.txt", "drama.txt")  # beside a text that is given, as many as it takes
 HELD_OUT = "heldout.txt"
 LEAST_TOKENS = 256  # below this there is nothing to calibrate on
 DATASET_CHARS = 4_000_000  # read from a dataset at the most
@@ -85,6 +88,33 @@ def tokenize(tokenizer: Any, text: str) -> list[int]:
 def prefix_ids(tokenizer: Any) -> list[int]:
     """What the tokenizer puts before every text, e.g. the BOS token."""
     return list(tokenizer("").input_ids)
+
+
+def calibration_sequences(
+    tokenizer: Any, source: str | None, recipe: CalibrationRecipe, most: int, seed: int
+) -> tuple[str, list[Tensor]]:
+    """What a model is calibrated on: the given text, every second sequence from the built-in one, or the built-in text alone.
+
+    Args:
+        source: as in read_documents.
+        most: tokens of a sequence at the most, the model's maximum.
+    Returns:
+        The text's name, and int64 [1, n] each, all of one length.
+    Raises:
+        KvfoldError: as read_documents and sample_sequences.
+    """
+    name, documents = read_documents(source)
+    count = recipe.num_sequences
+    mixed = source is not None and recipe.general
+    own = count - count // 2 if mixed else count
+    found = sample_sequences(tokenizer, documents, own, min(recipe.seq_len, most), seed, name)
+    if mixed:
+        size = found[0].shape[1]
+        others = [data_text(file) for file in GENERAL]
+        more = sample_sequences(tokenizer, others, count - len(found), size, seed, "built-in")
+        found = [x for pair in zip_longest(found, more) for x in pair if x is not None]
+        name = f"{name} and built-in"
+    return name, found
 
 
 def sample_sequences(

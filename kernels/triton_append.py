@@ -8,12 +8,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from kvfold.errors import KvfoldError
 from kvfold.kernels.formats import Format
 from kvfold.kernels.planes import page_layout
-from kvfold.kernels.triton_attention import LOG2_E, QUERY_TOP, Queries, anchor, overlaps
+from kvfold.kernels.triton_attention import LOG2_E, QUERY_TOP, Queries, anchor
 from kvfold.kernels.triton_bits import pick, pow2
 from kvfold.kernels.triton_codec import to_fp16
 from kvfold.kernels.triton_encode import clips_of, warps_for
@@ -109,11 +108,8 @@ def _append_kernel(
     query_stride_b, query_stride_h, raw_stride_b, raw_stride_h, raw_stride_t,
     K: tl.constexpr, V: tl.constexpr, K_CLIPS: tl.constexpr, V_CLIPS: tl.constexpr, MATRIX: tl.constexpr,
     OFFSET: tl.constexpr, SHIFT: tl.constexpr, MARKS: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, TOP: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid: (sequences, KV heads, keys, values or queries)."""
-    if OVERLAP:
-        gdc_launch_dependents()  # the attention that follows waits for the end by itself
     b = tl.program_id(0)
     head = tl.program_id(1)
     heads = tl.num_programs(1)
@@ -249,6 +245,5 @@ def append_step(
         K=tuple(page_layout(key_format, page_tokens)), V=tuple(page_layout(value_format, page_tokens)),
         K_CLIPS=clips_of(key_clip, key_format, kv_heads), V_CLIPS=clips_of(value_clip, value_format, kv_heads),
         MATRIX=matrix is not None, OFFSET=offset is not None, SHIFT=shift is not None, MARKS=marks is not None, GROUP=queries.group, N=queries.data.shape[3], TOP=QUERY_TOP,
-        OVERLAP=overlaps(keys.device),
         num_warps=max(4, warps_for(page_tokens, dim)), enable_fp_fusion=False,
     )  # fmt: skip

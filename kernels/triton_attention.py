@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvfold.errors import KvfoldError
 from kvfold.kernels.formats import Format, raw16
@@ -31,15 +30,10 @@ QUERY_TOP = 7  # queries are scaled so that the largest component lies in [2^6, 
 MOST_SLOTS = 2048  # parts that one query's result is merged from
 TILE_TOKENS = 128  # packed tokens at a time
 FIXED_TILES = 8  # tiles in a part, where results may not depend on the batch
-LEAST_TOKENS = 256  # of a part, where the batch may decide
+LEAST_TOKENS = 128  # of a part, where the batch may decide
 MERGE_CHANNELS = 32  # of a program that merges
-# ways of hiding latency: kernels that start while the one before ends (Hopper and later); the first tile asked for early.
-# Off until they were measured on a GPU.
-OVERLAP = False
-WARM = False
-# programs of one warp that share a multiprocessor, tiles in flight and one, registers (None: as many as it takes)
-PLAIN = (8, 4, None)
-TERNARY = (8, 3, None)
+WAVE = 8  # programs of one warp that share a multiprocessor: two to a scheduler, as the registers allow
+STAGES, TERNARY_STAGES = 4, 3  # tiles in flight and one
 
 
 # numbers that vary from call to call must not each compile a kernel of their own
@@ -54,19 +48,12 @@ def _attention_kernel(
     raw_stride_b, raw_stride_h, raw_stride_t,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
     PROMPT: tl.constexpr, SLIDING: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr,
-    RUNG: tl.constexpr, RUNGS: tl.constexpr, HOLES: tl.constexpr, OVERLAP: tl.constexpr, WARM: tl.constexpr,
+    RUNG: tl.constexpr, RUNGS: tl.constexpr, HOLES: tl.constexpr,
     STAGES: tl.constexpr, PREFETCH: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Grid: (splits, KV heads, sequences × query blocks). Writes slots first_slot … first_slot + splits − 1 of `slots` parts: pages of
     one rung, and in the launch of the last rung the 16-bit rows behind them. HOLES: a part without either may stay unwritten.
-
-    With OVERLAP the launch may begin before the kernel in front has ended. That of rung 0 waits for it; later rungs read nothing
-    that those in front write, and wait at their end, so that the last one ends when all have.
     """
-    if OVERLAP and RUNG == 0:
-        gdc_wait()
-    if OVERLAP:
-        gdc_launch_dependents()
     split = tl.program_id(0)
     splits = tl.num_programs(0)
     head = tl.program_id(1)
@@ -116,8 +103,6 @@ def _attention_kernel(
         if split * each >= units:
             tl.store(ml + n, tl.zeros((N,), tl.float32) + NEVER, mask=columns)
             tl.store(ml + N + n, tl.zeros((N,), tl.float32), mask=columns)
-            if OVERLAP and RUNG > 0:
-                gdc_wait()
             return
     begin = tl.minimum(split * each, tiles)
     end = tl.minimum(split * each + each, tiles)
@@ -126,7 +111,7 @@ def _attention_kernel(
     shift = tl.load(q_shift_ptr + place * N + n) if SHIFT else tl.zeros((N,), tl.float32)
     acc, top, weight = packed_part(
         q, q_scale, shift, anchor, table + b.to(tl.int64) * table_width, first_page, last_page, begin, end, head,
-        sinks, limit, lowest, heads * k_nbytes, K, V, N, PROMPT or SLIDING, CAP, SHIFT, STAGES, PREFETCH, WARM, INTERPRET,
+        sinks, limit, lowest, heads * k_nbytes, K, V, N, PROMPT or SLIDING, CAP, SHIFT, STAGES, PREFETCH, INTERPRET,
     )  # fmt: skip
     if last_rung:
         at = b.to(tl.int64) * raw_stride_b + head * raw_stride_h
@@ -139,8 +124,6 @@ def _attention_kernel(
         store_part(o + n[None, :] * dim, columns, acc[t], pick(v_pieces, t))
     tl.store(ml + n, top, mask=columns)
     tl.store(ml + N + n, weight, mask=columns)
-    if OVERLAP and RUNG > 0:
-        gdc_wait()
 
 
 @dataclass(frozen=True)
@@ -269,9 +252,7 @@ def attention(
         units = -(-table.shape[1] * page_tokens // TILE_TOKENS) + raw
         splits = min(-(-units // (FIXED_TILES * 32)) * 32, most)  # in whole blocks of the merge
     elif not splits:
-        splits = min(
-            pick_splits(batch * kv_heads * blocks, table.shape[1] * page_tokens, table.device, wave_of(rungs)), most
-        )
+        splits = min(pick_splits(batch * kv_heads * blocks, table.shape[1] * page_tokens, table.device), most)
     slots = splits * len(rungs)
     device = out.device
     partial = torch.empty(batch * kv_heads * blocks, slots, padded, dim, dtype=torch.float32, device=device)
@@ -281,15 +262,12 @@ def attention(
     shift = queries.shift
     shifts = queries.scale if shift is None else shift
     raw_pieces = program(raw16(dim), page_tokens).pieces
-    overlap = overlaps(device)
-    launch = {"launch_pdl": True} if overlap else {}
     holes = fixed or len(rungs) > 1
     for rung, pair in enumerate(rungs):
         k_program, v_program = (program(x, page_tokens) for x in pair)
         # ternary codes take more instructions than their bytes hide: addresses are loaded one tile ahead (LOG.md)
         ternary = bool(k_program.trits or v_program.trits)
-        _, stages, registers = TERNARY if ternary else PLAIN
-        limit = {} if registers is None or prompt or dim > 128 else {"maxnreg": registers}
+        stages = TERNARY_STAGES if ternary else STAGES
         _attention_kernel[(splits, kv_heads, batch * blocks)](
             queries.data, queries.scale, shifts, anchor(device), table, state, none if segments is None else segments,
             raw_keys, raw_values, partial, ml, first_query if prompt else none, packed_before if prompt else none,
@@ -297,9 +275,8 @@ def attention(
             FIXED_TILES if fixed else 1, *raw_keys.stride()[:3],
             K=tuple(k_program), V=tuple(v_program), R=raw_pieces, N=padded, COLUMNS=queries.columns, GROUP=queries.group,
             PROMPT=prompt, SLIDING=sliding > 0, CAP=bend, SHIFT=shift is not None and bend > 0,
-            RUNG=rung, RUNGS=len(rungs), HOLES=holes, OVERLAP=overlap, WARM=WARM and not INTERPRET and device.type == "cuda",
+            RUNG=rung, RUNGS=len(rungs), HOLES=holes,
             STAGES=stages, PREFETCH=ternary, BLOCK=RAW_BLOCK, INTERPRET=INTERPRET, num_warps=1, num_stages=stages,
-            **launch, **limit,
         )  # fmt: skip
     slots_2 = 0 if fixed else next(n for n in (8, 32, 128, 256, 512, MOST_SLOTS) if n >= slots)
     channels = MERGE_CHANNELS if dim % MERGE_CHANNELS == 0 else 16
@@ -309,31 +286,19 @@ def attention(
         DIM=dim, CHANNELS=channels, N=padded, COLUMNS=queries.columns, GROUP=queries.group,
         SLOTS_2=slots_2, BLOCK=32 if fixed else min(slots_2, 32), AUX=aux is not None,
         SHIFT=shift is not None and not bend, ADVANCE=advance, PAGE_TOKENS=page_tokens, HEADS=kv_heads,
-        HOLES=holes, FIXED=fixed, OVERLAP=overlap, num_warps=4, **launch,
+        HOLES=holes, FIXED=fixed, num_warps=4,
     )  # fmt: skip
     return out
 
 
-def overlaps(device: torch.device) -> bool:
-    """Whether kernels are launched to begin while the one in front ends (programmatic dependent launch)."""
-    return OVERLAP and not INTERPRET and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def wave_of(rungs: Sequence[tuple[Format, Format]]) -> int:
-    """Programs that share a multiprocessor, for pages of these formats."""
-    ternary = all(3 in (levels for _, levels in (*key.classes, *value.classes)) for key, value in rungs)
-    return TERNARY[0] if ternary and rungs[0][0].head_dim <= 128 else PLAIN[0]
-
-
-def pick_splits(programs: int, tokens: int, device: torch.device, wave: int = 8) -> int:
-    """Programs for each head and sequence: one wave of the device, each with 256 tokens or more.
+def pick_splits(programs: int, tokens: int, device: torch.device) -> int:
+    """Programs for each head and sequence: one wave of the device, each with LEAST_TOKENS or more.
 
     Args:
         programs: heads × sequences × query blocks.
         tokens: of the longest sequence that fits the block table.
-        wave: programs that share a multiprocessor.
     """
     if device.type != "cuda":
         return 2
-    wave *= torch.cuda.get_device_properties(device).multi_processor_count
+    wave = WAVE * torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(wave // programs, tokens // LEAST_TOKENS))

@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvfold.kernels.triton_packed import NEVER
 
@@ -13,7 +12,7 @@ def merge_kernel(
     out_stride_b, out_stride_t, out_stride_h,
     DIM: tl.constexpr, CHANNELS: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
     SLOTS_2: tl.constexpr, BLOCK: tl.constexpr, AUX: tl.constexpr, SHIFT: tl.constexpr, ADVANCE: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr, HEADS: tl.constexpr, HOLES: tl.constexpr, FIXED: tl.constexpr, OVERLAP: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr, HEADS: tl.constexpr, HOLES: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (sequences × KV heads × query blocks, COLUMNS, runs of CHANNELS). Merges the parts of one query and, with ADVANCE, moves the
     sequence's length and number of pages on by `new` tokens.
@@ -34,9 +33,6 @@ def merge_kernel(
             sink -= tl.load(q_shift_ptr + place * N + n)
         sink *= 1.4426950408889634
     acc = tl.zeros((CHANNELS,), tl.float32)
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
     if FIXED:
         tops = tl.full((BLOCK,), NEVER, tl.float32)
         for start in tl.range(0, slots, BLOCK):

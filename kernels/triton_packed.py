@@ -16,7 +16,7 @@ Online softmax in base 2 (FlashAttention); partial results are merged by their m
 import triton
 import triton.language as tl
 
-from kvfold.kernels.triton_bits import count, field_unit, load_params, pick, pow2
+from kvfold.kernels.triton_bits import count, field_unit, load_params, pick
 from kvfold.kernels.triton_tiles import (
     add_middle,
     add_trit_middle,
@@ -42,17 +42,6 @@ def soft_cap(x, CAP: tl.constexpr):
 
 
 @triton.jit
-def _fetch(page, row, rows: tl.constexpr, nbytes: tl.constexpr):
-    """Asks for a head's blocks of pages; page: uint8 pointers [16], each given for `rows` rows that share its lines."""
-    lines: tl.constexpr = pow2((nbytes // 128 + rows) // rows)
-    line = row[:, None] + rows * tl.arange(0, lines)[None, :]
-    at = page[:, None] + tl.minimum(line * 128, nbytes - 1)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def _finish_piece(low, high, z, unit, P: tl.constexpr, SYMMETRIC: tl.constexpr):
     """A run's output [size, N] from its sums over codes and over parameters."""
     group: tl.constexpr = pick(P, 3)
@@ -72,7 +61,7 @@ def _finish_piece(low, high, z, unit, P: tl.constexpr, SYMMETRIC: tl.constexpr):
 def packed_part(
     q_ptr, q_scale, shift, anchor, table, first_page, last_page, begin, end, head, sinks, limit, lowest,
     kv_offset, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr,
-    STAGES: tl.constexpr, PREFETCH: tl.constexpr, WARM: tl.constexpr, INTERPRET: tl.constexpr,
+    STAGES: tl.constexpr, PREFETCH: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Attention of N query columns to tiles begin … end − 1, of 16 rows of words each, of pages first_page … last_page − 1.
 
@@ -114,9 +103,6 @@ def packed_part(
 
     number = first_page + begin * pages_each + i // rows
     place = tl.load(table + number, mask=number < last_page, other=0)
-    if WARM:  # to the L2 cache, while the queries are made ready
-        _fetch(anchor + place * 16 + k_offset, row, rows, k_nbytes)
-        _fetch(anchor + place * 16 + v_offset, row, rows, v_nbytes)
     q = ()
     if k_ternary or k_raw:
         for t in tl.static_range(count(k_pieces)):

@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 
+from kvfold.errors import KVBudgetExceeded
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format
+from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.policy import Progressive
 
+AMPLE = 1 << 40  # bytes
 Job = tuple[dict, dict, bool, bool, bool, bool]  # key format, value format; matrix, offset, key clip, value clip given
 
 
@@ -34,7 +38,8 @@ def warm_up(model: Any, jobs: int | None = None) -> int:
     work = list(wanted.values())
     count = min(jobs or os.cpu_count() or 1, len(work))
     bends = _bends(config, artifact.geometry)
-    shared = (artifact.geometry, config.num_attention_heads, parameter.dtype, str(parameter.device), bends)
+    device, progressive = str(parameter.device), model.kv_policy is not None
+    shared = (artifact.geometry, config.num_attention_heads, parameter.dtype, device, bends, progressive)
     if count == 1:
         _compile(work, *shared)
     else:
@@ -55,12 +60,9 @@ def _bends(config: Any, geometry: Geometry) -> list[tuple[float | None, bool, in
 @torch.no_grad()
 def _compile(
     work: list[Job], geometry: Geometry, num_heads: int, dtype: torch.dtype, device: str,
-    bends: list[tuple[float | None, bool, int]],
+    bends: list[tuple[float | None, bool, int]], progressive: bool,
 ) -> None:  # fmt: skip
-    """Runs a prompt and a step of one layer of each kind."""
-    from kvfold.runtime.layer import PackedLayer
-    from kvfold.runtime.view import Padding
-
+    """Runs a prompt and a step of one layer of each kind; with the progressive policy also every rung, and every step down."""
     heads, dim = geometry.num_kv_heads, geometry.head_dim
     for key, value, matrix, offset, key_clip, value_clip in work:
         eye = torch.eye(dim).expand(heads, dim, dim).contiguous()
@@ -72,10 +74,21 @@ def _compile(
             ),
             ValueSpec(Format.from_dict(value), (), ones if value_clip else None),
         )  # fmt: skip
+        policy = Progressive([spec], [(1.0, 1.0)], geometry) if progressive else None
+        first = geometry.sinks + geometry.window + 2 * geometry.page_tokens
         for cap, sinks, sliding in bends:
-            layer = PackedLayer(spec, geometry, Padding([0]), 0, use_triton=True)
+            cache = QuantizedKVCache([spec], geometry, AMPLE if progressive else None, True, 0, policy)
             logits = torch.zeros(num_heads, device=device, dtype=dtype) if sinks else None
-            for tokens in (geometry.sinks + geometry.window + 2 * geometry.page_tokens, 1):
-                states = [torch.randn(1, n, tokens, dim, device=device, dtype=dtype) for n in (heads, heads, num_heads)]
-                layer.update(*states[:2])[0].attend(states[2], dim**-0.5, None, cap, logits, sliding)
-    torch.cuda.synchronize(device)
+            for tokens in (first, 1, *([geometry.page_tokens] * 2 * len(policy.rungs[0]) if policy else []), 1):
+                keys, values, query = (
+                    torch.randn(1, n, tokens, dim, device=device, dtype=dtype) for n in (heads, heads, num_heads)
+                )
+                try:
+                    view = cache.update(keys, values, 0)[0]
+                except KVBudgetExceeded:  # all is on the floor
+                    break
+                view.attend(query, dim**-0.5, None, cap, logits, sliding)
+                if policy is not None:
+                    cache.budget = cache.nbytes  # so that what comes next sends pages down
+    if device != "cpu":
+        torch.cuda.synchronize(device)

@@ -37,7 +37,7 @@ def compile_kernel(function, constants: dict, num_warps: int = 1) -> Any:
 
 def compile_pair(
     key_format: Format, value_format: Format, prompt: bool = False, rung: int = 0, rungs: int = 1, fixed: bool = False,
-    cap: float = 0.0, overlap: bool = True, warm: bool = True,
+    cap: float = 0.0,
 ) -> Any:  # fmt: skip
     dim, columns = key_format.head_dim, 16 if prompt else 4
     return compile_kernel(
@@ -45,7 +45,7 @@ def compile_pair(
         {
             "K": tuple(program(key_format, 32)), "V": tuple(program(value_format, 32)), "R": program(raw16(dim), 32).pieces,
             "N": max(8, columns), "COLUMNS": columns, "GROUP": 4, "PROMPT": prompt, "SLIDING": prompt, "CAP": cap,
-            "SHIFT": cap > 0, "RUNG": rung, "RUNGS": rungs, "HOLES": fixed or rungs > 1, "OVERLAP": overlap, "WARM": warm,
+            "SHIFT": cap > 0, "RUNG": rung, "RUNGS": rungs, "HOLES": fixed or rungs > 1,
             "STAGES": 4, "PREFETCH": False, "BLOCK": kernels.RAW_BLOCK, "INTERPRET": False,
         },
     )  # fmt: skip
@@ -58,7 +58,7 @@ def compile_merge(dim: int, prompt: bool = False, holes: bool = False, fixed: bo
         {
             "DIM": dim, "CHANNELS": 16, "N": max(8, columns), "COLUMNS": columns, "GROUP": 4, "SLOTS_2": 0 if fixed else 8,
             "BLOCK": 32 if fixed else 8, "AUX": True, "SHIFT": holes, "ADVANCE": not prompt, "PAGE_TOKENS": 32, "HEADS": 2,
-            "HOLES": holes, "FIXED": fixed, "OVERLAP": True,
+            "HOLES": holes, "FIXED": fixed,
         },
         num_warps=4,
     )  # fmt: skip
@@ -78,7 +78,6 @@ def main(name: str, prompt: bool) -> None:
         compile_merge(64, holes=True, fixed=True)
     else:
         compile_pair(*PAIRS[name], prompt)
-        compile_pair(*PAIRS[name], prompt, overlap=kernels.OVERLAP, warm=kernels.WARM)  # as it runs
         compile_merge(PAIRS[name][0].head_dim, prompt)
 
 

@@ -3,11 +3,21 @@
 import json
 
 import pytest
+import torch
 from conftest import char_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from kvfold.compress.evaluate import windows_of
-from kvfold.compress.text import BUILT_IN, HELD_OUT, data_text, prefix_ids, read_documents, sample_sequences
+from kvfold.compress.recipe import CalibrationRecipe
+from kvfold.compress.text import (
+    BUILT_IN,
+    HELD_OUT,
+    calibration_sequences,
+    data_text,
+    prefix_ids,
+    read_documents,
+    sample_sequences,
+)
 from kvfold.errors import KvfoldError
 
 
@@ -45,3 +55,39 @@ def test_every_sequence_begins_as_the_tokenizer_begins_a_text(text_file):
     windows = windows_of(tokenizer, documents[0], 256, 1, 2, name)
     assert [w.shape for w in windows] == [(1, 256)] * 2 and all(w[0, 0] == 2 for w in windows)
     assert windows[0][0, 1:].tolist() == [ord(c) for c in documents[0][255:510]]
+
+
+def texts(sequences):
+    return [char_tokenizer().decode(ids[0]) for ids in sequences]
+
+
+def test_a_given_text_is_joined_by_the_built_in_one(text_file):
+    tokenizer, given = char_tokenizer(), text_file.read_text()
+    recipe = CalibrationRecipe(seq_len=256)
+    name, found = calibration_sequences(tokenizer, str(text_file), recipe, 4096, 0)
+    assert name == f"{text_file.name} and built-in" and [ids.shape for ids in found] == [(1, 256)] * 4
+    given = char_tokenizer().decode(char_tokenizer()(given).input_ids)
+    own = [text in given for text in texts(found)]
+    assert own == [True, False, True, False]
+    again = calibration_sequences(tokenizer, str(text_file), recipe, 4096, 0)[1]
+    assert all(map(torch.equal, found, again))
+
+
+def test_a_text_alone(text_file):
+    recipe = CalibrationRecipe(seq_len=256, general=False)
+    name, found = calibration_sequences(char_tokenizer(), str(text_file), recipe, 4096, 0)
+    given = char_tokenizer().decode(char_tokenizer()(text_file.read_text()).input_ids)
+    assert name == text_file.name and len(found) == 4 and all(text in given for text in texts(found))
+
+
+def test_the_built_in_text_needs_no_other(text_file):
+    name, found = calibration_sequences(char_tokenizer(), None, CalibrationRecipe(seq_len=300), 256, 0)
+    assert name == "built-in" and [ids.shape for ids in found] == [(1, 256)] * 4  # the model's maximum
+
+
+def test_a_short_text_is_filled_up(tmp_path):
+    (tmp_path / "short.txt").write_text(data_text("code.txt")[:600])
+    _, found = calibration_sequences(
+        char_tokenizer(), str(tmp_path / "short.txt"), CalibrationRecipe(seq_len=512), 4096, 0
+    )
+    assert [ids.shape for ids in found] == [(1, 512)] * 4

@@ -132,7 +132,7 @@ def test_the_number_of_splits_does_not_matter(splits):
 def test_a_rows_bits_do_not_depend_on_its_batch(invariant, monkeypatch):
     """A sequence by itself, and beside a longer one, whose table is wider, and a short one."""
     monkeypatch.setattr(kernels, "FIXED_TILES", 1)
-    monkeypatch.setattr(kernels, "pick_splits", lambda programs, tokens, device, wave: tokens // (256 * programs) + 1)
+    monkeypatch.setattr(kernels, "pick_splits", lambda programs, tokens, device: tokens // (256 * programs) + 1)
     lengths = [420, 5000, 33]  # of 4, 39 and 1 parts
     case = Case(PAIRS["2 bits"], lengths, 2, 1, 32)
     options = {"batch_invariant": invariant}

@@ -342,7 +342,7 @@ compile(_lower_kernel, **layouts(16, K=mixed, V=uniform(64, 4), OLD_K=uniform(64
         K_CLIPS=0, V_CLIPS=0)
 for matrix in (False, True):
     compile(_append_kernel, **layouts(16, K=uniform(96, 4), V=raw16(96)), K_CLIPS=1, V_CLIPS=0, MATRIX=matrix,
-            OFFSET=matrix, SHIFT=matrix, MARKS=matrix, GROUP=3, N=8, TOP=7, OVERLAP=True)
+            OFFSET=matrix, SHIFT=matrix, MARKS=matrix, GROUP=3, N=8, TOP=7)
 print("compiled")
 """
 

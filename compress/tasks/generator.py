@@ -14,7 +14,7 @@ from kvfold.runtime.load import plain_cache
 
 CacheName = Literal["16bit", "packed"]
 PREFILL_CHUNK = 4096  # columns of longer prompts that go through the model at a time: bounds masks and activations
-BATCH_TOKENS = 1 << 17  # columns of a batch, answers included, so that long prompts come in smaller batches
+BATCH_TOKENS = 1 << 18  # columns of a batch, answers included, so that long prompts come in smaller batches
 
 
 class StopTexts(StoppingCriteria):
