@@ -76,7 +76,7 @@ def load_pretrained(
         kv_budget: bytes ("1GiB" or an int) that a cache may never pass; KVBudgetExceeded is raised before it would. With offload,
             bytes on the device.
         policy: "floor" stores at the searched bit-widths at once; "progressive" starts in 16 bits and lowers pages, the least
-            harmful first, as kv_budget fills.
+            harmful first, as kv_budget fills. Its attention is the plain-torch reference unless attention="triton" asks for the kernels.
         offload: as kv_budget fills, the oldest pages go to host memory, packed as they are. Each step copies them in again, a layer
             at a time, through a staging buffer (two on a GPU, so that one layer's are copied while another attends). The buffer must hold
             a layer's, so that a budget reaches further by the number of layers at the most.
@@ -140,7 +140,8 @@ def load_pretrained(
     dtype = dtype or default_dtype(target)
     model, info = stock_from_pretrained(artifact.path, dtype=dtype or "auto", output_loading_info=True)
     check_complete(info, artifact)
-    triton = choose_triton(attention, target, artifact)
+    # the rungs of all layers are kernels of their own, minutes of compiling where nobody called warm_up: "auto" stays with the reference
+    triton = choose_triton("reference" if progressive and attention == "auto" else attention, target, artifact)
     if cuda_graph and not (triton and target.type == "cuda"):
         raise KvfoldError(
             f"cuda_graph=True needs a CUDA device and the Triton kernels, but this is {target}; leave it out."
