@@ -115,7 +115,10 @@ def compress_command(
     ] = "2.5",
     out: OutOption = None,
     calib: Annotated[
-        str | None, typer.Option(help="Text file, or datasets id as ID:CONFIG:SPLIT; default: the built-in text.")
+        str | None,
+        typer.Option(
+            help="Text file, or datasets id as ID:CONFIG:SPLIT, joined by the built-in text; default: that alone."
+        ),
     ] = None,
     recipe: Annotated[str, typer.Option(help="best, skvq, skvq-v1.5, pm-kvq, or a YAML file of choices.")] = "best",
     context: Annotated[
