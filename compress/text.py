@@ -113,7 +113,6 @@ def calibration_sequences(
         others = [data_text(file) for file in GENERAL]
         more = sample_sequences(tokenizer, others, count - len(found), size, seed, "built-in")
         found = [x for pair in zip_longest(found, more) for x in pair if x is not None]
-        name = f"{name} and built-in"
     return name, found
 
 

@@ -148,8 +148,11 @@ def test_share_of_packed_tokens():
 def test_batches_are_of_like_length_and_bounded():
     prompts = [Prompt(f"p/{i}", [1] * n) for i, n in enumerate([9, 3, 40_000, 7, 50_000, 5, 60_000])]
     batches = batches_of(prompts, 3, 10)
-    assert [[len(p.ids) for p in batch] for batch in batches] == [[3, 5, 7], [9, 40_000], [50_000, 60_000]]
+    assert [[len(p.ids) for p in batch] for batch in batches] == [[3, 5, 7], [9, 40_000, 50_000], [60_000]]
     assert all(len(b) * (len(b[-1].ids) + 10) <= BATCH_TOKENS for b in batches)
+    assert [
+        [len(p.ids) for p in batch] for batch in batches_of([Prompt(f"p/{i}", [1] * 100_000) for i in range(3)], 3, 10)
+    ] == [[100_000] * 2, [100_000]]
     assert batches_of([Prompt("p", [1] * 2 * BATCH_TOKENS)], 3, 10) == [[Prompt("p", [1] * 2 * BATCH_TOKENS)]]
 
 
