@@ -59,7 +59,6 @@ def test_kernels_agree_with_the_reference(paths, dtype, tolerance):
     reference, triton = (
         runtime.load_pretrained(paths, device="cuda", dtype=dtype, attention=name) for name in ("reference", "triton")
     )
-    routed = reference.config.model_type == "gpt_oss"
     assert [reference.kv_triton, triton.kv_triton] == [False, True]
     ids = torch.randint(1, 128, (2, 97), generator=torch.Generator().manual_seed(4)).cuda()
     mask = torch.ones_like(ids)
@@ -77,13 +76,7 @@ def test_kernels_agree_with_the_reference(paths, dtype, tolerance):
         ]
         caches = [out.past_key_values for out in outs]
         kept = mask[:, part].bool()
-        got, expected = (out.logits[kept].float() for out in reversed(outs))
-        errors = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
-        assert float(errors.median()) < tolerance
-        if routed:  # where two experts are nearly level, the last bit chooses, and the token's logits are others
-            assert float((errors < 2 * tolerance).float().mean()) > 0.9 or len(errors) < 4
-        else:
-            assert relative(got, expected) < tolerance
+        assert relative(outs[1].logits[kept], outs[0].logits[kept]) < tolerance
         assert caches[0].nbytes == caches[1].nbytes
     for one, other in zip(*(cache.layers for cache in caches), strict=True):
         assert one.state.tolist() == other.state.tolist()
