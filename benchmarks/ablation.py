@@ -19,6 +19,7 @@ MODELS = ("smollm2-135m", "Qwen/Qwen2.5-0.5B-Instruct")
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 ANY = {"levels": [2, 3, 4, 8, 16, 32, 64, 256, 65536], "params": ["scale", "scale_min"]}  # formats of one class
 
+OLD = ["maths", "drama", "prose", "code"]
 KEY_BITS, VALUE_BITS = Recipe().key.bits, Recipe().value.bits
 
 # name → what the row changes; None stands for the value that fits the changed transform
@@ -50,9 +51,19 @@ ROWS: dict[str, dict] = {
         "key": {"bits": [i / 4 for i in range(2, 21)]},
         "value": {"bits": [i / 4 for i in range(1, 14)]},
     },
-    "four probe sequences": {"sensitivity": {"num_sequences": 4}},
+    "two probe sequences": {"sensitivity": {"num_sequences": 2}},
+    "five probe sequences": {"sensitivity": {"num_sequences": 5}},
+    "no recall text": {"calibration": {"texts": OLD, "num_sequences": 4}, "sensitivity": {"num_sequences": 4}},
+    "no recall text; probes: maths, drama, code": {
+        "calibration": {"texts": ["maths", "drama", "code", "prose"], "num_sequences": 4},
+        "sensitivity": {"num_sequences": 3},
+    },
+    "no recall text; probes: maths, drama": {
+        "calibration": {"texts": OLD, "num_sequences": 4},
+        "sensitivity": {"num_sequences": 2},
+    },
     "probe sequences twice as long": {"sensitivity": {"seq_len": 2048}},
-    "twice the calibration": {"calibration": {"num_sequences": 8}},
+    "twice the calibration": {"calibration": {"num_sequences": 10}},
     "skvq": {"recipe": "skvq"},
     "pm-kvq": {"recipe": "pm-kvq", "least": 2.75},  # its smallest format has 2.5 bits; a little more leaves a choice
 }

@@ -21,6 +21,7 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, batch_nbytes
 from kvfold.exports.reader import Artifact
 from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.fused import fused
 from kvfold.runtime.graph import DecodingStep
 
 ROOM = 128  # tokens that a cache takes besides those it is filled with
@@ -73,8 +74,9 @@ def packed_step_ms(model: Any, artifact: Artifact, batch: int, tokens: int, trit
 
     step = plain
     if device.type == "cuda":
-        plain(torch.zeros(batch, 1, dtype=torch.long, device=device))  # compiles
-        captured = DecodingStep(model.forward, cache, batch)
+        with fused(model):
+            plain(torch.zeros(batch, 1, dtype=torch.long, device=device))  # compiles
+        captured = DecodingStep(model, model.forward, cache, batch)
         step = lambda ids: captured(ids, cache)  # noqa: E731
     ms = steps_ms(step, batch, device, 3, STEPS if device.type == "cuda" else 2)
     formats = [(s.key.format, s.value.format) for s in artifact.specs]

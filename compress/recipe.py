@@ -21,6 +21,8 @@ DEFAULT = "best"
 MIXED_BITS = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5, 5.0)
 VALUE_BITS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 LEVELS = (3, 4, 8, 16, 32, 64, 256, RAW)
+Text = Literal["recall", "drama", "maths", "prose", "code"]
+TEXTS: tuple[Text, ...] = ("recall", "drama", "code", "maths", "prose")  # of the package
 MANY_LEVELS = (64, 256, RAW)  # beyond 5 bits nothing is won by mixing
 Params = Literal["scale", "scale_min"]
 
@@ -156,6 +158,7 @@ class CalibrationRecipe(_Strict):
 
     Attributes:
         num_sequences, seq_len: sequences and tokens of each.
+        texts: the built-in text's documents; sequences, and so probes, are taken from them in turn.
         general: where a text is given, take every second sequence from the built-in text all the same, so that a narrow text
             does not make a cache that is poor at everything else.
         spread: the step between positions; 0 covers the budget's context.
@@ -164,7 +167,8 @@ class CalibrationRecipe(_Strict):
         sample_tokens: tokens kept whole, of all sequences together.
     """
 
-    num_sequences: Annotated[int, Field(gt=0)] = 4
+    num_sequences: Annotated[int, Field(gt=0)] = 5
+    texts: Annotated[tuple[Text, ...], Field(min_length=1)] = TEXTS
     general: bool = True
     seq_len: Annotated[int, Field(ge=64)] = 2048
     spread: Annotated[int, Field(ge=0)] = 0
@@ -184,7 +188,7 @@ class SensitivityRecipe(_Strict):
 
     method: Literal["kl", "first-order"] = "kl"
     probes: Annotated[int, Field(gt=0)] = 2
-    num_sequences: Annotated[int, Field(gt=0)] = 2
+    num_sequences: Annotated[int, Field(gt=0)] = 3
     seq_len: Annotated[int, Field(ge=64)] = 1024
     stride: Annotated[int, Field(gt=0)] = 4
 

@@ -9,11 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.compress.recipe import CalibrationRecipe
+from kvfold.compress.recipe import TEXTS, CalibrationRecipe
 from kvfold.errors import KvfoldError
 
-BUILT_IN = ("maths.txt", "drama.txt", "prose.txt", "code.txt")
-GENERAL = ("prose.txt", "code.txt", "maths.txt", "drama.txt")  # beside a text that is given, as many as it takes
+BUILT_IN = tuple(f"{name}.txt" for name in TEXTS)
+GENERAL = (
+    "recall.txt",
+    "prose.txt",
+    "code.txt",
+    "maths.txt",
+    "drama.txt",
+)  # beside a text that is given, as many as it takes
 HELD_OUT = "heldout.txt"
 LEAST_TOKENS = 256  # below this there is nothing to calibrate on
 DATASET_CHARS = 4_000_000  # read from a dataset at the most
@@ -103,7 +109,7 @@ def calibration_sequences(
     Raises:
         KvfoldError: as read_documents and sample_sequences.
     """
-    name, documents = read_documents(source)
+    name, documents = read_documents(source, tuple(f"{text}.txt" for text in recipe.texts))
     count = recipe.num_sequences
     mixed = source is not None and recipe.general
     own = count - count // 2 if mixed else count

@@ -32,6 +32,8 @@ TILE_TOKENS = 128  # packed tokens at a time
 FIXED_TILES = 8  # tiles in a part, where results may not depend on the batch
 LEAST_TOKENS = 128  # of a part, where the batch may decide
 MERGE_CHANNELS = 32  # of a program that merges
+MERGE_SLOTS = 256  # parts that it asks for at once
+MERGE_WARPS = 4
 WAVE = 8  # programs of one warp that share a multiprocessor: two to a scheduler, as the registers allow
 STAGES, TERNARY_STAGES = 4, 3  # tiles in flight and one
 
@@ -284,9 +286,9 @@ def attention(
         partial, ml, out, aux if aux is not None else state, shifts, state,
         new, sinks, window, blocks, queries.tokens, slots, out.stride(0), out.stride(1), out.stride(2),
         DIM=dim, CHANNELS=channels, N=padded, COLUMNS=queries.columns, GROUP=queries.group,
-        SLOTS_2=slots_2, BLOCK=32 if fixed else min(slots_2, 32), AUX=aux is not None,
+        SLOTS_2=slots_2, BLOCK=32 if fixed else min(slots_2, MERGE_SLOTS), AUX=aux is not None,
         SHIFT=shift is not None and not bend, ADVANCE=advance, PAGE_TOKENS=page_tokens, HEADS=kv_heads,
-        HOLES=holes, FIXED=fixed, num_warps=4,
+        HOLES=holes, FIXED=fixed, num_warps=MERGE_WARPS,
     )  # fmt: skip
     return out
 

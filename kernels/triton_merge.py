@@ -49,15 +49,25 @@ def merge_kernel(
             acc += tl.sum(values * weight[:, None], 0)
     else:
         slot = tl.arange(0, SLOTS_2)
+        if SLOTS_2 <= BLOCK:  # asked for before the weights are known, which take a barrier
+            at = parts + slot[:, None] * (N * DIM) + d[None, :]
+            values = tl.load(at, mask=(slot < slots)[:, None] & (d < DIM)[None, :], other=0.0)
         top = tl.load(base + slot * (2 * N), mask=slot < slots, other=NEVER)
+        part = tl.load(base + slot * (2 * N) + N, mask=slot < slots, other=0.0)
         best = tl.max(top, 0)
         if AUX:
             best = tl.maximum(best, sink)
-        part = tl.load(base + slot * (2 * N) + N, mask=slot < slots, other=0.0)
-        total = tl.sum(tl.where(top > 0.5 * NEVER, tl.exp2(top - best) * part, 0.0), 0)
-        for start in tl.static_range(0, SLOTS_2, BLOCK):
-            weight, values = _merge_block(parts, base, start + tl.arange(0, BLOCK), slots, best, d, DIM, N, HOLES)
-            acc += tl.sum(values * weight[:, None], 0)
+        weight = tl.where(top > 0.5 * NEVER, tl.exp2(top - best), 0.0)
+        total = tl.sum(weight * part, 0)
+        if SLOTS_2 <= BLOCK:
+            if HOLES:
+                values = tl.where((weight > 0.0)[:, None], values, 0.0)
+            acc = tl.sum(values * weight[:, None], 0)
+        else:
+            for start in tl.static_range(0, SLOTS_2, BLOCK):
+                s = start + tl.arange(0, BLOCK)
+                weight, values = _merge_block(parts, base, s, slots, best, d, DIM, N, HOLES)
+                acc += tl.sum(values * weight[:, None], 0)
     if AUX:
         total += tl.exp2(sink - best)
     acc = acc / tl.where(total > 0.0, total, 1.0)

@@ -2,7 +2,7 @@
 
 Everything that changes from step to step lives on the device: the token, the sequences' lengths (which are also the
 positions), the block tables. The first step of a cache runs as usual and so compiles what must be compiled; the second is
-captured.
+captured. Both with the model's small operations compiled.
 """
 
 from collections.abc import Callable
@@ -13,26 +13,28 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.fused import fused
 from kvfold.runtime.marks import look_before_packing
 
 
 class DecodingStep:
-    """One step of a model on one cache, captured.
+    """One step of a model on one cache, captured, with its small operations compiled; one such step must have been run before.
 
     Args:
-        forward: the model's own.
+        model: from load_pretrained.
+        forward: its own.
         cache: with reserved memory; it must not move any tensor afterwards.
         batch_size: sequences.
     """
 
-    def __init__(self, forward: Callable[..., Any], cache: QuantizedKVCache, batch_size: int) -> None:
+    def __init__(self, model: Any, forward: Callable[..., Any], cache: QuantizedKVCache, batch_size: int) -> None:
         device = cache.layers[0].device
         self.ids = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self.graph = torch.cuda.CUDAGraph()
         layers = cache.layers
         before = [(x.columns, list(x.length), [list(p) for p in x.pages], [list(p) for p in x.spare]) for x in layers]
         torch.cuda.synchronize(device)
-        with torch.cuda.graph(self.graph):
+        with fused(model), torch.cuda.graph(self.graph):
             positions = layers[0].state[:, :1].long()
             self.logits = forward(
                 input_ids=self.ids, position_ids=positions, past_key_values=cache, use_cache=True
@@ -53,8 +55,9 @@ class DecodingStep:
         return self.logits
 
 
-def graphed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A model's `forward` that replays a captured step where it can: one token a sequence, on a cache with room."""
+def graphed(model: Any) -> Callable[..., Any]:
+    """The `forward` of a model that replays a captured step where it can: one token a sequence, on a cache with room."""
+    forward = model.forward
 
     def step(*args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
@@ -66,9 +69,10 @@ def graphed(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(*args, **kwargs)
         if cache.graph is None:
             cache.graph = "next"
-            return forward(*args, **kwargs)
+            with fused(model):
+                return forward(*args, **kwargs)
         if cache.graph == "next":
-            cache.graph = DecodingStep(forward, cache, ids.shape[0])
+            cache.graph = DecodingStep(model, forward, cache, ids.shape[0])
         logits = cache.graph(ids, cache).clone()
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 

@@ -82,7 +82,8 @@ def load_pretrained(
             a layer's, so that a budget reaches further by the number of layers at the most.
         attention: "reference" is plain torch on any device, "triton" the kernels; "auto" picks by device.
         cuda_graph: `generate` takes memory for the longest sequence at the start and replays one captured decoding step, so
-            that decoding isn't bound by Python. Needs a GPU and the kernels.
+            that decoding isn't bound by Python. The step's norms, gates and RoPE are compiled by torch.compile, which takes seconds
+            at its first use. Needs a GPU and the kernels.
         rollback: tokens by which a cache may be cropped exactly, as if they had never come: their 16-bit rows are kept longer.
             Assisted and prompt-lookup decoding see to that by themselves.
         batch_invariant: attention gives a sequence the same bits in whatever batch it is decoded: the kernels divide its pages
@@ -290,7 +291,7 @@ def attach(
     if cuda_graph:
         from kvfold.runtime.graph import graphed
 
-        model.forward = functools.wraps(model.forward)(graphed(model.forward))
+        model.forward = functools.wraps(model.forward)(graphed(model))
     model.save_pretrained = types.MethodType(save_artifact, model)
     model.base_model.kv_packed = True
     model.base_model.register_forward_pre_hook(inject_cache, with_kwargs=True)

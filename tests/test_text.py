@@ -8,7 +8,7 @@ from conftest import char_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from kvfold.compress.evaluate import windows_of
-from kvfold.compress.recipe import CalibrationRecipe
+from kvfold.compress.recipe import CalibrationRecipe, load_recipe
 from kvfold.compress.text import (
     BUILT_IN,
     HELD_OUT,
@@ -65,10 +65,11 @@ def test_a_given_text_is_joined_by_the_built_in_one(text_file):
     tokenizer, given = char_tokenizer(), text_file.read_text()
     recipe = CalibrationRecipe(seq_len=256)
     name, found = calibration_sequences(tokenizer, str(text_file), recipe, 4096, 0)
-    assert name == text_file.name and [ids.shape for ids in found] == [(1, 256)] * 4
+    assert name == text_file.name and [ids.shape for ids in found] == [(1, 256)] * 5
     given = char_tokenizer().decode(char_tokenizer()(given).input_ids)
     own = [text in given for text in texts(found)]
-    assert own == [True, False, True, False]
+    assert own == [True, False, True, False, True]
+    assert texts(found)[1] in char_tokenizer().decode(char_tokenizer()(data_text("recall.txt")).input_ids)
     again = calibration_sequences(tokenizer, str(text_file), recipe, 4096, 0)[1]
     assert all(map(torch.equal, found, again))
 
@@ -77,12 +78,12 @@ def test_a_text_alone(text_file):
     recipe = CalibrationRecipe(seq_len=256, general=False)
     name, found = calibration_sequences(char_tokenizer(), str(text_file), recipe, 4096, 0)
     given = char_tokenizer().decode(char_tokenizer()(text_file.read_text()).input_ids)
-    assert name == text_file.name and len(found) == 4 and all(text in given for text in texts(found))
+    assert name == text_file.name and len(found) == 5 and all(text in given for text in texts(found))
 
 
 def test_the_built_in_text_needs_no_other(text_file):
     name, found = calibration_sequences(char_tokenizer(), None, CalibrationRecipe(seq_len=300), 256, 0)
-    assert name == "built-in" and [ids.shape for ids in found] == [(1, 256)] * 4  # the model's maximum
+    assert name == "built-in" and [ids.shape for ids in found] == [(1, 256)] * 5  # the model's maximum
 
 
 def test_a_short_text_is_filled_up(tmp_path):
@@ -90,4 +91,16 @@ def test_a_short_text_is_filled_up(tmp_path):
     _, found = calibration_sequences(
         char_tokenizer(), str(tmp_path / "short.txt"), CalibrationRecipe(seq_len=512), 4096, 0
     )
-    assert [ids.shape for ids in found] == [(1, 512)] * 4
+    assert [ids.shape for ids in found] == [(1, 512)] * 5
+
+
+def test_the_first_probe_is_the_text_of_long_references():
+    """A layer that only such references need (LOG.md) shows in no other probe; and every text calibrates."""
+    recipe = load_recipe()
+    _, found = calibration_sequences(char_tokenizer(), None, recipe.calibration, 4096, 0)
+    wholes = {name: char_tokenizer().decode(char_tokenizer()(data_text(name)).input_ids) for name in BUILT_IN}
+    homes = [name for text in texts(found) for name, whole in wholes.items() if text in whole]
+    assert homes[0] == "recall.txt" and sorted(homes) == sorted(BUILT_IN)
+    one = recipe.calibration.model_copy(update={"texts": ("maths",)})
+    _, found = calibration_sequences(char_tokenizer(), None, one, 4096, 0)
+    assert all(text in wholes["maths.txt"] for text in texts(found))
