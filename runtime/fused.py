@@ -46,7 +46,9 @@ def fused(model: nn.Module) -> Iterator[None]:
             module.forward = partial(compiled(type(module).forward), module)
         for home, rope in ropes:
             setattr(home, ROPE, compiled(rope))
-        with dynamo.patch(suppress_errors=True, recompile_limit=BATCHES):  # an error in the middle of a step would spoil the cache
+        with dynamo.patch(
+            suppress_errors=True, recompile_limit=BATCHES
+        ):  # an error in the middle of a step would spoil the cache
             yield
     finally:
         for module in changed:
