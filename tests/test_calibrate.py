@@ -156,8 +156,8 @@ def test_sequences_are_seeded_and_do_not_overlap(text_file):
 
 def test_the_built_in_text_gives_full_sequences_of_every_kind():
     name, documents = read_documents(None)
-    found = sample_sequences(char_tokenizer(), documents, 4, 2048, 0, name)
-    assert name == "built-in" and len(documents) == 4 and [s.shape[1] for s in found] == [2048] * 4
+    found = sample_sequences(char_tokenizer(), documents, 5, 2048, 0, name)
+    assert name == "built-in" and len(documents) == 5 and [s.shape[1] for s in found] == [2048] * 5
 
 
 def test_too_little_text_is_refused():
