@@ -46,14 +46,35 @@ class LayerRunner:
                     layer.forward = forward
         return first[0], calls
 
-    def run(self, index: int, hidden_states: Tensor) -> Tensor:
-        """Layer `index` on hidden states [B, T, hidden_size] → the next layer's."""
+    def run(self, index: int, hidden_states: Tensor, first: int = 0) -> Tensor:
+        """Layer `index` on hidden states [B, T − first, hidden_size] of the positions from `first` on → the next layer's.
+
+        With first > 0 the layer's attention must be tapped by what knows the keys and values before.
+        """
         args, kwargs = self._calls[index]
+        if first:
+            tokens = self.embedded.shape[1]
+            args = tuple(_from(x, first, tokens) for x in args)
+            kwargs = {name: _from(x, first, tokens) for name, x in kwargs.items()}
         out = self.layers[index](hidden_states, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def run_from(self, index: int, hidden_states: Tensor) -> Tensor:
-        """Layers `index` and after it."""
+    def run_from(self, index: int, hidden_states: Tensor, first: int = 0) -> Tensor:
+        """Layers `index` and after it, as `run`."""
         for i in range(index, len(self.layers)):
-            hidden_states = self.run(i, hidden_states)
+            hidden_states = self.run(i, hidden_states, first)
         return hidden_states
+
+
+def _from(given: Any, first: int, tokens: int) -> Any:
+    """What a layer is called with, of the positions from `first` on: rows of masks [B, 1, T, T], rotary tables and positions
+    [B, T, …], positions [T]; anything else as it is."""
+    if isinstance(given, tuple):
+        return tuple(_from(x, first, tokens) for x in given)
+    if not isinstance(given, Tensor):
+        return given
+    if given.dim() == 4 and given.shape[2] == tokens:
+        return given[:, :, first:]
+    if given.dim() > 1 and given.shape[1] == tokens:
+        return given[:, first:]
+    return given[first:] if given.dim() == 1 and len(given) == tokens else given

@@ -70,7 +70,8 @@ def search(plan: Plan, work: Path, device: torch.device, statistics: Path | None
         values.append(value_candidates(found, recipe, i))
     s = recipe.sensitivity
     sequences = [ids[:, : s.seq_len] for ids in plan.sequences[: s.num_sequences]]
-    probe = Probe(model, plan.arch, sequences, s.stride)
+    early = geometry.sinks + geometry.window + geometry.page_tokens - 1  # the next one is the first to read a page
+    probe = Probe(model, plan.arch, sequences, s.stride, early)
     fixed = plan.num_layers * geometry.fixed_nbytes(budget.at)
     packed = geometry.packed_elements(budget.at, plan.num_layers)
     target_bits = 8 * (budget.nbytes - fixed) / max(packed, 1)

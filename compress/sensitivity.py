@@ -7,8 +7,10 @@ model as it is. It is cheap because
   follows from the two formats' distortions, which are measured on calibration tokens without the model (kinds are
   measured apart, because symmetric and minimum-maximum codes spend equal distortions on different tokens);
 - the layers' losses add up (the artifact states how well), so that choices need no probing together;
-- logits are compared at every `stride`-th position only.
-With L layers and n probed formats a layer that is n·L/2 forward passes a sequence: two minutes for 1024 tokens and SmolLM2-135M's 30 layers on two cores. It runs in
+- the first tokens, which read no page, are as they were in every layer: behind the probed layer only the others are computed,
+  with the first ones' keys and values as they were;
+- logits are compared at every `stride`-th position only, with the baseline's probabilities kept where they fit BASE_NBYTES.
+With L layers and n probed formats a layer that is n·L/2 forward passes a sequence, less those first tokens. It runs in
 float32, because in bfloat16 the rounding of the rest of the model alone is as large as one layer's KL.
 """
 
@@ -27,7 +29,7 @@ from torch import Tensor
 from kvfold.compress.candidates import KeyCandidate, ValueCandidate, is_raw
 from kvfold.compress.layerwise import LayerRunner
 from kvfold.compress.progress import progress
-from kvfold.compress.tap import Tap, tapped
+from kvfold.compress.tap import Tap, attend_as_usual, tapped
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import Architecture, logits_of
 from kvfold.exports.spec import KeySpec, ValueSpec, clip_rows
@@ -38,6 +40,7 @@ KL_BLOCK = 128  # positions whose logits are in memory at a time
 SPREAD_BITS = 0.75  # how far around the budget's payload a side is probed where more than one format is
 NEAR_BITS = 1.5  # a kind of formats further than this from the budget's payload is not probed for itself
 Candidate = KeyCandidate | ValueCandidate
+BASE_NBYTES = 1 << 30  # of the baseline's log-probabilities
 TILE_TOKENS = 512  # of a sequence; a tile that no query of a block may read from its side is left out
 
 
@@ -102,44 +105,59 @@ class Probe:
         arch: its row in the table.
         sequences: int64 [1, T] each.
         stride: every how many positions the KL is taken.
+        early: first positions that no tap of `measure` changes anything for.
     """
 
-    def __init__(self, model: Any, arch: Architecture, sequences: list[Tensor], stride: int) -> None:
+    def __init__(self, model: Any, arch: Architecture, sequences: list[Tensor], stride: int, early: int = 0) -> None:
         self.model, self.stride = model, stride
         self.attentions = arch.attention_modules(model)
         self.device = next(model.parameters()).device
         self.runners = [LayerRunner(model, arch, ids.to(self.device)) for ids in sequences]
+        self.early = [min(early, ids.shape[1] - 1) // stride * stride for ids in sequences]
         self.hidden: list[list[Tensor]] = []
         self.final: list[Tensor] = []
-        for runner in progress(self.runners, "baseline", "sequence"):
-            states = [runner.embedded]
-            for i in range(len(self.attentions)):
-                states.append(runner.run(i, states[-1]))
+        self.past: list[list[tuple[Tensor, Tensor]]] = []  # keys and values [1, Hkv, early, D] of each layer
+        for runner, first in zip(progress(self.runners, "baseline", "sequence"), self.early, strict=True):
+            states, past = [runner.embedded], list[tuple[Tensor, Tensor]]()
+            for i, attention in enumerate(self.attentions):
+                with tapped(attention, _keep(past, first)):
+                    states.append(runner.run(i, states[-1]))
             self.hidden.append(states[:-1])
+            self.past.append(past)
             self.final.append(self._normed(states[-1]))
+        vocabulary = logits_of(model, self.final[0][:1]).shape[-1]
+        small = sum(map(len, self.final)) * vocabulary * 4 <= BASE_NBYTES
+        self.base = [logits_of(model, x).log_softmax(-1) for x in self.final] if small else None
 
     def _normed(self, hidden: Tensor) -> Tensor:
         return self.model.base_model.norm(hidden[0, :: self.stride])
 
     def kl(self, finals: list[Tensor]) -> float:
-        """Mean KL(baseline ‖ probe) in nats over the strided positions; `finals`: normed hidden states [n, hidden_size]."""
+        """Mean KL(baseline ‖ probe) in nats over the strided positions; `finals`: normed hidden states [n, hidden_size], of the
+        last n such positions where they are fewer: the others are taken to be the baseline's."""
         total, count = 0.0, 0
-        for base, other in zip(self.final, finals, strict=True):
-            for block in range(0, len(base), KL_BLOCK):
-                rows = slice(block, block + KL_BLOCK)
-                p = logits_of(self.model, base[rows]).log_softmax(-1)
-                q = logits_of(self.model, other[rows]).log_softmax(-1)
+        for i, (base, other) in enumerate(zip(self.final, finals, strict=True)):
+            first = len(base) - len(other)
+            for block in range(0, len(other), KL_BLOCK):
+                q = logits_of(self.model, other[block : block + KL_BLOCK]).log_softmax(-1)
+                rows = slice(first + block, first + block + len(q))
+                p = logits_of(self.model, base[rows]).log_softmax(-1) if self.base is None else self.base[i][rows]
                 total += float((p.exp() * (p - q)).sum())
-                count += len(p)
+            count += len(base)
         return max(total / count, 0.0)
 
     def measure(self, layer: int, tap: Tap) -> float:
-        """KL with one layer's attention replaced by `tap`."""
+        """KL with one layer's attention replaced by `tap`, which leaves the `early` positions as they are."""
         finals = []
-        for runner, hidden in zip(self.runners, self.hidden, strict=True):
-            with tapped(self.attentions[layer], tap):
-                state = runner.run(layer, hidden[layer])
-            finals.append(self._normed(runner.run_from(layer + 1, state)))
+        for runner, hidden, past, first in zip(self.runners, self.hidden, self.past, self.early, strict=True):
+            with ExitStack() as stack:
+                stack.enter_context(tapped(self.attentions[layer], tap))
+                state = runner.run(layer, hidden[layer])[:, first:]
+                for attention, (keys, values) in zip(self.attentions[layer + 1 :], past[layer + 1 :], strict=True):
+                    if first:
+                        stack.enter_context(tapped(attention, _behind(keys, values)))
+                state = runner.run_from(layer + 1, state, first)
+            finals.append(self._normed(state))
         return self.kl(finals)
 
     def whole_model(self, taps: list[Tap] | None = None) -> float:
@@ -151,6 +169,28 @@ class Probe:
 
     def _whole_model(self) -> float:
         return self.kl([self._normed(runner.run_from(0, runner.embedded)) for runner in self.runners])
+
+
+def _keep(past: list[tuple[Tensor, Tensor]], early: int) -> Tap:
+    """A tap that changes nothing and notes the first keys and values."""
+
+    def tap(module, query, key, value, mask, scaling, **extras):
+        past.append((key[:, :, :early].clone(), value[:, :, :early].clone()))
+
+    return tap
+
+
+def _behind(keys: Tensor, values: Tensor) -> Tap:
+    """A tap for the last positions of a sequence, whose first ones have these keys and values."""
+
+    def tap(module, query, key, value, mask, scaling, **extras):
+        key, value = torch.cat((keys, key), 2), torch.cat((values, value), 2)
+        if mask is None:
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
+            mask = mask.tril(keys.shape[2])[None, None]
+        return attend_as_usual(module, query, key, value, mask, scaling, extras=extras)
+
+    return tap
 
 
 def packing_tap(

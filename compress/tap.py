@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -25,10 +26,26 @@ def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.
         out = tap(module, query, key, value, attention_mask, scaling, **extras)
         if out is not None:
             return out, None
+    return attend_as_usual(module, query, key, value, attention_mask, scaling, dropout, extras, **kwargs), None
+
+
+def attend_as_usual(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float = 0.0,
+    extras: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Unquantised attention [B, T, H, D]; arguments as a tap gets them, `extras` being softcap and sinks_logit."""
     if extras:
-        out = attend_plain(query, key, value, scaling, attention_mask, **extras)
-        return out.transpose(1, 2).to(query.dtype).contiguous(), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        assert scaling is not None
+        out = attend_plain(query, key, value, scaling, mask, **extras)
+        return out.transpose(1, 2).to(query.dtype).contiguous()
+    return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
 
 
 AttentionInterface.register(NAME, _forward)

@@ -9,20 +9,22 @@ import torch
 from conftest import CONFIGS, save_tiny, tiny_model
 from test_transforms import make_stats, output_weight
 
+from kvfold.compress import sensitivity
 from kvfold.compress.candidates import CLIPS, best_clip, key_candidates, value_candidates
 from kvfold.compress.evaluate import evaluate
 from kvfold.compress.first_order import first_order, gradients
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import Recipe, load_recipe, shipped_recipes
 from kvfold.compress.search import choose
-from kvfold.compress.sensitivity import Probe, extrapolate, probed
+from kvfold.compress.sensitivity import Probe, extrapolate, packing_tap, probed
 from kvfold.compress.tap import NAME, tapped
 from kvfold.compress.transforms import Request
 from kvfold.compress.transforms.smooth import pair_scale, smooth
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
-from kvfold.exports.architectures import architecture_of
+from kvfold.exports.architectures import architecture_of, head_dim_of
 from kvfold.exports.reader import read_artifact
+from kvfold.exports.spec import KeySpec, ValueSpec
 from kvfold.kernels.formats import Format, uniform
 
 SMALL = {"window": 24, "page_tokens": 16, "calibration": {"num_sequences": 2, "seq_len": 256, "sample_tokens": 128}}
@@ -204,6 +206,28 @@ def probe(request):
     ids = [torch.randint(0, 128, (1, n), generator=torch.Generator().manual_seed(n)) for n in (41, 33)]
     with torch.no_grad():
         return Probe(model, architecture_of(CONFIGS[request.param]()), ids, 4), ids
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_oss", "phi3", "smollm3"])
+def test_a_probe_that_leaves_the_first_positions_out_measures_the_same(family, kept, monkeypatch):
+    """Positions that read no page, in families with windows, soft-caps, sink logits and layers without RoPE."""
+    if not kept:
+        monkeypatch.setattr(sensitivity, "BASE_NBYTES", 0)
+    model = tiny_model(family)
+    model.set_attn_implementation(NAME)
+    geometry = Geometry(model.config.num_key_value_heads, head_dim_of(model.config), 3, 16, 8)
+    ids = [torch.randint(0, 128, (1, n), generator=torch.Generator().manual_seed(n)) for n in (75, 61, 20)]
+    arch = architecture_of(CONFIGS[family]())
+    whole, late = (Probe(model, arch, ids, 4, early) for early in (0, 3 + 16 + 8 - 1))
+    assert whole.early == [0, 0, 0] and late.early == [24, 24, 16]
+    assert (late.base is not None) == kept
+    keys = KeySpec(uniform(geometry.head_dim, 3))
+    for layer in range(3):
+        tap = packing_tap(geometry, late.device, keys, ValueSpec(uniform(geometry.head_dim, 4)))
+        one, other = (probe.measure(layer, tap) for probe in (whole, late))
+        assert one > 1e-6 and other == pytest.approx(one, rel=1e-3)
 
 
 @torch.no_grad()
