@@ -274,12 +274,12 @@ def humaneval_file(folder: Path) -> Path:
 def test_humaneval_prompts_and_programs(tmp_path):
     humaneval_file(tmp_path)
     (plain,) = humaneval.prompts(setting(data=str(tmp_path)))
-    assert written(plain.ids) == PROBLEM["prompt"].rstrip()
+    assert written(plain.ids) == PROBLEM["prompt"]
     (chat,) = humaneval.prompts(setting(tokenizer=tokenizer(True), data=str(tmp_path)))
-    assert written(chat.ids).endswith("<assistant>```python\n" + PROBLEM["prompt"].rstrip())
-    right = cut_at("\n    return 2 * x\n\nprint(double(1))\n```\nDone.", humaneval.STOPS)
+    assert written(chat.ids).endswith("<assistant>```python\n" + PROBLEM["prompt"])
+    right = cut_at("    return 2 * x\n\nprint(double(1))\n```\nDone.", humaneval.STOPS)
     assert humaneval.judge(plain, right) == Judgement("passed", True)
-    assert humaneval.judge(plain, "\n    return x") == Judgement("AssertionError", False)
+    assert humaneval.judge(plain, "    return x") == Judgement("AssertionError", False)
     with pytest.raises(KvfoldError, match="HumanEval/0 has"):
         humaneval.prompts(setting(data=str(tmp_path), context=320))
 

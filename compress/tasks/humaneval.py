@@ -15,16 +15,17 @@ STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")
 def encode(setting: Setting, stub: str) -> list[int]:
     """Tokens of a function's head and docstring, to be continued with its body.
 
-    A chat model is asked for the function and its answer begins with the head, so both kinds of model write only a body.
+    A chat model is asked for the function and its answer begins with the head, so both kinds of model write only a body. The head ends with a
+    line break: without it the model must begin in the middle of what is one token in most of its texts, and hardly knows how (LOG.md).
     """
     if setting.tokenizer.chat_template:
         ask = f"Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{stub}\n```"
-        return chat_ids(setting.tokenizer, (), ask, answer=f"```python\n{stub}")
-    return plain_ids(setting.tokenizer, stub)
+        return chat_ids(setting.tokenizer, (), ask, answer=f"```python\n{stub}\n")
+    return plain_ids(setting.tokenizer, f"{stub}\n")
 
 
 def prompts(setting: Setting) -> list[Prompt]:
-    """The first problems. White space after the docstring is left out: the body's first token is its line break."""
+    """The first problems. White space after the docstring is one line break: the body's first token is its indentation."""
     made = []
     for row in read_rows(setting.data or DEFAULT, FILES, FIELDS, setting.limit):
         stub = row["prompt"].rstrip()
@@ -43,7 +44,7 @@ def prompts(setting: Setting) -> list[Prompt]:
 def program(prompt: Prompt, body: str) -> str:
     """The completed function, its tests and the call that runs them."""
     facts = prompt.facts
-    return f"{facts['stub']}{body}\n\n{facts['test']}\n\ncheck({facts['entry_point']})\n"
+    return f"{facts['stub']}\n{body}\n\n{facts['test']}\n\ncheck({facts['entry_point']})\n"
 
 
 def judge(prompt: Prompt, text: str) -> Judgement:
