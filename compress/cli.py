@@ -222,6 +222,8 @@ def eval_command(
     run_code: Annotated[
         bool, typer.Option("--run-code", help="Tasks: allow humaneval to run the model's programs.")
     ] = False,
+    draws: Annotated[int, typer.Option(min=1, help="Tasks: answers sampled for each prompt.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Tasks: of sampling; 0 is greedy text.")] = 0.0,
     context: Annotated[
         int | None, typer.Option(min=1, help="Tasks: tokens of prompt and answer; default: the model's maximum.")
     ] = None,
@@ -243,8 +245,8 @@ def eval_command(
         raise KvfoldError(f"--json '{json_file}' lies in a folder that does not exist; make it or choose another file.")
     if tasks is not None:
         report = run_tasks(
-            artifact, tasks, data=task_data, limit=limit, batch_size=batch_size, time_limit=time_limit, run_code=run_code, context=context,
-            text=text, seed=seed, samples=samples, resume=resume, device=pick_device(device), attention=attention,
+            artifact, tasks, data=task_data, limit=limit, batch_size=batch_size, time_limit=time_limit, run_code=run_code, draws=draws,
+            temperature=temperature, context=context, text=text, seed=seed, samples=samples, resume=resume, device=pick_device(device), attention=attention,
         )  # fmt: skip
         print_tasks(report)
         if json_file:

@@ -21,7 +21,7 @@ from kvfold.compress.recipe import load_recipe
 from kvfold.compress.tasks import TASKS, gsm8k, humaneval, needle, retrieval
 from kvfold.compress.tasks.data import read_rows
 from kvfold.compress.tasks.generator import BATCH_TOKENS, PairedGenerator, batches_of
-from kvfold.compress.tasks.mcnemar import compare
+from kvfold.compress.tasks.mcnemar import compare, compare_draws
 from kvfold.compress.tasks.options import check_options, parse_tasks
 from kvfold.compress.tasks.report import packed_share
 from kvfold.compress.tasks.run import run_tasks
@@ -330,6 +330,29 @@ def test_data_that_is_not_there_is_refused(tmp_path, monkeypatch):
 # -- generation ----------------------------------------------------------------------------------------------------------
 
 
+def test_draws_of_one_question_count_as_one_difference():
+    """By hand: shares of right answers differ by −1/2, 0, 1/2 and 1/2."""
+    first = [[True, True], [False, True], [False, False], [False, True]]
+    second = [[False, True], [True, False], [True, False], [True, True]]
+    found = compare_draws(first, second)
+    assert (found.n, found.lost, found.gained) == (8, 2, 3)
+    assert (found.accuracy_first, found.accuracy) == (0.5, 5 / 8)
+    differences = torch.tensor([-0.5, 0.0, 0.5, 0.5], dtype=torch.float64)
+    assert found.points == pytest.approx(12.5)
+    assert found.points_se == pytest.approx(100 * float(differences.std()) / 2)
+    assert found.p == pytest.approx(1.0)  # three halves of any signs add up to one half at least
+    clear = compare_draws([[False, False]] * 10, [[True, False]] * 10)
+    assert clear.p == pytest.approx(2 / 2**10, abs=2e-3)
+
+
+def test_sampled_answers_are_seeded_and_differ_by_draw(model):
+    prompts = [draw for prompt in some_prompts(2) for draw in prompt.draws(3)]
+    assert [p.id for p in prompts] == [f"p/{i}#{k}" for i in range(2) for k in range(3)]
+    texts = [PairedGenerator(model, tokenizer(), 1.0, seed).generate(prompts, "packed", 12) for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    assert len({text for text, _ in texts[0]}) > 3
+
+
 def some_prompts(count: int = 5) -> list[Prompt]:
     words = TEXT.encode("ascii", "ignore").decode()
     return [Prompt(f"p/{i}", list(words[100 * i : 160 * i + 45].encode())) for i in range(count)]
@@ -422,6 +445,10 @@ def test_a_run_and_its_resumption(artifact, tmp_path, monkeypatch):
     assert figures(again) == figures(whole)
     assert figures(run(parity_task(fail_at=0), "cut", resume=True)) == figures(whole)  # nothing is left to answer
 
+    drawn = run(parity_task(), "drawn", draws=3, temperature=1.0, limit=4)["tasks"][0]
+    assert (drawn["prompts"], drawn["pairs"]) == (4, 12) and drawn["points_se"] is not None
+    with pytest.raises(KvfoldError, match="another temperature"):
+        run(parity_task(), "drawn", draws=3, temperature=0.5, limit=4, resume=True)
     few = run(parity_task(fail_at=0), "cut", resume=True, limit=4)["tasks"][0]
     assert (few["prompts"], few["pairs"]) == (4, 4)
     short = run(parity_task(), "short", time_limit=1e-9 + 60 * 60)["tasks"][0]
@@ -533,6 +560,8 @@ def test_the_command_end_to_end(artifact, tmp_path, monkeypatch, capsys):
         (["--tasks", "needle", "--context", "100"], "context of 100 is too short"),
         (["--tasks", "gsm8k", "--task-data", "absent.jsonl"], "'absent.jsonl' does not exist"),
         (["--tasks", "needle", "--limit", "0"], "--limit"),
+        (["--tasks", "needle", "--draws", "3"], "the same greedy answer 3 times"),
+        (["--temperature", "0.5"], "--temperature says"),
     ],
 )
 def test_options_are_refused_in_one_line(artifact, tmp_path, monkeypatch, capsys, options, message):

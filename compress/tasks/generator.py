@@ -1,5 +1,6 @@
-"""Greedy continuations of the same prompts through the packed cache and through an unquantised one."""
+"""Continuations of the same prompts through the packed cache and through an unquantised one."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -48,10 +49,12 @@ class PairedGenerator:
     Args:
         model: from load_pretrained.
         tokenizer: the artifact's.
+        temperature: of sampling from the whole vocabulary; 0 for greedy text.
+        seed: of sampling, with the batch's first prompt and the cache.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: Any, tokenizer: Any, temperature: float = 0.0, seed: int = 0) -> None:
+        self.model, self.tokenizer, self.temperature, self.seed = model, tokenizer, temperature, seed
         ends = model.generation_config.eos_token_id
         found = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id, tokenizer.pad_token_id}
         self.ends = sorted(i for i in found if i is not None)
@@ -60,7 +63,7 @@ class PairedGenerator:
     def generate(
         self, prompts: Sequence[Prompt], cache: CacheName, max_new_tokens: int, stops: Sequence[str] = ()
     ) -> list[tuple[str, int]]:
-        """(text, number of new tokens) for each prompt: greedy, up to an end-of-text token or a stop.
+        """(text, number of new tokens) for each prompt, up to an end-of-text token or a stop.
 
         Args:
             cache: "packed", or "16bit" for transformers' own cache in the type that the model computes in.
@@ -74,6 +77,9 @@ class PairedGenerator:
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt.ids) :] = torch.tensor(prompt.ids)
             mask[row, longest - len(prompt.ids) :] = 1
+        if self.temperature:
+            name = f"{self.seed} {cache} {prompts[0].id}"
+            torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big"))
         try:
             out = self._continue(ids, mask, cache, max_new_tokens, stops)
         except torch.OutOfMemoryError as error:
@@ -89,7 +95,8 @@ class PairedGenerator:
         place, longest = self.model.device, ids.shape[1]
         # the model's own generation config may ask for sampling or a repetition penalty
         config = GenerationConfig(
-            do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=1.0, top_p=1.0, top_k=50, no_repeat_ngram_size=0,
+            do_sample=self.temperature > 0, num_beams=1, repetition_penalty=1.0, temperature=self.temperature or 1.0, top_p=1.0,
+            top_k=0 if self.temperature else 50, no_repeat_ngram_size=0,
             max_new_tokens=max_new_tokens, pad_token_id=self.pad, eos_token_id=self.ends or None,
             prefill_chunk_size=PREFILL_CHUNK if longest > PREFILL_CHUNK else None,
         )  # fmt: skip

@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kvfold.compress.tasks.mcnemar import compare
+from kvfold.compress.tasks.mcnemar import compare, compare_draws
+from kvfold.compress.tasks.task import DRAW
 from kvfold.exports.account import Geometry, cache_nbytes
 from kvfold.kernels.attention import packed_tokens
 from kvfold.kernels.formats import Format
@@ -20,14 +21,14 @@ class TaskResult:
 
     task: str
     prompts: int  # that there are
-    pairs: int  # answered by both
+    pairs: int  # of answers: prompts that both answered, times the draws of each
     accuracy_16bit: float
     accuracy: float
     lost: int  # right with the 16-bit cache alone
     gained: int  # right with the packed cache alone
     points: float
     points_se: float | None
-    p: float  # McNemar, exact, two-sided
+    p: float  # two-sided: McNemar, exact; for several draws of a prompt a permutation test over prompts
     same_text: float  # share of pairs with the same continuation to the last character
     packed_share: (
         float  # of the tokens that a new token reads, those read from pages: mean over new tokens, then prompts
@@ -63,7 +64,12 @@ def summarise(
         records: those that both caches answered, as they stand in the file of answers; at least one.
         geometry, formats: of the packed cache.
     """
-    pair = compare([r["16bit"]["correct"] for r in records], [r["packed"]["correct"] for r in records])
+    questions: dict[str, list[dict[str, Any]]] = {}
+    for r in records:
+        questions.setdefault(r["id"].partition(DRAW)[0], []).append(r)
+    sides = [[[r[cache]["correct"] for r in rows] for rows in questions.values()] for cache in ("16bit", "packed")]
+    single = len(questions) == len(records)
+    pair = compare(*([x[0] for x in side] for side in sides)) if single else compare_draws(*sides)
     lengths = [r["prompt_tokens"] + r["packed"]["new_tokens"] for r in records]
     nbytes = sum(cache_nbytes(geometry, formats, n) for n in lengths)
 
@@ -116,7 +122,7 @@ def print_tasks(report: dict[str, Any]) -> None:
     for r in report["tasks"]:
         error = "" if r["points_se"] is None else f" ± {r['points_se']:.2f}"
         table.add_row(
-            r["task"], f"{r['pairs']}/{r['prompts']}", f"{r['accuracy_16bit']:.3f}", f"{r['accuracy']:.3f}", f"{r['points']:+.2f}{error}",
+            r["task"], f"{r['pairs']}/{r['prompts'] * report['draws']}", f"{r['accuracy_16bit']:.3f}", f"{r['accuracy']:.3f}", f"{r['points']:+.2f}{error}",
             str(r["lost"]), str(r["gained"]), f"{r['p']:.3f}", f"{r['same_text']:.2f}", f"{r['prompt_tokens']:.0f}", f"{r['packed_share']:.2f}",
             f"{r['effective_bits']:.2f}",
         )  # fmt: skip

@@ -40,10 +40,18 @@ class TaskRunner:
         key: what answers depend on besides the prompts.
         batch_size: prompts at a time.
         resume: go on with the answers that are there.
+        draws, temperature: answers to each prompt from each cache, and how they are sampled; 0 for greedy ones.
+        seed: of sampling.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, samples: Path, key: dict, batch_size: int, resume: bool) -> None:
-        self.generator = PairedGenerator(model, tokenizer)
+    def __init__(
+        self, model: Any, tokenizer: Any, samples: Path, key: dict, batch_size: int, resume: bool, draws: int = 1,
+        temperature: float = 0.0, seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.generator = PairedGenerator(model, tokenizer, temperature, seed)
+        self.draws = draws
+        if temperature:
+            key = {**key, "temperature": temperature, "seed": seed}
         self.geometry: Geometry = model.kv_artifact.geometry
         self.formats = model.kv_artifact.formats
         self.samples, self.key, self.batch_size, self.resume = samples, key, batch_size, resume
@@ -55,7 +63,8 @@ class TaskRunner:
             seconds: no batch begins that, going by those before, would end later; None for no limit.
         """
         begun = time.monotonic()
-        prompts = task.prompts(setting)
+        questions = task.prompts(setting)
+        prompts = [draw for question in questions for draw in question.draws(self.draws)]
         samples = Samples(self.samples / f"{name}.jsonl", {"task": name, **self.key}, self.resume)
         batches = batches_of([p for p in prompts if not samples.has(p)], self.batch_size, task.max_new_tokens)
         random.Random(setting.seed).shuffle(batches)  # stopping early must not leave the short prompts alone
@@ -68,7 +77,7 @@ class TaskRunner:
             samples.add(self._answer(task, batch))
             spent.append(time.monotonic() - start)
         found = [samples.records[p.id] for p in prompts if p.id in samples.records]
-        return summarise(name, len(prompts), found, self.geometry, self.formats) if found else None
+        return summarise(name, len(questions), found, self.geometry, self.formats) if found else None
 
     def _answer(self, task: Task, batch: list[Prompt]) -> list[dict[str, Any]]:
         texts, seconds = {}, {}
@@ -111,6 +120,8 @@ def run_tasks(
     batch_size: int = 16,
     time_limit: float | None = None,
     run_code: bool = False,
+    draws: int = 1,
+    temperature: float = 0.0,
     context: int | None = None,
     text: str | None = None,
     seed: int = 0,
@@ -128,16 +139,19 @@ def run_tasks(
         data: file, folder or datasets id of the task that reads one.
         limit: prompts of each task at the most.
         time_limit: seconds from now in which all tasks should be done; what is left is shared between the tasks left.
+        draws, temperature: answers sampled for each prompt; 0 is greedy text, of which a second one would say nothing new.
         context: tokens of prompt and answer at the most; default and limit: the model's maximum.
         text: haystack, a file or datasets id; default: the held-out text that the package ships.
         samples: folder of the answers, one JSON-lines file a task; default artifacts/NAME.tasks.
         resume: go on with the answers that are there.
         device, dtype, attention: as in load_pretrained. On a CPU, by default, the "16-bit" cache is float32: a stricter reference.
     Returns:
-        {model, artifact, device, dtype, batch_size, payload_bits, context, seed, samples, tasks: [TaskResult as a dict]}
+        {model, artifact, device, dtype, batch_size, payload_bits, context, seed, draws, temperature, samples, tasks: [TaskResult as a dict]}
     """
     begun = time.monotonic()
     wanted = parse_tasks(names, data, run_code)
+    if draws > 1 and not temperature:
+        raise KvfoldError(f"--draws {draws} would get the same greedy answer {draws} times; give a --temperature too.")
     path = resolve_artifact(artifact)
     model: Any = load_pretrained(path, device=device, dtype=dtype, attention=attention)
     if model.kv_triton:
@@ -158,7 +172,7 @@ def run_tasks(
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": {"kvfold": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
-    runner = TaskRunner(model, tokenizer, folder, info, batch_size, resume)
+    runner = TaskRunner(model, tokenizer, folder, info, batch_size, resume, draws, temperature, seed)
     results = []
     for done, name in enumerate(wanted):
         setting = Setting(tokenizer, context or most, limit, data, haystack, seed)
@@ -168,7 +182,9 @@ def run_tasks(
             stage(f"{name}: no time was left")
             continue
         results.append(r)
-        stage(f"{name}: {r.pairs} of {r.prompts} prompts, {r.accuracy_16bit:.3f} → {r.accuracy:.3f}, p {r.p:.3f}")
+        stage(
+            f"{name}: {r.pairs} of {r.prompts * draws} answers, {r.accuracy_16bit:.3f} → {r.accuracy:.3f}, p {r.p:.3f}"
+        )
     if not results:
         raise KvfoldError(f"--time-limit {time_limit:g} left no time for a single batch; give more seconds.")
     return {
@@ -180,6 +196,8 @@ def run_tasks(
         "payload_bits": metadata.account.payload_bits,
         "context": context or most,
         "seed": seed,
+        "draws": draws,
+        "temperature": temperature,
         "samples": str(folder),
         "tasks": [asdict(r) for r in results],
     }

@@ -3,8 +3,10 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+DRAW = "#"  # between a question's id and the number of an answer drawn for it
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ class Prompt:
     id: str
     ids: list[int]
     facts: dict[str, Any] = field(default_factory=dict)
+
+    def draws(self, count: int) -> "list[Prompt]":
+        """The same question `count` times, told apart by their ids."""
+        return [self] if count == 1 else [replace(self, id=f"{self.id}{DRAW}{i}") for i in range(count)]
 
     @property
     def sha256(self) -> str:
