@@ -351,6 +351,12 @@ def test_sampled_answers_are_seeded_and_differ_by_draw(model):
     texts = [PairedGenerator(model, tokenizer(), 1.0, seed).generate(prompts, "packed", 12) for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
     assert len({text for text, _ in texts[0]}) > 3
+    # where nothing is packed, both caches draw the same
+    short = Prompt("short", prompts[0].ids[:8]).draws(4)
+    plain, packed = (
+        PairedGenerator(model, tokenizer(), 1.0).generate(short, cache, 12) for cache in ("16bit", "packed")
+    )
+    assert plain == packed and len({text for text, _ in plain}) > 2
 
 
 def some_prompts(count: int = 5) -> list[Prompt]:

@@ -50,7 +50,7 @@ class PairedGenerator:
         model: from load_pretrained.
         tokenizer: the artifact's.
         temperature: of sampling from the whole vocabulary; 0 for greedy text.
-        seed: of sampling, with the batch's first prompt and the cache.
+        seed: of sampling, with the batch's first prompt.
     """
 
     def __init__(self, model: Any, tokenizer: Any, temperature: float = 0.0, seed: int = 0) -> None:
@@ -78,7 +78,7 @@ class PairedGenerator:
             ids[row, longest - len(prompt.ids) :] = torch.tensor(prompt.ids)
             mask[row, longest - len(prompt.ids) :] = 1
         if self.temperature:
-            name = f"{self.seed} {cache} {prompts[0].id}"
+            name = f"{self.seed} {prompts[0].id}"  # both caches draw alike, and part only where probabilities do
             torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big"))
         try:
             out = self._continue(ids, mask, cache, max_new_tokens, stops)
