@@ -1,4 +1,4 @@
-"""`kvfold bench kernel | decode | memory`: speed and memory, each against 16-bit caches in the same run on one machine."""
+"""`kvfold bench kernel | prompt | decode | memory`: speed and memory, each against 16-bit caches in the same run on one machine."""
 
 import json
 import os
@@ -122,6 +122,57 @@ def kernel_command(
     write_json(json_file, result)
 
 
+def prompt_command(
+    formats: Annotated[str, typer.Option(help="Formats by name: k2v2,best,k2v1.6,k4v4,16.")] = "k2v2,best",
+    shape: Annotated[str, typer.Option(help="llama3-8b or llama2-7b.")] = "llama3-8b",
+    tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 32768,
+    chunk: Annotated[int, typer.Option(help="Tokens that go through the model at a time.")] = 8192,
+    baseline: Annotated[bool, typer.Option("--baseline/--no-baseline", help="Time DynamicCache with sdpa too.")] = True,
+    sinks: SinksOption = 5,
+    window: WindowOption = 128,
+    page_tokens: PageOption = 32,
+    gate_tokens: Annotated[int, typer.Option(help="Tokens of the correctness gate's sequence.")] = 3333,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the gate's inputs; default: a new one each time.")] = None,
+    device: DeviceOption = "auto",
+    json_file: JsonOption = None,
+) -> None:
+    """Times a prompt of a model with random weights, after checking its attention; exits with 1 if the check fails."""
+    check_options(json_file, page_tokens, tokens=tokens, chunk=chunk, **{"gate-tokens": gate_tokens})
+    import torch
+
+    from kvfold.compress.bench_cases import pair
+    from kvfold.compress.bench_model import SHAPES, check_names
+    from kvfold.compress.bench_prompt import gate, prompt_rows
+    from kvfold.compress.plan import pick_device
+    from kvfold.kernels.bench_tools import machine
+    from kvfold.kernels.triton_attention import INTERPRET
+
+    target, names = pick_device(device), split(formats)
+    check_names(shape, names)
+    if target.type != "cuda" and not INTERPRET:
+        raise KvfoldError("`kvfold bench prompt` needs a CUDA device; to try the gate on a CPU set TRITON_INTERPRET=1.")
+    seed = secrets.randbelow(1 << 31) if seed is None else seed
+    torch.manual_seed(seed)
+    size, regions = SHAPES[shape], (sinks, window, page_tokens)
+    heads = (size["num_attention_heads"], size["num_key_value_heads"])
+    checks = gate({name: pair(name, size["head_dim"]) for name in names}, regions, heads, gate_tokens, target)
+    failed = [f"{name}: error {error} > {most}" for name, error, most in checks if not error <= most]
+    for text in failed:
+        print(f"kvfold: gate: {text}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(1)
+    where = machine(target)
+    worst = max(error / most for _, error, most in checks)
+    print(f"gate: {len(checks)} checks passed (seed {seed}), the worst at {worst:.2f} of what is allowed", flush=True)
+    rows = prompt_rows(shape, tokens, chunk, names, baseline, regions, target)
+    for row in rows:
+        ratio = f", {row['ratio']:.2f}× DynamicCache's speed" if row["ratio"] else ""
+        peak = "" if row["peak_bytes"] is None else f", peak {row['peak_bytes'] / 1e9:.2f} GB beside the weights"
+        speed = f"{row['ms']:.0f} ms, {row['tokens_per_s']:.0f} tokens/s"
+        print(f"{row['cache']} {shape} 1x{tokens} by {chunk}: {speed}{ratio}{peak} | {describe(where)}", flush=True)
+    write_json(json_file, {"machine": where, "seed": seed, "rows": rows})
+
+
 def decode_command(
     formats: Annotated[str, typer.Option(help="Formats by name: k2v2,best,k2v1.6,k4v4,16.")] = "k2v2",
     shape: Annotated[str, typer.Option(help="llama3-8b or llama2-7b.")] = "llama3-8b",
@@ -220,5 +271,6 @@ def describe(where: dict[str, str]) -> str:
 def add_to(app: typer.Typer) -> None:
     """Registers the commands."""
     app.command("kernel")(kernel_command)
+    app.command("prompt")(prompt_command)
     app.command("decode")(decode_command)
     app.command("memory")(memory_command)

@@ -20,6 +20,7 @@ from kvfold.kernels.tiles import program
 from kvfold.kernels.triton_bits import count, pick
 from kvfold.kernels.triton_merge import merge_kernel
 from kvfold.kernels.triton_packed import NEVER, packed_part
+from kvfold.kernels.triton_prompt import PageRun, read_together
 from kvfold.kernels.triton_raw import raw_blocks, raw_part, store_part
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -41,12 +42,12 @@ STAGES, TERNARY_STAGES = 4, 3  # tiles in flight and one
 # numbers that vary from call to call must not each compile a kernel of their own
 @triton.jit(
     do_not_specialize=[
-        "new", "table_width", "sinks", "window", "ring", "sliding", "query_blocks", "first_slot", "slots", "least",
+        "new", "table_width", "sinks", "window", "ring", "sliding", "query_blocks", "first_slot", "slots", "least", "skip",
     ]
 )  # fmt: skip
 def _attention_kernel(
     q_ptr, q_scale_ptr, q_shift_ptr, anchor, table, state, segments, raw_k, raw_v, o_ptr, ml_ptr, first_query, packed_before,
-    new, table_width, sinks, window, ring, sliding, query_blocks, first_slot, slots, least,
+    new, table_width, sinks, window, ring, sliding, query_blocks, first_slot, slots, least, skip,
     raw_stride_b, raw_stride_h, raw_stride_t,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
     PROMPT: tl.constexpr, SLIDING: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr,
@@ -55,6 +56,7 @@ def _attention_kernel(
 ):  # fmt: skip
     """Grid: (splits, KV heads, sequences × query blocks). Writes slots first_slot … first_slot + splits − 1 of `slots` parts: pages of
     one rung, and in the launch of the last rung the 16-bit rows behind them. HOLES: a part without either may stay unwritten.
+    PROMPT: the first `skip` pages are another part's.
     """
     split = tl.program_id(0)
     splits = tl.num_programs(0)
@@ -89,6 +91,8 @@ def _attention_kernel(
     columns = n < COLUMNS
     last_page = (tl.max(limit, 0) - sinks) // page_tokens
     first_page = tl.minimum(tl.maximum(tl.min(lowest, 0) - sinks, 0) // page_tokens, last_page)
+    if PROMPT:
+        first_page = tl.minimum(tl.maximum(first_page, skip), last_page)
     if RUNGS > 1:  # the last rung ends where the pages do: a page that comes due belongs to it
         if RUNG > 0:
             first_page = tl.maximum(first_page, tl.load(segments + b * (RUNGS + 1) + RUNG))
@@ -210,6 +214,7 @@ def attention(
     formats: Sequence[tuple[Format, Format]] | None = None,
     segments: Tensor | None = None,
     batch_invariant: bool = False,
+    together: Sequence[PageRun] = (),
 ) -> Tensor:
     """Attention of decoding steps or of prompts over packed pages and 16-bit rows.
 
@@ -236,6 +241,8 @@ def attention(
             the last rung without a write, and `append_step` must be given that rung's formats.
         batch_invariant: divide the pages by the sequence's own length alone, so that what a decoding step gives a sequence
             has the same bits in any batch. Prompts are divided by what their call holds; give them one sequence at a time.
+        together: of a prompt of one sequence, without sliding window and soft-cap: the runs of its first pages, all of which every
+            query reads; a library's attention takes them (triton_prompt.py).
     Raises:
         KvfoldError: `formats` and `segments` don't fit each other.
     """
@@ -255,7 +262,8 @@ def attention(
         splits = min(-(-units // (FIXED_TILES * 32)) * 32, most)  # in whole blocks of the merge
     elif not splits:
         splits = min(pick_splits(batch * kv_heads * blocks, table.shape[1] * page_tokens, table.device), most)
-    slots = splits * len(rungs)
+    parts = splits * len(rungs)
+    slots = parts + bool(together)
     device = out.device
     partial = torch.empty(batch * kv_heads * blocks, slots, padded, dim, dtype=torch.float32, device=device)
     ml = torch.empty(batch * kv_heads * blocks, slots, 2, padded, dtype=torch.float32, device=device)
@@ -265,6 +273,8 @@ def attention(
     shifts = queries.scale if shift is None else shift
     raw_pieces = program(raw16(dim), page_tokens).pieces
     holes = fixed or len(rungs) > 1
+    if together:
+        read_together(queries.data, queries.scale, together, table[0], page_tokens, partial[:, parts], ml[:, parts])
     for rung, pair in enumerate(rungs):
         k_program, v_program = (program(x, page_tokens) for x in pair)
         # ternary codes take more instructions than their bytes hide: addresses are loaded one tile ahead (LOG.md)
@@ -274,7 +284,7 @@ def attention(
             queries.data, queries.scale, shifts, anchor(device), table, state, none if segments is None else segments,
             raw_keys, raw_values, partial, ml, first_query if prompt else none, packed_before if prompt else none,
             new, table.shape[1], sinks, window, ring, sliding, blocks, rung * splits, slots,
-            FIXED_TILES if fixed else 1, *raw_keys.stride()[:3],
+            FIXED_TILES if fixed else 1, together[-1].end if together else 0, *raw_keys.stride()[:3],
             K=tuple(k_program), V=tuple(v_program), R=raw_pieces, N=padded, COLUMNS=queries.columns, GROUP=queries.group,
             PROMPT=prompt, SLIDING=sliding > 0, CAP=bend, SHIFT=shift is not None and bend > 0,
             RUNG=rung, RUNGS=len(rungs), HOLES=holes,

@@ -1,5 +1,6 @@
 """The packed cache's reads and writes by Triton kernels: what PackedLayer and LayerView do when `use_triton` is set."""
 
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -7,15 +8,21 @@ from torch import Tensor
 
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import LayerSpec
+from kvfold.kernels.attention import packed_tokens
 from kvfold.kernels.pages import page_address
 from kvfold.kernels.triton_append import append_step, empty_queries
-from kvfold.kernels.triton_attention import attention, prepare_queries
+from kvfold.kernels.triton_attention import Queries, attention, prepare_queries
 from kvfold.kernels.triton_encode import encode_pages, lower_pages
+from kvfold.kernels.triton_prompt import PageRun
 from kvfold.runtime.marks import marks_of
 
 if TYPE_CHECKING:
     from kvfold.runtime.layer import PackedLayer
     from kvfold.runtime.view import LayerView, RowView
+
+QUERY_CHUNK = 1024  # queries of a prompt at a time: what all of them read is decoded once
+LEAST_PACKED = 1024  # tokens in pages, and
+LEAST_ROWS = 256  # queries times heads of a group, from which on decoding pays
 
 
 def regions(geometry: Geometry) -> dict[str, Any]:
@@ -87,19 +94,40 @@ def _prompt(
     """The queries [1, num_heads, T, head_dim] of one sequence, whose keys and values were appended before."""
     spec, geometry = layer.spec, layer.geometry
     device = query.device
-    first = torch.tensor([layer.length[b] - query.shape[2]], dtype=torch.int32, device=device)
     before = torch.tensor([row.packed_before], dtype=torch.int32, device=device)
-    shift = spec.key.shift(query) if shifted else None
-    queries = prepare_queries(spec.key.apply_query(query), geometry.num_kv_heads, scaling, bends["softcap"], shift)
     table = layer.block_table[
         b : b + 1, : max(1, len(row.pages))
     ]  # of this sequence alone, whatever the batch has room for
     # a copy: where it begins decides how it is aligned, and each alignment would compile a kernel of its own
     state = layer.state[b : b + 1].clone()
-    attention(
-        queries, spec.key.format, spec.value.format, table, state, row.keys[None], row.values[None], out,
-        first_query=first, packed_before=before, **formats_of(layer, b), **bends, **regions(geometry),
-    )  # fmt: skip
+    bent = bool(bends["softcap"] or bends["sliding"])
+    for start in range(0, query.shape[2], QUERY_CHUNK):
+        chunk = query[:, :, start : start + QUERY_CHUNK]
+        position = layer.length[b] - query.shape[2] + start
+        first = torch.tensor([position], dtype=torch.int32, device=device)
+        shift = spec.key.shift(chunk) if shifted else None
+        queries = prepare_queries(spec.key.apply_query(chunk), geometry.num_kv_heads, scaling, bends["softcap"], shift)
+        attention(
+            queries, spec.key.format, spec.value.format, table, state, row.keys[None], row.values[None],
+            out[:, start : start + QUERY_CHUNK], first_query=first, packed_before=before,
+            together=() if bent else page_runs(layer, row, position, queries), **formats_of(layer, b), **bends,
+            **regions(geometry),
+        )  # fmt: skip
+
+
+def page_runs(layer: "PackedLayer", row: "RowView", position: int, queries: Queries) -> list[PageRun]:
+    """The pages that every query from `position` on reads, as runs of one rung; none where it would not pay to decode them."""
+    g = layer.geometry
+    count = max(row.packed_before, packed_tokens(position + 1, g.sinks, g.window, g.page_tokens)) // g.page_tokens
+    if count * g.page_tokens < LEAST_PACKED or queries.tokens * queries.group < LEAST_ROWS:
+        return []
+    runs, first = [], 0
+    for rung, pages in groupby(row.pages[:count], layer.pool.rung):
+        end = first + len(list(pages))
+        spec = layer.rungs[rung]
+        runs.append(PageRun(spec.key.format, spec.value.format, first, end))
+        first = end
+    return runs
 
 
 def store_pages(layer: "PackedLayer", keys: Tensor, values: Tensor, ids: list[int], spec: LayerSpec) -> None:

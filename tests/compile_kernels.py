@@ -14,13 +14,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvfold.kernels import triton_attention as kernels
+from kvfold.kernels import triton_prompt
 from kvfold.kernels.formats import Format, raw16
+from kvfold.kernels.planes import page_layout
 from kvfold.kernels.tiles import program
 
 POINTERS = {
     "q_ptr": "*fp16", "q_scale_ptr": "*fp32", "anchor": "*u8", "table": "*i64", "state": "*i32", "raw_k": "*fp16",
     "raw_v": "*fp16", "o_ptr": "*fp32", "ml_ptr": "*fp32", "first_query": "*i32", "packed_before": "*i32", "out": "*bf16",
-    "aux": "*fp32", "q_shift_ptr": "*fp32", "segments": "*i32",
+    "aux": "*fp32", "q_shift_ptr": "*fp32", "segments": "*i32", "anchor_ptr": "*u8", "pages": "*i64", "factors": "*fp32",
+    "keys": "*fp16", "values": "*fp16",
 }  # fmt: skip
 
 
@@ -64,6 +67,12 @@ def compile_merge(dim: int, prompt: bool = False, holes: bool = False, fixed: bo
     )  # fmt: skip
 
 
+def compile_decode(key_format: Format, value_format: Format) -> Any:
+    """Decoding of pages that a prompt's queries read together."""
+    constants = {"K": tuple(page_layout(key_format, 32)), "V": tuple(page_layout(value_format, 32))}
+    return compile_kernel(triton_prompt._decode_kernel, constants, num_warps=4)
+
+
 def main(name: str, prompt: bool) -> None:
     sys.path.insert(0, os.path.dirname(__file__))
     from test_triton_attention import PAIRS
@@ -78,6 +87,8 @@ def main(name: str, prompt: bool) -> None:
         compile_merge(64, holes=True, fixed=True)
     else:
         compile_pair(*PAIRS[name], prompt)
+        if prompt:
+            compile_decode(*PAIRS[name])
         compile_merge(PAIRS[name][0].head_dim, prompt)
 
 

@@ -1,4 +1,4 @@
-"""`kvfold bench kernel | decode | memory` on tiny shapes: the gate, the figures' arithmetic, caches that only look full."""
+"""`kvfold bench kernel | prompt | decode | memory` on tiny shapes: the gate, the figures' arithmetic, caches that only look full."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ import torch
 from conftest import CONFIGS, tiny_model
 
 from kvfold import KvfoldError
-from kvfold.compress import bench_cases, bench_decode, bench_gate, bench_kernel, bench_memory, bench_model
+from kvfold.compress import bench_cases, bench_decode, bench_gate, bench_kernel, bench_memory, bench_model, bench_prompt
 from kvfold.compress.bench_cases import Shape, finer, held_rows, make_case, pair
 from kvfold.compress.bench_gate import GateCase, gate_cases, run_gate
 from kvfold.compress.cli import main
@@ -224,6 +224,8 @@ def test_shapes_that_are_none(text):
         (("kernel", "--page-tokens", 24), "24"),
         (("kernel", "--gate-tokens", 0), "gate-tokens"),
         (("kernel", "--json", "no/such/folder/x.json"), "no/such/folder"),
+        (("prompt", "--chunk", 0), "chunk"),
+        (("prompt", "--shape", "llama9"), "llama9"),
         (("decode", "--shape", "llama9"), "llama9"),
         (("decode", "--shape", "tiny", "--baselines", "some"), "some"),
         (("memory", "--long-format", "k9"), "k9"),
@@ -292,6 +294,53 @@ def test_shapes_are_the_published_models(shape, count):
     layer = c.hidden_size * (2 * heads + 2 * kv + 3 * c.intermediate_size + 2)
     assert not c.tie_word_embeddings
     assert 2 * c.vocab_size * c.hidden_size + c.num_hidden_layers * layer + c.hidden_size == count
+
+
+PROMPT = (
+    "prompt",
+    "--shape",
+    "tiny",
+    "--tokens",
+    60,
+    "--chunk",
+    40,
+    "--formats",
+    "k2v2,best",
+    *SMALL,
+    "--gate-tokens",
+    75,
+)
+
+
+def test_prompt_command(kvfold, monkeypatch, tmp_path):
+    file = tmp_path / "p.json"
+    monkeypatch.setattr(bench_prompt, "REPEATS", 1)
+    code, out, err = kvfold(*PROMPT, "--json", file)
+    assert code == 0, err
+    found = json.loads(file.read_text())
+    base, *rows = found["rows"]
+    assert [base["cache"], *(row["cache"] for row in rows)] == ["dynamic", "k2v2", "best"] and base["ratio"] is None
+    for row in rows:
+        assert row["tokens_per_s"] == pytest.approx(60 / row["ms"] * 1e3)
+        assert row["ratio"] == pytest.approx(base["ms"] / row["ms"]) and row["peak_bytes"] is None
+    assert len(out.splitlines()) == 4 and "4 checks passed" in out
+
+
+@pytest.mark.parametrize(("fault", "wrong"), [("all", 2), ("together", 1)])
+def test_prompt_command_prints_no_speed_if_the_gate_fails(kvfold, monkeypatch, fault, wrong):
+    real = bench_prompt.attention
+
+    def broken(*args, **kwargs):
+        if fault == "all":
+            return args[7]  # nothing written
+        if kwargs["together"]:  # a page is read twice
+            kwargs["together"] = [*kwargs["together"], kwargs["together"][0]._replace(end=1)]
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(bench_prompt, "attention", broken)
+    monkeypatch.setattr(bench_prompt, "prompt_rows", None)  # not even measured
+    code, out, err = kvfold(*[x if x != "k2v2,best" else "k2v2" for x in PROMPT])
+    assert code == 1 and out == "" and err.count("gate: k2v2") == wrong
 
 
 def test_decode_command(kvfold, tmp_path):

@@ -66,6 +66,22 @@ def test_logits_are_the_references(models):
 
 
 @torch.no_grad()
+def test_a_prompt_whose_queries_read_pages_together(models, monkeypatch):
+    """In chunks of queries, of a padded batch: the second ones read pages that the same call packed."""
+    monkeypatch.setattr(runtime_triton, "QUERY_CHUNK", 48)
+    monkeypatch.setattr(runtime_triton, "LEAST_PACKED", 16)
+    monkeypatch.setattr(runtime_triton, "LEAST_ROWS", 64)
+    seen = []
+    real = runtime_triton.page_runs
+    monkeypatch.setattr(runtime_triton, "page_runs", lambda *args: seen.append(real(*args)) or seen[-1])
+    batch = batch_of([TEXTS[1] + TEXTS[0], TEXTS[1] * 2])
+    logits = [model(**batch).logits[batch.attention_mask.bool()] for model in models]
+    assert error(logits[1], logits[0]) < 1e-2
+    # of each row's chunks, in two layers: from query 48 on a page is packed, if there are 32 queries or more
+    assert [[run.end for run in runs] for runs in seen] == [[], [], [], [1], []] * 2
+
+
+@torch.no_grad()
 def test_pages_of_several_rungs_are_the_references(models, tmp_path):
     """A prompt, steps and a chunk under a budget that lowers pages on the way."""
     path = models[0].kv_artifact.path

@@ -1,0 +1,143 @@
+"""What many queries of a prompt read of the pages together, through a library's attention.
+
+The split-K kernel unpacks a page again for every 16 columns of queries: right for a step, for a prompt most of its time. So where all queries
+of a call read the same first pages, those are decoded to float16 a bounded run at a time, scratch that the next run overwrites, and a
+library's FlashAttention goes over them without a mask. It gives the logarithm of its sum of weights too, so that runs are merged as the
+parts of split-K are. Runs under Triton's interpreter on a CPU too, with plain torch in the library's place.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvfold.kernels.formats import Format
+from kvfold.kernels.pages import anchor
+from kvfold.kernels.planes import page_layout
+from kvfold.kernels.triton_bits import count, pick, pow2
+from kvfold.kernels.triton_codec import load_source, to_fp16
+
+SCRATCH_NBYTES = 64 << 20  # of decoded keys and values at a time
+KEY_SCALE = 64.0  # decoded keys carry the softmax scale; times this they lie in float16's middle
+LOG2_E = 1.4426950408889634
+
+
+class PageRun(NamedTuple):
+    """Pages of one pair of formats."""
+
+    key_format: Format
+    value_format: Format
+    first: int  # entry of the block table
+    end: int
+
+
+@triton.jit
+def _decode_class(block, to, factor, S: tl.constexpr, C: tl.constexpr):
+    """Channels of one class, a field of rows at a time."""
+    rows: tl.constexpr = pick(S, 7)
+    dim: tl.constexpr = pick(S, 9)
+    start: tl.constexpr = pick(C, 0)
+    channels: tl.constexpr = pick(C, 1)
+    row = tl.arange(0, rows)[:, None]
+    j = tl.arange(0, pow2(channels))[None, :]
+    inside = (j < channels) & (row < rows)
+    for f in tl.static_range(8):
+        x = load_source(block, 0, 0, 0, 0, f, row, start + j, inside, rows, S, start, start + channels)
+        tl.store(to + (f * rows + row) * dim + start + j, to_fp16(x * factor), mask=inside)
+
+
+@triton.jit
+def _decode_block(block, to, factor, S: tl.constexpr):
+    classes: tl.constexpr = pick(S, 1)
+    for i in tl.static_range(count(classes)):
+        _decode_class(block, to, factor, S, pick(classes, i))
+
+
+@triton.jit
+def _decode_kernel(anchor_ptr, pages, factors, keys, values, K: tl.constexpr, V: tl.constexpr):
+    """Grid: (pages, KV heads, keys or values)."""
+    i = tl.program_id(0)
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
+    k_nbytes: tl.constexpr = pick(K, 8)
+    v_nbytes: tl.constexpr = pick(V, 8)
+    size: tl.constexpr = 8 * pick(K, 7) * pick(K, 9)  # elements of a head's page
+    page = anchor_ptr + tl.load(pages + i) * 16
+    to = (head.to(tl.int64) * tl.num_programs(0) + i) * size
+    if tl.program_id(2) == 0:
+        _decode_block(page + head * k_nbytes, keys + to, tl.load(factors + head), K)
+    else:
+        _decode_block(page + heads * k_nbytes + head * v_nbytes, values + to, 1.0, V)
+
+
+def decode_pages(
+    pages: Tensor, key_format: Format, value_format: Format, factors: Tensor, keys: Tensor, values: Tensor, page_tokens: int
+) -> None:  # fmt: skip
+    """Decodes pages, in the order given.
+
+    Args:
+        pages: int64 [n], addresses (`page_address`).
+        factors: float32 [Hkv], what the keys of a head are multiplied with.
+        keys, values: float16 [Hkv, n·page_tokens, head_dim], contiguous; written.
+    """
+    _decode_kernel[(pages.numel(), keys.shape[0], 2)](
+        anchor(pages.device), pages, factors, keys, values,
+        K=tuple(page_layout(key_format, page_tokens)), V=tuple(page_layout(value_format, page_tokens)),
+        num_warps=max(1, min(4, page_tokens * keys.shape[2] // 1024)),
+    )  # fmt: skip
+
+
+def plain_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention without a mask, by a library on a GPU.
+
+    Args:
+        query: float16 [1, Hkv, T, head_dim]; keys, values: float16 [1, Hkv, S, head_dim].
+    Returns:
+        (float16 [1, Hkv, T, head_dim], float32 [1, Hkv, T], natural logarithms of the sums of weights)
+    """
+    if query.is_cuda:
+        found = torch.ops.aten._scaled_dot_product_flash_attention(query, keys, values, 0.0, False, False, scale=scale)
+        return found[0], found[1]
+    scores = query.float() @ keys.float().mT * scale
+    return (scores.softmax(-1) @ values.float()).half(), scores.logsumexp(-1)
+
+
+def read_together(
+    query: Tensor, scale: Tensor, runs: Sequence[PageRun], table: Tensor, page_tokens: int, out: Tensor, ml: Tensor
+) -> None:
+    """Attention of all queries of one sequence to whole runs of pages, as one part for the merge.
+
+    Args:
+        query, scale: `data` and `scale` of a `Queries` of one sequence.
+        runs: pages that every query reads.
+        table: int64 [entries], addresses of the sequence's pages.
+        out: float32 [Hkv · query blocks, N, head_dim], a part of the outputs, with weights' sum 1; written.
+        ml: float32 [Hkv · query blocks, 2, N], logarithms to base 2 of the sums of weights, and ones; written.
+    """
+    heads, dim = query.shape[1], query.shape[-1]
+    flat = query.view(1, heads, -1, dim)
+    tokens = max(1, SCRATCH_NBYTES // (4 * heads * dim * page_tokens)) * page_tokens
+    tokens = min(tokens, max(run.end - run.first for run in runs) * page_tokens)
+    keys, values = (torch.empty(heads * tokens * dim, dtype=torch.float16, device=query.device) for _ in range(2))
+    factors = scale.view(heads) * (KEY_SCALE / LOG2_E)
+    total = sums = None
+    step = tokens // page_tokens
+    for run in runs:
+        for first in range(run.first, run.end, step):
+            pages = table[first : min(first + step, run.end)]
+            shape = (heads, len(pages) * page_tokens, dim)
+            k, v = (x[: heads * shape[1] * dim].view(shape) for x in (keys, values))
+            decode_pages(pages, run.key_format, run.value_format, factors, k, v, page_tokens)
+            part, part_sums = plain_attention(flat, k[None], v[None], 1 / KEY_SCALE)
+            if total is None or sums is None:
+                total, sums = part.float(), part_sums
+            else:  # weights e^sums and e^part_sums
+                total.lerp_(part.float(), torch.sigmoid(part_sums - sums)[..., None])
+                sums = torch.logaddexp(sums, part_sums)
+    assert total is not None and sums is not None
+    out.copy_(total.view(out.shape))
+    ml[:, 0] = sums.view(ml[:, 0].shape) * LOG2_E
+    ml[:, 1] = 1.0

@@ -1,0 +1,120 @@
+"""Pages that all queries of a prompt read together: decoding by kernel, and the same attention as token by token."""
+
+import pytest
+import torch
+from test_triton_attention import DEVICE, PAIRS, Case, error
+
+from kvfold.kernels.attention import Tile, attend, packed_tokens
+from kvfold.kernels.formats import raw16, uniform
+from kvfold.kernels.pages import page_address
+from kvfold.kernels.quantizer import decode, encode
+
+pytest.importorskip("triton")
+from kvfold.kernels import triton_attention as kernels
+from kvfold.kernels import triton_prompt
+from kvfold.kernels.triton_prompt import PageRun, decode_pages, plain_attention
+
+
+def pages_of(pair, count, heads, page, seed=0):
+    """Encoded pages, one tensor each, and what they hold: two float32 [Hkv, count·page, D]."""
+    rng = torch.Generator().manual_seed(seed)
+    data, read = [], ([], [])
+    for _ in range(count):
+        blocks = [encode(torch.randn(heads, page, f.head_dim, generator=rng).half().to(DEVICE), f) for f in pair]
+        for side, block, fmt in zip(read, blocks, pair, strict=True):
+            side.append(decode(block, fmt, page))
+        data.append(torch.cat([x.flatten() for x in blocks]))
+    return data, tuple(torch.cat(side, 1) for side in read)
+
+
+@pytest.mark.parametrize(("name", "page"), [*((name, 32) for name in PAIRS), ("mixed both", 8), ("ternary 96", 128)])
+def test_pages_decode_to_what_the_reference_reads(name, page):
+    heads, dim = 2, PAIRS[name][0].head_dim
+    data, (keys, values) = pages_of(PAIRS[name], 2, heads, page)
+    pages = torch.tensor([page_address(x) for x in reversed(data)], device=DEVICE)
+    order = torch.arange(2 * page, device=DEVICE).view(2, page).flip(0).flatten()
+    factors = torch.tensor([0.25, 64.0], device=DEVICE)
+    got = [torch.full((heads, 2 * page, dim), torch.nan, dtype=torch.float16, device=DEVICE) for _ in range(2)]
+    decode_pages(pages, *PAIRS[name], factors, *got, page)
+    wanted = ((keys * factors[:, None, None])[:, order], values[:, order])
+    for found, want in zip(got, wanted, strict=True):
+        # a last bit of float32 may round to the other float16
+        torch.testing.assert_close(found.float(), want, rtol=1e-3, atol=1e-6)
+
+
+def prompt_case(pair, before, chunk, group, kv_heads=2, page=16, sinks=5, window=24):
+    """A Case, queries, what they should get, and the keywords of `attention` for them."""
+    total, dim = before + chunk, pair[0].head_dim
+    case = Case(pair, [total], group * kv_heads, kv_heads, page, sinks, window)
+    raw, read, count = case.rows[0]
+    query = torch.randn(1, group * kv_heads, chunk, dim, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    packed = packed_tokens(before, sinks, window, page)
+    at = torch.arange(total, device=DEVICE)
+    limit = sinks + (at[before:] + 1 - sinks - window).clamp_min(0) // page * page
+    limit = limit.clamp_min(sinks + packed)
+    middle = slice(sinks, sinks + count * page)
+    tiles = [Tile(*raw, at, False), Tile(read[0][:, middle], read[1][:, middle], at[middle], True)]
+    rows = torch.cat((at[: min(sinks, total)], at[sinks + packed :]))
+    raw16s = [x[None, :, rows].contiguous() for x in raw]
+    options = {
+        "first_query": torch.tensor([before], dtype=torch.int32, device=DEVICE),
+        "packed_before": torch.tensor([packed], dtype=torch.int32, device=DEVICE), **case.options(),
+    }  # fmt: skip
+    together = (int(limit[0]) - sinks) // page
+    return case, query, (at[before:], limit, tiles), raw16s, options, together
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "chunk", "group", "sink_logits"),
+    [("2 bits", 131, 19, 1, True), ("mixed keys", 60, 37, 4, False), ("ternary values", 101, 5, 7, True), ("4 and 5 bits, 96", 80, 20, 3, False)],
+)  # fmt: skip
+def test_reading_pages_together_changes_nothing(name, before, chunk, group, sink_logits, monkeypatch):
+    pair = PAIRS[name]
+    dim = pair[0].head_dim
+    case, query, (positions, limit, tiles), raw, options, together = prompt_case(pair, before, chunk, group)
+    assert together > 1
+    monkeypatch.setattr(triton_prompt, "SCRATCH_NBYTES", 4 * 2 * dim * 32)  # two pages at a time
+    aux = torch.linspace(-3, 3, group * 2, device=DEVICE) if sink_logits else None
+    want = attend(query[0], positions, limit, tiles, sinks=5, scaling=dim**-0.5, sinks_logit=aux)
+    for count in (1, together):
+        out = torch.full((1, chunk, group * 2, dim), float("nan"), device=DEVICE)
+        kernels.attention(
+            kernels.prepare_queries(query, 2, dim**-0.5), *pair, case.table, case.state, *raw, out, aux=aux,
+            together=[PageRun(*pair, 0, count)], **options,
+        )  # fmt: skip
+        assert error(out[0].transpose(0, 1), want) < 1e-3
+
+
+def test_runs_of_several_formats_are_read_together():
+    """Two rungs, the second in 16 bits; all of the first and part of the second are read together."""
+    dim, page, sinks = 64, 16, 5
+    pairs = [PAIRS["mixed keys"], (raw16(dim), uniform(dim, 256, "fp16"))]
+    case, query, (positions, limit, tiles), raw, options, together = prompt_case(pairs[0], 150, 18, 2)
+    count = case.rows[0][2]
+    data, read = pages_of(pairs[1], count - 4, 2, page, seed=9)
+    for i, block in enumerate(data):
+        case.table[0, 4 + i] = page_address(block)
+    at = slice(4 * page, None)
+    for tensor, new in zip(tiles[1][:2], read, strict=True):
+        tensor[:, at] = new
+    want = attend(query[0], positions, limit, tiles, sinks=sinks, scaling=dim**-0.5)
+    segments = torch.tensor([[0, 4, count]], dtype=torch.int32, device=DEVICE)
+    assert together > 6
+    for end in (2, 6):
+        runs = [PageRun(*pairs[0], 0, min(end, 4)), *([PageRun(*pairs[1], 4, end)] if end > 4 else [])]
+        out = torch.full((1, 18, 4, dim), float("nan"), device=DEVICE)
+        kernels.attention(
+            kernels.prepare_queries(query, 2, dim**-0.5), *pairs[0], case.table, case.state, *raw, out, formats=pairs,
+            segments=segments, together=runs, **options,
+        )  # fmt: skip
+        assert error(out[0].transpose(0, 1), want) < 1e-3
+
+
+def test_the_librarys_sums_are_natural_logarithms():
+    """What `read_together` counts on, of whichever attention this machine has."""
+    query, keys, values = (torch.randn(1, 2, n, 64, device=DEVICE).half() for n in (33, 70, 70))
+    out, sums = plain_attention(query, keys, values, 0.3)
+    scores = query.float() @ keys.float().mT * 0.3
+    assert out.shape == query.shape and out.dtype == torch.float16
+    assert error(out, scores.softmax(-1) @ values.float()) < 2e-3
+    torch.testing.assert_close(sums, scores.logsumexp(-1), rtol=1e-4, atol=1e-3)
