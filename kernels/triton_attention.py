@@ -37,6 +37,7 @@ MERGE_SLOTS = 256  # parts that it asks for at once
 MERGE_WARPS = 4
 WAVE = 8  # programs of one warp that share a multiprocessor: two to a scheduler, as the registers allow
 STAGES, TERNARY_STAGES = 4, 3  # tiles in flight and one
+FOUR_BIT_REGISTERS = 240  # with the 255 that it may take, Triton 3.6's ptxas spills 57 times a tile of K4/V4; with these, never
 
 
 # numbers that vary from call to call must not each compile a kernel of their own
@@ -280,6 +281,7 @@ def attention(
         # ternary codes take more instructions than their bytes hide: addresses are loaded one tile ahead (LOG.md)
         ternary = bool(k_program.trits or v_program.trits)
         stages = TERNARY_STAGES if ternary else STAGES
+        four_bit = not prompt and all(levels == 16 for fmt in pair for _, levels in fmt.classes)
         _attention_kernel[(splits, kv_heads, batch * blocks)](
             queries.data, queries.scale, shifts, anchor(device), table, state, none if segments is None else segments,
             raw_keys, raw_values, partial, ml, first_query if prompt else none, packed_before if prompt else none,
@@ -289,6 +291,7 @@ def attention(
             PROMPT=prompt, SLIDING=sliding > 0, CAP=bend, SHIFT=shift is not None and bend > 0,
             RUNG=rung, RUNGS=len(rungs), HOLES=holes,
             STAGES=stages, PREFETCH=ternary, BLOCK=RAW_BLOCK, INTERPRET=INTERPRET, num_warps=1, num_stages=stages,
+            maxnreg=FOUR_BIT_REGISTERS if four_bit else None,
         )  # fmt: skip
     slots_2 = 0 if fixed else next(n for n in (8, 32, 128, 256, 512, MOST_SLOTS) if n >= slots)
     channels = MERGE_CHANNELS if dim % MERGE_CHANNELS == 0 else 16
