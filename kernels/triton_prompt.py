@@ -86,8 +86,13 @@ def decode_pages(
     _decode_kernel[(pages.numel(), keys.shape[0], 2)](
         anchor(pages.device), pages, factors, keys, values,
         K=tuple(page_layout(key_format, page_tokens)), V=tuple(page_layout(value_format, page_tokens)),
-        num_warps=max(1, min(4, page_tokens * keys.shape[2] // 1024)),
+        num_warps=decode_warps(page_tokens, keys.shape[2]),
     )  # fmt: skip
+
+
+def decode_warps(page_tokens: int, head_dim: int) -> int:
+    """Warps of a program that decodes one side of one head's page: a power of two, some 1024 numbers each."""
+    return 1 << min(2, max(page_tokens * head_dim // 1024, 1).bit_length() - 1)
 
 
 def plain_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -138,6 +143,6 @@ def read_together(
                 total.lerp_(part.float(), torch.sigmoid(part_sums - sums)[..., None])
                 sums = torch.logaddexp(sums, part_sums)
     assert total is not None and sums is not None
-    out.copy_(total.view(out.shape))
+    out.copy_(total.reshape(out.shape))
     ml[:, 0] = sums.view(ml[:, 0].shape) * LOG2_E
     ml[:, 1] = 1.0

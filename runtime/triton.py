@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kvfold.runtime.layer import PackedLayer
     from kvfold.runtime.view import LayerView, RowView
 
-QUERY_CHUNK = 1024  # queries of a prompt at a time: what all of them read is decoded once
+QUERY_CHUNK = 4096  # queries of a prompt at a time: what all of them read is decoded once
 LEAST_PACKED = 1024  # tokens in pages, and
 LEAST_ROWS = 256  # queries times heads of a group, from which on decoding pays
 

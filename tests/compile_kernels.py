@@ -1,6 +1,6 @@
 """Compiles the attention kernels of pairs of formats for sm_90; a process of its own, because the interpreter is off here.
 
-usage: python tests/compile_kernels.py PROMPT PAIR …, where PAIR may be "rungs" or "fixed" (batch-invariant)
+usage: python tests/compile_kernels.py PROMPT PAIR …, where PAIR may be "rungs", "fixed" (batch-invariant) or "decode" (of all pairs)
 """
 
 import os
@@ -70,7 +70,8 @@ def compile_merge(dim: int, prompt: bool = False, holes: bool = False, fixed: bo
 def compile_decode(key_format: Format, value_format: Format) -> Any:
     """Decoding of pages that a prompt's queries read together."""
     constants = {"K": tuple(page_layout(key_format, 32)), "V": tuple(page_layout(value_format, 32))}
-    return compile_kernel(triton_prompt._decode_kernel, constants, num_warps=4)
+    num_warps = triton_prompt.decode_warps(32, key_format.head_dim)
+    return compile_kernel(triton_prompt._decode_kernel, constants, num_warps=num_warps)
 
 
 def main(name: str, prompt: bool) -> None:
@@ -85,10 +86,11 @@ def main(name: str, prompt: bool) -> None:
     elif name == "fixed":
         compile_pair(*PAIRS["2 bits"], fixed=True, cap=30.0)
         compile_merge(64, holes=True, fixed=True)
+    elif name == "decode":
+        for pair in PAIRS.values():
+            compile_decode(*pair)
     else:
         compile_pair(*PAIRS[name], prompt)
-        if prompt:
-            compile_decode(*PAIRS[name])
         compile_merge(PAIRS[name][0].head_dim, prompt)
 
 

@@ -215,7 +215,11 @@ def test_compiles_for_a_gpu(prompt):
     from pathlib import Path
 
     script = Path(__file__).parent / "compile_kernels.py"
-    pairs = ["mixed keys", "16 and 8 bits"] if prompt else ["2 bits", "ternary values", "8 and 6 bits, 80", "fixed"]
+    pairs = (
+        ["mixed keys", "16 and 8 bits", "decode"]
+        if prompt
+        else ["2 bits", "ternary values", "8 and 6 bits, 80", "fixed"]
+    )
     command = [sys.executable, script, str(int(prompt)), *pairs]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
