@@ -53,6 +53,8 @@ ROWS: dict[str, dict] = {
     },
     "two probe sequences": {"sensitivity": {"num_sequences": 2}},
     "five probe sequences": {"sensitivity": {"num_sequences": 5}},
+    "no conversations": {"sensitivity": {"conversations": 0}},
+    "6 conversations": {"sensitivity": {"conversations": 6}},
     "no recall text": {"calibration": {"texts": OLD, "num_sequences": 4}, "sensitivity": {"num_sequences": 4}},
     "no recall text; probes: maths, drama, code": {
         "calibration": {"texts": ["maths", "drama", "code", "prose"], "num_sequences": 4},

@@ -25,7 +25,7 @@ from kvfold.compress.evaluate import windows_of
 from kvfold.compress.fuse import fuse_pair_scale, fuse_values
 from kvfold.compress.models import load_model, quiet_transformers, read_config, resolve_model
 from kvfold.compress.search import set_parameters
-from kvfold.compress.sensitivity import Probe
+from kvfold.compress.sensitivity import Passage, Probe
 from kvfold.compress.tap import NAME as TAP
 from kvfold.compress.text import read_documents, sample_sequences
 from kvfold.compress.transforms.rotate import balance, rotate
@@ -97,7 +97,7 @@ def main() -> None:
     rows = []
     with torch.inference_mode(), tempfile.TemporaryDirectory() as work:
         stats = calibrate(model, arch, sequences, [1] * len(sequences), 512, Path(work))
-        probes = [Probe(model, arch, [ids], 4) for ids in windows]
+        probes = [Probe(model, arch, [Passage(ids, 4)]) for ids in windows]
 
         def measure(key, value, key_scales, value_scales) -> list[float]:
             taps = [rounding_tap(key, value, *scales) for scales in zip(key_scales, value_scales, strict=True)]

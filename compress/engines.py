@@ -13,7 +13,7 @@ from kvfold.compress.emulate import FP4_BLOCK, FP8_MAX, rounding_tap
 from kvfold.compress.layerwise import LayerRunner
 from kvfold.compress.models import load_model, read_config
 from kvfold.compress.progress import progress, stage
-from kvfold.compress.sensitivity import Probe
+from kvfold.compress.sensitivity import Passage, Probe
 from kvfold.compress.tap import NAME as TAP
 from kvfold.compress.tap import tapped
 from kvfold.compress.text import read_documents, sample_sequences
@@ -177,7 +177,7 @@ def export_modelopt(
     model, arch, sequences = _prepare(artifact, calib, device)
     with torch.inference_mode():
         keys, values = measure_ranges(model, arch, sequences).scales(per_head=False)
-        probe = Probe(model, arch, [ids[:, :PROBE_LEN] for ids in sequences[:1]], PROBE_STRIDE)
+        probe = Probe(model, arch, [Passage(ids[:, :PROBE_LEN], PROBE_STRIDE) for ids in sequences[:1]])
         losses: dict[str, list[float]] = {algo: [] for algo in KV_BITS}
         for i in progress(range(cache.num_layers), "sensitivity", "layer"):
             for algo, found in losses.items():

@@ -99,7 +99,7 @@ def _calibrate(artifact: Artifact, bits: int, calib: str | None, device: torch.d
     from transformers import AutoTokenizer
 
     from kvfold.compress.onnx_scales import calibrate_codecs, codec_tap
-    from kvfold.compress.sensitivity import Probe
+    from kvfold.compress.sensitivity import Passage, Probe
     from kvfold.compress.text import read_documents, sample_sequences
 
     name, documents = read_documents(calib)
@@ -112,7 +112,7 @@ def _calibrate(artifact: Artifact, bits: int, calib: str | None, device: torch.d
     sequences = sample_sequences(tokenizer, documents, NUM_SEQUENCES, length, stated.seed, name)
     with torch.inference_mode():
         codecs = calibrate_codecs(model, arch, sequences, stated.spread, bits)
-        probe = Probe(model, arch, [ids[:, :PROBE_LEN] for ids in sequences[:1]], PROBE_STRIDE)
+        probe = Probe(model, arch, [Passage(ids[:, :PROBE_LEN], PROBE_STRIDE) for ids in sequences[:1]])
         kl = probe.whole_model([codec_tap(pair) for pair in codecs])
     return codecs, kl
 

@@ -184,6 +184,8 @@ class SensitivityRecipe(_Strict):
         num_sequences, seq_len: of the probes.
         stride: every how many positions the KL is taken.
         probes: formats of a side that are measured.
+        conversations: questions about the calibration text, the model's answers to which are probed too (conversations.py); where
+            the tokenizer has a chat template.
     """
 
     method: Literal["kl", "first-order"] = "kl"
@@ -191,6 +193,7 @@ class SensitivityRecipe(_Strict):
     num_sequences: Annotated[int, Field(gt=0)] = 3
     seq_len: Annotated[int, Field(ge=64)] = 1024
     stride: Annotated[int, Field(gt=0)] = 4
+    conversations: Annotated[int, Field(ge=0)] = 2
 
 
 class Recipe(_Strict):

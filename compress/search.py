@@ -10,12 +10,13 @@ from torch import Tensor
 from kvfold.compress.allocate import Choice, allocate, least_nbytes
 from kvfold.compress.calibrate import calibrate
 from kvfold.compress.candidates import KeyCandidate, ValueCandidate, key_candidates, value_candidates
+from kvfold.compress.conversations import conversations
 from kvfold.compress.first_order import first_order
 from kvfold.compress.fuse import fuse_pair_scale, fuse_values
 from kvfold.compress.models import load_model
 from kvfold.compress.plan import Plan, check_reach
 from kvfold.compress.progress import progress, stage
-from kvfold.compress.sensitivity import Probe, packing_tap, sensitivities
+from kvfold.compress.sensitivity import Passage, Probe, packing_tap, sensitivities
 from kvfold.compress.tap import NAME as TAP
 from kvfold.exports.architectures import Architecture
 from kvfold.kernels.formats import Format
@@ -71,7 +72,12 @@ def search(plan: Plan, work: Path, device: torch.device, statistics: Path | None
     s = recipe.sensitivity
     sequences = [ids[:, : s.seq_len] for ids in plan.sequences[: s.num_sequences]]
     early = geometry.sinks + geometry.window + geometry.page_tokens - 1  # the next one is the first to read a page
-    probe = Probe(model, plan.arch, sequences, s.stride, early)
+    passages = [Passage(ids, s.stride) for ids in sequences]
+    if s.method == "kl" and s.conversations:
+        most = plan.config.max_position_embeddings
+        asked = conversations(model, plan.tokenizer, plan.sequences, s.conversations, most, recipe.seed, work)
+        passages += [Passage(ids, start=prompt - 1) for ids, prompt in asked]
+    probe = Probe(model, plan.arch, passages, early)
     fixed = plan.num_layers * geometry.fixed_nbytes(budget.at)
     packed = geometry.packed_elements(budget.at, plan.num_layers)
     target_bits = 8 * (budget.nbytes - fixed) / max(packed, 1)

@@ -9,7 +9,7 @@ model as it is. It is cheap because
 - the layers' losses add up (the artifact states how well), so that choices need no probing together;
 - the first tokens, which read no page, are as they were in every layer: behind the probed layer only the others are computed,
   with the first ones' keys and values as they were;
-- logits are compared at every `stride`-th position only, with the baseline's probabilities kept where they fit BASE_NBYTES.
+- logits are compared at every `stride`-th position of plain text only, with the baseline's probabilities kept where they fit BASE_NBYTES.
 With L layers and n probed formats a layer that is n·L/2 forward passes a sequence, less those first tokens. It runs in
 float32, because in bfloat16 the rounding of the rest of the model alone is as large as one layer's KL.
 """
@@ -18,6 +18,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -97,23 +98,37 @@ def packed_attention(
     return out
 
 
+@dataclass(frozen=True)
+class Passage:
+    """A sequence that is probed.
+
+    Attributes:
+        ids: int64 [1, T].
+        stride: every how many positions the KL is taken.
+        start: the first of them.
+    """
+
+    ids: Tensor
+    stride: int = 1
+    start: int = 0
+
+
 class Probe:
-    """The unquantised model on the probe sequences: hidden states before every layer, and log-probabilities.
+    """The unquantised model on passages: hidden states before every layer, and log-probabilities.
 
     Args:
         model: loaded with attention tap.NAME.
         arch: its row in the table.
-        sequences: int64 [1, T] each.
-        stride: every how many positions the KL is taken.
+        passages: the mean is over the positions of all of them.
         early: first positions that no tap of `measure` changes anything for.
     """
 
-    def __init__(self, model: Any, arch: Architecture, sequences: list[Tensor], stride: int, early: int = 0) -> None:
-        self.model, self.stride = model, stride
+    def __init__(self, model: Any, arch: Architecture, passages: Sequence[Passage], early: int = 0) -> None:
+        self.model, self.passages = model, passages
         self.attentions = arch.attention_modules(model)
         self.device = next(model.parameters()).device
-        self.runners = [LayerRunner(model, arch, ids.to(self.device)) for ids in sequences]
-        self.early = [min(early, ids.shape[1] - 1) // stride * stride for ids in sequences]
+        self.runners = [LayerRunner(model, arch, x.ids.to(self.device)) for x in passages]
+        self.early = [min(early, x.ids.shape[1] - 1) for x in passages]
         self.hidden: list[list[Tensor]] = []
         self.final: list[Tensor] = []
         self.past: list[list[tuple[Tensor, Tensor]]] = []  # keys and values [1, Hkv, early, D] of each layer
@@ -124,17 +139,20 @@ class Probe:
                     states.append(runner.run(i, states[-1]))
             self.hidden.append(states[:-1])
             self.past.append(past)
-            self.final.append(self._normed(states[-1]))
+            self.final.append(self._normed(len(self.final), states[-1]))
         vocabulary = logits_of(model, self.final[0][:1]).shape[-1]
         small = sum(map(len, self.final)) * vocabulary * 4 <= BASE_NBYTES
         self.base = [logits_of(model, x).log_softmax(-1) for x in self.final] if small else None
 
-    def _normed(self, hidden: Tensor) -> Tensor:
-        return self.model.base_model.norm(hidden[0, :: self.stride])
+    def _normed(self, index: int, hidden: Tensor, first: int = 0) -> Tensor:
+        """[n, hidden_size] at the positions of a passage that count, of its last layer's states [1, T − first, hidden_size]."""
+        passage = self.passages[index]
+        skipped = max(0, -(-(first - passage.start) // passage.stride))
+        return self.model.base_model.norm(hidden[0, passage.start + skipped * passage.stride - first :: passage.stride])
 
     def kl(self, finals: list[Tensor]) -> float:
-        """Mean KL(baseline ‖ probe) in nats over the strided positions; `finals`: normed hidden states [n, hidden_size], of the
-        last n such positions where they are fewer: the others are taken to be the baseline's."""
+        """Mean KL(baseline ‖ probe) in nats over the positions that count; `finals`: normed hidden states [n, hidden_size], of the
+        last n of them where they are fewer: the others are taken to be the baseline's."""
         total, count = 0.0, 0
         for i, (base, other) in enumerate(zip(self.final, finals, strict=True)):
             first = len(base) - len(other)
@@ -149,7 +167,9 @@ class Probe:
     def measure(self, layer: int, tap: Tap) -> float:
         """KL with one layer's attention replaced by `tap`, which leaves the `early` positions as they are."""
         finals = []
-        for runner, hidden, past, first in zip(self.runners, self.hidden, self.past, self.early, strict=True):
+        for i, (runner, hidden, past, first) in enumerate(
+            zip(self.runners, self.hidden, self.past, self.early, strict=True)
+        ):
             with ExitStack() as stack:
                 stack.enter_context(tapped(self.attentions[layer], tap))
                 state = runner.run(layer, hidden[layer])[:, first:]
@@ -157,7 +177,7 @@ class Probe:
                     if first:
                         stack.enter_context(tapped(attention, _behind(keys, values)))
                 state = runner.run_from(layer + 1, state, first)
-            finals.append(self._normed(state))
+            finals.append(self._normed(i, state, first))
         return self.kl(finals)
 
     def whole_model(self, taps: list[Tap] | None = None) -> float:
@@ -168,7 +188,7 @@ class Probe:
             return self._whole_model()
 
     def _whole_model(self) -> float:
-        return self.kl([self._normed(runner.run_from(0, runner.embedded)) for runner in self.runners])
+        return self.kl([self._normed(i, runner.run_from(0, runner.embedded)) for i, runner in enumerate(self.runners)])
 
 
 def _keep(past: list[tuple[Tensor, Tensor]], early: int) -> Tap:

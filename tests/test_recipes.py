@@ -16,7 +16,7 @@ from kvfold.compress.first_order import first_order, gradients
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import Recipe, load_recipe, shipped_recipes
 from kvfold.compress.search import choose
-from kvfold.compress.sensitivity import Probe, extrapolate, packing_tap, probed
+from kvfold.compress.sensitivity import Passage, Probe, extrapolate, packing_tap, probed
 from kvfold.compress.tap import NAME, tapped
 from kvfold.compress.transforms import Request
 from kvfold.compress.transforms.smooth import pair_scale, smooth
@@ -205,7 +205,7 @@ def probe(request):
     model.requires_grad_(False)
     ids = [torch.randint(0, 128, (1, n), generator=torch.Generator().manual_seed(n)) for n in (41, 33)]
     with torch.no_grad():
-        return Probe(model, architecture_of(CONFIGS[request.param]()), ids, 4), ids
+        return Probe(model, architecture_of(CONFIGS[request.param]()), [Passage(x, 4) for x in ids]), ids
 
 
 @torch.no_grad()
@@ -220,8 +220,10 @@ def test_a_probe_that_leaves_the_first_positions_out_measures_the_same(family, k
     geometry = Geometry(model.config.num_key_value_heads, head_dim_of(model.config), 3, 16, 8)
     ids = [torch.randint(0, 128, (1, n), generator=torch.Generator().manual_seed(n)) for n in (75, 61, 20)]
     arch = architecture_of(CONFIGS[family]())
-    whole, late = (Probe(model, arch, ids, 4, early) for early in (0, 3 + 16 + 8 - 1))
-    assert whole.early == [0, 0, 0] and late.early == [24, 24, 16]
+    passages = [Passage(ids[0], 4), Passage(ids[1], start=41), Passage(ids[2], 3, start=7)]
+    whole, late = (Probe(model, arch, passages, early) for early in (0, 3 + 16 + 8 - 1))
+    assert whole.early == [0, 0, 0] and late.early == [26, 26, 19]
+    assert [len(x) for x in late.final] == [19, 20, 5]
     assert (late.base is not None) == kept
     keys = KeySpec(uniform(geometry.head_dim, 3))
     for layer in range(3):
