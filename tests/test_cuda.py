@@ -76,12 +76,12 @@ def test_kernels_agree_with_the_reference(paths, dtype):
     Logits may be as far off as attention makes them that is as far off as kernels may be (LARGEST_ERROR; in float32 they multiply
     in float16): a tiny mixture of experts amplifies that more than others do.
     """
-    reference, triton, disturbed = models = [
+    models = [
         runtime.load_pretrained(paths, device=DEVICE, dtype=dtype, attention=name)
         for name in ("reference", "triton", "reference")
     ]
     assert [model.kv_triton for model in models] == [False, True, False]
-    disturb(disturbed, LARGEST_ERROR.get(dtype, LARGEST_ERROR[torch.float16]))
+    disturb(models[2], LARGEST_ERROR.get(dtype, LARGEST_ERROR[torch.float16]))
     ids = torch.randint(1, 128, (2, 97), generator=torch.Generator().manual_seed(4)).to(DEVICE)
     mask = torch.ones_like(ids)
     mask[1, :13] = 0
