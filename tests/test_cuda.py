@@ -5,13 +5,11 @@ import torch
 from conftest import TINY_RECIPE, char_tokenizer, save_tiny
 
 from kvfold import runtime
-from kvfold.compress.bench_gate import LARGEST_ERROR
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import load_recipe
 from kvfold.runtime.layer import PackedLayer
 from kvfold.runtime.view import Padding
 
-DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 TEXT = "the cache of a long sequence holds keys and values for every token that was read before and after it all"
 
@@ -54,39 +52,18 @@ def relative(got, expected):
     return float((got.float() - expected.float()).norm() / expected.float().norm())
 
 
-def disturb(model, error):
-    """Makes every head's attention wrong by a random `error` of its length: what a step's logits then lose depends on the model."""
-    rng = torch.Generator(model.device).manual_seed(0)
-
-    def hook(module, inputs):
-        heads = inputs[0].unflatten(-1, (-1, model.kv_artifact.geometry.head_dim))
-        noise = torch.randn(heads.shape, generator=rng, device=heads.device)
-        scale = heads.float().square().mean(-1, keepdim=True).sqrt()
-        return ((heads + error * scale * noise).to(heads.dtype).flatten(-2),)
-
-    for layer in model.model.layers:
-        layer.self_attn.o_proj.register_forward_pre_hook(hook)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-2), (torch.bfloat16, 1e-1)])
 @torch.no_grad()
-def test_kernels_agree_with_the_reference(paths, dtype):
-    """A ragged batch padded on the left: prompt, steps in which pages come due, a chunk, steps.
-
-    Logits may be as far off as attention makes them that is as far off as kernels may be (LARGEST_ERROR; in float32 they multiply
-    in float16): a tiny mixture of experts amplifies that more than others do.
-    """
-    models = [
-        runtime.load_pretrained(paths, device=DEVICE, dtype=dtype, attention=name)
-        for name in ("reference", "triton", "reference")
-    ]
-    assert [model.kv_triton for model in models] == [False, True, False]
-    disturb(models[2], LARGEST_ERROR.get(dtype, LARGEST_ERROR[torch.float16]))
-    ids = torch.randint(1, 128, (2, 97), generator=torch.Generator().manual_seed(4)).to(DEVICE)
+def test_kernels_agree_with_the_reference(paths, dtype, tolerance):
+    """A ragged batch padded on the left: prompt, steps in which pages come due, a chunk, steps."""
+    reference, triton = (
+        runtime.load_pretrained(paths, device="cuda", dtype=dtype, attention=name) for name in ("reference", "triton")
+    )
+    assert [reference.kv_triton, triton.kv_triton] == [False, True]
+    ids = torch.randint(1, 128, (2, 97), generator=torch.Generator().manual_seed(4)).cuda()
     mask = torch.ones_like(ids)
     mask[1, :13] = 0
-    caches = [None] * 3
-    errors = []
+    caches = [None, None]
     for part in (
         slice(0, 61),
         *(slice(t, t + 1) for t in range(61, 80)),
@@ -95,16 +72,13 @@ def test_kernels_agree_with_the_reference(paths, dtype):
     ):
         outs = [
             model(ids[:, part], attention_mask=mask[:, : part.stop], past_key_values=cache)
-            for model, cache in zip(models, caches, strict=True)
+            for model, cache in zip((reference, triton), caches, strict=True)
         ]
         caches = [out.past_key_values for out in outs]
         kept = mask[:, part].bool()
-        wanted, *others = (out.logits[kept] for out in outs)
-        errors.append([relative(other, wanted) for other in others])
+        assert relative(outs[1].logits[kept], outs[0].logits[kept]) < tolerance
         assert caches[0].nbytes == caches[1].nbytes
-    got, allowed = (max(column) for column in zip(*errors, strict=True))
-    assert got < allowed < 0.2
-    for one, other in zip(caches[0].layers, caches[1].layers, strict=True):
+    for one, other in zip(*(cache.layers for cache in caches), strict=True):
         assert one.state.tolist() == other.state.tolist()
 
 

@@ -179,13 +179,10 @@ def test_state_moves_on_only_when_asked():
     assert case.state.tolist() == [[100, 4], [61, 2]]
 
 
-@pytest.mark.parametrize("name", ["2 bits", "mixed keys", "ternary values", "16 and 8 bits"])
-@pytest.mark.parametrize(("before", "chunk", "group"), [(0, 70, 1), (70, 20, 3), (131, 2, 4), (20, 19, 2)])
-def test_prompts_read_what_token_by_token_reads(name, before, chunk, group):
-    key_format, value_format = PAIRS[name]
-    sinks, window, page, kv_heads = 5, 24, 16, 2
-    total, dim = before + chunk, key_format.head_dim
-    case = Case((key_format, value_format), [total], group * kv_heads, kv_heads, page)
+def prompt_case(pair, before, chunk, group, kv_heads=2, page=16, sinks=5, window=24):
+    """A Case, queries, what they should get, and the keywords of `attention` for them."""
+    total, dim = before + chunk, pair[0].head_dim
+    case = Case(pair, [total], group * kv_heads, kv_heads, page, sinks, window)
     raw, read, count = case.rows[0]
     query = torch.randn(1, group * kv_heads, chunk, dim, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     packed = packed_tokens(before, sinks, window, page)
@@ -194,15 +191,25 @@ def test_prompts_read_what_token_by_token_reads(name, before, chunk, group):
     limit = limit.clamp_min(sinks + packed)
     middle = slice(sinks, sinks + count * page)
     tiles = [Tile(*raw, at, False), Tile(read[0][:, middle], read[1][:, middle], at[middle], True)]
-    want = attend(query[0], at[before:], limit, tiles, sinks=sinks, scaling=dim**-0.5)
     rows = torch.cat((at[: min(sinks, total)], at[sinks + packed :]))
-    out = torch.full((1, chunk, group * kv_heads, dim), float("nan"), device=DEVICE)
-    kernels.attention(
-        kernels.prepare_queries(query, kv_heads, dim**-0.5), key_format, value_format, case.table, case.state,
-        raw[0][None, :, rows].contiguous(), raw[1][None, :, rows].contiguous(), out,
-        first_query=torch.tensor([before], dtype=torch.int32, device=DEVICE),
-        packed_before=torch.tensor([packed], dtype=torch.int32, device=DEVICE), **case.options(),
-    )  # fmt: skip
+    raw16s = [x[None, :, rows].contiguous() for x in raw]
+    options = {
+        "first_query": torch.tensor([before], dtype=torch.int32, device=DEVICE),
+        "packed_before": torch.tensor([packed], dtype=torch.int32, device=DEVICE), **case.options(),
+    }  # fmt: skip
+    together = (int(limit[0]) - sinks) // page
+    return case, query, (at[before:], limit, tiles), raw16s, options, together
+
+
+@pytest.mark.parametrize("name", ["2 bits", "mixed keys", "ternary values", "16 and 8 bits"])
+@pytest.mark.parametrize(("before", "chunk", "group"), [(0, 70, 1), (70, 20, 3), (131, 2, 4), (20, 19, 2)])
+def test_prompts_read_what_token_by_token_reads(name, before, chunk, group):
+    pair = PAIRS[name]
+    dim = pair[0].head_dim
+    case, query, (positions, limit, tiles), raw, options, _ = prompt_case(pair, before, chunk, group)
+    want = attend(query[0], positions, limit, tiles, sinks=5, scaling=dim**-0.5)
+    out = torch.full((1, chunk, group * 2, dim), float("nan"), device=DEVICE)
+    kernels.attention(kernels.prepare_queries(query, 2, dim**-0.5), *pair, case.table, case.state, *raw, out, **options)
     assert error(out[0].transpose(0, 1), want) < 1e-3
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_triton_attention import DEVICE, PAIRS, Case, error
+from test_triton_attention import DEVICE, PAIRS, error, prompt_case
 
-from kvfold.kernels.attention import Tile, attend, packed_tokens
+from kvfold.kernels.attention import attend
 from kvfold.kernels.formats import raw16, uniform
 from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import decode, encode
@@ -40,28 +40,6 @@ def test_pages_decode_to_what_the_reference_reads(name, page):
     for found, want in zip(got, wanted, strict=True):
         # a last bit of float32 may round to the other float16
         torch.testing.assert_close(found.float(), want, rtol=1e-3, atol=1e-6)
-
-
-def prompt_case(pair, before, chunk, group, kv_heads=2, page=16, sinks=5, window=24):
-    """A Case, queries, what they should get, and the keywords of `attention` for them."""
-    total, dim = before + chunk, pair[0].head_dim
-    case = Case(pair, [total], group * kv_heads, kv_heads, page, sinks, window)
-    raw, read, count = case.rows[0]
-    query = torch.randn(1, group * kv_heads, chunk, dim, generator=torch.Generator().manual_seed(3)).to(DEVICE)
-    packed = packed_tokens(before, sinks, window, page)
-    at = torch.arange(total, device=DEVICE)
-    limit = sinks + (at[before:] + 1 - sinks - window).clamp_min(0) // page * page
-    limit = limit.clamp_min(sinks + packed)
-    middle = slice(sinks, sinks + count * page)
-    tiles = [Tile(*raw, at, False), Tile(read[0][:, middle], read[1][:, middle], at[middle], True)]
-    rows = torch.cat((at[: min(sinks, total)], at[sinks + packed :]))
-    raw16s = [x[None, :, rows].contiguous() for x in raw]
-    options = {
-        "first_query": torch.tensor([before], dtype=torch.int32, device=DEVICE),
-        "packed_before": torch.tensor([packed], dtype=torch.int32, device=DEVICE), **case.options(),
-    }  # fmt: skip
-    together = (int(limit[0]) - sinks) // page
-    return case, query, (at[before:], limit, tiles), raw16s, options, together
 
 
 @pytest.mark.parametrize(
