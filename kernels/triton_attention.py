@@ -37,9 +37,8 @@ MERGE_SLOTS = 256  # parts that it asks for at once
 MERGE_WARPS = 4
 WAVE = 8  # programs of one warp that share a multiprocessor: two to a scheduler, as the registers allow
 STAGES, TERNARY_STAGES = 4, 3  # tiles in flight and one
-FOUR_BIT_REGISTERS = (
-    240  # with the 255 that it may take, Triton 3.6's ptxas spills 57 times a tile of K4/V4; with these, never
-)
+# of steps over 4-bit pages: with the 255 that it may take, Triton 3.6's ptxas spills 57 times a tile, with these never
+FOUR_BIT_REGISTERS = 240
 
 
 # numbers that vary from call to call must not each compile a kernel of their own
