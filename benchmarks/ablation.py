@@ -1,16 +1,17 @@
 """Takes the ingredients out of the recipe `best` one at a time, at equal payload bits, through the packed cache.
 
-usage: python benchmarks/ablation.py [MODEL …] [--bits 2.25] [--text FILE|DATASET] [--windows 8] [--rows NAME,…]
+usage: python benchmarks/ablation.py [MODEL …] [--bits 2.25] [--text FILE|DATASET] [--windows 8] [--rows NAME,…] [--jobs 1]
 
 Every row is a real artifact, compressed anew and measured on each window alone; rows that calibrate alike share their
-statistics. Prints Markdown, and writes Markdown and JSON, after each row; run again, it goes on where it stopped.
+statistics. Prints Markdown, and writes Markdown and JSON, after each row; run again, it goes on where it stopped. --jobs makes so many rows at a
+time, the GPUs shared out between them.
 """
 
 import argparse
 import time
 from pathlib import Path
 
-from runs import Rows, comparable, geometry_of, make, mean_and_error, measure
+from runs import Rows, comparable, folder_of, geometry_of, make, mean_and_error, measure, side_by_side
 
 from kvfold.compress.models import quiet_transformers
 from kvfold.compress.recipe import Recipe, load_recipe
@@ -93,7 +94,7 @@ def table(rows: dict[str, dict]) -> str:
         "| row | payload bits | K | V | Δloss | KL | KL − best's | top-1 | s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, row in rows.items():
+    for name, row in ((name, rows[name]) for name in ROWS if name in rows):
         kl, loss = mean_and_error(row["kl"]), mean_and_error(row["dnll"])
         rest = [a - b for a, b in zip(row["kl"], rows["best"]["kl"], strict=True)] if "best" in rows else [0.0]
         difference = mean_and_error(rest)
@@ -102,6 +103,19 @@ def table(rows: dict[str, dict]) -> str:
             f"| {kl[0]:.4f} ± {kl[1]:.4f} | {difference[0]:+.4f} ± {difference[1]:.4f} | {mean_and_error(row['top1'])[0]:.3f} | {row['seconds']:.0f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def measured(change: dict, model: str, options: argparse.Namespace) -> dict:
+    """One row: an artifact made and measured."""
+    quiet_transformers()
+    begun = time.monotonic()
+    recipe = recipe_for(change, model, options.bits)
+    artifact = folder_of(options.out / Path(model).name, options.jobs) / "artifact"
+    figures = make(model, recipe, max(options.bits, change.get("least", 0)), artifact, options.device)
+    seconds = time.monotonic() - begun
+    found = measure(artifact, options.text, options.first_window, options.windows, options.seq_len, options.device)
+    lists = {"kl": [e.kl for e in found], "dnll": [e.dnll for e in found], "top1": [e.top1_agreement for e in found]}
+    return {**figures, **lists, "seconds": seconds, "change": change}
 
 
 def main() -> None:
@@ -113,32 +127,22 @@ def main() -> None:
     parser.add_argument("--first-window", type=int, default=0)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--rows", help="names, or parts of names, between commas")
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("artifacts/ablation"))
     options = parser.parse_args()
-    quiet_transformers()
     wanted = [part.strip().lower() for part in options.rows.split(",")] if options.rows else [""]
     for model in options.models:
         name = Path(model).name
         shared = {k: getattr(options, k) for k in ("bits", "text", "windows", "first_window", "seq_len")}
         done = Rows(options.out / f"ablation-{name}.json", {"model": model, **shared})
-        for row, change in ROWS.items():
-            if row in done or not any(part in row.lower() for part in wanted):
-                continue
-            begun = time.monotonic()
-            recipe = recipe_for(change, model, options.bits)
-            artifact = options.out / name / "artifact"
-            figures = make(model, recipe, max(options.bits, change.get("least", 0)), artifact, options.device)
-            seconds = time.monotonic() - begun
-            found = measure(
-                artifact, options.text, options.first_window, options.windows, options.seq_len, options.device
-            )
-            lists = {
-                "kl": [e.kl for e in found],
-                "dnll": [e.dnll for e in found],
-                "top1": [e.top1_agreement for e in found],
-            }
-            done.add(row, {**figures, **lists, "seconds": seconds, "change": change})
+        left = {
+            row: (change, model, options)
+            for row, change in ROWS.items()
+            if row not in done and any(part in row.lower() for part in wanted)
+        }
+        for row, found in side_by_side(measured, left, options.jobs):
+            done.add(row, found)
             text = table(done.rows)
             (options.out / f"ablation-{name}.md").write_text(text, encoding="utf-8")
             print(f"{name}\n{text}", flush=True)

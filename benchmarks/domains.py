@@ -1,10 +1,10 @@
 """Calibrates on one domain and tests on the others: KL at equal payload bits, through the packed cache.
 
-usage: python benchmarks/domains.py [MODEL] [--domain NAME=CALIBRATION,TEST …] [--bits 2.25] [--windows 4] [--seq-len 512] [--alone]
+usage: python benchmarks/domains.py [MODEL] [--domain NAME=CALIBRATION,TEST …] [--bits 2.25] [--windows 4] [--seq-len 512] [--alone] [--jobs 1]
 
 Without --domain the built-in texts are calibrated on, and the tests are the held-out text's maths, drama and prose, and a module of Python's
 standard library. A row is a calibration, a column a test; "all" is the built-in text as a whole. A text that is given is joined by the
-built-in one, as `kvfold compress --calib` does; with --alone it is all that is calibrated on. Goes on where an interrupted run stopped.
+built-in one, as `kvfold compress --calib` does; with --alone it is all that is calibrated on. --jobs makes so many rows at a time, the GPUs shared out between them. Goes on where an interrupted run stopped.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import csv
 import inspect
 from pathlib import Path
 
-from runs import Rows, comparable, make, mean_and_error, measure
+from runs import Rows, comparable, folder_of, make, mean_and_error, measure, side_by_side
 
 from kvfold.compress.models import quiet_transformers
 from kvfold.compress.recipe import load_recipe
@@ -62,6 +62,21 @@ def worst(rows: dict[str, dict], names: list[str]) -> float:
     return max(mean_and_error(rows[c]["kl"][t])[0] / own[t] for c in names for t in names)
 
 
+def measured(calibration: str | None, domains: dict[str, tuple[str, str]], options: argparse.Namespace) -> dict:
+    """One row: an artifact made and measured on every test."""
+    quiet_transformers()
+    recipe = comparable(load_recipe(options.recipe))
+    if options.alone:
+        recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"general": False})})
+    artifact = folder_of(options.out / Path(options.model).name, options.jobs) / "artifact"
+    figures = make(options.model, recipe, options.bits, artifact, options.device, calibration)
+    kl = {
+        test: [e.kl for e in measure(artifact, text, 0, options.windows, options.seq_len, options.device)]
+        for test, (_, text) in domains.items()
+    }
+    return {**figures, "kl": kl}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="smollm2-135m")
@@ -74,10 +89,10 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--alone", action="store_true")
     parser.add_argument("--rows", help="calibrations, between commas; default: all")
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("artifacts/domains"))
     options = parser.parse_args()
-    quiet_transformers()
     domains: dict[str, tuple[str, str]] = {}
     for text in options.domain:
         name, _, both = text.partition("=")
@@ -90,21 +105,14 @@ def main() -> None:
     shared = {k: getattr(options, k) for k in ("model", "bits", "recipe", "windows", "seq_len", "alone")}
     label = Path(options.model).name
     done = Rows(options.out / f"domains-{label}.json", {**shared, "domains": domains})
-    recipe = comparable(load_recipe(options.recipe))
-    if options.alone:
-        recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"general": False})})
     wanted = options.rows.split(",") if options.rows else [*names, "all"]
-    for name, calibration in [*((n, c) for n, (c, _) in domains.items()), ("all", None)]:
-        if name in wanted and name not in done:
-            artifact = options.out / label / "artifact"
-            figures = make(options.model, recipe, options.bits, artifact, options.device, calibration)
-            kl = {
-                test: [e.kl for e in measure(artifact, text, 0, options.windows, options.seq_len, options.device)]
-                for test, (_, text) in domains.items()
-            }
-            done.add(name, {**figures, "kl": kl})
-        markdown = table(done.rows, names)
-        (options.out / f"domains-{label}.md").write_text(markdown, encoding="utf-8")
+    calibrations = {name: calibration for name, (calibration, _) in domains.items()} | {"all": None}
+    left = {n: (c, domains, options) for n, c in calibrations.items() if n in wanted and n not in done}
+    for name, row in side_by_side(measured, left, options.jobs):
+        done.add(name, row)
+        (options.out / f"domains-{label}.md").write_text(table(done.rows, names), encoding="utf-8")
+    markdown = table({name: done.rows[name] for name in calibrations if name in done}, names)
+    (options.out / f"domains-{label}.md").write_text(markdown, encoding="utf-8")
     print(markdown)
     if all(name in done for name in names):
         print(f"worst ratio between single domains: {worst(done.rows, names):.2f} (limit {LIMIT:g})")

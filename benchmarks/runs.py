@@ -2,7 +2,10 @@
 
 import json
 import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from math import ceil
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,34 @@ class Rows:
         scratch = self.path.with_suffix(".part")
         scratch.write_text(json.dumps({"options": self.options, "rows": self.rows}, indent=1) + "\n", encoding="utf-8")
         os.replace(scratch, self.path)
+
+
+def side_by_side(work: Callable, tasks: dict[str, tuple], jobs: int) -> Iterator[tuple[str, Any]]:
+    """(name, work(*arguments)) of every task as it is done: one after another, or in `jobs` processes that share the GPUs out."""
+    if jobs == 1:
+        for name, arguments in tasks.items():
+            yield name, work(*arguments)
+        return
+    context = get_context("spawn")
+    started = context.Value("i", 0)
+    with ProcessPoolExecutor(jobs, context, _take_device, (started, torch.cuda.device_count(), jobs)) as pool:
+        found = {pool.submit(work, *arguments): name for name, arguments in tasks.items()}
+        for future in as_completed(found):
+            yield found[future], future.result()
+
+
+def _take_device(started: Any, devices: int, jobs: int) -> None:
+    """In a process of its own, before it uses a GPU: the next one in turn becomes its only one."""
+    with started.get_lock():
+        number, started.value = started.value, started.value + 1
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % devices)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+
+
+def folder_of(out: Path, jobs: int) -> Path:
+    """Where a process works; its rows share their statistics there, and no two processes write one file."""
+    return out if jobs == 1 else out / str(os.getpid())
 
 
 def comparable(recipe: Recipe) -> Recipe:

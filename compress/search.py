@@ -1,6 +1,6 @@
 """Calibrates a model, measures what each choice costs, chooses, and folds the choices into weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from kvfold.compress.sensitivity import Passage, Probe, packing_tap, sensitiviti
 from kvfold.compress.tap import NAME as TAP
 from kvfold.exports.architectures import Architecture
 from kvfold.kernels.formats import Format
+
+
+PROBED_WINDOW = 128  # tokens of the window at the most while losses are measured: probes are too short for a long one
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ def search(plan: Plan, work: Path, device: torch.device, statistics: Path | None
         values.append(value_candidates(found, recipe, i))
     s = recipe.sensitivity
     sequences = [ids[:, : s.seq_len] for ids in plan.sequences[: s.num_sequences]]
-    early = geometry.sinks + geometry.window + geometry.page_tokens - 1  # the next one is the first to read a page
+    near = replace(geometry, window=min(geometry.window, PROBED_WINDOW))
+    early = near.sinks + near.window + near.page_tokens - 1  # the next one is the first to read a page
     passages = [Passage(ids, s.stride) for ids in sequences]
     if s.method == "kl" and s.conversations:
         most = plan.config.max_position_embeddings
@@ -82,13 +86,13 @@ def search(plan: Plan, work: Path, device: torch.device, statistics: Path | None
     packed = geometry.packed_elements(budget.at, plan.num_layers)
     target_bits = 8 * (budget.nbytes - fixed) / max(packed, 1)
     if s.method == "first-order":
-        key_losses, value_losses = first_order(probe, sequences, keys, values, geometry)
+        key_losses, value_losses = first_order(probe, sequences, keys, values, near)
     else:
-        key_losses, value_losses = sensitivities(probe, keys, values, geometry, target_bits, s.probes, work)
+        key_losses, value_losses = sensitivities(probe, keys, values, near, target_bits, s.probes, work)
     chosen = choose(plan, keys, values, key_losses, value_losses)
     layers = [Layer(keys[i][k], values[i][v], key_losses[i][k], value_losses[i][v]) for i, (k, v) in enumerate(chosen)]
     stage("measuring all choices together, then what rounding the fused weights costs")
-    taps = [packing_tap(geometry, probe.device, x.key.spec, x.value.spec, x.value.matrix) for x in layers]
+    taps = [packing_tap(near, probe.device, x.key.spec, x.value.spec, x.value.matrix) for x in layers]
     together = probe.whole_model(taps)
     for attention, layer in zip(attentions, layers, strict=True):
         set_parameters(attention, fused_parameters(attention, plan.arch, layer), dtype)

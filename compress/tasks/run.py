@@ -64,9 +64,12 @@ class TaskRunner:
         """
         begun = time.monotonic()
         questions = task.prompts(setting)
-        prompts = [draw for question in questions for draw in question.draws(self.draws)]
+        rounds = list(zip(*(question.draws(self.draws) for question in questions), strict=True))
+        prompts = [prompt for drawn in rounds for prompt in drawn]
         samples = Samples(self.samples / f"{name}.jsonl", {"task": name, **self.key}, self.resume)
-        batches = batches_of([p for p in prompts if not samples.has(p)], self.batch_size, task.max_new_tokens)
+        # a round of draws at a time: a run that stops early has answers to many prompts, not all answers to a few
+        left = ([p for p in drawn if not samples.has(p)] for drawn in rounds)
+        batches = [b for drawn in left for b in batches_of(drawn, self.batch_size, task.max_new_tokens)]
         random.Random(setting.seed).shuffle(batches)  # stopping early must not leave the short prompts alone
         spent: list[float] = []
         for batch in progress(batches, name, "batch"):
