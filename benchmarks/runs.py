@@ -75,15 +75,15 @@ def folder_of(out: Path, jobs: int) -> Path:
 
 
 def comparable(recipe: Recipe) -> Recipe:
-    """A recipe with no more sinks than the tables' other rows have; by default an artifact keeps more."""
-    return recipe.model_copy(update={"sinks": min(recipe.sinks, SINKS)})
+    """A recipe with no more sinks and no longer a window than the tables' other rows have; by default an artifact keeps more."""
+    return recipe.model_copy(update={"sinks": min(recipe.sinks, SINKS), "window": recipe.least_window})
 
 
 def geometry_of(model: str, recipe: Recipe) -> tuple[Geometry, int, int]:
     """Shape of a model's cache under a recipe, its number of layers, and the tokens that its budgets count at."""
     config = read_config(resolve_model(model).path)
     heads = num_kv_heads_of(config), head_dim_of(config)
-    shape = Geometry(*heads, recipe.sinks, recipe.window, recipe.page_tokens, sliding_windows_of(config))
+    shape = Geometry(*heads, recipe.sinks, recipe.least_window, recipe.page_tokens, sliding_windows_of(config))
     return shape, config.num_hidden_layers, min(CONTEXT, config.max_position_embeddings)
 
 

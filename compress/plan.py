@@ -1,6 +1,6 @@
 """What is known before the weights are read: model, budget, calibration text, output."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from kvfold.compress.progress import stage
 from kvfold.compress.recipe import Recipe
 from kvfold.compress.text import calibration_sequences
 from kvfold.errors import KvfoldError
-from kvfold.exports.account import Geometry, cache_nbytes
+from kvfold.exports.account import RAW_NBYTES, Geometry, cache_nbytes
 from kvfold.exports.architectures import (
     Architecture,
     architecture_of,
@@ -24,6 +24,10 @@ from kvfold.exports.architectures import (
     rotary_dim_of,
     sliding_windows_of,
 )
+from kvfold.kernels.formats import Format
+
+WINDOW_SHARE = 8  # a window that the budget decides takes this part of its bytes at the most, and
+SLIDING_SHARE = 4  # this part of what a layer with a sliding window sees
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def make_plan(model: str, budget: str, calib: str | None, recipe: Recipe, contex
             f"{head_dim_of(config)} channels; choose another key.transform in the recipe."
         )
     shape = num_kv_heads_of(config), head_dim_of(config)
-    geometry = Geometry(*shape, recipe.sinks, recipe.window, recipe.page_tokens, sliding_windows_of(config))
+    geometry = Geometry(*shape, recipe.sinks, recipe.least_window, recipe.page_tokens, sliding_windows_of(config))
     allowance = parse_budget(budget, geometry, config.num_hidden_layers, config.max_position_embeddings, context)
     k, v = (side.least_format(geometry.head_dim) for side in (recipe.key, recipe.value))
     check_reach(
@@ -92,12 +96,36 @@ def make_plan(model: str, budget: str, calib: str | None, recipe: Recipe, contex
         config.num_hidden_layers,
         cache_nbytes(geometry, [(k, v)] * config.num_hidden_layers, allowance.at),
     )
+    if recipe.window == "auto":
+        geometry = replace(geometry, window=longest_window(geometry, allowance, [(k, v)] * config.num_hidden_layers))
+        recipe = recipe.model_copy(update={"window": geometry.window})
     tokenizer = _load_tokenizer(source.path)
     c = recipe.calibration
     name, sequences = calibration_sequences(tokenizer, calib, c, config.max_position_embeddings, recipe.seed)
     spread = c.spread or max(1, ceil(allowance.at / sequences[0].shape[1]))
     steps = graded_steps(spread, len(sequences)) if c.graded else [spread] * len(sequences)
     return Plan(source, config, arch, geometry, allowance, recipe, tokenizer, sequences, name, spread, steps)
+
+
+def longest_window(geometry: Geometry, budget: Budget, least: list[tuple[Format, Format]]) -> int:
+    """Tokens of the window that the budget pays for: its own times a power of two, a WINDOW_SHAREth of the budget at the most.
+
+    At equal bytes a longer window is worth more than the bits it takes from the pages, up to a quarter and more of them
+    (benchmarks/LOG.md); an eighth leaves the pages, which all that lies further back depends on, most of theirs.
+
+    Args:
+        geometry: with the shortest window.
+        least: the smallest formats of each layer, which must fit beside the window.
+    """
+    token = 2 * RAW_NBYTES * geometry.num_kv_heads * geometry.head_dim * len(least)
+    most = min([budget.nbytes / (WINDOW_SHARE * token), *(n / SLIDING_SHARE for n in geometry.sliding if n)])
+    window = geometry.window
+    while 0 < 2 * window <= most:
+        longer = replace(geometry, window=2 * window)
+        if cache_nbytes(longer, least, budget.at) > budget.nbytes:
+            break
+        window *= 2
+    return window
 
 
 def graded_steps(spread: int, count: int) -> list[int]:

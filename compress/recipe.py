@@ -23,6 +23,7 @@ VALUE_BITS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 LEVELS = (3, 4, 8, 16, 32, 64, 256, RAW)
 Text = Literal["recall", "drama", "maths", "prose", "code"]
 TEXTS: tuple[Text, ...] = ("recall", "drama", "code", "maths", "prose")  # of the package
+LEAST_WINDOW = 128  # tokens, of a window that the budget decides: SKVQ's (2405.06219) and most others'
 MANY_LEVELS = (64, 256, RAW)  # beyond 5 bits nothing is won by mixing
 Params = Literal["scale", "scale_min"]
 
@@ -197,10 +198,13 @@ class SensitivityRecipe(_Strict):
 
 
 class Recipe(_Strict):
-    """All choices. Tokens are counted in `sinks`, `window` and `page_tokens`; `tied`: K and V of a layer get one format."""
+    """All choices. Tokens are counted in `sinks`, `window` and `page_tokens`; `tied`: K and V of a layer get one format.
+
+    A window of "auto" is as long as an eighth of the budget pays for (plan.py): next words hang on the last few hundred tokens most.
+    """
 
     sinks: Annotated[int, Field(ge=0)] = 64
-    window: Annotated[int, Field(ge=0)] = 128
+    window: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     page_tokens: Annotated[int, Field(gt=0, le=1024)] = 32
     seed: Annotated[int, Field(ge=0)] = 0
     tied: bool = False
@@ -224,6 +228,11 @@ class Recipe(_Strict):
         if self.tied and (self.key.bits or self.value.bits or not same):
             raise ValueError("tied needs no bits, and keys with the values' levels, params, param_dtype and group_size")
         return self
+
+    @property
+    def least_window(self) -> int:
+        """Tokens of the window, or the fewest that it may have."""
+        return LEAST_WINDOW if self.window == "auto" else self.window
 
     def dump(self) -> str:
         """recipe.yaml's text."""

@@ -21,7 +21,6 @@ from kvfold.compress.tap import NAME as TAP
 from kvfold.exports.architectures import Architecture
 from kvfold.kernels.formats import Format
 
-
 PROBED_WINDOW = 128  # tokens of the window at the most while losses are measured: probes are too short for a long one
 
 
