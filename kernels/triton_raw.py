@@ -17,16 +17,17 @@ def raw_rows(total_tokens, packed_end, sinks, ring):
 def raw_blocks(
     total_tokens, packed_end, sinks, ring, limit, last, BLOCK: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    """How many blocks of BLOCK rows the queries look at, and the number of the second of them; the first is block 0."""
+    """How many blocks of BLOCK rows the queries look at, and the number of the first of them behind the sinks' blocks, which come first."""
     rows = raw_rows(total_tokens, packed_end, sinks, ring)
-    first_block = 1
+    sink_blocks = (sinks + BLOCK - 1) // BLOCK
+    first_block = sink_blocks
     end_block = (rows + BLOCK - 1) // BLOCK
     if MASKED:  # the rows in between are read packed, or come later
         first_row = sinks + tl.min(limit, 0) - packed_end
-        first_block = tl.where(ring > 0, 1, tl.maximum(first_row // BLOCK, 1))
+        first_block = tl.where(ring > 0, sink_blocks, tl.maximum(first_row // BLOCK, sink_blocks))
         last_row = sinks + tl.max(last, 0) + 1 - packed_end
         end_block = tl.where(ring > 0, end_block, tl.minimum(end_block, (last_row + BLOCK - 1) // BLOCK))
-    return tl.minimum(rows, 1) + tl.maximum(end_block - first_block, 0), first_block
+    return tl.minimum((rows + BLOCK - 1) // BLOCK, sink_blocks) + tl.maximum(end_block - first_block, 0), first_block
 
 
 @triton.jit
@@ -51,11 +52,12 @@ def raw_part(
     q = ()
     for t in tl.static_range(count(R)):
         q = q + (_raw_query(q_ptr, n, dim, pick(R, t)),)
+    sink_blocks = (sinks + BLOCK - 1) // BLOCK
     newest = total_tokens - 1
     newest_slot = (newest - sinks) % tl.maximum(ring, 1)
     rows = raw_rows(total_tokens, packed_end, sinks, ring)
     for j in tl.range(begin, end, num_stages=1):
-        block = tl.where(j == 0, 0, first_block + j - 1)
+        block = tl.where(j < sink_blocks, j, first_block + j - sink_blocks)
         r = block * BLOCK + tl.arange(0, BLOCK)
         behind = newest_slot - (r - sinks)
         behind = tl.where(behind < 0, behind + ring, behind)

@@ -23,7 +23,14 @@ def budget(bits: float, at: int) -> Budget:
 
 @pytest.mark.parametrize(
     ("bits", "at", "window"),
-    [(2.354, 32768, 512), (2.5, 8192, 128), (2.5, 131072, 2048), (4.5, 32768, 1024), (4.5, 8192, 256), (2.0, 2048, 128)],
+    [
+        (2.354, 32768, 512),
+        (2.5, 8192, 128),
+        (2.5, 131072, 2048),
+        (4.5, 32768, 1024),
+        (4.5, 8192, 256),
+        (2.0, 2048, 128),
+    ],
 )
 def test_the_window_is_a_power_of_two_times_the_shortest_within_an_eighth_of_the_bytes(bits, at, window):
     assert longest_window(GEOMETRY, budget(bits, at), LEAST) == window

@@ -213,6 +213,29 @@ def test_prompts_read_what_token_by_token_reads(name, before, chunk, group):
     assert error(out[0].transpose(0, 1), want) < 1e-3
 
 
+@pytest.mark.parametrize("sinks", [0, 31, 33, 64, 100])
+@pytest.mark.parametrize(
+    ("before", "chunk", "window"), [(0, 180, 200), (0, 150, 24), (140, 30, 24), (60, 3, 24), (40, 20, 24)]
+)
+def test_prompts_read_all_sinks_however_many_blocks_they_fill(sinks, before, chunk, window):
+    pair = PAIRS["2 bits"]
+    dim = pair[0].head_dim
+    case, query, (positions, limit, tiles), raw, options, _ = prompt_case(
+        pair, before, chunk, 2, sinks=sinks, window=window
+    )
+    want = attend(query[0], positions, limit, tiles, sinks=sinks, scaling=dim**-0.5)
+    out = torch.full((1, chunk, 4, dim), float("nan"), device=DEVICE)
+    kernels.attention(kernels.prepare_queries(query, 2, dim**-0.5), *pair, case.table, case.state, *raw, out, **options)
+    assert error(out[0].transpose(0, 1), want) < 1e-3
+
+
+@pytest.mark.parametrize("sinks", [0, 31, 33, 64, 100])
+@pytest.mark.parametrize("length", [20, 64, 90, 170])
+def test_steps_read_all_sinks_however_many_blocks_they_fill(sinks, length):
+    case = Case(PAIRS["2 bits"], [length, 1], heads=4, kv_heads=2, page=16, sinks=sinks)
+    assert error(case.got(), case.expected()) < 1e-3
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
 @pytest.mark.parametrize("prompt", [False, True])
 def test_compiles_for_a_gpu(prompt):
