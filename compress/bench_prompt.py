@@ -1,5 +1,6 @@
 """`kvfold bench prompt`: a prompt read into the packed cache against transformers' 16-bit cache, after the correctness gate."""
 
+import itertools
 import statistics
 import time
 from typing import Any
@@ -21,6 +22,7 @@ from kvfold.kernels.triton_prompt import PageRun
 from kvfold.runtime.cache import QuantizedKVCache
 
 REPEATS = 3
+MANY_SINKS = 100  # more than one block of 16-bit rows: the gate's second number
 
 
 def prompt_error(
@@ -70,12 +72,12 @@ def gate(
 ):
     """Checks of every pair of formats: [(what, error, largest error allowed)]; NaN errors fail too."""
     found = []
-    for name, pair in formats.items():
-        geometry = Geometry(heads[1], pair[0].head_dim, *regions)
+    for (name, pair), sinks in itertools.product(formats.items(), dict.fromkeys((regions[0], MANY_SINKS))):
+        geometry = Geometry(heads[1], pair[0].head_dim, sinks, *regions[1:])
         for together in (True, False):
             error = prompt_error(geometry, pair, heads[0], tokens, min(tokens, tokens // 4 | 1), together, device)
             what = "pages read together" if together else "by the kernel alone"
-            found.append((f"{name}, {what}", error, LARGEST_ERROR[torch.float16]))
+            found.append((f"{name}, {sinks} sinks, {what}", error, LARGEST_ERROR[torch.float16]))
     return found
 
 

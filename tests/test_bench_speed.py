@@ -323,10 +323,10 @@ def test_prompt_command(kvfold, monkeypatch, tmp_path):
     for row in rows:
         assert row["tokens_per_s"] == pytest.approx(60 / row["ms"] * 1e3)
         assert row["ratio"] == pytest.approx(base["ms"] / row["ms"]) and row["peak_bytes"] is None
-    assert len(out.splitlines()) == 4 and "4 checks passed" in out
+    assert len(out.splitlines()) == 4 and "8 checks passed" in out
 
 
-@pytest.mark.parametrize(("fault", "wrong"), [("all", 2), ("together", 1)])
+@pytest.mark.parametrize(("fault", "wrong"), [("all", 4), ("together", 1)])
 def test_prompt_command_prints_no_speed_if_the_gate_fails(kvfold, monkeypatch, fault, wrong):
     real = bench_prompt.attention
 
