@@ -81,6 +81,8 @@ def describe(metadata: Metadata, at: int | None = None) -> dict[str, Any]:
 
 def print_table(metadata: Metadata, at: int | None = None) -> None:
     """The per-layer table and the account under it, on stdout."""
+    from kvfold.compress.recipe import LEAST_WINDOW
+
     info = describe(metadata, at)
     table = Table(title=f"{info['model']}: one sequence of {info['at']} tokens", title_justify="left")
     for column in ("layer", "K format", "K bits", "V format", "V bits", "packed bytes", "predicted loss"):
@@ -93,10 +95,11 @@ def print_table(metadata: Metadata, at: int | None = None) -> None:
         )  # fmt: skip
     Console(width=120 if not sys.stdout.isatty() else None).print(table)
     total = sum(layer[side]["predicted_loss"] for layer in info["layers"] for side in ("key", "value"))
+    near = f" behind {LEAST_WINDOW} of them" if info["window"] > LEAST_WINDOW else ""
     print(
         f"{format_nbytes(info['bytes'])} ({info['bytes']} bytes) instead of {format_nbytes(info['bytes_16bit'])}: "
         f"{info['effective_bits']:.3f} effective bits, {info['payload_bits']:.3f} in pages; "
-        f"{info['sinks']} sinks and a window of {info['window']} tokens in 16 bits; KL on calibration text {info['kl']:.4f} nats "
+        f"{info['sinks']} sinks and a window of {info['window']} tokens in 16 bits; KL on calibration text {info['kl']:.4f} nats{near} "
         f"(predictions, each layer alone, add up to {total:.4f}); "
         f"calibrated for positions up to {info['covered_positions']}."
     )

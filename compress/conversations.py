@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from kvfold.compress.progress import stage
 
-PASSAGE_TOKENS = 288  # with a template's some 30, sinks and window of the default, a third of a prompt is in pages
+PASSAGE_TOKENS = 288  # with a template's some 30, sinks and the window that is probed, a third of a prompt is in pages
 ANSWER_TOKENS = 96
 LEAST_TOKENS = 16  # of an answer that says anything
 QUESTIONS = (

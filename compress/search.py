@@ -16,12 +16,13 @@ from kvfold.compress.fuse import fuse_pair_scale, fuse_values
 from kvfold.compress.models import load_model
 from kvfold.compress.plan import Plan, check_reach
 from kvfold.compress.progress import progress, stage
+from kvfold.compress.recipe import LEAST_WINDOW
 from kvfold.compress.sensitivity import Passage, Probe, packing_tap, sensitivities
 from kvfold.compress.tap import NAME as TAP
 from kvfold.exports.architectures import Architecture
 from kvfold.kernels.formats import Format
 
-PROBED_WINDOW = 128  # tokens of the window at the most while losses are measured: probes are too short for a long one
+PROBED_WINDOW = LEAST_WINDOW  # at the most, while losses are measured: probes are too short for a long one
 
 
 @dataclass(frozen=True)

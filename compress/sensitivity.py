@@ -1,7 +1,7 @@
 """How much each layer's keys or values matter: the KL that quantising them alone costs, measured on the real model.
 
-One probe quantises one side of one layer through packed bytes, sinks and window left in 16 bits, and runs the rest of the
-model as it is. It is cheap because
+One probe quantises one side of one layer through packed bytes, sinks and window (of 128 tokens at the most) left in 16 bits,
+and runs the rest of the model as it is. It is cheap because
 - a probe starts at its layer from stored hidden states, so that it costs half a forward pass on average;
 - one format of each kind of a side is probed, not all: KL is quadratic in a small error, so that of another format
   follows from the two formats' distortions, which are measured on calibration tokens without the model (kinds are

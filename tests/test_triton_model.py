@@ -1,5 +1,6 @@
 """A whole model with `attention="triton"` against the plain-torch reference, under the interpreter where there is no GPU."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -63,6 +64,22 @@ def test_logits_are_the_references(models):
     for one, other in zip(*(cache.layers for cache in caches), strict=True):
         assert one.state.tolist() == other.state.tolist() == [[75, 3]]
         assert one.length == other.length == [75]
+
+
+@torch.no_grad()
+def test_more_sinks_than_a_block_of_rows_has(models):
+    """A padded prompt and a step; an artifact has 64 sinks by default."""
+    batch = batch_of([TEXTS[1], TEXTS[1] * 2])
+    outs = []
+    for model in models:
+        geometry = replace(model.kv_artifact.geometry, sinks=40)
+        cache = QuantizedKVCache(model.kv_artifact.specs, geometry, use_triton=model.kv_triton)
+        cut = batch.input_ids.shape[1] - 1
+        first = model(batch.input_ids[:, :cut], attention_mask=batch.attention_mask[:, :cut], past_key_values=cache)
+        last = model(batch.input_ids[:, cut:], attention_mask=batch.attention_mask, past_key_values=cache)
+        outs.append((first.logits * batch.attention_mask[:, :cut, None], last.logits))
+    for one, other in zip(*outs, strict=True):
+        assert error(other, one) < 1e-2
 
 
 @torch.no_grad()
