@@ -1,6 +1,7 @@
 """The ablation and the domains command on a tiny model: every row is a real artifact, and a run goes on where it stopped."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -65,3 +66,38 @@ def test_domains_compare_each_calibration_with_the_tests_own(benchmarks, monkeyp
     own = {name: sum(made[name]["kl"][name]) for name in ("maths", "drama", "prose", "code")}
     worst = max(sum(made[c]["kl"][t]) / own[t] for c in own for t in own)
     assert domains.worst(made, list(own)) == pytest.approx(worst)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_tasks_run_side_by_side_and_each_gets_its_own_result(benchmarks, jobs, tmp_path):
+    import runs
+
+    tasks = {"a": (7, 2), "b": (9, 4), "c": (8, 3)}
+    assert dict(runs.side_by_side(divmod, tasks, jobs)) == {"a": (3, 1), "b": (2, 1), "c": (2, 2)}
+    with pytest.raises(ZeroDivisionError):
+        list(runs.side_by_side(divmod, {"a": (1, 0)}, jobs))
+    assert runs.folder_of(tmp_path, 1) == tmp_path and runs.folder_of(tmp_path, 2).parent == tmp_path
+
+
+def test_processes_take_the_gpus_in_turn(benchmarks, monkeypatch):
+    from multiprocessing import Value
+
+    import runs
+
+    started, threads = Value("i", 0), []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(runs.torch, "set_num_threads", threads.append)
+    seen = []
+    for _ in range(3):
+        runs._take_device(started, 2, 3)
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert seen == ["0", "1", "0"] and min(threads) >= 1
+
+
+def test_tables_have_few_sinks_and_a_short_window(benchmarks):
+    import runs
+
+    from kvfold.compress.recipe import Recipe
+
+    recipe = runs.comparable(Recipe())
+    assert (recipe.sinks, recipe.window) == (5, 128)

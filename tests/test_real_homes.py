@@ -115,7 +115,7 @@ def test_onnxruntime_writes_the_runtimes_text(real_artifact, tmp_path):
     recipe = tmp_path / "eight.yaml"
     side = "{transform: none, levels: [256], clip: false}"
     recipe.write_text(
-        f"key: {side}\nvalue: {side}\ncalibration: {{num_sequences: 1, seq_len: 512}}\n"
+        f"window: 128\nkey: {side}\nvalue: {side}\ncalibration: {{num_sequences: 1, seq_len: 512}}\n"
         "sensitivity: {num_sequences: 1, seq_len: 256}\n"
     )
     eight, out = tmp_path / "eight", tmp_path / "graphs"

@@ -26,7 +26,7 @@ from kvfold.compress.tasks.options import check_options, parse_tasks
 from kvfold.compress.tasks.report import packed_share
 from kvfold.compress.tasks.run import run_tasks
 from kvfold.compress.tasks.samples import Samples
-from kvfold.compress.tasks.task import Judgement, Prompt, Setting, Task, ask_ids, cut_at
+from kvfold.compress.tasks.task import DRAW, Judgement, Prompt, Setting, Task, ask_ids, cut_at
 from kvfold.compress.text import HELD_OUT, data_text
 from kvfold.exports.account import Geometry
 
@@ -455,6 +455,11 @@ def test_a_run_and_its_resumption(artifact, tmp_path, monkeypatch):
     assert (drawn["prompts"], drawn["pairs"]) == (4, 12) and drawn["points_se"] is not None
     with pytest.raises(KvfoldError, match="another temperature"):
         run(parity_task(), "drawn", draws=3, temperature=0.5, limit=4, resume=True)
+    run(parity_task(), "rounds", draws=3, temperature=1.0, limit=4, batch_size=4)
+    names = [json.loads(line)["id"] for line in (tmp_path / "rounds" / "gsm8k.jsonl").read_text().splitlines()[1:]]
+    for start in (0, 4, 8):  # a batch has one answer to each prompt, so a run that is cut off has answers to all
+        prompts, draws = zip(*(name.rpartition(DRAW)[::2] for name in names[start : start + 4]), strict=True)
+        assert len(set(prompts)) == 4 and len(set(draws)) == 1
     few = run(parity_task(fail_at=0), "cut", resume=True, limit=4)["tasks"][0]
     assert (few["prompts"], few["pairs"]) == (4, 4)
     short = run(parity_task(), "short", time_limit=1e-9 + 60 * 60)["tasks"][0]
