@@ -56,8 +56,11 @@ def side_by_side(work: Callable, tasks: dict[str, tuple], jobs: int) -> Iterator
     started = context.Value("i", 0)
     with ProcessPoolExecutor(jobs, context, _take_device, (started, torch.cuda.device_count(), jobs)) as pool:
         found = {pool.submit(work, *arguments): name for name, arguments in tasks.items()}
-        for future in as_completed(found):
-            yield found[future], future.result()
+        try:
+            for future in as_completed(found):
+                yield found[future], future.result()
+        finally:  # of an error: nothing is begun whose result nobody would keep
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _take_device(started: Any, devices: int, jobs: int) -> None:
@@ -65,7 +68,9 @@ def _take_device(started: Any, devices: int, jobs: int) -> None:
     with started.get_lock():
         number, started.value = started.value, started.value + 1
     if devices:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % devices)
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = given.split(",") if given else [str(i) for i in range(devices)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[number % devices]
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
 
 

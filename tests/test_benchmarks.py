@@ -79,19 +79,20 @@ def test_tasks_run_side_by_side_and_each_gets_its_own_result(benchmarks, jobs, t
     assert runs.folder_of(tmp_path, 1) == tmp_path and runs.folder_of(tmp_path, 2).parent == tmp_path
 
 
-def test_processes_take_the_gpus_in_turn(benchmarks, monkeypatch):
+@pytest.mark.parametrize(("given", "wanted"), [("", ["0", "1", "0"]), ("5,7", ["5", "7", "5"])])
+def test_processes_take_the_gpus_in_turn(benchmarks, monkeypatch, given, wanted):
     from multiprocessing import Value
 
     import runs
 
     started, threads = Value("i", 0), []
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(runs.torch, "set_num_threads", threads.append)
     seen = []
     for _ in range(3):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)  # each in a process of its own
         runs._take_device(started, 2, 3)
         seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
-    assert seen == ["0", "1", "0"] and min(threads) >= 1
+    assert seen == wanted and min(threads) >= 1
 
 
 def test_tables_have_few_sinks_and_a_short_window(benchmarks):
