@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvfold.errors import KvfoldError
 from kvfold.kernels.formats import Format
+from kvfold.kernels.launch import launch
 from kvfold.kernels.planes import page_layout
 from kvfold.kernels.triton_attention import LOG2_E, QUERY_TOP, Queries, anchor
 from kvfold.kernels.triton_bits import pick, pow2
@@ -235,7 +236,8 @@ def append_step(
     shift = queries.shift
     if shift is not None and offset is None:
         raise KvfoldError("The queries have a shift, but the keys no offset; make them without, or give the offset.")
-    _append_kernel[(batch, kv_heads, 3)](
+    launch(
+        _append_kernel, (batch, kv_heads, 3),
         anchor(keys.device), table, state, marks if marks is not None else table, keys, values, query, raw_keys, raw_values,
         queries.data, queries.scale, shift if shift is not None else none, matrix if matrix is not None else none, offset if offset is not None else none,
         query_matrix if query_matrix is not None else none, key_clip if key_clip is not None else none,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvfold.errors import KvfoldError
 from kvfold.kernels.formats import Format, raw16
+from kvfold.kernels.launch import launch
 from kvfold.kernels.pages import anchor
 from kvfold.kernels.tiles import program
 from kvfold.kernels.triton_bits import count, pick
@@ -283,7 +284,8 @@ def attention(
         ternary = bool(k_program.trits or v_program.trits)
         stages = TERNARY_STAGES if ternary else STAGES
         four_bit = not prompt and all(levels == 16 for fmt in pair for _, levels in fmt.classes)
-        _attention_kernel[(splits, kv_heads, batch * blocks)](
+        launch(
+            _attention_kernel, (splits, kv_heads, batch * blocks),
             queries.data, queries.scale, shifts, anchor(device), table, state, none if segments is None else segments,
             raw_keys, raw_values, partial, ml, first_query if prompt else none, packed_before if prompt else none,
             new, table.shape[1], sinks, window, ring, sliding, blocks, rung * splits, slots,
@@ -296,7 +298,8 @@ def attention(
         )  # fmt: skip
     slots_2 = 0 if fixed else next(n for n in (8, 32, 128, 256, 512, MOST_SLOTS) if n >= slots)
     channels = MERGE_CHANNELS if dim % MERGE_CHANNELS == 0 else 16
-    merge_kernel[(batch * kv_heads * blocks, queries.columns, -(-dim // channels))](
+    launch(
+        merge_kernel, (batch * kv_heads * blocks, queries.columns, -(-dim // channels)),
         partial, ml, out, aux if aux is not None else state, shifts, state,
         new, sinks, window, blocks, queries.tokens, slots, out.stride(0), out.stride(1), out.stride(2),
         DIM=dim, CHANNELS=channels, N=padded, COLUMNS=queries.columns, GROUP=queries.group,

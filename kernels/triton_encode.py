@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvfold.errors import KvfoldError
 from kvfold.kernels.formats import Format
+from kvfold.kernels.launch import launch
 from kvfold.kernels.planes import page_layout
 from kvfold.kernels.triton_attention import anchor
 from kvfold.kernels.triton_bits import pick
@@ -122,7 +123,8 @@ def encode_pages(
     if not pages.numel():
         return
     none = anchor(keys.device).view(torch.float32)  # a pointer of the right type that nothing reads
-    _encode_kernel[(pages.numel(), heads, 2)](
+    launch(
+        _encode_kernel, (pages.numel(), heads, 2),
         anchor(keys.device), pages, sequences, tokens, keys, values,
         key_clip if key_clip is not None else none, value_clip if value_clip is not None else none,
         *keys.stride()[:3], sinks, ring,
@@ -155,7 +157,8 @@ def lower_pages(
     if not pages.numel():
         return
     none = anchor(pages.device).view(torch.float32)
-    _lower_kernel[(pages.numel(), num_kv_heads, 2)](
+    launch(
+        _lower_kernel, (pages.numel(), num_kv_heads, 2),
         anchor(pages.device), sources, pages,
         key_clip if key_clip is not None else none, value_clip if value_clip is not None else none,
         K=tuple(page_layout(new[0], page_tokens)), V=tuple(page_layout(new[1], page_tokens)),

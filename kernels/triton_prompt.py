@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvfold.kernels.formats import Format
+from kvfold.kernels.launch import launch
 from kvfold.kernels.pages import anchor
 from kvfold.kernels.planes import page_layout
 from kvfold.kernels.triton_bits import count, pick, pow2
@@ -83,7 +84,8 @@ def decode_pages(
         factors: float32 [Hkv], what the keys of a head are multiplied with.
         keys, values: float16 [Hkv, n·page_tokens, head_dim], contiguous; written.
     """
-    _decode_kernel[(pages.numel(), keys.shape[0], 2)](
+    launch(
+        _decode_kernel, (pages.numel(), keys.shape[0], 2),
         anchor(pages.device), pages, factors, keys, values,
         K=tuple(page_layout(key_format, page_tokens)), V=tuple(page_layout(value_format, page_tokens)),
         num_warps=decode_warps(page_tokens, keys.shape[2]),
