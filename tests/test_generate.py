@@ -207,3 +207,21 @@ def test_what_the_allocator_budgets_is_stated_shown_and_resident(model):
     assert [row["effective_bits"] for row in rows] == [
         8 * row["bytes"] / n for row, n in zip(rows, elements, strict=True)
     ]
+
+
+@torch.no_grad()
+def test_positions_beyond_the_calibrated_ones_are_named_once(tmp_path, tiny_folder, text_file, recipe_file, caplog):
+    artifact = compress(
+        str(tiny_folder), "4.0@300", tmp_path / "out", calib=str(text_file), recipe=load_recipe(recipe_file)
+    )
+    covered = artifact.metadata.calibration.covered_positions
+    assert 300 <= covered < 2048
+    model = runtime.load_pretrained(artifact.path, device="cpu")
+    tokens = torch.randint(1, 128, (1, covered + 2), generator=torch.Generator().manual_seed(0))
+    said = []
+    cache = None
+    with caplog.at_level("WARNING", logger="kvfold"):
+        for part in (slice(0, covered), slice(covered, covered + 1), slice(covered + 1, covered + 2)):
+            cache = model(tokens[:, part], past_key_values=cache).past_key_values
+            said.append(caplog.text.count(f"calibrated for positions up to {covered}"))
+    assert said == [0, 1, 1]
