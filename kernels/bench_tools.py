@@ -99,12 +99,15 @@ def measured_streams(device: torch.device, nbytes: int = 1 << 31) -> list[Stream
     calls["neg, read and written"] = 2 * nbytes, lambda i: torch.neg(data[i], out=target)
     calls["sum, read"] = nbytes, lambda i: data[i].sum()
     if device.type == "cuda":
-        from kvfold.kernels.triton_read import SETTINGS, read_words
+        from kvfold.kernels.triton_read import SETTINGS, Setting, read_words
 
         words = data.view(torch.int32)
-        for setting in SETTINGS:
+
+        def reading(setting: Setting) -> Callable[[int], object]:
             out = torch.empty(setting.programs * properties.multi_processor_count, dtype=torch.int32, device=device)
-            calls[str(setting)] = nbytes, lambda i, out=out, setting=setting: read_words(words[i], out, setting)
+            return lambda i: read_words(words[i], out, setting)
+
+        calls |= {str(setting): (nbytes, reading(setting)) for setting in SETTINGS}
     found = [Stream(name, moved / plain_ms(call, device) * 1e3) for name, (moved, call) in calls.items()]
     return sorted(found, key=lambda stream: -stream.bytes_per_s)
 
