@@ -59,11 +59,12 @@ def _finish_piece(low, high, z, unit, P: tl.constexpr, SYMMETRIC: tl.constexpr):
 
 @triton.jit
 def packed_part(
-    q_ptr, q_scale, shift, anchor, table, first_page, last_page, begin, end, head, sinks, limit, lowest,
+    q_ptr, q_scale, shift, anchor, table, tile_page, first_page, last_page, begin, end, head, sinks, limit, lowest,
     kv_offset, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr,
     STAGES: tl.constexpr, PREFETCH: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Attention of N query columns to tiles begin … end − 1, of 16 rows of words each, of pages first_page … last_page − 1.
+    """Attention of N query columns to tiles begin … end − 1, of 16 rows of words each, the first of which begins
+    with page `tile_page`, as far as they are pages first_page … last_page − 1.
 
     With SHIFT, `shift` [N] is added to every logit.
 
@@ -101,8 +102,8 @@ def packed_part(
     k_offset = head * k_nbytes
     v_offset = kv_offset + head * v_nbytes
 
-    number = first_page + begin * pages_each + i // rows
-    place = tl.load(table + number, mask=number < last_page, other=0)
+    number = tile_page + begin * pages_each + i // rows
+    place = tl.load(table + number, mask=(number >= first_page) & (number < last_page), other=0)
     q = ()
     if k_ternary or k_raw:
         for t in tl.static_range(count(k_pieces)):
@@ -138,8 +139,8 @@ def packed_part(
     sums = tl.zeros((16, N), tl.float32)  # over the rows only at the end: no shuffles in the loop
 
     for tile in tl.range(begin, end, num_stages=STAGES):
-        number = first_page + tile * pages_each + i // rows
-        exists = number < last_page
+        number = tile_page + tile * pages_each + i // rows
+        exists = (number >= first_page) & (number < last_page)
         if PREFETCH:
             page = anchor + place * 16
             place = tl.load(table + number + pages_each, mask=number + pages_each < last_page, other=0)
