@@ -19,6 +19,7 @@ from kvfold.kernels.launch import launch
 from kvfold.kernels.pages import anchor
 from kvfold.kernels.tiles import program
 from kvfold.kernels.triton_bits import count, pick
+from kvfold.kernels.triton_mean import MeanOf, MeanTerm, mean_term
 from kvfold.kernels.triton_merge import merge_kernel
 from kvfold.kernels.triton_packed import NEVER, packed_part
 from kvfold.kernels.triton_prompt import PageRun, read_together
@@ -49,18 +50,19 @@ ROW_UNIT: tl.constexpr = tl.constexpr(
 @triton.jit(
     do_not_specialize=[
         "new", "table_width", "sinks", "window", "ring", "sliding", "query_blocks", "first_slot", "slots", "least", "skip",
-        "rung", "rungs", "raw_step_b", "raw_step_h", "raw_step_t",
+        "rung", "rungs", "raw_step_b", "raw_step_h", "raw_step_t", "bias_steps", "first_step",
     ],
     do_not_specialize_on_alignment=[
-        "q_scale_ptr", "q_shift_ptr", "table", "state", "segments", "ml_ptr", "first_query", "packed_before",
+        "q_scale_ptr", "q_shift_ptr", "table", "state", "segments", "ml_ptr", "first_query", "packed_before", "mean_ptr",
+        "bias_ptr", "spans", "within",
     ],
 )  # fmt: skip
 def _attention_kernel(
     q_ptr, q_scale_ptr, q_shift_ptr, anchor, table, state, segments, raw_k, raw_v, o_ptr, ml_ptr, first_query, packed_before,
     new, table_width, sinks, window, ring, sliding, query_blocks, first_slot, slots, least, skip, rung, rungs,
-    raw_step_b, raw_step_h, raw_step_t,
+    raw_step_b, raw_step_h, raw_step_t, mean_ptr, bias_ptr, spans, within, bias_steps, first_step,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
-    PROMPT: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr,
+    PROMPT: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr,
     STAGES: tl.constexpr, PREFETCH: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Grid: (splits, KV heads, sequences × query blocks). Writes slots first_slot … first_slot + splits − 1 of `slots` parts: pages of
@@ -69,7 +71,7 @@ def _attention_kernel(
 
     PROMPT: many queries, and the first `skip` pages are another part's. MASKED: a query may not see all that is packed, as in
     prompts and sliding windows (`sliding` tokens, 0 for all). Steps from one sequence, head and token of the 16-bit rows to
-    the next are in units of ROW_UNIT numbers.
+    the next are in units of ROW_UNIT numbers. MEAN: keys are stored without their rotating mean, but for a prompt's 16-bit rows.
     """
     split = tl.program_id(0)
     splits = tl.num_programs(0)
@@ -129,15 +131,19 @@ def _attention_kernel(
     q = q_ptr + place.to(tl.int64) * (N * dim)
     q_scale = tl.load(q_scale_ptr + b * heads + head)
     shift = tl.load(q_shift_ptr + place * N + n) if SHIFT else tl.zeros((N,), tl.float32)
+    coefficients = mean_ptr + place.to(tl.int64) * (2 * MEAN * N)
+    bias = bias_ptr + (place.to(tl.int64) * bias_steps - first_step) * N
     acc, top, weight = packed_part(
         q, q_scale, shift, anchor, table + b.to(tl.int64) * table_width, tile_page, first_page, last_page, begin, end, head,
-        sinks, limit, lowest, heads * k_nbytes, K, V, N, MASKED, CAP, SHIFT, STAGES, PREFETCH, INTERPRET,
+        sinks, limit, lowest, heads * k_nbytes, coefficients, bias, spans, within,
+        K, V, N, MASKED, CAP, SHIFT, MEAN, STAGES, PREFETCH, INTERPRET,
     )  # fmt: skip
     at = (b.to(tl.int64) * raw_step_b + head * raw_step_h) * ROW_UNIT
     acc, top, weight = raw_part(
         q, q_scale, shift, raw_k + at, raw_v + at, raw_step_t * ROW_UNIT, acc, top, weight,
         tl.maximum(split * each - tiles, 0), tl.minimum(split * each + each - tiles, raw_count), raw_first,
-        total, raw_from, sinks, ring, limit, lowest, last, R, v_pieces, dim, N, BLOCK, MASKED, CAP, SHIFT,
+        total, raw_from, sinks, ring, limit, lowest, last, coefficients, bias, spans, within,
+        R, v_pieces, dim, N, BLOCK, MASKED, CAP, SHIFT, 0 if PROMPT else MEAN,
     )  # fmt: skip
     for t in tl.static_range(count(v_pieces)):
         store_part(o + n[None, :] * dim, columns, acc[t], pick(v_pieces, t))
@@ -157,6 +163,7 @@ class Queries:
         tokens: queries of a sequence.
         shift: float32 [B, Hkv, query blocks, N], softmax scaling times q·μ, which every logit of a query lacks where keys are
             stored as k − μ; only a soft-cap and sink logits see it. None for zero.
+        mean: what logits lack where keys are stored without a mean that turns; None for nothing.
     """
 
     data: Tensor
@@ -165,10 +172,16 @@ class Queries:
     group: int
     tokens: int
     shift: Tensor | None = None
+    mean: MeanTerm | None = None
 
 
 def prepare_queries(
-    query: Tensor, num_kv_heads: int, scaling: float, softcap: float | None = None, shift: Tensor | None = None
+    query: Tensor,
+    num_kv_heads: int,
+    scaling: float,
+    softcap: float | None = None,
+    shift: Tensor | None = None,
+    mean: MeanOf | None = None,
 ) -> Queries:
     """Scales queries [B, num_heads, T, head_dim], in the keys' basis, to float16's middle and lays them out.
 
@@ -176,6 +189,7 @@ def prepare_queries(
 
     Args:
         shift: float32 [B, num_heads, T], q·μ of what the keys leave out; None for zero.
+        mean: of keys that are stored without a mean that turns, with the queries before they went into the keys' basis.
     """
     batch, heads, tokens, dim = query.shape
     group = heads // num_kv_heads
@@ -199,7 +213,8 @@ def prepare_queries(
         shifts = (shift.float() * scaling).view(batch, num_kv_heads, group, tokens, 1)
         shift = columns_of(shifts, torch.float32).squeeze(-1)
     factor = scaling if softcap else scaling * LOG2_E
-    return Queries(data, factor / power, columns, group, tokens, shift)
+    term = None if mean is None else mean_term(mean, lambda x: columns_of(x, torch.float32), factor)
+    return Queries(data, factor / power, columns, group, tokens, shift, term)
 
 
 def attention(
@@ -281,6 +296,17 @@ def attention(
     partial = torch.empty(batch * kv_heads * blocks, slots, padded, dim, dtype=torch.float32, device=device)
     ml = torch.empty(batch * kv_heads * blocks, slots, 2, padded, dtype=torch.float32, device=device)
     none = state
+    mean = queries.mean
+    term: tuple = (queries.scale, queries.scale, queries.scale, queries.scale, 0, 0)
+    if mean is not None:
+        term = (
+            mean.coefficients,
+            mean.bias,
+            mean.tables.spans,
+            mean.tables.within,
+            mean.bias.shape[3],
+            mean.first_step,
+        )
     bend = float(softcap or 0.0)
     shift = queries.shift
     shifts = queries.scale if shift is None else shift
@@ -301,9 +327,10 @@ def attention(
             queries.data, queries.scale, shifts, anchor(device), table, state, none if segments is None else segments,
             raw_keys, raw_values, partial, ml, first_query if prompt else none, packed_before if prompt else none,
             new, table.shape[1], sinks, window, ring, sliding, blocks, rung * splits, slots,
-            FIXED_TILES if fixed else 1, together[-1].end if together else 0, rung, len(rungs), *raw_steps,
+            FIXED_TILES if fixed else 1, together[-1].end if together else 0, rung, len(rungs), *raw_steps, *term,
             K=tuple(k_program), V=tuple(v_program), R=raw_pieces, N=padded, COLUMNS=queries.columns, GROUP=queries.group,
             PROMPT=prompt, MASKED=prompt or sliding > 0, CAP=bend, SHIFT=shift is not None and bend > 0,
+            MEAN=0 if mean is None else mean.tables.within.shape[1],
             STAGES=stages, PREFETCH=ternary, BLOCK=RAW_BLOCK, INTERPRET=INTERPRET, num_warps=1, num_stages=stages,
             maxnreg=FOUR_BIT_REGISTERS if four_bit else None,
         )  # fmt: skip

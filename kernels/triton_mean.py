@@ -10,6 +10,7 @@ the fast pairs add to each of its tokens. |q·m| may be in the hundreds, so C go
 T is float16 by definition. The bias is added in float32.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -39,18 +40,31 @@ class MeanTerm(NamedTuple):
     tables: KernelTables
 
 
-def mean_term(
-    tables: TurnTables, offset: Tensor, query: Tensor, columns_of, factor: float, first_step: int, end_step: int
-) -> MeanTerm:  # fmt: skip
-    """The term of queries of a prompt, in plain torch.
+class MeanOf(NamedTuple):
+    """The rotating mean of keys and the queries of a prompt that read them.
 
-    Args:
+    Attributes:
+        tables: of the frequencies.
         offset: float32 [Hkv, D], mean of keys before RoPE.
         query: [B, H, T, D], after RoPE.
-        columns_of: lays [B, Hkv, group, T, n] out as query columns, [B, Hkv, blocks, N, n] float32.
-        factor: on logits.
-        first_step, end_step: steps of the slow pairs that the queries may read.
+        first_step, end_step: steps of the slow pairs in which pages lie that the queries may read.
     """
+
+    tables: TurnTables
+    offset: Tensor
+    query: Tensor
+    first_step: int
+    end_step: int
+
+
+def mean_term(mean: MeanOf, columns_of: Callable[[Tensor], Tensor], factor: float) -> MeanTerm:
+    """The term of a prompt's queries, in plain torch.
+
+    Args:
+        columns_of: lays [B, Hkv, group, T, n] out as query columns, float32 [B, Hkv, blocks, N, n].
+        factor: on logits.
+    """
+    tables, offset, query, first_step, end_step = mean
     tables.reach(end_step * STEP + tables.sinks)
     heads = len(offset)
     c = tables.coefficients(offset, query) * factor
@@ -79,10 +93,16 @@ def turned_coefficients(a, b, spans, span, ROWS: tl.constexpr):
 
 
 @triton.jit
-def raw_mean(a, bias, spans, within, u, mask, n, N: tl.constexpr, ROWS: tl.constexpr, columns):
-    """What 16-bit rows add to the scores [rows, N]: u [rows], tokens behind the sinks; 0 where not `mask`.
+def slow_bias(bias, step, n, mask, N: tl.constexpr):
+    """The slow pairs' share [rows, N] in the scores of keys of steps [rows], 0 where not `mask`."""
+    return tl.load(bias + step[:, None] * N + n[None, :], mask=mask[:, None], other=0.0)
 
-    a: float32 [ROWS, N]; bias: pointer to [steps, N] of this place; columns: of N that are queries.
+
+@triton.jit
+def raw_mean(a, bias, spans, within, u, mask, n, N: tl.constexpr, ROWS: tl.constexpr):
+    """What 16-bit rows of tokens u [rows] behind the sinks add to the scores [rows, N]; 0 where not `mask`.
+
+    a: float32 [ROWS, N]; bias: pointer to [steps, N] of this place.
     """
     half: tl.constexpr = ROWS // 2
     k = tl.arange(0, ROWS)
@@ -96,8 +116,7 @@ def raw_mean(a, bias, spans, within, u, mask, n, N: tl.constexpr, ROWS: tl.const
     other = tl.load(t + ((k + half) % ROWS)[None, :]).to(tl.float32)
     x = cos * own + tl.where(k < half, -1.0, 1.0)[None, :] * sin * other
     x = tl.where(mask[:, None], x, 0.0)
-    step = tl.where(mask, u, 0) // 32
-    slow = tl.load(bias + step[:, None] * N + n[None, :], mask=mask[:, None] & (n < columns)[None, :], other=0.0)
+    slow = slow_bias(bias, tl.where(mask, u, 0) // 32, n, mask, N)
     return tl.dot(x, a, slow, input_precision="tf32x3")
 
 
