@@ -252,8 +252,9 @@ def test_steps_equal_the_reference(sinks, window, size, extra, dim, formats, mat
         before = pages.room.clone()
         held = state.clone()
         append_step(
-            k, v, q, *raw, table, state, queries, *formats, sinks=sinks, window=window, page_tokens=size, scaling=0.3,
-            matrix=spec.matrix, offset=spec.offset, query_matrix=inverse, key_clip=spec.clip, value_clip=clip,
+            k, v, q, *raw, table, state, queries, *([x] for x in formats), sinks=sinks, window=window, page_tokens=size,
+            scaling=0.3, matrix=spec.matrix, offset=spec.offset, query_matrix=inverse, key_clips=[spec.clip],
+            value_clips=[clip],
         )  # fmt: skip
         assert torch.equal(state, held)
         z, saved = spec.apply(k), to_float16(v.float())
@@ -300,8 +301,8 @@ def test_what_cannot_be_packed_is_refused():
     state = torch.zeros(1, 2, dtype=torch.int32, device=DEVICE)
     with pytest.raises(KvfoldError, match="ring"):
         append_step(
-            x[:, :, :1], x[:, :, :1], x[:, :, :1], x, x, one.long()[None], state, queries, *formats, sinks=4, window=8,
-            page_tokens=16, scaling=1.0,
+            x[:, :, :1], x[:, :, :1], x[:, :, :1], x, x, one.long()[None], state, queries, *([f] for f in formats), sinks=4,
+            window=8, page_tokens=16, scaling=1.0,
         )  # fmt: skip
 
 
