@@ -24,7 +24,7 @@ KIND = 2  # of codes, one of:
 KIND_SCALE, KIND_SCALE_MIN, KIND_RAW = 0, 1, 2
 PARAMS = 3  # bytes from the block to the first parameter
 PARAM_NBYTES = 4  # of one parameter: 1 is e4m3, 2 float16
-GROUPS = 5  # of parameters
+GROUP_SIZE = 5  # channels of a parameter group
 CODED = 6  # channels of more than 0 levels
 PASSES = 7  # 2 where a plane of one bit joins channels, else 1
 WHOLE = 8  # ternary: bytes of five codes; 0 if the codes are binary
@@ -34,14 +34,13 @@ WORDS = 10  # ternary: word tiles of R rows
 # rows
 LEVELS = 0  # 0: not stored
 STEP = 1  # bits of a float32: of symmetric codes, in units of the token's scale; else 1
-SCALE = 2  # bytes from the block to the first token's scale; its minimum, if any, stands before it
-PARTNER = 3  # channel that this one's words of one bit take in, or −1
-HALF = 4  # which of the two channels of a word of one bit
-PLANE = 5, 8  # first row of each plane, where these begin:
-PLACE = 0  # bytes from the block to the channel's word in row 0
-STRIDE = 1  # bytes from a row of words to the next
-WIDTH = 2  # bits of a code; 0: no such plane
-ROWS = 11
+PARTNER = 2  # channel that this one's words of one bit take in, or −1
+WIDTHS = (
+    3  # bits of a code in the first plane, 2^8 · those in the second, 2^16 · which of two channels of a word of one bit
+)
+PLANE_0 = 4  # words from the block to the first plane's word in row 0, and 2^16 · words from a row to the next
+PLANE_1 = 5  # the same of the second plane
+ROWS = 6
 
 
 def table_length(head_dim: int) -> int:
@@ -55,42 +54,35 @@ def _numbers(fmt: Format, page_tokens: int) -> tuple[int, ...]:
         raise KvfoldError(f"page_tokens={page_tokens} is not a power of two from 8 to 128; choose one that is.")
     dim = fmt.head_dim
     kind = {"scale": KIND_SCALE, "scale_min": KIND_SCALE_MIN, "none": KIND_RAW}[fmt.params]
-    nbytes, param = fmt.nbytes(page_tokens), page_tokens * fmt.param_nbytes
-    params = nbytes - fmt.num_params * param
     header, rows = [0] * HEADER, [[0] * dim for _ in range(ROWS)]
     rows[PARTNER] = [-1] * dim
     start = 0
     for channels, levels in fmt.classes:
         step = GAUSSIAN_STEP.get(levels, 1.0) if kind == KIND_SCALE else 1.0
-        for c in range(start, start + channels):
-            group = c // (dim // fmt.num_groups)
-            rows[LEVELS][c] = levels
-            rows[STEP][c] = struct.unpack("<i", struct.pack("<f", step))[0]
-            rows[SCALE][c] = params + (2 * group + 1 if kind == KIND_SCALE_MIN else 0) * param
+        own = slice(start, start + channels)
+        rows[LEVELS][own] = [levels] * channels
+        rows[STEP][own] = [struct.unpack("<i", struct.pack("<f", step))[0]] * channels
         start += channels
     offset = 0
     for plane in fmt.planes:
-        first, n = plane.start, plane.channels
-        if plane.width != TRIT:
-            at = PLANE[plane.shift > 0]
-            words = n // 2 if plane.width == 1 else n  # of a row
-            for j in range(n):
-                c = first + j
-                rows[at + PLACE][c] = offset + 2 * (j % words)
-                rows[at + STRIDE][c] = 2 * words
-                rows[at + WIDTH][c] = plane.width
-                if plane.width == 1:
-                    rows[HALF][c] = j // words
-                    rows[PARTNER][c] = c + words if j < words else -1
-        else:
+        n, second = plane.channels, plane.shift > 0
+        words = n // 2 if plane.width == 1 else n  # of a row
+        if plane.width == TRIT:
             whole, left = trit_parts(n)
             header[WHOLE], header[LEFT], header[WORDS] = whole, left, (whole + (left > 2)) // 2
+        else:
+            for j in range(n):
+                c, half = plane.start + j, j // words
+                rows[PLANE_1 if second else PLANE_0][c] = offset // 2 + j % words | words << 16
+                rows[WIDTHS][c] |= plane.width << 8 * second | half << 16
+                if plane.width == 1 and not half:
+                    rows[PARTNER][c] = c + words
         offset += plane.nbytes(page_tokens)
-    header[NBYTES], header[DIM], header[KIND], header[PARAMS] = nbytes, dim, kind, params
-    header[PARAM_NBYTES], header[GROUPS] = fmt.param_nbytes, fmt.num_groups
+    header[NBYTES], header[DIM], header[KIND], header[PARAMS] = fmt.nbytes(page_tokens), dim, kind, offset
+    header[PARAM_NBYTES], header[GROUP_SIZE] = fmt.param_nbytes, dim // fmt.num_groups
     header[CODED] = sum(channels for channels, levels in fmt.classes if levels)
     header[PASSES] = 1 + any(p.width == 1 for p in fmt.planes)
-    return tuple(header + sum(rows, []))
+    return tuple(header + [number for row in rows for number in row])
 
 
 @cache

@@ -18,9 +18,9 @@ from kvfold.kernels.packing import FIELDS
 from kvfold.kernels.tables import format_tables, table_length
 from kvfold.kernels.triton_attention import LOG2_E, QUERY_TOP, Queries, anchor
 from kvfold.kernels.triton_bits import pow2
-from kvfold.kernels.triton_codec import to_fp16
+from kvfold.kernels.triton_codec import NBYTES, to_fp16
 from kvfold.kernels.triton_encode import clip_strides
-from kvfold.kernels.triton_pages import NBYTES, WARPS, write_block
+from kvfold.kernels.triton_pages import UNROLL, WARPS, write_block
 
 BLOCK: tl.constexpr = tl.constexpr(32)  # rows of a matrix at a time
 UNMARKED = 2**63 - 1  # of a sequence whose keys and values were all finite
@@ -173,7 +173,8 @@ def _append_kernel(
                 clip_step = v_clip_g
             block += head * tl.load(own + NBYTES)
             start = sinks + (pages * (8 * ROWS)) % ring
-            write_block(block, own, clip, clip_step, clipped, src, own, raw_stride_t, start, sinks + ring, ring, ROWS)
+            rows = (src, raw_stride_t, start, sinks + ring, ring)
+            write_block(block, own, clip, clip_step, clipped, rows, ROWS, False, UNROLL)
 
 
 def empty_queries(

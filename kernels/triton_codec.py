@@ -13,23 +13,22 @@ from kvfold.kernels import tables
 TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)  # smallest normal float32
 FP16_MAX: tl.constexpr = tl.constexpr(65504.0)
 HEADER: tl.constexpr = tl.constexpr(tables.HEADER)
+NBYTES: tl.constexpr = tl.constexpr(tables.NBYTES)
 DIM: tl.constexpr = tl.constexpr(tables.DIM)
 KIND: tl.constexpr = tl.constexpr(tables.KIND)
 SCALE_MIN: tl.constexpr = tl.constexpr(tables.KIND_SCALE_MIN)
 RAW: tl.constexpr = tl.constexpr(tables.KIND_RAW)
+PARAMS: tl.constexpr = tl.constexpr(tables.PARAMS)
 PARAM_NBYTES: tl.constexpr = tl.constexpr(tables.PARAM_NBYTES)
+GROUP_SIZE: tl.constexpr = tl.constexpr(tables.GROUP_SIZE)
 WHOLE: tl.constexpr = tl.constexpr(tables.WHOLE)
 LEFT: tl.constexpr = tl.constexpr(tables.LEFT)
 WORDS: tl.constexpr = tl.constexpr(tables.WORDS)
 LEVELS: tl.constexpr = tl.constexpr(tables.LEVELS)
 STEP: tl.constexpr = tl.constexpr(tables.STEP)
-SCALE: tl.constexpr = tl.constexpr(tables.SCALE)
-HALF: tl.constexpr = tl.constexpr(tables.HALF)
-PLANE_0: tl.constexpr = tl.constexpr(tables.PLANE[0])
-PLANE_1: tl.constexpr = tl.constexpr(tables.PLANE[1])
-PLACE: tl.constexpr = tl.constexpr(tables.PLACE)
-STRIDE: tl.constexpr = tl.constexpr(tables.STRIDE)
-WIDTH: tl.constexpr = tl.constexpr(tables.WIDTH)
+WIDTHS: tl.constexpr = tl.constexpr(tables.WIDTHS)
+PLANE_0: tl.constexpr = tl.constexpr(tables.PLANE_0)
+PLANE_1: tl.constexpr = tl.constexpr(tables.PLANE_1)
 
 
 @triton.jit
@@ -60,9 +59,25 @@ def to_fp16(x):
 
 
 @triton.jit
-def words_at(block, at):
-    """int16 pointers `at` bytes, a multiple of 2, behind a uint8 pointer."""
-    return (block + at).to(tl.pointer_type(tl.int16))
+def read_header(table):
+    """What a table says of all channels, read once: (head_dim, kind, bytes to the parameters, bytes of one, channels of a group,
+    and of ternary codes whole bytes, codes left over, word tiles)."""
+    kind_and_size = tl.load(table + DIM), tl.load(table + KIND)
+    params = tl.load(table + PARAMS), tl.load(table + PARAM_NBYTES), tl.load(table + GROUP_SIZE)
+    return kind_and_size + params + (tl.load(table + WHOLE), tl.load(table + LEFT), tl.load(table + WORDS))
+
+
+@triton.jit
+def channel_row(table, dim, c, mask, row):
+    """A number of each of the channels c; 0 where not mask."""
+    return tl.load(table + (HEADER + row * dim) + c, mask=mask, other=0)
+
+
+@triton.jit
+def channel_step(table, dim, c, mask):
+    """Steps of the channels c, float32; 1 where not mask."""
+    bits = tl.load(table + (HEADER + STEP * dim) + c, mask=mask, other=0x3F800000)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -73,47 +88,35 @@ def store_param(block, x, at, nbytes, mask):
 
 
 @triton.jit
-def load_param(block, at, nbytes, mask):
+def _load_param(block, at, nbytes, mask):
     """Parameters as float32; −0, which no sum changes by, where not mask."""
-    word = tl.load(words_at(block, at & -2), mask=mask, other=0).to(tl.int32)
+    word = tl.load((block + (at & -2)).to(tl.pointer_type(tl.int16)), mask=mask, other=0).to(tl.int32)
     half = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     byte = (word >> (8 * (at & 1))) & 255
     return tl.where(mask, tl.where(nbytes == 2, half, from_e4m3(byte)), -0.0)
 
 
 @triton.jit
-def channel_row(table, c, mask, row):
-    """A number of each of the channels c."""
-    return tl.load(table + HEADER + row * tl.load(table + DIM) + c, mask=mask, other=0)
-
-
-@triton.jit
-def channel_step(table, c, mask):
-    """Steps of the channels c, float32; 1 where not mask."""
-    bits = tl.load(table + HEADER + STEP * tl.load(table + DIM) + c, mask=mask, other=0x3F800000)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def load_params(block, table, f, row, c, mask, ROWS: tl.constexpr):
-    """(minima, scales) of elements (field f, row, channel c), as the block holds them."""
-    nbytes = tl.load(table + PARAM_NBYTES)
-    at = channel_row(table, c, mask, SCALE) + (row * 8 + f) * nbytes
+def load_params(block, header, f, row, group, mask, ROWS: tl.constexpr):
+    """(minima, scales) of tokens (field f, row) in a parameter group, as the block holds them."""
+    _, kind, params, nbytes, _, _, _, _ = header
+    from_minimum = (kind == SCALE_MIN).to(tl.int32)
+    at = params + ((2 * group + from_minimum) * (8 * ROWS) + row * 8 + f) * nbytes
     stored = mask & (row < ROWS)
-    scale = load_param(block, at, nbytes, stored)
-    minimum = load_param(block, at - 8 * ROWS * nbytes, nbytes, stored & (tl.load(table + KIND) == SCALE_MIN))
+    scale = _load_param(block, at, nbytes, stored)
+    minimum = _load_param(block, at - 8 * ROWS * nbytes, nbytes, stored & (from_minimum > 0))
     return minimum, scale
 
 
 @triton.jit
-def quantise(x, block, table, f, row, c, mask, levels, step, ROWS: tl.constexpr):
-    """Codes, int32, of float32 elements (field f, row, channel c), with the parameters that the block holds.
+def quantise(x, params, levels, step, from_minimum):
+    """Codes, int32, of float32 elements.
 
     Args:
-        levels, step: of the channels, int32 and float32.
+        params: from `load_params`; levels, step: of the channels, int32 and float32.
+        from_minimum: whether codes count from a minimum, else about zero.
     """
-    minimum, scale = load_params(block, table, f, row, c, mask, ROWS)
-    from_minimum = tl.load(table + KIND) == SCALE_MIN
+    minimum, scale = params
     count = levels.to(tl.float32)
     u = tl.math.div_rn(x - minimum, tl.maximum(scale, TINY) * step)
     u = u + tl.where(from_minimum, 0.0, count * 0.5)
@@ -123,44 +126,41 @@ def quantise(x, block, table, f, row, c, mask, levels, step, ROWS: tl.constexpr)
 
 
 @triton.jit
-def _plane_code(block, table, f, row, c, mask, plane, half, ROWS: tl.constexpr):
-    """(bits of one plane, their number) of elements (field f, row, channel c); of raw ones all 16."""
-    width = channel_row(table, c, mask, plane + WIDTH)
-    stride = channel_row(table, c, mask, plane + STRIDE)
-    at = channel_row(table, c, mask, plane + PLACE) + row * stride
+def _plane_code(block, plane, width, half, f, row, mask, ROWS: tl.constexpr):
+    """Bits of one plane of elements (field f, row) of channels whose words a table describes with `plane`; all 16 of raw ones."""
+    stride = plane >> 16
+    at = (plane & 0xFFFF) + row * stride
     at += tl.where(width == 4, f >> 2, tl.where(width == 16, f, 0)) * (ROWS * stride)
-    right = tl.where(width == 4, (f & 1) * 8 + (f >> 1 & 1) * 4, tl.where(width == 16, 0, 2 * f + tl.where(width == 1, half, 0)))
-    word = tl.load(words_at(block, at), mask=mask & (width > 0) & (row < ROWS), other=0).to(tl.int32)
-    return (word >> right) & ((1 << width) - 1), width
+    place = tl.where(width == 4, (f & 1) * 8 + (f >> 1 & 1) * 4, 2 * f + tl.where(width == 1, half, 0))
+    words = block.to(tl.pointer_type(tl.int16)) + at
+    word = tl.load(words, mask=mask & (width > 0) & (row < ROWS), other=0).to(tl.int32)
+    return (word >> tl.where(width == 16, 0, place)) & ((1 << width) - 1)
 
 
 @triton.jit
 def trit_place(half, row, words, ROWS: tl.constexpr):
     """Bytes from the plane to half-word `half` of a row, first channel; two of them are a word, an odd last one stands two
     rows to a word."""
-    paired = ((half // 2) * ROWS + row) * 32 + half % 2
+    paired = ((half >> 1) * ROWS + row) * 32 + (half & 1)
     last = (words * ROWS + row // 2) * 32 + row % 2
     return tl.where(half >= 2 * words, last, paired)
 
 
 @triton.jit
-def nibble_place(table, row, ROWS: tl.constexpr):
-    """Bytes from the plane to what is left over in four bits, four rows to a word."""
-    words = tl.load(table + WORDS)
-    odd = tl.load(table + WHOLE) % 2  # with one or two codes left over, no byte follows the whole ones
-    return (words * ROWS + odd * ((ROWS + 1) // 2) + row // 4) * 32 + (row // 2) % 2
+def nibble_place(whole, row, words, ROWS: tl.constexpr):
+    """Bytes from the plane to what is left over in four bits, four rows to a word. No byte follows the `whole` ones then."""
+    return (words * ROWS + (whole & 1) * ((ROWS + 1) // 2) + row // 4) * 32 + (row // 2) % 2
 
 
 @triton.jit
-def _trit_code(block, table, f, row, c, mask, ROWS: tl.constexpr):
+def _trit_code(block, header, f, row, c, mask, ROWS: tl.constexpr):
     """Ternary codes of elements (field f, row, channel c)."""
-    whole = tl.load(table + WHOLE)
-    left = tl.load(table + LEFT)
+    _, _, _, _, _, whole, left, words = header
     number = (c >> 4) * 8 + f
     half = tl.minimum(number // 5, whole)
     digit = number - half * 5
     in_nibbles = (half == whole) & (left <= 2)
-    at = tl.where(in_nibbles, nibble_place(table, row, ROWS), trit_place(half, row, tl.load(table + WORDS), ROWS))
+    at = tl.where(in_nibbles, nibble_place(whole, row, words, ROWS), trit_place(half, row, words, ROWS))
     byte = tl.load(block + at + (c & 15) * 2, mask=mask & (row < ROWS), other=0).to(tl.int32)
     power = tl.where(digit == 0, 1, tl.where(digit == 1, 3, tl.where(digit == 2, 9, tl.where(digit == 3, 27, 81))))
     code = (((byte * power) & 255) * 3) >> 8
@@ -169,41 +169,45 @@ def _trit_code(block, table, f, row, c, mask, ROWS: tl.constexpr):
 
 
 @triton.jit
-def decode_elements(block, table, f, row, c, mask, ROWS: tl.constexpr):
+def decode_elements(block, table, header, f, row, c, mask, ROWS: tl.constexpr):
     """Elements (field f, row, channel c) of a head's block, float32; 0 where nothing is stored or not mask.
 
     Args:
-        f, row, c: integers or tensors that broadcast to the result's shape, as does mask.
+        header: `read_header` of the table.
+        f, row, c: integers or tensors that broadcast to the result's shape, as does mask; c and mask are of one shape.
     """
-    kind = tl.load(table + KIND)
-    if tl.load(table + WHOLE) > 0:
-        code = _trit_code(block, table, f, row, c, mask, ROWS)
+    dim, kind, _, _, group_size, whole, _, _ = header
+    if whole > 0:
+        code = _trit_code(block, header, f, row, c, mask, ROWS)
     else:
-        half = channel_row(table, c, mask, HALF)
-        low, width = _plane_code(block, table, f, row, c, mask, PLANE_0, half, ROWS)
-        high, _ = _plane_code(block, table, f, row, c, mask, PLANE_1, half, ROWS)
-        code = low | (high << width)
-    levels = channel_row(table, c, mask, LEVELS)
-    coded = mask & (kind != RAW)
-    minimum, scale = load_params(block, table, f, row, c, coded, ROWS)
+        widths = channel_row(table, dim, c, mask, WIDTHS)
+        half = widths >> 16
+        first = widths & 255
+        plane_0, plane_1 = channel_row(table, dim, c, mask, PLANE_0), channel_row(table, dim, c, mask, PLANE_1)
+        code = _plane_code(block, plane_0, first, half, f, row, mask, ROWS)
+        code |= _plane_code(block, plane_1, widths >> 8 & 255, half, f, row, mask, ROWS) << first
+    levels = channel_row(table, dim, c, mask, LEVELS)
+    minimum, scale = load_params(block, header, f, row, c // group_size, mask & (kind != RAW), ROWS)
     centre = tl.where(kind == SCALE_MIN, 0.0, (levels - 1).to(tl.float32) * 0.5)
-    value = (code.to(tl.float32) - centre) * (scale * channel_step(table, c, mask)) + minimum
+    value = (code.to(tl.float32) - centre) * (scale * channel_step(table, dim, c, mask)) + minimum
     value = tl.where(kind == RAW, code.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32), value)
     return tl.where(levels > 0, value, 0.0)
 
 
 @triton.jit
-def load_source(src, old, stride, start, end, ring, f, row, c, mask, ROWS: tl.constexpr, PACKED: tl.constexpr):
+def load_source(source, f, row, c, mask, ROWS: tl.constexpr, PACKED: tl.constexpr):
     """Elements (field f, row, channel c) of a page to be written, float32, 0 where not mask.
 
     Args:
-        src: float16 rows `stride` apart, token f·R + row of the page in row start + f·R + row, or, from row `end` on, `ring`
-            rows before that; with PACKED, the head's block of a page of the format of table `old`.
-        f, row, c: integers or tensors that broadcast to the result's shape, as does mask.
+        source: (rows, stride, start, end, ring): float16 rows `stride` apart, token f·R + row of the page in row
+            start + f·R + row, or, from row `end` on, `ring` rows before that. With PACKED, (block, table, header) of a page.
+        f, row, c: integers or tensors that broadcast to the result's shape, as does mask; c and mask are of one shape.
     """
     if PACKED:
-        return decode_elements(src, old, f, row, c, mask, ROWS)
+        block, table, header = source
+        return decode_elements(block, table, header, f, row, c, mask, ROWS)
     else:
+        rows, stride, start, end, ring = source
         place = start + f * ROWS + row
         place = tl.where(place >= end, place - ring, place)
-        return tl.load(src + place.to(tl.int64) * stride + c, mask=mask, other=0.0).to(tl.float32)
+        return tl.load(rows + place.to(tl.int64) * stride + c, mask=mask, other=0.0).to(tl.float32)

@@ -15,7 +15,8 @@ from kvfold.kernels.launch import launch
 from kvfold.kernels.packing import FIELDS
 from kvfold.kernels.pages import anchor
 from kvfold.kernels.tables import format_tables, table_length
-from kvfold.kernels.triton_pages import NBYTES, WARPS, write_block
+from kvfold.kernels.triton_codec import NBYTES, read_header
+from kvfold.kernels.triton_pages import UNROLL, WARPS, write_block
 
 
 # numbers that vary from call to call, or from format to format, must not each compile a kernel of their own
@@ -54,7 +55,7 @@ def _encode_kernel(
         clip_step = v_clip_g
     block += head * tl.load(table + NBYTES)
     src += tl.load(sequences + i).to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
-    write_block(block, table, clip, clip_step, clipped, src, table, stride_t, start, end, ring, ROWS)
+    write_block(block, table, clip, clip_step, clipped, (src, stride_t, start, end, ring), ROWS, False, UNROLL)
 
 
 @triton.jit(
@@ -86,7 +87,7 @@ def _lower_kernel(
     old = table + 2 * table_length
     src += head * tl.load(old + NBYTES)
     block += head * tl.load(table + NBYTES)
-    write_block(block, table, clip, clip_step, clipped, src, old, 0, 0, 0, 0, ROWS, True)
+    write_block(block, table, clip, clip_step, clipped, (src, old, read_header(old)), ROWS, True, 1)
 
 
 def clip_strides(clip: Tensor | None, fmt: Format, heads: int) -> tuple[int, int]:

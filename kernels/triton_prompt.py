@@ -19,8 +19,8 @@ from kvfold.kernels.launch import launch
 from kvfold.kernels.packing import FIELDS
 from kvfold.kernels.pages import anchor
 from kvfold.kernels.tables import format_tables, table_length
-from kvfold.kernels.triton_codec import DIM, decode_elements, to_fp16
-from kvfold.kernels.triton_pages import NBYTES, TOKEN_TILE, WARPS, tile_width
+from kvfold.kernels.triton_codec import NBYTES, decode_elements, read_header, to_fp16
+from kvfold.kernels.triton_pages import TOKEN_TILE, WARPS, tile_width
 
 SCRATCH_NBYTES = 64 << 20  # of decoded keys and values at a time
 KEY_SCALE = 64.0  # decoded keys carry the softmax scale; times this they lie in float16's middle
@@ -55,12 +55,13 @@ def _decode_kernel(anchor_ptr, pages, factors, keys, values, tables, table_lengt
         to = values
         factor = 1.0
     block += head * tl.load(table + NBYTES)
-    dim = tl.load(table + DIM)
+    header = read_header(table)
+    dim = header[0]
     to += (head.to(tl.int64) * tl.num_programs(0) + i) * (tokens * dim)
     t = tl.arange(0, tokens)[:, None]
     for first in range(0, dim, width):
         c = first + tl.arange(0, width)[None, :]
-        x = decode_elements(block, table, t // ROWS, t % ROWS, c, c < dim, ROWS)
+        x = decode_elements(block, table, header, t // ROWS, t % ROWS, c, c < dim, ROWS)
         tl.store(to + t * dim + c, to_fp16(x * factor), mask=c < dim)
 
 

@@ -1,6 +1,6 @@
 """Compiles the attention kernels of pairs of formats for sm_90; a process of its own, because the interpreter is off here.
 
-usage: python tests/compile_kernels.py PROMPT PAIR …, where PAIR may be "rungs", "fixed" (batch-invariant) or "decode" (of all pairs)
+usage: python tests/compile_kernels.py PROMPT PAIR …, where PAIR may be "rungs", "fixed" (batch-invariant) or "decode" (of pages)
 """
 
 import os
@@ -16,14 +16,14 @@ from triton.compiler import ASTSource
 from kvfold.kernels import triton_attention as kernels
 from kvfold.kernels import triton_prompt
 from kvfold.kernels.formats import Format, raw16
-from kvfold.kernels.planes import page_layout
 from kvfold.kernels.tiles import program
+from kvfold.kernels.triton_pages import WARPS
 
 POINTERS = {
     "q_ptr": "*fp16", "q_scale_ptr": "*fp32", "anchor": "*u8", "table": "*i64", "state": "*i32", "raw_k": "*fp16",
     "raw_v": "*fp16", "o_ptr": "*fp32", "ml_ptr": "*fp32", "first_query": "*i32", "packed_before": "*i32", "out": "*bf16",
     "aux": "*fp32", "q_shift_ptr": "*fp32", "segments": "*i32", "anchor_ptr": "*u8", "pages": "*i64", "factors": "*fp32",
-    "keys": "*fp16", "values": "*fp16",
+    "keys": "*fp16", "values": "*fp16", "tables": "*i32",
 }  # fmt: skip
 
 
@@ -67,11 +67,9 @@ def compile_merge(dim: int, prompt: bool = False, holes: bool = False, fixed: bo
     )  # fmt: skip
 
 
-def compile_decode(key_format: Format, value_format: Format) -> Any:
+def compile_decode() -> Any:
     """Decoding of pages that a prompt's queries read together."""
-    constants = {"K": tuple(page_layout(key_format, 32)), "V": tuple(page_layout(value_format, 32))}
-    num_warps = triton_prompt.decode_warps(32, key_format.head_dim)
-    return compile_kernel(triton_prompt._decode_kernel, constants, num_warps=num_warps)
+    return compile_kernel(triton_prompt._decode_kernel, {"ROWS": 4}, num_warps=WARPS)
 
 
 def main(name: str, prompt: bool) -> None:
@@ -87,8 +85,7 @@ def main(name: str, prompt: bool) -> None:
         compile_pair(*PAIRS["2 bits"], fixed=True, cap=30.0)
         compile_merge(64, holes=True, fixed=True)
     elif name == "decode":
-        for pair in PAIRS.values():
-            compile_decode(*pair)
+        compile_decode()
     else:
         compile_pair(*PAIRS[name], prompt)
         compile_merge(PAIRS[name][0].head_dim, prompt)
