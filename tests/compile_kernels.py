@@ -1,6 +1,6 @@
 """Compiles the attention kernels of pairs of formats for sm_90; a process of its own, because the interpreter is off here.
 
-usage: python tests/compile_kernels.py PROMPT PAIR …, where PAIR may be "cap" (soft-cap), "merge" or "decode" (of all pairs)
+usage: python tests/compile_kernels.py PROMPT PAIR …, where PAIR may be "cap" (soft-cap), "mean", "merge" or "decode" (of pages)
 """
 
 import os
@@ -16,14 +16,15 @@ from triton.compiler import ASTSource
 from kvfold.kernels import triton_attention as kernels
 from kvfold.kernels import triton_prompt
 from kvfold.kernels.formats import Format, raw16
-from kvfold.kernels.planes import page_layout
+from kvfold.kernels.key_mean import padded_fast
 from kvfold.kernels.tiles import program
+from kvfold.kernels.triton_pages import WARPS
 
 POINTERS = {
     "q_ptr": "*fp16", "q_scale_ptr": "*fp32", "anchor": "*u8", "table": "*i64", "state": "*i32", "raw_k": "*fp16",
     "raw_v": "*fp16", "o_ptr": "*fp32", "ml_ptr": "*fp32", "first_query": "*i32", "packed_before": "*i32", "out": "*bf16",
-    "aux": "*fp32", "q_shift_ptr": "*fp32", "segments": "*i32", "anchor_ptr": "*u8", "pages": "*i64", "factors": "*fp32",
-    "keys": "*fp16", "values": "*fp16",
+    "aux": "*fp32", "q_shift_ptr": "*fp32", "mean_ptr": "*fp32", "bias_ptr": "*fp32", "spans": "*fp32", "within": "*fp16", "segments": "*i32", "anchor_ptr": "*u8", "pages": "*i64", "factors": "*fp32",
+    "keys": "*fp16", "values": "*fp16", "tables": "*i32",
 }  # fmt: skip
 
 
@@ -37,14 +38,16 @@ def compile_kernel(function, constants: dict, num_warps: int = 1) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "num_stages": 4})
 
 
-def compile_pair(key_format: Format, value_format: Format, prompt: bool = False, cap: float = 0.0) -> Any:
+def compile_pair(
+    key_format: Format, value_format: Format, prompt: bool = False, cap: float = 0.0, mean: int = 0
+) -> Any:
     dim, columns = key_format.head_dim, 16 if prompt else 4
     return compile_kernel(
         kernels._attention_kernel,
         {
             "K": tuple(program(key_format, 32)), "V": tuple(program(value_format, 32)), "R": program(raw16(dim), 32).pieces,
             "N": max(8, columns), "COLUMNS": columns, "GROUP": 4, "PROMPT": prompt, "MASKED": prompt, "CAP": cap,
-            "SHIFT": cap > 0, "STAGES": 4, "PREFETCH": False, "BLOCK": kernels.RAW_BLOCK, "INTERPRET": False,
+            "SHIFT": cap > 0, "MEAN": mean, "STAGES": 4, "PREFETCH": False, "BLOCK": kernels.RAW_BLOCK, "INTERPRET": False,
         },
     )  # fmt: skip
 
@@ -57,11 +60,9 @@ def compile_merge(dim: int, block: int = 256, once: bool = True, shift: bool = F
     )
 
 
-def compile_decode(key_format: Format, value_format: Format) -> Any:
+def compile_decode() -> Any:
     """Decoding of pages that a prompt's queries read together."""
-    constants = {"K": tuple(page_layout(key_format, 32)), "V": tuple(page_layout(value_format, 32))}
-    num_warps = triton_prompt.decode_warps(32, key_format.head_dim)
-    return compile_kernel(triton_prompt._decode_kernel, constants, num_warps=num_warps)
+    return compile_kernel(triton_prompt._decode_kernel, {"ROWS": 4}, num_warps=WARPS)
 
 
 def main(name: str, prompt: bool) -> None:
@@ -72,12 +73,14 @@ def main(name: str, prompt: bool) -> None:
     if name == "cap":
         compile_pair(*PAIRS["mixed keys"], prompt, cap=30.0)
         compile_pair(raw16(64), raw16(64), prompt, cap=30.0)
+    elif name == "mean":
+        for pair in ("mixed keys", "2 bits"):
+            compile_pair(*PAIRS[pair], prompt, mean=2 * padded_fast(PAIRS[pair][0].head_dim))
     elif name == "merge":
         for block, once in ((kernels.MERGE_FEW, True), (kernels.MERGE_SLOTS, True), (kernels.MERGE_SLOTS, False)):
             compile_merge(64, block, once, shift=not once)
     elif name == "decode":
-        for pair in PAIRS.values():
-            compile_decode(*pair)
+        compile_decode()
     else:
         compile_pair(*PAIRS[name], prompt)
 
