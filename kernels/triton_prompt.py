@@ -6,7 +6,7 @@ library's FlashAttention goes over them without a mask. It gives the logarithm o
 parts of split-K are. Runs under Triton's interpreter on a CPU too, with plain torch in the library's place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -100,7 +100,14 @@ def plain_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -
 
 
 def read_together(
-    query: Tensor, scale: Tensor, runs: Sequence[PageRun], table: Tensor, page_tokens: int, out: Tensor, ml: Tensor
+    query: Tensor,
+    scale: Tensor,
+    runs: Sequence[PageRun],
+    table: Tensor,
+    page_tokens: int,
+    out: Tensor,
+    ml: Tensor,
+    mean: Callable[[int, int], Tensor] | None = None,
 ) -> None:
     """Attention of all queries of one sequence to whole runs of pages, as one part for the merge.
 
@@ -110,6 +117,7 @@ def read_together(
         table: int64 [entries], addresses of the sequence's pages.
         out: float32 [Hkv · query blocks, N, head_dim], a part of the outputs, with weights' sum 1; written.
         ml: float32 [Hkv · query blocks, 2, N], logarithms to base 2 of the sums of weights, and ones; written.
+        mean: what keys were stored without, if anything: (first entry, end) → float32 [Hkv, tokens, head_dim] in their stored basis.
     """
     heads, dim = query.shape[1], query.shape[-1]
     flat = query.view(1, heads, -1, dim)
@@ -125,6 +133,8 @@ def read_together(
             shape = (heads, len(pages) * page_tokens, dim)
             k, v = (x[: heads * shape[1] * dim].view(shape) for x in (keys, values))
             decode_pages(pages, run.key_format, run.value_format, factors, k, v, page_tokens)
+            if mean is not None:
+                k.copy_(k.float() + mean(first, first + len(pages)) * factors[:, None, None])
             part, part_sums = plain_attention(flat, k[None], v[None], 1 / KEY_SCALE)
             if total is None or sums is None:
                 total, sums = part.float(), part_sums

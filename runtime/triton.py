@@ -1,5 +1,6 @@
 """The packed cache's reads and writes by Triton kernels: what PackedLayer and LayerView do when `use_triton` is set."""
 
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -7,12 +8,15 @@ import torch
 from torch import Tensor
 
 from kvfold.exports.account import Geometry
-from kvfold.exports.spec import LayerSpec
+from kvfold.exports.spec import KeySpec, LayerSpec
 from kvfold.kernels.attention import packed_tokens
+from kvfold.kernels.key_mean import STEP
 from kvfold.kernels.pages import page_address
+from kvfold.kernels.quantizer import to_float16
 from kvfold.kernels.triton_append import append_step, empty_queries
-from kvfold.kernels.triton_attention import Queries, attention, prepare_queries
+from kvfold.kernels.triton_attention import attention, prepare_queries
 from kvfold.kernels.triton_encode import encode_pages, lower_pages
+from kvfold.kernels.triton_mean import MeanOf
 from kvfold.kernels.triton_prompt import PageRun
 from kvfold.runtime.marks import marks_of
 
@@ -68,10 +72,13 @@ def _decode(
 ) -> None:  # fmt: skip
     """One step of every sequence: appends, packs the page that came due, attends, and moves the device's state on."""
     spec, geometry = layer.spec, layer.geometry
-    name = (query.shape[0], query.shape[1], geometry.num_kv_heads, query.shape[3], query.device, shifted)
+    shape = (query.shape[0], query.shape[1], geometry.num_kv_heads, query.shape[3], query.device, shifted)
+    tokens = geometry.raw_rows + layer.block_table.shape[1] * geometry.page_tokens if spec.key.turns else 0
+    name = (*shape, spec.key.frequencies if spec.key.turns else None, tokens)
     scratch = layer.padding.scratch
     if name not in scratch:
-        scratch[name] = empty_queries(*name)
+        tables = spec.key.tables(geometry.sinks) if spec.key.turns else None
+        scratch[name] = empty_queries(*shape, tables, tokens)
     queries = scratch[name]
     append_step(
         keys.contiguous(), values.contiguous(), query.contiguous(), layer.raw_keys, layer.raw_values, layer.block_table,
@@ -102,25 +109,55 @@ def _prompt(
     # a copy: where it begins decides how it is aligned, and each alignment would compile a kernel of its own
     state = layer.state[b : b + 1].clone()
     bent = bool(bends["softcap"] or bends["sliding"])
+    keys, mean = row.keys, None
+    if spec.key.turns:  # a prompt's kernel reads its 16-bit rows with their mean, and pages without
+        assert spec.key.offset is not None
+        mean = partial(_stored_mean, spec.key, geometry)
+        keys = to_float16(keys.float() + _stored(spec.key, row.raw_positions, geometry.sinks))
     for start in range(0, query.shape[2], QUERY_CHUNK):
         chunk = query[:, :, start : start + QUERY_CHUNK]
         position = layer.length[b] - query.shape[2] + start
         first = torch.tensor([position], dtype=torch.int32, device=device)
         shift = spec.key.shift(chunk) if shifted else None
-        queries = prepare_queries(spec.key.apply_query(chunk), geometry.num_kv_heads, scaling, bends["softcap"], shift)
+        rows = chunk.shape[2] * chunk.shape[1] // geometry.num_kv_heads
+        together = [] if bent else page_runs(layer, row, position, rows)
+        term = None
+        if spec.key.turns:
+            first_page = together[-1].end if together else layer.passed[b]
+            limit = int(row.limit[-1]) - geometry.sinks
+            steps = first_page * geometry.page_tokens // STEP, max(limit, 0) // STEP + 1
+            term = MeanOf(spec.key.tables(geometry.sinks), spec.key.offset, chunk, *steps)
+        queries = prepare_queries(
+            spec.key.apply_query(chunk), geometry.num_kv_heads, scaling, bends["softcap"], shift, term
+        )
         attention(
-            queries, spec.key.format, spec.value.format, table, state, row.keys[None], row.values[None],
+            queries, spec.key.format, spec.value.format, table, state, keys[None], row.values[None],
             out[:, start : start + QUERY_CHUNK], first_query=first, packed_before=before,
-            together=() if bent else page_runs(layer, row, position, queries), **formats_of(layer, b), **bends,
-            **regions(geometry),
+            together=together, together_mean=mean, **formats_of(layer, b), **bends, **regions(geometry),
         )  # fmt: skip
 
 
-def page_runs(layer: "PackedLayer", row: "RowView", position: int, queries: Queries) -> list[PageRun]:
-    """The pages that every query from `position` on reads, as runs of one rung; none where it would not pay to decode them."""
+def _stored(key: KeySpec, positions: Tensor, sinks: int) -> Tensor:
+    """The mean that keys at int64 positions [n] were stored without, in their stored basis: float32 [Hkv, n, head_dim]."""
+    mean = key.mean(positions, sinks)
+    assert mean is not None
+    return key.transform(mean)
+
+
+def _stored_mean(key: KeySpec, geometry: Geometry, first: int, end: int) -> Tensor:
+    """`_stored` of pages first … end − 1."""
+    tokens = torch.arange(first * geometry.page_tokens, end * geometry.page_tokens, device=key.offset.device)
+    return _stored(key, geometry.sinks + tokens, geometry.sinks)
+
+
+def page_runs(layer: "PackedLayer", row: "RowView", position: int, rows: int) -> list[PageRun]:
+    """The pages that every query from `position` on reads, as runs of one rung; none where it would not pay to decode them.
+
+    rows: queries times heads of a group.
+    """
     g = layer.geometry
     count = max(row.packed_before, packed_tokens(position + 1, g.sinks, g.window, g.page_tokens)) // g.page_tokens
-    if count * g.page_tokens < LEAST_PACKED or queries.tokens * queries.group < LEAST_ROWS:
+    if count * g.page_tokens < LEAST_PACKED or rows < LEAST_ROWS:
         return []
     runs, first = [], 0
     for rung, pages in groupby(row.pages[:count], layer.pool.rung):
