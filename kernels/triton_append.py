@@ -22,9 +22,13 @@ from kvfold.kernels.triton_bits import pow2
 from kvfold.kernels.triton_codec import NBYTES, to_fp16
 from kvfold.kernels.triton_encode import clip_strides
 from kvfold.kernels.triton_mean import STEPS_BLOCK, MeanTerm, key_mean, write_bias, write_coefficients
-from kvfold.kernels.triton_pages import UNROLL, WARPS, write_block
+from kvfold.kernels.triton_pages import warps_for, write_block
 
 BLOCK: tl.constexpr = tl.constexpr(32)  # rows of a matrix at a time
+UNROLL: tl.constexpr = tl.constexpr(2)  # fields of a page at a time
+REGISTERS = (
+    96  # of a thread: steps that write no page, nearly all, want many programs at once and not what a page takes
+)
 UNMARKED = 2**63 - 1  # of a sequence whose keys and values were all finite
 LABELS: tl.constexpr = tl.constexpr(65536)  # marks of one token; twice as many as there may be layers
 
@@ -117,7 +121,7 @@ def _write_queries(
     do_not_specialize=[
         "label", "k_clip_r", "k_clip_h", "k_clip_g", "v_clip_r", "v_clip_h", "v_clip_g", "rung_count", "given_rungs",
         "table_width", "sinks", "window", "ring", "key_stride_b", "key_stride_h", "value_stride_b", "value_stride_h",
-        "query_stride_b", "query_stride_h", "raw_stride_b", "raw_stride_h", "raw_stride_t", "bias_steps",
+        "raw_stride_b", "raw_stride_h", "raw_stride_t", "bias_steps",
     ],
     do_not_specialize_on_alignment=[
         "table", "state", "marks", "new_keys", "new_values", "raw_keys", "raw_values", "rungs", "k_clip", "v_clip",
@@ -342,7 +346,7 @@ def append_step(
         DIM=dim, ROWS=page_tokens // FIELDS, TABLE=table_length(dim), MATRIX=matrix is not None, OFFSET=offset is not None,
         SHIFT=shift is not None, MARKS=marks is not None, GROUP=queries.group, N=queries.data.shape[3], TOP=QUERY_TOP,
         MEAN=0 if mean is None else mean.tables.within.shape[1], BIAS=STEPS_BLOCK,
-        num_warps=WARPS, enable_fp_fusion=False,
+        num_warps=warps_for(page_tokens), maxnreg=REGISTERS, enable_fp_fusion=False,
     )  # fmt: skip
 
 

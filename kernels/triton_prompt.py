@@ -20,7 +20,7 @@ from kvfold.kernels.packing import FIELDS
 from kvfold.kernels.pages import anchor
 from kvfold.kernels.tables import format_tables, table_length
 from kvfold.kernels.triton_codec import NBYTES, decode_elements, read_header, to_fp16
-from kvfold.kernels.triton_pages import TOKEN_TILE, WARPS, tile_width
+from kvfold.kernels.triton_pages import TOKEN_TILE, tile_width, warps_for
 
 SCRATCH_NBYTES = 64 << 20  # of decoded keys and values at a time
 KEY_SCALE = 64.0  # decoded keys carry the softmax scale; times this they lie in float16's middle
@@ -80,7 +80,7 @@ def decode_pages(
         _decode_kernel, (pages.numel(), keys.shape[0], 2),
         anchor(pages.device), pages, factors, keys, values,
         format_tables([[key_format, value_format]], page_tokens, pages.device), table_length(dim),
-        ROWS=page_tokens // FIELDS, num_warps=WARPS,
+        ROWS=page_tokens // FIELDS, num_warps=warps_for(page_tokens),
     )  # fmt: skip
 
 
