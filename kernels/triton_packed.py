@@ -234,14 +234,15 @@ def packed_part(
                 group = ()
                 for f in tl.static_range(8):
                     weight = scale[f] * (p_one * v_unit * field_unit(f, v_ternary))
-                    group = group + ((p[f] * weight[:, None]).to(tl.float16),)
+                    group = group + (tl.trans(tl.trans(p[f] * weight[:, None]).to(tl.float16)),)
             scaled = scaled + (group,)
         z = new_z
+        shrink = tl.trans(alpha[:, None])
         new_low = ()
         new_high = ()
         for t in tl.static_range(count(v_pieces)):
-            new_low = new_low + (low[t] * alpha[None, :],)
-            new_high = new_high + (high[t] * alpha[None, :],)
+            new_low = new_low + (low[t] * shrink,)
+            new_high = new_high + (high[t] * shrink,)
         if v_ternary:
             low = trit_values(v_page, row, scaled, new_low, v_trits, INTERPRET, v_groups)
             high = new_high
