@@ -99,6 +99,7 @@ def packed_part(
     n = tl.arange(0, N)
     i = tl.arange(0, 16)
     row = i % rows
+    always = (tl.program_id(0) | 1) != 0
     k_offset = head * k_nbytes
     v_offset = kv_offset + head * v_nbytes
 
@@ -203,14 +204,18 @@ def packed_part(
             tl.maximum(tl.maximum(s[4], s[5]), tl.maximum(s[6], s[7])),
         )
         new_top = tl.maximum(top, tl.max(best, 1))
-        alpha = tl.exp2(top - new_top)
+        if always:
+            alpha = tl.exp2(top - new_top)
+            p = ()
+            for f in tl.static_range(8):
+                if MASKED:  # a column may have seen nothing so far
+                    p = p + (tl.where(s[f] > 0.5 * NEVER, tl.exp2(s[f] - new_top[:, None]), 0.0),)
+                else:
+                    p = p + (tl.exp2(s[f] - new_top[:, None]),)
+        else:
+            alpha = top
+            p = s
         top = new_top
-        p = ()
-        for f in tl.static_range(8):
-            if MASKED:  # a column may have seen nothing so far
-                p = p + (tl.where(s[f] > 0.5 * NEVER, tl.exp2(s[f] - new_top[:, None]), 0.0),)
-            else:
-                p = p + (tl.exp2(s[f] - new_top[:, None]),)
         sums = sums * alpha[:, None] + (((p[0] + p[1]) + (p[2] + p[3])) + ((p[4] + p[5]) + (p[6] + p[7])))
         new_z = ()
         scaled = ()
