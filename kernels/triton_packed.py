@@ -11,6 +11,11 @@ divided by is folded into the scale of the score, for keys, and of the probabili
     Σ_t p_t·v_t = Σ_t (p_t·s_t)·c_t + Σ_t p_t·m_t                       values
 
 Online softmax in base 2 (FlashAttention); partial results are merged by their maxima (split-K, FlashDecoding).
+
+Half of the compiler's time goes into two passes that, for every load (TritonGPUCoalesce) and every dot (AccelerateMatmul), walk all that
+is connected with it. The second stops at a `tl.trans`, so pointers, scores and weights are turned where that costs no
+instruction; the first at the results of a branch, so the softmax stands in one that only LLVM knows to be always taken. Neither
+may hold a load or a dot: loads in a branch are not pipelined, and the tensor cores' layouts do not reach into it.
 """
 
 import triton
@@ -99,7 +104,7 @@ def packed_part(
     n = tl.arange(0, N)
     i = tl.arange(0, 16)
     row = i % rows
-    always = (tl.program_id(0) | 1) != 0
+    always = (tl.program_id(0) | 1) != 0  # true; see above
     k_offset = head * k_nbytes
     v_offset = kv_offset + head * v_nbytes
 
