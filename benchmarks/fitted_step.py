@@ -27,7 +27,7 @@ BITS = (1.5, 2.0, 3.0)
 
 def logit_error(stats: LayerStats, matrix: Tensor, fmt: Format, tokens: slice) -> Tensor:
     """Mean squared error of a logit, float64 [Hkv], with keys in `matrix`'s basis."""
-    z = to_float16(KeySpec(fmt, (), matrix.float(), stats.key_mean.float()).apply(stats.key_sample)).float()[:, tokens]
+    z = to_float16(KeySpec(fmt, (), matrix.float()).transform(stats.rest_sample)).float()[:, tokens]
     inverse = torch.linalg.inv(matrix)
     delta = (round_trip(z, fmt) - z).double()
     return torch.einsum("hti,hij,htj->h", delta, inverse.mT @ stats.query_moment @ inverse, delta) / z.shape[1]

@@ -55,10 +55,14 @@ def main() -> None:
     def measure(module, query: Tensor, key: Tensor, value: Tensor, mask, scaling: float, **extras) -> None:
         """query [1, H, T, D], key and value [1, Hkv, T, D] after RoPE."""
         spec = artifact.specs[module.layer_idx]
-        z, v, q = to_float16(spec.key.apply(key)).float(), to_float16(value).float(), spec.key.apply_query(query)
+        places = torch.arange(key.shape[2])
+        z = to_float16(spec.key.apply(key, places, artifact.geometry.sinks)).float()
+        v, q = to_float16(value).float(), spec.key.apply_query(query)
+        mean = spec.key.transform(key) - z  # what a reader adds to the logits, as keys
 
         def added(z: Tensor, v: Tensor) -> Tensor:
-            return module.o_proj(attend_plain(q, z, v, scaling, mask, **extras).transpose(1, 2).flatten(2))
+            out = attend_plain(q, z + mean, v, scaling, mask, **extras)
+            return module.o_proj(out.transpose(1, 2).flatten(2))
 
         exact = added(z, v)
         for side, part in (("K", spec.key), ("V", spec.value)):

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from kvfold.compress.layerwise import LayerRunner
 from kvfold.compress.progress import progress
-from kvfold.compress.rope import rotate_on, turns
+from kvfold.compress.rope import frequencies, rotate_on, turns
 from kvfold.compress.tap import tapped
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import Architecture, head_dim_of, num_kv_heads_of
+from kvfold.kernels.key_mean import STEP, turn_tables
 
 SKIP_TOKENS = 8  # first tokens of each sequence: the sinks stay in 16 bits and are outliers
 
@@ -41,6 +42,10 @@ class LayerStats:
         query_sample: float32 [H, S, D], queries of the same tokens.
         sample_lengths: int64 [number of sequences], tokens drawn from each; they sum to S.
         scaling: float64 [], factor on the logits.
+        frequencies: float32 [n/2], ω of the layer's RoPE; of no elements where keys don't turn.
+        center: float64 [Hkv, D], mean of keys before RoPE.
+        rest_moment: float64 [Hkv, D, D], E[r rᵀ] of r = k − m_t, m_t the rotating mean (kernels/key_mean.py).
+        rest_sample: float32 [Hkv, S, D], r of the tokens of key_sample.
     """
 
     key_mean: Tensor
@@ -56,6 +61,10 @@ class LayerStats:
     query_sample: Tensor
     sample_lengths: Tensor
     scaling: Tensor
+    frequencies: Tensor
+    center: Tensor
+    rest_moment: Tensor
+    rest_sample: Tensor
 
     def save(self, path: Path) -> None:
         """Writes all fields; the file appears complete."""
@@ -69,21 +78,25 @@ class LayerStats:
 
 
 class _Accumulator:
-    """Sums over sequences of one layer."""
+    """Sums over sequences of one layer; its keys stay until their mean is known."""
 
-    def __init__(self, layer: int, num_kv_heads: int, sample_tokens: int) -> None:
-        self.layer, self.num_kv_heads, self.sample_tokens = layer, num_kv_heads, sample_tokens
+    def __init__(self, layer: int, num_kv_heads: int, sample_tokens: int, omega: Tensor | None) -> None:
+        self.layer, self.num_kv_heads, self.sample_tokens, self.omega = layer, num_kv_heads, sample_tokens, omega
         self.count = 0
         self.sums: dict[str, Tensor] = {}
         self.ranges: dict[str, Tensor] = {}
-        self.samples: dict[str, list[Tensor]] = {"query": [], "key": [], "value": []}
+        self.samples: dict[str, list[Tensor]] = {"query": [], "key": [], "value": [], "rest": []}
+        self.keys: list[tuple[Tensor, Tensor, Tensor]] = []
         self.scaling = 1.0
 
     def _add(self, name: str, amount: Tensor) -> None:
         self.sums[name] = self.sums[name] + amount if name in self.sums else amount
 
-    def add(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
-        """query [H, T, D], key and value [Hkv, T, D] of one sequence."""
+    def add(self, query: Tensor, key: Tensor, unturned: Tensor, value: Tensor, places: Tensor, scaling: float) -> None:
+        """Of one sequence: query [H, T, D], key and value [Hkv, T, D]; key and query stand at int64 positions `places` [T].
+
+        unturned: the keys before RoPE.
+        """
         q, k, v = query.double(), key.double(), value.double()
         grouped = q.unflatten(0, (self.num_kv_heads, -1)).flatten(1, 2)
         self._add("query_moment", grouped.mT @ grouped / (q.shape[0] // self.num_kv_heads))
@@ -94,21 +107,43 @@ class _Accumulator:
             if name in self.ranges:
                 low, high = torch.minimum(low, self.ranges[name][:, 0]), torch.maximum(high, self.ranges[name][:, 1])
             self.ranges[name] = torch.stack((low, high), 1)
+        self._add("center_sum", unturned.double().sum(1))
         drawn = torch.linspace(0, k.shape[1] - 1, min(self.sample_tokens, k.shape[1]), device=k.device).round().long()
         for name, x in (("query", query), ("key", key), ("value", value)):
             self.samples[name].append(x[:, drawn].float())
+        self.keys.append((key.float(), places, drawn))
         self.count += k.shape[1]
         self.scaling = scaling
 
+    def _take_off(self, center: Tensor) -> None:
+        """Sums over the keys without their rotating mean.
+
+        Positions are `step` apart, which may be a multiple of what the slow pairs' turn is held for: places within such a run are
+        taken from the token's number instead, so that all of them occur.
+        """
+        for key, places, drawn in self.keys:
+            rest = key
+            if self.omega is not None:
+                tables = turn_tables(tuple(self.omega.tolist()), key.shape[-1], 0, key.device)
+                rest = key - tables.mean_at(center.float(), places, torch.arange(len(places), device=key.device) % STEP)
+            self._add("rest_moment", rest.double().mT @ rest.double())
+            self.samples["rest"].append(rest[:, drawn])
+        self.keys.clear()
+
     def finish(self, output_metric: Tensor) -> LayerStats:
-        found: dict[str, Tensor] = {"output_metric": output_metric, "query_sample": torch.cat(self.samples["query"], 1)}
+        found: dict[str, Tensor] = {"output_metric": output_metric}
         for name in ("key", "value"):
             mean = self.sums[f"{name}_sum"] / self.count
             found[f"{name}_mean"] = mean
             found[f"{name}_cov"] = self.sums[f"{name}_moment"] / self.count - mean[:, :, None] * mean[:, None, :]
             found[f"{name}_range"] = self.ranges[name]
-            found[f"{name}_sample"] = torch.cat(self.samples[name], 1)
-        found["query_moment"] = self.sums["query_moment"] / self.count
+        found["frequencies"] = torch.empty(0) if self.omega is None else self.omega
+        found["center"] = self.sums["center_sum"] / self.count
+        self._take_off(found["center"])
+        for name, parts in self.samples.items():
+            found[f"{name}_sample"] = torch.cat(parts, 1)
+        for name in ("query_moment", "rest_moment"):
+            found[name] = self.sums[name] / self.count
         found["sample_lengths"] = torch.tensor([x.shape[1] for x in self.samples["key"]])
         found["scaling"] = torch.tensor(self.scaling, dtype=torch.float64)
         for name, tensor in found.items():
@@ -159,14 +194,18 @@ def calibrate(
     per_sequence = -(-sample_tokens // len(sequences))
     for index in progress(range(done, len(layers)), "calibrate", "layer", done, len(layers)):
         attention = layers[index].get_submodule(arch.attention)
-        sums = _Accumulator(index, num_kv_heads, per_sequence)
+        last = max(runner.embedded.shape[1] * step for runner, step in zip(runners, steps, strict=True))
+        sums = _Accumulator(index, num_kv_heads, per_sequence, frequencies(model, arch, index, last - 1))
 
         def tap(module, query, key, value, mask, scaling, step, sums=sums, index=index, **extras):
             places = torch.arange(key.shape[2], device=key.device)[None]
             near, far = (turns(model, arch, index, places * s) for s in (1, step))
+            still = None if near is None else torch.ones_like(near)
             spread_q, spread_k = rotate_on(query, near, far), rotate_on(key, near, far)
             kept = slice(min(SKIP_TOKENS, key.shape[2] // 2), None)
-            sums.add(spread_q[0, :, kept], spread_k[0, :, kept], value[0, :, kept].float(), scaling)
+            unturned = rotate_on(key, near, still)[0, :, kept]
+            of_kept = spread_q[0, :, kept], spread_k[0, :, kept], unturned, value[0, :, kept].float()
+            sums.add(*of_kept, places[0, kept] * step, scaling)
             return None
 
         after = []

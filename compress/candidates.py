@@ -94,10 +94,14 @@ def _fitted(
 
 def _key_candidate(fmt: Format, basis: Basis, stats: LayerStats, recipe: Recipe) -> KeyCandidate:
     name = recipe.key.transform
-    names = () if basis.matrix is None else (name,) if basis.offset is None else ("offset", name)
+    mean = "offset" if basis.frequencies is None else "rotating mean"
+    names = () if basis.matrix is None else (name,) if basis.offset is None else (mean, name)
     matrix = None if basis.matrix is None else basis.matrix.float()
-    spec = KeySpec(fmt, names, matrix, None if basis.offset is None else basis.offset.float())
-    z = to_float16(spec.apply(stats.key_sample)).float()
+    offset = None if basis.offset is None else basis.offset.float()
+    omega = None if basis.frequencies is None else tuple(basis.frequencies.tolist())
+    spec = KeySpec(fmt, names, matrix, offset, frequencies=omega)
+    rest = stats.key_sample if offset is None else stats.key_sample - offset[:, None]
+    z = to_float16(spec.transform(stats.rest_sample if spec.turns else rest)).float()
     metric = stats.query_moment
     if spec.query_matrix is not None:
         inverse = spec.query_matrix.double()

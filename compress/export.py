@@ -18,8 +18,7 @@ from kvfold.exports.card import Base
 from kvfold.exports.licence import Licence, find_licence
 from kvfold.exports.reader import Artifact
 from kvfold.exports.schema import (
-    FORMAT_VERSION,
-    SLIDING_VERSION,
+    MEAN_VERSION,
     AccountModel,
     BudgetModel,
     CacheModel,
@@ -78,7 +77,9 @@ def _metadata(plan: Plan, found: Found, specs: list[LayerSpec], dtype: torch.dty
     formats = [(spec.key.format, spec.value.format) for spec in specs]
 
     def side(spec: KeySpec | ValueSpec, loss: float) -> SideModel:
-        tensors: list = [name for name in ("matrix", "offset", "clip") if getattr(spec, name, None) is not None]
+        tensors: list = [
+            name for name in ("matrix", "offset", "clip", "frequencies") if getattr(spec, name, None) is not None
+        ]
         fmt = FormatModel(**spec.format.to_dict())
         return SideModel(
             format=fmt,
@@ -94,7 +95,7 @@ def _metadata(plan: Plan, found: Found, specs: list[LayerSpec], dtype: torch.dty
     elements = g.elements(at, plan.num_layers)
     lengths = [2**i for i in range(9, 31) if 2**i <= plan.config.max_position_embeddings]
     return Metadata(
-        format_version=SLIDING_VERSION if g.sliding else FORMAT_VERSION,
+        format_version=MEAN_VERSION,
         cache=CacheModel(
             num_layers=plan.num_layers, num_heads=plan.config.num_attention_heads, num_kv_heads=g.num_kv_heads, head_dim=g.head_dim,
             sinks=g.sinks, window=g.window, page_tokens=g.page_tokens, **({"sliding": list(g.sliding)} if g.sliding else {}),

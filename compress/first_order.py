@@ -21,10 +21,10 @@ from kvfold.exports.spec import clip_rows
 from kvfold.kernels.quantizer import round_trip, to_float16
 
 
-def key_error(keys: Tensor, candidate: KeyCandidate) -> Tensor:
+def key_error(keys: Tensor, candidate: KeyCandidate, sinks: int) -> Tensor:
     """Δ of keys float [Hkv, T, D], float32, before any transform."""
     spec = candidate.spec.to(keys.device)
-    z = spec.apply(keys)
+    z = spec.apply(keys, torch.arange(keys.shape[1], device=keys.device), sinks)
     delta = round_trip(to_float16(z), spec.format, clip_rows(spec.clip)) - z
     return delta if spec.query_matrix is None else delta @ spec.query_matrix.mT
 
@@ -126,7 +126,7 @@ def first_order(
     for index, input_ids in enumerate(progress(sequences, "first order", "sequence")):
         for layer, (k, v, key_grad, value_grad) in enumerate(gradients(probe, index, input_ids)):
             for c, key in enumerate(keys[layer]):
-                key_losses[layer][c] += _sum(key_error(k, key) * key_grad, geometry) / len(sequences)
+                key_losses[layer][c] += _sum(key_error(k, key, geometry.sinks) * key_grad, geometry) / len(sequences)
             for c, value in enumerate(values[layer]):
                 value_losses[layer][c] += _sum(value_error(v, value) * value_grad, geometry) / len(sequences)
     return key_losses, value_losses

@@ -135,7 +135,7 @@ class KeyRecipe(_Side):
     _offered: ClassVar = {"bits": MIXED_BITS, "levels": MANY_LEVELS}
 
     transform: str = "whiten"
-    without: tuple[Literal["metric", "mixing", "offset"], ...] = ()
+    without: tuple[Literal["metric", "mixing", "rotation", "offset"], ...] = ()
 
     @model_validator(mode="after")
     def _parts(self) -> Self:

@@ -31,6 +31,17 @@ def turns(model: Any, arch: Architecture, layer: int, positions: Tensor) -> Tens
     return turn / turn.abs()
 
 
+def frequencies(model: Any, arch: Architecture, layer: int, last: int) -> Tensor | None:
+    """Angular frequencies ω of a layer's RoPE, float32 [n/2], radians a token; None for a layer without RoPE.
+
+    Args:
+        last: the highest position that will be used: a table that changes with the length is asked for with that one in.
+    """
+    device = next(model.parameters()).device
+    found = turns(model, arch, layer, torch.tensor([[0, 1, max(1, last)]], device=device))
+    return None if found is None else (found[0, 1] * found[0, 0].conj()).angle().abs().cpu()
+
+
 def rotate_on(x: Tensor, near: Tensor | None, far: Tensor | None) -> Tensor:
     """Queries or keys as RoPE would have turned them at other positions.
 

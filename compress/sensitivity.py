@@ -34,7 +34,7 @@ from kvfold.compress.tap import Tap, attend_as_usual, tapped
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import Architecture, logits_of
 from kvfold.exports.spec import KeySpec, ValueSpec, clip_rows
-from kvfold.kernels.attention import Tile, attend
+from kvfold.kernels.attention import KeyMean, Tile, attend
 from kvfold.kernels.quantizer import round_trip, to_float16
 
 KL_BLOCK = 128  # positions whose logits are in memory at a time
@@ -74,8 +74,13 @@ def packed_attention(
     limit = geometry.sinks + seen // geometry.page_tokens * geometry.page_tokens
     raw_k, raw_v = key.float(), value.float()
     shift = key_spec.shift(query) if key_spec is not None and (softcap is not None or sinks_logit is not None) else None
+    mean = None
     if key_spec is not None:
-        raw_k, query = to_float16(key_spec.apply(raw_k)).float(), key_spec.apply_query(query)
+        if key_spec.turns:
+            tables = key_spec.tables(geometry.sinks)
+            mean = KeyMean(tables, tables.coefficients(key_spec.offset, query))
+        raw_k = to_float16(key_spec.apply(raw_k, positions, geometry.sinks)).float()
+        query = key_spec.apply_query(query)
     if value_matrix is not None:
         raw_v = raw_v @ value_matrix.float().mT
     cached_k, cached_v = raw_k, raw_v
@@ -90,7 +95,7 @@ def packed_attention(
     tiles += [Tile(cached_k[:, a:b], cached_v[:, a:b], positions[a:b], True) for a, b in pairwise(packed_cuts)]
     out = attend(
         query, positions, limit, tiles,
-        sinks=geometry.sinks, scaling=scaling, mask=mask, softcap=softcap, sinks_logit=sinks_logit, shift=shift,
+        sinks=geometry.sinks, scaling=scaling, mask=mask, softcap=softcap, sinks_logit=sinks_logit, shift=shift, mean=mean,
     )  # fmt: skip
     if value_matrix is not None:
         inverse = torch.linalg.inv(value_matrix.double()).float()

@@ -1,8 +1,10 @@
 """Reads and checks an artifact."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -121,12 +123,12 @@ def _check_config(path: Path, metadata: Metadata) -> None:
 
 
 def tensor_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that kv_cache.safetensors must hold, all float32."""
+    """Name and shape of every tensor that kv_cache.safetensors must hold, all float32; −1 is any number up to head_dim / 2."""
     heads, dim = metadata.cache.num_kv_heads, metadata.cache.head_dim
 
     def shape(name: str, groups: int) -> tuple[int, ...]:
         clip = (heads,) if groups == 1 else (heads, groups)
-        return {"matrix": (heads, dim, dim), "offset": (heads, dim), "clip": clip}[name]
+        return {"matrix": (heads, dim, dim), "offset": (heads, dim), "clip": clip, "frequencies": (-1,)}[name]
 
     return {
         f"layers.{i}.{side}.{name}": shape(name, model.format.build().num_groups)
@@ -134,6 +136,12 @@ def tensor_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
         for side, model in (("key", layer.key), ("value", layer.value))
         for name in model.tensors
     }
+
+
+def _fits(tensor: Tensor, shape: tuple[int, ...], head_dim: int) -> bool:
+    if shape == (-1,):
+        return tensor.dtype == torch.float32 and tensor.dim() == 1 and 0 < len(tensor) <= head_dim // 2
+    return tensor.dtype == torch.float32 and tuple(tensor.shape) == shape
 
 
 def _read_specs(path: Path, metadata: Metadata) -> list[LayerSpec]:
@@ -147,10 +155,12 @@ def _read_specs(path: Path, metadata: Metadata) -> list[LayerSpec]:
                 raise KvfoldError(f"{path.name} {fault}; {AGAIN}.")
             for name, shape in expected.items():
                 tensors[name] = stored.get_tensor(name)
-                if tensors[name].shape != shape or tensors[name].dtype != torch.float32:
+                if not _fits(tensors[name], shape, metadata.cache.head_dim):
                     raise KvfoldError(
                         f"{path.name}: {name} is {tuple(tensors[name].shape)}, but must be float32 {shape}; {AGAIN}."
                     )
+                if name.endswith("frequencies") and not bool(((tensors[name] >= 0) & (tensors[name] <= math.pi)).all()):
+                    raise KvfoldError(f"{path.name}: {name} has a value outside 0 … π radians a token; {AGAIN}.")
                 if name.endswith("clip") and not bool(((tensors[name] > 0) & (tensors[name] <= 1)).all()):
                     raise KvfoldError(f"{path.name}: {name} has a value outside (0, 1]; {AGAIN}.")
                 if name.endswith("matrix") and bool(torch.linalg.inv_ex(tensors[name].double()).info.any()):
@@ -161,7 +171,9 @@ def _read_specs(path: Path, metadata: Metadata) -> list[LayerSpec]:
         raise KvfoldError(f"{path.name} is not a readable safetensors file ({error}); {AGAIN}.") from None
 
     def side(i: int, name: str, model: SideModel) -> dict:
-        found = {t: tensors[f"layers.{i}.{name}.{t}"] for t in model.tensors}
+        found: dict[str, Any] = {t: tensors[f"layers.{i}.{name}.{t}"] for t in model.tensors}
+        if "frequencies" in found:
+            found["frequencies"] = tuple(found["frequencies"].tolist())
         return {"format": model.format.build(), "transforms": tuple(model.transforms), **found}
 
     return [

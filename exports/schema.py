@@ -11,8 +11,9 @@ from kvfold.exports.account import Geometry
 from kvfold.kernels.formats import Format
 from kvfold.kernels.packing import FIELDS
 
-FORMAT_VERSION = 1  # of an artifact without sliding-window layers
-SLIDING_VERSION = 2  # the same and cache.sliding
+FORMAT_VERSION = 1  # of an artifact without sliding-window layers; read, no longer written
+SLIDING_VERSION = 2  # the same and cache.sliding; read, no longer written
+MEAN_VERSION = 3  # a rotating mean of keys: `frequencies` beside `offset`; cache.sliding where a layer slides
 METADATA_NAME = "kv_cache.json"
 TENSORS_NAME = "kv_cache.safetensors"
 
@@ -45,7 +46,7 @@ class SideModel(Strict):
 
     format: FormatModel
     transforms: list[str]
-    tensors: list[Literal["matrix", "offset", "clip"]]
+    tensors: list[Literal["matrix", "offset", "clip", "frequencies"]]
     payload_bits: Bits
     predicted_loss: Loss
 
@@ -58,7 +59,7 @@ class LayerModel(Strict):
 class CacheModel(Strict):
     """Shape of the model's cache and of its regions, in tokens.
 
-    `sliding`: of each layer, 0 for none; from SLIDING_VERSION on, where one layer slides at least, and empty before.
+    `sliding`: of each layer, 0 for none; from SLIDING_VERSION on, where one layer slides at least, else empty.
     """
 
     num_layers: Positive
@@ -144,9 +145,24 @@ class Metadata(Strict):
             raise ValueError(
                 f"format_version {SLIDING_VERSION} needs cache.sliding, one window for each of {self.cache.num_layers} layers"
             )
+        if (
+            self.format_version == MEAN_VERSION
+            and self.cache.sliding
+            and (len(self.cache.sliding) != self.cache.num_layers or not any(self.cache.sliding))
+        ):
+            raise ValueError(
+                f"cache.sliding needs one window for each of {self.cache.num_layers} layers, or must be absent"
+            )
+        turning = [i for i, layer in enumerate(self.layers) if "frequencies" in layer.key.tensors]
+        if bool(turning) != (self.format_version == MEAN_VERSION):
+            raise ValueError(
+                f"frequencies of keys go with format_version {MEAN_VERSION}, which needs a layer that has them"
+            )
         if self.cache.num_heads % self.cache.num_kv_heads:
             raise ValueError("num_heads is not a multiple of num_kv_heads")
         for i, layer in enumerate(self.layers):
+            if "frequencies" in layer.key.tensors and "offset" not in layer.key.tensors:
+                raise ValueError(f"layer {i}: frequencies turn the offset of the keys, but there is none")
             if set(layer.value.tensors) - {"clip"}:
                 raise ValueError(f"layer {i}: values have a clip at the most, their basis is in the weights")
             for side in (layer.key, layer.value):
@@ -201,10 +217,10 @@ def parse_metadata(text: str, name: str = METADATA_NAME) -> Metadata:
             f"{name} is not JSON ({error}); the artifact is damaged, write or download it again."
         ) from None
     version = data.get("format_version") if isinstance(data, dict) else None
-    if version not in (FORMAT_VERSION, SLIDING_VERSION):
+    if version not in (FORMAT_VERSION, SLIDING_VERSION, MEAN_VERSION):
         raise KvfoldError(
-            f"{name} has format_version {version!r}, but this kvfold reads {FORMAT_VERSION} and {SLIDING_VERSION}; use the "
-            "kvfold that wrote it."
+            f"{name} has format_version {version!r}, but this kvfold reads {FORMAT_VERSION} to {MEAN_VERSION}; use the kvfold "
+            "that wrote it."
         )
     digest = data.pop("digest", None)
     try:

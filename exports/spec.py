@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvfold.kernels.formats import Format
+from kvfold.kernels.key_mean import TurnTables, turn_tables
 
 
 def clip_rows(clip: Tensor | None) -> Tensor | None:
@@ -16,16 +17,19 @@ def clip_rows(clip: Tensor | None) -> Tensor | None:
 
 @dataclass(frozen=True)
 class KeySpec:
-    """How a layer's keys are stored: z = M(k − μ) after RoPE, coded in `format`.
+    """How a layer's keys are stored: z = M(k − m_t) after RoPE, coded in `format`.
 
     Attributes:
         format: of one KV head.
         transforms: names of the transforms applied, for people.
         matrix: float32 [num_kv_heads, head_dim, head_dim], M; None for the identity.
-        offset: float32 [num_kv_heads, head_dim], μ; None for zero. A constant shift of every key's logit under one query,
-            so softmax does not see it; only a soft-cap or a sink logit needs it back (`shift`).
+        offset: float32 [num_kv_heads, head_dim]; None for zero. With `frequencies` it is the mean of keys before RoPE, and m_t is
+            that mean turned to the key's position (kernels/key_mean.py): a logit lacks q·m_t, which the reader adds. Without, it
+            is the mean after RoPE and m_t = μ for all keys: a shift of every logit of a query, so softmax does not see it; only a
+            soft-cap or a sink logit needs it back (`shift`).
         clip: float32 [num_kv_heads], or [num_kv_heads, groups] where the format has more than one group: factor on
             (minimum, maximum) of "scale_min" formats; None for 1.
+        frequencies: RoPE's angular frequencies ω, of the pairs (i, i + n/2), radians a token; None where keys don't turn.
     """
 
     format: Format
@@ -33,18 +37,43 @@ class KeySpec:
     matrix: Tensor | None = None
     offset: Tensor | None = None
     clip: Tensor | None = None
+    frequencies: tuple[float, ...] | None = None
 
     @cached_property
     def query_matrix(self) -> Tensor | None:
         """M⁻¹, float32 [num_kv_heads, head_dim, head_dim]: q·(k − μ) = (q M⁻¹)·z. Inverted in float64."""
         return None if self.matrix is None else torch.linalg.inv(self.matrix.double()).float().contiguous()
 
-    def apply(self, keys: Tensor) -> Tensor:
-        """Keys after RoPE [..., num_kv_heads, T, head_dim] → z, float32."""
-        z = keys.float()
-        if self.offset is not None:
-            z = z - self.offset[:, None]
-        return z if self.matrix is None else z @ self.matrix.mT
+    @property
+    def turns(self) -> bool:
+        """Whether the mean that is taken off turns with the position."""
+        return self.offset is not None and self.frequencies is not None
+
+    def tables(self, sinks: int) -> TurnTables:
+        """What the rotating mean is made of, in a cache of so many sinks; only where `turns`."""
+        assert self.offset is not None and self.frequencies is not None
+        return turn_tables(self.frequencies, self.offset.shape[1], sinks, self.offset.device)
+
+    def mean(self, positions: Tensor, sinks: int) -> Tensor | None:
+        """m_t of keys at int64 positions [..., T]: float32 [..., num_kv_heads, T or 1, head_dim]; None for zero."""
+        if self.offset is None:
+            return None
+        return self.tables(sinks).mean(self.offset, positions) if self.turns else self.offset[:, None]
+
+    def apply(self, keys: Tensor, positions: Tensor, sinks: int) -> Tensor:
+        """Keys after RoPE → z, float32.
+
+        Args:
+            keys: [..., num_kv_heads, T, head_dim].
+            positions: int64 [T], or [B, T] where sequences differ; tokens counted from each sequence's first.
+            sinks: of the cache.
+        """
+        mean = self.mean(positions, sinks)
+        return self.transform(keys.float() if mean is None else keys.float() - mean)
+
+    def transform(self, rest: Tensor) -> Tensor:
+        """k − m_t [..., num_kv_heads, T, head_dim] → z, float32."""
+        return rest.float() if self.matrix is None else rest.float() @ self.matrix.mT
 
     def apply_query(self, queries: Tensor) -> Tensor:
         """Queries after RoPE [..., num_heads, T, head_dim] → queries in the keys' basis, float32."""
@@ -55,15 +84,15 @@ class KeySpec:
         return (grouped @ self.query_matrix[:, None]).flatten(-4, -3)
 
     def shift(self, queries: Tensor) -> Tensor | None:
-        """q · μ of queries after RoPE [..., num_heads, T, head_dim] → float32 [..., num_heads, T]; None without offset."""
-        if self.offset is None:
+        """q·μ of queries after RoPE [..., num_heads, T, head_dim] → float32 [..., num_heads, T]; None without a constant μ."""
+        if self.offset is None or self.turns:
             return None
         offset = self.offset.repeat_interleave(queries.shape[-3] // len(self.offset), 0)
         return (queries.float() * offset[:, None]).sum(-1)
 
     def to(self, device: torch.device) -> "KeySpec":
         matrix, offset, clip = (None if t is None else t.to(device) for t in (self.matrix, self.offset, self.clip))
-        return KeySpec(self.format, self.transforms, matrix, offset, clip)
+        return KeySpec(self.format, self.transforms, matrix, offset, clip, self.frequencies)
 
 
 @dataclass(frozen=True)

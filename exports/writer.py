@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -89,7 +90,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def write_tensors(path: Path, specs: list[LayerSpec]) -> None:
-    """kv_cache.safetensors: float32, named layers.I.key|value.matrix|offset|clip."""
+    """kv_cache.safetensors: float32, named layers.I.key|value.matrix|offset|clip|frequencies."""
     tensors = {}
     for i, spec in enumerate(specs):
         for side, part in (("key", spec.key), ("value", spec.value)):
@@ -97,6 +98,8 @@ def write_tensors(path: Path, specs: list[LayerSpec]) -> None:
                 tensor = getattr(part, name, None)
                 if tensor is not None:
                     tensors[f"layers.{i}.{side}.{name}"] = tensor.contiguous().float()
+        if spec.key.frequencies is not None:
+            tensors[f"layers.{i}.key.frequencies"] = torch.tensor(spec.key.frequencies, dtype=torch.float32)
     save_file(tensors, path, metadata={"format": "pt"})
 
 

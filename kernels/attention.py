@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvfold.kernels.codes import Codes
+from kvfold.kernels.key_mean import TurnTables
 
 QUERY_BLOCK = 512  # queries scored at a time: bounds the score matrix to [num_heads, 512, tile]
 
@@ -27,6 +28,17 @@ class Tile(NamedTuple):
     values: Tensor | Codes  # [num_kv_heads, n, head_dim]
     positions: Tensor  # int64 [n]
     packed: bool
+
+
+class KeyMean(NamedTuple):
+    """What the logits of some queries lack because keys are stored without their rotating mean (key_mean.py)."""
+
+    tables: TurnTables
+    coefficients: Tensor  # complex64 [num_heads, T, head_dim / 2]
+
+    def logits(self, rows: slice, positions: Tensor) -> Tensor:
+        """q·m_t of queries `rows` and keys at int64 positions [n]: float32 [num_heads, rows, n]."""
+        return self.tables.logits(self.coefficients[:, rows], positions)
 
 
 def packed_tokens(seq_len: int, sinks: int, window: int, page_tokens: int) -> int:
@@ -46,6 +58,7 @@ def attend(
     softcap: float | None = None,
     sinks_logit: Tensor | None = None,
     shift: Tensor | None = None,
+    mean: KeyMean | None = None,
 ) -> Tensor:
     """Softmax attention of T queries of one sequence over tiles, one tile in memory at a time (online softmax).
 
@@ -61,6 +74,7 @@ def attend(
         sinks_logit: [num_heads], the logit of one more column, without a value, in every softmax of a head (gpt-oss).
         shift: [num_heads, T], added to a query's products with keys, before `scaling`. The softmax alone would not see
             it, but a soft-cap and a sink logit do: they need the q · μ that keys stored as k − μ leave out.
+        mean: of keys that are stored without a mean that turns with their position; None for none.
     Returns:
         float32 [num_heads, T, head_dim]; zeros for a query that may look at nothing.
     """
@@ -104,6 +118,8 @@ def attend(
             scores = scores.view(num_heads, -1, size)
             if shift is not None:
                 scores += shift[:, rows, None] * scaling
+            if mean is not None:
+                scores += mean.logits(rows, tile.positions) * scaling
             if softcap is not None:
                 scores = scores.div_(softcap).tanh_().mul_(softcap)
             if visible is not None:

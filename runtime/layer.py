@@ -192,13 +192,19 @@ class PackedLayer(Sequences, CacheLayerMixin):
             view = LayerView(self, None, shape, key_states.dtype, key_states.device, (key_states, value_states))
             return view, view
         self._check_finite(key_states, value_states, skips)
-        keys = to_float16(self.spec.key.apply(key_states))
+        keys = to_float16(self.spec.key.apply(key_states, self._positions(tokens, skips), self.geometry.sinks))
         values = to_float16(value_states.float())
         rows = [self._append(b, keys[b, :, skip:], values[b, :, skip:], skip, pads[b]) for b, skip in enumerate(skips)]
         self.columns += tokens
         set_segments(self)
         view = LayerView(self, rows, shape, key_states.dtype, key_states.device)
         return view, view
+
+    def _positions(self, tokens: int, skips: list[int]) -> Tensor:
+        """Positions of the next columns, counted from each sequence's first token: int64 [B, tokens], 0 where padded."""
+        starts = [length - skip for length, skip in zip(self.length, skips, strict=True)]
+        columns = torch.arange(tokens, device=self.device)
+        return (columns + torch.tensor(starts, device=self.device)[:, None]).clamp_min(0)
 
     def _check_finite(self, keys: Tensor, values: Tensor, skips: list[int]) -> None:
         for name, states in (("key", keys), ("value", values)):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvfold.kernels.attention import attend
+from kvfold.kernels.attention import KeyMean, attend
 
 if TYPE_CHECKING:
     from kvfold.runtime.layer import PackedLayer
@@ -87,6 +87,7 @@ class LayerView:
         out = torch.zeros(query.shape, device=query.device)
         q = spec.key.apply_query(query)
         shift = spec.key.shift(query) if softcap is not None or sinks_logit is not None else None
+        tables = spec.key.tables(geometry.sinks) if spec.key.turns else None
         for b, row in enumerate(self.rows):
             if row.positions.numel() == 0:
                 continue
@@ -94,9 +95,13 @@ class LayerView:
             if mask is not None:
                 columns = row.pad + int(row.positions[-1]) + 1
                 row_mask = mask[min(b, mask.shape[0] - 1), 0, row.skip :, row.pad : columns]
+            mean = None
+            if tables is not None:
+                assert spec.key.offset is not None
+                mean = KeyMean(tables, tables.coefficients(spec.key.offset, query[b, :, row.skip :]))
             out[b, :, row.skip :] = attend(
                 q[b, :, row.skip :], row.positions, row.limit, self.layer.tiles(row),
                 sinks=geometry.sinks, scaling=scaling, mask=row_mask, softcap=softcap, sinks_logit=sinks_logit,
-                shift=None if shift is None else shift[b, :, row.skip :],
+                shift=None if shift is None else shift[b, :, row.skip :], mean=mean,
             )  # fmt: skip
         return out

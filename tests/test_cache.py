@@ -21,6 +21,15 @@ SPECS = {
         KeySpec(Format(((8, 16), (8, 4))), matrix=MATRIX, offset=torch.randn(HEADS, DIM, generator=GENERATOR)),
         ValueSpec(uniform(DIM, 4), clip=torch.tensor([0.9, 0.8])),
     ),
+    "turning": LayerSpec(
+        KeySpec(
+            Format(((8, 8), (8, 2))),
+            matrix=MATRIX,
+            offset=4 * torch.randn(HEADS, DIM, generator=GENERATOR),
+            frequencies=(1.0, 0.4, 0.1, 0.02, 0.005, 1e-4),
+        ),
+        ValueSpec(uniform(DIM, 4)),
+    ),
     "ternary": LayerSpec(KeySpec(uniform(DIM, 8, "fp16")), ValueSpec(uniform(DIM, 3))),
     "raw": LayerSpec(KeySpec(raw16(DIM)), ValueSpec(raw16(DIM))),
 }
@@ -39,7 +48,8 @@ class PlainLists:
         self.packed = [0] * batch
 
     def append(self, keys, values):
-        keys, values = to_float16(self.spec.key.apply(keys)), to_float16(values)
+        places = torch.stack([len(row) + torch.arange(keys.shape[2]) for row in self.rows])
+        keys, values = to_float16(self.spec.key.apply(keys, places, GEOMETRY.sinks)), to_float16(values)
         for b, row in enumerate(self.rows):
             row += [(keys[b, :, t], values[b, :, t]) for t in range(keys.shape[2])]
             self._pack(b)

@@ -38,12 +38,13 @@ def eager_logits(family, ids, **inputs):
         return tiny_model(family, attention="eager")(ids, use_cache=False, **inputs).logits
 
 
-def raw_specs(offset: bool):
-    """Formats that keep every number, float16 rounding aside, and an offset that the logits must not show."""
+def raw_specs(offset: str):
+    """Formats that keep every number, float16 rounding aside, and a mean of keys, constant or turning, that the logits must not show."""
     generator = torch.Generator().manual_seed(8)
     mu = torch.randn(HEADS, DIM, generator=generator) if offset else None
     matrix = torch.linalg.qr(torch.randn(HEADS, DIM, DIM, generator=generator))[0] if offset else None
-    return LayerSpec(KeySpec(raw16(DIM), (), matrix, mu), ValueSpec(raw16(DIM)))
+    omega = (1.0, 0.5, 0.1, 0.03, 0.01, 1e-3) if offset == "turning" else None
+    return LayerSpec(KeySpec(raw16(DIM), (), matrix, mu, frequencies=omega), ValueSpec(raw16(DIM)))
 
 
 @torch.no_grad()
@@ -59,7 +60,7 @@ def test_plain_tensors_through_our_functions_are_eager(family):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("offset", [False, True], ids=["plain", "offset"])
+@pytest.mark.parametrize("offset", ["", "constant", "turning"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_layers_packed_attention_is_eager(family, offset):
     """Queries, keys and values that float16 holds exactly, through the cache's pages, prompt and single tokens."""

@@ -24,6 +24,10 @@ SPECS = {
         ValueSpec(uniform(DIM, 2), clip=None),
     ),
     "raw": LayerSpec(KeySpec(raw16(DIM)), ValueSpec(raw16(DIM))),
+    "turning": LayerSpec(
+        KeySpec(uniform(DIM, 4), offset=2 * torch.ones(HEADS, DIM), frequencies=(1.0, 0.3, 0.02)),
+        ValueSpec(uniform(DIM, 4)),
+    ),
 }
 
 
@@ -56,7 +60,9 @@ class Lists:
         self.rows = [Tokens(pad) for pad in pads]
 
     def append(self, keys, values):
-        stored = torch.stack((to_float16(self.spec.key.apply(keys)), to_float16(values.float())))
+        columns = torch.arange(keys.shape[2]) + self.columns
+        places = torch.stack([(columns - row.pad).clamp_min(0) for row in self.rows])
+        stored = torch.stack((to_float16(self.spec.key.apply(keys, places, self.g.sinks)), to_float16(values.float())))
         for b, row in enumerate(self.rows):
             skip = min(max(row.pad - self.columns, 0), keys.shape[2])
             row.rows = torch.cat((row.rows, stored[:, b, :, skip:]), 2)

@@ -1,6 +1,6 @@
 """What a transform is: statistics of one layer in, a basis out.
 
-A basis B stores x as z = online·(fused·x − offset). The fused part goes into the weights, the online part and the offset
+A basis B stores x as z = online·(fused·x − m), m the offset or, with frequencies, the offset turned to x's position. The fused part goes into the weights, the online part and the offset
 are applied when a token arrives, and whoever reads z takes the inverse: o_proj for values, the query for keys.
 """
 
@@ -23,11 +23,13 @@ class Basis:
             (i, i + D/2), because rotation commutes with nothing else; of values any invertible matrix.
         online: float64 [Hkv, D, D], invertible, applied to new keys; values have none.
         offset: float64 [Hkv, D], subtracted from new keys; values have none.
+        frequencies: float32 [n/2], ω of RoPE where the offset is a mean before it (kernels/key_mean.py).
     """
 
     fused: Tensor | None = None
     online: Tensor | None = None
     offset: Tensor | None = None
+    frequencies: Tensor | None = None
 
     @property
     def matrix(self) -> Tensor | None:

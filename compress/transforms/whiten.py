@@ -1,7 +1,7 @@
 """Keys and values in the whitened eigenbasis of the metric that their error is felt in, with bits by reverse water-filling.
 
 With Σ_q = E[q qᵀ], W = Σ_q^½ and W Σ_k W = U Λ Uᵀ (λ falling), the error of a logit is the plain squared error of
-z = Uᵀ W (k − μ), whose channels have variances λ. Channels are cut into contiguous classes; class c of n channels with
+z = Uᵀ W (k − m_t), whose channels have variances λ. Channels are cut into contiguous classes; class c of n channels with
 L levels costs D(L)·(Σ_{i∈c} √λ_i)²/n once it is half-whitened, which is the smallest that one shared scale allows:
 M_c = H_n Λ_c^(−¼), H_n orthogonal and mixing. So M = blockdiag(M_c) Uᵀ W. Rows are then divided by their calibrated
 standard deviation, so that the quantiser sees unit variance and one scale a token serves all channels.
@@ -10,8 +10,11 @@ For values the metric is G = mean W_oᵀ W_o in the place of Σ_q, M is fused in
 Σ_v = E[v vᵀ] is not centred: tokens with small values often draw the most attention, and their error must stay in
 proportion to their own norm.
 
-Three parts of the keys' can be left out, to see what each is worth: "metric" (W = I: the keys' own eigenbasis), "mixing" (H_n = I) and
-"offset" (μ = 0, and Σ_k not centred).
+m_t is the rotating mean of keys, their mean before RoPE turned to the key's position (kernels/key_mean.py), and Σ_k the second moment
+of what it leaves; in a layer without RoPE m_t = μ = E[k].
+
+Four parts of the keys' can be left out, to see what each is worth: "metric" (W = I: the keys' own eigenbasis), "mixing" (H_n = I),
+"rotation" (m_t = μ, the mean after RoPE, in every layer) and "offset" (m_t = 0, and Σ_k not centred).
 """
 
 import itertools
@@ -33,11 +36,18 @@ DEAD = 1e-20  # a head of less variance is left unscaled
 MAX_COMPOSITIONS = 80_000  # more cuts than this: classes get coarser
 
 
-PARTS = ("metric", "mixing", "offset")
+PARTS = ("metric", "mixing", "rotation", "offset")
+
+
+def _turning(stats: LayerStats, without: tuple[str, ...]) -> bool:
+    """Whether the mean that is taken off keys turns with them."""
+    return bool(len(stats.frequencies)) and not {"offset", "rotation"} & set(without)
 
 
 def _moment(stats: LayerStats, without: tuple[str, ...]) -> Tensor:
-    """Σ_k of what is coded: centred, unless the offset is left out."""
+    """Σ_k of what is coded: without its mean, unless the offset is left out."""
+    if _turning(stats, without):
+        return stats.rest_moment
     if "offset" not in without:
         return stats.key_cov
     return stats.key_cov + stats.key_mean[:, :, None] * stats.key_mean[:, None, :]
@@ -148,9 +158,11 @@ def half_whitened(moment: Tensor, metric: Tensor | None, request: Request) -> Te
 
 
 def whiten(stats: LayerStats, request: Request) -> Basis:
-    """M and μ of keys."""
+    """M and the mean of keys."""
     metric = None if "metric" in request.without else stats.query_moment
     matrix = half_whitened(_moment(stats, request.without), metric, request)
+    if _turning(stats, request.without):
+        return Basis(online=matrix, offset=stats.center, frequencies=stats.frequencies)
     return Basis(online=matrix, offset=None if "offset" in request.without else stats.key_mean)
 
 

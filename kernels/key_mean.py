@@ -1,0 +1,152 @@
+"""The rotating mean of keys: what is taken off a key before it is coded, and what that leaves out of a logit.
+
+Keys after RoPE are R(t)·(b + noise), with a mean b before RoPE that is large in every head and largest where k_proj has a bias.
+A plain mean after RoPE is about zero in every channel that turns. So the cache stores k − m_t, where m_t is b turned to the key's
+position, and a logit gets back q·m_t, a function of the query and the position alone: it takes no bytes of the cache.
+
+m_t need not be R(t)·b to the last bit; writer and reader only have to agree. So it is defined by what a kernel can compute fast.
+With u = t − sinks, b_i the complex mean of pair i and ω_i its angular frequency:
+
+    m_t = 0                                                    for t < sinks
+    pair i fast    b_i · e^{jω(sinks + 128·⌊u/128⌋)} · T_i[u mod 128],   T_i[δ] = e^{jωδ}, both parts rounded to float16
+    pair i slow    b_i · e^{jω(sinks + 32·⌊u/32⌋ + 16)}
+
+The head_dim / 8 pairs of the highest frequencies are fast; the others hardly turn in 32 tokens. Channels that RoPE does not rotate
+are pairs of frequency 0. For a query with complex parts q_i, q·m_t = Re Σ conj(q_i)·b_i·(the turns above), whose coefficients
+c_i = conj(q_i)·b_i belong to the query. In a kernel the fast pairs are one small matrix product with T for each 128 tokens, the slow
+ones one number for each 32. Against m_t = R(t)·b this costs 3 % of the keys' distortion (benchmarks/LOG.md).
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+SPAN = 128  # tokens that share the turn of the fast pairs: a tile of the attention kernel
+STEP = 32  # tokens that share the whole of the slow pairs
+FIRST_TOKENS = 1 << 15  # that the tables hold at first; they double from there
+
+
+def num_fast(head_dim: int) -> int:
+    """Pairs that turn from token to token."""
+    return head_dim // 8
+
+
+class TurnTables:
+    """Turns of one set of frequencies on one device, for all layers and caches that have it; from `turn_tables`.
+
+    Tables that were replaced by longer ones stay alive, because a captured CUDA graph may read them.
+
+    Attributes:
+        first, second: int64 [head_dim / 2], the two channels of each pair, fastest pair first.
+        within: complex64 [SPAN, fast], T, its parts rounded to float16.
+        spans: complex64 [n, fast], turns of the fast pairs at sinks + SPAN·n.
+        steps: complex64 [m, slow], turns of the slow pairs at sinks + STEP·m + STEP / 2.
+    """
+
+    def __init__(self, frequencies: tuple[float, ...], head_dim: int, sinks: int, device: torch.device) -> None:
+        rotated = len(frequencies)
+        rest = head_dim // 2 - rotated
+        first = torch.cat((torch.arange(rotated), 2 * rotated + torch.arange(rest)))
+        second = torch.cat((rotated + torch.arange(rotated), 2 * rotated + rest + torch.arange(rest)))
+        omega = torch.cat((torch.tensor(frequencies, dtype=torch.float64), torch.zeros(rest, dtype=torch.float64)))
+        order = omega.argsort(descending=True, stable=True)
+        self.first, self.second, self.omega = first[order].to(device), second[order].to(device), omega[order]
+        self.fast, self.sinks, self.device = num_fast(head_dim), sinks, device
+        angles = torch.arange(SPAN)[:, None] * self.omega[: self.fast]
+        self.within = torch.complex(angles.cos().half().float(), angles.sin().half().float()).to(device)
+        self._old: list[tuple[Tensor, Tensor]] = []
+        self.tokens = 0
+        self.reach(FIRST_TOKENS)
+
+    def reach(self, tokens: int) -> None:
+        """Makes the tables cover positions below `tokens`."""
+        if tokens <= self.tokens:
+            return
+        if self.tokens:
+            self._old.append((self.spans, self.steps))
+        while self.tokens < tokens:
+            self.tokens = max(FIRST_TOKENS, 2 * self.tokens)
+        fast, slow = self.omega[: self.fast], self.omega[self.fast :]
+        self.spans = self._turns(torch.arange(self.tokens // SPAN + 1) * SPAN, fast)
+        self.steps = self._turns(torch.arange(self.tokens // STEP + 1) * STEP + STEP // 2, slow)
+
+    def _turns(self, behind_sinks: Tensor, omega: Tensor) -> Tensor:
+        angles = (behind_sinks + self.sinks)[:, None].double() * omega
+        return torch.complex(angles.cos().float(), angles.sin().float()).to(self.device)
+
+    def mean(self, offset: Tensor, positions: Tensor) -> Tensor:
+        """m_t: offset float32 [Hkv, D], positions int64 [..., T] → float32 [..., Hkv, T, D]."""
+        if not positions.numel():
+            return offset.new_zeros(*positions.shape[:-1], offset.shape[0], positions.shape[-1], offset.shape[1])
+        self.reach(int(positions.max()) + 1)
+        u = (positions - self.sinks).clamp_min(0)
+        fast = self.spans[u // SPAN] * self.within[u % SPAN]
+        turns = torch.cat((fast, self.steps[u // STEP]), -1) * (positions >= self.sinks)[..., None]  # [..., T, D/2]
+        return self._turned(offset, turns)
+
+    def mean_at(self, offset: Tensor, positions: Tensor, places: Tensor) -> Tensor:
+        """`mean` as if each position were place `places` of its STEP tokens, whatever its number is; for statistics.
+
+        Args:
+            offset: float32 [Hkv, D]; positions, places: int64 [T].
+        """
+        angles = positions[:, None].double() * self.omega.to(positions.device)
+        angles[:, self.fast :] -= (places - STEP // 2)[:, None] * self.omega[self.fast :].to(positions.device)
+        return self._turned(offset, torch.complex(angles.cos().float(), angles.sin().float()))
+
+    def _turned(self, offset: Tensor, turns: Tensor) -> Tensor:
+        """Means [Hkv, D] turned by complex64 [..., T, D/2], the fastest pair first → float32 [..., Hkv, T, D]."""
+        b = torch.complex(offset[:, self.first], offset[:, self.second])
+        m = b[:, None] * turns.unsqueeze(-3)
+        out = torch.empty(*m.shape[:-1], offset.shape[1], dtype=torch.float32, device=offset.device)
+        out[..., self.first], out[..., self.second] = m.real, m.imag
+        return out
+
+    def coefficients(self, offset: Tensor, query: Tensor) -> Tensor:
+        """c_i = conj(q_i)·b_i, fastest pair first.
+
+        Args:
+            offset: float32 [Hkv, D], b.
+            query: [..., H, T, D], after RoPE.
+        Returns:
+            complex64 [..., H, T, D/2].
+        """
+        q = query.float()
+        q = torch.complex(q[..., self.first], q[..., self.second])
+        b = torch.complex(offset[:, self.first], offset[:, self.second])
+        return q.conj() * b.repeat_interleave(query.shape[-3] // len(offset), 0)[:, None]
+
+    def logits(self, coefficients: Tensor, positions: Tensor) -> Tensor:
+        """q·m_t: complex64 [H, T, D/2] of queries and int64 [n] positions of keys → float32 [H, T, n]."""
+        out = coefficients.real.new_zeros(*coefficients.shape[:-1], len(positions))
+        u = positions - self.sinks
+        inside = u >= 0
+        if not bool(inside.any()):
+            return out
+        low, high = int(u[inside].min()), int(u.max())
+        self.reach(high + self.sinks + 1)
+        spans, steps = slice(low // SPAN, high // SPAN + 1), slice(low // STEP, high // STEP + 1)
+        fast = coefficients[..., None, : self.fast] * self.spans[spans]  # [H, T, spans, fast]
+        # Re(x·T) of all 128 places as one real product
+        table = torch.cat((self.within.real, -self.within.imag), -1)  # [SPAN, 2·fast]
+        near = (torch.cat((fast.real, fast.imag), -1) @ table.mT).flatten(-2)
+        slow = coefficients[..., self.fast :]
+        turn = self.steps[steps]
+        far = torch.cat((slow.real, -slow.imag), -1) @ torch.cat((turn.real, turn.imag), -1).mT  # [H, T, steps]
+        own = u[inside]
+        out[..., inside] = near[..., own - low // SPAN * SPAN] + far[..., own // STEP - low // STEP]
+        return out
+
+
+@cache
+def turn_tables(frequencies: tuple[float, ...], head_dim: int, sinks: int, device: torch.device) -> TurnTables:
+    """The tables of one set of frequencies: made once, and shared.
+
+    Args:
+        frequencies: ω of RoPE's pairs (i, i + n/2), radians a token.
+        head_dim: even; channels that RoPE leaves alone come behind those that it turns.
+        sinks: first positions, whose mean is 0.
+    """
+    with torch.inference_mode(False):  # they outlive the mode of whoever asks first
+        return TurnTables(frequencies, head_dim, sinks, device)
