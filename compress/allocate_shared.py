@@ -85,7 +85,7 @@ class _Problem:
         self.rows = np.arange(len(loss))
 
     def priced(self, price: float) -> np.ndarray:
-        return np.where(np.isfinite(self.loss), self.loss + price * np.where(np.isfinite(self.nbytes), self.nbytes, 0), np.inf)
+        return self.loss + price * self.nbytes if price else self.loss
 
     def fits(self, found: np.ndarray) -> bool:
         taken = self.exact[self.rows, found]
@@ -275,6 +275,6 @@ def _milp(problem: _Problem, cells: np.ndarray) -> np.ndarray | None:
 
 def _out_of_reach(problem: _Problem) -> KvfoldError:
     return KvfoldError(
-        f"No allocation with {problem.limit} different pairs of formats at the most fits {problem.budget} bytes; raise the recipe's "
+        f"No allocation of at most {problem.limit} different pairs of formats fits {problem.budget} bytes; raise the recipe's "
         "pairs (0: no limit) or give a larger budget."
     )

@@ -55,7 +55,7 @@ class Request:
         one_norm: the model normalises all its heads' keys by one k_norm, so all must share what is fused.
         without: parts of the transform that are left out, by name.
         output_weight: float [hidden_size, H·D], o_proj; None where unknown.
-        catalogue: formats that mixed ones are taken from; empty: each layer makes its own cuts.
+        catalogue: the mixed formats to choose from; empty: each layer makes its own cuts.
     """
 
     fmt: Format | None = None

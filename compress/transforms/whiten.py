@@ -27,7 +27,6 @@ from torch import Tensor
 from kvfold.compress.calibrate import LayerStats
 from kvfold.compress.transforms.basis import mixing_matrix, regularised, symmetric_power
 from kvfold.compress.transforms.interface import Basis, Request, Transform
-from kvfold.kernels.catalogue import offered
 from kvfold.kernels.formats import GAUSSIAN_MSE, PLANE_WIDTHS, Format
 
 CLASS_LEVELS = (64, 32, 16, 8, 4, 2, 0)  # of a class, falling with the variance
@@ -174,17 +173,14 @@ def whiten_values(stats: LayerStats, request: Request) -> Basis:
 KEYS = Transform(
     "whiten",
     whiten,
-    mixed=lambda stats, bits, request: (
-        offered(request.catalogue, bits) or water_fill(whitened(stats, request.without)[1], bits)
-    ),
+    mixed=lambda stats, bits, request: list(request.catalogue) or water_fill(whitened(stats, request.without)[1], bits),
     each_format=True,
 )
 VALUES = Transform(
     "whiten",
     whiten_values,
     mixed=lambda stats, bits, request: (
-        offered(request.catalogue, bits)
-        or water_fill(eigenbasis(value_moment(stats), stats.output_metric)[1], bits)
+        list(request.catalogue) or water_fill(eigenbasis(value_moment(stats), stats.output_metric)[1], bits)
     ),
     each_format=True,
 )
