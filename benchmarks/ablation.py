@@ -30,6 +30,7 @@ ROWS: dict[str, dict] = {
     "best, seed 2": {"seed": 2},
     "K: no whitening by the queries": {"key": {"without": ["metric"]}},
     "K: no mixing inside classes": {"key": {"without": ["mixing"]}},
+    "K: a mean that doesn't turn": {"key": {"without": ["rotation"]}},
     "K: no offset": {"key": {"without": ["offset"]}},
     "K: same bits in all channels": {"key": {"bits": [], **ANY}},
     "K: no transform": {"key": {"transform": "none", "bits": None, **ANY}},

@@ -157,15 +157,15 @@ def chosen_baselines(text: str) -> list[str]:
 
 def decode_rows(
     shape: str, batch: int, tokens: int, names: list[str], baselines: list[str], regions: tuple[int, int, int],
-    device: torch.device, copy: float,
+    device: torch.device, stream: float,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Times decoding steps, one row a format.
 
     Args:
         regions: sinks, window and page_tokens.
-        copy: measured copy bandwidth, bytes a second.
+        stream: bytes a second of the best stream.
     Returns:
-        format, shape, batch, tokens, ms, floor_ms (weights and packed cache, each read once at the copy's rate), over_floor,
+        format, shape, batch, tokens, ms, floor_ms (weights and packed cache, each read once at that rate), over_floor,
         the baselines' milliseconds and `ratio`, the better one's over ms (None without one).
     """
     model = build_model(shape, device)
@@ -178,7 +178,7 @@ def decode_rows(
         artifact, triton = attach_formats(model, formats, geometry)
         row = packed_step_ms(model, artifact, batch, tokens, triton)
         free_memory(device)
-        floor = (weights_nbytes(model) + row["cache_bytes"]) / copy * 1e3
+        floor = (weights_nbytes(model) + row["cache_bytes"]) / stream * 1e3
         rows.append(
             {
                 "format": name, "shape": shape, "batch": batch, "tokens": tokens, **row,

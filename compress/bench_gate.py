@@ -174,7 +174,7 @@ def run_append(
         case.tables[0],
         state,
         queries,
-        *case.formats,
+        *([fmt] for fmt in case.formats),
         **options,
     )
 

@@ -15,10 +15,8 @@ from kvfold.compress.bench_gate import append_options, gate_cases, lowering, run
 from kvfold.exports.account import TABLE_STEP, Geometry
 from kvfold.kernels.bench_tools import (
     copies_for,
-    copy_bandwidth,
     flex_call,
     flex_ms,
-    machine,
     median_ms,
     random_kv,
     sdpa_ms,
@@ -204,11 +202,13 @@ def measure_writes(settings: Settings, case: Case, shape: Shape) -> tuple[float,
     return ((steps - 1) * idle + due) / steps, lower / steps
 
 
-def measure(settings: Settings, name: str, shape: Shape, baseline: Baseline, copy: float) -> dict[str, Any]:
+def measure(settings: Settings, name: str, shape: Shape, baseline: Baseline, stream: float) -> dict[str, Any]:
     """One row of the table.
 
+    Args:
+        stream: bytes a second of the best stream.
     Returns:
-        format, shape, ms, packed_bytes, bytes_per_s, share_of_copy, ratios `sdpa`, `own16` and `flex` (None or a reason where
+        format, shape, ms, packed_bytes, bytes_per_s, share_of_best_stream, ratios `sdpa`, `own16` and `flex` (None or a reason where
         there is none), `append` and `lower` as shares of ms (None below a batch of WRITE_BATCH), and all milliseconds.
     """
     ms, case = attention_ms(settings, name, shape)
@@ -223,7 +223,7 @@ def measure(settings: Settings, name: str, shape: Shape, baseline: Baseline, cop
         "ms": ms,
         "packed_bytes": case.packed_nbytes,
         "bytes_per_s": rate,
-        "share_of_copy": rate / copy,
+        "share_of_best_stream": rate / stream,
         "ratio_sdpa": baseline.sdpa / ms,
         "ratio_own16": None if baseline.own is None else baseline.own / ms,
         "ratio_flex": flex / ms if isinstance(flex, float) else flex,
@@ -241,7 +241,7 @@ def line(row: dict[str, Any], where: dict[str, str]) -> str:
     """One row as text, the machine and the versions at its end."""
     parts = [
         f"{row['format']:<7} {row['shape']:<17} {row['ms'] * 1e3:8.1f} µs {row['bytes_per_s'] / 1e12:6.3f} TB/s",
-        f"{row['share_of_copy']:5.3f} of copy {row['ratio_sdpa']:6.2f}× SDPA-flash fp16",
+        f"{row['share_of_best_stream']:5.3f} of the best stream {row['ratio_sdpa']:6.2f}× SDPA-flash fp16",
     ]
     if row["ratio_own16"] is not None:
         parts.append(f"{row['ratio_own16']:.2f}× own 16-bit")
@@ -253,18 +253,13 @@ def line(row: dict[str, Any], where: dict[str, str]) -> str:
     return "  ".join([*parts, f"| {where['device']}, torch {where['torch']}, triton {where['triton']}"])
 
 
-def rows(settings: Settings, names: list[str], shapes: list[Shape], copy: float) -> Iterable[dict[str, Any]]:
+def rows(settings: Settings, names: list[str], shapes: list[Shape], stream: float) -> Iterable[dict[str, Any]]:
     """Rows of the table, a shape at a time."""
     for shape in shapes:
         baseline = measure_baseline(settings, shape)
         for name in names:
             if settings.device.type == "cuda":
                 torch.cuda.empty_cache()
-            row = measure(settings, name, shape, baseline, copy)
+            row = measure(settings, name, shape, baseline, stream)
             assert math.isfinite(row["ms"])
             yield row
-
-
-def where_and_copy(device: torch.device) -> tuple[dict[str, str], float]:
-    """The machine, and its measured copy bandwidth in bytes a second."""
-    return machine(device), copy_bandwidth(device)

@@ -6,11 +6,14 @@ import secrets
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvfold.errors import KvfoldError
+
+if TYPE_CHECKING:  # torch is slow to import, and --help needs none
+    from kvfold.kernels.bench_tools import Stream
 
 SHAPES = [
     *(f"32/{kv}x{batch}" for kv in (32, 8) for batch in ("1x131072", "16x32768")),
@@ -81,6 +84,7 @@ def kernel_command(
         raise KvfoldError("`kvfold bench kernel` needs a CUDA device; to try the gate on a CPU set TRITON_INTERPRET=1.")
     from kvfold.compress import bench_kernel as bk
     from kvfold.compress.bench_cases import Shape, pair
+    from kvfold.kernels.bench_tools import machine, measured_streams
 
     names, sizes = split(formats), [Shape.parse(text) for text in split(shapes)]
     for name in names:
@@ -107,11 +111,11 @@ def kernel_command(
         )
         write_json(json_file, result)
         raise typer.Exit(1)
-    where, copy = bk.where_and_copy(target)
+    where, streams = machine(target), measured_streams(target)
     worst = max(check["error"] / check["at_most"] for check in gate)
-    print(f"gate: {len(gate)} checks passed, the worst at {worst:.2f} of what is allowed; copy {copy / 1e12:.3f} TB/s")
-    result |= {"machine": where, "copy_bytes_per_s": copy}
-    for row in bk.rows(settings, names, sizes, copy):
+    print(f"gate: {len(gate)} checks passed, the worst at {worst:.2f} of what is allowed\n{best_stream(streams)}")
+    result |= {"machine": where, "streams": [stream._asdict() for stream in streams]}
+    for row in bk.rows(settings, names, sizes, streams[0].bytes_per_s):
         print(bk.line(row, where), flush=True)
         result["rows"].append(row)
     result["seconds"]["timing"] = time.perf_counter() - checked
@@ -190,13 +194,15 @@ def decode_command(
     from kvfold.compress.bench_decode import chosen_baselines, decode_rows
     from kvfold.compress.bench_model import check_names
     from kvfold.compress.plan import pick_device
-    from kvfold.kernels.bench_tools import copy_bandwidth, machine
+    from kvfold.kernels.bench_tools import machine, measured_streams
 
     target = pick_device(device)
     names, kinds = split(formats), chosen_baselines(baselines)
     check_names(shape, names)
-    where, copy = machine(target), copy_bandwidth(target)
-    rows = decode_rows(shape, batch, tokens, names, kinds, (sinks, window, page_tokens), target, copy)
+    where, streams = machine(target), measured_streams(target)
+    print(best_stream(streams), flush=True)
+    rate = streams[0].bytes_per_s
+    rows = decode_rows(shape, batch, tokens, names, kinds, (sinks, window, page_tokens), target, rate)
     for row in rows:
         others = ", ".join(
             f"{kind} {ms:.1f} ms" if isinstance(ms, float) else f"{kind} {ms}"
@@ -207,7 +213,7 @@ def decode_command(
             f"{row['format']} {shape} {batch}x{tokens}: {row['ms']:.2f} ms a step, {row['over_floor']:.2f}× the floor of "
             f"{row['floor_ms']:.2f} ms;{ratio} {others or 'no baseline'} | {describe(where)}"
         )
-    write_json(json_file, {"machine": where, "copy_bytes_per_s": copy, "rows": rows})
+    write_json(json_file, {"machine": where, "streams": [s._asdict() for s in streams], "rows": rows})
 
 
 def memory_command(
@@ -261,6 +267,12 @@ def memory_command(
         f"{long_format} {long_shape} 1x{long_tokens}: {long['ms']:.2f} ms a token, cache {long['cache_bytes'] / 1e9:.2f} GB, "
         f"weights {long['weights_bytes'] / 1e9:.2f} GB{peak} | {describe(where)}"
     )
+
+
+def best_stream(streams: list["Stream"]) -> str:
+    """The stream that figures are compared with, in words: what `measured_streams` found best."""
+    best = streams[0]
+    return f"best of {len(streams)} streams: {best.name}, {best.bytes_per_s / 1e12:.3f} TB/s"
 
 
 def describe(where: dict[str, str]) -> str:

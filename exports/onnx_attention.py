@@ -15,7 +15,8 @@ from kvfold.exports.account import Geometry
 from kvfold.exports.onnx_codec import Side, word_order
 from kvfold.exports.onnx_encode import encode
 from kvfold.exports.onnx_graph import FLOAT, FLOAT16, UINT8, Constants, Graph
-from kvfold.exports.spec import LayerSpec
+from kvfold.exports.onnx_key_mean import TurningMean
+from kvfold.exports.spec import KeySpec, LayerSpec
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,14 @@ class Sizes:
     """Names of int64 [1] tensors that all layers of a graph share."""
 
     packed: str  # tokens in pages, after this call
-    before: str  # the same, before
-    rows: str  # 16-bit rows, before any are packed
-    new: str  # tokens of this call
     pages: str  # after this call
     new_pages: str
     due: str  # bool [1]: there are new pages
+    queries: str  # int64 [T]: positions of this call's tokens
+    page_places: str  # int64 [n·P]: positions of tokens in pages, in the order of words
+    row_places: str  # int64 [R]: positions of the rows that attention reads
+    places: str  # both
+    late: str  # bool [R]: which rows are no sinks
     masks: dict[int, str] = field(default_factory=dict)  # sliding → what each query reads
 
 
@@ -86,6 +89,7 @@ class PackedAttention:
     def __init__(self, geometry: Geometry, specs: list[LayerSpec] | None, single: bool) -> None:
         self.geometry, self.specs, self.single = geometry, specs, single
         self.sizes: Sizes | None = None
+        self.means: dict[tuple[float, ...], TurningMean] = {}
 
     def write(self, constants: Constants, call: Call, tensors: list[str]) -> tuple[Graph, list[str]]:
         """Nodes of one layer.
@@ -101,43 +105,67 @@ class PackedAttention:
         spec = self.specs[call.index] if self.specs else None
         sinks_logit = cache.pop() if len(cache) > (3 if spec else 2) else None
         dim = self.geometry.head_dim
-        if spec and spec.key.offset is not None:
-            key = g.op("Sub", key, g.array(spec.key.offset.numpy()[:, None]))
-        if spec and spec.key.matrix is not None:
-            key = g.op("MatMul", key, g.array(spec.key.matrix.mT.numpy()))
+        past = cache[-2:]
+        self.sizes = self.sizes or self._sizes(g, key, past[0], cache[0] if spec else None)
         grouped = g.reshape(query, 0, self.geometry.num_kv_heads, -1, dim)  # [B, Hkv, G·T, D]
         query = g.op("Mul", grouped, g.number(call.scaling))
         shift = None
-        if spec and spec.key.offset is not None and (call.softcap is not None or sinks_logit is not None):
-            shift = g.total(g.op("Mul", query, g.array(spec.key.offset.numpy()[:, None])), -1, keep=True)
+        if spec and spec.key.offset is not None:
+            key, shift = self._take_mean(g, call, spec.key, query, key, sinks_logit)
+        if spec and spec.key.matrix is not None:
+            key = g.op("MatMul", key, g.array(spec.key.matrix.mT.numpy()))
         if spec and spec.key.query_matrix is not None:
             query = g.op("MatMul", query, g.array(spec.key.query_matrix.numpy()))
-        past = cache[-2:]
         raw = [g.concat([old, g.half(new)], 2) for old, new in zip(past, (key, value), strict=True)]
         if spec is None:
-            self.sizes = self.sizes or self._sizes(g, key, raw[0], None)
             out = self._attend(g, call, query, None, None, raw, sinks_logit, shift)
             return g, [out, *raw]
         sides = (
             Side(spec.key.format, self.geometry.num_kv_heads, self.geometry.page_tokens),
             Side(spec.value.format, self.geometry.num_kv_heads, self.geometry.page_tokens),
         )
-        self.sizes = self.sizes or self._sizes(g, key, raw[0], cache[0])
         pages, *kept = self._pack(g, spec, sides, cache[0], raw)
         out = self._attend(g, call, query, sides, pages, kept if self.single else raw, sinks_logit, shift)
         return g, [out, pages, *kept]
 
-    def _sizes(self, g: Graph, key: str, raw: str, pages: str | None) -> Sizes:
-        rows, new = g.size(raw, 2), g.size(key, 2)
+    def _sizes(self, g: Graph, key: str, past: str, pages: str | None) -> Sizes:
+        geo, new = self.geometry, g.size(key, 2)
+        rows = g.op("Add", g.size(past, 2), new)
         if pages is None:
-            return Sizes(g.ints(0), g.ints(0), rows, new, "", "", "")
-        geo = self.geometry
+            places, queries = _count(g, g.ints(0), rows), _count(g, g.size(past, 2), rows)
+            return Sizes(g.ints(0), "", "", "", queries, "", places, places, "")
         before = g.op("Mul", g.size(pages, 1), g.ints(geo.page_tokens))
-        seen = g.op("Sub", g.op("Add", rows, before), g.ints(geo.sinks + geo.window))
+        total = g.op("Add", rows, before)
+        seen = g.op("Sub", total, g.ints(geo.sinks + geo.window))
         count = g.op("Div", g.op("Max", seen, g.ints(0)), g.ints(geo.page_tokens))
         packed = g.op("Mul", count, g.ints(geo.page_tokens))
         new_pages = g.op("Sub", count, g.size(pages, 1))
-        return Sizes(packed, before, rows, new, count, new_pages, g.op("Greater", new_pages, g.ints(0)))
+        first = g.op("Unsqueeze", g.op("Mul", _count(g, g.ints(0), count), g.ints(geo.page_tokens)), g.ints(1))
+        page_places = g.reshape(g.op("Add", first, g.ints(*(word_order(geo.page_tokens) + geo.sinks))), -1)
+        base = packed if self.single else before  # tokens in pages that lie between the sinks and other rows
+        place = _count(g, g.ints(0), g.op("Sub", total, base))
+        late = g.op("GreaterOrEqual", place, g.ints(geo.sinks))
+        row_places = g.op("Where", late, g.op("Add", place, base), place)
+        queries, places = _count(g, g.op("Sub", total, new), total), g.concat([page_places, row_places], 0)
+        due = g.op("Greater", new_pages, g.ints(0))
+        return Sizes(packed, count, new_pages, due, queries, page_places, row_places, places, late)
+
+    def _take_mean(
+        self, g: Graph, call: Call, spec: KeySpec, query: str, key: str, sinks_logit: str | None
+    ) -> tuple[str, str | None]:
+        """(keys without their mean, what every logit of the scaled queries [B, Hkv, G·T, D] lacks of it; None where softmax
+        doesn't see that)."""
+        assert self.sizes and spec.offset is not None
+        if spec.frequencies is not None:
+            if spec.frequencies not in self.means:
+                self.means[spec.frequencies] = TurningMean(spec.tables(self.geometry.sinks))
+            mean, sizes = self.means[spec.frequencies], self.sizes
+            lacking = mean.logits(g, query, spec.offset, sizes.places)
+            return mean.subtract(g, key, spec.offset, sizes.queries), lacking
+        offset = g.array(spec.offset.numpy()[:, None])
+        seen = call.softcap is not None or sinks_logit is not None
+        shift = g.total(g.op("Mul", query, offset), -1, keep=True) if seen else None
+        return g.op("Sub", key, offset), shift
 
     # -- append --------------------------------------------------------------------------------------------------------
 
@@ -265,30 +293,21 @@ class PackedAttention:
         """bool [T, n·P + R]: which packed tokens and which rows each query reads."""
         assert self.sizes
         geo, sizes = self.geometry, self.sizes
-
-        def count(start: str, end: str) -> str:
-            ends = [g.op("Squeeze", bound, g.ints(0)) for bound in (start, end)]
-            return g.op("Range", *ends, g.array(1, np.int64))
-
-        total = g.op("Add", sizes.before, sizes.rows)
-        query = g.op("Unsqueeze", count(g.op("Sub", total, sizes.new), total), g.ints(1))  # [T, 1]
-        base = (
-            sizes.packed if self.single else sizes.before
-        )  # tokens in pages that lie between the sinks and other rows
-        place = count(g.ints(0), g.op("Sub", total, base))
-        late = g.op("GreaterOrEqual", place, g.ints(geo.sinks)) if packed else ""
-        position = g.op("Where", late, g.op("Add", place, base), place) if packed else place
-        seen = g.op("LessOrEqual", position, query)
+        query = g.op("Unsqueeze", sizes.queries, g.ints(1))  # [T, 1]
+        seen = g.op("LessOrEqual", sizes.row_places, query)
         if packed:
             whole = g.op("Max", g.op("Sub", query, g.ints(geo.sinks + geo.window - 1)), g.ints(0))
             whole = g.op("Mul", g.op("Div", whole, g.ints(geo.page_tokens)), g.ints(geo.page_tokens))
             limit = g.op("Add", whole, g.ints(geo.sinks))
-            outside = g.op("Or", g.op("Not", late), g.op("GreaterOrEqual", position, limit))
-            first = g.op("Unsqueeze", g.op("Mul", count(g.ints(0), sizes.pages), g.ints(geo.page_tokens)), g.ints(1))
-            tokens = g.reshape(g.op("Add", first, g.ints(*(word_order(geo.page_tokens) + geo.sinks))), -1)
+            outside = g.op("Or", g.op("Not", sizes.late), g.op("GreaterOrEqual", sizes.row_places, limit))
             seen = g.op("And", seen, outside)
-            seen = g.concat([g.op("Less", tokens, limit), seen], 1)
-            position = g.concat([tokens, position], 0)
+            seen = g.concat([g.op("Less", sizes.page_places, limit), seen], 1)
         if sliding:
-            seen = g.op("And", seen, g.op("Greater", position, g.op("Sub", query, g.ints(sliding))))
+            seen = g.op("And", seen, g.op("Greater", sizes.places, g.op("Sub", query, g.ints(sliding))))
         return seen
+
+
+def _count(g: Graph, start: str, end: str) -> str:
+    """int64 [end − start]: start … end − 1; both int64 [1]."""
+    ends = [g.op("Squeeze", bound, g.ints(0)) for bound in (start, end)]
+    return g.op("Range", *ends, g.array(1, np.int64))

@@ -153,11 +153,8 @@ class Metadata(Strict):
             raise ValueError(
                 f"cache.sliding needs one window for each of {self.cache.num_layers} layers, or must be absent"
             )
-        turning = [i for i, layer in enumerate(self.layers) if "frequencies" in layer.key.tensors]
-        if bool(turning) != (self.format_version == MEAN_VERSION):
-            raise ValueError(
-                f"frequencies of keys go with format_version {MEAN_VERSION}, which needs a layer that has them"
-            )
+        if self.format_version < MEAN_VERSION and any("frequencies" in layer.key.tensors for layer in self.layers):
+            raise ValueError(f"frequencies of keys go with format_version {MEAN_VERSION}")
         if self.cache.num_heads % self.cache.num_kv_heads:
             raise ValueError("num_heads is not a multiple of num_kv_heads")
         for i, layer in enumerate(self.layers):

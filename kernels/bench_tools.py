@@ -1,4 +1,4 @@
-"""Timing on a device: medians of CUDA graph replays, the copy bandwidth, and the library attentions to compare with.
+"""Timing on a device: medians of CUDA graph replays, the best stream of bytes, and the library attentions to compare with.
 
 On a CPU the same functions time with perf_counter, so that the commands can be tried out where no GPU is; such figures
 say nothing about speed.
@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,13 +69,66 @@ def median_ms(call: Callable[[int], object], device: torch.device, copies: int =
     return statistics.median(times) / calls
 
 
-def copy_bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
-    """Bytes a second of a device-to-device copy of `nbytes` bytes, read and written ones counted."""
-    if device.type != "cuda":
+class Stream(NamedTuple):
+    """One way to move bytes through a device's memory, and how many a second it moved: read ones and written ones."""
+
+    name: str
+    bytes_per_s: float
+
+
+def measured_streams(device: torch.device, nbytes: int = 1 << 31) -> list[Stream]:
+    """What the memory gives at the most, by several reads and copies: the best first, which figures are compared with.
+
+    Calls are timed in a row without a graph: a copy in a CUDA graph, a memcpy node, moves a third less than by itself. Two
+    buffers take turns, so that each call finds its own outside the L2 cache.
+
+    Args:
+        nbytes: of each buffer; at least COLD times the L2 cache, else at most an eighth of the memory. 4 MiB on a CPU.
+    """
+    calls: dict[str, tuple[int, Callable[[int], object]]] = {}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        nbytes = min(nbytes, properties.total_memory // 8)
+        nbytes = max(nbytes, COLD * properties.L2_cache_size)
+    else:
         nbytes = min(nbytes, 1 << 22)
-    source = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * nbytes / median_ms(lambda i: target.copy_(source), device) * 1e3
+    nbytes -= nbytes % (1 << 16)
+    data = torch.rand(2, nbytes // 4, device=device)  # not zeros, which move faster where lines are compressed
+    target = torch.empty_like(data[0])
+    calls["copy_, read and written"] = 2 * nbytes, lambda i: target.copy_(data[i])
+    calls["neg, read and written"] = 2 * nbytes, lambda i: torch.neg(data[i], out=target)
+    calls["sum, read"] = nbytes, lambda i: data[i].sum()
+    if device.type == "cuda":
+        from kvfold.kernels.triton_read import SETTINGS, Setting, read_words
+
+        words = data.view(torch.int32)
+
+        def reading(setting: Setting) -> Callable[[int], object]:
+            out = torch.empty(setting.programs * properties.multi_processor_count, dtype=torch.int32, device=device)
+            return lambda i: read_words(words[i], out, setting)
+
+        calls |= {str(setting): (nbytes, reading(setting)) for setting in SETTINGS}
+    found = [Stream(name, moved / plain_ms(call, device) * 1e3) for name, (moved, call) in calls.items()]
+    return sorted(found, key=lambda stream: -stream.bytes_per_s)
+
+
+def plain_ms(call: Callable[[int], object], device: torch.device) -> float:
+    """Milliseconds of one call, the median over runs of CALLS calls in a row that take turns with two copies of the data.
+
+    The device must be busy for longer than the host takes to start a call.
+    """
+    if device.type != "cuda":
+        return median_ms(call, device, 2)
+    times = []
+    for _ in range(REPLAYS + 1):  # the first compiles
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for i in range(CALLS):
+            call(i % 2)
+        end.record()
+        torch.cuda.synchronize(device)
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[1:]) / CALLS
 
 
 def random_kv(

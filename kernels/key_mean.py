@@ -18,6 +18,7 @@ ones one number for each 32. Against m_t = R(t)·b this costs 3 % of the keys' d
 """
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,29 @@ FIRST_TOKENS = 1 << 15  # that the tables hold at first; they double from there
 def num_fast(head_dim: int) -> int:
     """Pairs that turn from token to token."""
     return head_dim // 8
+
+
+def padded_fast(head_dim: int) -> int:
+    """Rows that a kernel's matrix product has for the real parts of the fast pairs, and again for the imaginary ones."""
+    return max(8, 1 << (num_fast(head_dim) - 1).bit_length())
+
+
+class KernelTables(NamedTuple):
+    """The tables as Triton kernels read them (triton_mean.py); F is `padded_fast`.
+
+    Attributes:
+        within: float16 [SPAN, 2·F], real parts of T, then imaginary parts.
+        spans: float32 [n, 2, 2·F], cosines and sines, each twice.
+        steps: float32 [m, 2, slow], cosines and sines.
+        pairs: int32 [2, head_dim / 2], channels of each pair, fastest first.
+        channels: int32 [2, head_dim], of each channel its pair, and its partner, less head_dim where the channel comes first.
+    """
+
+    within: Tensor
+    spans: Tensor
+    steps: Tensor
+    pairs: Tensor
+    channels: Tensor
 
 
 class TurnTables:
@@ -55,7 +79,14 @@ class TurnTables:
         self.fast, self.sinks, self.device = num_fast(head_dim), sinks, device
         angles = torch.arange(SPAN)[:, None] * self.omega[: self.fast]
         self.within = torch.complex(angles.cos().half().float(), angles.sin().half().float()).to(device)
-        self._old: list[tuple[Tensor, Tensor]] = []
+        dim = head_dim
+        pair, partner = torch.empty(dim, dtype=torch.int32), torch.empty(dim, dtype=torch.int32)
+        pair[first[order]] = pair[second[order]] = torch.arange(dim // 2, dtype=torch.int32)
+        partner[first], partner[second] = second.int() - dim, first.int()
+        pairs = torch.stack((first[order], second[order])).int()
+        self._indices = pairs.to(device), torch.stack((pair, partner)).to(device)
+        self._old: list[KernelTables | tuple[Tensor, Tensor]] = []
+        self.kernel_tables: KernelTables
         self.tokens = 0
         self.reach(FIRST_TOKENS)
 
@@ -64,12 +95,24 @@ class TurnTables:
         if tokens <= self.tokens:
             return
         if self.tokens:
-            self._old.append((self.spans, self.steps))
+            self._old += [(self.spans, self.steps), self.kernel_tables]
         while self.tokens < tokens:
             self.tokens = max(FIRST_TOKENS, 2 * self.tokens)
         fast, slow = self.omega[: self.fast], self.omega[self.fast :]
         self.spans = self._turns(torch.arange(self.tokens // SPAN + 1) * SPAN, fast)
         self.steps = self._turns(torch.arange(self.tokens // STEP + 1) * STEP + STEP // 2, slow)
+        padded = padded_fast(2 * len(self.omega))
+
+        def rows(*parts: Tensor) -> Tensor:
+            """[n, fast] each → [n, len(parts)·padded]."""
+            return torch.cat([torch.nn.functional.pad(part, (0, padded - self.fast)) for part in parts], -1)
+
+        self.kernel_tables = KernelTables(
+            rows(self.within.real, self.within.imag).half(),
+            torch.stack([rows(x, x) for x in (self.spans.real, self.spans.imag)], 1).contiguous(),
+            torch.stack((self.steps.real, self.steps.imag), 1).contiguous(),
+            *self._indices,
+        )
 
     def _turns(self, behind_sinks: Tensor, omega: Tensor) -> Tensor:
         angles = (behind_sinks + self.sinks)[:, None].double() * omega

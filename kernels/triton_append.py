@@ -4,6 +4,8 @@ What the host must know is known when the step is captured: lengths, pages and t
 launch can be part of a CUDA graph. The lengths move on in the merging kernel of triton_attention.py.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -12,12 +14,13 @@ from torch import Tensor
 from kvfold.errors import KvfoldError
 from kvfold.kernels.formats import Format
 from kvfold.kernels.launch import launch
-from kvfold.kernels.planes import page_layout
+from kvfold.kernels.packing import FIELDS
+from kvfold.kernels.tables import format_tables, table_length
 from kvfold.kernels.triton_attention import LOG2_E, QUERY_TOP, Queries, anchor
-from kvfold.kernels.triton_bits import pick, pow2
-from kvfold.kernels.triton_codec import to_fp16
-from kvfold.kernels.triton_encode import clips_of, warps_for
-from kvfold.kernels.triton_pages import write_block
+from kvfold.kernels.triton_bits import pow2
+from kvfold.kernels.triton_codec import NBYTES, to_fp16
+from kvfold.kernels.triton_encode import clip_strides
+from kvfold.kernels.triton_pages import UNROLL, WARPS, write_block
 
 BLOCK: tl.constexpr = tl.constexpr(32)  # rows of a matrix at a time
 UNMARKED = 2**63 - 1  # of a sequence whose keys and values were all finite
@@ -101,61 +104,77 @@ def _write_queries(
     tl.store(out + n[:, None] * DIM + j[None, :], to_fp16(q * power), mask=(n < N)[:, None] & (j < DIM)[None, :])
 
 
-@triton.jit(do_not_specialize=["label"])  # or layers 0, 1 and 16 would each compile a kernel of their own
+# numbers that vary from layer to layer, or from format to format, must not each compile a kernel of their own
+@triton.jit(
+    do_not_specialize=[
+        "label", "k_clip_r", "k_clip_h", "k_clip_g", "v_clip_r", "v_clip_h", "v_clip_g", "rung_count", "given_rungs",
+        "table_width", "sinks", "window", "ring", "key_stride_b", "key_stride_h", "value_stride_b", "value_stride_h",
+        "query_stride_b", "query_stride_h", "raw_stride_b", "raw_stride_h", "raw_stride_t",
+    ],
+    do_not_specialize_on_alignment=[
+        "table", "state", "marks", "new_keys", "new_values", "raw_keys", "raw_values", "rungs", "k_clip", "v_clip",
+    ],
+)  # fmt: skip
 def _append_kernel(
     anchor_ptr, table, state, marks, new_keys, new_values, query, raw_keys, raw_values, q_out, q_scale, q_shift,
-    matrix, offset, query_matrix, key_clip, value_clip, label, factor, scaling,
+    matrix, offset, query_matrix, formats, rungs, k_clip, v_clip, k_clip_r, k_clip_h, k_clip_g, v_clip_r, v_clip_h, v_clip_g,
+    rung_count, given_rungs, label, factor, scaling,
     table_width, sinks, window, ring, key_stride_b, key_stride_h, value_stride_b, value_stride_h,
     query_stride_b, query_stride_h, raw_stride_b, raw_stride_h, raw_stride_t,
-    K: tl.constexpr, V: tl.constexpr, K_CLIPS: tl.constexpr, V_CLIPS: tl.constexpr, MATRIX: tl.constexpr,
-    OFFSET: tl.constexpr, SHIFT: tl.constexpr, MARKS: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, TOP: tl.constexpr,
+    DIM: tl.constexpr, ROWS: tl.constexpr, TABLE: tl.constexpr, MATRIX: tl.constexpr, OFFSET: tl.constexpr,
+    SHIFT: tl.constexpr, MARKS: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
     """Grid: (sequences, KV heads, keys, values or queries)."""
     b = tl.program_id(0)
     head = tl.program_id(1)
     heads = tl.num_programs(1)
-    k_nbytes: tl.constexpr = pick(K, 8)
-    v_nbytes: tl.constexpr = pick(V, 8)
-    dim: tl.constexpr = pick(K, 9)
-    page_tokens: tl.constexpr = 8 * pick(K, 7)
     if tl.program_id(2) == 2:
         place = b * heads + head
         q = query + b.to(tl.int64) * query_stride_b + head * GROUP * query_stride_h
-        out = q_out + place.to(tl.int64) * (N * dim)
-        inverse = query_matrix + head * (dim * dim)
+        out = q_out + place.to(tl.int64) * (N * DIM)
+        inverse = query_matrix + head * (DIM * DIM)
         _write_queries(
-            out, q_scale + place, q_shift + place * N, q, query_stride_h, inverse, offset + head * dim, factor, scaling,
-            dim, GROUP, N, TOP, MATRIX, SHIFT,
+            out, q_scale + place, q_shift + place * N, q, query_stride_h, inverse, offset + head * DIM, factor, scaling,
+            DIM, GROUP, N, TOP, MATRIX, SHIFT,
         )  # fmt: skip
     else:
         token = tl.load(state + 2 * b)
         pages = tl.load(state + 2 * b + 1)
-        due = tl.maximum(token + 1 - sinks - window, 0) // page_tokens
         row = tl.where(token < sinks, token, sinks + tl.maximum(token - sinks, 0) % ring)
         at = b.to(tl.int64) * raw_stride_b + head.to(tl.int64) * raw_stride_h
-        first = sinks + pages * page_tokens
         if tl.program_id(2) == 0:
             x = new_keys + b.to(tl.int64) * key_stride_b + head * key_stride_h
             out = raw_keys + at + row.to(tl.int64) * raw_stride_t
-            mu = offset + head * dim
-            _write_row(out, x, matrix + head * (dim * dim), mu, marks + b, token, label, dim, MATRIX, OFFSET, MARKS)
-            if due > pages:
-                tl.debug_barrier()  # without a window the page ends with the row just written
-                page = anchor_ptr + tl.load(table + b.to(tl.int64) * table_width + pages) * 16
-                clip = key_clip + head * K_CLIPS
-                write_block(
-                    page + head * k_nbytes, clip, raw_keys + at, raw_stride_t, first, sinks, ring, K, (), K_CLIPS
-                )
+            mu = offset + head * DIM
+            _write_row(out, x, matrix + head * (DIM * DIM), mu, marks + b, token, label, DIM, MATRIX, OFFSET, MARKS)
         else:
             x = new_values + b.to(tl.int64) * value_stride_b + head * value_stride_h
             out = raw_values + at + row.to(tl.int64) * raw_stride_t
-            _write_row(out, x, matrix, offset, marks + b, token, label + 1, dim, False, False, MARKS)
-            if due > pages:
-                tl.debug_barrier()
-                page = anchor_ptr + tl.load(table + b.to(tl.int64) * table_width + pages) * 16
-                block = page + heads * k_nbytes + head * v_nbytes
-                clip = value_clip + head * V_CLIPS
-                write_block(block, clip, raw_values + at, raw_stride_t, first, sinks, ring, V, (), V_CLIPS)
+            _write_row(out, x, matrix, offset, marks + b, token, label + 1, DIM, False, False, MARKS)
+        due = tl.maximum(token + 1 - sinks - window, 0) // (8 * ROWS)
+        if due > pages:
+            tl.debug_barrier()  # without a window the page ends with the row just written
+            rung = rung_count - 1
+            if given_rungs > 0:
+                rung = tl.load(rungs + b)
+            own = formats + rung * TABLE
+            block = anchor_ptr + tl.load(table + b.to(tl.int64) * table_width + pages) * 16
+            if tl.program_id(2) == 0:
+                src = raw_keys + at
+                clip = k_clip + rung * k_clip_r + head * k_clip_h
+                clipped = k_clip_h
+                clip_step = k_clip_g
+            else:
+                block += heads * tl.load(own + NBYTES)
+                own += rung_count * TABLE
+                src = raw_values + at
+                clip = v_clip + rung * v_clip_r + head * v_clip_h
+                clipped = v_clip_h
+                clip_step = v_clip_g
+            block += head * tl.load(own + NBYTES)
+            start = sinks + (pages * (8 * ROWS)) % ring
+            rows = (src, raw_stride_t, start, sinks + ring, ring)
+            write_block(block, own, clip, clip_step, clipped, rows, ROWS, False, UNROLL)
 
 
 def empty_queries(
@@ -178,8 +197,8 @@ def append_step(
     table: Tensor,
     state: Tensor,
     queries: Queries,
-    key_format: Format,
-    value_format: Format,
+    key_formats: Sequence[Format],
+    value_formats: Sequence[Format],
     *,
     sinks: int,
     window: int,
@@ -189,8 +208,9 @@ def append_step(
     matrix: Tensor | None = None,
     offset: Tensor | None = None,
     query_matrix: Tensor | None = None,
-    key_clip: Tensor | None = None,
-    value_clip: Tensor | None = None,
+    key_clips: Sequence[Tensor | None] | None = None,
+    value_clips: Sequence[Tensor | None] | None = None,
+    rungs: Tensor | None = None,
     marks: Tensor | None = None,
     layer: int = 0,
 ) -> None:
@@ -207,17 +227,20 @@ def append_step(
         table: int64 [B, entries], addresses of pages (`page_address`), with that of the page that may come due.
         state: int32 [B, 2], tokens and pages of each sequence before this token.
         queries: written; from `empty_queries`, and to be given to `attention`. With a shift there must be an offset.
-        key_format, value_format: of the page that may come due: where pages differ, those of the last rung.
+        key_formats, value_formats: of the page that may come due, one each, or of the rungs where pages differ.
         scaling, softcap: of the model's attention.
         matrix, offset, query_matrix: float32 [Hkv, head_dim, head_dim], [Hkv, head_dim] and [Hkv, head_dim, head_dim]: M, μ
             and M⁻¹; None for the identity and zero. Contiguous.
-        key_clip, value_clip: float32 [Hkv] or [Hkv, groups], factors on (minimum, maximum); None for 1.
+        key_clips, value_clips: float32 [Hkv] or [Hkv, groups] for each of the formats, factors on (minimum, maximum); None for 1.
+            Contiguous, and not written to afterwards: those of several rungs are copied side by side once.
+        rungs: int32 [B], contiguous: which of the formats the page has that comes due; None for the last. Read on the device, so
+            it may change between replays of a CUDA graph.
         marks: int64 [B] from `empty_marks`, for all layers of a cache, contiguous. A sequence's becomes that of its earliest key
             or value that is NaN or infinite, as `read_mark` tells; None: nobody looks.
         layer: number of the layer, for marks.
     Raises:
         KvfoldError: the rows have no room for a page beside the window, a matrix comes without its inverse, a shift without an
-            offset, or a tensor lies otherwise in memory.
+            offset, formats, clips and rungs don't fit each other, or a tensor lies otherwise in memory.
     """
     batch, kv_heads, _, dim = keys.shape
     ring = raw_keys.shape[2] - sinks
@@ -232,20 +255,61 @@ def append_step(
             raise KvfoldError(
                 "A key transform is not contiguous float32 (an inverse comes transposed); copy it once before."
             )
+    key_clips, value_clips = (clips or [None] * len(key_formats) for clips in (key_clips, value_clips))
+    if not len(key_formats) == len(value_formats) == len(key_clips) == len(value_clips):
+        counts = [len(x) for x in (key_formats, value_formats, key_clips, value_clips)]
+        raise KvfoldError(f"Key formats, value formats and their clips are {counts}; give as many of each.")
+    if rungs is not None and (rungs.shape != (batch,) or rungs.dtype != torch.int32 or not rungs.is_contiguous()):
+        raise KvfoldError(f"rungs are {rungs.dtype} {tuple(rungs.shape)}; give contiguous int32 ({batch},).")
     none = queries.scale
     shift = queries.shift
     if shift is not None and offset is None:
         raise KvfoldError("The queries have a shift, but the keys no offset; make them without, or give the offset.")
+    k_clip, *k_strides = _clips_of(key_clips, key_formats, kv_heads)
+    v_clip, *v_strides = _clips_of(value_clips, value_formats, kv_heads)
     launch(
         _append_kernel, (batch, kv_heads, 3),
         anchor(keys.device), table, state, marks if marks is not None else table, keys, values, query, raw_keys, raw_values,
-        queries.data, queries.scale, shift if shift is not None else none, matrix if matrix is not None else none, offset if offset is not None else none,
-        query_matrix if query_matrix is not None else none, key_clip if key_clip is not None else none,
-        value_clip if value_clip is not None else none, 2 * layer, scaling if softcap else scaling * LOG2_E, scaling,
+        queries.data, queries.scale, shift if shift is not None else none, matrix if matrix is not None else none,
+        offset if offset is not None else none, query_matrix if query_matrix is not None else none,
+        format_tables([key_formats, value_formats], page_tokens, keys.device), rungs if rungs is not None else state,
+        k_clip if k_clip is not None else none, v_clip if v_clip is not None else none, *k_strides, *v_strides,
+        len(key_formats), int(rungs is not None), 2 * layer, scaling if softcap else scaling * LOG2_E, scaling,
         table.stride(0), sinks, window, ring, *keys.stride()[:2], *values.stride()[:2], *query.stride()[:2],
         *raw_keys.stride()[:3],
-        K=tuple(page_layout(key_format, page_tokens)), V=tuple(page_layout(value_format, page_tokens)),
-        K_CLIPS=clips_of(key_clip, key_format, kv_heads), V_CLIPS=clips_of(value_clip, value_format, kv_heads),
-        MATRIX=matrix is not None, OFFSET=offset is not None, SHIFT=shift is not None, MARKS=marks is not None, GROUP=queries.group, N=queries.data.shape[3], TOP=QUERY_TOP,
-        num_warps=max(4, warps_for(page_tokens, dim)), enable_fp_fusion=False,
+        DIM=dim, ROWS=page_tokens // FIELDS, TABLE=table_length(dim), MATRIX=matrix is not None, OFFSET=offset is not None,
+        SHIFT=shift is not None, MARKS=marks is not None, GROUP=queries.group, N=queries.data.shape[3], TOP=QUERY_TOP,
+        num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def _clips_of(
+    clips: Sequence[Tensor | None], formats: Sequence[Format], heads: int
+) -> tuple[Tensor | None, int, int, int]:
+    """Factors of all rungs and the numbers from one rung, head and group to the next; with (None, 0, 0, 0) all are 1."""
+    if len(clips) == 1:
+        return clips[0], 0, *clip_strides(clips[0], formats[0], heads)
+    strides = [clip_strides(clip, fmt, heads) for clip, fmt in zip(clips, formats, strict=True)]
+    used = tuple(clip if each else None for clip, (each, _) in zip(clips, strides, strict=True))
+    groups = max(fmt.num_groups for fmt in formats)
+    if all(clip is None for clip in used):
+        return None, 0, 0, 0
+    name = (groups, *(None if clip is None else (clip.device, clip.data_ptr(), clip.shape) for clip in used))
+    if name not in _side_by_side:
+        _side_by_side[name] = used, _joined(used, heads, groups)  # as long as one is kept, its address names it
+    return _side_by_side[name][1], heads * groups, groups, 1
+
+
+_side_by_side: dict[tuple, tuple[tuple[Tensor | None, ...], Tensor]] = {}
+
+
+def _joined(clips: Sequence[Tensor | None], heads: int, groups: int) -> Tensor:
+    """float32 [rungs, heads, groups] of clips of up to as many groups."""
+    device = next(clip.device for clip in clips if clip is not None)
+    with torch.inference_mode(False):
+        out = torch.ones(len(clips), heads, groups, device=device)
+        for row, clip in zip(out, clips, strict=True):
+            if clip is not None:
+                factors = clip.clone().view(heads, -1)
+                row[:, : groups if factors.shape[1] == 1 else factors.shape[1]] = factors
+    return out

@@ -19,6 +19,7 @@ from kvfold.kernels.launch import launch
 from kvfold.kernels.pages import anchor
 from kvfold.kernels.tiles import program
 from kvfold.kernels.triton_bits import count, pick
+from kvfold.kernels.triton_mean import MeanOf, MeanTerm, mean_term
 from kvfold.kernels.triton_merge import merge_kernel
 from kvfold.kernels.triton_packed import NEVER, packed_part
 from kvfold.kernels.triton_prompt import PageRun, read_together
@@ -34,32 +35,43 @@ TILE_TOKENS = 128  # packed tokens at a time
 FIXED_TILES = 8  # tiles in a part, where results may not depend on the batch
 LEAST_TOKENS = 128  # of a part, where the batch may decide
 MERGE_CHANNELS = 32  # of a program that merges
-MERGE_SLOTS = 256  # parts that it asks for at once
+MERGE_FEW, MERGE_SLOTS = 32, 256  # parts that it asks for at once
 MERGE_WARPS = 4
 WAVE = 8  # programs of one warp that share a multiprocessor: two to a scheduler, as the registers allow
 STAGES, TERNARY_STAGES = 4, 3  # tiles in flight and one
 # of steps over 4-bit pages: with the 255 that it may take, Triton 3.6's ptxas spills 57 times a tile, with these never
 FOUR_BIT_REGISTERS = 240
+ROW_UNIT: tl.constexpr = tl.constexpr(
+    8
+)  # 16 bytes of 16-bit rows, so that a step needs no kernel of its own to be known as aligned
 
 
-# numbers that vary from call to call must not each compile a kernel of their own
+# numbers that vary from call to call, and where a batch's rows begin, must not each compile a kernel of their own
 @triton.jit(
     do_not_specialize=[
         "new", "table_width", "sinks", "window", "ring", "sliding", "query_blocks", "first_slot", "slots", "least", "skip",
-    ]
+        "rung", "rungs", "raw_step_b", "raw_step_h", "raw_step_t", "bias_steps", "first_step",
+    ],
+    do_not_specialize_on_alignment=[
+        "q_scale_ptr", "q_shift_ptr", "table", "state", "segments", "ml_ptr", "first_query", "packed_before", "mean_ptr",
+        "bias_ptr", "spans", "within",
+    ],
 )  # fmt: skip
 def _attention_kernel(
     q_ptr, q_scale_ptr, q_shift_ptr, anchor, table, state, segments, raw_k, raw_v, o_ptr, ml_ptr, first_query, packed_before,
-    new, table_width, sinks, window, ring, sliding, query_blocks, first_slot, slots, least, skip,
-    raw_stride_b, raw_stride_h, raw_stride_t,
+    new, table_width, sinks, window, ring, sliding, query_blocks, first_slot, slots, least, skip, rung, rungs,
+    raw_step_b, raw_step_h, raw_step_t, mean_ptr, bias_ptr, spans, within, bias_steps, first_step,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
-    PROMPT: tl.constexpr, SLIDING: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr,
-    RUNG: tl.constexpr, RUNGS: tl.constexpr, HOLES: tl.constexpr,
+    PROMPT: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr,
     STAGES: tl.constexpr, PREFETCH: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Grid: (splits, KV heads, sequences × query blocks). Writes slots first_slot … first_slot + splits − 1 of `slots` parts: pages of
-    one rung, and in the launch of the last rung the 16-bit rows behind them. HOLES: a part without either may stay unwritten.
-    PROMPT: the first `skip` pages are another part's.
+    one rung of `rungs`, and in the launch of the last rung the 16-bit rows behind them. A part without either stays unwritten, but
+    for its weight of zero.
+
+    PROMPT: many queries, and the first `skip` pages are another part's. MASKED: a query may not see all that is packed, as in
+    prompts and sliding windows (`sliding` tokens, 0 for all). Steps from one sequence, head and token of the 16-bit rows to
+    the next are in units of ROW_UNIT numbers. MEAN: keys are stored without their rotating mean, but for a prompt's 16-bit rows.
     """
     split = tl.program_id(0)
     splits = tl.num_programs(0)
@@ -73,7 +85,7 @@ def _attention_kernel(
     v_pieces: tl.constexpr = pick(V, 3)
     page_tokens: tl.constexpr = 8 * rows
     pages_each: tl.constexpr = 16 // rows
-    last_rung: tl.constexpr = RUNG == RUNGS - 1
+    last_rung = rung == rungs - 1
     n = tl.arange(0, N)
     total = tl.load(state + 2 * b) + new
     pages = tl.maximum(tl.load(state + 2 * b + 1), tl.maximum(total - sinks - window, 0) // page_tokens)
@@ -83,52 +95,56 @@ def _attention_kernel(
         last = tl.load(first_query + b) + queries
         limit = sinks + tl.maximum(tl.maximum(last + 1 - sinks - window, 0) // page_tokens * page_tokens, before)
         raw_from = sinks + before
+        last_page = (tl.max(limit, 0) - sinks) // page_tokens
     else:
         last = tl.zeros((N,), tl.int32) + total - 1
         limit = tl.zeros((N,), tl.int32) + sinks + pages * page_tokens
         raw_from = sinks + pages * page_tokens
-    lowest = tl.maximum(last - sliding + 1, 0) if SLIDING else tl.zeros((N,), tl.int32)
+        last_page = pages
+    if MASKED:
+        lowest = tl.where(sliding > 0, tl.maximum(last - sliding + 1, 0), 0)
+        first_page = tl.maximum(tl.min(lowest, 0) - sinks, 0) // page_tokens
+    else:
+        lowest = tl.zeros((N,), tl.int32)
+        first_page = 0
     place = (b * heads + head) * query_blocks + block
     o = o_ptr + (place.to(tl.int64) * slots + first_slot + split) * (N * dim)
     ml = ml_ptr + (place * slots + first_slot + split) * (2 * N)
     columns = n < COLUMNS
-    last_page = (tl.max(limit, 0) - sinks) // page_tokens
-    first_page = tl.minimum(tl.maximum(tl.min(lowest, 0) - sinks, 0) // page_tokens, last_page)
-    if PROMPT:
-        first_page = tl.minimum(tl.maximum(first_page, skip), last_page)
-    if RUNGS > 1:  # the last rung ends where the pages do: a page that comes due belongs to it
-        if RUNG > 0:
-            first_page = tl.maximum(first_page, tl.load(segments + b * (RUNGS + 1) + RUNG))
-        if not last_rung:
-            last_page = tl.minimum(last_page, tl.load(segments + b * (RUNGS + 1) + RUNG + 1))
-        last_page = tl.maximum(last_page, first_page)
-    tiles = (last_page - first_page + pages_each - 1) // pages_each
-    units = tiles
-    if last_rung:
-        raw_count, raw_first = raw_blocks(total, raw_from, sinks, ring, limit, last, BLOCK, PROMPT or SLIDING)
-        units += raw_count
+    # the last rung ends where the pages do: a page that comes due belongs to it
+    edges = segments + b * (rungs + 1) + rung
+    first_page = tl.maximum(first_page, tl.maximum(skip, tl.load(edges, mask=rung > 0, other=0)))
+    last_page = tl.minimum(last_page, tl.load(edges + 1, mask=rung < rungs - 1, other=0x7FFFFFFF))
+    # tiles lie at multiples of 128 tokens behind the sinks, wherever the first page is
+    tile_page = first_page // pages_each * pages_each
+    tiles = tl.where(first_page < last_page, (last_page - tile_page + pages_each - 1) // pages_each, 0)
+    raw_count, raw_first = raw_blocks(total, raw_from, sinks, ring, limit, last, BLOCK, MASKED)
+    raw_count = tl.where(last_rung, raw_count, 0)
+    units = tiles + raw_count
     each = tl.maximum((units + splits - 1) // splits, least)
-    if HOLES:
-        if split * each >= units:
-            tl.store(ml + n, tl.zeros((N,), tl.float32) + NEVER, mask=columns)
-            tl.store(ml + N + n, tl.zeros((N,), tl.float32), mask=columns)
-            return
+    if split * each >= units:
+        tl.store(ml + n, tl.zeros((N,), tl.float32) + NEVER, mask=columns)
+        tl.store(ml + N + n, tl.zeros((N,), tl.float32), mask=columns)
+        return
     begin = tl.minimum(split * each, tiles)
     end = tl.minimum(split * each + each, tiles)
     q = q_ptr + place.to(tl.int64) * (N * dim)
     q_scale = tl.load(q_scale_ptr + b * heads + head)
     shift = tl.load(q_shift_ptr + place * N + n) if SHIFT else tl.zeros((N,), tl.float32)
+    coefficients = mean_ptr + place.to(tl.int64) * (2 * MEAN * N)
+    bias = bias_ptr + (place.to(tl.int64) * bias_steps - first_step) * N
     acc, top, weight = packed_part(
-        q, q_scale, shift, anchor, table + b.to(tl.int64) * table_width, first_page, last_page, begin, end, head,
-        sinks, limit, lowest, heads * k_nbytes, K, V, N, PROMPT or SLIDING, CAP, SHIFT, STAGES, PREFETCH, INTERPRET,
+        q, q_scale, shift, anchor, table + b.to(tl.int64) * table_width, tile_page, first_page, last_page, begin, end, head,
+        sinks, limit, lowest, heads * k_nbytes, coefficients, bias, spans, within,
+        K, V, N, MASKED, CAP, SHIFT, MEAN, STAGES, PREFETCH, INTERPRET,
     )  # fmt: skip
-    if last_rung:
-        at = b.to(tl.int64) * raw_stride_b + head * raw_stride_h
-        acc, top, weight = raw_part(
-            q, q_scale, shift, raw_k + at, raw_v + at, raw_stride_t, acc, top, weight,
-            tl.maximum(split * each - tiles, 0), tl.minimum(split * each + each - tiles, raw_count), raw_first,
-            total, raw_from, sinks, ring, limit, lowest, last, R, v_pieces, dim, N, BLOCK, PROMPT or SLIDING, CAP, SHIFT,
-        )  # fmt: skip
+    at = (b.to(tl.int64) * raw_step_b + head * raw_step_h) * ROW_UNIT
+    acc, top, weight = raw_part(
+        q, q_scale, shift, raw_k + at, raw_v + at, raw_step_t * ROW_UNIT, acc, top, weight,
+        tl.maximum(split * each - tiles, 0), tl.minimum(split * each + each - tiles, raw_count), raw_first,
+        total, raw_from, sinks, ring, limit, lowest, last, coefficients, bias, spans, within,
+        R, v_pieces, dim, N, BLOCK, MASKED, CAP, SHIFT, 0 if PROMPT else MEAN,
+    )  # fmt: skip
     for t in tl.static_range(count(v_pieces)):
         store_part(o + n[None, :] * dim, columns, acc[t], pick(v_pieces, t))
     tl.store(ml + n, top, mask=columns)
@@ -147,6 +163,7 @@ class Queries:
         tokens: queries of a sequence.
         shift: float32 [B, Hkv, query blocks, N], softmax scaling times q·μ, which every logit of a query lacks where keys are
             stored as k − μ; only a soft-cap and sink logits see it. None for zero.
+        mean: what logits lack where keys are stored without a mean that turns; None for nothing.
     """
 
     data: Tensor
@@ -155,10 +172,16 @@ class Queries:
     group: int
     tokens: int
     shift: Tensor | None = None
+    mean: MeanTerm | None = None
 
 
 def prepare_queries(
-    query: Tensor, num_kv_heads: int, scaling: float, softcap: float | None = None, shift: Tensor | None = None
+    query: Tensor,
+    num_kv_heads: int,
+    scaling: float,
+    softcap: float | None = None,
+    shift: Tensor | None = None,
+    mean: MeanOf | None = None,
 ) -> Queries:
     """Scales queries [B, num_heads, T, head_dim], in the keys' basis, to float16's middle and lays them out.
 
@@ -166,6 +189,7 @@ def prepare_queries(
 
     Args:
         shift: float32 [B, num_heads, T], q·μ of what the keys leave out; None for zero.
+        mean: of keys that are stored without a mean that turns, with the queries before they went into the keys' basis.
     """
     batch, heads, tokens, dim = query.shape
     group = heads // num_kv_heads
@@ -189,7 +213,8 @@ def prepare_queries(
         shifts = (shift.float() * scaling).view(batch, num_kv_heads, group, tokens, 1)
         shift = columns_of(shifts, torch.float32).squeeze(-1)
     factor = scaling if softcap else scaling * LOG2_E
-    return Queries(data, factor / power, columns, group, tokens, shift)
+    term = None if mean is None else mean_term(mean, lambda x: columns_of(x, torch.float32), factor)
+    return Queries(data, factor / power, columns, group, tokens, shift, term)
 
 
 def attention(
@@ -271,11 +296,24 @@ def attention(
     partial = torch.empty(batch * kv_heads * blocks, slots, padded, dim, dtype=torch.float32, device=device)
     ml = torch.empty(batch * kv_heads * blocks, slots, 2, padded, dtype=torch.float32, device=device)
     none = state
+    mean = queries.mean
+    term: tuple = (queries.scale, queries.scale, queries.scale, queries.scale, 0, 0)
+    if mean is not None:
+        term = (
+            mean.coefficients,
+            mean.bias,
+            mean.tables.spans,
+            mean.tables.within,
+            mean.bias.shape[3],
+            mean.first_step,
+        )
     bend = float(softcap or 0.0)
     shift = queries.shift
     shifts = queries.scale if shift is None else shift
     raw_pieces = program(raw16(dim), page_tokens).pieces
-    holes = fixed or len(rungs) > 1
+    if any(step % ROW_UNIT.value for step in raw_keys.stride()[:3]):
+        raw_keys, raw_values = raw_keys.contiguous(), raw_values.contiguous()
+    raw_steps = [step // ROW_UNIT.value for step in raw_keys.stride()[:3]]
     if together:
         read_together(queries.data, queries.scale, together, table[0], page_tokens, partial[:, parts], ml[:, parts])
     for rung, pair in enumerate(rungs):
@@ -289,23 +327,22 @@ def attention(
             queries.data, queries.scale, shifts, anchor(device), table, state, none if segments is None else segments,
             raw_keys, raw_values, partial, ml, first_query if prompt else none, packed_before if prompt else none,
             new, table.shape[1], sinks, window, ring, sliding, blocks, rung * splits, slots,
-            FIXED_TILES if fixed else 1, together[-1].end if together else 0, *raw_keys.stride()[:3],
+            FIXED_TILES if fixed else 1, together[-1].end if together else 0, rung, len(rungs), *raw_steps, *term,
             K=tuple(k_program), V=tuple(v_program), R=raw_pieces, N=padded, COLUMNS=queries.columns, GROUP=queries.group,
-            PROMPT=prompt, SLIDING=sliding > 0, CAP=bend, SHIFT=shift is not None and bend > 0,
-            RUNG=rung, RUNGS=len(rungs), HOLES=holes,
+            PROMPT=prompt, MASKED=prompt or sliding > 0, CAP=bend, SHIFT=shift is not None and bend > 0,
+            MEAN=0 if mean is None else mean.tables.within.shape[1],
             STAGES=stages, PREFETCH=ternary, BLOCK=RAW_BLOCK, INTERPRET=INTERPRET, num_warps=1, num_stages=stages,
             maxnreg=FOUR_BIT_REGISTERS if four_bit else None,
         )  # fmt: skip
-    slots_2 = 0 if fixed else next(n for n in (8, 32, 128, 256, 512, MOST_SLOTS) if n >= slots)
     channels = MERGE_CHANNELS if dim % MERGE_CHANNELS == 0 else 16
     launch(
         merge_kernel, (batch * kv_heads * blocks, queries.columns, -(-dim // channels)),
         partial, ml, out, aux if aux is not None else state, shifts, state,
-        new, sinks, window, blocks, queries.tokens, slots, out.stride(0), out.stride(1), out.stride(2),
-        DIM=dim, CHANNELS=channels, N=padded, COLUMNS=queries.columns, GROUP=queries.group,
-        SLOTS_2=slots_2, BLOCK=32 if fixed else min(slots_2, MERGE_SLOTS), AUX=aux is not None,
-        SHIFT=shift is not None and not bend, ADVANCE=advance, PAGE_TOKENS=page_tokens, HEADS=kv_heads,
-        HOLES=holes, FIXED=fixed, num_warps=MERGE_WARPS,
+        new, sinks, window, page_tokens, kv_heads, blocks, queries.tokens, slots, padded, queries.columns, queries.group,
+        int(advance), out.stride(0), out.stride(1), out.stride(2),
+        DIM=dim, CHANNELS=channels, BLOCK=MERGE_FEW if slots <= MERGE_FEW and not fixed else MERGE_SLOTS,
+        ONCE=slots <= MERGE_SLOTS and not fixed, AUX=aux is not None, SHIFT=shift is not None and not bend,
+        num_warps=MERGE_WARPS,
     )  # fmt: skip
     return out
 

@@ -1,4 +1,5 @@
-"""A head's block of a page, coded and decoded element by element, for the Triton kernels that write pages.
+"""Elements of a head's block of a page, coded and decoded one by one from a format's table (tables.py), for the Triton kernels
+that write and decode pages.
 
 Every operation that rounds is the correctly rounded one, and kernels are compiled without fused multiply-add, so that bytes
 equal those of the reference (quantizer.py); only the sum under a root mean square may be taken in another order.
@@ -7,10 +8,27 @@ equal those of the reference (quantizer.py); only the sum under a root mean squa
 import triton
 import triton.language as tl
 
-from kvfold.kernels.triton_bits import count, pick
+from kvfold.kernels import tables
 
 TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)  # smallest normal float32
 FP16_MAX: tl.constexpr = tl.constexpr(65504.0)
+HEADER: tl.constexpr = tl.constexpr(tables.HEADER)
+NBYTES: tl.constexpr = tl.constexpr(tables.NBYTES)
+DIM: tl.constexpr = tl.constexpr(tables.DIM)
+KIND: tl.constexpr = tl.constexpr(tables.KIND)
+SCALE_MIN: tl.constexpr = tl.constexpr(tables.KIND_SCALE_MIN)
+RAW: tl.constexpr = tl.constexpr(tables.KIND_RAW)
+PARAMS: tl.constexpr = tl.constexpr(tables.PARAMS)
+PARAM_NBYTES: tl.constexpr = tl.constexpr(tables.PARAM_NBYTES)
+GROUP_SIZE: tl.constexpr = tl.constexpr(tables.GROUP_SIZE)
+WHOLE: tl.constexpr = tl.constexpr(tables.WHOLE)
+LEFT: tl.constexpr = tl.constexpr(tables.LEFT)
+WORDS: tl.constexpr = tl.constexpr(tables.WORDS)
+LEVELS: tl.constexpr = tl.constexpr(tables.LEVELS)
+STEP: tl.constexpr = tl.constexpr(tables.STEP)
+WIDTHS: tl.constexpr = tl.constexpr(tables.WIDTHS)
+PLANE_0: tl.constexpr = tl.constexpr(tables.PLANE_0)
+PLANE_1: tl.constexpr = tl.constexpr(tables.PLANE_1)
 
 
 @triton.jit
@@ -41,187 +59,155 @@ def to_fp16(x):
 
 
 @triton.jit
-def _param_ptr(block, index, f, row, F: tl.constexpr):
-    """Pointer to parameter `index` of tokens (field f, row), uint8 or float16."""
-    params: tl.constexpr = pick(F, 5)
-    fp16: tl.constexpr = pick(F, 6)
-    rows: tl.constexpr = pick(F, 7)
-    place = index * (8 * rows) + row * 8 + f
-    if fp16:
-        return (block + params + place * 2).to(tl.pointer_type(tl.float16))
-    else:
-        return block + params + place
+def read_header(table):
+    """What a table says of all channels, read once: (head_dim, kind, bytes to the parameters, bytes of one, channels of a group,
+    and of ternary codes whole bytes, codes left over, word tiles)."""
+    kind_and_size = tl.load(table + DIM), tl.load(table + KIND)
+    params = tl.load(table + PARAMS), tl.load(table + PARAM_NBYTES), tl.load(table + GROUP_SIZE)
+    return kind_and_size + params + (tl.load(table + WHOLE), tl.load(table + LEFT), tl.load(table + WORDS))
 
 
 @triton.jit
-def store_param(block, x, index, f, row, mask, F: tl.constexpr):
-    """Rounds float32 parameters to their stored type and writes them."""
-    fp16: tl.constexpr = pick(F, 6)
-    ptr = _param_ptr(block, index, f, row, F)
-    if fp16:
-        tl.store(ptr, to_fp16(x), mask=mask)
-    else:
-        tl.store(ptr, to_e4m3(x).to(tl.uint8), mask=mask)
+def channel_row(table, dim, c, mask, row):
+    """A number of each of the channels c; 0 where not mask."""
+    return tl.load(table + (HEADER + row * dim) + c, mask=mask, other=0)
 
 
 @triton.jit
-def load_param(block, index, f, row, mask, F: tl.constexpr):
-    """Parameters as float32."""
-    fp16: tl.constexpr = pick(F, 6)
-    ptr = _param_ptr(block, index, f, row, F)
-    if fp16:
-        return tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
-    else:
-        return from_e4m3(tl.load(ptr, mask=mask, other=0).to(tl.int32))
+def channel_step(table, dim, c, mask):
+    """Steps of the channels c, float32; 1 where not mask."""
+    bits = tl.load(table + (HEADER + STEP * dim) + c, mask=mask, other=0x3F800000)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def quantise(x, block, f, row, c, mask, F: tl.constexpr, C: tl.constexpr):
-    """Codes, int32, of float32 elements (field f, row, channel c) of a class, with the parameters that the block holds."""
-    kind: tl.constexpr = pick(F, 0)
-    groups: tl.constexpr = pick(F, 3)
-    group_size: tl.constexpr = pick(F, 4)
-    levels: tl.constexpr = pick(C, 2)
-    step: tl.constexpr = pick(C, 3)
-    top: tl.constexpr = levels - 1.0
-    if kind == "scale":
-        scale = tl.maximum(load_param(block, 0, f, row, row < pick(F, 7), F), TINY) * step
-        u = tl.math.div_rn(x, scale + tl.zeros_like(x)) + levels / 2.0
-        return tl.minimum(tl.maximum(u, 0.0), top).to(tl.int32)  # the floor, of what is not negative
-    else:
-        if groups == 1:
-            minimum = load_param(block, 0, f, row, row < pick(F, 7), F)
-            scale = load_param(block, 1, f, row, row < pick(F, 7), F)
-        else:
-            minimum = load_param(block, 2 * (c // group_size), f, row, mask, F)
-            scale = load_param(block, 2 * (c // group_size) + 1, f, row, mask, F)
-        u = tl.math.div_rn(x - minimum, tl.maximum(scale, TINY) + tl.zeros_like(x))
-        u = tl.minimum(tl.maximum(u, 0.0), top)
-        return (u + 8388608.0).to(tl.int32, bitcast=True) & 0x1FF  # adding 2^23 rounds to nearest, ties to even
+def store_param(block, x, at, nbytes, mask):
+    """Rounds float32 parameters to their stored type of `nbytes` bytes and writes them `at` bytes behind the block."""
+    tl.store((block + at).to(tl.pointer_type(tl.float16)), to_fp16(x), mask=mask & (nbytes == 2))
+    tl.store(block + at, to_e4m3(x).to(tl.uint8), mask=mask & (nbytes == 1))
 
 
 @triton.jit
-def _plane_code(block, f, row, c, mask, code, C: tl.constexpr, P: tl.constexpr, rows: tl.constexpr):
-    """Adds the bits of one plane to the codes of elements (field f, row, channel c)."""
-    start: tl.constexpr = pick(C, 0)
-    channels: tl.constexpr = pick(C, 1)
-    width: tl.constexpr = pick(P, 0)
-    shift: tl.constexpr = pick(P, 1)
-    offset: tl.constexpr = pick(P, 2)
-    j = c - start
-    if width == 1:
-        half = j // (channels // 2)
-        word = row * (channels // 2) + j - half * (channels // 2)
-        right = 2 * f + half
-    elif width == 2:
-        word = row * channels + j
-        right = 2 * f + j * 0
-    else:
-        word = (row + (f // 4) * rows) * channels + j
-        right = (f % 2) * 8 + (f // 2 % 2) * 4 + j * 0
-    bits = tl.load((block + offset).to(tl.pointer_type(tl.int16)) + word, mask=mask, other=0).to(tl.int32)
-    return code | (((bits >> right) & ((1 << width) - 1)) << shift)
+def _load_param(block, at, nbytes, mask):
+    """Parameters as float32; −0, which no sum changes by, where not mask."""
+    word = tl.load((block + (at & -2)).to(tl.pointer_type(tl.int16)), mask=mask, other=0).to(tl.int32)
+    half = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    byte = (word >> (8 * (at & 1))) & 255
+    return tl.where(mask, tl.where(nbytes == 2, half, from_e4m3(byte)), -0.0)
 
 
 @triton.jit
-def _trit_code(block, f, row, c, mask, S: tl.constexpr):
-    """Ternary codes of elements (field f, row, channel c)."""
-    trits: tl.constexpr = pick(S, 2)
-    rows: tl.constexpr = pick(S, 7)
-    whole: tl.constexpr = pick(trits, 0)
-    left: tl.constexpr = pick(trits, 1)
-    words: tl.constexpr = pick(trits, 2)
-    odd: tl.constexpr = (whole + (1 if left > 2 else 0)) % 2
-    number = (c // 16) * 8 + f
-    half = tl.minimum(number // 5, whole)
-    digit = number - half * 5
-    lane = (c % 16) * 2
-    at = trit_place(half, row, S)
-    if left == 1 or left == 2:
-        nibble = (words * rows + odd * ((rows + 1) // 2) + row // 4) * 32 + (row // 2) % 2
-        at = tl.where(half == whole, nibble, at)
-    byte = tl.load(block + at + lane, mask=mask, other=0).to(tl.int32)
-    power = tl.where(digit == 0, 1, tl.where(digit == 1, 3, tl.where(digit == 2, 9, tl.where(digit == 3, 27, 81))))
-    code = (((byte * power) & 255) * 3) >> 8
-    if left > 0:
-        nibble_shift = (row % 2) * 4 if left <= 2 else row * 0
-        code = tl.where(half == whole, (byte >> (2 * digit + nibble_shift)) & 3, code)
-    return code
+def load_params(block, header, f, row, group, mask, ROWS: tl.constexpr):
+    """(minima, scales) of tokens (field f, row) in a parameter group, as the block holds them."""
+    _, kind, params, nbytes, _, _, _, _ = header
+    from_minimum = (kind == SCALE_MIN).to(tl.int32)
+    at = params + ((2 * group + from_minimum) * (8 * ROWS) + row * 8 + f) * nbytes
+    stored = mask & (row < ROWS)
+    scale = _load_param(block, at, nbytes, stored)
+    minimum = _load_param(block, at - 8 * ROWS * nbytes, nbytes, stored & (from_minimum > 0))
+    return minimum, scale
 
 
 @triton.jit
-def trit_place(half, row, F: tl.constexpr):
+def quantise(x, params, levels, step, from_minimum):
+    """Codes, int32, of float32 elements.
+
+    Args:
+        params: from `load_params`; levels, step: of the channels, int32 and float32.
+        from_minimum: whether codes count from a minimum, else about zero.
+    """
+    minimum, scale = params
+    count = levels.to(tl.float32)
+    u = tl.math.div_rn(x - minimum, tl.maximum(scale, TINY) * step)
+    u = u + tl.where(from_minimum, 0.0, count * 0.5)
+    u = tl.minimum(tl.maximum(u, 0.0), count - 1.0)
+    nearest = (u + 8388608.0).to(tl.int32, bitcast=True) & 0x1FF  # adding 2^23 rounds to nearest, ties to even
+    return tl.where(from_minimum, nearest, u.to(tl.int32))  # or the floor, of what is not negative
+
+
+@triton.jit
+def _plane_code(block, plane, width, half, f, row, mask, ROWS: tl.constexpr):
+    """Bits of one plane of elements (field f, row) of channels whose words a table describes with `plane`; all 16 of raw ones."""
+    stride = plane >> 16
+    at = (plane & 0xFFFF) + row * stride
+    at += tl.where(width == 4, f >> 2, tl.where(width == 16, f, 0)) * (ROWS * stride)
+    place = tl.where(width == 4, (f & 1) * 8 + (f >> 1 & 1) * 4, 2 * f + tl.where(width == 1, half, 0))
+    words = block.to(tl.pointer_type(tl.int16)) + at
+    word = tl.load(words, mask=mask & (width > 0) & (row < ROWS), other=0).to(tl.int32)
+    return (word >> tl.where(width == 16, 0, place)) & ((1 << width) - 1)
+
+
+@triton.jit
+def trit_place(half, row, words, ROWS: tl.constexpr):
     """Bytes from the plane to half-word `half` of a row, first channel; two of them are a word, an odd last one stands two
     rows to a word."""
-    trits: tl.constexpr = pick(F, 2)
-    rows: tl.constexpr = pick(F, 7)
-    words: tl.constexpr = pick(trits, 2)
-    paired = ((half // 2) * rows + row) * 32 + half % 2
-    last = (words * rows + row // 2) * 32 + row % 2
+    paired = ((half >> 1) * ROWS + row) * 32 + (half & 1)
+    last = (words * ROWS + row // 2) * 32 + row % 2
     return tl.where(half >= 2 * words, last, paired)
 
 
 @triton.jit
-def _class_values(block, f, row, c, mask, x, S: tl.constexpr, C: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """Puts the values of one class where x has its channels; LOW and HIGH bound the channels asked for."""
-    kind: tl.constexpr = pick(S, 0)
-    trits: tl.constexpr = pick(S, 2)
-    groups: tl.constexpr = pick(S, 3)
-    group_size: tl.constexpr = pick(S, 4)
-    rows: tl.constexpr = pick(S, 7)
-    start: tl.constexpr = pick(C, 0)
-    channels: tl.constexpr = pick(C, 1)
-    levels: tl.constexpr = pick(C, 2)
-    step: tl.constexpr = pick(C, 3)
-    planes: tl.constexpr = pick(C, 5)
-    if levels == 0 or start >= HIGH or start + channels <= LOW:
-        return x
-    else:
-        inside = mask & (c >= start) & (c < start + channels)
-        if count(trits) > 0:
-            code = _trit_code(block, f, row, c, inside, S)
-        else:
-            code = x.to(tl.int32) * 0
-            for p in tl.static_range(count(planes)):
-                code = _plane_code(block, f, row, c, inside, code, C, pick(planes, p), rows)
-        if kind == "scale":
-            scale = load_param(block, 0, f, row, row < rows, S) * step
-            value = (code.to(tl.float32) - (levels - 1) / 2.0) * scale
-        elif groups == 1:
-            minimum = load_param(block, 0, f, row, row < rows, S)
-            value = code.to(tl.float32) * load_param(block, 1, f, row, row < rows, S) + minimum
-        else:
-            minimum = load_param(block, 2 * (c // group_size), f, row, inside, S)
-            value = code.to(tl.float32) * load_param(block, 2 * (c // group_size) + 1, f, row, inside, S) + minimum
-        return tl.where(inside, value, x)
+def nibble_place(whole, row, words, ROWS: tl.constexpr):
+    """Bytes from the plane to what is left over in four bits, four rows to a word. No byte follows the `whole` ones then."""
+    return (words * ROWS + (whole & 1) * ((ROWS + 1) // 2) + row // 4) * 32 + (row // 2) % 2
 
 
 @triton.jit
-def load_source(
-    src, stride, first, sinks, ring, f, row, c, mask, rows: tl.constexpr, S: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr,
-):  # fmt: skip
+def _trit_code(block, header, f, row, c, mask, ROWS: tl.constexpr):
+    """Ternary codes of elements (field f, row, channel c)."""
+    _, _, _, _, _, whole, left, words = header
+    number = (c >> 4) * 8 + f
+    half = tl.minimum(number // 5, whole)
+    digit = number - half * 5
+    in_nibbles = (half == whole) & (left <= 2)
+    at = tl.where(in_nibbles, nibble_place(whole, row, words, ROWS), trit_place(half, row, words, ROWS))
+    byte = tl.load(block + at + (c & 15) * 2, mask=mask & (row < ROWS), other=0).to(tl.int32)
+    power = tl.where(digit == 0, 1, tl.where(digit == 1, 3, tl.where(digit == 2, 9, tl.where(digit == 3, 27, 81))))
+    code = (((byte * power) & 255) * 3) >> 8
+    rest = (byte >> (2 * digit + tl.where(in_nibbles, (row % 2) * 4, 0))) & 3
+    return tl.where(half == whole, rest, code)
+
+
+@triton.jit
+def decode_elements(block, table, header, f, row, c, mask, ROWS: tl.constexpr):
+    """Elements (field f, row, channel c) of a head's block, float32; 0 where nothing is stored or not mask.
+
+    Args:
+        header: `read_header` of the table.
+        f, row, c: integers or tensors that broadcast to the result's shape, as does mask; c and mask are of one shape.
+    """
+    dim, kind, _, _, group_size, whole, _, _ = header
+    if whole > 0:
+        code = _trit_code(block, header, f, row, c, mask, ROWS)
+    else:
+        widths = channel_row(table, dim, c, mask, WIDTHS)
+        half = widths >> 16
+        first = widths & 255
+        plane_0, plane_1 = channel_row(table, dim, c, mask, PLANE_0), channel_row(table, dim, c, mask, PLANE_1)
+        code = _plane_code(block, plane_0, first, half, f, row, mask, ROWS)
+        code |= _plane_code(block, plane_1, widths >> 8 & 255, half, f, row, mask, ROWS) << first
+    levels = channel_row(table, dim, c, mask, LEVELS)
+    minimum, scale = load_params(block, header, f, row, c // group_size, mask & (kind != RAW), ROWS)
+    centre = tl.where(kind == SCALE_MIN, 0.0, (levels - 1).to(tl.float32) * 0.5)
+    value = (code.to(tl.float32) - centre) * (scale * channel_step(table, dim, c, mask)) + minimum
+    value = tl.where(kind == RAW, code.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32), value)
+    return tl.where(levels > 0, value, 0.0)
+
+
+@triton.jit
+def load_source(source, f, row, c, mask, ROWS: tl.constexpr, PACKED: tl.constexpr):
     """Elements (field f, row, channel c) of a page to be written, float32, 0 where not mask.
 
     Args:
-        src: with S = (), float16 rows `stride` apart, token first + f·R + row in the row of that number, or with ring > 0
-            in row sinks + (token − sinks) mod ring; else the head's block of a page of layout S.
-        f: field, a constant or an int32 tensor; row, c, mask: tensors that broadcast to the result's shape.
-        LOW, HIGH: bounds of c.
+        source: (rows, stride, start, end, ring): float16 rows `stride` apart, token f·R + row of the page in row
+            start + f·R + row, or, from row `end` on, `ring` rows before that. With PACKED, (block, table, header) of a page.
+        f, row, c: integers or tensors that broadcast to the result's shape, as does mask; c and mask are of one shape.
     """
-    if count(S) == 0:
-        token = first + f * rows + row
-        place = tl.where(ring > 0, sinks + (token - sinks) % tl.maximum(ring, 1), token)
-        return tl.load(src + place.to(tl.int64) * stride + c, mask=mask, other=0.0).to(tl.float32)
+    if PACKED:
+        block, table, header = source
+        return decode_elements(block, table, header, f, row, c, mask, ROWS)
     else:
-        kind: tl.constexpr = pick(S, 0)
-        classes: tl.constexpr = pick(S, 1)
-        dim: tl.constexpr = pick(S, 9)
-        if kind == "raw":
-            ptr = src.to(tl.pointer_type(tl.float16)) + (f * rows + row) * dim + c
-            return tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
-        else:
-            x = (f * 0 + row * 0 + c * 0).to(tl.float32)
-            for i in tl.static_range(count(classes)):
-                x = _class_values(src, f, row, c, mask, x, S, pick(classes, i), LOW, HIGH)
-            return x
+        rows, stride, start, end, ring = source
+        place = start + f * ROWS + row
+        place = tl.where(place >= end, place - ring, place)
+        return tl.load(rows + place.to(tl.int64) * stride + c, mask=mask, other=0.0).to(tl.float32)

@@ -12,78 +12,98 @@ from torch import Tensor
 from kvfold.errors import KvfoldError
 from kvfold.kernels.formats import Format
 from kvfold.kernels.launch import launch
-from kvfold.kernels.planes import page_layout
-from kvfold.kernels.triton_attention import anchor
-from kvfold.kernels.triton_bits import pick
-from kvfold.kernels.triton_pages import write_block
+from kvfold.kernels.packing import FIELDS
+from kvfold.kernels.pages import anchor
+from kvfold.kernels.tables import format_tables, table_length
+from kvfold.kernels.triton_codec import NBYTES, read_header
+from kvfold.kernels.triton_pages import UNROLL, WARPS, write_block
 
 
-@triton.jit
+# numbers that vary from call to call, or from format to format, must not each compile a kernel of their own
+@triton.jit(
+    do_not_specialize=[
+        "k_clip_h", "k_clip_g", "v_clip_h", "v_clip_g", "table_length", "stride_b", "stride_h", "stride_t", "sinks", "ring",
+    ],
+    do_not_specialize_on_alignment=["pages", "sequences", "tokens", "keys", "values", "k_clip", "v_clip"],
+)  # fmt: skip
 def _encode_kernel(
-    anchor_ptr, pages, sequences, tokens, keys, values, key_clip, value_clip, stride_b, stride_h, stride_t, sinks, ring,
-    K: tl.constexpr, V: tl.constexpr, K_CLIPS: tl.constexpr, V_CLIPS: tl.constexpr,
+    anchor_ptr, pages, sequences, tokens, keys, values, tables, k_clip, v_clip, k_clip_h, k_clip_g, v_clip_h, v_clip_g,
+    table_length, stride_b, stride_h, stride_t, sinks, ring, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (pages, KV heads, keys or values)."""
     i = tl.program_id(0)
     head = tl.program_id(1)
     heads = tl.num_programs(1)
-    k_nbytes: tl.constexpr = pick(K, 8)
-    v_nbytes: tl.constexpr = pick(V, 8)
-    page = anchor_ptr + tl.load(pages + i) * 16
-    rows = tl.load(sequences + i).to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
-    first = tl.load(tokens + i)
+    block = anchor_ptr + tl.load(pages + i) * 16
+    start = tl.load(tokens + i)
+    end = start + 8 * ROWS
+    if ring > 0:
+        start = sinks + (start - sinks) % ring
+        end = sinks + ring
     if tl.program_id(2) == 0:
-        clip = key_clip + head * K_CLIPS
-        write_block(page + head * k_nbytes, clip, keys + rows, stride_t, first, sinks, ring, K, (), K_CLIPS)
+        table = tables
+        src = keys
+        clip = k_clip + head * k_clip_h
+        clipped = k_clip_h
+        clip_step = k_clip_g
     else:
-        clip = value_clip + head * V_CLIPS
-        block = page + heads * k_nbytes + head * v_nbytes
-        write_block(block, clip, values + rows, stride_t, first, sinks, ring, V, (), V_CLIPS)
+        block += heads * tl.load(tables + NBYTES)
+        table = tables + table_length
+        src = values
+        clip = v_clip + head * v_clip_h
+        clipped = v_clip_h
+        clip_step = v_clip_g
+    block += head * tl.load(table + NBYTES)
+    src += tl.load(sequences + i).to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    write_block(block, table, clip, clip_step, clipped, (src, stride_t, start, end, ring), ROWS, False, UNROLL)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["k_clip_h", "k_clip_g", "v_clip_h", "v_clip_g", "table_length"],
+    do_not_specialize_on_alignment=["sources", "pages", "k_clip", "v_clip"],
+)
 def _lower_kernel(
-    anchor_ptr, sources, pages, key_clip, value_clip,
-    K: tl.constexpr, V: tl.constexpr, OLD_K: tl.constexpr, OLD_V: tl.constexpr,
-    K_CLIPS: tl.constexpr, V_CLIPS: tl.constexpr,
+    anchor_ptr, sources, pages, tables, k_clip, v_clip, k_clip_h, k_clip_g, v_clip_h, v_clip_g, table_length,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (pages, KV heads, keys or values)."""
     i = tl.program_id(0)
     head = tl.program_id(1)
     heads = tl.num_programs(1)
-    k_nbytes: tl.constexpr = pick(K, 8)
-    v_nbytes: tl.constexpr = pick(V, 8)
-    old_k_nbytes: tl.constexpr = pick(OLD_K, 8)
-    old_v_nbytes: tl.constexpr = pick(OLD_V, 8)
-    source = anchor_ptr + tl.load(sources + i) * 16
-    page = anchor_ptr + tl.load(pages + i) * 16
+    src = anchor_ptr + tl.load(sources + i) * 16
+    block = anchor_ptr + tl.load(pages + i) * 16
     if tl.program_id(2) == 0:
-        old = source + head * old_k_nbytes
-        write_block(page + head * k_nbytes, key_clip + head * K_CLIPS, old, 0, 0, 0, 0, K, OLD_K, K_CLIPS)
+        table = tables
+        clip = k_clip + head * k_clip_h
+        clipped = k_clip_h
+        clip_step = k_clip_g
     else:
-        old = source + heads * old_k_nbytes + head * old_v_nbytes
-        block = page + heads * k_nbytes + head * v_nbytes
-        write_block(block, value_clip + head * V_CLIPS, old, 0, 0, 0, 0, V, OLD_V, V_CLIPS)
+        table = tables + table_length
+        src += heads * tl.load(tables + 2 * table_length + NBYTES)
+        block += heads * tl.load(tables + NBYTES)
+        clip = v_clip + head * v_clip_h
+        clipped = v_clip_h
+        clip_step = v_clip_g
+    old = table + 2 * table_length
+    src += head * tl.load(old + NBYTES)
+    block += head * tl.load(table + NBYTES)
+    write_block(block, table, clip, clip_step, clipped, (src, old, read_header(old)), ROWS, True, 1)
 
 
-def clips_of(clip: Tensor | None, fmt: Format, heads: int) -> int:
-    """Clip factors of a head that a kernel reads: 0, 1 or one for each group.
+def clip_strides(clip: Tensor | None, fmt: Format, heads: int) -> tuple[int, int]:
+    """Numbers from one head's first factor to the next one's, and from one group's to the next one's; (0, 0): there are none.
 
     Raises:
         KvfoldError: clip's shape fits neither [heads] nor [heads, groups].
     """
     if clip is None or fmt.params != "scale_min":
-        return 0
+        return 0, 0
     if tuple(clip.shape) not in ((heads,), (heads, 1), (heads, fmt.num_groups)):
         raise KvfoldError(
             f"clip has shape {tuple(clip.shape)}; give one factor for each of {heads} heads, or for each head and group."
         )
-    return clip.numel() // heads
-
-
-def warps_for(page_tokens: int, head_dim: int) -> int:
-    """Warps of a program that writes one head's page: about 32 elements a thread."""
-    return min(16, max(1, page_tokens * triton.next_power_of_2(head_dim) // 1024))
+    count = clip.numel() // heads
+    return count, int(count > 1)
 
 
 def encode_pages(
@@ -108,7 +128,7 @@ def encode_pages(
         pages: int64 [n], addresses of the pages to be written (`page_address`).
         sequences: int32 [n], the sequence that each page belongs to.
         tokens: int32 [n], the first token of each page. Token t is row t, or with ring > 0 row
-            sinks + (t − sinks) mod ring.
+            sinks + (t − sinks) mod ring; a ring has room for a page.
         key_clip, value_clip: float32 [Hkv] or [Hkv, groups], factors on (minimum, maximum); None for 1.
     Raises:
         KvfoldError: keys or values are not float16 or lie differently, or a clip has another shape.
@@ -126,11 +146,11 @@ def encode_pages(
     launch(
         _encode_kernel, (pages.numel(), heads, 2),
         anchor(keys.device), pages, sequences, tokens, keys, values,
+        format_tables([[key_format, value_format]], page_tokens, keys.device),
         key_clip if key_clip is not None else none, value_clip if value_clip is not None else none,
-        *keys.stride()[:3], sinks, ring,
-        K=tuple(page_layout(key_format, page_tokens)), V=tuple(page_layout(value_format, page_tokens)),
-        K_CLIPS=clips_of(key_clip, key_format, heads), V_CLIPS=clips_of(value_clip, value_format, heads),
-        num_warps=warps_for(page_tokens, keys.shape[3]), enable_fp_fusion=False,
+        *clip_strides(key_clip, key_format, heads), *clip_strides(value_clip, value_format, heads),
+        table_length(keys.shape[3]), *keys.stride()[:3], sinks, ring,
+        ROWS=page_tokens // FIELDS, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -159,10 +179,9 @@ def lower_pages(
     none = anchor(pages.device).view(torch.float32)
     launch(
         _lower_kernel, (pages.numel(), num_kv_heads, 2),
-        anchor(pages.device), sources, pages,
+        anchor(pages.device), sources, pages, format_tables([new, old], page_tokens, pages.device),
         key_clip if key_clip is not None else none, value_clip if value_clip is not None else none,
-        K=tuple(page_layout(new[0], page_tokens)), V=tuple(page_layout(new[1], page_tokens)),
-        OLD_K=tuple(page_layout(old[0], page_tokens)), OLD_V=tuple(page_layout(old[1], page_tokens)),
-        K_CLIPS=clips_of(key_clip, new[0], num_kv_heads), V_CLIPS=clips_of(value_clip, new[1], num_kv_heads),
-        num_warps=warps_for(page_tokens, new[0].head_dim), enable_fp_fusion=False,
+        *clip_strides(key_clip, new[0], num_kv_heads), *clip_strides(value_clip, new[1], num_kv_heads),
+        table_length(new[0].head_dim),
+        ROWS=page_tokens // FIELDS, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from kvfold.kernels.triton_bits import count, field_unit, load_params, pick
+from kvfold.kernels.triton_mean import slow_bias, turned_coefficients
 from kvfold.kernels.triton_tiles import (
     add_middle,
     add_trit_middle,
@@ -59,13 +60,16 @@ def _finish_piece(low, high, z, unit, P: tl.constexpr, SYMMETRIC: tl.constexpr):
 
 @triton.jit
 def packed_part(
-    q_ptr, q_scale, shift, anchor, table, first_page, last_page, begin, end, head, sinks, limit, lowest,
-    kv_offset, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr,
-    STAGES: tl.constexpr, PREFETCH: tl.constexpr, INTERPRET: tl.constexpr,
+    q_ptr, q_scale, shift, anchor, table, tile_page, first_page, last_page, begin, end, head, sinks, limit, lowest,
+    kv_offset, coefficients, bias, spans, within,
+    K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr,
+    MEAN: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Attention of N query columns to tiles begin … end − 1, of 16 rows of words each, of pages first_page … last_page − 1.
+    """Attention of N query columns to tiles begin … end − 1, of 16 rows of words each, the first of which begins
+    with page `tile_page`, as far as they are pages first_page … last_page − 1.
 
-    With SHIFT, `shift` [N] is added to every logit.
+    With SHIFT, `shift` [N] is added to every logit; with MEAN, twice the fast pairs that a kernel has, what keys lack that were
+    stored without their rotating mean (triton_mean.py; `coefficients` and `bias` are of this place, step 0).
 
     Returns:
         (output runs [size, N] not yet divided, largest scores [N], sums of weights [N])
@@ -101,8 +105,8 @@ def packed_part(
     k_offset = head * k_nbytes
     v_offset = kv_offset + head * v_nbytes
 
-    number = first_page + begin * pages_each + i // rows
-    place = tl.load(table + number, mask=number < last_page, other=0)
+    number = tile_page + begin * pages_each + i // rows
+    place = tl.load(table + number, mask=(number >= first_page) & (number < last_page), other=0)
     q = ()
     if k_ternary or k_raw:
         for t in tl.static_range(count(k_pieces)):
@@ -134,12 +138,20 @@ def packed_part(
     z = ()
     for g in tl.static_range(v_groups):
         z = z + (tl.zeros((16, N), tl.float32),)
+    turns = ()
+    if MEAN > 0:
+        m = tl.arange(0, MEAN)
+        a = tl.load(coefficients + m[:, None] * N + n[None, :])
+        a_2 = tl.load(coefficients + MEAN * N + m[:, None] * N + n[None, :])
+        for f in tl.static_range(8):
+            own = (i // rows) * page_tokens + f * rows + row  # of the tile's tokens
+            turns = turns + (tl.load(within + own[:, None] * MEAN + m[None, :]),)
     top = tl.full((N,), NEVER, tl.float32)
     sums = tl.zeros((16, N), tl.float32)  # over the rows only at the end: no shuffles in the loop
 
     for tile in tl.range(begin, end, num_stages=STAGES):
-        number = first_page + tile * pages_each + i // rows
-        exists = number < last_page
+        number = tile_page + tile * pages_each + i // rows
+        exists = (number >= first_page) & (number < last_page)
         if PREFETCH:
             page = anchor + place * 16
             place = tl.load(table + number + pages_each, mask=number + pages_each < last_page, other=0)
@@ -147,11 +159,22 @@ def packed_part(
             page = anchor + tl.load(table + number, mask=exists, other=0) * 16
         k_page = page + k_offset
         v_page = page + v_offset
-        bias = tl.where(exists, 0.0, NEVER)
-        start = bias[:, None] + shift[None, :] if SHIFT else tl.zeros((16, N), tl.float32) + bias[:, None]
+        absent = tl.where(exists, 0.0, NEVER)
+        start = absent[:, None] + shift[None, :] if SHIFT else tl.zeros((16, N), tl.float32) + absent[:, None]
         s = ()
-        for f in tl.static_range(8):
-            s = s + (start,)
+        if MEAN > 0:
+            high_c, low_c = turned_coefficients(a, a_2, spans, tile_page // pages_each + tile, MEAN)
+            if page_tokens <= 32:  # a page lies within one step of the slow pairs
+                start += slow_bias(bias, number * page_tokens // 32, n, exists, N)
+            for f in tl.static_range(8):
+                if page_tokens > 32:
+                    first = start + slow_bias(bias, (number * page_tokens + f * rows + row) // 32, n, exists, N)
+                else:
+                    first = start
+                s = s + (tl.dot(turns[f], low_c, tl.dot(turns[f], high_c, first)),)
+        else:
+            for f in tl.static_range(8):
+                s = s + (start,)
         for g in tl.static_range(k_groups):
             dots = ()
             if scale_min or k_raw:

@@ -1,268 +1,223 @@
-"""Writes one head's block of a page: parameters first, then a class at a time. The pages' part of the writing kernels.
+"""Writes one head's block of a page, of the format that a table (tables.py) describes: parameters first, then the codes. The
+pages' part of the writing kernels.
 
-A tile holds the R rows of one field (packing.py), so a token's parameters stay in its row and a word gathers its eight codes
-with shifts. Parameters are read back from the page as rounded, in whatever shape a tile needs them.
+Nothing here is compiled for a format: channels are taken a fixed number at a time, and what the table says of them is read with
+them. A word gathers its codes field by field (packing.py) in the registers of its channel. Parameters are read back from the
+page as rounded.
 """
 
 import triton
 import triton.language as tl
 
-from kvfold.kernels.triton_bits import count, pick, pow2
-from kvfold.kernels.triton_codec import load_source, quantise, store_param, to_fp16, trit_place
+from kvfold.kernels import tables
+from kvfold.kernels.triton_codec import (
+    HEADER,
+    LEVELS,
+    PLANE_0,
+    PLANE_1,
+    RAW,
+    SCALE_MIN,
+    STEP,
+    WIDTHS,
+    channel_row,
+    channel_step,
+    load_params,
+    load_source,
+    nibble_place,
+    quantise,
+    read_header,
+    store_param,
+    to_fp16,
+    trit_place,
+)
+
+CODED: tl.constexpr = tl.constexpr(tables.CODED)
+PASSES: tl.constexpr = tl.constexpr(tables.PASSES)
+PARTNER: tl.constexpr = tl.constexpr(tables.PARTNER)
+UNROLL: tl.constexpr = tl.constexpr(4)  # fields of 16-bit rows at a time
+WARPS = 4  # of a program that writes or decodes one side of one head's page
+WORD_TILE: tl.constexpr = tl.constexpr(256)  # words at a time
+TOKEN_TILE: tl.constexpr = tl.constexpr(1024)  # elements of all tokens at a time
+
+
+@triton.constexpr_function
+def tile_width(tile, rows):
+    """Channels of a tile of so many elements, for `rows` rows."""
+    return max(16, tile // rows)
 
 
 @triton.jit
-def _coded(c, mask, C: tl.constexpr):
-    """`mask` without the channels of a class that is not stored."""
-    start: tl.constexpr = pick(C, 0)
-    channels: tl.constexpr = pick(C, 1)
-    levels: tl.constexpr = pick(C, 2)
-    if levels == 0:
-        return mask & ((c < start) | (c >= start + channels))
-    else:
-        return mask
+def _write_raw(block, dim, source, ROWS: tl.constexpr, PACKED: tl.constexpr):
+    width: tl.constexpr = tile_width(TOKEN_TILE, 8 * ROWS)
+    t = tl.arange(0, 8 * ROWS)[:, None]
+    for first in range(0, dim, width):
+        c = first + tl.arange(0, width)[None, :]
+        x = load_source(source, t // ROWS, t % ROWS, c, c < dim, ROWS, PACKED)
+        tl.store(block.to(tl.pointer_type(tl.float16)) + t * dim + c, to_fp16(x), mask=c < dim)
 
 
 @triton.jit
-def _raw_block(block, src, stride, first, sinks, ring, F: tl.constexpr, S: tl.constexpr):
-    rows: tl.constexpr = pick(F, 7)
-    dim: tl.constexpr = pick(F, 9)
-    row = tl.arange(0, rows)[:, None]
-    c = tl.arange(0, pow2(dim))[None, :]
-    mask = (c < dim) & (row < rows)
-    for f in tl.static_range(8):
-        x = load_source(src, stride, first, sinks, ring, f, row, c, mask, rows, S, 0, dim)
-        tl.store(block.to(tl.pointer_type(tl.float16)) + (f * rows + row) * dim + c, to_fp16(x), mask=mask)
+def _write_params(block, table, header, clip, clip_step, clipped, source, ROWS: tl.constexpr, PACKED: tl.constexpr):
+    """Root mean squares over the stored channels, one a token, or minima and scales, one pair a token and group."""
+    tokens: tl.constexpr = 8 * ROWS
+    width: tl.constexpr = tile_width(TOKEN_TILE, tokens)
+    dim, kind, params, nbytes, size, _, _, _ = header
+    from_minimum = kind == SCALE_MIN
+    coded = tl.zeros((tokens,), tl.float32) + tl.load(table + CODED).to(tl.float32)
+    top = tl.zeros((tokens,), tl.float32) + (tl.load(table + HEADER + LEVELS * dim) - 1).to(tl.float32)
+    token = tl.arange(0, tokens)
+    t = token[:, None]
+    s = tl.arange(0, width)[None, :]
+    at = params + ((token % ROWS) * 8 + token // ROWS) * nbytes
+    every = token < tokens
+    for start in range(0, dim, size):  # a group
+        low = tl.full((tokens, width), float("inf"), tl.float32)
+        high = tl.full((tokens, width), float("-inf"), tl.float32)
+        total = tl.zeros((tokens, width), tl.float32)
+        for first in range(start, start + size, width):
+            c = first + s
+            inside = c < start + size
+            x = load_source(source, t // ROWS, t % ROWS, c, inside, ROWS, PACKED)
+            low = tl.minimum(low, tl.where(inside, x, float("inf")))
+            high = tl.maximum(high, tl.where(inside, x, float("-inf")))
+            total += tl.where(channel_row(table, dim, c, inside, LEVELS) > 0, x * x, 0.0)
+        factor = tl.load(clip, mask=clipped > 0, other=1.0)
+        least = tl.min(low, 1) * factor
+        scale = tl.math.div_rn(tl.max(high, 1) * factor - least, top)
+        root = tl.math.sqrt_rn(tl.math.div_rn(tl.sum(total, 1), coded))
+        store_param(block, tl.where(from_minimum, least, root), at, nbytes, every)
+        store_param(block, scale, at + tokens * nbytes, nbytes, every & from_minimum)
+        at += 2 * tokens * nbytes
+        clip += clip_step
 
 
 @triton.jit
-def _scale_params(block, src, stride, first, sinks, ring, F: tl.constexpr, S: tl.constexpr):
-    """Root mean squares over the stored channels, one a token."""
-    classes: tl.constexpr = pick(F, 1)
-    rows: tl.constexpr = pick(F, 7)
-    dim: tl.constexpr = pick(F, 9)
-    coded: tl.constexpr = pick(F, 10)
-    r = tl.arange(0, rows)
-    row = r[:, None]
-    c = tl.arange(0, pow2(dim))[None, :]
-    mask = (c < dim) & (row < rows)
-    for i in tl.static_range(count(classes)):
-        mask = _coded(c, mask, pick(classes, i))
-    for f in tl.static_range(8):
-        x = load_source(src, stride, first, sinks, ring, f, row, c, mask, rows, S, 0, dim)
-        total = tl.sum(x * x, 1)
-        mean = tl.math.div_rn(total, tl.full((rows,), coded, tl.float32))
-        store_param(block, tl.math.sqrt_rn(mean), 0, f, r, r < rows, F)
+def _field_bits(code, width, f, upper, inside):
+    """One field of the words of a plane: 16 bits, of four bits a code 32, fields 0 to 3 first; `upper` is the second channel of a
+    word of one bit."""
+    left = tl.where(width == 4, (f >> 2) * 16 + (f & 1) * 8 + (f >> 1 & 1) * 4, 2 * f + upper)
+    joins = inside & ((upper == 0) | (width == 1))
+    return tl.where(joins, (code & ((1 << width) - 1)) << left, 0)
 
 
 @triton.jit
-def _min_params(block, clip, src, stride, first, sinks, ring, F: tl.constexpr, S: tl.constexpr, CLIPS: tl.constexpr):
-    """Minima and scales, one pair a token and group."""
-    classes: tl.constexpr = pick(F, 1)
-    groups: tl.constexpr = pick(F, 3)
-    size: tl.constexpr = pick(F, 4)
-    rows: tl.constexpr = pick(F, 7)
-    dim: tl.constexpr = pick(F, 9)
-    levels: tl.constexpr = pick(pick(classes, 0), 2)
-    padded: tl.constexpr = pow2(groups)
-    r = tl.arange(0, rows)
-    g = tl.arange(0, padded)
-    s = tl.arange(0, pow2(size))
-    row = r[:, None, None]
-    c = (g * size)[None, :, None] + s[None, None, :]
-    mask = (g < groups)[None, :, None] & (s < size)[None, None, :] & (row < rows)
-    params = (r < rows)[:, None] & (g < groups)[None, :]
-    if CLIPS > 1:
-        factor = tl.load(clip + g, mask=g < groups, other=1.0)[None, :]
-    elif CLIPS == 1:
-        factor = tl.load(clip)
-    else:
-        factor = 1.0
-    for f in tl.static_range(8):
-        x = load_source(src, stride, first, sinks, ring, f, row, c, mask, rows, S, 0, dim)
-        low = tl.min(tl.where(mask, x, float("inf")), 2) * factor
-        high = tl.max(tl.where(mask, x, float("-inf")), 2) * factor
-        scale = tl.math.div_rn(high - low, tl.full((rows, padded), levels - 1.0, tl.float32))
-        store_param(block, low, 2 * g[None, :], f, r[:, None], params, F)
-        store_param(block, scale, 2 * g[None, :] + 1, f, r[:, None], params, F)
+def _store_words(block, words, plane, width, half, row, ROWS: tl.constexpr):
+    stride = plane >> 16
+    to = block.to(tl.pointer_type(tl.int16)) + (plane & 0xFFFF) + row * stride
+    tl.store(to, words.to(tl.int16), mask=(width > 0) & ((half == 0) | (width != 1)) & (row < ROWS))
+    tl.store(to + ROWS * stride, (words >> 16).to(tl.int16), mask=(width == 4) & (row < ROWS))
 
 
 @triton.jit
-def _store_plane(block, row, j, inside, codes, more, channels: tl.constexpr, rows: tl.constexpr, P: tl.constexpr):
-    """Packs one plane of a class. codes: of channels j of the eight fields; more: of channels j + channels/2, or ()."""
-    width: tl.constexpr = pick(P, 0)
-    shift: tl.constexpr = pick(P, 1)
-    offset: tl.constexpr = pick(P, 2)
-    words = (block + offset).to(tl.pointer_type(tl.int16))
-    if width == 1:
-        word = ((codes[0] >> shift) & 1) | (((more[0] >> shift) & 1) << 1)
-        for f in tl.static_range(1, 8):
-            word = word | (((codes[f] >> shift) & 1) << (2 * f)) | (((more[f] >> shift) & 1) << (2 * f + 1))
-        tl.store(words + row * (channels // 2) + j, word.to(tl.int16), mask=inside)
-    else:
-        _store_words(words + row * channels + j, inside, codes, width, shift, rows * channels)
-        if count(more) > 0:
-            _store_words(words + row * channels + (j + channels // 2), inside, more, width, shift, rows * channels)
+def _write_codes(block, table, header, source, ROWS: tl.constexpr, PACKED: tl.constexpr, UNROLL: tl.constexpr):
+    """Codes and packs binary codes."""
+    width: tl.constexpr = tile_width(WORD_TILE, ROWS)
+    dim, kind, _, _, group_size, _, _, _ = header
+    items = 8 * tl.load(table + PASSES)
+    row = tl.arange(0, ROWS)[:, None]
+    for first in range(0, dim, width):
+        c = first + tl.arange(0, width)[None, :]
+        valid = c < dim
+        levels = channel_row(table, dim, c, valid, LEVELS)
+        step = channel_step(table, dim, c, valid)
+        widths = channel_row(table, dim, c, valid, WIDTHS)
+        half = widths >> 16
+        width_0 = widths & 255
+        width_1 = widths >> 8 & 255
+        partner = channel_row(table, dim, c, valid, PARTNER)
+        group = c // group_size
+        partner_group = partner // group_size
+        words_0 = tl.zeros((ROWS, width), tl.int32)
+        words_1 = tl.zeros((ROWS, width), tl.int32)
+        for item in range(0, items, UNROLL):
+            for k in tl.static_range(UNROLL):
+                f = (item + k) & 7
+                upper = (item + k) >> 3
+                own = tl.where(upper > 0, partner, c)
+                inside = (levels > 0) & (own >= 0)
+                x = load_source(source, f, row, own, inside, ROWS, PACKED)
+                params = load_params(block, header, f, row, tl.where(upper > 0, partner_group, group), inside, ROWS)
+                code = quantise(x, params, levels, step, kind == SCALE_MIN)
+                words_0 |= _field_bits(code, width_0, f, upper, inside)
+                words_1 |= _field_bits(code >> width_0, width_1, f, upper, inside)
+        plane_0, plane_1 = channel_row(table, dim, c, valid, PLANE_0), channel_row(table, dim, c, valid, PLANE_1)
+        _store_words(block, words_0, plane_0, width_0, half, row, ROWS)
+        _store_words(block, words_1, plane_1, width_1, half, row, ROWS)
 
 
 @triton.jit
-def _store_words(ptr, inside, codes, WIDTH: tl.constexpr, SHIFT: tl.constexpr, FIELDS_4: tl.constexpr):
-    if WIDTH == 2:
-        word = (codes[0] >> SHIFT) & 3
-        for f in tl.static_range(1, 8):
-            word = word | (((codes[f] >> SHIFT) & 3) << (2 * f))
-        tl.store(ptr, word.to(tl.int16), mask=inside)
-    else:
-        for part in tl.static_range(2):
-            word = (codes[4 * part] >> SHIFT) & 15
-            word = word | (((codes[4 * part + 2] >> SHIFT) & 15) << 4)
-            word = word | (((codes[4 * part + 1] >> SHIFT) & 15) << 8)
-            word = word | (((codes[4 * part + 3] >> SHIFT) & 15) << 12)
-            tl.store(ptr + part * FIELDS_4, word.to(tl.int16), mask=inside)
+def _write_trits(block, table, header, source, ROWS: tl.constexpr, PACKED: tl.constexpr):
+    """Codes and packs ternary codes: a column of a byte at a time, digit by digit; the last byte may hold what is left over."""
+    width: tl.constexpr = tile_width(WORD_TILE, ROWS)
+    dim, kind, _, _, group_size, whole, left, words = header
+    row = tl.arange(0, ROWS)[:, None]
+    step = tl.load(table + HEADER + STEP * dim).to(tl.float32, bitcast=True)
+    for first in range(0, (whole + 1) * 16, width):
+        column = first + tl.arange(0, width)[None, :]
+        half = column >> 4
+        lane = column & 15
+        last = half == whole
+        levels = tl.full((1, width), 3, tl.int32)
+        digits = tl.zeros((ROWS, width), tl.int32)
+        rest = tl.zeros((ROWS, width), tl.int32)
+        for digit in range(5):
+            number = half * 5 + digit
+            f = number & 7
+            c = (number >> 3) * 16 + lane
+            inside = (half < whole) | (last & (digit < left))
+            x = load_source(source, f, row, c, inside, ROWS, PACKED)
+            params = load_params(block, header, f, row, c // group_size, inside, ROWS)
+            code = quantise(x, params, levels, step, kind == SCALE_MIN)
+            digits = digits * 3 + code
+            rest |= tl.where(inside, code << (2 * digit), 0)
+        byte = tl.where(last, rest, (digits * 256 + 242) // 243)
+        stored = ((half < whole) | (last & (left > 2))) & (row < ROWS)
+        tl.store(block + trit_place(half, row, words, ROWS) + lane * 2, byte.to(tl.uint8), mask=stored)
+        if (left == 1) | (left == 2):
+            _write_nibbles(block, whole, words, rest, lane, last, ROWS, width)
+    if ROWS == 1:  # the second row of the last words
+        if ((whole + (left > 2).to(tl.int32)) & 1) == 1:
+            lane = tl.arange(0, 16)
+            tl.store(block + words * 32 + lane * 2 + 1, (lane * 0).to(tl.uint8))
 
 
 @triton.jit
-def _field_codes(
-    block, src, stride, first, sinks, ring, f: tl.constexpr, row, c, inside, F: tl.constexpr, S: tl.constexpr,
-    C: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-):  # fmt: skip
-    """Codes of field f of channels c of one class, LOW ≤ c < HIGH."""
-    x = load_source(src, stride, first, sinks, ring, f, row, c, inside, pick(F, 7), S, LOW, HIGH)
-    return quantise(x, block, f, row, c, inside, F, C)
-
-
-@triton.jit
-def _all_codes(
-    block, src, stride, first, sinks, ring, row, c, inside, F: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr,
-):  # fmt: skip
-    """Codes of the eight fields."""
-    return (
-        _field_codes(block, src, stride, first, sinks, ring, 0, row, c, inside, F, S, C, LOW, HIGH),
-        _field_codes(block, src, stride, first, sinks, ring, 1, row, c, inside, F, S, C, LOW, HIGH),
-        _field_codes(block, src, stride, first, sinks, ring, 2, row, c, inside, F, S, C, LOW, HIGH),
-        _field_codes(block, src, stride, first, sinks, ring, 3, row, c, inside, F, S, C, LOW, HIGH),
-        _field_codes(block, src, stride, first, sinks, ring, 4, row, c, inside, F, S, C, LOW, HIGH),
-        _field_codes(block, src, stride, first, sinks, ring, 5, row, c, inside, F, S, C, LOW, HIGH),
-        _field_codes(block, src, stride, first, sinks, ring, 6, row, c, inside, F, S, C, LOW, HIGH),
-        _field_codes(block, src, stride, first, sinks, ring, 7, row, c, inside, F, S, C, LOW, HIGH),
-    )
-
-
-@triton.jit
-def _class_block(block, src, stride, first, sinks, ring, F: tl.constexpr, S: tl.constexpr, C: tl.constexpr):
-    """Codes and packs one class of binary codes."""
-    rows: tl.constexpr = pick(F, 7)
-    start: tl.constexpr = pick(C, 0)
-    channels: tl.constexpr = pick(C, 1)
-    halves: tl.constexpr = pick(C, 4)
-    planes: tl.constexpr = pick(C, 5)
-    valid: tl.constexpr = channels // 2 if halves else channels
-    middle: tl.constexpr = start + valid
-    end: tl.constexpr = start + channels
-    row = tl.arange(0, rows)[:, None]
-    j = tl.arange(0, pow2(valid))[None, :]
-    inside = (j < valid) & (row < rows)
-    codes = _all_codes(block, src, stride, first, sinks, ring, row, start + j, inside, F, S, C, start, middle)
-    if halves:
-        more = _all_codes(block, src, stride, first, sinks, ring, row, middle + j, inside, F, S, C, middle, end)
-    else:
-        more = ()
-    for p in tl.static_range(count(planes)):
-        _store_plane(block, row, j, inside, codes, more, channels, rows, pick(planes, p))
-
-
-@triton.jit
-def _trit_codes(block, src, stride, first, sinks, ring, number, row, lane, mask, F: tl.constexpr, S: tl.constexpr):
-    """Codes that packing.py numbers c·8 + f, of channel `lane` of 16."""
-    classes: tl.constexpr = pick(F, 1)
-    rows: tl.constexpr = pick(F, 7)
-    dim: tl.constexpr = pick(F, 9)
-    f = number % 8
-    c = (number // 8) * 16 + lane
-    x = load_source(src, stride, first, sinks, ring, f, row, c, mask, rows, S, 0, dim)
-    return quantise(x, block, f, row, c, mask, F, pick(classes, 0))
-
-
-@triton.jit
-def _trit_block(block, src, stride, first, sinks, ring, F: tl.constexpr, S: tl.constexpr):
-    """Codes and packs ternary codes: all whole bytes at once, a digit at a time; then what is left over."""
-    trits: tl.constexpr = pick(F, 2)
-    rows: tl.constexpr = pick(F, 7)
-    whole: tl.constexpr = pick(trits, 0)
-    left: tl.constexpr = pick(trits, 1)
-    words: tl.constexpr = pick(trits, 2)
-    odd: tl.constexpr = (whole + (1 if left > 2 else 0)) % 2
-    row = tl.arange(0, rows)[:, None, None]
-    half = tl.arange(0, pow2(whole))[None, :, None]
-    lane = tl.arange(0, 16)[None, None, :]
-    mask = (half < whole) & (lane < 16) & (row < rows)
-    total = half * 0 + row * 0 + lane * 0
-    for k in tl.static_range(5):
-        codes = _trit_codes(block, src, stride, first, sinks, ring, half * 5 + k, row, lane, mask, F, S)
-        total = total * 3 + codes
-    tl.store(block + trit_place(half, row, F) + lane * 2, ((total * 256 + 242) // 243).to(tl.uint8), mask=mask)
-    if left > 2:
-        one = tl.arange(0, 1)[None, :, None]
-        inside = (one < 1) & (lane < 16) & (row < rows)
-        byte = one * 0 + row * 0 + lane * 0
-        for k in tl.static_range(left):
-            number = one + (whole * 5 + k)
-            byte = byte | (
-                _trit_codes(block, src, stride, first, sinks, ring, number, row, lane, inside, F, S) << (2 * k)
-            )
-        tl.store(block + trit_place(one + whole, row, F) + lane * 2, byte.to(tl.uint8), mask=inside)
-    elif left > 0:
-        start: tl.constexpr = (words * rows + odd * ((rows + 1) // 2)) * 32
-        pair = tl.arange(0, 2 * ((rows + 3) // 4))[:, None]  # two rows to a byte
-        column = tl.arange(0, 16)[None, :]
-        nibbles = pair * 0 + column * 0
-        for h in tl.static_range(2):
-            r = 2 * pair + h
-            inside = (r < rows) & (column < 16)
-            for k in tl.static_range(left):
-                number = pair * 0 + (whole * 5 + k)
-                codes = _trit_codes(block, src, stride, first, sinks, ring, number, r, column, inside, F, S)
-                nibbles = nibbles | (tl.where(inside, codes, 0) << (2 * k + 4 * h))
-        place = start + (pair // 2) * 32 + pair % 2 + column * 2
-        tl.store(block + place, nibbles.to(tl.uint8), mask=column < 16)
-    if odd == 1 and rows == 1:  # the second row of the last words
-        pad = tl.arange(0, 16)
-        tl.store(block + words * 32 + pad * 2 + 1, (pad * 0).to(tl.uint8))
+def _write_nibbles(block, whole, words, rest, lane, last, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Codes left over in four bits, two rows to a byte; rows past the last are zero."""
+    pairs: tl.constexpr = max(ROWS // 2, 1)
+    if ROWS > 1:
+        row = tl.arange(0, ROWS)[:, None]
+        rest = tl.sum(tl.reshape(tl.where(row % 2 == 1, rest << 4, rest), (pairs, 2, WIDTH)), 1)
+    pair = tl.arange(0, pairs)[:, None]
+    to = block + nibble_place(whole, 2 * pair, words, ROWS) + lane * 2
+    tl.store(to, rest.to(tl.uint8), mask=last & (pair < pairs))
+    if ROWS < 4:
+        tl.store(to + 1, (rest * 0).to(tl.uint8), mask=last & (pair < pairs))
 
 
 @triton.jit
 def write_block(
-    block, clip, src, stride, first, sinks, ring, F: tl.constexpr, S: tl.constexpr, CLIPS: tl.constexpr
+    block, table, clip, clip_step, clipped, source, ROWS: tl.constexpr, PACKED: tl.constexpr, UNROLL: tl.constexpr
 ):  # fmt: skip
     """Encodes one head's page.
 
     Args:
         block: uint8 pointer to the head's block of the page.
-        clip: float32 pointer to CLIPS factors on (minimum, maximum): none, one, or one for each group.
-        src, stride, first, sinks, ring, S: see `load_source`.
-        F: a planes.PageLayout as a tuple; S: another one, or () for 16-bit rows.
+        table: int32 pointer to the table of its format.
+        clip, clip_step, clipped: float32 pointer to factors on (minimum, maximum), numbers from one group's to the next one's, and
+            whether there are any.
+        source, PACKED: see `load_source`.
+        ROWS: R, rows of words in a page.
+        UNROLL: fields that are asked for at a time: the more, the less is waited for memory, and the longer the compiler takes.
     """
-    kind: tl.constexpr = pick(F, 0)
-    classes: tl.constexpr = pick(F, 1)
-    trits: tl.constexpr = pick(F, 2)
-    if kind == "raw":
-        _raw_block(block, src, stride, first, sinks, ring, F, S)
+    header = read_header(table)
+    dim, kind, _, _, _, whole, _, _ = header
+    if kind == RAW:
+        _write_raw(block, dim, source, ROWS, PACKED)
     else:
-        if kind == "scale":
-            _scale_params(block, src, stride, first, sinks, ring, F, S)
-        else:
-            _min_params(block, clip, src, stride, first, sinks, ring, F, S, CLIPS)
+        _write_params(block, table, header, clip, clip_step, clipped, source, ROWS, PACKED)
         tl.debug_barrier()  # the parameters are read back
-        if count(trits) > 0:
-            _trit_block(block, src, stride, first, sinks, ring, F, S)
+        if whole > 0:
+            _write_trits(block, table, header, source, ROWS, PACKED)
         else:
-            for i in tl.static_range(count(classes)):
-                _stored_class(block, src, stride, first, sinks, ring, F, S, pick(classes, i))
-
-
-@triton.jit
-def _stored_class(block, src, stride, first, sinks, ring, F: tl.constexpr, S: tl.constexpr, C: tl.constexpr):
-    levels: tl.constexpr = pick(C, 2)
-    if levels > 0:
-        _class_block(block, src, stride, first, sinks, ring, F, S, C)
+            _write_codes(block, table, header, source, ROWS, PACKED, UNROLL)

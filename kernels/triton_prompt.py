@@ -16,10 +16,11 @@ from torch import Tensor
 
 from kvfold.kernels.formats import Format
 from kvfold.kernels.launch import launch
+from kvfold.kernels.packing import FIELDS
 from kvfold.kernels.pages import anchor
-from kvfold.kernels.planes import page_layout
-from kvfold.kernels.triton_bits import count, pick, pow2
-from kvfold.kernels.triton_codec import load_source, to_fp16
+from kvfold.kernels.tables import format_tables, table_length
+from kvfold.kernels.triton_codec import NBYTES, decode_elements, read_header, to_fp16
+from kvfold.kernels.triton_pages import TOKEN_TILE, WARPS, tile_width
 
 SCRATCH_NBYTES = 64 << 20  # of decoded keys and values at a time
 KEY_SCALE = 64.0  # decoded keys carry the softmax scale; times this they lie in float16's middle
@@ -35,43 +36,33 @@ class PageRun(NamedTuple):
     end: int
 
 
-@triton.jit
-def _decode_class(block, to, factor, S: tl.constexpr, C: tl.constexpr):
-    """Channels of one class, a field of rows at a time."""
-    rows: tl.constexpr = pick(S, 7)
-    dim: tl.constexpr = pick(S, 9)
-    start: tl.constexpr = pick(C, 0)
-    channels: tl.constexpr = pick(C, 1)
-    row = tl.arange(0, rows)[:, None]
-    j = tl.arange(0, pow2(channels))[None, :]
-    inside = (j < channels) & (row < rows)
-    for f in tl.static_range(8):
-        x = load_source(block, 0, 0, 0, 0, f, row, start + j, inside, rows, S, start, start + channels)
-        tl.store(to + (f * rows + row) * dim + start + j, to_fp16(x * factor), mask=inside)
-
-
-@triton.jit
-def _decode_block(block, to, factor, S: tl.constexpr):
-    classes: tl.constexpr = pick(S, 1)
-    for i in tl.static_range(count(classes)):
-        _decode_class(block, to, factor, S, pick(classes, i))
-
-
-@triton.jit
-def _decode_kernel(anchor_ptr, pages, factors, keys, values, K: tl.constexpr, V: tl.constexpr):
-    """Grid: (pages, KV heads, keys or values)."""
+@triton.jit(do_not_specialize=["table_length"], do_not_specialize_on_alignment=["pages", "factors", "keys", "values"])
+def _decode_kernel(anchor_ptr, pages, factors, keys, values, tables, table_length, ROWS: tl.constexpr):
+    """Grid: (pages, KV heads, keys or values). A tile holds some channels of all tokens."""
     i = tl.program_id(0)
     head = tl.program_id(1)
     heads = tl.num_programs(1)
-    k_nbytes: tl.constexpr = pick(K, 8)
-    v_nbytes: tl.constexpr = pick(V, 8)
-    size: tl.constexpr = 8 * pick(K, 7) * pick(K, 9)  # elements of a head's page
-    page = anchor_ptr + tl.load(pages + i) * 16
-    to = (head.to(tl.int64) * tl.num_programs(0) + i) * size
+    tokens: tl.constexpr = 8 * ROWS
+    width: tl.constexpr = tile_width(TOKEN_TILE, tokens)
+    block = anchor_ptr + tl.load(pages + i) * 16
     if tl.program_id(2) == 0:
-        _decode_block(page + head * k_nbytes, keys + to, tl.load(factors + head), K)
+        table = tables
+        to = keys
+        factor = tl.load(factors + head)
     else:
-        _decode_block(page + heads * k_nbytes + head * v_nbytes, values + to, 1.0, V)
+        table = tables + table_length
+        block += heads * tl.load(tables + NBYTES)
+        to = values
+        factor = 1.0
+    block += head * tl.load(table + NBYTES)
+    header = read_header(table)
+    dim = header[0]
+    to += (head.to(tl.int64) * tl.num_programs(0) + i) * (tokens * dim)
+    t = tl.arange(0, tokens)[:, None]
+    for first in range(0, dim, width):
+        c = first + tl.arange(0, width)[None, :]
+        x = decode_elements(block, table, header, t // ROWS, t % ROWS, c, c < dim, ROWS)
+        tl.store(to + t * dim + c, to_fp16(x * factor), mask=c < dim)
 
 
 def decode_pages(
@@ -84,17 +75,13 @@ def decode_pages(
         factors: float32 [Hkv], what the keys of a head are multiplied with.
         keys, values: float16 [Hkv, n·page_tokens, head_dim], contiguous; written.
     """
+    dim = keys.shape[2]
     launch(
         _decode_kernel, (pages.numel(), keys.shape[0], 2),
         anchor(pages.device), pages, factors, keys, values,
-        K=tuple(page_layout(key_format, page_tokens)), V=tuple(page_layout(value_format, page_tokens)),
-        num_warps=decode_warps(page_tokens, keys.shape[2]),
+        format_tables([[key_format, value_format]], page_tokens, pages.device), table_length(dim),
+        ROWS=page_tokens // FIELDS, num_warps=WARPS,
     )  # fmt: skip
-
-
-def decode_warps(page_tokens: int, head_dim: int) -> int:
-    """Warps of a program that decodes one side of one head's page: a power of two, some 1024 numbers each."""
-    return 1 << min(2, max(page_tokens * head_dim // 1024, 1).bit_length() - 1)
 
 
 def plain_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from kvfold.kernels.triton_bits import count, pick
+from kvfold.kernels.triton_mean import raw_mean
 from kvfold.kernels.triton_packed import NEVER, soft_cap
 
 
@@ -33,9 +34,9 @@ def raw_blocks(
 @triton.jit
 def raw_part(
     q_ptr, q_scale, shift, k_ptr, v_ptr, token_stride, acc, top, total, begin, end, first_block,
-    total_tokens, packed_end, sinks, ring, limit, lowest, last,
+    total_tokens, packed_end, sinks, ring, limit, lowest, last, coefficients, bias, spans, within,
     R: tl.constexpr, P: tl.constexpr, dim: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
-    MASKED: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr,
+    MASKED: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
     """Goes on with the attention of N query columns over blocks begin … end − 1, as `raw_blocks` counts them, of the 16-bit
     rows: sinks, then either a ring (ring > 0 slots) or tokens in order.
@@ -46,6 +47,7 @@ def raw_part(
     Args:
         acc, top, total: output runs [size, N], largest scores [N], sums of weights [N] so far.
         shift: [N], added to every logit with SHIFT.
+        coefficients, bias, spans, within: as in `packed_part`, with MEAN.
         R, P: runs of channels of keys and of `acc`.
     """
     n = tl.arange(0, N)
@@ -53,6 +55,9 @@ def raw_part(
     for t in tl.static_range(count(R)):
         q = q + (_raw_query(q_ptr, n, dim, pick(R, t)),)
     sink_blocks = (sinks + BLOCK - 1) // BLOCK
+    if MEAN > 0:
+        m = tl.arange(0, MEAN)
+        a = tl.load(coefficients + m[:, None] * N + n[None, :])
     newest = total_tokens - 1
     newest_slot = (newest - sinks) % tl.maximum(ring, 1)
     rows = raw_rows(total_tokens, packed_end, sinks, ring)
@@ -68,6 +73,8 @@ def raw_part(
         for t in tl.static_range(count(R)):
             s = _raw_keys(k_ptr + r.to(tl.int64) * token_stride, exists, q[t], s, pick(R, t))
         s = s * q_scale
+        if MEAN > 0:
+            s += raw_mean(a, bias, spans, within, position - sinks, exists & (position >= sinks), n, N, MEAN)
         if SHIFT:
             s += shift[None, :]
         if CAP > 0:

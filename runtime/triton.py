@@ -67,7 +67,7 @@ def _decode(
     bends: dict[str, Any],
 ) -> None:  # fmt: skip
     """One step of every sequence: appends, packs the page that came due, attends, and moves the device's state on."""
-    spec, top, geometry = layer.spec, layer.rungs[-1], layer.geometry
+    spec, geometry = layer.spec, layer.geometry
     name = (query.shape[0], query.shape[1], geometry.num_kv_heads, query.shape[3], query.device, shifted)
     scratch = layer.padding.scratch
     if name not in scratch:
@@ -75,8 +75,9 @@ def _decode(
     queries = scratch[name]
     append_step(
         keys.contiguous(), values.contiguous(), query.contiguous(), layer.raw_keys, layer.raw_values, layer.block_table,
-        layer.state, queries, top.key.format, top.value.format, scaling=scaling, matrix=spec.key.matrix,
-        offset=spec.key.offset, query_matrix=spec.key.query_matrix, key_clip=top.key.clip, value_clip=top.value.clip,
+        layer.state, queries, [rung.key.format for rung in layer.rungs], [rung.value.format for rung in layer.rungs],
+        scaling=scaling, matrix=spec.key.matrix, offset=spec.key.offset, query_matrix=spec.key.query_matrix,
+        key_clips=[rung.key.clip for rung in layer.rungs], value_clips=[rung.value.clip for rung in layer.rungs],
         softcap=bends["softcap"], marks=marks_of(layer.padding, query.shape[0], query.device), layer=layer.layer_idx,
         **regions(geometry),
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Compiles the attention kernels of pairs of formats for sm_90; a process of its own, because the interpreter is off here.
 
-usage: python tests/compile_kernels.py PROMPT PAIR …, where PAIR may be "rungs", "fixed" (batch-invariant) or "decode" (of all pairs)
+usage: python tests/compile_kernels.py PROMPT PAIR …, where PAIR may be "cap" (soft-cap), "mean", "merge" or "decode" (of pages)
 """
 
 import os
@@ -16,62 +16,53 @@ from triton.compiler import ASTSource
 from kvfold.kernels import triton_attention as kernels
 from kvfold.kernels import triton_prompt
 from kvfold.kernels.formats import Format, raw16
-from kvfold.kernels.planes import page_layout
+from kvfold.kernels.key_mean import padded_fast
 from kvfold.kernels.tiles import program
+from kvfold.kernels.triton_pages import WARPS
 
 POINTERS = {
     "q_ptr": "*fp16", "q_scale_ptr": "*fp32", "anchor": "*u8", "table": "*i64", "state": "*i32", "raw_k": "*fp16",
     "raw_v": "*fp16", "o_ptr": "*fp32", "ml_ptr": "*fp32", "first_query": "*i32", "packed_before": "*i32", "out": "*bf16",
-    "aux": "*fp32", "q_shift_ptr": "*fp32", "segments": "*i32", "anchor_ptr": "*u8", "pages": "*i64", "factors": "*fp32",
-    "keys": "*fp16", "values": "*fp16",
+    "aux": "*fp32", "q_shift_ptr": "*fp32", "mean_ptr": "*fp32", "bias_ptr": "*fp32", "spans": "*fp32", "within": "*fp16", "segments": "*i32", "anchor_ptr": "*u8", "pages": "*i64", "factors": "*fp32",
+    "keys": "*fp16", "values": "*fp16", "tables": "*i32",
 }  # fmt: skip
 
 
 def compile_kernel(function, constants: dict, num_warps: int = 1) -> Any:
-    """A kernel for sm_90, every pointer aligned to 16 bytes, strides of 16-bit rows in whole heads of 16 channels."""
+    """A kernel for sm_90, pointers aligned to 16 bytes where kernels are specialised on that."""
     names = function.arg_names
     signature = {n: "constexpr" if n in constants else POINTERS.get(n, "i32") for n in names}
-    attrs = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in POINTERS or n.startswith("raw_stride")
-    }
+    loose = set(function.do_not_specialize_on_alignment or ())
+    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in POINTERS and n not in loose}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attrs)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "num_stages": 4})
 
 
 def compile_pair(
-    key_format: Format, value_format: Format, prompt: bool = False, rung: int = 0, rungs: int = 1, fixed: bool = False,
-    cap: float = 0.0,
-) -> Any:  # fmt: skip
+    key_format: Format, value_format: Format, prompt: bool = False, cap: float = 0.0, mean: int = 0
+) -> Any:
     dim, columns = key_format.head_dim, 16 if prompt else 4
     return compile_kernel(
         kernels._attention_kernel,
         {
             "K": tuple(program(key_format, 32)), "V": tuple(program(value_format, 32)), "R": program(raw16(dim), 32).pieces,
-            "N": max(8, columns), "COLUMNS": columns, "GROUP": 4, "PROMPT": prompt, "SLIDING": prompt, "CAP": cap,
-            "SHIFT": cap > 0, "RUNG": rung, "RUNGS": rungs, "HOLES": fixed or rungs > 1,
-            "STAGES": 4, "PREFETCH": False, "BLOCK": kernels.RAW_BLOCK, "INTERPRET": False,
+            "N": max(8, columns), "COLUMNS": columns, "GROUP": 4, "PROMPT": prompt, "MASKED": prompt, "CAP": cap,
+            "SHIFT": cap > 0, "MEAN": mean, "STAGES": 4, "PREFETCH": False, "BLOCK": kernels.RAW_BLOCK, "INTERPRET": False,
         },
     )  # fmt: skip
 
 
-def compile_merge(dim: int, prompt: bool = False, holes: bool = False, fixed: bool = False) -> None:
-    columns = 16 if prompt else 4
+def compile_merge(dim: int, block: int = 256, once: bool = True, shift: bool = False) -> None:
     compile_kernel(
         kernels.merge_kernel,
-        {
-            "DIM": dim, "CHANNELS": 16, "N": max(8, columns), "COLUMNS": columns, "GROUP": 4, "SLOTS_2": 0 if fixed else 8,
-            "BLOCK": 32 if fixed else 8, "AUX": True, "SHIFT": holes, "ADVANCE": not prompt, "PAGE_TOKENS": 32, "HEADS": 2,
-            "HOLES": holes, "FIXED": fixed,
-        },
+        {"DIM": dim, "CHANNELS": 16, "BLOCK": block, "ONCE": once, "AUX": True, "SHIFT": shift},
         num_warps=4,
-    )  # fmt: skip
+    )
 
 
-def compile_decode(key_format: Format, value_format: Format) -> Any:
+def compile_decode() -> Any:
     """Decoding of pages that a prompt's queries read together."""
-    constants = {"K": tuple(page_layout(key_format, 32)), "V": tuple(page_layout(value_format, 32))}
-    num_warps = triton_prompt.decode_warps(32, key_format.head_dim)
-    return compile_kernel(triton_prompt._decode_kernel, constants, num_warps=num_warps)
+    return compile_kernel(triton_prompt._decode_kernel, {"ROWS": 4}, num_warps=WARPS)
 
 
 def main(name: str, prompt: bool) -> None:
@@ -79,19 +70,19 @@ def main(name: str, prompt: bool) -> None:
     from test_triton_attention import PAIRS
 
     os.environ["TRITON_INTERPRET"] = "0"
-    if name == "rungs":
-        for rung, pair in enumerate((PAIRS["mixed keys"], (raw16(64), raw16(64)))):
-            compile_pair(*pair, prompt, rung, 2, cap=30.0 * rung)
-        compile_merge(64, prompt, holes=True)
-    elif name == "fixed":
-        compile_pair(*PAIRS["2 bits"], fixed=True, cap=30.0)
-        compile_merge(64, holes=True, fixed=True)
+    if name == "cap":
+        compile_pair(*PAIRS["mixed keys"], prompt, cap=30.0)
+        compile_pair(raw16(64), raw16(64), prompt, cap=30.0)
+    elif name == "mean":
+        for pair in ("mixed keys", "2 bits"):
+            compile_pair(*PAIRS[pair], prompt, mean=2 * padded_fast(PAIRS[pair][0].head_dim))
+    elif name == "merge":
+        for block, once in ((kernels.MERGE_FEW, True), (kernels.MERGE_SLOTS, True), (kernels.MERGE_SLOTS, False)):
+            compile_merge(64, block, once, shift=not once)
     elif name == "decode":
-        for pair in PAIRS.values():
-            compile_decode(*pair)
+        compile_decode()
     else:
         compile_pair(*PAIRS[name], prompt)
-        compile_merge(PAIRS[name][0].head_dim, prompt)
 
 
 if __name__ == "__main__":

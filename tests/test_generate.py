@@ -187,7 +187,7 @@ def test_what_the_allocator_budgets_is_stated_shown_and_resident(model):
     metadata = model.kv_artifact.metadata
     account, geometry = metadata.account, metadata.geometry
     assert list(geometry.sliding) == SLIDING.get(model.config.model_type, [])
-    assert metadata.format_version == (2 if geometry.sliding else 1)
+    assert metadata.format_version == 3
     shown = describe(metadata)
     assert (
         shown["bytes"]

@@ -82,8 +82,9 @@ def test_round_trip(folder, tiny_artifact):
 
 def test_logits_and_cache_are_the_runtimes(folder, tiny_artifact):
     """A batch, as one prompt, and as a prompt, tokens and a chunk; the cache takes the bytes that the account states."""
-    metadata = read_artifact(tiny_artifact).metadata
-    geometry, formats = metadata.geometry, metadata.formats
+    artifact = read_artifact(tiny_artifact)
+    assert all(spec.key.turns for spec in artifact.specs)
+    geometry, formats = artifact.metadata.geometry, artifact.metadata.formats
     ids = torch.cat((IDS, IDS.flip(1)))
     model = runtime.load_pretrained(tiny_artifact, device="cpu")
     with torch.no_grad():

@@ -20,10 +20,12 @@ from kvfold.exports.onnx_codec import Side, e4m3_values
 from kvfold.exports.onnx_encode import e4m3_thresholds
 from kvfold.exports.onnx_encode import encode as encode_nodes
 from kvfold.exports.onnx_gqa import GqaAttention, UniformCodec, gqa_tensors
-from kvfold.exports.onnx_graph import FLOAT, FLOAT16, IR_VERSION, OPSET, UINT8, Constants, Graph
+from kvfold.exports.onnx_graph import FLOAT, FLOAT16, INT64, IR_VERSION, OPSET, UINT8, Constants, Graph
+from kvfold.exports.onnx_key_mean import TurningMean
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec, clip_rows
 from kvfold.kernels.attention import attend_plain
 from kvfold.kernels.formats import Format, raw16, uniform
+from kvfold.kernels.key_mean import turn_tables
 from kvfold.kernels.quantizer import decode, encode
 from kvfold.runtime.layer import PackedLayer
 from kvfold.runtime.view import Padding
@@ -122,12 +124,15 @@ def test_e4m3_rounding_is_torchs():
 # -- attention
 
 
-def spec_of(key, value, transformed=False, clip=False):
+FREQUENCIES = tuple(50.0 ** (-i / 12) for i in range(12))  # of 24 channels; RoPE leaves the other 8 alone
+
+
+def spec_of(key, value, transformed=False, clip=False, frequencies=None):
     generator = torch.Generator().manual_seed(5)
     matrix = torch.randn(HEADS, DIM, DIM, generator=generator) * 0.1 + torch.eye(DIM) if transformed else None
-    offset = torch.randn(HEADS, DIM, generator=generator) if transformed else None
+    offset = torch.randn(HEADS, DIM, generator=generator) if transformed or frequencies else None
     clips = torch.tensor([0.9, 0.8])[:, None].expand(HEADS, key.num_groups).contiguous() if clip else None
-    return LayerSpec(KeySpec(key, (), matrix, offset, clips), ValueSpec(value))
+    return LayerSpec(KeySpec(key, (), matrix, offset, clips, frequencies), ValueSpec(value))
 
 
 MIXED = Format(((8, 16), (8, 4), (8, 2), (8, 0)))
@@ -141,6 +146,28 @@ CASES = {  # name → spec, (sinks, window, page), softcap, sliding, sink logits
     "sliding within the window": (spec_of(MIXED, uniform(DIM, 3)), (2, 40, 8), None, 12, False),
     "soft-cap": (spec_of(MIXED, uniform(DIM, 8), True), (3, 16, 16), 5.0, 40, False),
     "sink logits": (spec_of(MIXED, uniform(DIM, 8), True), (3, 16, 16), None, 25, True),
+    "rotating mean": (spec_of(raw16(DIM), raw16(DIM), frequencies=FREQUENCIES), (3, 24, 8), None, 0, False),
+    "rotating mean, trits": (
+        spec_of(MIXED, uniform(DIM, 3), True, frequencies=FREQUENCIES),
+        (0, 20, 16),
+        None,
+        0,
+        False,
+    ),
+    "rotating mean, soft-cap": (
+        spec_of(raw16(DIM), uniform(DIM, 8), frequencies=FREQUENCIES[::-1]),
+        (5, 16, 32),
+        5.0,
+        40,
+        False,
+    ),
+    "rotating mean, sink logits": (
+        spec_of(raw16(DIM), uniform(DIM, 8), frequencies=FREQUENCIES[:3]),
+        (3, 0, 8),
+        None,
+        25,
+        True,
+    ),
 }
 SPLITS = {
     "prompt": [117],
@@ -200,8 +227,8 @@ def empty(tensors, batch=2):
 
 @pytest.mark.parametrize("case", CASES)
 def test_layer_is_the_runtimes(case):
-    """Whatever the split into calls: the runtime's output, its 16-bit rows and its pages, byte for byte where keys aren't
-    transformed (a product's last bit depends on the library that computes it)."""
+    """Whatever the split into calls: the runtime's output, its 16-bit rows and its pages, byte for byte where keys have neither
+    matrix nor mean (a product's last bit depends on the library that computes it)."""
     spec, sizes, softcap, sliding, has_sink = CASES[case]
     geometry = Geometry(HEADS, DIM, *sizes)
     call = Call(0, QUERY_HEADS, 0.3, softcap, sliding)
@@ -237,13 +264,58 @@ def test_layer_is_the_runtimes(case):
                 [s if s < geometry.sinks else geometry.sinks + (s - geometry.sinks) % geometry.ring for s in held]
             )
             rows = [raw[b][:, slots].numpy() for raw in (layer.raw_keys, layer.raw_values)]
-            if spec.key.matrix is None:
+            if spec.key.offset is None:
                 np.testing.assert_array_equal(cache["past.pages"][b], pages)
                 np.testing.assert_array_equal(cache["past.key_rows"][b], rows[0])
             else:
                 assert (cache["past.pages"][b] != pages).mean() < 1e-3
                 np.testing.assert_allclose(cache["past.key_rows"][b], rows[0], rtol=2e-3, atol=2e-3)
             np.testing.assert_array_equal(cache["past.value_rows"][b], rows[1])
+
+
+@pytest.mark.parametrize("sinks", [0, 64])
+@pytest.mark.parametrize("start", [0, 63, 70000])
+@pytest.mark.parametrize("frequencies", [FREQUENCIES, FREQUENCIES[:1], tuple(10000 ** (-i / 16) for i in range(16))])
+def test_rotating_mean(frequencies, start, sinks):
+    """To float32's rounding what the definition in torch makes, far from the first token too."""
+    tables = turn_tables(frequencies, DIM, sinks, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(1)
+    offset = 10 * torch.randn(HEADS, DIM, generator=generator)
+    key, query = (torch.randn(2, HEADS, n, DIM, generator=generator) for n in (301, 5))
+    g = Graph(Constants())
+    writer = TurningMean(tables)
+    rest = writer.subtract(g, "key", offset, "positions")
+    lacking = writer.logits(g, "query", offset, "places")
+    states = [value_info(n, FLOAT, ["b", HEADS, f"t_{n}", DIM]) for n in ("key", "query")]
+    numbers = [value_info("positions", INT64, ["n"]), value_info("places", INT64, ["all"])]
+    outputs = [value_info(rest, FLOAT, ["b", HEADS, "t", DIM]), value_info(lacking, FLOAT, ["b", HEADS, "q", "all"])]
+    positions = torch.arange(start, start + key.shape[2])
+    places = torch.arange(start + key.shape[2]).flip(0)
+    feeds = {"key": key, "query": query, "positions": positions, "places": places}
+    run = session(g.nodes, g.constants, [*states, *numbers], outputs)
+    rest, lacking = (torch.from_numpy(x) for x in run.run(None, {name: x.numpy() for name, x in feeds.items()}))
+    expected = tables.mean(offset, positions)
+    torch.testing.assert_close(key - rest, expected.expand_as(key), rtol=0, atol=1e-5 * float(offset.abs().max()))
+    assert not sinks or not expected[:, : max(0, sinks - start)].any()
+    lacking = lacking.flip(-1)
+    exact = query.double() @ expected.double().mT
+    size = float(exact.abs().max())
+    torch.testing.assert_close(lacking[..., start:].double(), exact, rtol=0, atol=1e-5 * size)
+    for b in range(2):
+        wanted = tables.logits(tables.coefficients(offset, query[b]), places.flip(0))
+        torch.testing.assert_close(lacking[b], wanted, rtol=0, atol=1e-5 * size)
+
+
+def test_rotating_mean_is_written_once_for_all_layers():
+    """Turns are looked up once for each set of frequencies, not in every layer."""
+    specs = [spec_of(raw16(DIM), raw16(DIM), frequencies=f) for f in (FREQUENCIES, FREQUENCIES, FREQUENCIES[:2])]
+    writer, constants = PackedAttention(Geometry(HEADS, DIM, 3, 24, 8), specs, True), Constants()
+    names = ["query", "key", "value", "pages", "key_rows", "value_rows"]
+    graphs = [writer.write(constants, Call(i, QUERY_HEADS, 0.3), names)[0] for i in range(3)]
+    ranges = [sum(node.op_type == "Range" for node in graph.nodes) for graph in graphs]
+    assert ranges[0] > 0 and ranges[1:] == [0, 0] and len(writer.means) == 2
+    looked_up = [sum(node.op_type == "Gather" for node in graph.nodes) for graph in graphs]
+    assert looked_up[0] == looked_up[2] > looked_up[1]
 
 
 @pytest.mark.parametrize("sliding", [0, 25])

@@ -127,7 +127,7 @@ def test_a_sliding_window_stays_one(tmp_path, text_file, recipe_file):
         recipe=load_recipe(recipe_file),
         context=400,
     )
-    assert artifact.metadata.format_version == 2 and artifact.geometry.sliding == (50, 50, 50)
+    assert artifact.metadata.format_version == 3 and artifact.geometry.sliding == (50, 50, 50)
     figures = evaluate(str(artifact.path), text=str(text_file), windows=2, seq_len=160, device="cpu")
     assert 1e-6 < figures.kl < 0.02  # a query that looked past its window would cost a nat
     with torch.no_grad():

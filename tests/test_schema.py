@@ -138,7 +138,7 @@ def changed(path: str, value) -> dict:
         ("layers.1.key.format.zero", 0, r"not valid at layers.1.key.format.zero"),
         ("budget", ..., "not valid at budget"),
         ("provenance.revision", ..., "not valid at provenance.revision"),
-        ("format_version", 3, "format_version 3"),
+        ("format_version", 4, "format_version 4"),
         ("format_version", 2, "format_version 2 needs cache.sliding"),
         ("cache.sliding", [16, 0], "cache.sliding is no field of format_version 1"),
         ("format_version", "1", "format_version '1'"),

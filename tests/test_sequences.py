@@ -306,7 +306,7 @@ def test_models_without_a_sliding_layer_are_as_before():
             == batch_nbytes(plain, formats, [tokens, 9], 1)
             == batch_nbytes(plain, formats, [tokens, 9], tokens or 1)
         )
-        assert full == batch_nbytes(Geometry(HEADS, DIM, 3, 10, 8, (0, 0, 0, 0)), formats, [tokens, 9])
+        assert full == batch_nbytes(Geometry(HEADS, DIM, 3, 10, 8, (0,) * len(formats)), formats, [tokens, 9])
     assert plain.ring == 24 and plain.elements(100, 4) == 2 * 4 * HEADS * DIM * 100
     assert Geometry(HEADS, DIM, 3, 10, 8, (30, 0)).elements(100, 2) == 2 * HEADS * DIM * (30 + 100)
     assert Geometry(HEADS, DIM, 3, 10, 8, rollback=7).ring == 32

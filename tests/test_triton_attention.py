@@ -248,7 +248,7 @@ def test_compiles_for_a_gpu(prompt):
     pairs = (
         ["mixed keys", "16 and 8 bits", "decode"]
         if prompt
-        else ["2 bits", "ternary values", "8 and 6 bits, 80", "fixed"]
+        else ["2 bits", "ternary values", "8 and 6 bits, 80", "cap", "merge"]
     )
     command = [sys.executable, script, str(int(prompt)), *pairs]
     run = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -173,7 +173,16 @@ def test_steps_add_pages_to_the_last_rung_and_lowering_moves_the_cuts():
                 case.segments[b, rung + 1] += 1
         keys, values, query = (torch.randn(2, heads, 1, dim, device=DEVICE) for heads in (2, 2, 4))
         append_step(
-            keys, values, query, *case.raw, case.table, case.state, queries, *ladder[-1], scaling=0.125, **regions
+            keys,
+            values,
+            query,
+            *case.raw,
+            case.table,
+            case.state,
+            queries,
+            *zip(*ladder, strict=True),
+            scaling=0.125,
+            **regions,
         )
         case.query = query
         case.rows = [

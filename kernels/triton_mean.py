@@ -1,0 +1,199 @@
+"""What the logits of packed and of 16-bit keys get back for the rotating mean that was taken off them, for the Triton kernels.
+
+key_mean.py defines the mean. Of a query column with coefficients c, in the units of its scores, a kernel reads
+
+    A [2F, N]  Re c, then −Im c                B [2F, N]  −Im c, then −Re c            of the fast pairs
+    bias [steps, N]                            Re Σ c_i·(turn of step m) of the slow pairs
+
+so that with the turn (cos, sin) of a span of 128 tokens C = cos·A + sin·B holds the coefficients turned there, and T·C is what
+the fast pairs add to each of its tokens. |q·m| may be in the hundreds, so C goes through the tensor cores in two float16 halves;
+T is float16 by definition. The bias is added in float32.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvfold.kernels.key_mean import STEP, KernelTables, TurnTables, padded_fast
+from kvfold.kernels.triton_bits import pow2
+
+STEPS_BLOCK = 64  # steps of the slow pairs whose bias one program computes
+
+
+class MeanTerm(NamedTuple):
+    """The rotating mean's share in the logits of some queries.
+
+    Attributes:
+        coefficients: float32 [B, Hkv, query blocks, 2, 2·F, N], A and B.
+        bias: float32 [B, Hkv, query blocks, steps, N].
+        first_step: of `bias`.
+        tables: for the kernels.
+    """
+
+    coefficients: Tensor
+    bias: Tensor
+    first_step: int
+    tables: KernelTables
+
+
+class MeanOf(NamedTuple):
+    """The rotating mean of keys and the queries of a prompt that read them.
+
+    Attributes:
+        tables: of the frequencies.
+        offset: float32 [Hkv, D], mean of keys before RoPE.
+        query: [B, H, T, D], after RoPE.
+        first_step, end_step: steps of the slow pairs in which pages lie that the queries may read.
+    """
+
+    tables: TurnTables
+    offset: Tensor
+    query: Tensor
+    first_step: int
+    end_step: int
+
+
+def mean_term(mean: MeanOf, columns_of: Callable[[Tensor], Tensor], factor: float) -> MeanTerm:
+    """The term of a prompt's queries, in plain torch.
+
+    Args:
+        columns_of: lays [B, Hkv, group, T, n] out as query columns, float32 [B, Hkv, blocks, N, n].
+        factor: on logits.
+    """
+    tables, offset, query, first_step, end_step = mean
+    tables.reach(end_step * STEP + tables.sinks)
+    heads = len(offset)
+    c = tables.coefficients(offset, query) * factor
+    fast, slow = c[..., : tables.fast], c[..., tables.fast :]
+    padded = padded_fast(offset.shape[1])
+
+    def rows(*parts: Tensor) -> Tensor:
+        wide = torch.cat([torch.nn.functional.pad(x, (0, padded - tables.fast)) for x in parts], -1)
+        return columns_of(wide.unflatten(1, (heads, -1))).transpose(-1, -2)
+
+    both = torch.stack((rows(fast.real, -fast.imag), rows(-fast.imag, -fast.real)), 3)
+    turn = tables.steps[first_step:end_step]
+    bias = torch.cat((slow.real, -slow.imag), -1) @ torch.cat((turn.real, turn.imag), -1).mT
+    bias = columns_of(bias.unflatten(1, (heads, -1))).transpose(-1, -2)
+    return MeanTerm(both.contiguous(), bias.contiguous(), first_step, tables.kernel_tables)
+
+
+@triton.jit
+def turned_coefficients(a, b, spans, span, ROWS: tl.constexpr):
+    """C of one span in two float16 halves [ROWS, N], which the sum of gives it; `spans` the table, `span` its entry."""
+    k = tl.arange(0, ROWS)
+    at = spans + span * (2 * ROWS) + k
+    c = tl.load(at)[:, None] * a + tl.load(at + ROWS)[:, None] * b
+    high = c.to(tl.float16)
+    return high, (c - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def slow_bias(bias, step, n, mask, N: tl.constexpr):
+    """The slow pairs' share [rows, N] in the scores of keys of steps [rows], 0 where not `mask`."""
+    return tl.load(bias + step[:, None] * N + n[None, :], mask=mask[:, None], other=0.0)
+
+
+@triton.jit
+def raw_mean(a, bias, spans, within, u, mask, n, N: tl.constexpr, ROWS: tl.constexpr):
+    """What 16-bit rows of tokens u [rows] behind the sinks add to the scores [rows, N]; 0 where not `mask`.
+
+    a: float32 [ROWS, N]; bias: pointer to [steps, N] of this place.
+    """
+    half: tl.constexpr = ROWS // 2
+    k = tl.arange(0, ROWS)
+    span = tl.where(mask, u, 0) // 128
+    place = tl.where(mask, u, 0) % 128
+    at = spans + span[:, None] * (2 * ROWS) + k[None, :]
+    cos = tl.load(at)
+    sin = tl.load(at + ROWS)
+    t = within + place[:, None] * ROWS
+    own = tl.load(t + k[None, :]).to(tl.float32)
+    other = tl.load(t + ((k + half) % ROWS)[None, :]).to(tl.float32)
+    x = cos * own + tl.where(k < half, -1.0, 1.0)[None, :] * sin * other
+    x = tl.where(mask[:, None], x, 0.0)
+    slow = slow_bias(bias, tl.where(mask, u, 0) // 32, n, mask, N)
+    return tl.dot(x, a, slow, input_precision="tf32x3")
+
+
+@triton.jit
+def key_mean(
+    offset, spans, within, steps, channels, u, j, DIM: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """m_t of one head, float32 [j], of a token u ≥ 0 behind the sinks; `offset`: pointer to the head's mean."""
+    slow: tl.constexpr = DIM // 2 - FAST
+    inside = j < DIM
+    pair = tl.load(channels + j, mask=inside, other=0)
+    partner = tl.load(channels + DIM + j, mask=inside, other=0)
+    first = partner < 0
+    partner = tl.where(first, partner + DIM, partner)
+    fast = inside & (pair < FAST)
+    far = inside & (pair >= FAST)
+    span = spans + (u // 128) * (2 * ROWS) + pair
+    cos = tl.load(span, mask=fast, other=0.0)
+    sin = tl.load(span + ROWS, mask=fast, other=0.0)
+    near = within + (u % 128) * ROWS + pair
+    t_cos = tl.load(near, mask=fast, other=0.0).to(tl.float32)
+    t_sin = tl.load(near + ROWS // 2, mask=fast, other=0.0).to(tl.float32)
+    step = steps + (u // 32) * (2 * slow) + pair - FAST
+    turn_cos = tl.where(fast, cos * t_cos - sin * t_sin, tl.load(step, mask=far, other=0.0))
+    turn_sin = tl.where(fast, sin * t_cos + cos * t_sin, tl.load(step + slow, mask=far, other=0.0))
+    own = tl.load(offset + j, mask=inside, other=0.0)
+    other = tl.load(offset + partner, mask=inside, other=0.0)
+    return own * turn_cos + tl.where(first, -1.0, 1.0) * other * turn_sin
+
+
+@triton.jit
+def write_coefficients(
+    out, q_ptr, stride, offset, pairs, factor, DIM: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr,
+    FAST: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A and B of the queries of one step."""
+    half: tl.constexpr = ROWS // 2
+    p = tl.arange(0, half)
+    n = tl.arange(0, N)
+    real, imag = _coefficients(q_ptr, stride, offset, pairs, factor, p, n, p < FAST, DIM, GROUP)
+    to = out + p[:, None] * N + n[None, :]
+    tl.store(to, real)
+    tl.store(to + half * N, -imag)
+    tl.store(to + ROWS * N, -imag)
+    tl.store(to + (ROWS + half) * N, -real)
+
+
+@triton.jit
+def _coefficients(q_ptr, stride, offset, pairs, factor, p, n, known, DIM: tl.constexpr, GROUP: tl.constexpr):
+    """Re c and Im c [p, n] of pairs p of query heads n, 0 where there is none."""
+    first = tl.load(pairs + p, mask=known, other=0)
+    second = tl.load(pairs + DIM // 2 + p, mask=known, other=0)
+    mask = known[:, None] & (n < GROUP)[None, :]
+    q = q_ptr + n[None, :] * stride
+    q_real = tl.load(q + first[:, None], mask=mask, other=0.0).to(tl.float32)
+    q_imag = tl.load(q + second[:, None], mask=mask, other=0.0).to(tl.float32)
+    b_real = tl.load(offset + first, mask=known, other=0.0)[:, None] * factor
+    b_imag = tl.load(offset + second, mask=known, other=0.0)[:, None] * factor
+    return q_real * b_real + q_imag * b_imag, q_real * b_imag - q_imag * b_real
+
+
+@triton.jit
+def write_bias(
+    out, q_ptr, stride, offset, pairs, steps, factor, start, end, DIM: tl.constexpr, GROUP: tl.constexpr,
+    N: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Bias of steps start … start + BLOCK − 1, those below `end`."""
+    slow: tl.constexpr = DIM // 2 - FAST
+    width: tl.constexpr = max(16, pow2(slow))
+    k = tl.arange(0, width)
+    n = tl.arange(0, N)
+    m = start + tl.arange(0, BLOCK)
+    real, imag = _coefficients(q_ptr, stride, offset, pairs, factor, FAST + k, n, k < slow, DIM, GROUP)
+    at = steps + m[:, None] * (2 * slow) + k[None, :]
+    known = (m < end)[:, None] & (k < slow)[None, :]
+    cos = tl.load(at, mask=known, other=0.0)
+    sin = tl.load(at + slow, mask=known, other=0.0)
+    total = tl.dot(cos, real, input_precision="tf32x3")
+    total = tl.dot(sin, -imag, total, input_precision="tf32x3")
+    tl.store(out + m[:, None] * N + n[None, :], total, mask=(m < end)[:, None] & (n < GROUP)[None, :])
