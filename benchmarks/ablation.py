@@ -48,8 +48,19 @@ ROWS: dict[str, dict] = {
     "1 sink": {"sinks": 1},
     "32 sinks": {"sinks": 32},
     "64 sinks": {"sinks": 64},
-    "also K 0.5, V 0.25": {"key": {"bits": [0.5, *KEY_BITS]}, "value": {"bits": [0.25, *VALUE_BITS]}},
-    "quarter steps of bits": {
+    "catalogue off": {"catalogue": False, "pairs": 0},
+    "2 pairs of formats": {"pairs": 2},
+    "4 pairs of formats": {"pairs": 4},
+    "6 pairs of formats": {"pairs": 6},
+    "8 pairs of formats": {"pairs": 8},
+    "any number of pairs": {"pairs": 0},
+    "catalogue off; also K 0.5, V 0.25": {
+        "catalogue": False,
+        "key": {"bits": [0.5, *KEY_BITS]},
+        "value": {"bits": [0.25, *VALUE_BITS]},
+    },
+    "catalogue off; quarter steps of bits": {
+        "catalogue": False,
         "key": {"bits": [i / 4 for i in range(2, 21)]},
         "value": {"bits": [i / 4 for i in range(1, 14)]},
     },

@@ -23,15 +23,28 @@ from kvfold.exports.architectures import ARCHITECTURES
 from kvfold.exports.reader import read_artifact
 from kvfold.exports.spec import clip_rows
 from kvfold.kernels.attention import attend_plain
+from kvfold.kernels.catalogue import cuts_of
 from kvfold.kernels.formats import Format, uniform
 from kvfold.kernels.quantizer import round_trip, to_float16
-from kvfold.runtime.policy import finer
+from kvfold.runtime.policy import finer, widened
+
+
+def cut(floor: Format, index: int) -> Format | None:
+    """One of the catalogue's cuts of 4 bits, for floors that have classes."""
+    cuts = cuts_of(floor.head_dim, 4)
+    return cuts[index] if floor.params == "scale" and index < len(cuts) else None
+
 
 FORMATS: dict[str, Callable[[Format], Format | None]] = {
     "floor": lambda floor: floor,
     "4 bits, asymmetric e4m3": lambda floor: uniform(floor.head_dim, 16),
     "4 bits, asymmetric e4m3, groups of 32": lambda floor: uniform(floor.head_dim, 16, "e4m3", 32),
-    "4 bits, the floor's classes widened": lambda floor: finer(floor, 4) if floor.params == "scale" else None,
+    "4 bits, the floor's classes widened": lambda floor: widened(floor, 4) if floor.params == "scale" else None,
+    "4 bits, the catalogue's cut that suits the floor best": lambda floor: (
+        finer(floor, 4) if floor.params == "scale" else None
+    ),
+    "4 bits, the catalogue's first cut": lambda floor: cut(floor, 0),
+    "4 bits, the catalogue's second cut": lambda floor: cut(floor, 1),
     "8 bits, symmetric e4m3": lambda floor: Format(((floor.head_dim, 256),)),
     "8 bits, asymmetric e4m3": lambda floor: uniform(floor.head_dim, 256),
     "8 bits, asymmetric fp16": lambda floor: uniform(floor.head_dim, 256, "fp16"),

@@ -83,13 +83,15 @@ def _fitted(
     """Every format that a side offers, with its basis."""
     head_dim = stats.key_mean.shape[-1]
     without = side.without if isinstance(side, KeyRecipe) else ()
-    request = Request(None, side.group(head_dim), recipe.seed * 1_000_003 + layer, without=without, **more)
+    shared = side.shared_formats(head_dim) if recipe.catalogue else ()
+    seed = recipe.seed * 1_000_003 + layer
+    request = Request(None, side.group(head_dim), seed, without=without, catalogue=shared, **more)
     formats = side.uniform_formats(head_dim)
     if row.mixed is not None:
         formats = [*row.mixed(stats, side.bits or (), request), *formats]
-    shared = None if row.each_format else row.fit(stats, request)
+    for_all = None if row.each_format else row.fit(stats, request)
     for fmt in formats:
-        yield fmt, shared or row.fit(stats, replace(request, fmt=fmt))
+        yield fmt, for_all or row.fit(stats, replace(request, fmt=fmt))
 
 
 def _key_candidate(fmt: Format, basis: Basis, stats: LayerStats, recipe: Recipe) -> KeyCandidate:

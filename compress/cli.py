@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,6 +76,11 @@ def describe(metadata: Metadata, at: int | None = None) -> dict[str, Any]:
         "page_tokens": geometry.page_tokens,
         "kl": metadata.calibration.kl,
         "covered_positions": metadata.calibration.covered_positions,
+        "kernels": {
+            "pairs": len(set(formats)),
+            "key_formats": len({k for k, _ in formats}),
+            "value_formats": len({v for _, v in formats}),
+        },
         "layers": layers,
     }
 
@@ -103,6 +109,12 @@ def print_table(metadata: Metadata, at: int | None = None) -> None:
         f"(predictions, each layer alone, add up to {total:.4f}); "
         f"calibrated for positions up to {info['covered_positions']}."
     )
+    kernels = info["kernels"]
+    print(
+        f"Kernels: {kernels['pairs']} pairs of formats, {kernels['key_formats']} of keys and {kernels['value_formats']} of values (K / V × layers):"
+    )
+    for (k, v), layers in Counter(metadata.formats).most_common():
+        print(f"  {k} / {v} × {layers}")
 
 
 def with_error(standard_error: float | None) -> str:

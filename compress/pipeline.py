@@ -6,12 +6,23 @@ import torch
 
 from kvfold import __version__
 from kvfold.compress.export import export
-from kvfold.compress.plan import make_plan, pick_device
+from kvfold.compress.plan import Plan, make_plan, pick_device
 from kvfold.compress.recipe import Recipe
 from kvfold.compress.search import search
 from kvfold.compress.work import fingerprint, weights_fingerprint, work_folder
 from kvfold.exports.reader import Artifact
 from kvfold.exports.writer import check_output
+
+
+def calibrated_by(plan: Plan, device: torch.device) -> dict:
+    """What a calibration depends on, as plain data."""
+    return {
+        "kvfold": __version__,
+        "model": weights_fingerprint(plan.source.path),
+        "tokens": [s.tolist() for s in plan.sequences],
+        "calibration": [plan.steps, plan.recipe.calibration.sample_tokens],
+        "device": device.type,
+    }
 
 
 def compress(
@@ -46,13 +57,7 @@ def compress(
     weights = sum(p.stat().st_size for p in plan.source.path.glob("*.safetensors"))
     check_output(out, int(2.2 * weights) + (64 << 20))
     target = pick_device(device)
-    calibrated = {
-        "kvfold": __version__,
-        "model": weights_fingerprint(plan.source.path),
-        "tokens": [s.tolist() for s in plan.sequences],
-        "calibration": [plan.steps, recipe.calibration.sample_tokens],
-        "device": target.type,
-    }
+    calibrated = calibrated_by(plan, target)
     rest = {"recipe": recipe.model_dump(mode="json"), "budget": [plan.budget.at, plan.budget.nbytes]}
     kept = None
     if statistics is not None:

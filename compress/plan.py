@@ -89,7 +89,7 @@ def make_plan(model: str, budget: str, calib: str | None, recipe: Recipe, contex
     shape = num_kv_heads_of(config), head_dim_of(config)
     geometry = Geometry(*shape, recipe.sinks, recipe.least_window, recipe.page_tokens, sliding_windows_of(config))
     allowance = parse_budget(budget, geometry, config.num_hidden_layers, config.max_position_embeddings, context)
-    k, v = (side.least_format(geometry.head_dim) for side in (recipe.key, recipe.value))
+    k, v = (side.least_format(geometry.head_dim, recipe.catalogue) for side in (recipe.key, recipe.value))
     check_reach(
         allowance,
         geometry,

@@ -4,6 +4,7 @@ Recipes that ship are the YAML files of compress/recipes; a name stands for its 
 `best`. A side that offers a single format is fixed: then nothing is searched, and the budget only has to be large enough.
 """
 
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from kvfold.compress.transforms import KEY_TRANSFORMS, VALUE_TRANSFORMS, Transform
 from kvfold.compress.transforms.whiten import PARTS
 from kvfold.errors import KvfoldError
+from kvfold.kernels.catalogue import key_formats, mixed_between, value_formats
 from kvfold.kernels.formats import PLANE_WIDTHS, RAW, Format, raw16, uniform
 from kvfold.kernels.packing import TRIT_CHANNELS
 
@@ -23,6 +25,7 @@ VALUE_BITS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 LEVELS = (3, 4, 8, 16, 32, 64, 256, RAW)
 Text = Literal["recall", "drama", "maths", "prose", "code"]
 TEXTS: tuple[Text, ...] = ("recall", "drama", "code", "maths", "prose")  # of the package
+DEFAULT_PAIRS = 6  # benchmarks/LOG.md has what fewer and more cost
 LEAST_WINDOW = 128  # tokens, of a window that the budget decides: SKVQ's (2405.06219) and most others'
 MANY_LEVELS = (64, 256, RAW)  # beyond 5 bits nothing is won by mixing
 Params = Literal["scale", "scale_min"]
@@ -46,6 +49,7 @@ class _Side(_Strict):
     """
 
     _table: ClassVar[dict[str, Transform]]
+    _catalogue: ClassVar[Callable[[int], tuple[Format, ...]]]
     _offered: ClassVar[
         dict[str, tuple]
     ]  # where a transform with mixed formats is asked for without saying what to offer
@@ -110,10 +114,17 @@ class _Side(_Strict):
                     found.append(uniform(head_dim, levels, dtype, size))
         return [*found, raw16(head_dim)] if RAW in (self.levels or ()) else found
 
-    def least_format(self, head_dim: int) -> Format:
-        """The smallest format that is offered, or one of the same size."""
+    def shared_formats(self, head_dim: int) -> tuple[Format, ...]:
+        """The catalogue's mixed formats from the least of `bits` to the most; empty where it has none."""
+        return mixed_between(self._catalogue(head_dim), min(self.bits), max(self.bits)) if self.bits else ()
+
+    def least_format(self, head_dim: int, catalogue: bool = False) -> Format:
+        """The smallest format that is offered, or one of the same size; `catalogue`: as in Recipe."""
         found = self.uniform_formats(head_dim)
-        if self.bits:
+        shared = self.shared_formats(head_dim) if catalogue else ()
+        if shared:
+            found += shared
+        elif self.bits:
             coded = max(8, int(min(self.bits) * head_dim) // 8 * 8)
             whole, rest = divmod(coded, head_dim)
             if whole:  # a bit or more each: any format of that many code bits has the same size
@@ -132,6 +143,7 @@ class KeyRecipe(_Side):
     """Keys. without: parts of "whiten" that are left out."""
 
     _table = KEY_TRANSFORMS
+    _catalogue: ClassVar = staticmethod(key_formats)
     _offered: ClassVar = {"bits": MIXED_BITS, "levels": MANY_LEVELS}
 
     transform: str = "whiten"
@@ -148,6 +160,7 @@ class ValueRecipe(_Side):
     """Values; their transform is the basis fused into v_proj and o_proj."""
 
     _table = VALUE_TRANSFORMS
+    _catalogue: ClassVar = staticmethod(value_formats)
     _offered: ClassVar = {"bits": VALUE_BITS, "levels": LEVELS}
 
     transform: str = "whiten"
@@ -201,6 +214,12 @@ class Recipe(_Strict):
     """All choices. Tokens are counted in `sinks`, `window` and `page_tokens`; `tied`: K and V of a layer get one format.
 
     A window of "auto" is as long as an eighth of the budget pays for (plan.py): next words hang on the last few hundred tokens most.
+
+    Attributes:
+        catalogue: take mixed formats from kernels/catalogue.py, where it has the head_dim, so that one set of kernels serves all
+            artifacts; else every layer makes its own cuts.
+        pairs: different (key format, value format) pairs that the layers may have together, each of which needs kernels of its
+            own; 0 for no limit. It binds where all layers choose from the same formats, not where they make their own cuts.
     """
 
     sinks: Annotated[int, Field(ge=0)] = 64
@@ -208,6 +227,8 @@ class Recipe(_Strict):
     page_tokens: Annotated[int, Field(gt=0, le=1024)] = 32
     seed: Annotated[int, Field(ge=0)] = 0
     tied: bool = False
+    catalogue: bool = True
+    pairs: Annotated[int, Field(ge=0)] = DEFAULT_PAIRS
     key: KeyRecipe = Field(default_factory=lambda: KeyRecipe.model_validate({}))
     value: ValueRecipe = Field(default_factory=lambda: ValueRecipe.model_validate({}))
     calibration: CalibrationRecipe = CalibrationRecipe()

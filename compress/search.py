@@ -1,6 +1,7 @@
 """Calibrates a model, measures what each choice costs, chooses, and folds the choices into weights."""
 
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvfold.compress.allocate import Choice, allocate, least_nbytes
+from kvfold.compress.allocate_shared import allocate_shared
 from kvfold.compress.calibrate import calibrate
 from kvfold.compress.candidates import KeyCandidate, ValueCandidate, key_candidates, value_candidates
 from kvfold.compress.conversations import conversations
@@ -122,17 +124,28 @@ def choose(
     formats = [[c.spec.format for c in group] for group in keys] + [[c.spec.format for c in group] for group in values]
     losses = [*key_losses, *value_losses]
     sides = [choices(i % count, *side) for i, side in enumerate(zip(formats, losses, strict=True))]
+    places = [list(product(range(len(k)), range(len(v)))) for k, v in zip(keys, values, strict=True)]
     if plan.recipe.tied:
-        pairs = [zip(k, v, strict=True) for k, v in zip(sides[:count], sides[count:], strict=True)]
-        sides = [[Choice(k.nbytes + v.nbytes, k.loss + v.loss) for k, v in pair] for pair in pairs]
+        places = [[(i, i) for i in range(len(k))] for k in keys]
     fixed = count * geometry.fixed_nbytes(budget.at)
-    check_reach(budget, geometry, count, fixed + least_nbytes(sides))
-    found = allocate(sides, budget.nbytes - fixed)
-    return (
-        list(zip(found, found, strict=True))
-        if plan.recipe.tied
-        else list(zip(found[:count], found[count:], strict=True))
-    )
+    pairs = [[_sum(sides[g][k], sides[count + g][v]) for k, v in row] for g, row in enumerate(places)]
+    check_reach(budget, geometry, count, fixed + least_nbytes(pairs))
+    room = budget.nbytes - fixed
+    if plan.recipe.tied:
+        found = allocate(pairs, room)
+    else:  # sides apart are a smaller program
+        apart = allocate(sides, room)
+        found = [places[g].index((apart[g], apart[count + g])) for g in range(count)]
+    kinds = [[(formats[g][k], formats[count + g][v]) for k, v in row] for g, row in enumerate(places)]
+    used = {kinds[g][c] for g, c in enumerate(found)}
+    if 0 < plan.recipe.pairs < len(used) and all(set(row) == set(kinds[0]) for row in kinds):
+        stage(f"choosing {plan.recipe.pairs} pairs of formats instead of {len(used)}")
+        found = allocate_shared(pairs, kinds, room, plan.recipe.pairs)
+    return [places[g][c] for g, c in enumerate(found)]
+
+
+def _sum(a: Choice, b: Choice) -> Choice:
+    return Choice(a.nbytes + b.nbytes, a.loss + b.loss)
 
 
 def _compute_dtype(plan: Plan, device: torch.device) -> torch.dtype:

@@ -4,8 +4,9 @@ After PM-KVQ (arXiv 2505.18610), which lowers whole layers; here one page goes d
 
 **Ladder.** Each layer has rungs, floor first: the searched formats, 4 bits, 8 bits, 16 bits, keys and values together. A rung that
 is hardly larger than the one below is left out. All rungs have the floor's basis, where channels of symmetric formats have unit
-variance but not one importance. So the rung of 4 bits keeps the floor's classes and gives each the same number of bits more; at 8
-bits the rounding of parameters to e4m3 and the tails that a symmetric code cuts off outweigh all else, so that a minimum and a
+variance but not one importance: it falls from class to class. So the rung of 4 bits is the catalogue's 4-bit cut that suits the
+floor's classes best, of two for all layers, so that two kernels serve them; where the catalogue has none, the floor's classes with the
+same number of bits more each. At 8 bits the rounding of parameters to e4m3 and the tails that a symmetric code cuts off outweigh all else, so that a minimum and a
 scale of 16 bits are best (benchmarks/LOG.md has the errors of attention that this was chosen by).
 
 **Harm.** The artifact states the loss L of a layer's keys and of its values when all pages stand on the floor. Error is quadratic
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
+from kvfold.kernels.catalogue import cuts_of
 from kvfold.kernels.formats import GAUSSIAN_MSE, PLANE_WIDTHS, RAW, Format, raw16, uniform
 
 CODE_BITS = (4, 8)  # of the rungs between the floor and 16 bits
@@ -36,11 +38,12 @@ def finer(floor: Format, bits: int) -> Format:
     elif floor.params == "scale_min":
         found = uniform(floor.head_dim, 2**bits, floor.param_dtype, floor.group_size)
     else:
-        found = _widened(floor, bits)
+        cuts = cuts_of(floor.head_dim, bits)
+        found = min(cuts, key=lambda cut: distortion(cut, floor)) if cuts else widened(floor, bits)
     return found if found.payload_bits > floor.payload_bits else floor
 
 
-def _widened(floor: Format, bits: int) -> Format:
+def widened(floor: Format, bits: int) -> Format:
     """Classes of symmetric codes with the same number of bits more, up to 8, the least that gives `bits` in the mean."""
     own = [(channels, sum(PLANE_WIDTHS[levels]) if levels != 3 else 2) for channels, levels in floor.classes]
     for more in range(9):

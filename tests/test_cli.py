@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections import Counter
 
 import pytest
 import yaml
@@ -46,6 +47,9 @@ def check_inspect(info: dict) -> None:
     assert info["effective_bits"] == pytest.approx(8 * info["bytes"] / elements)
     mean = sum(layer[side]["payload_bits"] for layer in info["layers"] for side in ("key", "value")) / 6
     assert info["payload_bits"] == pytest.approx(mean)
+    pairs = {(layer["key"]["format"], layer["value"]["format"]) for layer in info["layers"]}
+    sides = [{pair[i] for pair in pairs} for i in (0, 1)]
+    assert info["kernels"] == {"pairs": len(pairs), "key_formats": len(sides[0]), "value_formats": len(sides[1])}
 
 
 @pytest.mark.parametrize("args", [[], ["--help"], ["compress", "--help"]])
@@ -91,6 +95,9 @@ def test_inspect_table(kvfold, tiny_artifact):
     assert f"{metadata.account.effective_bits:.3f} effective bits" in out
     for k, v in metadata.formats:
         assert str(k) in out and str(v) in out
+    for (k, v), layers in Counter(metadata.formats).items():
+        assert f"  {k} / {v} × {layers}\n" in out
+    assert f"Kernels: {len(set(metadata.formats))} pairs of formats" in out
 
 
 def test_validate(kvfold, tiny_artifact):

@@ -300,6 +300,46 @@ def test_tied_allocation_is_the_integer_programs_optimum(share):
     assert cost([k for k, _ in found]) == pytest.approx(min(map(cost, fitting)), abs=1e-4)
 
 
+def chosen_pairs(pairs, own=False):
+    """(pairs of the layers, loss) of a choice for 8 layers of 4 formats a side; `own`: every layer has one more of its own."""
+    geometry, rng = Geometry(2, 64, 1, 24, 16), np.random.default_rng(1)
+    formats = [uniform(64, n) for n in (4, 8, 16, 32)]
+    layers = []
+    for layer in range(8):
+        more = [Format(((8 * (layer % 7) + 8, 4), (56 - 8 * (layer % 7), 2)))] if own and layer % 7 < 6 else []
+        layers.append([SimpleNamespace(spec=SimpleNamespace(format=f)) for f in [*more, *formats]])
+    weights = rng.lognormal(0, 1, (2, 8))
+    losses = [
+        [[w * 4.0**-c.spec.format.payload_bits for c in group] for w, group in zip(row, layers, strict=True)]
+        for row in weights
+    ]
+    fixed, half = 8 * geometry.fixed_nbytes(600), sum(geometry.side_nbytes(f, 600) for f in formats[1:3])
+    recipe = Recipe.model_validate({"pairs": pairs})
+    budget = SimpleNamespace(at=600, nbytes=fixed + 8 * half, request="x")
+    plan = SimpleNamespace(geometry=geometry, budget=budget, num_layers=8, recipe=recipe)
+    found = choose(plan, layers, layers, *losses)
+    formats_of = [(layers[i][k].spec.format, layers[i][v].spec.format) for i, (k, v) in enumerate(found)]
+    spent = fixed + sum(geometry.side_nbytes(f, 600) for pair in formats_of for f in pair)
+    assert spent <= budget.nbytes
+    return formats_of, sum(losses[0][i][k] + losses[1][i][v] for i, (k, v) in enumerate(found))
+
+
+def test_a_limit_on_pairs_holds_costs_something_and_is_left_alone_where_it_does_not_bind():
+    free, least = chosen_pairs(0)
+    assert len(set(free)) > 3
+    assert chosen_pairs(len(set(free))) == (free, least)
+    losses = [least]
+    for pairs in (3, 2, 1):
+        found, loss = chosen_pairs(pairs)
+        assert len(set(found)) <= pairs and loss >= losses[-1]
+        losses.append(loss)
+    assert losses[-1] > losses[0]
+
+
+def test_layers_that_make_their_own_cuts_are_not_limited():
+    assert chosen_pairs(1, own=True) == chosen_pairs(0, own=True)
+
+
 def test_pm_kvq_ties_keys_and_values_and_covers_the_context(tmp_path, text_file):
     source = save_tiny(tmp_path / "model", "qwen2")
     artifact = compress(str(source), "8", tmp_path / "out", calib=str(text_file), recipe=small("pm-kvq"))

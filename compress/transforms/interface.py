@@ -55,6 +55,7 @@ class Request:
         one_norm: the model normalises all its heads' keys by one k_norm, so all must share what is fused.
         without: parts of the transform that are left out, by name.
         output_weight: float [hidden_size, H·D], o_proj; None where unknown.
+        catalogue: the mixed formats to choose from; empty: each layer makes its own cuts.
     """
 
     fmt: Format | None = None
@@ -63,6 +64,7 @@ class Request:
     one_norm: bool = False
     without: tuple[str, ...] = ()
     output_weight: Tensor | None = None
+    catalogue: tuple[Format, ...] = ()
 
     def generator(self) -> torch.Generator:
         """Always in the same state."""

@@ -85,6 +85,37 @@ def compositions(head_dim: int) -> np.ndarray:
     return sizes
 
 
+def code_bits(head_dim: int) -> np.ndarray:
+    """Mean bits per channel of each of `compositions`, codes alone: float64 [cuts]."""
+    width = np.array([sum(PLANE_WIDTHS[n]) for n in CLASS_LEVELS])
+    return (compositions(head_dim) * width).sum(1) / head_dim
+
+
+def cut_distortions(variances: np.ndarray) -> np.ndarray:
+    """Distortion of each of `compositions` as a part of a head's whole variance, summed over heads.
+
+    Args:
+        variances: float64 [Hkv, D], falling.
+    Returns:
+        float64 [cuts].
+    """
+    sizes = compositions(variances.shape[-1])  # [cuts, classes]
+    edges = np.concatenate([np.zeros((len(sizes), 1), int), sizes.cumsum(1)], 1)
+    roots = np.concatenate([np.zeros((len(variances), 1)), np.sqrt(variances)], 1).cumsum(1)  # [Hkv, D+1]
+    cost = np.zeros(len(sizes))
+    mse = np.array([GAUSSIAN_MSE[n] for n in CLASS_LEVELS])
+    for head, total in zip(roots, np.maximum(variances.sum(-1), 1e-30).tolist(), strict=True):
+        mass = head[edges[:, 1:]] - head[edges[:, :-1]]
+        cost += (mse * mass**2 / np.maximum(sizes, 1)).sum(1) / total
+    return cost
+
+
+def cut_format(sizes: np.ndarray) -> Format:
+    """The format of one cut: int [classes] channels."""
+    classes = tuple((int(n), levels) for n, levels in zip(sizes, CLASS_LEVELS, strict=True) if n)
+    return Format(classes, "scale", "e4m3")
+
+
 def water_fill(variances: Tensor, mean_bits: tuple[float, ...]) -> list[Format]:
     """The best format for each mean number of code bits, shared by a layer's KV heads.
 
@@ -94,23 +125,13 @@ def water_fill(variances: Tensor, mean_bits: tuple[float, ...]) -> list[Format]:
     Returns:
         One format for each limit that some cut meets, cheapest first, without repeats.
     """
-    sizes = compositions(variances.shape[-1])  # [cuts, classes]
-    edges = np.concatenate([np.zeros((len(sizes), 1), int), sizes.cumsum(1)], 1)
-    roots = torch.cat((torch.zeros(variances.shape[0], 1), variances.sqrt()), 1).cumsum(1).numpy()  # [Hkv, D+1]
-    cost = np.zeros(len(sizes))
-    mse = np.array([GAUSSIAN_MSE[n] for n in CLASS_LEVELS])
-    for head, total in zip(roots, variances.sum(-1).clamp_min(1e-30).tolist(), strict=True):
-        mass = head[edges[:, 1:]] - head[edges[:, :-1]]
-        cost += (mse * mass**2 / np.maximum(sizes, 1)).sum(1) / total
-    width = np.array([sum(PLANE_WIDTHS[n]) for n in CLASS_LEVELS])
-    bits = (sizes * width).sum(1) / variances.shape[-1]
+    sizes, cost = compositions(variances.shape[-1]), cut_distortions(variances.numpy())
+    bits = code_bits(variances.shape[-1])
     formats: dict[Format, None] = {}
     for limit in sorted(mean_bits):
         allowed = np.flatnonzero((bits <= limit + 1e-9) & (bits > 0))
         if len(allowed):
-            best = sizes[allowed[np.argmin(cost[allowed])]]
-            classes = tuple((int(n), levels) for n, levels in zip(best, CLASS_LEVELS, strict=True) if n)
-            formats[Format(classes, "scale", "e4m3")] = None
+            formats[cut_format(sizes[allowed[np.argmin(cost[allowed])]])] = None
     return list(formats)
 
 
@@ -152,12 +173,14 @@ def whiten_values(stats: LayerStats, request: Request) -> Basis:
 KEYS = Transform(
     "whiten",
     whiten,
-    mixed=lambda stats, bits, request: water_fill(whitened(stats, request.without)[1], bits),
+    mixed=lambda stats, bits, request: list(request.catalogue) or water_fill(whitened(stats, request.without)[1], bits),
     each_format=True,
 )
 VALUES = Transform(
     "whiten",
     whiten_values,
-    mixed=lambda stats, bits, request: water_fill(eigenbasis(value_moment(stats), stats.output_metric)[1], bits),
+    mixed=lambda stats, bits, request: (
+        list(request.catalogue) or water_fill(eigenbasis(value_moment(stats), stats.output_metric)[1], bits)
+    ),
     each_format=True,
 )
