@@ -94,7 +94,7 @@ def build_command(
     with Builder(jobs) as builder:
         builder.build(jobs_for(artifact, arch, dtype, policy))
         builder.wait()
-    for job, message in builder.failed.items():
+    for job, message in builder.failed:
         print(f"{job.label}: {message}")
     if builder.failed or builder.lost:
         raise typer.Exit(1)

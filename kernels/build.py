@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -34,7 +35,14 @@ log = logging.getLogger("kvfold")
 START = "import sys; sys.path[:] = sys.argv[1:]; from kvfold.kernels.build_server import main; main()"
 TICK = 1.0  # seconds between two looks at the clock
 CAPABILITIES = {"sm_80": 80, "sm_86": 86, "sm_89": 89, "sm_90": 90, "sm_100": 100, "sm_120": 120}
-MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}  # of the largest device, where none is there to ask
+MULTIPROCESSORS = {
+    80: 108,
+    86: 84,
+    89: 128,
+    90: 132,
+    100: 148,
+    120: 170,
+}  # of the largest device, where none is there to ask
 
 
 class Job(NamedTuple):
@@ -161,7 +169,7 @@ class Builder:
     def __init__(self, jobs: int | None = None) -> None:
         kernel_cache.install()
         self.limit = jobs or cores()
-        self.failed: dict[Job, str] = {}  # and why
+        self.failed: list[tuple[Job, str]] = []  # and why
         self.compiled = 0
         self.count = self.lost = 0
         self.server: subprocess.Popen | None = None
@@ -194,17 +202,18 @@ class Builder:
             return
         kernel_cache.check_folder()
         self.start()
+        self.lost = len(missing)
         self.thread = threading.Thread(target=self._follow, args=(missing,), daemon=True)
-        try:
+        with suppress(OSError):  # it ended: `_follow` says so
             self.requests.send((min(self.limit, len(missing)), [tuple(job) for job in missing]))
-        except OSError:
-            pass  # it ended: `_follow` says so
         self.thread.start()
 
     def _follow(self, missing: list[Job]) -> None:
         """Reads what the processes report, and shows it."""
         done = self.count - len(missing)
-        log.info("kernels: %d of %d to be compiled by %d processes", len(missing), self.count, min(self.limit, len(missing)))
+        log.info(
+            "kernels: %d of %d to be compiled by %d processes", len(missing), self.count, min(self.limit, len(missing))
+        )
         form = "kernels: {n_fmt} of {total_fmt} compiled, {elapsed_s:.0f} s"
         left = dict(enumerate(missing))
         with tqdm(total=self.count, initial=done, bar_format=form, disable=None) as bar:
@@ -222,7 +231,7 @@ class Builder:
                     continue
                 job = left.pop(number)
                 if message:
-                    self.failed[job] = message
+                    self.failed.append((job, message))
                 else:
                     self.compiled += 1
                     bar.update()
@@ -244,10 +253,8 @@ class Builder:
         server, self.server = self.server, None
         if server is None:
             return
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         server.wait()
         if self.thread is not None:
             self.thread.join()

@@ -35,7 +35,9 @@ def build_launcher(kernel: Any) -> None:
     """Up to 3.6 Triton compiles a C function for each signature when it is first launched, half a second each; it needs CUDA's library."""
     try:
         backends["nvidia"].driver().launcher_cls(kernel.src, kernel.metadata)
-    except BaseException:  # no such library here, where kernels are compiled for another machine: it is done at the first launch
+    except (
+        BaseException
+    ):  # no such library here, where kernels are compiled for another machine: it is done at the first launch
         return
 
 

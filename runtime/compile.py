@@ -2,9 +2,10 @@
 weights are read."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,15 +21,18 @@ from kvfold.kernels.launch import Launch, noting
 
 log = logging.getLogger("kvfold")
 AMPLE = 1 << 40  # bytes
-CONTEXTS = (2**12, 2**14, 2**17)  # tokens that block tables have room for: how many parts are merged is a constant of a kernel
+CONTEXTS = (
+    2**12,
+    2**14,
+    2**17,
+)  # tokens that block tables have room for: how many parts are merged is a constant of a kernel
 LEAST_CHUNK = 1024  # tokens behind a prompt that is continued, so that its pages are decoded once for all queries
-CPU = torch.device("cpu")
 
 
 class Kind(NamedTuple):
     """What of a layer decides which kernels it needs."""
 
-    spec: LayerSpec  # with placeholders for tensors
+    spec: LayerSpec  # on the CPU; what its tensors hold does not matter
     sliding: int
     softcap: float | None
     sinks_logit: bool
@@ -50,16 +54,18 @@ def placeholder(metadata: Metadata, layer: int) -> LayerSpec:
     return LayerSpec(KeySpec(**side("key", model.key)), ValueSpec(**side("value", model.value)))
 
 
-def kinds_of(metadata: Metadata, config: Any) -> list[Kind]:
-    """The distinct kinds of layers of an artifact whose config.json is `config`."""
+def kinds_of(specs: Sequence[LayerSpec], config: Any) -> list[Kind]:
+    """The distinct kinds of layers among `specs`, one a layer of a model of this config."""
     text = config.get_text_config()
-    sliding = sliding_windows_of(text) or [0] * metadata.cache.num_layers
+    sliding = sliding_windows_of(text) or [0] * len(specs)
     cap = getattr(text, "attn_logit_softcapping", None)
     found: dict[tuple, Kind] = {}
-    for i, layer in enumerate(metadata.layers):
-        name = repr([(side.format.model_dump(), sorted(side.tensors)) for side in (layer.key, layer.value)])
-        if (name, sliding[i] > 0) not in found:
-            found[name, sliding[i] > 0] = Kind(placeholder(metadata, i), sliding[i], cap, text.model_type == "gpt_oss")
+    for spec, window in zip(specs, sliding, strict=True):
+        tensors = (spec.key.matrix, spec.key.offset, spec.key.clip, spec.value.clip)
+        shapes = tuple(None if tensor is None else tuple(tensor.shape) for tensor in tensors)
+        name = (spec.key.format, spec.value.format, shapes, window > 0)
+        if name not in found:
+            found[name] = Kind(spec, window, cap, text.model_type == "gpt_oss")
     return list(found.values())
 
 
@@ -123,7 +129,9 @@ def _walk(kind: Kind, geometry: Geometry, num_heads: int, dtype: torch.dtype, pr
         for context in CONTEXTS:
             view = cache.update(step, step, 0)[0]
             layer.block_table = layer.block_table.new_zeros(1, context // page)
-            view.attend(torch.zeros(1, num_heads, 1, dim, dtype=dtype), dim**-0.5, None, kind.softcap, logits, kind.sliding)
+            view.attend(
+                torch.zeros(1, num_heads, 1, dim, dtype=dtype), dim**-0.5, None, kind.softcap, logits, kind.sliding
+            )
 
 
 class Compilation:
@@ -158,7 +166,7 @@ class Compilation:
                 with torch.cuda.device(self.device):
                     preload(self.launches)
             return True
-        job, message = next(iter(self.builder.failed.items()))
+        job, message = self.builder.failed[0]
         text = f"{len(self.builder.failed)} of {len(self.jobs)} kernels can't be compiled, {job.label} first: {message}"
         if required:
             raise KvfoldError(f"attention='triton' can't be used: {text}; use attention='auto' or 'reference'.")
@@ -181,14 +189,12 @@ def compiling() -> Iterator[None]:
         _begun.reset(token)
 
 
-def begin(
-    folder: Path, device: torch.device, dtype: torch.dtype | None, progressive: bool, jobs: int | None = None
-) -> Compilation:
-    """Starts to compile the kernels of an artifact's folder, of which only kv_cache.json and config.json are read.
+def begin(device: torch.device, find: Callable[[int], list[Launch]], jobs: int | None = None) -> Compilation:
+    """Starts to compile the kernels of a model.
 
     Args:
         device: with Triton's interpreter the CPU: there is nothing to compile.
-        dtype: of the model's activations; None for that of its weights.
+        find: the launches, for a device of so many multiprocessors; called after the compiler's process was started, which then imports.
         jobs: processes; default: one a core.
     """
     from kvfold.kernels.build import Builder
@@ -200,17 +206,19 @@ def begin(
     if begun is not None:
         begun.append(builder)
     builder.start()
-    return Compilation(artifact_launches(folder, dtype, progressive, multiprocessors_of(device)), builder, device)
+    return Compilation(find(torch.cuda.get_device_properties(device).multi_processor_count), builder, device)
 
 
-def multiprocessors_of(device: torch.device) -> int:
-    """Of a CUDA device."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def begin_folder(folder: Path, device: torch.device, dtype: torch.dtype | None, progressive: bool) -> Compilation:
+    """Starts to compile the kernels of an artifact's folder, of which only kv_cache.json and config.json are read.
+
+    Args:
+        dtype: of the model's activations; None for that of its weights.
+    """
+    return begin(device, partial(artifact_launches, folder, dtype, progressive))
 
 
-def artifact_launches(
-    folder: Path, dtype: torch.dtype | None, progressive: bool, multiprocessors: int
-) -> list[Launch]:
+def artifact_launches(folder: Path, dtype: torch.dtype | None, progressive: bool, multiprocessors: int) -> list[Launch]:
     """What a model from an artifact's folder will launch.
 
     Args:
@@ -219,7 +227,7 @@ def artifact_launches(
     from transformers import AutoConfig
 
     metadata, config = read_metadata(folder), AutoConfig.from_pretrained(folder)
-    kinds = kinds_of(metadata, config)
+    kinds = kinds_of([placeholder(metadata, i) for i in range(metadata.cache.num_layers)], config)
     dtype = dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
     return launches_of(kinds, metadata.geometry, metadata.cache.num_heads, dtype, progressive, multiprocessors)
 
@@ -233,7 +241,10 @@ def warm_up(model: Any, jobs: int | None = None) -> int:
     parameter = next(model.parameters())
     if not model.kv_triton or parameter.device.type != "cuda":
         return 0
+    artifact, progressive = model.kv_artifact, model.kv_policy is not None
+    kinds, heads = kinds_of(artifact.specs, model.config), artifact.metadata.cache.num_heads
     with compiling():
-        found = begin(model.kv_artifact.path, parameter.device, parameter.dtype, model.kv_policy is not None, jobs)
+        find = partial(launches_of, kinds, artifact.geometry, heads, parameter.dtype, progressive)
+        found = begin(parameter.device, find, jobs)
         found.usable(required=True)
     return len(found.jobs)

@@ -25,7 +25,7 @@ from kvfold.exports.units import parse_nbytes
 from kvfold.runtime.assisted import hook_assisted, own_drafts
 from kvfold.runtime.attention import NAME
 from kvfold.runtime.cache import QuantizedKVCache
-from kvfold.runtime.compile import begin, compiling
+from kvfold.runtime.compile import begin_folder, compiling
 from kvfold.runtime.lower import check
 from kvfold.runtime.pager import Pager
 from kvfold.runtime.policy import Progressive
@@ -133,7 +133,7 @@ def load_pretrained(
     target = torch.device(device) if device is not None else default_device()
     # the rungs of all layers are kernels of their own, minutes of compiling where nobody called warm_up: "auto" stays with the reference
     triton = choose_triton("reference" if progressive and attention == "auto" else attention, target, read_metadata(folder))
-    kernels = begin(folder, target, dtype, progressive) if triton else None  # compiled while the weights are read
+    kernels = begin_folder(folder, target, dtype, progressive) if triton else None  # compiled while the weights are read
     artifact = read_artifact(folder)
     g = artifact.geometry
     ladders = progressive_policy(artifact) if progressive else None

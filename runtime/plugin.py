@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from kvfold.exports.reader import is_artifact, read_artifact, read_metadata
 from kvfold.exports.schema import METADATA_NAME
-from kvfold.runtime.compile import begin, compiling
+from kvfold.runtime.compile import begin_folder, compiling
 from kvfold.runtime.load import attach, check_complete, choose_triton, default_device, default_dtype, resolve_artifact
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -39,14 +39,14 @@ def load_if_artifact(stock: Callable[..., Any], name: Any, *args: Any, **kwargs:
     kernels = None
     if device is not None and choose_triton("auto", device, read_metadata(folder)):
         given = options.get("dtype") or options.get("torch_dtype")
-        kernels = begin(folder, device, given if isinstance(given, torch.dtype) else None, False)
+        kernels = begin_folder(folder, device, given if isinstance(given, torch.dtype) else None, False)
     artifact = read_artifact(folder)
     model, info = stock(artifact.path, *args, **options, output_loading_info=True)
     check_complete(info, artifact)
     model = model if device is None else model.to(device)
     triton = choose_triton("auto", model.device, artifact)
     if triton:
-        kernels = kernels or begin(folder, model.device, model.dtype, False)
+        kernels = kernels or begin_folder(folder, model.device, model.dtype, False)
         triton = kernels.usable(required=False)
     model = attach(model, artifact, triton=triton)
     return (model, info) if wants_info else model
