@@ -21,7 +21,11 @@ from typing import Any
 
 PROMPT, CONTEXT, STEPS, LAST = 700, 4000, 384, 256  # tokens; of the steps only the last are timed
 LEVEL = 6000  # tokens whose bytes on the floor are the progressive policy's budget at CONTEXT
-LIMITS = {"first token, empty cache": 30.0, "first token, empty cache, 4 cores": 75.0, "first token, random weights": 40.0}
+LIMITS = {
+    "first token, empty cache": 30.0,
+    "first token, empty cache, 4 cores": 75.0,
+    "first token, random weights": 40.0,
+}
 LIMITS |= {"second artifact over its own load": 3.0, "progressive, empty cache": 45.0, "ms a step": 3.5}
 LIMITS |= {"ms a step over StaticCache": 1.2, "progressive over floor at the same bytes": 1.2, "kernels": 30}
 
@@ -39,7 +43,9 @@ def first(artifact: str, policy: str) -> dict[str, Any]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     loaded = time.perf_counter()
-    ids = torch.randint(model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(model.device)
+    ids = torch.randint(model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(
+        model.device
+    )
     token = model.generate(ids, max_new_tokens=1, min_new_tokens=1, do_sample=False)[0, -1].item()
     done = time.perf_counter()
     parts = {"import": imported - begun, "load": loaded - imported, "token": done - loaded}
@@ -80,7 +86,9 @@ def decode(model: Any, tokens: int, **options: Any) -> tuple[float, Any]:
     """(milliseconds a step behind a prompt of so many tokens, the cache)."""
     import torch
 
-    ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
+    ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to(
+        model.device
+    )
     clock = Clock()
     out = model.generate(
         ids, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False, streamer=clock, return_dict_in_generate=True, **options
@@ -121,7 +129,10 @@ def child(what: str, artifact: str, policy: str, cache: str) -> dict[str, Any]:
     env = {**os.environ, "TRITON_CACHE_DIR": f"{cache}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
     begun, before = time.perf_counter(), kernels_in(cache)
     done = subprocess.run(
-        [sys.executable, __file__, artifact, "--child", what, "--policy", policy], env=env, stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, artifact, "--child", what, "--policy", policy],
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     if done.returncode:
         sys.exit(f"{what} of {artifact} ended with {done.returncode}")
@@ -153,12 +164,17 @@ def random_artifact(shape: str, bits: float, folder: Path) -> Path:
     letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="?").save_pretrained(folder / "model")
     del model
-    return compress(str(folder / "model"), str(bits), folder / f"random-{bits}", recipe=load_recipe("best", None), device=device).path
+    return compress(
+        str(folder / "model"), str(bits), folder / f"random-{bits}", recipe=load_recipe("best", None), device=device
+    ).path
 
 
 def table(rows: dict[str, dict[str, Any]], figures: dict[str, float]) -> str:
     """Markdown: the processes, and the issue's measures with their limits."""
-    lines = ["| process | import, s | load, s | first token, s | together, s | kernels compiled |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| process | import, s | load, s | first token, s | together, s | kernels compiled |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, row in rows.items():
         parts = " | ".join(f"{row[part]:.1f}" for part in ("import", "load", "token", "total"))
         lines.append(f"| {name} | {parts} | {row['compiled']} |")
@@ -212,7 +228,13 @@ def main() -> None:
             figures["progressive over floor at the same bytes"] = found["progressive_ms"] / found["level_ms"]
         print(table(rows, figures))
         if options.json:
-            everything = {"artifact": artifact, "cores": len(os.sched_getaffinity(0)), "rows": rows, "steady": found, "figures": figures}
+            everything = {
+                "artifact": artifact,
+                "cores": len(os.sched_getaffinity(0)),
+                "rows": rows,
+                "steady": found,
+                "figures": figures,
+            }
             options.json.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
 
 

@@ -8,13 +8,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from kvfold.autoclass import stock_from_pretrained
 from kvfold.errors import KvfoldError
@@ -23,13 +21,14 @@ from kvfold.exports.reader import Artifact, read_artifact, read_metadata
 from kvfold.exports.schema import Metadata
 from kvfold.exports.units import parse_nbytes
 from kvfold.runtime.assisted import hook_assisted, own_drafts
-from kvfold.runtime.attention import NAME
 from kvfold.runtime.cache import QuantizedKVCache
 from kvfold.runtime.compile import begin_folder, compiling
 from kvfold.runtime.lower import check
 from kvfold.runtime.pager import Pager
 from kvfold.runtime.policy import Progressive
-from kvfold.runtime.save import save_artifact
+
+if TYPE_CHECKING:  # transformers' models take seconds to import: kernels are compiled meanwhile
+    from transformers import PreTrainedModel
 
 log = logging.getLogger("kvfold")
 
@@ -67,7 +66,7 @@ def load_pretrained(
     rollback: int = 0,
     batch_invariant: bool = False,
     **hub_kwargs: Any,
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """Loads an artifact as a transformers model in eval mode whose every forward pass reads a packed cache.
 
     Args:
@@ -132,8 +131,12 @@ def load_pretrained(
     folder = resolve_artifact(path_or_repo_id, revision, **hub_kwargs)
     target = torch.device(device) if device is not None else default_device()
     # the rungs of all layers are kernels of their own, minutes of compiling where nobody called warm_up: "auto" stays with the reference
-    triton = choose_triton("reference" if progressive and attention == "auto" else attention, target, read_metadata(folder))
-    kernels = begin_folder(folder, target, dtype, progressive) if triton else None  # compiled while the weights are read
+    triton = choose_triton(
+        "reference" if progressive and attention == "auto" else attention, target, read_metadata(folder)
+    )
+    kernels = (
+        begin_folder(folder, target, dtype, progressive) if triton else None
+    )  # compiled while the weights are read
     artifact = read_artifact(folder)
     g = artifact.geometry
     ladders = progressive_policy(artifact) if progressive else None
@@ -223,8 +226,13 @@ def attach(
     batch_invariant: bool = False,
     policy: Progressive | None = None,
     offload: bool = False,
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """Makes every forward pass of `model`, which has the artifact's weights, read a packed cache."""
+    from transformers.utils import ModelOutput
+
+    from kvfold.runtime.attention import NAME
+    from kvfold.runtime.save import save_artifact
+
     model.eval()
     model.set_attn_implementation(NAME)
 

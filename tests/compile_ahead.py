@@ -59,10 +59,10 @@ def endless(out_ptr, SIZE: tl.constexpr):
     tl.store(out_ptr + tl.arange(0, SIZE), 2.0)
 
 
-def launches(device=torch.device("cpu"), reverse: bool = False) -> list:
+def launches(reverse: bool = False) -> list:
     """Every way in which arguments decide of a kernel: an alignment, a stride of 1, of 16 and of neither, constants of any kind."""
-    x = torch.empty(256, dtype=torch.float16, device=device)
-    out = torch.empty(256, device=device)
+    x = torch.empty(256, dtype=torch.float16)
+    out = torch.empty(256)
     with noting() as noted:
         for stride in (1, 3, 16):
             for free in (1, 16):  # no kernel of its own
@@ -72,9 +72,7 @@ def launches(device=torch.device("cpu"), reverse: bool = False) -> list:
     return noted[::-1] if reverse else noted
 
 
-def build(
-    reverse: bool = False, twice: bool = False, broken: bool = False, endless: bool = False
-) -> dict:
+def build(reverse: bool = False, twice: bool = False, broken: bool = False, endless: bool = False) -> dict:
     """Compiles them; with `broken` also one that does not compile and one whose compiler crashes, with `endless` one that never ends."""
     noted = launches(reverse=reverse)
     out = torch.empty(256)

@@ -114,7 +114,12 @@ def python(code: str, cache: Path, **env: str) -> subprocess.CompletedProcess:
 
 
 def environment(cache: Path) -> dict[str, str]:
-    return {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)}
+    return {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(cache),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
 
 
 def test_kernels_are_found_under_the_key_they_are_looked_up_by(tmp_path):
