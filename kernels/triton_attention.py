@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvfold.errors import KvfoldError
 from kvfold.kernels.formats import Format, raw16
-from kvfold.kernels.launch import launch
+from kvfold.kernels.launch import launch, multiprocessors
 from kvfold.kernels.pages import anchor
 from kvfold.kernels.tiles import program
 from kvfold.kernels.triton_bits import count, pick
@@ -357,7 +357,8 @@ def pick_splits(programs: int, tokens: int, device: torch.device) -> int:
         programs: heads × sequences × query blocks.
         tokens: of the longest sequence that fits the block table.
     """
-    if device.type != "cuda":
+    count = multiprocessors(device)
+    if not count:
         return 2
-    wave = WAVE * torch.cuda.get_device_properties(device).multi_processor_count
+    wave = WAVE * count
     return max(1, min(wave // programs, tokens // LEAST_TOKENS))

@@ -8,26 +8,27 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from kvfold.autoclass import stock_from_pretrained
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import batch_nbytes
-from kvfold.exports.reader import Artifact, read_artifact
+from kvfold.exports.reader import Artifact, read_artifact, read_metadata
+from kvfold.exports.schema import Metadata
 from kvfold.exports.units import parse_nbytes
 from kvfold.runtime.assisted import hook_assisted, own_drafts
-from kvfold.runtime.attention import NAME
 from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.compile import begin_folder, compiling
 from kvfold.runtime.lower import check
 from kvfold.runtime.pager import Pager
 from kvfold.runtime.policy import Progressive
-from kvfold.runtime.save import save_artifact
+
+if TYPE_CHECKING:  # transformers' models take seconds to import: kernels are compiled meanwhile
+    from transformers import PreTrainedModel
 
 log = logging.getLogger("kvfold")
 
@@ -50,6 +51,7 @@ def resolve_artifact(path_or_repo_id: str | Path, revision: str | None = None, *
         ) from error
 
 
+@compiling()
 def load_pretrained(
     path_or_repo_id: str | Path,
     *,
@@ -64,7 +66,7 @@ def load_pretrained(
     rollback: int = 0,
     batch_invariant: bool = False,
     **hub_kwargs: Any,
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """Loads an artifact as a transformers model in eval mode whose every forward pass reads a packed cache.
 
     Args:
@@ -126,7 +128,16 @@ def load_pretrained(
     if isinstance(rollback, bool) or not isinstance(rollback, int) or rollback < 0:
         raise KvfoldError(f"rollback={rollback!r} is not a number of tokens; give 0 or more.")
     budget = None if kv_budget is None else parse_nbytes(kv_budget)
-    artifact = read_artifact(resolve_artifact(path_or_repo_id, revision, **hub_kwargs))
+    folder = resolve_artifact(path_or_repo_id, revision, **hub_kwargs)
+    target = torch.device(device) if device is not None else default_device()
+    # the rungs of all layers are kernels of their own, minutes of compiling where nobody called warm_up: "auto" stays with the reference
+    triton = choose_triton(
+        "reference" if progressive and attention == "auto" else attention, target, read_metadata(folder)
+    )
+    kernels = (
+        begin_folder(folder, target, dtype, progressive) if triton else None
+    )  # compiled while the weights are read
+    artifact = read_artifact(folder)
     g = artifact.geometry
     ladders = progressive_policy(artifact) if progressive else None
     if budget is not None:
@@ -137,19 +148,18 @@ def load_pretrained(
             raise KvfoldError(
                 f"kv_budget={kv_budget} is too small: sinks, window and one page take {least} bytes; give at least that."
             )
-    target = torch.device(device) if device is not None else default_device()
     dtype = dtype or default_dtype(target)
     model, info = stock_from_pretrained(artifact.path, dtype=dtype or "auto", output_loading_info=True)
     check_complete(info, artifact)
-    # the rungs of all layers are kernels of their own, minutes of compiling where nobody called warm_up: "auto" stays with the reference
-    triton = choose_triton("reference" if progressive and attention == "auto" else attention, target, artifact)
+    model = model.to(target)
+    triton = kernels is not None and kernels.usable(required=attention == "triton")
     if cuda_graph and not (triton and target.type == "cuda"):
         raise KvfoldError(
             f"cuda_graph=True needs a CUDA device and the Triton kernels, but this is {target}; leave it out."
         )
     log.info("attention: %s on %s", "Triton kernels" if triton else "plain-torch reference", target)
     return attach(
-        model.to(target), artifact, budget, triton, cuda_graph, rollback=rollback, batch_invariant=batch_invariant, policy=ladders,
+        model, artifact, budget, triton, cuda_graph, rollback=rollback, batch_invariant=batch_invariant, policy=ladders,
         offload=offload,
     )  # fmt: skip
 
@@ -176,7 +186,7 @@ def check_complete(info: Any, artifact: Artifact) -> None:
         raise KvfoldError(f"'{artifact.path}' lacks the weight {absent[0]}; write or download the artifact again.")
 
 
-def choose_triton(attention: str, device: torch.device, artifact: Artifact) -> bool:
+def choose_triton(attention: str, device: torch.device, artifact: Artifact | Metadata) -> bool:
     """Whether the Triton kernels run.
 
     Raises:
@@ -216,8 +226,13 @@ def attach(
     batch_invariant: bool = False,
     policy: Progressive | None = None,
     offload: bool = False,
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """Makes every forward pass of `model`, which has the artifact's weights, read a packed cache."""
+    from transformers.utils import ModelOutput
+
+    from kvfold.runtime.attention import NAME
+    from kvfold.runtime.save import save_artifact
+
     model.eval()
     model.set_attn_implementation(NAME)
 
