@@ -1,5 +1,6 @@
 """The packed cache's reads and writes by Triton kernels: what PackedLayer and LayerView do when `use_triton` is set."""
 
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from kvfold.kernels.triton_attention import Queries, attention, prepare_queries
 from kvfold.kernels.triton_encode import encode_pages, lower_pages
 from kvfold.kernels.triton_prompt import PageRun
 from kvfold.runtime.marks import marks_of
+from kvfold.runtime.steps import due_rungs
+from kvfold.runtime.upload import on_device
 
 if TYPE_CHECKING:
     from kvfold.runtime.layer import PackedLayer
@@ -67,17 +70,16 @@ def _decode(
     bends: dict[str, Any],
 ) -> None:  # fmt: skip
     """One step of every sequence: appends, packs the page that came due, attends, and moves the device's state on."""
-    spec, top, geometry = layer.spec, layer.rungs[-1], layer.geometry
+    spec, geometry = layer.spec, layer.geometry
     name = (query.shape[0], query.shape[1], geometry.num_kv_heads, query.shape[3], query.device, shifted)
     scratch = layer.padding.scratch
     if name not in scratch:
         scratch[name] = empty_queries(*name)
     queries = scratch[name]
-    append_step(
-        keys.contiguous(), values.contiguous(), query.contiguous(), layer.raw_keys, layer.raw_values, layer.block_table,
-        layer.state, queries, top.key.format, top.value.format, scaling=scaling, matrix=spec.key.matrix,
-        offset=spec.key.offset, query_matrix=spec.key.query_matrix, key_clip=top.key.clip, value_clip=top.value.clip,
-        softcap=bends["softcap"], marks=marks_of(layer.padding, query.shape[0], query.device), layer=layer.layer_idx,
+    _append(
+        layer, keys.contiguous(), values.contiguous(), query.contiguous(), queries, scaling=scaling, matrix=spec.key.matrix,
+        offset=spec.key.offset, query_matrix=spec.key.query_matrix,
+        softcap=bends["softcap"], marks=marks_of(layer.padding, query.shape[0], query.device), layer_idx=layer.layer_idx,
         **regions(geometry),
     )  # fmt: skip
     attention(
@@ -85,6 +87,30 @@ def _decode(
         ring=geometry.ring, new=1, advance=True, batch_invariant=layer.padding.batch_invariant, **formats_of(layer), **bends,
         **regions(geometry),
     )  # fmt: skip
+
+
+def _append(
+    layer: "PackedLayer", keys: Tensor, values: Tensor, query: Tensor, queries: Queries, *, layer_idx: int, **options: Any
+) -> None:
+    """append_step with the formats of the rung that each sequence's page is written on, by what the host knows: to be replaced by
+    one launch that selects them on the device, from `due_rungs(layer)[0]`."""
+    rungs = due_rungs(layer)[1] or [0] * len(keys)
+    tensors = (keys, values, query, layer.raw_keys, layer.raw_values, layer.block_table, layer.state)
+    marks, rest = options.pop("marks"), {**options, "layer": layer_idx}
+
+    def append(rung: LayerSpec, rows: slice) -> None:
+        shift = None if queries.shift is None else queries.shift[rows]
+        part = replace(queries, data=queries.data[rows], scale=queries.scale[rows], shift=shift)
+        append_step(
+            *(x[rows] for x in tensors), part, rung.key.format, rung.value.format, key_clip=rung.key.clip,
+            value_clip=rung.value.clip, marks=marks[rows], **rest,
+        )  # fmt: skip
+
+    if len(set(rungs)) == 1:
+        append(layer.rungs[rungs[0]], slice(None))
+    else:
+        for b, rung in enumerate(rungs):
+            append(layer.rungs[rung], slice(b, b + 1))
 
 
 def _prompt(
@@ -133,7 +159,7 @@ def page_runs(layer: "PackedLayer", row: "RowView", position: int, queries: Quer
 def store_pages(layer: "PackedLayer", keys: Tensor, values: Tensor, ids: list[int], spec: LayerSpec) -> None:
     """Packs 16-bit rows [Hkv, len(ids)·page_tokens, head_dim] into pages of one rung, whose formats `spec` has."""
     device, size = keys.device, layer.geometry.page_tokens
-    pages = torch.tensor(layer.pool.addresses(ids), dtype=torch.int64).to(device, non_blocking=True)
+    pages = on_device(layer.pool.addresses(ids), torch.int64, device)
     tokens = torch.arange(len(ids), dtype=torch.int32, device=device) * size
     encode_pages(
         keys[None].contiguous(), values[None].contiguous(), spec.key.format, spec.value.format, pages,
@@ -144,8 +170,8 @@ def store_pages(layer: "PackedLayer", keys: Tensor, values: Tensor, ids: list[in
 def lower(layer: "PackedLayer", old: list[Tensor], new: list[Tensor], source: LayerSpec, target: LayerSpec) -> None:
     """Re-quantises pages: uint8 tensors of the formats of `source` into those of `target`."""
     device = layer.device
-    addresses = torch.tensor([[page_address(page) for page in pages] for pages in (old, new)], dtype=torch.int64)
-    sources, pages = addresses.to(device, non_blocking=True)
+    addresses = [[page_address(page) for page in pages] for pages in (old, new)]
+    sources, pages = on_device(addresses, torch.int64, device)
     lower_pages(
         sources, pages, (source.key.format, source.value.format), (target.key.format, target.value.format),
         num_kv_heads=layer.geometry.num_kv_heads, page_tokens=layer.geometry.page_tokens,
