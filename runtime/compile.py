@@ -47,7 +47,10 @@ def placeholder(metadata: Metadata, layer: int) -> LayerSpec:
         found: dict[str, Any] = {"format": model.format.build()}
         for tensor in model.tensors:
             shape = shapes[f"layers.{layer}.{name}.{tensor}"]
-            found[tensor] = torch.eye(dim).expand(shape).contiguous() if tensor == "matrix" else torch.ones(shape)
+            if tensor == "frequencies":
+                found[tensor] = (1.0,)
+            else:
+                found[tensor] = torch.eye(dim).expand(shape).contiguous() if tensor == "matrix" else torch.ones(shape)
         return found
 
     model = metadata.layers[layer]
@@ -63,7 +66,7 @@ def kinds_of(specs: Sequence[LayerSpec], config: Any) -> list[Kind]:
     for spec, window in zip(specs, sliding, strict=True):
         tensors = (spec.key.matrix, spec.key.offset, spec.key.clip, spec.value.clip)
         shapes = tuple(None if tensor is None else tuple(tensor.shape) for tensor in tensors)
-        name = (spec.key.format, spec.value.format, shapes, window > 0)
+        name = (spec.key.format, spec.value.format, shapes, spec.key.turns, window > 0)
         if name not in found:
             found[name] = Kind(spec, window, cap, text.model_type == "gpt_oss")
     return list(found.values())

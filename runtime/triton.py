@@ -19,6 +19,8 @@ from kvfold.kernels.triton_encode import encode_pages, lower_pages
 from kvfold.kernels.triton_mean import MeanOf
 from kvfold.kernels.triton_prompt import PageRun
 from kvfold.runtime.marks import marks_of
+from kvfold.runtime.steps import due_rungs
+from kvfold.runtime.upload import on_device
 
 if TYPE_CHECKING:
     from kvfold.runtime.layer import PackedLayer
@@ -80,11 +82,13 @@ def _decode(
         tables = spec.key.tables(geometry.sinks) if spec.key.turns else None
         scratch[name] = empty_queries(*shape, tables, tokens)
     queries = scratch[name]
+    several = len(layer.rungs) > 1
     append_step(
         keys.contiguous(), values.contiguous(), query.contiguous(), layer.raw_keys, layer.raw_values, layer.block_table,
         layer.state, queries, [rung.key.format for rung in layer.rungs], [rung.value.format for rung in layer.rungs],
         scaling=scaling, matrix=spec.key.matrix, offset=spec.key.offset, query_matrix=spec.key.query_matrix,
         key_clips=[rung.key.clip for rung in layer.rungs], value_clips=[rung.value.clip for rung in layer.rungs],
+        rungs=due_rungs(layer)[0] if several else None,
         softcap=bends["softcap"], marks=marks_of(layer.padding, query.shape[0], query.device), layer=layer.layer_idx,
         **regions(geometry),
     )  # fmt: skip
@@ -171,7 +175,7 @@ def page_runs(layer: "PackedLayer", row: "RowView", position: int, rows: int) ->
 def store_pages(layer: "PackedLayer", keys: Tensor, values: Tensor, ids: list[int], spec: LayerSpec) -> None:
     """Packs 16-bit rows [Hkv, len(ids)·page_tokens, head_dim] into pages of one rung, whose formats `spec` has."""
     device, size = keys.device, layer.geometry.page_tokens
-    pages = torch.tensor(layer.pool.addresses(ids), dtype=torch.int64).to(device, non_blocking=True)
+    pages = on_device(layer.pool.addresses(ids), torch.int64, device)
     tokens = torch.arange(len(ids), dtype=torch.int32, device=device) * size
     encode_pages(
         keys[None].contiguous(), values[None].contiguous(), spec.key.format, spec.value.format, pages,
@@ -182,8 +186,8 @@ def store_pages(layer: "PackedLayer", keys: Tensor, values: Tensor, ids: list[in
 def lower(layer: "PackedLayer", old: list[Tensor], new: list[Tensor], source: LayerSpec, target: LayerSpec) -> None:
     """Re-quantises pages: uint8 tensors of the formats of `source` into those of `target`."""
     device = layer.device
-    addresses = torch.tensor([[page_address(page) for page in pages] for pages in (old, new)], dtype=torch.int64)
-    sources, pages = addresses.to(device, non_blocking=True)
+    addresses = [[page_address(page) for page in pages] for pages in (old, new)]
+    sources, pages = on_device(addresses, torch.int64, device)
     lower_pages(
         sources, pages, (source.key.format, source.value.format), (target.key.format, target.value.format),
         num_kv_heads=layer.geometry.num_kv_heads, page_tokens=layer.geometry.page_tokens,
