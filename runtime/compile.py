@@ -111,7 +111,7 @@ def _walk(kind: Kind, geometry: Geometry, num_heads: int, dtype: torch.dtype, pr
     if not kind.sliding:
         prompts.append((1, first + LEAST_CHUNK))
     for batch, tokens in prompts:
-        cache = QuantizedKVCache([kind.spec], own, AMPLE if progressive else None, True, 0, policy)
+        cache = QuantizedKVCache([kind.spec], own, AMPLE if progressive else None, True, policy)
         longest = tokens >= LEAST_CHUNK
         # a page more at each rung, so that one of them comes due on the way down
         calls = [tokens, 1, *([page] * 2 * rungs if progressive else []), *([LEAST_CHUNK] if longest else []), 1]

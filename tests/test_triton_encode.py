@@ -252,7 +252,7 @@ def test_steps_equal_the_reference(sinks, window, size, extra, dim, formats, mat
             value_clips=[clip],
         )  # fmt: skip
         assert torch.equal(state, held)
-        z, saved = spec.apply(k), to_float16(v.float())
+        z, saved = spec.apply(k, state[:, :1].long(), sinks), to_float16(v.float())
         for b, (t, n) in enumerate(state.tolist()):
             row = t if t < sinks else sinks + (t - sinks) % ring
             got = raw[0][b, :, row]
