@@ -58,7 +58,9 @@ def look_before_packing(cache: "Branches", tokens: int) -> None:
         soon = any(g.num_pages(n + 1 + ahead) > g.num_pages(n) for n in first.length)
         if soon and not _asked_within(cache, ahead):
             _ask(cache)
-    elif tokens > 1 or due or (g.window == 0 and any(g.num_pages(n) > g.num_pages(max(0, n - 1)) for n in first.length)):
+    elif (
+        tokens > 1 or due or (g.window == 0 and any(g.num_pages(n) > g.num_pages(max(0, n - 1)) for n in first.length))
+    ):
         look(cache)
 
 

@@ -30,7 +30,9 @@ NAME = "due rungs"  # in Padding.scratch: like the marks, no part of what is cac
 def due_in(layer: "PackedLayer") -> list[int]:
     """Sequences whose next token brings a page."""
     g = layer.geometry
-    return [b for b, (n, ids) in enumerate(zip(layer.length, layer.pages, strict=True)) if g.num_pages(n + 1) > len(ids)]
+    return [
+        b for b, (n, ids) in enumerate(zip(layer.length, layer.pages, strict=True)) if g.num_pages(n + 1) > len(ids)
+    ]
 
 
 def due_rungs(layer: "PackedLayer") -> tuple[Tensor | None, list[int]]:
@@ -117,7 +119,8 @@ def quiet_steps(cache: "QuantizedKVCache") -> int:
     for sliding in {layer.sliding for layer in cache.layers if layer.sliding}:
         layer = next(x for x in cache.layers if x.sliding == sliding)
         for n, passed in zip(layer.length, layer.passed, strict=True):
-            seen = (passed + 1) * g.page_tokens + g.sinks + g.rollback  # tokens when the next page is passed, if it is full
+            # a page is passed once it is full and lies behind the window of the token that a crop may come back to
+            seen = (passed + 1) * g.page_tokens + g.sinks + g.rollback
             steps = min(steps, max(seen + sliding - 1, seen + g.window, n + 1) - n)
     return max(0, steps - 1)
 

@@ -90,7 +90,14 @@ def _decode(
 
 
 def _append(
-    layer: "PackedLayer", keys: Tensor, values: Tensor, query: Tensor, queries: Queries, *, layer_idx: int, **options: Any
+    layer: "PackedLayer",
+    keys: Tensor,
+    values: Tensor,
+    query: Tensor,
+    queries: Queries,
+    *,
+    layer_idx: int,
+    **options: Any,
 ) -> None:
     """append_step with the formats of the rung that each sequence's page is written on, by what the host knows: to be replaced by
     one launch that selects them on the device, from `due_rungs(layer)[0]`."""

@@ -77,7 +77,7 @@ def _compile(
         policy = Progressive([spec], [(1.0, 1.0)], geometry) if progressive else None
         first = geometry.sinks + geometry.window + 2 * geometry.page_tokens
         for cap, sinks, sliding in bends:
-            cache = QuantizedKVCache([spec], geometry, AMPLE if progressive else None, True, 0, policy)
+            cache = QuantizedKVCache([spec], geometry, AMPLE if progressive else None, True, policy)
             logits = torch.zeros(num_heads, device=device, dtype=dtype) if sinks else None
             for tokens in (first, 1, *([geometry.page_tokens] * 2 * len(policy.rungs[0]) if policy else []), 1):
                 keys, values, query = (
