@@ -87,7 +87,9 @@ def catalogue_jobs(dims: list[int], heads: tuple[int, int], arch: str, dtype: st
         ones, eye = torch.ones(heads[1]), torch.eye(dim).expand(heads[1], dim, dim).contiguous()
         kinds = []
         for k, v in sorted(pairs, key=str):
-            basis = {} if k.params == "scale_min" else {"matrix": eye, "offset": torch.ones(heads[1], dim)}
+            basis: dict[str, Any] = (
+                {} if k.params == "scale_min" else {"matrix": eye, "offset": torch.ones(heads[1], dim)}
+            )
             clips = [ones if fmt.params == "scale_min" else None for fmt in (k, v)]
             kinds.append(
                 Kind(LayerSpec(KeySpec(k, clip=clips[0], **basis), ValueSpec(v, clip=clips[1])), 0, None, False)
