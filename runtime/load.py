@@ -130,13 +130,11 @@ def load_pretrained(
     budget = None if kv_budget is None else parse_nbytes(kv_budget)
     folder = resolve_artifact(path_or_repo_id, revision, **hub_kwargs)
     target = torch.device(device) if device is not None else default_device()
-    # the rungs of all layers are kernels of their own, minutes of compiling where nobody called warm_up: "auto" stays with the reference
-    triton = choose_triton(
-        "reference" if progressive and attention == "auto" else attention, target, read_metadata(folder)
-    )
-    kernels = (
-        begin_folder(folder, target, dtype, progressive) if triton else None
-    )  # compiled while the weights are read
+    # the rungs of all layers are kernels of their own, minutes of compiling: "auto" stays with the reference
+    wanted = "reference" if progressive and attention == "auto" else attention
+    triton = choose_triton(wanted, target, read_metadata(folder))
+    # compiled while the weights are read
+    kernels = begin_folder(folder, target, dtype, progressive) if triton else None
     artifact = read_artifact(folder)
     g = artifact.geometry
     ladders = progressive_policy(artifact) if progressive else None
