@@ -20,17 +20,15 @@ PolicyOption = Annotated[str, typer.Option(help="floor, or progressive for every
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
-def jobs_for(folders: list[Path], arch: str, dtype: str | None, policy: str) -> list[Any]:
-    """kernels.build.Job of every distinct kernel that artifacts need on an architecture.
+def check_options(arch: str, dtype: str | None, policy: str) -> None:
+    """Refuses options that do not exist.
 
     Raises:
-        KvfoldError: an option that does not exist, or no artifact.
+        KvfoldError: such an option.
     """
-    import torch
     from triton import knobs
 
-    from kvfold.kernels.build import CAPABILITIES, MULTIPROCESSORS, jobs_of, target_of
-    from kvfold.runtime.compile import artifact_launches
+    from kvfold.kernels.build import CAPABILITIES
 
     if arch not in CAPABILITIES:
         raise KvfoldError(f"--arch '{arch}' is not one this version knows; use one of {', '.join(CAPABILITIES)}.")
@@ -40,12 +38,66 @@ def jobs_for(folders: list[Path], arch: str, dtype: str | None, policy: str) -> 
         raise KvfoldError(f"--dtype '{dtype}' is not one that kernels take; use bfloat16, float16 or float32.")
     if knobs.runtime.interpret:
         raise KvfoldError("TRITON_INTERPRET=1 runs kernels without compiling them; unset it.")
+
+
+def policies(policy: str) -> tuple[bool, ...]:
+    """Whether pages have rungs, in each of the models to be compiled for."""
+    return (False, True) if policy == "progressive" else (False,)
+
+
+def artifact_jobs(folders: list[Path], arch: str, dtype: str | None, policy: str) -> list[Any]:
+    """kernels.build.Job of every distinct kernel that artifacts need on an architecture."""
+    import torch
+
+    from kvfold.kernels.build import CAPABILITIES, MULTIPROCESSORS, jobs_of, target_of
+    from kvfold.runtime.compile import artifact_launches
+
     wanted = None if dtype is None else getattr(torch, dtype)
     count = MULTIPROCESSORS[CAPABILITIES[arch]]
-    launches = [launch for folder in folders for launch in artifact_launches(folder, wanted, False, count)]
-    if policy == "progressive":
-        launches += [launch for folder in folders for launch in artifact_launches(folder, wanted, True, count)]
+    launches = [
+        x for path in folders for rungs in policies(policy) for x in artifact_launches(path, wanted, rungs, count)
+    ]
     return jobs_of(launches, target_of(arch))
+
+
+def catalogue_jobs(dims: list[int], heads: tuple[int, int], arch: str, dtype: str | None, policy: str) -> list[Any]:
+    """kernels.build.Job of the catalogue's formats: each of keys with the nearest in bits of values, and the other way round.
+
+    Args:
+        heads: query heads and KV heads, which kernels have as constants.
+    Raises:
+        KvfoldError: a head_dim that the catalogue lacks.
+    """
+    import torch
+
+    from kvfold.compress.recipe import Recipe
+    from kvfold.exports.account import Geometry
+    from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
+    from kvfold.kernels import catalogue
+    from kvfold.kernels.build import CAPABILITIES, MULTIPROCESSORS, jobs_of, target_of
+    from kvfold.runtime.compile import Kind, launches_of
+
+    recipe, count, found = Recipe(), MULTIPROCESSORS[CAPABILITIES[arch]], []
+    for dim in dims:
+        keys, values = catalogue.key_formats(dim), catalogue.value_formats(dim)
+        if not keys:
+            raise KvfoldError(f"--head-dim {dim} is none that the catalogue has; use {catalogue.HEAD_DIMS}.")
+        pairs = {(k, min(values, key=lambda v: abs(v.payload_bits - k.payload_bits))) for k in keys}
+        pairs |= {(min(keys, key=lambda k: abs(k.payload_bits - v.payload_bits)), v) for v in values}
+        ones, eye = torch.ones(heads[1]), torch.eye(dim).expand(heads[1], dim, dim).contiguous()
+        kinds = []
+        for k, v in sorted(pairs, key=str):
+            basis: dict[str, Any] = (
+                {} if k.params == "scale_min" else {"matrix": eye, "offset": torch.ones(heads[1], dim)}
+            )
+            clips = [ones if fmt.params == "scale_min" else None for fmt in (k, v)]
+            kinds.append(
+                Kind(LayerSpec(KeySpec(k, clip=clips[0], **basis), ValueSpec(v, clip=clips[1])), 0, None, False)
+            )
+        geometry = Geometry(heads[1], dim, recipe.sinks, recipe.least_window, recipe.page_tokens)
+        for rungs in policies(policy):
+            found += launches_of(kinds, geometry, heads[0], getattr(torch, dtype or "bfloat16"), rungs, count)
+    return jobs_of(found, target_of(arch))
 
 
 @kernels.command("list")
@@ -60,8 +112,9 @@ def list_command(
     from kvfold.kernels.build import is_built
     from kvfold.kernels.kernel_cache import folder, install
 
+    check_options(arch, dtype, policy)
     install()
-    jobs = jobs_for([artifact], arch, dtype, policy)
+    jobs = artifact_jobs([artifact], arch, dtype, policy)
     found = {job.hash: is_built(job) for job in jobs}
     if as_json:
         rows = [{"name": job.name, "hash": job.hash, "compiled": found[job.hash]} for job in jobs]
@@ -83,16 +136,33 @@ def build_command(
     arch: ArchOption = "sm_90",
     dtype: DtypeOption = None,
     policy: PolicyOption = "floor",
+    catalogue: Annotated[
+        bool,
+        typer.Option("--catalogue", help="Compile the catalogue's formats, for --head-dim, --heads and --kv-heads."),
+    ] = False,
+    head_dim: Annotated[str, typer.Option(help="--catalogue: channels of a head, separated by commas.")] = "64,128",
+    heads: Annotated[int, typer.Option(min=1, help="--catalogue: query heads.")] = 32,
+    kv_heads: Annotated[int, typer.Option(min=1, help="--catalogue: KV heads.")] = 8,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")] = None,
 ) -> None:
     """Compiles what the cache folder (TRITON_CACHE_DIR) lacks. The last line printed is the folder."""
     from kvfold.kernels.build import Builder
     from kvfold.kernels.kernel_cache import folder
 
-    if not artifact:
-        raise KvfoldError("Nothing says which kernels to compile; give --artifact DIR, once or more.")
+    if not artifact and not catalogue:
+        raise KvfoldError("Nothing says which kernels to compile; give --artifact DIR, once or more, or --catalogue.")
+    if catalogue and (heads % kv_heads or not all(part.strip().isdecimal() for part in head_dim.split(","))):
+        raise KvfoldError(
+            f"--head-dim {head_dim} must be numbers, and --heads {heads} a multiple of --kv-heads {kv_heads}; change them."
+        )
+    check_options(arch, dtype, policy)
     with Builder(jobs) as builder:
-        builder.build(jobs_for(artifact, arch, dtype, policy))
+        builder.start()
+        wanted = artifact_jobs(artifact or [], arch, dtype, policy)
+        if catalogue:
+            more = catalogue_jobs([int(x) for x in head_dim.split(",")], (heads, kv_heads), arch, dtype, policy)
+            wanted = list({job.hash: job for job in [*wanted, *more]}.values())
+        builder.build(wanted)
         builder.wait()
     for job, message in builder.failed:
         print(f"{job.label}: {message}")

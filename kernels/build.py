@@ -111,13 +111,13 @@ def jobs_of(launches: Iterable[Launch], target: GPUTarget) -> list[Job]:
     caught: list[tuple] = []
     seen: set[JITFunction] = set()
     before = driver._active
-    driver.set_active(_Target(target))  # type: ignore[arg-type]
+    driver.set_active(_Target(target))
     try:
         for launch in launches:
             kernel = launch.kernel
             if not isinstance(kernel, JITFunction):
                 continue
-            kernel._do_compile = lambda *args, **kwargs: caught.append(args)  # type: ignore[method-assign]
+            kernel._do_compile = lambda *args, **kwargs: caught.append(args)
             try:
                 kernel.run(*launch.args, grid=(1,), warmup=True, **launch.options)
             finally:
@@ -135,9 +135,9 @@ def jobs_of(launches: Iterable[Launch], target: GPUTarget) -> list[Job]:
                 )  # fmt: skip
             caught.clear()
     finally:
-        driver.set_active(before)  # type: ignore[arg-type]
+        driver.set_active(before)
         for kernel in seen:
-            kernel.device_caches.pop(f"ahead:{target.arch}", None)  # type: ignore[call-overload]
+            kernel.device_caches.pop(f"ahead:{target.arch}", None)
     return sorted(found.values(), key=lambda job: -job.weight)
 
 

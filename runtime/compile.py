@@ -107,11 +107,11 @@ def _walk(kind: Kind, geometry: Geometry, num_heads: int, dtype: torch.dtype, pr
     policy = Progressive([kind.spec], [(1.0, 1.0)], own) if progressive else None
     first = own.sinks + own.window + 2 * page
     rungs = len(policy.rungs[0]) if policy else 1
-    prompts = [(1, 3), (1, first), (2, first)] if not progressive else [(1, first)]
+    prompts = [(1, 3), (1, first), *([] if progressive else [(2, first)])]
     if not kind.sliding:
         prompts.append((1, first + LEAST_CHUNK))
     for batch, tokens in prompts:
-        cache = QuantizedKVCache([kind.spec], own, AMPLE if progressive else None, True, policy)
+        cache = QuantizedKVCache([kind.spec], own, AMPLE if progressive else None, use_triton=True, policy=policy)
         longest = tokens >= LEAST_CHUNK
         # a page more at each rung, so that one of them comes due on the way down
         calls = [tokens, 1, *([page] * 2 * rungs if progressive else []), *([LEAST_CHUNK] if longest else []), 1]

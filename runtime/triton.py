@@ -51,7 +51,8 @@ def attend_triton(
     layer = view.layer
     layer.bring()
     # a softmax alone does not see what an offset of the keys takes off every logit
-    shifted = layer.spec.key.offset is not None and (softcap is not None or sinks_logit is not None)
+    key = layer.spec.key
+    shifted = key.offset is not None and not key.turns and (softcap is not None or sinks_logit is not None)
     bends = {"sliding": sliding, "softcap": softcap or 0.0, "aux": sinks_logit}
     batch, heads, tokens, dim = query.shape
     out = torch.empty(batch, tokens, heads, dim, dtype=query.dtype, device=query.device)

@@ -250,3 +250,34 @@ def test_a_load_that_fails_ends_its_compilers(tiny_artifact):
         compilation._begun.get().append(Builder())
         raise KeyboardInterrupt
     assert len(stopped) == 1 and compilation._begun.get() is None
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        (["build"], "Nothing says which kernels to compile"),
+        (["list", "DIR", "--arch", "sm_1"], "--arch 'sm_1'"),
+        (["list", "DIR", "--dtype", "int8"], "--dtype 'int8'"),
+        (["list", "DIR", "--policy", "none"], "--policy 'none'"),
+        (["build", "--catalogue", "--head-dim", "x"], "--head-dim x"),
+        (["list", "DIR"], "TRITON_INTERPRET=1"),
+    ],
+)
+def test_the_command_refuses(options, fault, tiny_artifact, capsys, monkeypatch):
+    from triton import knobs
+
+    from kvfold.compress.cli import main
+
+    monkeypatch.setattr(knobs.runtime, "interpret", True)
+    with pytest.raises(SystemExit) as stopped:
+        main(["kernels", *(str(tiny_artifact) if option == "DIR" else option for option in options)])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and fault in error and error.count("\n") == 1
+
+
+def test_the_command_lists_what_an_artifact_needs(tiny_artifact, tmp_path):
+    code = f"from kvfold.compress.cli import main; main(['kernels', 'list', {str(tiny_artifact)!r}, '--json'])"
+    found = json.loads(python(code, tmp_path).stdout)
+    hashes = [kernel["hash"] for kernel in found["kernels"]]
+    assert len(hashes) == len(set(hashes)) > 4 and not any(kernel["compiled"] for kernel in found["kernels"])
+    assert found["folder"] == str(tmp_path)

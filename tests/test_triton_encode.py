@@ -269,7 +269,7 @@ def test_steps_equal_the_reference(sinks, window, size, extra, dim, formats, mat
                 expected = reference(keys, values, formats, (spec.clip, clip))
                 page = pages.pages[b * 3 + n]
                 assert_page(page, expected, formats, heads, size)
-                assert page.data_ptr() == anchor(DEVICE).data_ptr() + 16 * int(table[b, n])
+                assert page.data_ptr() == anchor(page.device).data_ptr() + 16 * int(table[b, n])
                 before[b * 3 + n] = pages.room[b * 3 + n]
                 written += 1
             state[b] = torch.tensor([t + 1, due], dtype=torch.int32)

@@ -204,9 +204,9 @@ def test_batch_invariance_reaches_the_kernels(models, monkeypatch):
         asked.append(kwargs.get("batch_invariant", False))
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(runtime_triton, "attention", spy)
     path = models[1].kv_artifact.path
     model = runtime.load_pretrained(path, device=DEVICE, dtype=torch.float32, attention="triton", batch_invariant=True)
+    monkeypatch.setattr(runtime_triton, "attention", spy)
     ids = batch_of(TEXTS[1:]).input_ids
     cache = model(ids[:, :50]).past_key_values  # prompts are run a sequence at a time
     got = model(ids[:, 50:51], past_key_values=cache).logits
