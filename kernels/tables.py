@@ -93,7 +93,7 @@ def _tables(formats: tuple[tuple[Format, ...], ...], page_tokens: int, device: t
                 )
     data = [[_numbers(fmt, page_tokens) for fmt in row] for row in formats]
     with torch.inference_mode(False):  # it outlives the mode of whoever asks first
-        return torch.tensor(data, dtype=torch.int32).to(device)
+        return torch.tensor(data, dtype=torch.int32).to(device, non_blocking=True)  # a step must not wait for it
 
 
 def format_tables(formats: Sequence[Sequence[Format]], page_tokens: int, device: torch.device) -> Tensor:
