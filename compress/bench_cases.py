@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvfold.errors import KvfoldError
-from kvfold.exports.account import TABLE_STEP, Geometry
+from kvfold.exports.account import Geometry, table_entries
 from kvfold.kernels.formats import Format, raw16, uniform
 from kvfold.kernels.pages import UNIT, page_address
 from kvfold.kernels.quantizer import decode, encode
@@ -185,7 +185,7 @@ def make_case(
     """
     g = geometry
     counts = [g.num_pages(n) for n in lengths]
-    entries = -(-(max(counts) + 1) // TABLE_STEP) * TABLE_STEP
+    entries = table_entries(max(counts) + 1)
     total = copies * sum(counts)
     pages = random_pages(g, formats, min(distinct or total, max(total, 1)), device)
     spare = copies * len(lengths)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvfold.compress.bench_cases import DISTINCT, Case, Pair, Shape, make_case, pair
 from kvfold.compress.bench_gate import append_options, gate_cases, lowering, run_append, run_gate
-from kvfold.exports.account import TABLE_STEP, Geometry
+from kvfold.exports.account import Geometry, table_entries
 from kvfold.kernels.bench_tools import (
     copies_for,
     flex_call,
@@ -49,7 +49,7 @@ class Settings:
     def splits(self, shape: Shape) -> int:
         """As `attention` chooses them for a cache of this shape."""
         pages = self.geometry(shape.num_kv_heads).num_pages(shape.tokens) + 1
-        entries = -(-pages // TABLE_STEP) * TABLE_STEP
+        entries = table_entries(pages)
         programs = shape.batch * shape.num_kv_heads
         return pick_splits(programs, entries * self.page_tokens, self.device)
 

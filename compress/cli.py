@@ -1,4 +1,4 @@
-"""The command line: `kvfold compress | eval | inspect | generate | validate | bench`."""
+"""The command line: `kvfold compress | eval | inspect | generate | validate | bench | kernels`."""
 
 import json
 import logging
@@ -14,6 +14,7 @@ from rich.table import Table
 from kvfold.compress import bench_speed
 from kvfold.compress.bench import bench
 from kvfold.compress.cli_export import export
+from kvfold.compress.cli_kernels import kernels
 from kvfold.compress.cli_report import report_command
 from kvfold.compress.push import push_command
 from kvfold.errors import KvfoldError
@@ -29,6 +30,7 @@ app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=F
 app.add_typer(export, name="export")
 app.command("report")(report_command)
 app.add_typer(bench, name="bench")
+app.add_typer(kernels, name="kernels")
 bench_speed.add_to(bench)
 
 OutOption = Annotated[Path | None, typer.Option(help="The artifact's folder; default artifacts/MODEL-BUDGET.")]

@@ -6,7 +6,7 @@ One sequence of L tokens in one layer holds, resident:
                  and one open page, in whole pages
     pages        packed_tokens(L) / page_tokens × num_kv_heads × (key format + value format bytes of a page); in a layer with
                  a sliding window less those that no later query sees
-    block table  8 bytes an entry, grown TABLE_STEP entries at a time; pages that are gone keep their entry
+    block table  8 bytes an entry, LEAST_ENTRIES or a power of two above; pages that are gone keep their entry
     state        8 bytes: length and number of pages
 
 Where pages come in several formats ("rungs", policy="progressive"), each page has the bytes of its own, and to each sequence and
@@ -21,11 +21,16 @@ from dataclasses import dataclass
 from kvfold.kernels.attention import packed_tokens
 from kvfold.kernels.formats import Format
 
-TABLE_STEP = 16  # entries by which a block table grows
+LEAST_ENTRIES = 16  # of a block table; it doubles as it grows, so that a captured step is seldom captured again
 ENTRY_NBYTES = 8  # of a block table: a page's address
 RAW_NBYTES = 2  # of one element in the sinks and the window
 STATE_NBYTES = 8  # of one sequence in one layer: length and number of pages, int32
 SEGMENT_NBYTES = 4  # of one boundary between pages of two rungs, int32
+
+
+def table_entries(pages: int) -> int:
+    """Entries of a block table with room for so many pages: none, or a power of two from LEAST_ENTRIES on."""
+    return max(LEAST_ENTRIES, 1 << (pages - 1).bit_length()) if pages else 0
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class Geometry:
         """Bytes of one layer and sequence that no format changes: raw rows, block table, state. 0 for no tokens."""
         if tokens == 0:
             return 0
-        return self.table_nbytes(-(-self.num_pages(tokens) // TABLE_STEP) * TABLE_STEP)
+        return self.table_nbytes(table_entries(self.num_pages(tokens)))
 
     def page_nbytes(self, fmt: Format) -> int:
         """Bytes of one page's keys or values in a format, all KV heads."""
@@ -126,6 +131,14 @@ def cache_nbytes(geometry: Geometry, formats: Sequence[tuple[Format, Format]], t
         tokens: length of the sequence.
     """
     return batch_nbytes(geometry, formats, [tokens])
+
+
+def stepped_nbytes(geometry: Geometry, formats: Sequence[tuple[Format, Format]], tokens: int) -> int:
+    """What `cache_nbytes` was in artifacts of before block tables doubled: theirs grew by LEAST_ENTRIES entries at a time."""
+    pages = geometry.num_pages(tokens)
+    entries = -(-pages // LEAST_ENTRIES) * LEAST_ENTRIES
+    fewer = (table_entries(pages) - entries) * ENTRY_NBYTES * len(formats)
+    return cache_nbytes(geometry, formats, tokens) - fewer
 
 
 def batch_nbytes(

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvfold.errors import KvfoldError
-from kvfold.exports.account import Geometry, cache_nbytes
+from kvfold.exports.account import Geometry, cache_nbytes, stepped_nbytes
 from kvfold.exports.architectures import head_dim_of, num_kv_heads_of, sliding_windows_of
 from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME, Metadata, SideModel, parse_metadata
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
@@ -80,7 +80,7 @@ def read_artifact(path: Path | str) -> Artifact:
     specs = _read_specs(path / TENSORS_NAME, metadata)
     account = metadata.account
     for at, nbytes in [(account.at, account.bytes), *((int(n), b) for n, b in account.bytes_at.items())]:
-        if cache_nbytes(metadata.geometry, metadata.formats, at) != nbytes:
+        if nbytes not in [of(metadata.geometry, metadata.formats, at) for of in (cache_nbytes, stepped_nbytes)]:
             raise KvfoldError(
                 f"{METADATA_NAME} states {nbytes} bytes at {at} tokens, which its own formats contradict; {AGAIN}."
             )

@@ -26,10 +26,9 @@ PARAMS = 3  # bytes from the block to the first parameter
 PARAM_NBYTES = 4  # of one parameter: 1 is e4m3, 2 float16
 GROUP_SIZE = 5  # channels of a parameter group
 CODED = 6  # channels of more than 0 levels
-PASSES = 7  # 2 where a plane of one bit joins channels, else 1
-WHOLE = 8  # ternary: bytes of five codes; 0 if the codes are binary
-LEFT = 9  # ternary: codes left over
-WORDS = 10  # ternary: word tiles of R rows
+WHOLE = 7  # ternary: bytes of five codes; 0 if the codes are binary
+LEFT = 8  # ternary: codes left over
+WORDS = 9  # ternary: word tiles of R rows
 
 # rows
 LEVELS = 0  # 0: not stored
@@ -81,7 +80,6 @@ def _numbers(fmt: Format, page_tokens: int) -> tuple[int, ...]:
     header[NBYTES], header[DIM], header[KIND], header[PARAMS] = fmt.nbytes(page_tokens), dim, kind, offset
     header[PARAM_NBYTES], header[GROUP_SIZE] = fmt.param_nbytes, dim // fmt.num_groups
     header[CODED] = sum(channels for channels, levels in fmt.classes if levels)
-    header[PASSES] = 1 + any(p.width == 1 for p in fmt.planes)
     return tuple(header + [number for row in rows for number in row])
 
 

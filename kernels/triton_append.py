@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvfold.errors import KvfoldError
 from kvfold.kernels.formats import Format
+from kvfold.kernels.key_mean import STEP, TurnTables, padded_fast
 from kvfold.kernels.launch import launch
 from kvfold.kernels.packing import FIELDS
 from kvfold.kernels.tables import format_tables, table_length
@@ -20,9 +21,14 @@ from kvfold.kernels.triton_attention import LOG2_E, QUERY_TOP, Queries, anchor
 from kvfold.kernels.triton_bits import pow2
 from kvfold.kernels.triton_codec import NBYTES, to_fp16
 from kvfold.kernels.triton_encode import clip_strides
-from kvfold.kernels.triton_pages import UNROLL, WARPS, write_block
+from kvfold.kernels.triton_mean import STEPS_BLOCK, MeanTerm, key_mean, write_bias, write_coefficients
+from kvfold.kernels.triton_pages import warps_for, write_block
 
 BLOCK: tl.constexpr = tl.constexpr(32)  # rows of a matrix at a time
+UNROLL: tl.constexpr = tl.constexpr(2)  # fields of a page at a time
+REGISTERS = (
+    96  # of a thread: steps that write no page, nearly all, want many programs at once and not what a page takes
+)
 UNMARKED = 2**63 - 1  # of a sequence whose keys and values were all finite
 LABELS: tl.constexpr = tl.constexpr(65536)  # marks of one token; twice as many as there may be layers
 
@@ -49,15 +55,21 @@ def _mark(mark, x, j, token, label):
 
 @triton.jit
 def _write_row(
-    out, x_ptr, matrix, offset, mark, token, label,
-    DIM: tl.constexpr, MATRIX: tl.constexpr, OFFSET: tl.constexpr, MARKS: tl.constexpr,
+    out, x_ptr, matrix, offset, mark, token, label, u, spans, within, steps, channels,
+    DIM: tl.constexpr, MATRIX: tl.constexpr, OFFSET: tl.constexpr, MARKS: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
-    """out = float16(M(x − μ)), saturating; with MARKS, x that is not finite is marked, of which saturation leaves no trace."""
+    """out = float16(M(x − μ)), saturating; with MARKS, x that is not finite is marked, of which saturation leaves no trace.
+
+    With MEAN, μ is the rotating mean of token u behind the sinks, 0 where u < 0.
+    """
     j = tl.arange(0, pow2(DIM))
     x = tl.load(x_ptr + j, mask=j < DIM, other=0.0).to(tl.float32)
     if MARKS:
         _mark(mark, x, j, token, label)
-    if OFFSET:
+    if MEAN > 0:
+        mean = key_mean(offset, spans, within, steps, channels, tl.maximum(u, 0), j, DIM, DIM // 8, MEAN)
+        x = x - tl.where(u >= 0, mean, 0.0)
+    elif OFFSET:
         x = x - tl.load(offset + j, mask=j < DIM, other=0.0)
     if MATRIX:
         for start in tl.static_range(0, pow2(DIM), BLOCK):
@@ -109,10 +121,11 @@ def _write_queries(
     do_not_specialize=[
         "label", "k_clip_r", "k_clip_h", "k_clip_g", "v_clip_r", "v_clip_h", "v_clip_g", "rung_count", "given_rungs",
         "table_width", "sinks", "window", "ring", "key_stride_b", "key_stride_h", "value_stride_b", "value_stride_h",
-        "query_stride_b", "query_stride_h", "raw_stride_b", "raw_stride_h", "raw_stride_t",
+        "raw_stride_b", "raw_stride_h", "raw_stride_t", "bias_steps",
     ],
     do_not_specialize_on_alignment=[
         "table", "state", "marks", "new_keys", "new_values", "raw_keys", "raw_values", "rungs", "k_clip", "v_clip",
+        "coefficients", "bias", "spans", "within", "steps", "pairs", "channels",
     ],
 )  # fmt: skip
 def _append_kernel(
@@ -121,16 +134,32 @@ def _append_kernel(
     rung_count, given_rungs, label, factor, scaling,
     table_width, sinks, window, ring, key_stride_b, key_stride_h, value_stride_b, value_stride_h,
     query_stride_b, query_stride_h, raw_stride_b, raw_stride_h, raw_stride_t,
+    coefficients, bias, spans, within, steps, pairs, channels, bias_steps,
     DIM: tl.constexpr, ROWS: tl.constexpr, TABLE: tl.constexpr, MATRIX: tl.constexpr, OFFSET: tl.constexpr,
     SHIFT: tl.constexpr, MARKS: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, TOP: tl.constexpr,
+    MEAN: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (sequences, KV heads, keys, values or queries)."""
+    """Grid: (sequences, KV heads, keys, values or queries, and with MEAN every BIAS steps of the slow pairs)."""
     b = tl.program_id(0)
     head = tl.program_id(1)
     heads = tl.num_programs(1)
-    if tl.program_id(2) == 2:
-        place = b * heads + head
-        q = query + b.to(tl.int64) * query_stride_b + head * GROUP * query_stride_h
+    place = b * heads + head
+    q = query + b.to(tl.int64) * query_stride_b + head * GROUP * query_stride_h
+    if tl.program_id(2) > 2:
+        if MEAN > 0:
+            start = (tl.program_id(2) - 3) * BIAS
+            end = tl.maximum(tl.load(state + 2 * b) - sinks, 0) // 32 + 1
+            if start < end:
+                write_bias(
+                    bias + place.to(tl.int64) * bias_steps * N, q, query_stride_h, offset + head * DIM, pairs, steps, factor,
+                    start, end, DIM, GROUP, N, DIM // 8, BIAS,
+                )  # fmt: skip
+    elif tl.program_id(2) == 2:
+        if MEAN > 0:
+            to = coefficients + place.to(tl.int64) * (2 * MEAN * N)
+            write_coefficients(
+                to, q, query_stride_h, offset + head * DIM, pairs, factor, DIM, GROUP, N, DIM // 8, MEAN
+            )  # fmt: skip
         out = q_out + place.to(tl.int64) * (N * DIM)
         inverse = query_matrix + head * (DIM * DIM)
         _write_queries(
@@ -146,11 +175,17 @@ def _append_kernel(
             x = new_keys + b.to(tl.int64) * key_stride_b + head * key_stride_h
             out = raw_keys + at + row.to(tl.int64) * raw_stride_t
             mu = offset + head * DIM
-            _write_row(out, x, matrix + head * (DIM * DIM), mu, marks + b, token, label, DIM, MATRIX, OFFSET, MARKS)
+            _write_row(
+                out, x, matrix + head * (DIM * DIM), mu, marks + b, token, label, token - sinks, spans, within, steps, channels,
+                DIM, MATRIX, OFFSET, MARKS, MEAN,
+            )  # fmt: skip
         else:
             x = new_values + b.to(tl.int64) * value_stride_b + head * value_stride_h
             out = raw_values + at + row.to(tl.int64) * raw_stride_t
-            _write_row(out, x, matrix, offset, marks + b, token, label + 1, DIM, False, False, MARKS)
+            _write_row(
+                out, x, matrix, offset, marks + b, token, label + 1, token, spans, within, steps, channels,
+                DIM, False, False, MARKS, 0,
+            )  # fmt: skip
         due = tl.maximum(token + 1 - sinks - window, 0) // (8 * ROWS)
         if due > pages:
             tl.debug_barrier()  # without a window the page ends with the row just written
@@ -178,14 +213,34 @@ def _append_kernel(
 
 
 def empty_queries(
-    batch: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device, shift: bool = False
+    batch: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    device: torch.device,
+    shift: bool = False,
+    tables: TurnTables | None = None,
+    tokens: int = 0,
 ) -> Queries:
-    """Room for the queries of one decoding step, which `append_step` fills; with `shift`, for Queries.shift too."""
+    """Room for the queries of one decoding step, which `append_step` fills; with `shift`, for Queries.shift too.
+
+    Args:
+        tables: of the rotating mean that the layer's keys are stored without; None for none.
+        tokens: positions that the room for its term covers, from 0 on.
+    """
     group = num_heads // num_kv_heads
     padded = max(8, triton.next_power_of_2(group))
     data = torch.zeros(batch, num_kv_heads, 1, padded, head_dim, dtype=torch.float16, device=device)
     shifts = torch.zeros(batch, num_kv_heads, 1, padded, device=device) if shift else None
-    return Queries(data, torch.zeros(batch, num_kv_heads, device=device), group, group, 1, shifts)
+    mean = None
+    if tables is not None:
+        tables.reach(tokens)
+        steps = -(-(tokens // STEP + 1) // STEPS_BLOCK) * STEPS_BLOCK
+        rows = 2 * padded_fast(head_dim)
+        coefficients = torch.zeros(batch, num_kv_heads, 1, 2, rows, padded, device=device)
+        bias = torch.zeros(batch, num_kv_heads, 1, steps, padded, device=device)
+        mean = MeanTerm(coefficients, bias, 0, tables.kernel_tables)
+    return Queries(data, torch.zeros(batch, num_kv_heads, device=device), group, group, 1, shifts, mean)
 
 
 def append_step(
@@ -216,7 +271,7 @@ def append_step(
 ) -> None:
     """Appends one token to every sequence and prepares its queries; `state` is not moved on.
 
-    z = M(k − μ) in float32, saturated to float16, and v go to row sinks + (t − sinks) mod ring of the 16-bit rows (row t for
+    z = M(k − m_t) in float32, saturated to float16, and v go to row sinks + (t − sinks) mod ring of the 16-bit rows (row t for
     t < sinks), t being the sequence's length. If the window and the sinks leave a page's worth of tokens unpacked, page number
     `pages` of the sequence is written to its address in `table`; no step brings more than one. Nothing is read by the host.
 
@@ -226,7 +281,8 @@ def append_step(
         raw_keys, raw_values: float16 [B, Hkv, sinks + ring, head_dim], same strides, ring ≥ window + page_tokens.
         table: int64 [B, entries], addresses of pages (`page_address`), with that of the page that may come due.
         state: int32 [B, 2], tokens and pages of each sequence before this token.
-        queries: written; from `empty_queries`, and to be given to `attention`. With a shift there must be an offset.
+        queries: written; from `empty_queries`, and to be given to `attention`. With a shift or a mean there must be an offset; with a
+            mean that is the mean of keys before RoPE, and the token's rotating mean is taken off its key (key_mean.py).
         key_formats, value_formats: of the page that may come due, one each, or of the rungs where pages differ.
         scaling, softcap: of the model's attention.
         matrix, offset, query_matrix: float32 [Hkv, head_dim, head_dim], [Hkv, head_dim] and [Hkv, head_dim, head_dim]: M, μ
@@ -265,10 +321,20 @@ def append_step(
     shift = queries.shift
     if shift is not None and offset is None:
         raise KvfoldError("The queries have a shift, but the keys no offset; make them without, or give the offset.")
+    mean = queries.mean
+    if mean is not None and (offset is None or shift is not None):
+        raise KvfoldError(
+            "A rotating mean of keys is made from their offset, and leaves no shift; give the first alone."
+        )
+    term = [none] * 7
+    if mean is not None:
+        turns = mean.tables
+        term = [mean.coefficients, mean.bias, turns.spans, turns.within, turns.steps, turns.pairs, turns.channels]
+    chunks = 0 if mean is None else mean.bias.shape[3] // STEPS_BLOCK
     k_clip, *k_strides = _clips_of(key_clips, key_formats, kv_heads)
     v_clip, *v_strides = _clips_of(value_clips, value_formats, kv_heads)
     launch(
-        _append_kernel, (batch, kv_heads, 3),
+        _append_kernel, (batch, kv_heads, 3 + chunks),
         anchor(keys.device), table, state, marks if marks is not None else table, keys, values, query, raw_keys, raw_values,
         queries.data, queries.scale, shift if shift is not None else none, matrix if matrix is not None else none,
         offset if offset is not None else none, query_matrix if query_matrix is not None else none,
@@ -276,10 +342,11 @@ def append_step(
         k_clip if k_clip is not None else none, v_clip if v_clip is not None else none, *k_strides, *v_strides,
         len(key_formats), int(rungs is not None), 2 * layer, scaling if softcap else scaling * LOG2_E, scaling,
         table.stride(0), sinks, window, ring, *keys.stride()[:2], *values.stride()[:2], *query.stride()[:2],
-        *raw_keys.stride()[:3],
+        *raw_keys.stride()[:3], *term, 0 if mean is None else mean.bias.shape[3],
         DIM=dim, ROWS=page_tokens // FIELDS, TABLE=table_length(dim), MATRIX=matrix is not None, OFFSET=offset is not None,
         SHIFT=shift is not None, MARKS=marks is not None, GROUP=queries.group, N=queries.data.shape[3], TOP=QUERY_TOP,
-        num_warps=WARPS, enable_fp_fusion=False,
+        MEAN=0 if mean is None else mean.tables.within.shape[1], BIAS=STEPS_BLOCK,
+        num_warps=warps_for(page_tokens), maxnreg=REGISTERS, enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ interpreter on a CPU too (TRITON_INTERPRET=1 before Triton is imported).
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvfold.errors import KvfoldError
 from kvfold.kernels.formats import Format, raw16
-from kvfold.kernels.launch import launch
+from kvfold.kernels.launch import launch, multiprocessors
 from kvfold.kernels.pages import anchor
 from kvfold.kernels.tiles import program
 from kvfold.kernels.triton_bits import count, pick
@@ -243,6 +243,7 @@ def attention(
     segments: Tensor | None = None,
     batch_invariant: bool = False,
     together: Sequence[PageRun] = (),
+    together_mean: Callable[[int, int], Tensor] | None = None,
 ) -> Tensor:
     """Attention of decoding steps or of prompts over packed pages and 16-bit rows.
 
@@ -271,6 +272,7 @@ def attention(
             has the same bits in any batch. Prompts are divided by what their call holds; give them one sequence at a time.
         together: of a prompt of one sequence, without sliding window and soft-cap: the runs of its first pages, all of which every
             query reads; a library's attention takes them (triton_prompt.py).
+        together_mean: what the keys of these pages were stored without, if anything; see `read_together`.
     Raises:
         KvfoldError: `formats` and `segments` don't fit each other.
     """
@@ -315,7 +317,8 @@ def attention(
         raw_keys, raw_values = raw_keys.contiguous(), raw_values.contiguous()
     raw_steps = [step // ROW_UNIT.value for step in raw_keys.stride()[:3]]
     if together:
-        read_together(queries.data, queries.scale, together, table[0], page_tokens, partial[:, parts], ml[:, parts])
+        whole = partial[:, parts], ml[:, parts]
+        read_together(queries.data, queries.scale, together, table[0], page_tokens, *whole, together_mean)
     for rung, pair in enumerate(rungs):
         k_program, v_program = (program(x, page_tokens) for x in pair)
         # ternary codes take more instructions than their bytes hide: addresses are loaded one tile ahead (LOG.md)
@@ -354,7 +357,8 @@ def pick_splits(programs: int, tokens: int, device: torch.device) -> int:
         programs: heads × sequences × query blocks.
         tokens: of the longest sequence that fits the block table.
     """
-    if device.type != "cuda":
+    count = multiprocessors(device)
+    if not count:
         return 2
-    wave = WAVE * torch.cuda.get_device_properties(device).multi_processor_count
+    wave = WAVE * count
     return max(1, min(wave // programs, tokens // LEAST_TOKENS))

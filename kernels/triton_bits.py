@@ -158,16 +158,17 @@ def load_params(
         BASE: bytes from the block to its parameters; TOKENS: of a page.
     """
     if FP16:
-        ptr = (page + (BASE + INDEX * TOKENS * 2) + row * 16).to(tl.pointer_type(tl.int32))
-        a, b = _halves(tl.load(ptr))
-        c, d = _halves(tl.load(ptr + 1))
-        e, f = _halves(tl.load(ptr + 2))
-        g, h = _halves(tl.load(ptr + 3))
+        ptr = (page + (BASE + INDEX * TOKENS * 2) + row * 16).to(tl.pointer_type(tl.int64))
+        low, high = tl.load(ptr), tl.load(ptr + 1)
+        a, b = _halves(low.to(tl.int32))
+        c, d = _halves((low >> 32).to(tl.int32))
+        e, f = _halves(high.to(tl.int32))
+        g, h = _halves((high >> 32).to(tl.int32))
         return a, b, c, d, e, f, g, h
     else:
-        ptr = (page + (BASE + INDEX * TOKENS) + row * 8).to(tl.pointer_type(tl.int32))
-        a, b, c, d = _e4m3x4(tl.load(ptr), INTERPRET)
-        e, f, g, h = _e4m3x4(tl.load(ptr + 1), INTERPRET)
+        w = tl.load((page + (BASE + INDEX * TOKENS) + row * 8).to(tl.pointer_type(tl.int64)))
+        a, b, c, d = _e4m3x4(w.to(tl.int32), INTERPRET)
+        e, f, g, h = _e4m3x4((w >> 32).to(tl.int32), INTERPRET)
         return a, b, c, d, e, f, g, h
 
 

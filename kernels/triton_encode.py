@@ -16,7 +16,9 @@ from kvfold.kernels.packing import FIELDS
 from kvfold.kernels.pages import anchor
 from kvfold.kernels.tables import format_tables, table_length
 from kvfold.kernels.triton_codec import NBYTES, read_header
-from kvfold.kernels.triton_pages import UNROLL, WARPS, write_block
+from kvfold.kernels.triton_pages import warps_for, write_block
+
+UNROLL: tl.constexpr = tl.constexpr(4)  # fields of 16-bit rows at a time
 
 
 # numbers that vary from call to call, or from format to format, must not each compile a kernel of their own
@@ -150,7 +152,7 @@ def encode_pages(
         key_clip if key_clip is not None else none, value_clip if value_clip is not None else none,
         *clip_strides(key_clip, key_format, heads), *clip_strides(value_clip, value_format, heads),
         table_length(keys.shape[3]), *keys.stride()[:3], sinks, ring,
-        ROWS=page_tokens // FIELDS, num_warps=WARPS, enable_fp_fusion=False,
+        ROWS=page_tokens // FIELDS, num_warps=warps_for(page_tokens), enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -183,5 +185,5 @@ def lower_pages(
         key_clip if key_clip is not None else none, value_clip if value_clip is not None else none,
         *clip_strides(key_clip, new[0], num_kv_heads), *clip_strides(value_clip, new[1], num_kv_heads),
         table_length(new[0].head_dim),
-        ROWS=page_tokens // FIELDS, num_warps=WARPS, enable_fp_fusion=False,
+        ROWS=page_tokens // FIELDS, num_warps=warps_for(page_tokens), enable_fp_fusion=False,
     )  # fmt: skip

@@ -94,8 +94,8 @@ def turned_coefficients(a, b, spans, span, ROWS: tl.constexpr):
 
 @triton.jit
 def slow_bias(bias, step, n, mask, N: tl.constexpr):
-    """The slow pairs' share [rows, N] in the scores of keys of steps [rows], 0 where not `mask`."""
-    return tl.load(bias + step[:, None] * N + n[None, :], mask=mask[:, None], other=0.0)
+    """The slow pairs' share [N, rows] in the scores of keys of steps [rows], 0 where not `mask`."""
+    return tl.load(bias + step[None, :] * N + n[:, None], mask=mask[None, :], other=0.0)
 
 
 @triton.jit
@@ -117,7 +117,7 @@ def raw_mean(a, bias, spans, within, u, mask, n, N: tl.constexpr, ROWS: tl.const
     x = cos * own + tl.where(k < half, -1.0, 1.0)[None, :] * sin * other
     x = tl.where(mask[:, None], x, 0.0)
     slow = slow_bias(bias, tl.where(mask, u, 0) // 32, n, mask, N)
-    return tl.dot(x, a, slow, input_precision="tf32x3")
+    return tl.dot(x, a, input_precision="tf32x3") + tl.trans(slow)
 
 
 @triton.jit

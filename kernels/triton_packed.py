@@ -11,6 +11,11 @@ divided by is folded into the scale of the score, for keys, and of the probabili
     Σ_t p_t·v_t = Σ_t (p_t·s_t)·c_t + Σ_t p_t·m_t                       values
 
 Online softmax in base 2 (FlashAttention); partial results are merged by their maxima (split-K, FlashDecoding).
+
+Half of the compiler's time goes into two passes that, for every load (TritonGPUCoalesce) and every dot (AccelerateMatmul), walk all that
+is connected with it. The second stops at a `tl.trans`, so pointers, scores and weights are turned where that costs no
+instruction; the first at the results of a branch, so the softmax stands in one that only LLVM knows to be always taken. Neither
+may hold a load or a dot: loads in a branch are not pipelined, and the tensor cores' layouts do not reach into it.
 """
 
 import triton
@@ -102,6 +107,7 @@ def packed_part(
     n = tl.arange(0, N)
     i = tl.arange(0, 16)
     row = i % rows
+    always = (tl.program_id(0) | 1) != 0  # true; see above
     k_offset = head * k_nbytes
     v_offset = kv_offset + head * v_nbytes
 
@@ -137,7 +143,7 @@ def packed_part(
         high = high + (zero_high,)
     z = ()
     for g in tl.static_range(v_groups):
-        z = z + (tl.zeros((16, N), tl.float32),)
+        z = z + (tl.zeros((N, 16), tl.float32),)
     turns = ()
     if MEAN > 0:
         m = tl.arange(0, MEAN)
@@ -147,7 +153,7 @@ def packed_part(
             own = (i // rows) * page_tokens + f * rows + row  # of the tile's tokens
             turns = turns + (tl.load(within + own[:, None] * MEAN + m[None, :]),)
     top = tl.full((N,), NEVER, tl.float32)
-    sums = tl.zeros((16, N), tl.float32)  # over the rows only at the end: no shuffles in the loop
+    sums = tl.zeros((N, 16), tl.float32)  # over the rows only at the end: no shuffles in the loop
 
     for tile in tl.range(begin, end, num_stages=STAGES):
         number = tile_page + tile * pages_each + i // rows
@@ -160,18 +166,17 @@ def packed_part(
         k_page = page + k_offset
         v_page = page + v_offset
         absent = tl.where(exists, 0.0, NEVER)
-        start = absent[:, None] + shift[None, :] if SHIFT else tl.zeros((16, N), tl.float32) + absent[:, None]
+        start = absent[None, :] + shift[:, None] if SHIFT else tl.zeros((N, 16), tl.float32) + absent[None, :]
         s = ()
         if MEAN > 0:
             high_c, low_c = turned_coefficients(a, a_2, spans, tile_page // pages_each + tile, MEAN)
             if page_tokens <= 32:  # a page lies within one step of the slow pairs
                 start += slow_bias(bias, number * page_tokens // 32, n, exists, N)
             for f in tl.static_range(8):
+                first = start
                 if page_tokens > 32:
-                    first = start + slow_bias(bias, (number * page_tokens + f * rows + row) // 32, n, exists, N)
-                else:
-                    first = start
-                s = s + (tl.dot(turns[f], low_c, tl.dot(turns[f], high_c, first)),)
+                    first += slow_bias(bias, (number * page_tokens + f * rows + row) // 32, n, exists, N)
+                s = s + (first + tl.trans(tl.dot(turns[f], low_c, tl.dot(turns[f], high_c))),)
         else:
             for f in tl.static_range(8):
                 s = s + (start,)
@@ -196,51 +201,55 @@ def packed_part(
             new = ()
             if k_raw:
                 for f in tl.static_range(8):
-                    new = new + (dots[f] * q_scale + s[f],)
+                    new = new + (tl.trans(dots[f]) * q_scale + s[f],)
             elif scale_min:
                 minimum = load_params(k_page, row, k_params, 2 * g, page_tokens, k_fp16, INTERPRET)
                 scale = load_params(k_page, row, k_params, 2 * g + 1, page_tokens, k_fp16, INTERPRET)
                 for f in tl.static_range(8):
-                    rest = s[f] + minimum[f][:, None] * middles[g][None, :]
-                    new = new + (dots[f] * (scale[f] * (one * field_unit(f, k_ternary)))[:, None] + rest,)
+                    rest = s[f] + minimum[f][None, :] * middles[g][:, None]
+                    new = new + (tl.trans(dots[f]) * (scale[f] * (one * field_unit(f, k_ternary)))[None, :] + rest,)
             else:
                 scale = load_params(k_page, row, k_params, 0, page_tokens, k_fp16, INTERPRET)
                 for f in tl.static_range(8):
-                    new = new + (dots[f] * (scale[f] * (one * field_unit(f, k_ternary)))[:, None] + s[f],)
+                    new = new + (tl.trans(dots[f]) * (scale[f] * (one * field_unit(f, k_ternary)))[None, :] + s[f],)
             s = new
         if CAP > 0:
             new = ()
             for f in tl.static_range(8):
-                new = new + (tl.where(exists[:, None], soft_cap(s[f], CAP), NEVER),)
+                new = new + (tl.where(exists[None, :], soft_cap(s[f], CAP), NEVER),)
             s = new
         if MASKED:
             new = ()
             for f in tl.static_range(8):
                 position = sinks + number * page_tokens + f * rows + row
-                seen = (position[:, None] < limit[None, :]) & (position[:, None] >= lowest[None, :])
+                seen = (position[None, :] < limit[:, None]) & (position[None, :] >= lowest[:, None])
                 new = new + (tl.where(seen, s[f], NEVER),)
             s = new
         best = tl.maximum(
             tl.maximum(tl.maximum(s[0], s[1]), tl.maximum(s[2], s[3])),
             tl.maximum(tl.maximum(s[4], s[5]), tl.maximum(s[6], s[7])),
         )
-        new_top = tl.maximum(top, tl.max(best, 0))
-        alpha = tl.exp2(top - new_top)
+        new_top = tl.maximum(top, tl.max(best, 1))
+        if always:
+            alpha = tl.exp2(top - new_top)
+            p = ()
+            for f in tl.static_range(8):
+                if MASKED:  # a column may have seen nothing so far
+                    p = p + (tl.where(s[f] > 0.5 * NEVER, tl.exp2(s[f] - new_top[:, None]), 0.0),)
+                else:
+                    p = p + (tl.exp2(s[f] - new_top[:, None]),)
+        else:
+            alpha = top
+            p = s
         top = new_top
-        p = ()
-        for f in tl.static_range(8):
-            if MASKED:  # a column may have seen nothing so far
-                p = p + (tl.where(s[f] > 0.5 * NEVER, tl.exp2(s[f] - new_top[None, :]), 0.0),)
-            else:
-                p = p + (tl.exp2(s[f] - new_top[None, :]),)
-        sums = sums * alpha[None, :] + (((p[0] + p[1]) + (p[2] + p[3])) + ((p[4] + p[5]) + (p[6] + p[7])))
+        sums = sums * alpha[:, None] + (((p[0] + p[1]) + (p[2] + p[3])) + ((p[4] + p[5]) + (p[6] + p[7])))
         new_z = ()
         scaled = ()
         for g in tl.static_range(v_groups):
             if v_raw:
                 group = ()
                 for f in tl.static_range(8):
-                    group = group + (p[f].to(tl.float16),)
+                    group = group + (tl.trans(p[f].to(tl.float16)),)
                 new_z = new_z + (z[g],)
             else:
                 if v_kind == "scale_min":
@@ -249,21 +258,22 @@ def packed_part(
                 else:
                     scale = load_params(v_page, row, v_params, 0, page_tokens, v_fp16, INTERPRET)
                     minimum = scale
-                added = z[g] * alpha[None, :]
+                added = z[g] * alpha[:, None]
                 for f in tl.static_range(8):
-                    added += p[f] * minimum[f][:, None]
+                    added += p[f] * minimum[f][None, :]
                 new_z = new_z + (added,)
                 group = ()
                 for f in tl.static_range(8):
                     weight = scale[f] * (p_one * v_unit * field_unit(f, v_ternary))
-                    group = group + ((p[f] * weight[:, None]).to(tl.float16),)
+                    group = group + (tl.trans((p[f] * weight[None, :]).to(tl.float16)),)
             scaled = scaled + (group,)
         z = new_z
+        shrink = tl.trans(alpha[:, None])
         new_low = ()
         new_high = ()
         for t in tl.static_range(count(v_pieces)):
-            new_low = new_low + (low[t] * alpha[None, :],)
-            new_high = new_high + (high[t] * alpha[None, :],)
+            new_low = new_low + (low[t] * shrink,)
+            new_high = new_high + (high[t] * shrink,)
         if v_ternary:
             low = trit_values(v_page, row, scaled, new_low, v_trits, INTERPRET, v_groups)
             high = new_high
@@ -284,9 +294,9 @@ def packed_part(
                 high = high + (one_high,)
     totals = ()
     for g in tl.static_range(v_groups):
-        totals = totals + (tl.sum(z[g], 0),)
+        totals = totals + (tl.sum(z[g], 1),)
     outs = ()
     for t in tl.static_range(count(v_pieces)):
         unit_v = 1.0 if v_raw else 16777216.0 / p_one
         outs = outs + (_finish_piece(low[t], high[t], totals, unit_v, pick(v_pieces, t), v_kind == "scale"),)
-    return outs, top, tl.sum(sums, 0)
+    return outs, top, tl.sum(sums, 1)

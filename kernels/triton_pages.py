@@ -32,12 +32,14 @@ from kvfold.kernels.triton_codec import (
 )
 
 CODED: tl.constexpr = tl.constexpr(tables.CODED)
-PASSES: tl.constexpr = tl.constexpr(tables.PASSES)
 PARTNER: tl.constexpr = tl.constexpr(tables.PARTNER)
-UNROLL: tl.constexpr = tl.constexpr(4)  # fields of 16-bit rows at a time
-WARPS = 4  # of a program that writes or decodes one side of one head's page
 WORD_TILE: tl.constexpr = tl.constexpr(256)  # words at a time
-TOKEN_TILE: tl.constexpr = tl.constexpr(1024)  # elements of all tokens at a time
+TOKEN_TILE: tl.constexpr = tl.constexpr(512)  # elements of all tokens at a time
+
+
+def warps_for(page_tokens: int) -> int:
+    """Warps of a program that writes or decodes one side of one head's page."""
+    return max(4, page_tokens // 16)
 
 
 @triton.constexpr_function
@@ -113,7 +115,6 @@ def _write_codes(block, table, header, source, ROWS: tl.constexpr, PACKED: tl.co
     """Codes and packs binary codes."""
     width: tl.constexpr = tile_width(WORD_TILE, ROWS)
     dim, kind, _, _, group_size, _, _, _ = header
-    items = 8 * tl.load(table + PASSES)
     row = tl.arange(0, ROWS)[:, None]
     for first in range(0, dim, width):
         c = first + tl.arange(0, width)[None, :]
@@ -127,6 +128,9 @@ def _write_codes(block, table, header, source, ROWS: tl.constexpr, PACKED: tl.co
         partner = channel_row(table, dim, c, valid, PARTNER)
         group = c // group_size
         partner_group = partner // group_size
+        items = tl.where(
+            tl.max(tl.max(partner, 1), 0) > 0, 16, 8
+        )  # a second pass for the second channels of words of one bit
         words_0 = tl.zeros((ROWS, width), tl.int32)
         words_1 = tl.zeros((ROWS, width), tl.int32)
         for item in range(0, items, UNROLL):

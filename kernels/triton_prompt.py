@@ -6,7 +6,7 @@ library's FlashAttention goes over them without a mask. It gives the logarithm o
 parts of split-K are. Runs under Triton's interpreter on a CPU too, with plain torch in the library's place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from kvfold.kernels.packing import FIELDS
 from kvfold.kernels.pages import anchor
 from kvfold.kernels.tables import format_tables, table_length
 from kvfold.kernels.triton_codec import NBYTES, decode_elements, read_header, to_fp16
-from kvfold.kernels.triton_pages import TOKEN_TILE, WARPS, tile_width
+from kvfold.kernels.triton_pages import TOKEN_TILE, tile_width, warps_for
 
 SCRATCH_NBYTES = 64 << 20  # of decoded keys and values at a time
 KEY_SCALE = 64.0  # decoded keys carry the softmax scale; times this they lie in float16's middle
@@ -80,7 +80,7 @@ def decode_pages(
         _decode_kernel, (pages.numel(), keys.shape[0], 2),
         anchor(pages.device), pages, factors, keys, values,
         format_tables([[key_format, value_format]], page_tokens, pages.device), table_length(dim),
-        ROWS=page_tokens // FIELDS, num_warps=WARPS,
+        ROWS=page_tokens // FIELDS, num_warps=warps_for(page_tokens),
     )  # fmt: skip
 
 
@@ -100,7 +100,14 @@ def plain_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -
 
 
 def read_together(
-    query: Tensor, scale: Tensor, runs: Sequence[PageRun], table: Tensor, page_tokens: int, out: Tensor, ml: Tensor
+    query: Tensor,
+    scale: Tensor,
+    runs: Sequence[PageRun],
+    table: Tensor,
+    page_tokens: int,
+    out: Tensor,
+    ml: Tensor,
+    mean: Callable[[int, int], Tensor] | None = None,
 ) -> None:
     """Attention of all queries of one sequence to whole runs of pages, as one part for the merge.
 
@@ -110,6 +117,7 @@ def read_together(
         table: int64 [entries], addresses of the sequence's pages.
         out: float32 [Hkv · query blocks, N, head_dim], a part of the outputs, with weights' sum 1; written.
         ml: float32 [Hkv · query blocks, 2, N], logarithms to base 2 of the sums of weights, and ones; written.
+        mean: what keys were stored without, if anything: (first entry, end) → float32 [Hkv, tokens, head_dim] in their stored basis.
     """
     heads, dim = query.shape[1], query.shape[-1]
     flat = query.view(1, heads, -1, dim)
@@ -125,6 +133,8 @@ def read_together(
             shape = (heads, len(pages) * page_tokens, dim)
             k, v = (x[: heads * shape[1] * dim].view(shape) for x in (keys, values))
             decode_pages(pages, run.key_format, run.value_format, factors, k, v, page_tokens)
+            if mean is not None:
+                k.copy_(k.float() + mean(first, first + len(pages)) * factors[:, None, None])
             part, part_sums = plain_attention(flat, k[None], v[None], 1 / KEY_SCALE)
             if total is None or sums is None:
                 total, sums = part.float(), part_sums

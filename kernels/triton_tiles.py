@@ -65,7 +65,7 @@ def key_tile(page, row, q, s, g: tl.constexpr, T: tl.constexpr, INTERPRET: tl.co
     group: tl.constexpr = pick(T, 8)
     if group == g:
         c = tl.arange(0, size)
-        ptr = (page + offset + row * stride).to(tl.pointer_type(tl.int16))[:, None] + c[None, :]
+        ptr = tl.trans((page + offset + row * stride).to(tl.pointer_type(tl.int16))[None, :] + c[:, None])
         if valid < size:
             words = tl.load(ptr, mask=(c < valid)[None, :], other=0)
             more = tl.load(ptr + fields_4 // 2, mask=(c < valid)[None, :], other=0) if width == 4 else words
@@ -90,7 +90,7 @@ def value_plane(page, row, p, acc, size: tl.constexpr, valid: tl.constexpr, C: t
     fields_4: tl.constexpr = pick(C, 4)
     left: tl.constexpr = pick(C, 5)
     c = tl.arange(0, size)
-    ptr = (page + offset + row * stride).to(tl.pointer_type(tl.int16))[None, :] + c[:, None]
+    ptr = tl.trans((page + offset + row * stride).to(tl.pointer_type(tl.int16))[:, None] + c[None, :])
     if valid < size:
         words = tl.load(ptr, mask=(c < valid)[:, None], other=0)
         more = tl.load(ptr + fields_4 // 2, mask=(c < valid)[:, None], other=0) if width == 4 else words

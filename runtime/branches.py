@@ -29,6 +29,8 @@ class Branches:
     graph: Any
     artifact: str | None = None
     lent: bool = False
+    torn: bool = False  # a step failed half way
+    quiet: int = 0  # steps to come before which the host has nothing to do, see runtime.steps
 
     @property
     def formats(self) -> list[tuple]:
@@ -48,11 +50,13 @@ class Branches:
         """
         for layer in self.layers:
             layer.check_crop(tokens_to_remove)
+        self.quiet = 0
         for layer in self.layers:
             layer.crop(tokens_to_remove)
 
     def take_back(self, count: int, tokens: int) -> None:
         """Removes the latest `tokens` tokens from the first `count` layers, after a call that failed in the next one."""
+        self.quiet = 0
         with suppress(KvfoldError):  # a sliding window forbids it: then check_whole refuses the cache
             for layer in self.layers[:count]:
                 layer.crop(-tokens, undo=True)
@@ -60,9 +64,10 @@ class Branches:
     def check_whole(self) -> None:
         """Raises KvfoldError if a call that failed has left layers of different lengths."""
         found = {layer.columns for layer in self.layers if layer.columns}
-        if len(found) > 1:
+        if len(found) > 1 or self.torn:
+            least = max(found) - 1 if self.torn else min(found)
             raise KvfoldError(
-                f"A call that failed left this cache with layers of {min(found)} and of {max(found)} tokens; reset() it or "
+                f"A call that failed left this cache with layers of {least} and of {max(found)} tokens; reset() it or "
                 "take a new one."
             )
 
@@ -88,7 +93,7 @@ class Branches:
                     f"A rollback of {tokens} tokens needs a cache of {need} bytes, but kv_budget is {self.budget}; raise "
                     "kv_budget or draft fewer tokens at a time."
                 )
-        self.graph = None  # it holds the old ring
+        self.graph, self.quiet = None, 0  # it holds the old ring
         self.geometry = geometry
         for layer in self.layers:
             layer.extend_ring(geometry)
@@ -107,7 +112,7 @@ class Branches:
             other: Any = copy.copy(self)
             other.padding = replace(self.padding, columns=list(self.padding.columns), scratch={})
             other.layers = [layer.fork(other.padding) for layer in self.layers]
-            other.graph = None  # it holds the tensors of this one
+            other.graph, other.quiet = None, 0  # it holds the tensors of this one
             if self.pager is not None:
                 self.pager.fixed[other] = self.pager.fixed.get(self, 0)
                 if not all(layer.is_initialized for layer in self.layers):

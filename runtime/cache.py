@@ -28,13 +28,10 @@ class QuantizedKVCache(Branches, Cache):
         geometry: of the cache.
         budget: bytes that `nbytes` may never pass; None for no limit.
         use_triton: read and write by Triton kernels instead of plain torch.
-        reserve: tokens of each sequence to take memory for when the first ones come, so that nothing moves afterwards and
-            a step can be captured in a CUDA graph; 0 to grow as needed.
         policy: pages start in 16 bits and go down as the budget fills; None stores at the searched bits at once.
         offload: old pages go to host memory as the budget, then of bytes on the device, fills; None keeps all on the device.
     Raises:
-        KvfoldError: a policy without a budget, or with reserved memory, whose pages have one size; offload without a budget, with a
-            policy or with reserved memory.
+        KvfoldError: a policy without a budget; offload without a budget or with a policy.
     """
 
     def __init__(
@@ -43,18 +40,16 @@ class QuantizedKVCache(Branches, Cache):
         geometry: Geometry,
         budget: int | None = None,
         use_triton: bool = False,
-        reserve: int = 0,
         policy: Progressive | None = None,
         offload: Pager | None = None,
     ) -> None:
-        if offload is not None and (budget is None or reserve or policy is not None):
+        if offload is not None and (budget is None or policy is not None):
             raise KvfoldError(
-                "offload moves pages that stay as they are as kv_budget fills, so it needs kv_budget, policy='floor' and no reserved "
-                "memory."
+                "offload moves pages that stay as they are as kv_budget fills, so it needs kv_budget and policy='floor'."
             )
-        if policy is not None and (budget is None or reserve):
+        if policy is not None and budget is None:
             raise KvfoldError(
-                "policy='progressive' lowers pages as a budget fills, so it needs kv_budget and no reserved memory; give kv_budget."
+                "policy='progressive' lowers pages as a budget fills, so it needs a budget; give kv_budget."
             )
         self.padding = Padding([])
         self.policy = policy
@@ -62,25 +57,13 @@ class QuantizedKVCache(Branches, Cache):
         rungs = policy.rungs if policy is not None else [(spec,) for spec in specs]
         layers = [PackedLayer(x[0], geometry, self.padding, i, use_triton, x) for i, x in enumerate(rungs)]
         for layer in layers:
-            layer.reserved, layer.pager = reserve, offload
+            layer.pager = offload
         self.pager = offload
         super().__init__(layers=layers)  # type: ignore[arg-type]
         self.geometry = geometry
         self.budget = budget
         self.graph: Any = None  # a captured decoding step, see runtime.graph
-
-    @property
-    def room(self) -> int:
-        """Tokens that every sequence can still take in memory that was reserved."""
-        first = self.layers[0]
-        if not first.reserved or not first.is_initialized:
-            return 0
-        return min(first.reserved - length for length in first.length)
-
-    def advance(self, tokens: int) -> None:
-        """Catches the host up with tokens that a CUDA graph appended to every sequence."""
-        for layer in self.layers:
-            layer.advance(tokens)
+        self.settled: bool | None = None  # of the step that runs: whether pages will be lowered before the next one
 
     @property
     def nbytes(self) -> int:
@@ -123,7 +106,10 @@ class QuantizedKVCache(Branches, Cache):
             FloatingPointError: a key or value is NaN or infinite; what earlier layers have stored of the call is taken back. A
                 decoding step by kernels waits for nothing: its keys and values are reported before the next page is packed.
         """
+        if self.padding.stepping:  # all of this is done (runtime.steps)
+            return self.layers[layer_idx].update(key_states, value_states)
         if layer_idx == 0:
+            self.quiet = 0
             self.check_whole()
             marks.look_before_packing(self, key_states.shape[2])
         if self.budget is not None and layer_idx == 0:
@@ -163,7 +149,8 @@ class QuantizedKVCache(Branches, Cache):
         super().reset()
         self.padding.columns = []
         self.padding.scratch.pop(marks.NAME, None)
-        self.graph = None
+        self.padding.scratch.pop(marks.ASKED, None)
+        self.graph, self.quiet, self.torn = None, 0, False
         if self.pager is not None:  # forks go on with the old one
             self.pager.fixed.pop(self, None)
             self.pager = self.pager.new()
@@ -178,7 +165,7 @@ class QuantizedKVCache(Branches, Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         marks.look(self)
         make_room(self, len(beam_idx))
-        self.graph = None  # it holds the tensors of another batch
+        self.graph, self.quiet = None, 0  # it holds the tensors of another batch
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._select_padding(beam_idx.tolist())
 
@@ -186,14 +173,14 @@ class QuantizedKVCache(Branches, Cache):
         chosen = (indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist()
         marks.look(self)
         make_room(self, len(chosen))
-        self.graph = None  # it holds the tensors of another batch
+        self.graph, self.quiet = None, 0  # it holds the tensors of another batch
         super().batch_select_indices(indices)
         self._select_padding(chosen)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         marks.look(self)
         make_room(self, self.layers[0].batch_size * repeats if self.layers[0].is_initialized else 0)
-        self.graph = None  # it holds the tensors of another batch
+        self.graph, self.quiet = None, 0  # it holds the tensors of another batch
         super().batch_repeat_interleave(repeats)
         self._select_padding([b for b in range(len(self.padding.columns)) for _ in range(repeats)])
 

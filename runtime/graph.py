@@ -1,79 +1,249 @@
 """Decoding by replaying one captured step: Python launches one graph a token instead of a thousand kernels.
 
-Everything that changes from step to step lives on the device: the token, the sequences' lengths (which are also the
-positions), the block tables. The first step of a cache runs as usual and so compiles what must be compiled; the second is
-captured. Both with the model's small operations compiled.
+Everything that changes from step to step lives on the device: the token, the sequences' lengths, the block tables and the pages
+that they lead to. A page is a tensor of its own, entered between two replays; only where a tensor that the graph itself reads is
+replaced (a block table that grew, the 16-bit rows of another ring) the step is captured again. Before a capture one step runs as
+usual, and so compiles what must be compiled. After FUSE_AFTER steps of a model its small operations are compiled too.
 """
 
-from collections.abc import Callable
+import functools
+import logging
+import os
+import types
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from kvfold.errors import KvfoldError
 from kvfold.runtime.cache import QuantizedKVCache
 from kvfold.runtime.fused import fused
-from kvfold.runtime.marks import look_before_packing
+from kvfold.runtime.steps import begin, due_rungs, finish, stepping
+
+log = logging.getLogger("kvfold")
+
+WARM = "warm"  # QuantizedKVCache.graph: one step has run on these tensors, the next may be captured
+# steps of a model and a batch size before its norms, gates and RoPE are compiled: torch.compile takes seconds, which a short answer
+# must not wait for and a long one wins back
+FUSE_AFTER = 64
+PLAIN = {
+    "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position", "logits_to_keep", "return_dict",
+}  # fmt: skip
+WAITS = "synchronizing CUDA operation"  # of PyTorch's warning
+
+
+def reads(cache: QuantizedKVCache) -> list[tuple[int, torch.Size]]:
+    """Where the tensors of a cache lie that a step of it reads or writes, pages aside."""
+    found = []
+    for layer in cache.layers:
+        there, _ = due_rungs(layer)
+        found += [*layer.own_tensors(), *([] if there is None else [there])]
+    return [(x.data_ptr(), x.shape) for x in found]
 
 
 class DecodingStep:
-    """One step of a model on one cache, captured, with its small operations compiled; one such step must have been run before.
+    """One step of a model on one cache, captured; `begin` has been called for it, and such a step must have run before.
+
+    Capturing runs nothing and leaves the cache's host state alone.
 
     Args:
-        model: from load_pretrained.
-        forward: its own.
-        cache: with reserved memory; it must not move any tensor afterwards.
+        forward: the model's own.
+        cache: that the step reads and appends to.
         batch_size: sequences.
+        compiled: a context in which the model's small operations run compiled, or None.
     """
 
-    def __init__(self, model: Any, forward: Callable[..., Any], cache: QuantizedKVCache, batch_size: int) -> None:
+    devices = ("cuda",)
+
+    def __init__(
+        self, forward: Callable[..., Any], cache: QuantizedKVCache, batch_size: int, compiled: Any = None
+    ) -> None:
         device = cache.layers[0].device
         self.ids = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        self.reads = reads(cache)
         self.graph = torch.cuda.CUDAGraph()
-        layers = cache.layers
-        before = [(x.columns, list(x.length), [list(p) for p in x.pages], [list(p) for p in x.spare]) for x in layers]
         torch.cuda.synchronize(device)
-        with fused(model), torch.cuda.graph(self.graph):
-            positions = layers[0].state[:, :1].long()
-            self.logits = forward(
-                input_ids=self.ids, position_ids=positions, past_key_values=cache, use_cache=True
-            ).logits
-        for layer, (columns, length, pages, spare) in zip(layers, before, strict=True):  # capturing ran nothing
-            layer.columns, layer.length, layer.pages, layer.spare = columns, length, pages, spare
+        # other threads may do as they like meanwhile
+        with compiled or nullcontext(), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.logits = run(forward, cache, self.ids, self.positions)
 
-    def __call__(self, ids: Tensor, cache: QuantizedKVCache) -> Tensor:
-        """Appends ids [B, 1] and returns the logits [B, 1, vocab_size], valid until the next call.
-
-        Raises:
-            FloatingPointError: an earlier step had a key or value that is NaN or infinite, and this one would pack a page.
-        """
-        look_before_packing(cache, 1)  # what `update` does in a step that Python runs
+    def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """The logits [B, 1, vocab_size] of the tokens ids [B, 1] at positions [B or 1, 1], valid until the next call."""
         self.ids.copy_(ids)
+        self.positions.copy_(positions)
         self.graph.replay()
-        cache.advance(1)
         return self.logits
 
 
-def graphed(model: Any) -> Callable[..., Any]:
-    """The `forward` of a model that replays a captured step where it can: one token a sequence, on a cache with room."""
-    forward = model.forward
+def run(forward: Callable[..., Any], cache: QuantizedKVCache, ids: Tensor, positions: Tensor) -> Tensor:
+    """The logits of a step whose host's part is done."""
+    with stepping(cache.padding):
+        return forward(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
 
-    def step(*args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        wanted = (
-            kwargs.get("output_hidden_states") or kwargs.get("output_attentions") or kwargs.get("labels") is not None
-        )
-        if wanted or not isinstance(cache, QuantizedKVCache) or ids is None or ids.shape[1] != 1 or cache.room < 1:
-            return forward(*args, **kwargs)
-        if cache.graph is None:
-            cache.graph = "next"
-            with fused(model):
-                return forward(*args, **kwargs)
-        if cache.graph == "next":
-            cache.graph = DecodingStep(model, forward, cache, ids.shape[0])
-        logits = cache.graph(ids, cache).clone()
+
+class Decoding:
+    """The `forward` of a model that replays a captured step wherever it can, and is the model's own elsewhere.
+
+    Args:
+        model: from load_pretrained; its own `forward` is kept.
+        insist: an error, in the next step, where one can't be captured, instead of a warning and going on without.
+        notice: told the columns of a cache now and then.
+        capture: makes a captured step.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        insist: bool = False,
+        notice: Callable[[int], None] | None = None,
+        capture: Any = DecodingStep,
+    ) -> None:
+        self.model, self.forward, self.insist, self.notice, self.capture = model, model.forward, insist, notice, capture
+        self.refused = ""  # why no step of this model can be captured
+        self.probed = False  # whether a step was watched for what can't be captured
+        self.steps: Counter[int] = Counter()  # replayed ones, by batch size
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids", args[0] if args else None)
+        if not isinstance(cache, QuantizedKVCache) or not self.fits(cache, ids, args, kwargs):
+            return self.forward(*args, **kwargs)
+        if self.refused and self.insist:
+            raise KvfoldError(f"{self.refused}; load with cuda_graph='auto' or False.")
+        if self.refused:
+            return self.forward(*args, **kwargs)
+        quiet = cache.quiet > 0
+        if not begin(cache):
+            return self.forward(*args, **kwargs)
+        if not quiet and self.notice is not None:
+            self.notice(cache.layers[0].columns)
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = cache.layers[0].state[:, :1].long()
+        try:
+            with torch.no_grad():
+                logits = self.logits(cache, ids, positions, quiet)
+        except BaseException:
+            cache.torn, cache.graph = True, None  # some layers may have the token, and the host counts it for all
+            raise
+        finish(cache)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
-    return step
+    def fits(self, cache: QuantizedKVCache, ids: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether a call is a plain decoding step: one token a sequence, on a filled cache of kernels, and nothing else wanted."""
+        first, config = cache.layers[0], self.model.config
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1 or len(args) > 1:
+            return False
+        if not first.is_initialized or not first.use_triton or cache.pager is not None:
+            return False
+        if first.batch_size != len(ids) or ids.device != first.device or first.device.type not in self.capture.devices:
+            return False
+        if any(kwargs[name] is not None and kwargs[name] is not False for name in kwargs.keys() - PLAIN):
+            return False
+        mask, positions, keep = (kwargs.get(name) for name in ("attention_mask", "position_ids", "logits_to_keep"))
+        if kwargs.get("use_cache") is False or kwargs.get("return_dict") is False or isinstance(keep, Tensor):
+            return False
+        if (mask is not None and mask.dim() != 2) or (positions is not None and tuple(positions.shape) not in ((1, 1), (len(ids), 1))):  # fmt: skip
+            return False
+        pads = cache.padding.columns
+        if len(pads) != len(ids) or max(pads) >= first.columns:  # a sequence of which nothing has come yet
+            return False
+        if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
+            return False
+        return not (self.model.training or torch.compiler.is_compiling())
+
+    def logits(self, cache: QuantizedKVCache, ids: Tensor, positions: Tensor, quiet: bool) -> Tensor:
+        """A step, replayed or as it is. `quiet`: nothing of the cache can have been replaced since the last one."""
+        step, batch = cache.graph, len(ids)
+        fuse = self.steps[batch] >= FUSE_AFTER and os.environ.get("TORCHDYNAMO_DISABLE") != "1"
+        if step is WARM:
+            step = cache.graph = self.captured(cache, batch, fuse)
+        elif step is not None and (step.fused != fuse or (not quiet and not self.holds(step, cache))):
+            step = cache.graph = None  # frees what it held before the step runs
+        if step is not None:
+            self.steps[batch] += 1
+            return step(ids, positions).clone()
+        if self.insist or not (self.refused or self.hooked()):
+            cache.graph = WARM
+        with fused(self.model) if fuse else nullcontext(), self.watched(cache):
+            return run(self.forward, cache, ids, positions)
+
+    def holds(self, step: Any, cache: QuantizedKVCache) -> bool:
+        """Whether all that a captured step reads is where it was."""
+        return step.reads == reads(cache) and step.weights == self.weights() and (self.insist or not self.hooked())
+
+    def weights(self) -> list[int]:
+        """Where the model's weights lie."""
+        return [x.data_ptr() for x in self.model.parameters()]
+
+    def captured(self, cache: QuantizedKVCache, batch: int, fuse: bool) -> Any:
+        """A captured step; None, with a warning, where there can't be one: nothing was run, and the step runs as usual."""
+        try:
+            step = self.capture(self.forward, cache, batch, fused(self.model) if fuse else None)
+        except (RuntimeError, NotImplementedError) as error:
+            self.refuse(str(error).splitlines()[0] if str(error) else type(error).__name__)
+            recover(cache.layers[0].device)
+            return None
+        step.fused, step.weights = fuse, self.weights()
+        return step
+
+    def refuse(self, why: str) -> None:
+        """From here on no step of this model is captured."""
+        self.refused = f"A decoding step of {type(self.model).__name__} can't be captured in a CUDA graph ({why})"
+        if not self.insist:
+            log.warning("%s; Python runs it, as with cuda_graph=False.", self.refused)
+
+    @contextmanager
+    def watched(self, cache: QuantizedKVCache) -> Iterator[None]:
+        """Learns, from the first step that runs as usual, whether the model's code waits for the device, which no capture survives."""
+        if self.probed or cache.layers[0].device.type != "cuda":
+            yield
+            return
+        self.probed = True
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        if any(WAITS in str(x.message) for x in found):
+            self.refuse("its code waits for the device")
+            cache.graph = None
+
+    def hooked(self) -> bool:
+        """Whether somebody's hooks sit on the model's inner modules: a replay would not call them."""
+        own = (self.model, self.model.base_model)
+        for module in self.model.modules():
+            if hasattr(module, "_hf_hook"):
+                return True
+            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            if module not in own and any(not getattr(x, "__module__", "").startswith("transformers.") for x in hooks):
+                return True
+        return False
+
+
+def decode_by(model: Any, decoding: Decoding) -> None:
+    """Makes calls of `model` go through `decoding`. A copy of the model goes through its own."""
+
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.kv_decoding(*args, **kwargs)
+
+    model.kv_decoding = decoding
+    model.forward = types.MethodType(forward, model)
+
+
+def recover(device: torch.device) -> None:
+    """After a capture that failed: one that succeeds takes PyTorch's random numbers out of the capturing state they were left in."""
+    if device.type != "cuda":
+        return
+    torch.cuda.synchronize(device)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device=device).add_(1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvfold.exports.account import TABLE_STEP, Geometry
+from kvfold.exports.account import Geometry, table_entries
 from kvfold.exports.spec import LayerSpec
 from kvfold.kernels.attention import Tile, packed_tokens
 from kvfold.kernels.codes import field_order
@@ -17,6 +17,8 @@ from kvfold.runtime.pager import Pager, PagingPool
 from kvfold.runtime.pages import read_codes, read_pages, set_segments, write_pages
 from kvfold.runtime.pool import PagePool
 from kvfold.runtime.sequences import PASSED, Sequences, slots_of
+from kvfold.runtime.steps import due_in, take_pages
+from kvfold.runtime.upload import on_device
 from kvfold.runtime.view import LayerView, Padding, RowView
 
 TILE_TOKENS = 1024  # packed tokens decoded at a time while attending
@@ -56,8 +58,7 @@ class PackedLayer(Sequences, CacheLayerMixin):
         self.sliding = geometry.sliding_of(layer_idx)
         self.shares_pool = False  # with forks
         self.bounds: list[list[int]] = []  # `segments` on the host
-        self.columns = 0  # tokens seen, padding included: what transformers calls the sequence length
-        self.reserved = 0  # tokens of each sequence that memory was taken for in advance
+        self._columns, self._length, self._counted = 0, [], padding.steps
         self.pager: Pager | None = None  # where old pages may go to host memory
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -81,41 +82,19 @@ class PackedLayer(Sequences, CacheLayerMixin):
         self.segments = torch.zeros(0, 0, dtype=torch.int32, device=self.device)  # see runtime.pages
         self.length = [0] * self.batch_size
         self.pages: list[list[int]] = [[] for _ in range(self.batch_size)]
-        self.spare: list[list[int]] = [[] for _ in range(self.batch_size)]  # in the table already, not yet written
         self.passed = [0] * self.batch_size  # leading pages that are gone
         # lowest token of the ring whose 16-bit row is there, unless the ring has come round since
         self.oldest = [self.geometry.sinks] * self.batch_size
         self.is_initialized = True
-        if self.reserved:
-            self._reserve()
-
-    def _reserve(self) -> None:
-        """Takes all pages that `reserved` tokens of each sequence need and enters them in the block table."""
-        count = self.geometry.num_pages(self.reserved)
-        self.pool.reserve(count * self.batch_size)
-        self._fit_table(count)
-        for b in range(self.batch_size):
-            self.spare[b] = self.pool.allocate(count)
-            self.enter(b, 0, self.spare[b])
 
     def enter(self, b: int, first: int, ids: list[int]) -> None:
         """Writes pages into sequence b's block table from entry `first` on."""
         if ids:
-            entries = torch.tensor(self.pool.addresses(ids), dtype=torch.int64)
-            self.block_table[b, first : first + len(ids)] = entries.to(self.device, non_blocking=True)
+            entries = on_device(self.pool.addresses(ids), torch.int64, self.device)
+            self.block_table[b, first : first + len(ids)] = entries
 
     def _set_state(self, b: int) -> None:
-        state = torch.tensor([self.length[b], len(self.pages[b])], dtype=torch.int32)
-        self.state[b] = state.to(self.device, non_blocking=True)
-
-    def advance(self, tokens: int) -> None:
-        """Catches the host up with `tokens` tokens that a CUDA graph appended to every sequence."""
-        self.columns += tokens
-        for b in range(self.batch_size):
-            self.length[b] += tokens
-            due = self.geometry.num_pages(self.length[b]) - len(self.pages[b])
-            self.pages[b] += self.spare[b][: max(due, 0)]
-            del self.spare[b][: max(due, 0)]
+        self.state[b] = on_device([self.length[b], len(self.pages[b])], torch.int32, self.device)
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
@@ -133,7 +112,7 @@ class PackedLayer(Sequences, CacheLayerMixin):
 
     def _own_pages(self) -> set[int]:
         """Distinct pages of these sequences."""
-        return {i for ids in (*self.pages, *self.spare) for i in ids if i != PASSED}
+        return {i for ids in self.pages for i in ids if i != PASSED}
 
     @property
     def host_nbytes(self) -> int:
@@ -164,7 +143,7 @@ class PackedLayer(Sequences, CacheLayerMixin):
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.columns + query_length, 0
+        return self.columns + (0 if self.padding.stepping else query_length), 0
 
     # -- append --------------------------------------------------------------------------------------------------------
 
@@ -177,6 +156,10 @@ class PackedLayer(Sequences, CacheLayerMixin):
             FloatingPointError: a key or value is NaN or infinite; nothing of this layer is stored. A decoding step by kernels
                 leaves that to the cache (runtime.marks).
         """
+        if self.padding.stepping:  # the host's part is done for all layers (runtime.steps)
+            shape = torch.Size((*key_states.shape[:2], self.columns, key_states.shape[3]))
+            view = LayerView(self, None, shape, key_states.dtype, key_states.device, (key_states, value_states))
+            return view, view
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.release_passed()
@@ -185,9 +168,9 @@ class PackedLayer(Sequences, CacheLayerMixin):
         pads = self.padding.columns or [0] * self.batch_size
         skips = [min(max(pad - self.columns, 0), tokens) for pad in pads]
         shape = torch.Size((*key_states.shape[:2], self.columns + tokens, key_states.shape[3]))
-        if self.use_triton and tokens == 1 and not any(skips) and not any(self.due):
-            self._make_room()
-            set_segments(self)
+        if self.use_triton and tokens == 1 and not any(skips):
+            take_pages([self], due_in(self))
+            self.length = [n + 1 for n in self.length]
             self.columns += 1
             view = LayerView(self, None, shape, key_states.dtype, key_states.device, (key_states, value_states))
             return view, view
@@ -214,19 +197,6 @@ class PackedLayer(Sequences, CacheLayerMixin):
                 bad = (~torch.isfinite(states[b, :, skip:])).any(-1).any(0).nonzero()
                 if len(bad):
                     raise not_finite(self.layer_idx, name, self.columns + skip + int(bad[0]), b)
-
-    def _make_room(self) -> None:
-        """Before a step whose kernel writes on the device: the host's lengths, and a page where one comes due."""
-        for b in range(self.batch_size):
-            self.length[b] += 1
-            if self.geometry.num_pages(self.length[b]) > len(self.pages[b]):
-                if self.spare[b]:
-                    self.pages[b].append(self.spare[b].pop(0))
-                    continue
-                ids = self.pool.allocate(1)
-                self._fit_table(max(len(self.pages[b]) + 1, *(len(x) for x in self.pages)))
-                self.enter(b, len(self.pages[b]), ids)
-                self.pages[b] += ids
 
     def slots(self, start: int, end: int) -> Tensor:
         """Rows of the 16-bit buffers that tokens start … end − 1 stand in, int64 [end − start]."""
@@ -295,15 +265,10 @@ class PackedLayer(Sequences, CacheLayerMixin):
         """_store_pages for pages that may all wait for their bytes together."""
         count = keys.shape[1] // self.geometry.page_tokens
         first = len(self.pages[b])
-        ids = self.spare[b][:count]
-        del self.spare[b][:count]
-        ready = len(ids)
         rungs = self.due[b] if self.due else []
-        for i in range(ready, count):
-            ids += self.pool.allocate(1, rungs[i] if rungs else -1)
-        if ready < count:
-            self._fit_table(max(first + count, *(len(ids) for ids in self.pages)))
-            self.enter(b, first + ready, ids[ready:])
+        ids = [i for n in range(count) for i in self.pool.allocate(1, rungs[n] if rungs else -1)]
+        self._fit_table(max(first + count, *(len(ids) for ids in self.pages)))
+        self.enter(b, first, ids)
         self.pages[b] += ids
         write_pages(self, ids, keys, values)
         self.pool.written()
@@ -318,15 +283,15 @@ class PackedLayer(Sequences, CacheLayerMixin):
 
     def _fit_table(self, entries: int) -> None:
         """Gives the block table room for `entries` pages a sequence, in whole steps."""
-        entries = max(entries, *(len(self.pages[b]) + len(self.spare[b]) for b in range(self.batch_size)), 0)
-        room = -(-entries // TABLE_STEP) * TABLE_STEP
+        entries = max(entries, *(len(ids) for ids in self.pages), 0)
+        room = table_entries(entries)
         if room != self.block_table.shape[1]:
             self.block_table = self.block_table.new_zeros(
                 self.batch_size, 0
             )  # the old one goes before the new one comes
             self.block_table = self.block_table.new_zeros(self.batch_size, room)
             for b in range(self.batch_size):
-                self.enter(b, 0, self.pages[b] + self.spare[b])
+                self.enter(b, 0, self.pages[b])
 
     # -- read ----------------------------------------------------------------------------------------------------------
 

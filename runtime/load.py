@@ -1,6 +1,5 @@
 """`load_pretrained`: an artifact, local or on the Hub, as a transformers model that reads back a packed cache."""
 
-import functools
 import logging
 import types
 from collections.abc import Iterator
@@ -8,26 +7,28 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from kvfold.autoclass import stock_from_pretrained
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import batch_nbytes
-from kvfold.exports.reader import Artifact, read_artifact
+from kvfold.exports.reader import Artifact, read_artifact, read_metadata
+from kvfold.exports.schema import Metadata
 from kvfold.exports.units import parse_nbytes
 from kvfold.runtime.assisted import hook_assisted, own_drafts
-from kvfold.runtime.attention import NAME
 from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.compile import begin_folder, compiling
+from kvfold.runtime.graph import Decoding, DecodingStep, decode_by
 from kvfold.runtime.lower import check
 from kvfold.runtime.pager import Pager
 from kvfold.runtime.policy import Progressive
-from kvfold.runtime.save import save_artifact
+
+if TYPE_CHECKING:  # transformers' models take seconds to import: kernels are compiled meanwhile
+    from transformers import PreTrainedModel
 
 log = logging.getLogger("kvfold")
 
@@ -50,6 +51,7 @@ def resolve_artifact(path_or_repo_id: str | Path, revision: str | None = None, *
         ) from error
 
 
+@compiling()
 def load_pretrained(
     path_or_repo_id: str | Path,
     *,
@@ -60,11 +62,11 @@ def load_pretrained(
     policy: str = "floor",
     offload: bool = False,
     attention: str = "auto",
-    cuda_graph: bool = False,
+    cuda_graph: bool | str = "auto",
     rollback: int = 0,
     batch_invariant: bool = False,
     **hub_kwargs: Any,
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """Loads an artifact as a transformers model in eval mode whose every forward pass reads a packed cache.
 
     Args:
@@ -76,14 +78,17 @@ def load_pretrained(
         kv_budget: bytes ("1GiB" or an int) that a cache may never pass; KVBudgetExceeded is raised before it would. With offload,
             bytes on the device.
         policy: "floor" stores at the searched bit-widths at once; "progressive" starts in 16 bits and lowers pages, the least
-            harmful first, as kv_budget fills. Its attention is the plain-torch reference unless attention="triton" asks for the kernels.
+            harmful first, as kv_budget fills, between the steps of decoding.
         offload: as kv_budget fills, the oldest pages go to host memory, packed as they are. Each step copies them in again, a layer
             at a time, through a staging buffer (two on a GPU, so that one layer's are copied while another attends). The buffer must hold
             a layer's, so that a budget reaches further by the number of layers at the most.
         attention: "reference" is plain torch on any device, "triton" the kernels; "auto" picks by device.
-        cuda_graph: `generate` takes memory for the longest sequence at the start and replays one captured decoding step, so
-            that decoding isn't bound by Python. The step's norms, gates and RoPE are compiled by torch.compile, which takes seconds
-            at its first use. Needs a GPU and the kernels.
+        cuda_graph: "auto" replays one captured decoding step wherever that can be, so that decoding isn't bound by Python: on a GPU,
+            with the kernels and without offload, for steps of one token a sequence. Memory grows as without; each time the block
+            table has doubled the step is captured again. All else (beams, drafts, hidden states, a model whose code waits for the
+            device) runs as with False, by itself. A captured step calls no hooks of inner modules: where there are some, nothing is
+            captured. Long texts have the step's norms, gates and RoPE compiled by torch.compile, which takes seconds once
+            (TORCHDYNAMO_DISABLE=1 does without). True: an error instead where nothing can be captured; False: never.
         rollback: tokens by which a cache may be cropped exactly, as if they had never come: their 16-bit rows are kept longer.
             Assisted and prompt-lookup decoding see to that by themselves.
         batch_invariant: attention gives a sequence the same bits in whatever batch it is decoded: the kernels divide its pages
@@ -103,10 +108,8 @@ def load_pretrained(
         raise KvfoldError(
             "policy='progressive' lowers pages as kv_budget fills, but there is none; give kv_budget='1GiB'."
         )
-    if progressive and cuda_graph:
-        raise KvfoldError(
-            "cuda_graph=True needs pages that stay as they are, but policy='progressive' lowers them; leave one of them out."
-        )
+    if cuda_graph not in (True, False, "auto"):
+        raise KvfoldError(f"cuda_graph={cuda_graph!r} is not one this version knows; use 'auto', True or False.")
     if offload and kv_budget is None:
         raise KvfoldError(
             "offload=True moves pages to host memory as kv_budget fills, but there is none; give kv_budget='1GiB'."
@@ -115,7 +118,7 @@ def load_pretrained(
         raise KvfoldError(
             "offload=True moves pages that stay as they are, but policy='progressive' lowers them; leave one of them out."
         )
-    if offload and cuda_graph:
+    if offload and cuda_graph is True:
         raise KvfoldError(
             "cuda_graph=True needs pages that stay where they are, but offload=True moves them; leave one of them out."
         )
@@ -126,7 +129,12 @@ def load_pretrained(
     if isinstance(rollback, bool) or not isinstance(rollback, int) or rollback < 0:
         raise KvfoldError(f"rollback={rollback!r} is not a number of tokens; give 0 or more.")
     budget = None if kv_budget is None else parse_nbytes(kv_budget)
-    artifact = read_artifact(resolve_artifact(path_or_repo_id, revision, **hub_kwargs))
+    folder = resolve_artifact(path_or_repo_id, revision, **hub_kwargs)
+    target = torch.device(device) if device is not None else default_device()
+    triton = choose_triton(attention, target, read_metadata(folder))
+    # compiled while the weights are read
+    kernels = begin_folder(folder, target, dtype, progressive) if triton else None
+    artifact = read_artifact(folder)
     g = artifact.geometry
     ladders = progressive_policy(artifact) if progressive else None
     if budget is not None:
@@ -137,19 +145,18 @@ def load_pretrained(
             raise KvfoldError(
                 f"kv_budget={kv_budget} is too small: sinks, window and one page take {least} bytes; give at least that."
             )
-    target = torch.device(device) if device is not None else default_device()
     dtype = dtype or default_dtype(target)
     model, info = stock_from_pretrained(artifact.path, dtype=dtype or "auto", output_loading_info=True)
     check_complete(info, artifact)
-    # the rungs of all layers are kernels of their own, minutes of compiling where nobody called warm_up: "auto" stays with the reference
-    triton = choose_triton("reference" if progressive and attention == "auto" else attention, target, artifact)
-    if cuda_graph and not (triton and target.type == "cuda"):
+    model = model.to(target)
+    triton = kernels is not None and kernels.usable(required=attention == "triton")
+    if cuda_graph is True and not (triton and target.type == "cuda"):
         raise KvfoldError(
             f"cuda_graph=True needs a CUDA device and the Triton kernels, but this is {target}; leave it out."
         )
     log.info("attention: %s on %s", "Triton kernels" if triton else "plain-torch reference", target)
     return attach(
-        model.to(target), artifact, budget, triton, cuda_graph, rollback=rollback, batch_invariant=batch_invariant, policy=ladders,
+        model, artifact, budget, triton, cuda_graph, rollback=rollback, batch_invariant=batch_invariant, policy=ladders,
         offload=offload,
     )  # fmt: skip
 
@@ -176,7 +183,7 @@ def check_complete(info: Any, artifact: Artifact) -> None:
         raise KvfoldError(f"'{artifact.path}' lacks the weight {absent[0]}; write or download the artifact again.")
 
 
-def choose_triton(attention: str, device: torch.device, artifact: Artifact) -> bool:
+def choose_triton(attention: str, device: torch.device, artifact: Artifact | Metadata) -> bool:
     """Whether the Triton kernels run.
 
     Raises:
@@ -211,13 +218,18 @@ def attach(
     artifact: Artifact,
     budget: int | None = None,
     triton: bool = False,
-    cuda_graph: bool = False,
+    cuda_graph: bool | str = "auto",
     rollback: int = 0,
     batch_invariant: bool = False,
     policy: Progressive | None = None,
     offload: bool = False,
-) -> PreTrainedModel:
-    """Makes every forward pass of `model`, which has the artifact's weights, read a packed cache."""
+) -> "PreTrainedModel":
+    """Makes every forward pass of `model`, which has the artifact's weights, read a packed cache; see load_pretrained."""
+    from transformers.utils import ModelOutput
+
+    from kvfold.runtime.attention import NAME
+    from kvfold.runtime.save import save_artifact
+
     model.eval()
     model.set_attn_implementation(NAME)
 
@@ -227,23 +239,23 @@ def attach(
     geometry = replace(artifact.geometry, rollback=rollback)
     digest = artifact.metadata.digest
 
-    def new_cache(reserve: int = 0) -> QuantizedKVCache:
+    def new_cache() -> QuantizedKVCache:
         away = None
         if offload:
             buffers = 2 if next(model.parameters()).device.type == "cuda" else 1
             away = Pager([geometry.pair_nbytes(*pair) for pair in artifact.formats], buffers=buffers)
-        cache = QuantizedKVCache(artifact.specs, geometry, budget, triton, reserve, policy, away)
+        cache = QuantizedKVCache(artifact.specs, geometry, budget, triton, policy, away)
         cache.artifact = digest
         cache.padding.batch_invariant = batch_invariant
         return cache
 
     def prepare_cache(self, generation_config, model_kwargs, mode, batch_size, max_length, *args, **kwargs) -> None:
-        find_cache(self, generation_config, model_kwargs, max_length)
+        find_cache(generation_config, model_kwargs)
         cache = model_kwargs.get("past_key_values")
         if getattr(generation_config, "is_assistant", False) and isinstance(cache, QuantizedKVCache):
             cache.extend_rollback(own_drafts(generation_config))
 
-    def find_cache(self, generation_config, model_kwargs, max_length) -> None:
+    def find_cache(generation_config, model_kwargs) -> None:
         if model_kwargs.get("past_key_values") is not None:
             model_kwargs["past_key_values"]._is_user_defined = True
             return
@@ -254,7 +266,12 @@ def attach(
                 "leave cache_implementation out, or pass past_key_values."
             )
         if generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = new_cache(max_length if cuda_graph else 0)
+            model_kwargs["past_key_values"] = new_cache()
+
+    def note_length(tokens: int) -> None:
+        if tokens > covered and not warned:
+            warned.append(True)
+            log.warning("this artifact was calibrated for positions up to %d; past that quality falls off", covered)
 
     def inject_cache(module, args, kwargs):
         """A plain forward pass would make a stock 16-bit cache, and perplexity would measure nothing."""
@@ -266,12 +283,10 @@ def attach(
             kwargs["past_key_values"] = new_cache()
             kwargs["past_key_values"].lent = kwargs.get("use_cache") is False
         cache = kwargs.get("past_key_values")
-        if isinstance(cache, QuantizedKVCache):
+        if isinstance(cache, QuantizedKVCache) and not cache.padding.stepping:
             cache.note_padding(kwargs.get("attention_mask"), tokens.shape[0])
             check(cache, tokens.shape[0], tokens.shape[1])
-            if cache.get_seq_length() + tokens.shape[1] > covered and not warned:
-                warned.append(True)
-                log.warning("this artifact was calibrated for positions up to %d; past that quality falls off", covered)
+            note_length(cache.get_seq_length() + tokens.shape[1])
             if kwargs.get("position_ids") is None and any(cache.padding.columns):
                 # generate counts positions from the first real token; a plain call must too, or a padded row's keys are
                 # rotated, and so quantised, unlike the same row's alone
@@ -288,10 +303,8 @@ def attach(
     model._prepare_cache_for_generation = types.MethodType(prepare_cache, model)
     hook_assisted(model)
     model.new_kv_cache = new_cache
-    if cuda_graph:
-        from kvfold.runtime.graph import graphed
-
-        model.forward = functools.wraps(model.forward)(graphed(model))
+    if cuda_graph and triton and not offload and model.device.type in DecodingStep.devices:
+        decode_by(model, Decoding(model, cuda_graph is True, note_length))
     model.save_pretrained = types.MethodType(save_artifact, model)
     model.base_model.kv_packed = True
     model.base_model.register_forward_pre_hook(inject_cache, with_kwargs=True)

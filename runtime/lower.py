@@ -1,10 +1,9 @@
 """Makes room in a cache under a byte budget: what the floor policy checks, and what the progressive policy lowers."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kvfold.errors import KVBudgetExceeded
-from kvfold.exports.account import TABLE_STEP, batch_nbytes
+from kvfold.exports.account import batch_nbytes, table_entries
 from kvfold.runtime.pages import lower, oldest
 from kvfold.runtime.policy import Plan
 
@@ -28,10 +27,7 @@ def check(cache: "QuantizedKVCache", batch_size: int, tokens: int) -> None:
         need = sum(offload_nbytes(cache, batch_size, tokens))
     elif cache.policy is None:
         pads = cache.padding.columns or [0] * batch_size
-        reserved = cache.layers[0].reserved
-        geometry = replace(cache.geometry, sliding=()) if reserved else cache.geometry  # what is reserved stays
-        lengths = [max(0, seen + tokens - pad, reserved) for pad in pads]
-        need = batch_nbytes(geometry, cache.formats, lengths, tokens)
+        need = batch_nbytes(cache.geometry, cache.formats, [max(0, seen + tokens - pad) for pad in pads], tokens)
     else:
         need = floor_nbytes(cache, batch_size, _due(cache, batch_size, tokens)[2])
     if need > cache.budget:
@@ -85,11 +81,13 @@ def make_way(cache: Any, nbytes: int) -> bool:
     return cache.pager.needed(0, 0) + nbytes <= cache.pager.limit and cache.pager.make_room(nbytes)
 
 
-def prepare(cache: "QuantizedKVCache", batch_size: int, tokens: int) -> None:
+def prepare(cache: "QuantizedKVCache", batch_size: int, tokens: int) -> bool:
     """Before the progressive policy's cache takes `tokens` columns: lowers pages until they fit, and says which rungs the pages
     that come due are written on. A call that takes no memory, as most decoding steps, lowers ahead for the next page: as many pages as there
     are layers, more only where the steps that are left could not do it else.
 
+    Returns:
+        whether nothing is left to be lowered for the pages that come due next.
     Raises:
         KVBudgetExceeded: not even the floor has room; nothing was changed.
     """
@@ -109,10 +107,15 @@ def prepare(cache: "QuantizedKVCache", batch_size: int, tokens: int) -> None:
         for layer, fresh in zip(layers, plan.fresh, strict=True):
             layer.due = rungs_of(fresh, wanted) if any(fresh[:-1]) else []
         carry_out(cache, plan, None)
-    elif plan is not None and not cache.policy.whole_layers:
-        full = [g.sinks + g.window + (pages + 1) * g.page_tokens for pages in have]
-        steps = min(end - n for n, end in zip(total, full, strict=True))  # up to the one that takes the next page
-        carry_out(cache, plan, max(len(layers), -(-sum(map(sum, plan.moves)) // steps)))
+        return cache.policy.whole_layers
+    if plan is None or cache.policy.whole_layers:
+        return True
+    full = [g.sinks + g.window + (pages + 1) * g.page_tokens for pages in have]
+    steps = min(end - n for n, end in zip(total, full, strict=True))  # up to the one that takes the next page
+    left = sum(map(sum, plan.moves))
+    limit = max(len(layers), -(-left // steps))
+    carry_out(cache, plan, limit)
+    return left <= limit
 
 
 def _due(cache: "QuantizedKVCache", batch_size: int, tokens: int) -> tuple[list[int], list[int], list[int]]:
@@ -141,7 +144,7 @@ def _fixed_nbytes(layer: "PackedLayer", batch_size: int, pages: list[int]) -> in
     g = layer.geometry
     have = [len(ids) for ids in layer.pages] if layer.is_initialized else [0] * batch_size
     entries = max(n + more for n, more in zip(have, pages, strict=True))
-    room = -(-entries // TABLE_STEP) * TABLE_STEP
+    room = table_entries(entries)
     if layer.is_initialized:
         room = max(room, layer.block_table.shape[1])
     return batch_size * (g.table_nbytes(room) + g.segments_nbytes(len(layer.rungs)))

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from kvfold.errors import KvfoldError
+from kvfold.runtime.upload import on_device
 from kvfold.runtime.view import Padding
 
 if TYPE_CHECKING:
     from kvfold.runtime.branches import Branches
 
 NAME = "marks"  # in Padding.scratch: like the queries' buffer, no part of what is cached
+ASKED = "asked marks"  # there too: a copy on its way to the host
+LEAD = 2  # steps before a page that the host asks for the marks, so that they are there when it needs them
 
 
 def marks_of(padding: Padding, batch_size: int, device: torch.device) -> Tensor:
@@ -25,6 +28,7 @@ def marks_of(padding: Padding, batch_size: int, device: torch.device) -> Tensor:
 
     found = padding.scratch.get(NAME)
     if found is None or len(found) != batch_size:
+        padding.scratch.pop(ASKED, None)
         found = padding.scratch[NAME] = empty_marks(batch_size, device)
     return found
 
@@ -38,21 +42,68 @@ def not_finite(layer_idx: int, name: str, position: int, sequence: int, end: str
 
 
 def look_before_packing(cache: "Branches", tokens: int) -> None:
-    """`look` if the next `tokens` columns complete a page, or are several; else nothing, and the host waits for nothing.
+    """Sees to it that the host knows the marks of what the next `tokens` columns pack.
 
-    This is the one wait of a decoding step, at most one in page_tokens for each sequence: a page is due, and the device must have
-    computed what it will hold.
+    On a GPU it asks for them some steps before a page is due, if the window is that long, and reads the answer when the page is
+    due: by then the steps that it waits for are done. Without a window, and before a chunk, it is a `look`.
     """
-    first = cache.layers[0]
+    first, g = cache.layers[0], cache.geometry
     if NAME not in cache.padding.scratch or not first.is_initialized:
         return
-    if first.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return  # whoever replays the step looks before
-    g = cache.geometry
-    due = [g.num_pages(n + tokens) > g.num_pages(n) for n in first.length]
-    late = g.window == 0 and any(g.num_pages(n) > g.num_pages(max(0, n - 1)) for n in first.length)
-    if tokens > 1 or any(due) or late:
+    due = any(g.num_pages(n + tokens) > g.num_pages(n) for n in first.length)
+    ahead = lead(cache) if tokens == 1 else 0
+    if ahead and due:
+        _answer(cache)
+    elif ahead:
+        soon = any(g.num_pages(n + 1 + ahead) > g.num_pages(n) for n in first.length)
+        if soon and not _asked_within(cache, ahead):
+            _ask(cache)
+    elif (
+        tokens > 1 or due or (g.window == 0 and any(g.num_pages(n) > g.num_pages(max(0, n - 1)) for n in first.length))
+    ):
         look(cache)
+
+
+def lead(cache: "Branches") -> int:
+    """Steps before a page at which the marks are asked for; 0: they are read when the page is due."""
+    return min(cache.geometry.window, LEAD) if cache.layers[0].device.type == "cuda" else 0
+
+
+def asked_before(cache: "Branches", steps: int) -> int:
+    """Of a page that comes due with the `steps`-th step from here: the number of the step before which the host looks or asks."""
+    ahead = lead(cache)
+    if not ahead or NAME not in cache.padding.scratch or (steps <= ahead and _asked_within(cache, ahead)):
+        return steps
+    return max(1, steps - ahead)
+
+
+def _asked_within(cache: "Branches", steps: int) -> bool:
+    asked = cache.padding.scratch.get(ASKED)
+    return asked is not None and 0 <= cache.tokens - asked[0] <= steps
+
+
+def _ask(cache: "Branches") -> None:
+    """Starts a copy of the marks of all columns so far to the host."""
+    marks = cache.padding.scratch[NAME]
+    host, event = marks.clone(), None
+    if marks.device.type == "cuda":
+        host = torch.empty(len(marks), dtype=torch.int64, pin_memory=True)
+        host.copy_(marks, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+    cache.padding.scratch[ASKED] = (cache.tokens, host, event)
+
+
+def _answer(cache: "Branches") -> None:
+    """Reads the copy, waiting for no step later than it; `look` if there is none, or one from before a row that is packed now."""
+    asked = cache.padding.scratch.get(ASKED)
+    if asked is None or not 0 <= cache.tokens + 1 - asked[0] <= cache.geometry.window:
+        look(cache)
+        return
+    _, host, event = asked
+    if event is not None:
+        event.synchronize()
+    _report(cache, host.tolist())
 
 
 def look(cache: "Branches") -> None:
@@ -63,11 +114,14 @@ def look(cache: "Branches") -> None:
             since; if a sliding window has left behind what that takes, it must be reset.
     """
     marks = cache.padding.scratch.get(NAME)
-    if marks is None:
-        return
+    if marks is not None:
+        _report(cache, marks.tolist())
+
+
+def _report(cache: "Branches", found: list[int]) -> None:
+    """Raises what `look` says if one of the marks was set."""
     from kvfold.kernels.triton_append import UNMARKED, read_mark
 
-    found = marks.tolist()
     if all(mark == UNMARKED for mark in found):
         return
     pads = cache.padding.columns or [0] * len(found)
@@ -88,9 +142,10 @@ def look(cache: "Branches") -> None:
 def unmark(cache: "Branches") -> None:
     """After a crop: marks of tokens that are gone go with them, without a wait."""
     marks = cache.padding.scratch.get(NAME)
+    cache.padding.scratch.pop(ASKED, None)
     if marks is None or not cache.layers[0].is_initialized:
         return
     from kvfold.kernels.triton_append import LABELS, UNMARKED
 
-    ends = torch.tensor(cache.layers[0].length, dtype=torch.int64) * LABELS.value
-    marks.masked_fill_(marks >= ends.to(marks.device, non_blocking=True), UNMARKED)
+    ends = on_device([n * LABELS.value for n in cache.layers[0].length], torch.int64, marks.device)
+    marks.masked_fill_(marks >= ends, UNMARKED)

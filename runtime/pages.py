@@ -10,6 +10,7 @@ from torch import Tensor
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec, clip_rows
 from kvfold.kernels.codes import Codes, scratch
 from kvfold.kernels.quantizer import decode, encode
+from kvfold.runtime.upload import Upload
 
 if TYPE_CHECKING:
     from kvfold.runtime.layer import PackedLayer
@@ -117,9 +118,9 @@ def lower(layer: "PackedLayer", ids: list[int]) -> None:
         layer.enter(b, start, row[start:end])
 
 
-def set_segments(layer: "PackedLayer") -> None:
+def set_segments(layer: "PackedLayer", upload: Upload | None = None) -> None:
     """Brings `layer.segments` up to date, where pages have rungs: int32 [B, R + 1], pages segments[b, r] … segments[b, r + 1] − 1
-    of sequence b stand on rung r. Along a sequence rungs never fall: old pages have the fewest bits."""
+    of sequence b stand on rung r. Along a sequence rungs never fall: old pages have the fewest bits. With `upload`, once that is sent."""
     count = len(layer.rungs)
     if count == 1:
         return
@@ -131,4 +132,7 @@ def set_segments(layer: "PackedLayer") -> None:
     if len(layer.segments) != layer.batch_size:
         layer.segments = layer.segments.new_zeros(0)  # the old one goes before the new one comes
         layer.segments = layer.segments.new_zeros(layer.batch_size, count + 1)
-    layer.segments.copy_(torch.tensor(bounds, dtype=torch.int32), non_blocking=True)
+    news = upload or Upload(layer.device)
+    news.add(layer.segments.view(-1), [start for row in bounds for start in row])
+    if upload is None:
+        news.send()

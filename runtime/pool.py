@@ -13,8 +13,7 @@ PASSED = -1  # in a list of pages: one that a sliding window has left behind and
 class PagePool:
     """Pages of bytes, each of the size of its rung. A full page never changes its tokens, so sequences may share it.
 
-    A page is a tensor of its own, so that growing copies nothing and freeing returns memory; `reserve` takes many at once
-    from one tensor, which stays until the pool goes.
+    A page is a tensor of its own, so that growing copies nothing and moves nothing, and freeing returns memory.
 
     Args:
         page_nbytes: bytes of a page, a multiple of 16; of one on each rung, floor first, where pages come in several formats.
@@ -32,34 +31,19 @@ class PagePool:
         self._rungs: dict[int, int] = {}
         self._owners: dict[int, int] = {}
         self._free_ids: list[int] = []  # numbers of pages that were given back
-        self._slab: Tensor | None = None
-        self._slab_free: list[int] = []  # pages of the slab that nobody owns
-        self._slab_size = 0
 
     @property
     def page_nbytes(self) -> int:
         """Bytes of a page on the highest rung, which new pages have unless `allocate` is told otherwise."""
         return self.sizes[-1]
 
-    def reserve(self, count: int) -> None:
-        """Takes memory for `count` pages at once; only on a pool of one rung without pages."""
-        assert not self._pages and self._slab is None and len(self.sizes) == 1
-        self._slab = torch.empty(count, self.page_nbytes, dtype=torch.uint8, device=self.device)
-        self._slab_size = count
-        self._slab_free = list(range(count - 1, -1, -1))
-
     def allocate(self, count: int, rung: int = -1) -> list[int]:
         """`count` new pages of undefined bytes on a rung, default the highest, with one owner each; returns their numbers."""
         rung %= len(self.sizes)
         ids = []
         for _ in range(count):
-            if self._slab_free:
-                number = self._slab_free.pop()
-                assert self._slab is not None
-                self._place(number, rung, self._slab[number])
-            else:
-                number = self._free_ids.pop() if self._free_ids else self._slab_size + self._own_pages()
-                self._place(number, rung, self._new(rung))
+            number = self._free_ids.pop() if self._free_ids else len(self._pages)
+            self._place(number, rung, self._new(rung))
             self._owners[number] = 1
             ids.append(number)
         self.counts[rung] += count
@@ -70,10 +54,6 @@ class PagePool:
 
     def _place(self, number: int, rung: int, page: Tensor) -> None:
         self._pages[number], self._rungs[number], self._addresses[number] = page, rung, page_address(page)
-
-    def _own_pages(self) -> int:
-        """Pages that are tensors of their own."""
-        return sum(number >= self._slab_size for number in self._pages) if self._slab_size else len(self._pages)
 
     def page(self, number: int) -> Tensor:
         """A page's bytes, uint8 [size of its rung]."""
@@ -123,7 +103,7 @@ class PagePool:
         """
         old = [self._pages[i] for i in ids]
         rung = self._rungs[ids[0]]
-        assert rung > 0 and self._slab is None and all(self._rungs[i] == rung for i in ids)
+        assert rung > 0 and all(self._rungs[i] == rung for i in ids)
         for i in ids:
             self._place(i, rung - 1, self._new(rung - 1))
         self.counts[rung] -= len(ids)
@@ -142,7 +122,7 @@ class PagePool:
             if self._owners[i] == 0:
                 del self._owners[i], self._pages[i], self._addresses[i]
                 self.counts[self._rungs.pop(i)] -= 1
-                (self._slab_free if i < self._slab_size else self._free_ids).append(i)
+                self._free_ids.append(i)
 
     def __len__(self) -> int:
         """Pages that have an owner."""
@@ -151,11 +131,8 @@ class PagePool:
     @property
     def nbytes(self) -> int:
         """Resident bytes, from the counts: what `tensors` add up to."""
-        if self._slab is None:
-            return sum(count * size for count, size in zip(self.counts, self.sizes, strict=True))
-        return self._slab.nbytes + self._own_pages() * self.page_nbytes
+        return sum(count * size for count, size in zip(self.counts, self.sizes, strict=True))
 
     def tensors(self) -> list[Tensor]:
         """Every resident tensor."""
-        own = [page for number, page in self._pages.items() if number >= self._slab_size]
-        return own if self._slab is None else [self._slab, *own]
+        return list(self._pages.values())

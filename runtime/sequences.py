@@ -29,8 +29,6 @@ class Sequences:
     padding: Padding
     pool: PagePool
     layer_idx: int
-    columns: int
-    reserved: int
     sliding: int
     shares_pool: bool
     is_initialized: bool
@@ -43,30 +41,60 @@ class Sequences:
     due: list[list[int]]
     bounds: list[list[int]]
     block_table: Tensor
-    length: list[int]
     pages: list[list[int]]
-    spare: list[list[int]]
     passed: list[int]
     oldest: list[int]
     slots: Any
     read_pages: Any
     _set_state: Any
     _fit_table: Any
+    _columns: int
+    _length: list[int]
+    _counted: int  # of `padding.steps`
+
+    def _catch_up(self) -> None:
+        """Counts the steps that were prepared for all layers at once since this layer was last asked."""
+        steps, self._counted = self.padding.steps - self._counted, self.padding.steps
+        if steps and self.is_initialized:
+            self._columns += steps
+            self._length = [n + steps for n in self._length]
+
+    @property
+    def columns(self) -> int:
+        """Tokens seen, padding included: what transformers calls the sequence length."""
+        self._catch_up()
+        return self._columns
+
+    @columns.setter
+    def columns(self, value: int) -> None:
+        self._catch_up()
+        self._columns = value
+
+    @property
+    def length(self) -> list[int]:
+        """Tokens of each sequence."""
+        self._catch_up()
+        return self._length
+
+    @length.setter
+    def length(self, value: list[int]) -> None:
+        self._catch_up()
+        self._length = value
 
     def reset(self) -> None:
         """Forgets everything and frees it."""
         if self.is_initialized:
             self._disown()
             del self.pool, self.raw_keys, self.raw_values, self.state, self.block_table, self.segments, self.batch_size
-            del self.length, self.pages, self.spare, self.passed, self.oldest
+            del self.pages, self.passed, self.oldest
         self.shares_pool = False
+        self.columns, self.length = 0, []
         self.is_initialized = False
-        self.columns = 0
         self.due, self.bounds = [], []
 
     def _disown(self) -> None:
         """Gives back the pages of all sequences."""
-        for ids in (*self.pages, *self.spare):
+        for ids in self.pages:
             self.pool.release([i for i in ids if i != PASSED])
 
     def __del__(self) -> None:
@@ -76,10 +104,9 @@ class Sequences:
     def release_passed(self) -> None:
         """Frees pages that lie behind a sliding window of every query to come; called once the latest queries have attended.
 
-        Their block table entries become 0, which no kernel reads: it starts at the first visible page. Memory that was
-        reserved stays.
+        Their block table entries become 0, which no kernel reads: it starts at the first visible page.
         """
-        if not self.sliding or self.reserved or not self.is_initialized:
+        if not self.sliding or not self.is_initialized:
             return
         for b, length in enumerate(self.length):
             first, passed = self.passed[b], self.geometry.passed_pages(length, self.sliding)
@@ -149,14 +176,11 @@ class Sequences:
         self._set_state(b)
 
     def _drop_pages(self, b: int, whole: int) -> None:
-        """Takes all pages from number `whole` on off sequence b; what was reserved is spare again."""
+        """Takes all pages from number `whole` on off sequence b."""
         ids = self.pages[b][whole:]
         del self.pages[b][whole:]
         self.passed[b] = min(self.passed[b], whole)
-        if self.reserved:
-            self.spare[b] = ids + self.spare[b]
-        else:
-            self.pool.release([i for i in ids if i != PASSED])
+        self.pool.release([i for i in ids if i != PASSED])
 
     def extend_ring(self, geometry: Geometry) -> None:
         """Goes on with a geometry that differs in `rollback` alone; what the ring holds moves to one of the new size."""
@@ -176,6 +200,7 @@ class Sequences:
 
     def fork(self, padding: Padding) -> "PackedLayer":
         """A layer that goes on from here by itself: the pages are shared, 16-bit rows and tables are its own."""
+        self._catch_up()
         other: Any = copy.copy(self)
         other.padding = padding
         if self.is_initialized:
@@ -184,7 +209,6 @@ class Sequences:
             other.segments, other.due, other.bounds = self.segments.clone(), [], []
             other.length, other.pages = list(self.length), [list(ids) for ids in self.pages]
             other.passed, other.oldest = list(self.passed), list(self.oldest)
-            other.spare, other.reserved = [[] for _ in self.spare], 0
             for ids in self.pages:
                 self.pool.share([i for i in ids if i != PASSED])
             self.shares_pool = other.shares_pool = True
@@ -192,10 +216,7 @@ class Sequences:
         return other
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the sequences `indices`, int64 [n], in that order; an index may repeat. Pages are shared, not copied.
-
-        Pages that were taken in advance and not yet written are given back.
-        """
+        """Keeps the sequences `indices`, int64 [n], in that order; an index may repeat. Pages are shared, not copied."""
         if not self.is_initialized:
             return
         indices = torch.as_tensor(indices)
@@ -211,8 +232,6 @@ class Sequences:
         self.length = [self.length[b] for b in chosen]
         self.pages = [list(self.pages[b]) for b in chosen]
         self.passed, self.oldest = [self.passed[b] for b in chosen], [self.oldest[b] for b in chosen]
-        self.spare = [[] for _ in chosen]
-        self.reserved = 0
         self.batch_size = len(chosen)
         if self.batch_size:
             self._fit_table(0)

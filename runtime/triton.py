@@ -1,5 +1,6 @@
 """The packed cache's reads and writes by Triton kernels: what PackedLayer and LayerView do when `use_triton` is set."""
 
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -7,14 +8,19 @@ import torch
 from torch import Tensor
 
 from kvfold.exports.account import Geometry
-from kvfold.exports.spec import LayerSpec
+from kvfold.exports.spec import KeySpec, LayerSpec
 from kvfold.kernels.attention import packed_tokens
+from kvfold.kernels.key_mean import STEP
 from kvfold.kernels.pages import page_address
+from kvfold.kernels.quantizer import to_float16
 from kvfold.kernels.triton_append import append_step, empty_queries
-from kvfold.kernels.triton_attention import Queries, attention, prepare_queries
+from kvfold.kernels.triton_attention import attention, prepare_queries
 from kvfold.kernels.triton_encode import encode_pages, lower_pages
+from kvfold.kernels.triton_mean import MeanOf
 from kvfold.kernels.triton_prompt import PageRun
 from kvfold.runtime.marks import marks_of
+from kvfold.runtime.steps import due_rungs
+from kvfold.runtime.upload import on_device
 
 if TYPE_CHECKING:
     from kvfold.runtime.layer import PackedLayer
@@ -68,16 +74,21 @@ def _decode(
 ) -> None:  # fmt: skip
     """One step of every sequence: appends, packs the page that came due, attends, and moves the device's state on."""
     spec, geometry = layer.spec, layer.geometry
-    name = (query.shape[0], query.shape[1], geometry.num_kv_heads, query.shape[3], query.device, shifted)
+    shape = (query.shape[0], query.shape[1], geometry.num_kv_heads, query.shape[3], query.device, shifted)
+    tokens = geometry.raw_rows + layer.block_table.shape[1] * geometry.page_tokens if spec.key.turns else 0
+    name = (*shape, spec.key.frequencies if spec.key.turns else None, tokens)
     scratch = layer.padding.scratch
     if name not in scratch:
-        scratch[name] = empty_queries(*name)
+        tables = spec.key.tables(geometry.sinks) if spec.key.turns else None
+        scratch[name] = empty_queries(*shape, tables, tokens)
     queries = scratch[name]
+    several = len(layer.rungs) > 1
     append_step(
         keys.contiguous(), values.contiguous(), query.contiguous(), layer.raw_keys, layer.raw_values, layer.block_table,
         layer.state, queries, [rung.key.format for rung in layer.rungs], [rung.value.format for rung in layer.rungs],
         scaling=scaling, matrix=spec.key.matrix, offset=spec.key.offset, query_matrix=spec.key.query_matrix,
         key_clips=[rung.key.clip for rung in layer.rungs], value_clips=[rung.value.clip for rung in layer.rungs],
+        rungs=due_rungs(layer)[0] if several else None,
         softcap=bends["softcap"], marks=marks_of(layer.padding, query.shape[0], query.device), layer=layer.layer_idx,
         **regions(geometry),
     )  # fmt: skip
@@ -102,25 +113,55 @@ def _prompt(
     # a copy: where it begins decides how it is aligned, and each alignment would compile a kernel of its own
     state = layer.state[b : b + 1].clone()
     bent = bool(bends["softcap"] or bends["sliding"])
+    keys, mean = row.keys, None
+    if spec.key.turns:  # a prompt's kernel reads its 16-bit rows with their mean, and pages without
+        assert spec.key.offset is not None
+        mean = partial(_stored_mean, spec.key, geometry)
+        keys = to_float16(keys.float() + _stored(spec.key, row.raw_positions, geometry.sinks))
     for start in range(0, query.shape[2], QUERY_CHUNK):
         chunk = query[:, :, start : start + QUERY_CHUNK]
         position = layer.length[b] - query.shape[2] + start
         first = torch.tensor([position], dtype=torch.int32, device=device)
         shift = spec.key.shift(chunk) if shifted else None
-        queries = prepare_queries(spec.key.apply_query(chunk), geometry.num_kv_heads, scaling, bends["softcap"], shift)
+        rows = chunk.shape[2] * chunk.shape[1] // geometry.num_kv_heads
+        together = [] if bent else page_runs(layer, row, position, rows)
+        term = None
+        if spec.key.turns:
+            first_page = together[-1].end if together else layer.passed[b]
+            limit = int(row.limit[-1]) - geometry.sinks
+            steps = first_page * geometry.page_tokens // STEP, max(limit, 0) // STEP + 1
+            term = MeanOf(spec.key.tables(geometry.sinks), spec.key.offset, chunk, *steps)
+        queries = prepare_queries(
+            spec.key.apply_query(chunk), geometry.num_kv_heads, scaling, bends["softcap"], shift, term
+        )
         attention(
-            queries, spec.key.format, spec.value.format, table, state, row.keys[None], row.values[None],
+            queries, spec.key.format, spec.value.format, table, state, keys[None], row.values[None],
             out[:, start : start + QUERY_CHUNK], first_query=first, packed_before=before,
-            together=() if bent else page_runs(layer, row, position, queries), **formats_of(layer, b), **bends,
-            **regions(geometry),
+            together=together, together_mean=mean, **formats_of(layer, b), **bends, **regions(geometry),
         )  # fmt: skip
 
 
-def page_runs(layer: "PackedLayer", row: "RowView", position: int, queries: Queries) -> list[PageRun]:
-    """The pages that every query from `position` on reads, as runs of one rung; none where it would not pay to decode them."""
+def _stored(key: KeySpec, positions: Tensor, sinks: int) -> Tensor:
+    """The mean that keys at int64 positions [n] were stored without, in their stored basis: float32 [Hkv, n, head_dim]."""
+    mean = key.mean(positions, sinks)
+    assert mean is not None
+    return key.transform(mean)
+
+
+def _stored_mean(key: KeySpec, geometry: Geometry, first: int, end: int) -> Tensor:
+    """`_stored` of pages first … end − 1."""
+    tokens = torch.arange(first * geometry.page_tokens, end * geometry.page_tokens, device=key.offset.device)
+    return _stored(key, geometry.sinks + tokens, geometry.sinks)
+
+
+def page_runs(layer: "PackedLayer", row: "RowView", position: int, rows: int) -> list[PageRun]:
+    """The pages that every query from `position` on reads, as runs of one rung; none where it would not pay to decode them.
+
+    rows: queries times heads of a group.
+    """
     g = layer.geometry
     count = max(row.packed_before, packed_tokens(position + 1, g.sinks, g.window, g.page_tokens)) // g.page_tokens
-    if count * g.page_tokens < LEAST_PACKED or queries.tokens * queries.group < LEAST_ROWS:
+    if count * g.page_tokens < LEAST_PACKED or rows < LEAST_ROWS:
         return []
     runs, first = [], 0
     for rung, pages in groupby(row.pages[:count], layer.pool.rung):
@@ -134,7 +175,7 @@ def page_runs(layer: "PackedLayer", row: "RowView", position: int, queries: Quer
 def store_pages(layer: "PackedLayer", keys: Tensor, values: Tensor, ids: list[int], spec: LayerSpec) -> None:
     """Packs 16-bit rows [Hkv, len(ids)·page_tokens, head_dim] into pages of one rung, whose formats `spec` has."""
     device, size = keys.device, layer.geometry.page_tokens
-    pages = torch.tensor(layer.pool.addresses(ids), dtype=torch.int64).to(device, non_blocking=True)
+    pages = on_device(layer.pool.addresses(ids), torch.int64, device)
     tokens = torch.arange(len(ids), dtype=torch.int32, device=device) * size
     encode_pages(
         keys[None].contiguous(), values[None].contiguous(), spec.key.format, spec.value.format, pages,
@@ -145,8 +186,8 @@ def store_pages(layer: "PackedLayer", keys: Tensor, values: Tensor, ids: list[in
 def lower(layer: "PackedLayer", old: list[Tensor], new: list[Tensor], source: LayerSpec, target: LayerSpec) -> None:
     """Re-quantises pages: uint8 tensors of the formats of `source` into those of `target`."""
     device = layer.device
-    addresses = torch.tensor([[page_address(page) for page in pages] for pages in (old, new)], dtype=torch.int64)
-    sources, pages = addresses.to(device, non_blocking=True)
+    addresses = [[page_address(page) for page in pages] for pages in (old, new)]
+    sources, pages = on_device(addresses, torch.int64, device)
     lower_pages(
         sources, pages, (source.key.format, source.value.format), (target.key.format, target.value.format),
         num_kv_heads=layer.geometry.num_kv_heads, page_tokens=layer.geometry.page_tokens,

@@ -17,11 +17,15 @@ class Padding:
     """What the layers of a cache share: the left padding of each sequence, in columns.
 
     batch_invariant: kernels divide a sequence's pages by its own length alone, not by the batch's.
+    steps: decoding steps that the host has prepared for all layers at once (runtime.steps); each layer catches up when it is asked.
+    stepping: such a step is being run, or captured: layers leave their host's state alone.
     """
 
     columns: list[int]
     batch_invariant: bool = False
     scratch: dict = field(default_factory=dict)  # buffers that the layers' kernels take turns with
+    steps: int = 0
+    stepping: bool = False
 
 
 @dataclass
@@ -75,8 +79,9 @@ class LayerView:
             out = attend_triton(self, query, scaling, sliding, softcap, sinks_logit)
         else:
             out = self._attend_reference(query, scaling, mask, softcap, sinks_logit)
-        self.layer.pool.written()
-        self.layer.release_passed()
+        if not self.layer.padding.stepping:
+            self.layer.pool.written()
+            self.layer.release_passed()
         return out
 
     def _attend_reference(

@@ -18,7 +18,7 @@ from kvfold.kernels import triton_prompt
 from kvfold.kernels.formats import Format, raw16
 from kvfold.kernels.key_mean import padded_fast
 from kvfold.kernels.tiles import program
-from kvfold.kernels.triton_pages import WARPS
+from kvfold.kernels.triton_pages import warps_for
 
 POINTERS = {
     "q_ptr": "*fp16", "q_scale_ptr": "*fp32", "anchor": "*u8", "table": "*i64", "state": "*i32", "raw_k": "*fp16",
@@ -62,7 +62,7 @@ def compile_merge(dim: int, block: int = 256, once: bool = True, shift: bool = F
 
 def compile_decode() -> Any:
     """Decoding of pages that a prompt's queries read together."""
-    return compile_kernel(triton_prompt._decode_kernel, {"ROWS": 4}, num_warps=WARPS)
+    return compile_kernel(triton_prompt._decode_kernel, {"ROWS": 4}, num_warps=warps_for(32))
 
 
 def main(name: str, prompt: bool) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvfold.exports.account import TABLE_STEP, Geometry, batch_nbytes, cache_nbytes, payload_bits
+from kvfold.exports.account import LEAST_ENTRIES, Geometry, batch_nbytes, cache_nbytes, payload_bits, stepped_nbytes
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format, raw16, uniform
 from kvfold.runtime.cache import QuantizedKVCache
@@ -30,11 +30,20 @@ def test_one_sequence_by_hand():
         (45, 2, 16),
         (269, 16, 16),
         (285, 17, 32),
+        (525, 32, 32),
+        (541, 33, 64),
+        (797, 49, 64),
     ):
         assert GEOMETRY.num_pages(tokens) == pages
         assert cache_nbytes(GEOMETRY, FORMATS, tokens) == 2 * (4480 + 8 + 8 * entries) + 2208 * pages
     assert cache_nbytes(GEOMETRY, FORMATS, 0) == 0
     assert cache_nbytes(GEOMETRY, FORMATS, 285) == 2 * (4480 + 8 + 256) + 2208 * 17 == 47024
+
+
+def test_tables_of_before_grew_sixteen_entries_at_a_time():
+    for tokens, pages, entries in ((0, 0, 0), (28, 0, 0), (29, 1, 16), (541, 33, 48), (797, 49, 64), (1053, 65, 80)):
+        fixed = 2 * (4480 + 8 + 8 * entries) if tokens else 0
+        assert stepped_nbytes(GEOMETRY, FORMATS, tokens) == fixed + 2208 * pages
 
 
 def test_a_batch_by_hand():
@@ -46,7 +55,7 @@ def test_a_batch_by_hand():
 
 
 def test_parts_of_the_account():
-    assert TABLE_STEP == 16
+    assert LEAST_ENTRIES == 16
     assert GEOMETRY.raw_rows == 35 == 3 + 2 * 16
     assert GEOMETRY.fixed_nbytes(0) == 0
     assert GEOMETRY.fixed_nbytes(285) == 4480 + 8 + 256

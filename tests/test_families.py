@@ -113,7 +113,7 @@ def test_a_packed_model_is_eager_but_for_float16(family):
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     model = tiny_model(family)
     model.set_attn_implementation(NAME)
-    cache = QuantizedKVCache([raw_specs(True)] * 3, GEOMETRY)
+    cache = QuantizedKVCache([raw_specs("turning")] * 3, GEOMETRY)
     parts = []
     for part in (slice(0, 90), slice(90, 110), *(slice(t, t + 1) for t in range(110, 117))):
         seen = mask[:, : part.stop]

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "runtime": {"runtime", "exports", "kernels"},
 }
 LOADERS = {  # commands that run an artifact
-    "compress/bench_decode.py", "compress/bench_model.py", "compress/bench_prompt.py", "compress/cli.py", "compress/evaluate.py", "compress/generate.py",
+    "compress/bench_decode.py", "compress/bench_model.py", "compress/bench_prompt.py", "compress/cli.py", "compress/cli_kernels.py", "compress/evaluate.py", "compress/generate.py",
     "compress/live.py", "compress/tasks/generator.py", "compress/tasks/run.py",
 }  # fmt: skip
 MOST_LINES = 400

@@ -25,7 +25,6 @@ from kvfold.compress.text import HELD_OUT, read_documents
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.runtime.load import load_pretrained, resolve_artifact
-from kvfold.runtime.warm import warm_up
 
 CACHES: tuple[CacheName, CacheName] = ("16bit", "packed")
 
@@ -157,8 +156,6 @@ def run_tasks(
         raise KvfoldError(f"--draws {draws} would get the same greedy answer {draws} times; give a --temperature too.")
     path = resolve_artifact(artifact)
     model: Any = load_pretrained(path, device=device, dtype=dtype, attention=attention)
-    if model.kv_triton:
-        warm_up(model)
     metadata = model.kv_artifact.metadata
     most = model.config.max_position_embeddings
     if context is not None and context > most:

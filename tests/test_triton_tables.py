@@ -1,0 +1,134 @@
+"""The kernels that write pages take formats as data: the device chooses among them, and none is compiled for."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvfold.kernels.formats import raw16, uniform
+from kvfold.kernels.launch import noting
+
+pytest.importorskip("triton")
+from test_triton_encode import DEVICE, MIXED, POISON, Pages, assert_page, reference, rows_of
+
+from kvfold.kernels.triton_append import append_step, empty_queries
+from kvfold.kernels.triton_encode import encode_pages, lower_pages
+from kvfold.kernels.triton_prompt import decode_pages
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_device_chooses_the_rung_of_a_page(given):
+    """The page that comes due has the formats that `rungs` names when the step runs, clips included; without it the last ones."""
+    heads, dim, size, sinks = 2, 64, 16, 1
+    pairs = [
+        (MIXED, uniform(dim, 3)), (uniform(dim, 4, "e4m3", 32), uniform(dim, 16, "fp16")), (raw16(dim), raw16(dim)),
+        (uniform(dim, 8), uniform(dim, 4, "fp16", 16)),
+    ]  # fmt: skip
+    clips = [
+        (None, torch.tensor([0.9, 0.8])), (torch.rand(heads, 2) * 0.2 + 0.8, None), (torch.ones(3), None),
+        (torch.tensor([[0.7], [0.95]]), torch.rand(heads, 4) * 0.2 + 0.8),
+    ]  # fmt: skip
+    formats, factors = zip(*pairs, strict=True), zip(*clips, strict=True)
+    batch = len(pairs)
+    raw = [rows_of(batch, heads, sinks + size, dim, seed) for seed in (0, 1)]
+    largest = max(heads * sum(f.nbytes(size) for f in pair) for pair in pairs)
+    pages = Pages(batch, largest)
+    state = torch.tensor([[sinks + size - 1, 0]] * batch, dtype=torch.int32, device=DEVICE)
+    new = [torch.randn(batch, heads, 1, dim).to(DEVICE) for _ in "kvq"]
+    rungs = torch.tensor([3, 1, 0, 2], dtype=torch.int32, device=DEVICE)
+    moved = [[None if clip is None else clip.to(DEVICE) for clip in side] for side in factors]
+    moved[0][2] = None
+    append_step(
+        *new, *raw, pages.addresses().view(batch, 1), state, empty_queries(batch, heads, heads, dim, DEVICE), *formats,
+        sinks=sinks, window=0, page_tokens=size, scaling=1.0, key_clips=moved[0], value_clips=moved[1],
+        rungs=rungs if given else None,
+    )  # fmt: skip
+    for b, (page, rung) in enumerate(zip(pages.pages, rungs.tolist(), strict=True)):
+        own = rung if given else batch - 1
+        expected = reference(raw[0][b, :, sinks:], raw[1][b, :, sinks:], pairs[own], clips[own])
+        assert_page(page[: len(expected)], expected, pairs[own], heads, size)
+        assert (page[len(expected) :] == POISON).all()
+    assert pages.untouched()
+
+
+def test_one_kernel_serves_all_formats(monkeypatch):
+    """What is started differs in tensors and numbers that no kernel is compiled for."""
+    heads, size = 2, 32
+    started = []
+    for dim, key, value in [(64, MIXED, uniform(64, 3)), (64, uniform(64, 4, "fp16", 16), raw16(64)), (128, uniform(128, 3), uniform(128, 256))]:  # fmt: skip
+        x = torch.zeros(1, heads, size, dim, dtype=torch.float16, device=DEVICE)
+        one = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+        clip = torch.ones(heads, device=DEVICE)
+        places, factors = one.long(), torch.ones(heads, device=DEVICE)
+        with noting() as launches:
+            encode_pages(x, x, key, value, places, one, one, page_tokens=size, value_clip=clip if dim == 64 else None)
+            lower_pages(places, places, (key, value), (key, value), num_kv_heads=heads, page_tokens=size)
+            decode_pages(places, key, value, factors, x[0], x[0], size)
+            append_step(
+                x[:, :, :1], x[:, :, :1], x[:, :, :1], x, x, places[None], one.expand(2)[None].contiguous(),
+                empty_queries(1, heads, heads, dim, DEVICE), [key] * 2, [value] * 2, sinks=0, window=0, page_tokens=size,
+                scaling=1.0, rungs=one,
+            )  # fmt: skip
+        started.append(launches)
+    for first, *others in zip(*started, strict=True):
+        for other in others:
+            assert other.kernel is first.kernel
+            constants = [{k: v for k, v in x.options.items() if k not in ("DIM", "TABLE")} for x in (first, other)]
+            assert constants[0] == constants[1]
+            for name, a, b in zip(first.kernel.arg_names, first.args, other.args, strict=False):
+                assert type(a) is type(b) and (not isinstance(a, torch.Tensor) or a.dtype == b.dtype), name
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kvfold.kernels.tables import table_length
+from kvfold.kernels.triton_append import _append_kernel
+from kvfold.kernels.triton_encode import _encode_kernel, _lower_kernel
+from kvfold.kernels.triton_prompt import _decode_kernel
+
+FLOATS = {"k_clip", "v_clip", "q_scale", "q_shift", "matrix", "offset", "query_matrix"}
+INTS = {"sequences", "tokens", "state", "tables", "formats", "rungs"}
+
+def compile(kernel, **constants):
+    signature = {}
+    for name in kernel.arg_names:
+        longs = name in ("pages", "sources", "table", "marks")
+        halves = name in ("keys", "values", "raw_keys", "raw_values", "q_out")
+        signature[name] = (
+            "constexpr" if name in constants else "*fp32" if name in FLOATS else "*i32" if name in INTS
+            else "*i64" if longs else "*u8" if name == "anchor_ptr" else "fp32" if name in ("factor", "scaling")
+            else "*bf16" if name in ("new_keys", "new_values", "query") else "*fp16" if halves
+            else "*fp32" if name == "factors" else "i32"
+        )
+    for parameter in kernel.params:  # or a number of 1, or one that 16 divides, would compile a kernel of its own
+        free = signature[parameter.name] != "i32" or parameter.do_not_specialize
+        assert free or parameter.name.startswith("query_stride"), parameter.name  # which a model has once
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert code.asm["cubin"]
+
+compile(_encode_kernel, ROWS=1)
+compile(_encode_kernel, ROWS=4)
+compile(_lower_kernel, ROWS=2)
+compile(_decode_kernel, ROWS=16)
+for matrix in (False, True):
+    compile(_append_kernel, DIM=96, ROWS=2, TABLE=table_length(96), MATRIX=matrix, OFFSET=matrix, SHIFT=matrix,
+            MARKS=matrix, GROUP=3, N=8, TOP=7)
+print("compiled")
+"""
+
+
+def test_kernels_compile_for_a_gpu(tmp_path):
+    """The interpreter lets through what the compiler does not: variables that change type, shapes that are no constants."""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    file = tmp_path / "compile_kernels.py"
+    file.write_text(COMPILE)
+    done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, env=env, cwd=Path.cwd())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "compiled"
