@@ -1,6 +1,6 @@
 """The catalogue: the formats that the search picks from, by head_dim, so that one set of kernels serves all artifacts.
 
-Layers need different numbers of bits and hardly different cuts into classes: two cuts shared by all layers cost about 1 % more
+Layers need different numbers of bits and hardly different cuts into classes: two cuts shared by all layers cost 1 to 2 % more
 distortion than each layer's own (`python benchmarks/catalogue.py`, which chose these by the spectra of SmolLM2-135M,
 Qwen2.5-0.5B and Gemma 3 270M, and prints what each costs). Those of head_dim 80, 96 and 128 come from the same spectra, interpolated.
 """
@@ -8,8 +8,6 @@ Qwen2.5-0.5B and Gemma 3 270M, and prints what each costs). Those of head_dim 80
 from functools import cache
 
 from kvfold.kernels.formats import Format, raw16, uniform
-
-NEAR = 0.13  # bits
 
 # one line for each mean number of bits: cuts, each of channels@bits
 KEYS = {
@@ -153,8 +151,8 @@ VALUES = {
 }
 HEAD_DIMS = tuple(KEYS)
 
-# levels and type of the parameters of formats of one class; the 16- and 8-bit steps of the progressive ladder are among them
-UNIFORM_KEYS = ((64, "fp16"), (256, "fp16"))
+# levels and type of the parameters of formats of one class; 4 bits with e4m3 and 8 bits are steps of the progressive ladder
+UNIFORM_KEYS = ((16, "e4m3"), (64, "fp16"), (256, "fp16"))
 UNIFORM_VALUES = (
     (3, "e4m3"),
     (4, "e4m3"),
@@ -204,8 +202,3 @@ def mixed_between(formats: tuple[Format, ...], least: float, most: float) -> tup
         for f in formats
         if f.params == "scale" and int(least * f.head_dim) // 8 * 8 / f.head_dim - 1e-9 <= code_bits(f) <= most + 1e-9
     )
-
-
-def cuts_of(head_dim: int, bits: float) -> tuple[Format, ...]:
-    """The mixed key formats of about that many code bits: what a page that was cut otherwise may stand on before it is lowered."""
-    return tuple(f for f in key_formats(head_dim) if f.params == "scale" and abs(code_bits(f) - bits) <= NEAR)
