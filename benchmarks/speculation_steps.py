@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from kvfold.compress.bench_decode import ROOM, packed_step_ms, wait
+from kvfold.compress.bench_decode import packed_step_ms, wait
 from kvfold.compress.bench_model import fill_cache, free_memory
 from kvfold.exports.account import Geometry, cache_nbytes
 from kvfold.exports.spec import LayerSpec
@@ -28,14 +28,13 @@ def step_times(
     """
     device = model.device
     found: dict[str, dict[int, float]] = {name: {} for name in caches}
-    room = ROOM * -(-repeats * sum(map(sum, lengths.values())) // ROOM)
     held: dict[tuple[str, bool], Any] = {}
     for name, specs in caches.items():
         if model.kv_triton and device.type == "cuda":
             stand_in: Any = SimpleNamespace(specs=specs, geometry=geometry)
             found[name][1] = packed_step_ms(model, stand_in, 1, context, True)["ms"]
             free_memory(device)
-        held[name, True] = QuantizedKVCache(specs, geometry, None, model.kv_triton, context + room)
+        held[name, True] = QuantizedKVCache(specs, geometry, None, model.kv_triton)
         fill_cache(held[name, True], 1, context, model.dtype, device)
         if name == PLAIN:
             held[name, False] = filled_plain(model, geometry, context)

@@ -21,8 +21,7 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, batch_nbytes
 from kvfold.exports.reader import Artifact
 from kvfold.runtime.cache import QuantizedKVCache
-from kvfold.runtime.fused import fused
-from kvfold.runtime.graph import DecodingStep
+from kvfold.runtime.graph import FUSE_AFTER, Decoding
 
 ROOM = 128  # tokens that a cache takes besides those it is filled with
 STEPS = 32  # timed in a row: one page of every sequence comes due in between
@@ -62,10 +61,10 @@ def packed_step_ms(model: Any, artifact: Artifact, batch: int, tokens: int, trit
     """One decoding step of `model`, which was attached, on a full packed cache; a CUDA graph on a GPU.
 
     Returns:
-        ms, cache_bytes (of `tokens` tokens, by the account) and resident_bytes (with the reserved room).
+        ms, cache_bytes (of `tokens` tokens, by the account) and resident_bytes (with those of the steps).
     """
     device, dtype = model.device, model.dtype
-    cache = QuantizedKVCache(artifact.specs, artifact.geometry, None, triton, tokens + ROOM)
+    cache = QuantizedKVCache(artifact.specs, artifact.geometry, None, triton)
     fill_cache(cache, batch, tokens, dtype, device)
 
     def plain(ids: Tensor) -> Tensor:
@@ -74,10 +73,11 @@ def packed_step_ms(model: Any, artifact: Artifact, batch: int, tokens: int, trit
 
     step = plain
     if device.type == "cuda":
-        with fused(model):
-            plain(torch.zeros(batch, 1, dtype=torch.long, device=device))  # compiles
-        captured = DecodingStep(model, model.forward, cache, batch)
-        step = lambda ids: captured(ids, cache)  # noqa: E731
+        decoding = Decoding(model, insist=True)
+        decoding.steps[batch] = FUSE_AFTER  # small operations are compiled at once
+        step = lambda ids: decoding(input_ids=ids, past_key_values=cache).logits  # noqa: E731
+        for _ in range(2):  # the first compiles, the second is captured
+            step(torch.zeros(batch, 1, dtype=torch.long, device=device))
     ms = steps_ms(step, batch, device, 3, STEPS if device.type == "cuda" else 2)
     formats = [(s.key.format, s.value.format) for s in artifact.specs]
     return {

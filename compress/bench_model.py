@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from kvfold.compress.bench_cases import DISTINCT, Pair, fill_pages, pair, random_pages
+from kvfold.compress.bench_cases import DISTINCT, Pair, pair, random_pages
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.exports.reader import Artifact
@@ -108,13 +108,13 @@ def attach_formats(model: Any, formats: list[Pair], geometry: Geometry) -> tuple
     artifact = make_artifact(model.config, geometry, formats)
     triton = choose_triton("auto", model.device, artifact)
     if not hasattr(model, "kv_artifact"):
-        attach(model, artifact, None, triton)
+        attach(model, artifact, None, triton, cuda_graph=False)
     return artifact, triton
 
 
 @torch.no_grad()
 def fill_cache(cache: QuantizedKVCache, batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Makes a new cache with reserved memory look as if `tokens` tokens of `batch` sequences had gone through it.
+    """Makes a new cache look as if `tokens` tokens of `batch` sequences had gone through it.
 
     Pages are valid ones of random keys and values, repeated; lengths and pages are set on the device and on the host.
     """
@@ -137,9 +137,14 @@ def _fill_layer(
     formats = (layer.spec.key.format, layer.spec.value.format)
     if formats not in pages:
         pages[formats] = random_pages(g, formats, DISTINCT, device)
-    (slab,) = layer.pool.tensors()
-    fill_pages(slab, pages[formats])
+    for b in range(batch):
+        layer.pages[b] = layer.pool.allocate(g.num_pages(tokens))
+    numbers = [number for ids in layer.pages for number in ids]
+    for start in range(0, len(numbers), len(pages[formats])):
+        part = layer.pool.readable(numbers[start : start + len(pages[formats])])
+        torch._foreach_copy_(part, list(pages[formats][: len(part)]))
+    layer._fit_table(0)
     layer.raw_keys.normal_()
     layer.raw_values.normal_()
-    layer.advance(tokens)
+    layer.columns, layer.length = tokens, [tokens] * batch
     layer.state.copy_(torch.tensor([tokens, g.num_pages(tokens)], dtype=torch.int32))

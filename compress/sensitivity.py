@@ -77,6 +77,7 @@ def packed_attention(
     mean = None
     if key_spec is not None:
         if key_spec.turns:
+            assert key_spec.offset is not None
             tables = key_spec.tables(geometry.sinks)
             mean = KeyMean(tables, tables.coefficients(key_spec.offset, query))
         raw_k = to_float16(key_spec.apply(raw_k, positions, geometry.sinks)).float()

@@ -119,9 +119,8 @@ def quiet_steps(cache: "QuantizedKVCache") -> int:
     for sliding in {layer.sliding for layer in cache.layers if layer.sliding}:
         layer = next(x for x in cache.layers if x.sliding == sliding)
         for n, passed in zip(layer.length, layer.passed, strict=True):
-            seen = (
-                (passed + 1) * g.page_tokens + g.sinks + g.rollback
-            )  # tokens when the next page is passed, if it is full
+            # a page is passed once it is full and lies behind the window of the token that a crop may come back to
+            seen = (passed + 1) * g.page_tokens + g.sinks + g.rollback
             steps = min(steps, max(seen + sliding - 1, seen + g.window, n + 1) - n)
     return max(0, steps - 1)
 

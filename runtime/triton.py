@@ -130,6 +130,7 @@ def _prompt(
             first_page = together[-1].end if together else layer.passed[b]
             limit = int(row.limit[-1]) - geometry.sinks
             steps = first_page * geometry.page_tokens // STEP, max(limit, 0) // STEP + 1
+            assert spec.key.offset is not None
             term = MeanOf(spec.key.tables(geometry.sinks), spec.key.offset, chunk, *steps)
         queries = prepare_queries(
             spec.key.apply_query(chunk), geometry.num_kv_heads, scaling, bends["softcap"], shift, term
@@ -150,6 +151,7 @@ def _stored(key: KeySpec, positions: Tensor, sinks: int) -> Tensor:
 
 def _stored_mean(key: KeySpec, geometry: Geometry, first: int, end: int) -> Tensor:
     """`_stored` of pages first … end − 1."""
+    assert key.offset is not None
     tokens = torch.arange(first * geometry.page_tokens, end * geometry.page_tokens, device=key.offset.device)
     return _stored(key, geometry.sinks + tokens, geometry.sinks)
 

@@ -1,5 +1,9 @@
 """The same artifact on a GPU: compress, load and generate there, and agree with the CPU."""
 
+import gc
+import logging
+from functools import partial
+
 import pytest
 import torch
 from conftest import TINY_RECIPE, char_tokenizer, save_tiny
@@ -7,6 +11,10 @@ from conftest import TINY_RECIPE, char_tokenizer, save_tiny
 from kvfold import runtime
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import load_recipe
+from kvfold.exports import account
+from kvfold.runtime import graph as graphs
+from kvfold.runtime import load
+from kvfold.runtime.graph import DecodingStep
 from kvfold.runtime.layer import PackedLayer
 from kvfold.runtime.view import Padding
 
@@ -143,7 +151,7 @@ def test_a_value_that_is_not_finite_is_reported_before_it_is_packed(graph, tmp_p
     path = compress(str(save_tiny(tmp_path / "m")), "9.0", tmp_path / "out", calib=str(text_file), recipe=recipe).path
     model = runtime.load_pretrained(path, device="cuda", dtype=torch.float32, attention="triton", cuda_graph=graph)
     ids = torch.randint(1, 128, (1, 150), generator=torch.Generator().manual_seed(4)).cuda()
-    cache = model.new_kv_cache(200 if graph else 0)
+    cache = model.new_kv_cache()
 
     def step():
         t = cache.get_seq_length()
@@ -152,7 +160,7 @@ def test_a_value_that_is_not_finite_is_reported_before_it_is_packed(graph, tmp_p
     model(input_ids=ids[:, :61], past_key_values=cache)
     for _ in range(5):
         step()
-    assert (cache.graph is not None) == graph
+    assert isinstance(cache.graph, DecodingStep) == graph
     weight = model.base_model.layers[1].self_attn.v_proj.weight
     whole = weight.clone()
     weight[0] = float("inf")
@@ -164,3 +172,105 @@ def test_a_value_that_is_not_finite_is_reported_before_it_is_packed(graph, tmp_p
     assert cache.get_seq_length() == 66 and [layer.state.tolist()[0][0] for layer in cache.layers] == [66] * 3
     logits = [step() for _ in range(40)][-1]
     assert relative(logits, model(input_ids=ids[:, :106]).logits[:, -1:]) < 0.05
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """Captured steps of models loaded from here on, as they are made; none with compiled small operations."""
+    made = []
+
+    class Counted(DecodingStep):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self.reads)
+
+    monkeypatch.setattr(load, "Decoding", partial(graphs.Decoding, capture=Counted))
+    monkeypatch.setattr(graphs, "FUSE_AFTER", 10**9)
+    return made
+
+
+def decode(model, ids, prompt, batch_mask=None):
+    """Logits of a prompt and of steps of given tokens, and the cache's bytes after each."""
+    cache, found, sizes = model.new_kv_cache(), [], []
+    for part in (slice(0, prompt), *(slice(t, t + 1) for t in range(prompt, ids.shape[1]))):
+        mask = None if batch_mask is None else batch_mask[:, : part.stop]
+        found.append(model(input_ids=ids[:, part], attention_mask=mask, past_key_values=cache).logits[:, -1:])
+        sizes.append(cache.nbytes)
+    return found, sizes, cache
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+@torch.no_grad()
+def test_a_plain_load_replays_and_captures_again_as_it_grows(invariant, paths, captures, monkeypatch):
+    """A ragged batch padded on the left, from two pages to more than sixteen."""
+    ids = torch.randint(1, 128, (2, 320), generator=torch.Generator().manual_seed(6)).cuda()
+    mask = torch.ones_like(ids)
+    mask[1, :13] = 0
+    options = {"device": "cuda", "dtype": torch.float32, "batch_invariant": invariant}
+    model, other = (runtime.load_pretrained(paths, cuda_graph=on, **options) for on in ("auto", False))
+    monkeypatch.setattr(account, "LEAST_ENTRIES", 2)  # of tables that double early
+    got, got_sizes, cache = decode(model, ids, 70, mask)
+    assert len(captures) >= 4 and isinstance(cache.graph, DecodingStep)  # the first, and at 5, 9 and 17 pages
+    plain, sizes, other = decode(other, ids, 70, mask)
+    assert got_sizes == sizes and other.graph is None
+    assert max(map(relative, got, plain)) < 1e-3
+    for one, two in zip(cache.layers, other.layers, strict=True):
+        assert one.state.tolist() == two.state.tolist() and one.length == two.length and one.passed == two.passed
+    count = len(captures)
+    model(input_ids=ids[:, :3], past_key_values=cache)  # another turn, in which no tensor is replaced
+    for t in range(5):
+        model(input_ids=ids[:, t : t + 1], past_key_values=cache)
+    assert len(captures) == count
+
+
+@torch.no_grad()
+def test_progressive_in_a_graph_lowers_what_the_reference_lowers(paths, captures, monkeypatch):
+    """Under a budget that sends most pages down: the same bytes after every step, the same rungs, and near logits."""
+    ids = torch.randint(1, 128, (2, 400), generator=torch.Generator().manual_seed(7)).cuda()
+    least = runtime.load_pretrained(paths, device="cuda").kv_artifact
+    budget = int(1.4 * account.batch_nbytes(least.geometry, least.formats, [400, 400]))
+    options = {"device": "cuda", "dtype": torch.float32, "policy": "progressive", "kv_budget": budget}
+    model, other = (runtime.load_pretrained(paths, attention=name, **options) for name in ("auto", "reference"))
+    assert model.kv_triton
+    monkeypatch.setattr(account, "LEAST_ENTRIES", 2)
+    got, got_sizes, cache = decode(model, ids, 70)
+    assert len(captures) >= 3 and isinstance(cache.graph, DecodingStep) and max(got_sizes) <= budget
+    expected, sizes, other_cache = decode(other, ids, 70)
+    assert got_sizes == sizes and sum(layer.pool.counts[0] for layer in cache.layers) > 0
+    for one, two in zip(cache.layers, other_cache.layers, strict=True):
+        rungs = [[[layer.pool.rung(i) for i in row] for row in layer.pages] for layer in (one, two)]
+        assert rungs[0] == rungs[1] and one.state.tolist() == two.state.tolist()
+        assert torch.equal(one.segments, two.segments)
+    assert max(map(relative, got, expected)) < 5e-2
+
+
+@torch.no_grad()
+def test_a_model_that_waits_for_the_device_goes_on_by_itself(paths, caplog):
+    """Sampling, whose random numbers a capture that failed would have left in disorder; and so where only the capture finds out."""
+    ids = torch.randint(1, 128, (1, 60), generator=torch.Generator().manual_seed(4)).cuda()
+    for probed in (False, True):
+        model = runtime.load_pretrained(paths, device="cuda", dtype=torch.float32)
+        model.kv_decoding.probed = probed
+        mlp = model.base_model.layers[0].mlp
+        own = mlp.forward
+        mlp.forward = lambda x, own=own: (float(x.sum()), own(x))[1]
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "kvfold"):
+            out = model.generate(ids, max_new_tokens=30, do_sample=True)
+            model.generate(ids, max_new_tokens=5, do_sample=True)
+        assert out.shape == (1, 90)
+        (record,) = [x for x in caplog.records if "CUDA graph" in x.getMessage()]
+        assert "can't be captured" in record.getMessage()
+
+
+@torch.no_grad()
+def test_a_model_that_goes_frees_its_graphs(paths):
+    ids = torch.randint(1, 128, (1, 60), generator=torch.Generator().manual_seed(4)).cuda()
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    model = runtime.load_pretrained(paths, device="cuda", dtype=torch.float32)
+    out = model.generate(ids, max_new_tokens=30, do_sample=False, return_dict_in_generate=True)
+    assert isinstance(out.past_key_values.graph, DecodingStep)
+    del model, out
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before + (1 << 20)

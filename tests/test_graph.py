@@ -479,11 +479,11 @@ def test_small_operations_are_compiled_once_a_text_is_long(quick, captured, monk
 def test_the_kernels_themselves_take_the_pages_that_the_host_gives(captured, monkeypatch):
     """Interpreted, and so slow: a few steps over two captures and pages of two rungs, against steps that Python runs."""
     monkeypatch.setattr(account, "LEAST_ENTRIES", 2)
-    ids, runs = ids_of(2, 32), []
+    ids, runs = ids_of(1, 29), []
     for on in (False, True):
         model = make(on, budget=7_600, progressive=True)
         cache = model.new_kv_cache()
         model(ids[:, :21], past_key_values=cache)
         runs.append((decode(model, cache, ids[:, 21:]), cache))
     assert all(torch.equal(a, b) for a, b in zip(runs[0][0], runs[1][0], strict=True)) and same(runs[0][1], runs[1][1])
-    assert sum(x.calls for x in captured) >= 6
+    assert sum(x.calls for x in captured) >= 3

@@ -366,8 +366,8 @@ def test_a_budget_that_even_host_memory_does_not_save(pair):
 def test_what_does_not_go_with_it_is_refused(path, options, message):
     with pytest.raises(KvfoldError, match=message):
         runtime.load_pretrained(path, offload=True, **options)
-    with pytest.raises(KvfoldError, match="no reserved memory"):
-        QuantizedKVCache(SPECS, Geometry(HEADS, DIM, 3, 5, 8), 10**6, reserve=9, offload=Pager([64]))
+    with pytest.raises(KvfoldError, match="so it needs kv_budget and policy='floor'"):
+        QuantizedKVCache(SPECS, Geometry(HEADS, DIM, 3, 5, 8), offload=Pager([64]))
 
 
 def test_memory_goes_with_the_cache(pair):

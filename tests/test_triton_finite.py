@@ -82,7 +82,9 @@ def test_it_is_reported_before_a_page_and_the_cache_goes_on(layer, name, number,
     for one in (feed, twin):
         one(36)
         one(1)
-        while one.steps_to_a_page() < LEAD + 3:  # the host asks some steps ahead; what comes later is for the next page to tell
+        while (
+            one.steps_to_a_page() < LEAD + 3
+        ):  # the host asks some steps ahead; what comes later is for the next page to tell
             one(1)
     start = feed.cache.get_seq_length()
     feed(1, (layer, name, sequence, number))
