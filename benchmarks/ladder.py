@@ -23,16 +23,16 @@ from kvfold.exports.architectures import ARCHITECTURES
 from kvfold.exports.reader import read_artifact
 from kvfold.exports.spec import clip_rows
 from kvfold.kernels.attention import attend_plain
-from kvfold.kernels.catalogue import cuts_of
+from kvfold.kernels.catalogue import code_bits, key_formats
 from kvfold.kernels.formats import Format, uniform
 from kvfold.kernels.quantizer import round_trip, to_float16
-from kvfold.runtime.policy import finer, widened
+from kvfold.runtime.policy import widened
 
 
-def cut(floor: Format, index: int) -> Format | None:
-    """One of the catalogue's cuts of 4 bits, for floors that have classes."""
-    cuts = cuts_of(floor.head_dim, 4)
-    return cuts[index] if floor.params == "scale" and index < len(cuts) else None
+def cut(floor: Format) -> Format | None:
+    """The catalogue's first cut of 4 bits, for floors that have classes."""
+    cuts = [f for f in key_formats(floor.head_dim) if f.params == "scale" and code_bits(f) == 4]
+    return cuts[0] if cuts and floor.params == "scale" else None
 
 
 FORMATS: dict[str, Callable[[Format], Format | None]] = {
@@ -40,11 +40,7 @@ FORMATS: dict[str, Callable[[Format], Format | None]] = {
     "4 bits, asymmetric e4m3": lambda floor: uniform(floor.head_dim, 16),
     "4 bits, asymmetric e4m3, groups of 32": lambda floor: uniform(floor.head_dim, 16, "e4m3", 32),
     "4 bits, the floor's classes widened": lambda floor: widened(floor, 4) if floor.params == "scale" else None,
-    "4 bits, the catalogue's cut that suits the floor best": lambda floor: (
-        finer(floor, 4) if floor.params == "scale" else None
-    ),
-    "4 bits, the catalogue's first cut": lambda floor: cut(floor, 0),
-    "4 bits, the catalogue's second cut": lambda floor: cut(floor, 1),
+    "4 bits, a cut of the catalogue": cut,
     "8 bits, symmetric e4m3": lambda floor: Format(((floor.head_dim, 256),)),
     "8 bits, asymmetric e4m3": lambda floor: uniform(floor.head_dim, 256),
     "8 bits, asymmetric fp16": lambda floor: uniform(floor.head_dim, 256, "fp16"),

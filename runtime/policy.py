@@ -4,10 +4,11 @@ After PM-KVQ (arXiv 2505.18610), which lowers whole layers; here one page goes d
 
 **Ladder.** Each layer has rungs, floor first: the searched formats, 4 bits, 8 bits, 16 bits, keys and values together. A rung that
 is hardly larger than the one below is left out. All rungs have the floor's basis, where channels of symmetric formats have unit
-variance but not one importance: it falls from class to class. So the rung of 4 bits is the catalogue's 4-bit cut that suits the
-floor's classes best, of two for all layers, so that two kernels serve them; where the catalogue has none, the floor's classes with the
-same number of bits more each. At 8 bits the rounding of parameters to e4m3 and the tails that a symmetric code cuts off outweigh all else, so that a minimum and a
-scale of 16 bits are best (benchmarks/LOG.md has the errors of attention that this was chosen by).
+variance but not one importance. At 4 bits a minimum and a scale of 8 bits serve all floors of the catalogue, so that one kernel a side
+does: that costs keys twice what the floor's own classes with the same number of bits more each would, which take half a bit more, and
+values nothing. Keys of other floors, which mostly come from before keys were stored without their rotating mean, have those
+classes: there it is five times. At 8 bits the rounding of parameters to e4m3 and the tails that a symmetric code cuts off outweigh all
+else, so that a minimum and a scale of 16 bits are best (benchmarks/LOG.md has the errors of attention that this was chosen by).
 
 **Harm.** The artifact states the loss L of a layer's keys and of its values when all pages stand on the floor. Error is quadratic
 in a small distortion, so a page on rung r costs L · ρ(r), with ρ the format's distortion as a part of the floor's: the mean over
@@ -21,7 +22,7 @@ from dataclasses import dataclass, replace
 
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
-from kvfold.kernels.catalogue import cuts_of
+from kvfold.kernels.catalogue import key_formats, value_formats
 from kvfold.kernels.formats import GAUSSIAN_MSE, PLANE_WIDTHS, RAW, Format, raw16, uniform
 
 CODE_BITS = (4, 8)  # of the rungs between the floor and 16 bits
@@ -38,8 +39,8 @@ def finer(floor: Format, bits: int) -> Format:
     elif floor.params == "scale_min":
         found = uniform(floor.head_dim, 2**bits, floor.param_dtype, floor.group_size)
     else:
-        cuts = cuts_of(floor.head_dim, bits)
-        found = min(cuts, key=lambda cut: distortion(cut, floor)) if cuts else widened(floor, bits)
+        shared = floor in key_formats(floor.head_dim) or floor in value_formats(floor.head_dim)
+        found = uniform(floor.head_dim, 2**bits) if shared else widened(floor, bits)
     return found if found.payload_bits > floor.payload_bits else floor
 
 
@@ -81,7 +82,7 @@ def distortion(fmt: Format, floor: Format) -> float:
         return [GAUSSIAN_MSE[levels] for channels, levels in fmt.classes for _ in range(channels)]
 
     parts = [a / b if b else 0.0 for a, b in zip(errors(fmt), errors(floor), strict=True)]
-    return sum(parts) / len(parts)
+    return min(1.0, sum(parts) / len(parts))  # a rung that the mean takes for worse measures better than the floor
 
 
 @dataclass(frozen=True)

@@ -237,8 +237,9 @@ def test_whitening_beats_plain_uniform_keys_at_equal_bits():
 
 
 def test_more_bits_never_measure_worse_by_much():
-    stats = make_stats(head_dim=64)
-    for group in (key_candidates(stats, Recipe(), 0, False), value_candidates(stats, Recipe(), 0)):
+    """Of a layer's own cuts: each is the best of its size. The catalogue's second cut of a size may be for other spectra."""
+    stats, own = make_stats(head_dim=64), Recipe.model_validate({"catalogue": False})
+    for group in (key_candidates(stats, own, 0, False), value_candidates(stats, own, 0)):
         for kind in ("scale", "scale_min"):
             ordered = sorted(
                 (c for c in group if c.spec.format.params == kind), key=lambda c: c.spec.format.payload_bits
