@@ -110,7 +110,8 @@ class Decoding:
         self.steps: Counter[int] = Counter()  # replayed ones, by batch size
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids", args[0] if args else None)
+        cache: Any = kwargs.get("past_key_values")
+        ids: Any = kwargs.get("input_ids", args[0] if args else None)
         if not isinstance(cache, QuantizedKVCache) or not self.fits(cache, ids, args, kwargs):
             return self.forward(*args, **kwargs)
         if self.refused and self.insist:

@@ -102,14 +102,14 @@ def _append(
     """append_step with the formats of the rung that each sequence's page is written on, by what the host knows: to be replaced by
     one launch that selects them on the device, from `due_rungs(layer)[0]`."""
     rungs = due_rungs(layer)[1] or [0] * len(keys)
-    tensors = (keys, values, query, layer.raw_keys, layer.raw_values, layer.block_table, layer.state)
     marks, rest = options.pop("marks"), {**options, "layer": layer_idx}
 
     def append(rung: LayerSpec, rows: slice) -> None:
         shift = None if queries.shift is None else queries.shift[rows]
         part = replace(queries, data=queries.data[rows], scale=queries.scale[rows], shift=shift)
         append_step(
-            *(x[rows] for x in tensors), part, rung.key.format, rung.value.format, key_clip=rung.key.clip,
+            keys[rows], values[rows], query[rows], layer.raw_keys[rows], layer.raw_values[rows], layer.block_table[rows],
+            layer.state[rows], part, rung.key.format, rung.value.format, key_clip=rung.key.clip,
             value_clip=rung.value.clip, marks=marks[rows], **rest,
         )  # fmt: skip
 
