@@ -64,8 +64,8 @@ class DecodingStep:
         self, forward: Callable[..., Any], cache: QuantizedKVCache, batch_size: int, compiled: Any = None
     ) -> None:
         device = cache.layers[0].device
-        self.ids = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
-        self.positions = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        with torch.inference_mode(False):  # they outlive the mode of whoever decodes first
+            self.ids, self.positions = torch.zeros(2, batch_size, 1, dtype=torch.long, device=device)
         self.reads = reads(cache)
         self.graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(device)
