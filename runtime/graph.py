@@ -64,8 +64,8 @@ class DecodingStep:
         self, forward: Callable[..., Any], cache: QuantizedKVCache, batch_size: int, compiled: Any = None
     ) -> None:
         device = cache.layers[0].device
-        self.ids = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
-        self.positions = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        with torch.inference_mode(False):  # they outlive the mode of whoever decodes first
+            self.ids, self.positions = torch.zeros(2, batch_size, 1, dtype=torch.long, device=device)
         self.reads = reads(cache)
         self.graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(device)
@@ -110,7 +110,8 @@ class Decoding:
         self.steps: Counter[int] = Counter()  # replayed ones, by batch size
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids", args[0] if args else None)
+        cache: Any = kwargs.get("past_key_values")
+        ids: Any = kwargs.get("input_ids", args[0] if args else None)
         if not isinstance(cache, QuantizedKVCache) or not self.fits(cache, ids, args, kwargs):
             return self.forward(*args, **kwargs)
         if self.refused and self.insist:

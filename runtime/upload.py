@@ -39,4 +39,5 @@ class Upload:
         for (targets, rows), part in zip(self._news.values(), parts, strict=True):
             if targets:
                 torch._foreach_copy_(targets, list(part.split([len(row) for row in rows])))
-                targets.clear(), rows.clear()
+                targets.clear()
+                rows.clear()
