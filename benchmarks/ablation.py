@@ -51,7 +51,6 @@ ROWS: dict[str, dict] = {
     "catalogue off": {"catalogue": False, "pairs": 0},
     "2 pairs of formats": {"pairs": 2},
     "4 pairs of formats": {"pairs": 4},
-    "6 pairs of formats": {"pairs": 6},
     "8 pairs of formats": {"pairs": 8},
     "any number of pairs": {"pairs": 0},
     "catalogue off; also K 0.5, V 0.25": {

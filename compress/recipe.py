@@ -4,7 +4,6 @@ Recipes that ship are the YAML files of compress/recipes; a name stands for its 
 `best`. A side that offers a single format is fixed: then nothing is searched, and the budget only has to be large enough.
 """
 
-from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
@@ -49,7 +48,6 @@ class _Side(_Strict):
     """
 
     _table: ClassVar[dict[str, Transform]]
-    _catalogue: ClassVar[Callable[[int], tuple[Format, ...]]]
     _offered: ClassVar[
         dict[str, tuple]
     ]  # where a transform with mixed formats is asked for without saying what to offer
@@ -114,9 +112,13 @@ class _Side(_Strict):
                     found.append(uniform(head_dim, levels, dtype, size))
         return [*found, raw16(head_dim)] if RAW in (self.levels or ()) else found
 
+    def known_formats(self, head_dim: int) -> tuple[Format, ...]:
+        """All of the catalogue's formats for this side; empty for a head_dim that it does not have."""
+        raise NotImplementedError
+
     def shared_formats(self, head_dim: int) -> tuple[Format, ...]:
         """The catalogue's mixed formats from the least of `bits` to the most; empty where it has none."""
-        return mixed_between(self._catalogue(head_dim), min(self.bits), max(self.bits)) if self.bits else ()
+        return mixed_between(self.known_formats(head_dim), min(self.bits), max(self.bits)) if self.bits else ()
 
     def least_format(self, head_dim: int, catalogue: bool = False) -> Format:
         """The smallest format that is offered, or one of the same size; `catalogue`: as in Recipe."""
@@ -143,11 +145,13 @@ class KeyRecipe(_Side):
     """Keys. without: parts of "whiten" that are left out."""
 
     _table = KEY_TRANSFORMS
-    _catalogue: ClassVar = staticmethod(key_formats)
     _offered: ClassVar = {"bits": MIXED_BITS, "levels": MANY_LEVELS}
 
     transform: str = "whiten"
     without: tuple[Literal["metric", "mixing", "rotation", "offset"], ...] = ()
+
+    def known_formats(self, head_dim: int) -> tuple[Format, ...]:
+        return key_formats(head_dim)
 
     @model_validator(mode="after")
     def _parts(self) -> Self:
@@ -160,11 +164,13 @@ class ValueRecipe(_Side):
     """Values; their transform is the basis fused into v_proj and o_proj."""
 
     _table = VALUE_TRANSFORMS
-    _catalogue: ClassVar = staticmethod(value_formats)
     _offered: ClassVar = {"bits": VALUE_BITS, "levels": LEVELS}
 
     transform: str = "whiten"
     clip: bool = False
+
+    def known_formats(self, head_dim: int) -> tuple[Format, ...]:
+        return value_formats(head_dim)
 
 
 class CalibrationRecipe(_Strict):
