@@ -1,5 +1,5 @@
-"""Compiles an artifact's kernels ahead, in several processes: formats that differ by layer are kernels of their own, of some
-seconds each. Triton keeps the result on disk, so the next process finds it."""
+"""Compiles an artifact's kernels ahead, in several processes: for formats that differ by layer, attention has kernels of its own,
+of some seconds each. Triton keeps the result on disk, so the next process finds it."""
 
 import multiprocessing
 import os
