@@ -86,6 +86,8 @@ class TurnTables:
         pairs = torch.stack((first[order], second[order])).int()
         self._indices = pairs.to(device), torch.stack((pair, partner)).to(device)
         self._old: list[KernelTables | tuple[Tensor, Tensor]] = []
+        self.spans: Tensor
+        self.steps: Tensor
         self.kernel_tables: KernelTables
         self.tokens = 0
         self.reach(FIRST_TOKENS)

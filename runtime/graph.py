@@ -118,6 +118,7 @@ class Decoding:
             raise KvfoldError(f"{self.refused}; load with cuda_graph='auto' or False.")
         if self.refused:
             return self.forward(*args, **kwargs)
+        assert ids is not None
         quiet = cache.quiet > 0
         if not begin(cache):
             return self.forward(*args, **kwargs)
