@@ -212,7 +212,7 @@ def test_what_the_allocator_budgets_is_stated_shown_and_resident(model):
 @torch.no_grad()
 def test_positions_beyond_the_calibrated_ones_are_named_once(tmp_path, tiny_folder, text_file, recipe_file, caplog):
     artifact = compress(
-        str(tiny_folder), "4.0@300", tmp_path / "out", calib=str(text_file), recipe=load_recipe(recipe_file)
+        str(tiny_folder), "4.0", tmp_path / "out", calib=str(text_file), recipe=load_recipe(recipe_file), context=300
     )
     covered = artifact.metadata.calibration.covered_positions
     assert 300 <= covered < 2048
