@@ -80,6 +80,8 @@ def attend(
     """
     num_heads, num_queries, head_dim = query.shape
     q = query.float() * scaling
+    if mean is not None:
+        mean = KeyMean(mean.tables, mean.coefficients * scaling)
     out = torch.zeros(num_heads, num_queries, head_dim, device=query.device)
     top = torch.full((num_heads, num_queries, 1), -torch.inf, device=query.device)
     total = torch.zeros(num_heads, num_queries, 1, device=query.device)
@@ -119,7 +121,7 @@ def attend(
             if shift is not None:
                 scores += shift[:, rows, None] * scaling
             if mean is not None:
-                scores += mean.logits(rows, tile.positions) * scaling
+                scores += mean.logits(rows, tile.positions)
             if softcap is not None:
                 scores = scores.div_(softcap).tanh_().mul_(softcap)
             if visible is not None:

@@ -164,12 +164,17 @@ class TurnTables:
 
     def logits(self, coefficients: Tensor, positions: Tensor) -> Tensor:
         """q·m_t: complex64 [H, T, D/2] of queries and int64 [n] positions of keys → float32 [H, T, n]."""
+        inside = positions >= self.sinks
+        if bool(inside.all()):
+            return self._logits(coefficients, positions - self.sinks)
         out = coefficients.real.new_zeros(*coefficients.shape[:-1], len(positions))
-        u = positions - self.sinks
-        inside = u >= 0
-        if not bool(inside.any()):
-            return out
-        low, high = int(u[inside].min()), int(u.max())
+        if bool(inside.any()):
+            out[..., inside] = self._logits(coefficients, positions[inside] - self.sinks)
+        return out
+
+    def _logits(self, coefficients: Tensor, u: Tensor) -> Tensor:
+        """The same of keys u ≥ 0 tokens behind the sinks."""
+        low, high = int(u.min()), int(u.max())
         self.reach(high + self.sinks + 1)
         spans, steps = slice(low // SPAN, high // SPAN + 1), slice(low // STEP, high // STEP + 1)
         fast = coefficients[..., None, : self.fast] * self.spans[spans]  # [H, T, spans, fast]
@@ -179,9 +184,11 @@ class TurnTables:
         slow = coefficients[..., self.fast :]
         turn = self.steps[steps]
         far = torch.cat((slow.real, -slow.imag), -1) @ torch.cat((turn.real, turn.imag), -1).mT  # [H, T, steps]
-        own = u[inside]
-        out[..., inside] = near[..., own - low // SPAN * SPAN] + far[..., own // STEP - low // STEP]
-        return out
+        if high - low + 1 == len(u) and bool((u.diff() == 1).all()):  # a run, as most tiles are: no gathering
+            first = low // SPAN * SPAN
+            blocks = near[..., low // STEP * STEP - first :].unflatten(-1, (-1, STEP))[..., : far.shape[-1], :]
+            return blocks.add_(far[..., None]).flatten(-2)[..., low % STEP : low % STEP + len(u)]
+        return near[..., u - low // SPAN * SPAN] + far[..., u // STEP - low // STEP]
 
 
 @cache
