@@ -187,7 +187,9 @@ def test_a_kernel_that_does_not_compile_is_named(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_when_the_caller_ends(tmp_path, number):
-    code = "from compile_ahead import *\nbuild(endless=True)"
+    # a shell's background job is told to ignore Ctrl-C
+    heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code = heard + "from compile_ahead import *\nbuild(endless=True)"
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         text=True,

@@ -87,7 +87,7 @@ def plain_decode(layer, keys, values, query, scaling):
     """A step of one layer as the kernels do it, reading and writing what lies on the device alone: state, tables, segments."""
     g, spec, marked = layer.geometry, layer.spec, marks.marks_of(layer.padding, len(query), layer.device)
     queries, out = spec.key.apply_query(query), []
-    rows = to_float16(spec.key.apply(keys)), to_float16(values.float())
+    rows = to_float16(spec.key.apply(keys, layer.state[:, :1].long(), g.sinks)), to_float16(values.float())
     for b, (length, count) in enumerate(layer.state.tolist()):
         slot = layer.slots(length, length + 1)
         for label, (raw, row, given) in enumerate(

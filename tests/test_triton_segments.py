@@ -222,8 +222,8 @@ def test_the_reference_decodes_by_rung():
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
-def test_rungs_compile_for_a_gpu():
+def test_kernels_that_add_the_rotating_mean_compile_for_a_gpu():
     script = Path(__file__).parent / "compile_kernels.py"
-    command = [sys.executable, script, "0", "rungs"]
+    command = [sys.executable, script, "0", "mean"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]

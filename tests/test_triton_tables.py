@@ -91,14 +91,16 @@ from kvfold.kernels.triton_append import _append_kernel
 from kvfold.kernels.triton_encode import _encode_kernel, _lower_kernel
 from kvfold.kernels.triton_prompt import _decode_kernel
 
-FLOATS = {"k_clip", "v_clip", "q_scale", "q_shift", "matrix", "offset", "query_matrix"}
-INTS = {"sequences", "tokens", "state", "tables", "formats", "rungs"}
+FLOATS = {
+    "k_clip", "v_clip", "q_scale", "q_shift", "matrix", "offset", "query_matrix", "coefficients", "bias", "spans", "steps",
+}
+INTS = {"sequences", "tokens", "state", "tables", "formats", "rungs", "pairs", "channels"}
 
 def compile(kernel, **constants):
     signature = {}
     for name in kernel.arg_names:
         longs = name in ("pages", "sources", "table", "marks")
-        halves = name in ("keys", "values", "raw_keys", "raw_values", "q_out")
+        halves = name in ("keys", "values", "raw_keys", "raw_values", "q_out", "within")
         signature[name] = (
             "constexpr" if name in constants else "*fp32" if name in FLOATS else "*i32" if name in INTS
             else "*i64" if longs else "*u8" if name == "anchor_ptr" else "fp32" if name in ("factor", "scaling")
@@ -117,9 +119,9 @@ compile(_encode_kernel, ROWS=1)
 compile(_encode_kernel, ROWS=4)
 compile(_lower_kernel, ROWS=2)
 compile(_decode_kernel, ROWS=16)
-for matrix in (False, True):
-    compile(_append_kernel, DIM=96, ROWS=2, TABLE=table_length(96), MATRIX=matrix, OFFSET=matrix, SHIFT=matrix,
-            MARKS=matrix, GROUP=3, N=8, TOP=7)
+for matrix, mean in ((False, 0), (True, 0), (True, 32)):
+    compile(_append_kernel, DIM=96, ROWS=2, TABLE=table_length(96), MATRIX=matrix, OFFSET=matrix, SHIFT=matrix and not mean,
+            MARKS=matrix, GROUP=3, N=8, TOP=7, MEAN=mean, BIAS=64)
 print("compiled")
 """
 
