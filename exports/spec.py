@@ -54,18 +54,23 @@ class KeySpec:
         assert self.offset is not None and self.frequencies is not None
         return turn_tables(self.frequencies, self.offset.shape[1], sinks, self.offset.device)
 
-    def mean(self, positions: Tensor, sinks: int) -> Tensor | None:
-        """m_t of keys at int64 positions [..., T]: float32 [..., num_kv_heads, T or 1, head_dim]; None for zero."""
+    def mean(self, positions: Tensor | None, sinks: int) -> Tensor | None:
+        """m_t of keys at int64 positions [..., T], which only a mean that turns needs: float32 [..., num_kv_heads, T or 1, head_dim];
+        None for zero."""
         if self.offset is None:
             return None
-        return self.tables(sinks).mean(self.offset, positions) if self.turns else self.offset[:, None]
+        if not self.turns:
+            return self.offset[:, None]
+        assert positions is not None
+        return self.tables(sinks).mean(self.offset, positions)
 
-    def apply(self, keys: Tensor, positions: Tensor, sinks: int) -> Tensor:
+    def apply(self, keys: Tensor, positions: Tensor | None, sinks: int) -> Tensor:
         """Keys after RoPE → z, float32.
 
         Args:
             keys: [..., num_kv_heads, T, head_dim].
-            positions: int64 [T], or [B, T] where sequences differ; tokens counted from each sequence's first.
+            positions: int64 [T], or [B, T] where sequences differ, tokens counted from each sequence's first; None will do where the
+                mean does not turn.
             sinks: of the cache.
         """
         mean = self.mean(positions, sinks)

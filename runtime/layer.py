@@ -175,7 +175,8 @@ class PackedLayer(Sequences, CacheLayerMixin):
             view = LayerView(self, None, shape, key_states.dtype, key_states.device, (key_states, value_states))
             return view, view
         self._check_finite(key_states, value_states, skips)
-        keys = to_float16(self.spec.key.apply(key_states, self._positions(tokens, skips), self.geometry.sinks))
+        positions = self._positions(tokens, skips) if self.spec.key.turns else None
+        keys = to_float16(self.spec.key.apply(key_states, positions, self.geometry.sinks))
         values = to_float16(value_states.float())
         rows = [self._append(b, keys[b, :, skip:], values[b, :, skip:], skip, pads[b]) for b, skip in enumerate(skips)]
         self.columns += tokens

@@ -48,7 +48,9 @@ class PlainLists:
         self.packed = [0] * batch
 
     def append(self, keys, values):
-        places = torch.stack([len(row) + torch.arange(keys.shape[2]) for row in self.rows])
+        places = None
+        if self.spec.key.turns:
+            places = torch.stack([len(row) + torch.arange(keys.shape[2]) for row in self.rows])
         keys, values = to_float16(self.spec.key.apply(keys, places, GEOMETRY.sinks)), to_float16(values)
         for b, row in enumerate(self.rows):
             row += [(keys[b, :, t], values[b, :, t]) for t in range(keys.shape[2])]
