@@ -54,17 +54,17 @@ class KeySpec:
         assert self.offset is not None and self.frequencies is not None
         return turn_tables(self.frequencies, self.offset.shape[1], sinks, self.offset.device)
 
-    def mean(self, positions: Tensor | None, sinks: int) -> Tensor | None:
+    def mean(self, positions: Tensor | None, sinks: int, end: int | None = None) -> Tensor | None:
         """m_t of keys at int64 positions [..., T], which only a mean that turns needs: float32 [..., num_kv_heads, T or 1, head_dim];
-        None for zero."""
+        None for zero. end: a number that all positions are below, if the host knows one."""
         if self.offset is None:
             return None
         if not self.turns:
             return self.offset[:, None]
         assert positions is not None
-        return self.tables(sinks).mean(self.offset, positions)
+        return self.tables(sinks).mean(self.offset, positions, end)
 
-    def apply(self, keys: Tensor, positions: Tensor | None, sinks: int) -> Tensor:
+    def apply(self, keys: Tensor, positions: Tensor | None, sinks: int, end: int | None = None) -> Tensor:
         """Keys after RoPE → z, float32.
 
         Args:
@@ -72,8 +72,9 @@ class KeySpec:
             positions: int64 [T], or [B, T] where sequences differ, tokens counted from each sequence's first; None will do where the
                 mean does not turn.
             sinks: of the cache.
+            end: as in `mean`.
         """
-        mean = self.mean(positions, sinks)
+        mean = self.mean(positions, sinks, end)
         return self.transform(keys.float() if mean is None else keys.float() - mean)
 
     def transform(self, rest: Tensor) -> Tensor:

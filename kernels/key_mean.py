@@ -120,11 +120,14 @@ class TurnTables:
         angles = (behind_sinks + self.sinks)[:, None].double() * omega
         return torch.complex(angles.cos().float(), angles.sin().float()).to(self.device)
 
-    def mean(self, offset: Tensor, positions: Tensor) -> Tensor:
-        """m_t: offset float32 [Hkv, D], positions int64 [..., T] → float32 [..., Hkv, T, D]."""
+    def mean(self, offset: Tensor, positions: Tensor, end: int | None = None) -> Tensor:
+        """m_t: offset float32 [Hkv, D], positions int64 [..., T] → float32 [..., Hkv, T, D].
+
+        end: a number that all positions are below, where the host knows one; else it waits for the device to tell.
+        """
         if not positions.numel():
             return offset.new_zeros(*positions.shape[:-1], offset.shape[0], positions.shape[-1], offset.shape[1])
-        self.reach(int(positions.max()) + 1)
+        self.reach(int(positions.max()) + 1 if end is None else end)
         u = (positions - self.sinks).clamp_min(0)
         fast = self.spans[u // SPAN] * self.within[u % SPAN]
         turns = torch.cat((fast, self.steps[u // STEP]), -1) * (positions >= self.sinks)[..., None]  # [..., T, D/2]

@@ -26,9 +26,8 @@ from kvfold.kernels.triton_pages import warps_for, write_block
 
 BLOCK: tl.constexpr = tl.constexpr(32)  # rows of a matrix at a time
 UNROLL: tl.constexpr = tl.constexpr(2)  # fields of a page at a time
-REGISTERS = (
-    96  # of a thread: steps that write no page, nearly all, want many programs at once and not what a page takes
-)
+# of a thread: steps that write no page, nearly all, want many programs at once and not what a page takes
+REGISTERS = 96
 UNMARKED = 2**63 - 1  # of a sequence whose keys and values were all finite
 LABELS: tl.constexpr = tl.constexpr(65536)  # marks of one token; twice as many as there may be layers
 

@@ -41,9 +41,8 @@ WAVE = 8  # programs of one warp that share a multiprocessor: two to a scheduler
 STAGES, TERNARY_STAGES = 4, 3  # tiles in flight and one
 # of steps over 4-bit pages: with the 255 that it may take, Triton 3.6's ptxas spills 57 times a tile, with these never
 FOUR_BIT_REGISTERS = 240
-ROW_UNIT: tl.constexpr = tl.constexpr(
-    8
-)  # 16 bytes of 16-bit rows, so that a step needs no kernel of its own to be known as aligned
+# 16 bytes of 16-bit rows, so that a step needs no kernel of its own to be known as aligned
+ROW_UNIT: tl.constexpr = tl.constexpr(8)
 
 
 # numbers that vary from call to call, and where a batch's rows begin, must not each compile a kernel of their own

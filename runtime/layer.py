@@ -176,7 +176,7 @@ class PackedLayer(Sequences, CacheLayerMixin):
             return view, view
         self._check_finite(key_states, value_states, skips)
         positions = self._positions(tokens, skips) if self.spec.key.turns else None
-        keys = to_float16(self.spec.key.apply(key_states, positions, self.geometry.sinks))
+        keys = to_float16(self.spec.key.apply(key_states, positions, self.geometry.sinks, self.columns + tokens))
         values = to_float16(value_states.float())
         rows = [self._append(b, keys[b, :, skip:], values[b, :, skip:], skip, pads[b]) for b, skip in enumerate(skips)]
         self.columns += tokens
@@ -188,7 +188,7 @@ class PackedLayer(Sequences, CacheLayerMixin):
         """Positions of the next columns, counted from each sequence's first token: int64 [B, tokens], 0 where padded."""
         starts = [length - skip for length, skip in zip(self.length, skips, strict=True)]
         columns = torch.arange(tokens, device=self.device)
-        return (columns + torch.tensor(starts, device=self.device)[:, None]).clamp_min(0)
+        return (columns + on_device(starts, torch.int64, self.device)[:, None]).clamp_min(0)
 
     def _check_finite(self, keys: Tensor, values: Tensor, skips: list[int]) -> None:
         for name, states in (("key", keys), ("value", values)):

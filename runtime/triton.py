@@ -118,7 +118,7 @@ def _prompt(
     if spec.key.turns:  # a prompt's kernel reads its 16-bit rows with their mean, and pages without
         assert spec.key.offset is not None
         mean = partial(_stored_mean, spec.key, geometry)
-        keys = to_float16(keys.float() + _stored(spec.key, row.raw_positions, geometry.sinks))
+        keys = to_float16(keys.float() + _stored(spec.key, row.raw_positions, geometry.sinks, layer.length[b]))
     for start in range(0, query.shape[2], QUERY_CHUNK):
         chunk = query[:, :, start : start + QUERY_CHUNK]
         position = layer.length[b] - query.shape[2] + start
@@ -129,8 +129,8 @@ def _prompt(
         term = None
         if spec.key.turns:
             first_page = together[-1].end if together else layer.passed[b]
-            limit = int(row.limit[-1]) - geometry.sinks
-            steps = first_page * geometry.page_tokens // STEP, max(limit, 0) // STEP + 1
+            packed = packed_tokens(layer.length[b], geometry.sinks, geometry.window, geometry.page_tokens)
+            steps = first_page * geometry.page_tokens // STEP, max(packed, row.packed_before) // STEP + 1
             assert spec.key.offset is not None
             term = MeanOf(spec.key.tables(geometry.sinks), spec.key.offset, chunk, *steps)
         queries = prepare_queries(
@@ -143,9 +143,10 @@ def _prompt(
         )  # fmt: skip
 
 
-def _stored(key: KeySpec, positions: Tensor, sinks: int) -> Tensor:
-    """The mean that keys at int64 positions [n] were stored without, in their stored basis: float32 [Hkv, n, head_dim]."""
-    mean = key.mean(positions, sinks)
+def _stored(key: KeySpec, positions: Tensor, sinks: int, end: int) -> Tensor:
+    """The mean that keys at int64 positions [n], all below `end`, were stored without, in their stored basis: float32
+    [Hkv, n, head_dim]."""
+    mean = key.mean(positions, sinks, end)
     assert mean is not None
     return key.transform(mean)
 
@@ -154,7 +155,7 @@ def _stored_mean(key: KeySpec, geometry: Geometry, first: int, end: int) -> Tens
     """`_stored` of pages first … end − 1."""
     assert key.offset is not None
     tokens = torch.arange(first * geometry.page_tokens, end * geometry.page_tokens, device=key.offset.device)
-    return _stored(key, geometry.sinks + tokens, geometry.sinks)
+    return _stored(key, geometry.sinks + tokens, geometry.sinks, geometry.sinks + end * geometry.page_tokens)
 
 
 def page_runs(layer: "PackedLayer", row: "RowView", position: int, rows: int) -> list[PageRun]:
