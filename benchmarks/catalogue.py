@@ -24,7 +24,7 @@ from kvfold.compress.calibrate import calibrate
 from kvfold.compress.models import load_model, quiet_transformers
 from kvfold.compress.pipeline import calibrated_by
 from kvfold.compress.plan import make_plan, pick_device
-from kvfold.compress.recipe import MIXED_BITS, VALUE_BITS, Recipe
+from kvfold.compress.recipe import Recipe
 from kvfold.compress.tap import NAME
 from kvfold.compress.transforms.whiten import (
     CLASS_LEVELS,
@@ -36,14 +36,14 @@ from kvfold.compress.transforms.whiten import (
     whitened,
 )
 from kvfold.compress.work import fingerprint
-from kvfold.kernels.catalogue import HEAD_DIMS, key_formats, value_formats
+from kvfold.kernels.catalogue import HEAD_DIMS, KEY_BITS, VALUE_BITS, key_formats, value_formats
 from kvfold.kernels.catalogue import code_bits as cut_bits
 from kvfold.kernels.formats import PLANE_WIDTHS, Format
 
 BUDGET = "2.5"  # only its length matters: how far positions are spread
 FOREIGN = 0.25
 SLACK = 0.003  # of the mean ratio
-BITS = {"K": MIXED_BITS, "V": VALUE_BITS}
+BITS = {"K": KEY_BITS, "V": VALUE_BITS}
 SHORT_LIST = 1000  # cuts that are tried in pairs
 FIRSTS = 300  # of them, as the first of a pair
 

@@ -14,13 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from kvfold.compress.transforms import KEY_TRANSFORMS, VALUE_TRANSFORMS, Transform
 from kvfold.compress.transforms.whiten import PARTS
 from kvfold.errors import KvfoldError
-from kvfold.kernels.catalogue import key_formats, mixed_between, value_formats
+from kvfold.kernels.catalogue import KEY_BITS, VALUE_BITS, key_formats, mixed_between, value_formats
 from kvfold.kernels.formats import PLANE_WIDTHS, RAW, Format, raw16, uniform
 from kvfold.kernels.packing import TRIT_CHANNELS
 
 DEFAULT = "best"
-MIXED_BITS = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5, 5.0)
-VALUE_BITS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 LEVELS = (3, 4, 8, 16, 32, 64, 256, RAW)
 Text = Literal["recall", "drama", "maths", "prose", "code"]
 TEXTS: tuple[Text, ...] = ("recall", "drama", "code", "maths", "prose")  # of the package
@@ -145,7 +143,7 @@ class KeyRecipe(_Side):
     """Keys. without: parts of "whiten" that are left out."""
 
     _table = KEY_TRANSFORMS
-    _offered: ClassVar = {"bits": MIXED_BITS, "levels": MANY_LEVELS}
+    _offered: ClassVar = {"bits": KEY_BITS, "levels": MANY_LEVELS}
 
     transform: str = "whiten"
     without: tuple[Literal["metric", "mixing", "rotation", "offset"], ...] = ()

@@ -21,6 +21,7 @@ from kvfold.compress.progress import progress, stage
 from kvfold.compress.recipe import LEAST_WINDOW
 from kvfold.compress.sensitivity import Passage, Probe, packing_tap, sensitivities
 from kvfold.compress.tap import NAME as TAP
+from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import Architecture
 from kvfold.kernels.formats import Format
 
@@ -52,15 +53,35 @@ class Found:
     rounding_kl: float
 
 
-def search(plan: Plan, work: Path, device: torch.device, statistics: Path | None = None) -> Found:
-    """Runs calibration, sensitivities and allocation.
+@dataclass(frozen=True)
+class Measured:
+    """A model and what each choice would cost it.
+
+    Attributes:
+        model: calibrated, with attention tap.NAME.
+        probe: of the model as it was read.
+        near: the geometry that losses are measured with.
+        keys, values: the candidates of each layer.
+        key_losses, value_losses: nats of KL, one for each candidate.
+    """
+
+    model: Any
+    probe: Probe
+    near: Geometry
+    keys: list[list[KeyCandidate]]
+    values: list[list[ValueCandidate]]
+    key_losses: list[list[float]]
+    value_losses: list[list[float]]
+
+
+def measure(plan: Plan, work: Path, device: torch.device, statistics: Path | None = None) -> Measured:
+    """Calibrates, and measures what each candidate of each layer costs.
 
     Args:
         work: folder that holds what an interrupted run has finished.
         statistics: folder for the calibration's share of that; default: `work`.
     """
     recipe, geometry, budget = plan.recipe, plan.geometry, plan.budget
-    dtype: torch.dtype = plan.config.dtype or torch.float32
     stage(
         f"reading {plan.source.name}: {plan.num_layers} layers, {len(plan.sequences)} × {plan.sequences[0].shape[1]} tokens of calibration text"
     )
@@ -88,17 +109,31 @@ def search(plan: Plan, work: Path, device: torch.device, statistics: Path | None
     packed = geometry.packed_elements(budget.at, plan.num_layers)
     target_bits = 8 * (budget.nbytes - fixed) / max(packed, 1)
     if s.method == "first-order":
-        key_losses, value_losses = first_order(probe, sequences, keys, values, near)
+        losses = first_order(probe, sequences, keys, values, near)
     else:
-        key_losses, value_losses = sensitivities(probe, keys, values, near, target_bits, s.probes, work)
-    chosen = choose(plan, keys, values, key_losses, value_losses)
-    layers = [Layer(keys[i][k], values[i][v], key_losses[i][k], value_losses[i][v]) for i, (k, v) in enumerate(chosen)]
+        losses = sensitivities(probe, keys, values, near, target_bits, s.probes, work)
+    return Measured(model, probe, near, keys, values, *losses)
+
+
+def search(plan: Plan, work: Path, device: torch.device, statistics: Path | None = None) -> Found:
+    """Measures, chooses, and fuses the choices into the model's weights.
+
+    Args:
+        work, statistics: as in `measure`.
+    """
+    x = measure(plan, work, device, statistics)
+    chosen = choose(plan, x.keys, x.values, x.key_losses, x.value_losses)
+    layers = [
+        Layer(x.keys[i][k], x.values[i][v], x.key_losses[i][k], x.value_losses[i][v])
+        for i, (k, v) in enumerate(chosen)
+    ]
     stage("measuring all choices together, then what rounding the fused weights costs")
-    taps = [packing_tap(near, probe.device, x.key.spec, x.value.spec, x.value.matrix) for x in layers]
-    together = probe.whole_model(taps)
-    for attention, layer in zip(attentions, layers, strict=True):
+    taps = [packing_tap(x.near, x.probe.device, y.key.spec, y.value.spec, y.value.matrix) for y in layers]
+    together = x.probe.whole_model(taps)
+    dtype: torch.dtype = plan.config.dtype or torch.float32
+    for attention, layer in zip(plan.arch.attention_modules(x.model), layers, strict=True):
         set_parameters(attention, fused_parameters(attention, plan.arch, layer), dtype)
-    return Found(layers, together, probe.whole_model())
+    return Found(layers, together, x.probe.whole_model())
 
 
 def choose(

@@ -151,18 +151,22 @@ VALUES = {
 }
 HEAD_DIMS = tuple(KEYS)
 
-# levels and type of the parameters of formats of one class; 4 bits with e4m3 and 8 bits are steps of the progressive ladder
-UNIFORM_KEYS = ((16, "e4m3"), (64, "fp16"), (256, "fp16"))
-UNIFORM_VALUES = (
-    (3, "e4m3"),
-    (4, "e4m3"),
-    (8, "e4m3"),
-    (16, "e4m3"),
-    (16, "fp16"),
-    (32, "fp16"),
-    (64, "fp16"),
-    (256, "fp16"),
-)
+# formats of one class, by name: levels and type of the parameters; "4" and "8" are steps of the progressive ladder
+UNIFORM_KEYS = {"4": (16, "e4m3"), "6": (64, "fp16"), "8": (256, "fp16")}
+UNIFORM_VALUES = {
+    "1.6": (3, "e4m3"),
+    "2": (4, "e4m3"),
+    "3": (8, "e4m3"),
+    "4": (16, "e4m3"),
+    "4h": (16, "fp16"),
+    "5": (32, "fp16"),
+    "6": (64, "fp16"),
+    "8": (256, "fp16"),
+}
+# mean code bits of the lines of KEYS and VALUES; a line's first cut is named by them and a, its second one by them and b
+KEY_BITS = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5, 5.0)
+VALUE_BITS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
+LADDER = ("4/4", "8/8", "16/16")  # key/value
 
 
 def _cut(text: str) -> Format:
@@ -171,22 +175,34 @@ def _cut(text: str) -> Format:
     return Format(tuple((channels, 2**bits if bits else 0) for channels, bits in classes), "scale", "e4m3")
 
 
-def _formats(cuts: str, head_dim: int, others: tuple) -> tuple[Format, ...]:
-    mixed = [_cut(text) for line in cuts.strip().splitlines() for text in line.split("|")]
-    single = [uniform(head_dim, levels, dtype) for levels, dtype in others]
-    return tuple(sorted([*mixed, *single, raw16(head_dim)], key=lambda f: f.payload_bits))
+def _named(cuts: str, bits: tuple[float, ...], others: dict[str, tuple], head_dim: int) -> dict[str, Format]:
+    found = {}
+    for mean, line in zip(bits, cuts.strip().splitlines(), strict=True):
+        found |= {f"{mean:g}{letter}": _cut(text) for letter, text in zip("ab", line.split("|"), strict=True)}
+    found |= {name: uniform(head_dim, levels, dtype) for name, (levels, dtype) in others.items()}
+    return dict(sorted([*found.items(), ("16", raw16(head_dim))], key=lambda item: item[1].payload_bits))
 
 
 @cache
+def named_keys(head_dim: int) -> dict[str, Format]:
+    """Formats of keys by name, payload rising, 16 bits last; empty for a head_dim that the catalogue does not have."""
+    return _named(KEYS[head_dim], KEY_BITS, UNIFORM_KEYS, head_dim) if head_dim in KEYS else {}
+
+
+@cache
+def named_values(head_dim: int) -> dict[str, Format]:
+    """Formats of values, as `named_keys`."""
+    return _named(VALUES[head_dim], VALUE_BITS, UNIFORM_VALUES, head_dim) if head_dim in VALUES else {}
+
+
 def key_formats(head_dim: int) -> tuple[Format, ...]:
-    """Formats of keys, payload rising, 16 bits last; empty for a head_dim that the catalogue does not have."""
-    return _formats(KEYS[head_dim], head_dim, UNIFORM_KEYS) if head_dim in KEYS else ()
+    """Those of `named_keys`, in their order."""
+    return tuple(named_keys(head_dim).values())
 
 
-@cache
 def value_formats(head_dim: int) -> tuple[Format, ...]:
-    """Formats of values, as `key_formats`."""
-    return _formats(VALUES[head_dim], head_dim, UNIFORM_VALUES) if head_dim in VALUES else ()
+    """Those of `named_values`, in their order."""
+    return tuple(named_values(head_dim).values())
 
 
 def code_bits(fmt: Format) -> float:

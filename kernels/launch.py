@@ -5,6 +5,7 @@ called with tensors of the right types and shapes, and what they would have star
 what a model will start later, so compiling it (kernels/build.py) leaves nothing to be compiled at the first token.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -70,3 +71,43 @@ def noting(multiprocessors: int = 0) -> Iterator[list[Launch]]:
         yield _noted
     finally:
         _noted, _multiprocessors = before
+
+
+_streams = threading.local()
+
+
+class Branches:
+    """Kernels that don't wait for each other: while a CUDA graph is captured, what is launched inside `branch(i)` is a branch of the
+    graph, from where this was made to where `join` is called. Elsewhere everything runs in order, as the host is what takes its time.
+
+    Args:
+        device: of the kernels.
+        count: branches.
+    """
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        self.others: list[torch.cuda.Stream] = []
+        if count < 2 or device.type != "cuda" or _noted is not None or not torch.cuda.is_current_stream_capturing():
+            return
+        self.main = torch.cuda.current_stream(device)
+        kept = _streams.__dict__.setdefault("kept", {}).setdefault(self.main.device, [])
+        while len(kept) < count - 1:
+            kept.append(torch.cuda.Stream(device, priority=-1))  # of a pool of their own, which captures don't run on
+        self.others = kept[: count - 1]
+        begun = self.main.record_event()
+        for stream in self.others:
+            stream.wait_event(begun)
+
+    @contextmanager
+    def branch(self, index: int) -> Iterator[None]:
+        """While this lasts, launches belong to branch `index`; branch 0 is the current stream itself."""
+        if not self.others or index == 0:
+            yield
+            return
+        with torch.cuda.stream(self.others[index - 1]):
+            yield
+
+    def join(self) -> None:
+        """What is launched from now on waits for all branches."""
+        for stream in self.others:
+            self.main.wait_event(stream.record_event())

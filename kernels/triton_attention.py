@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvfold.errors import KvfoldError
 from kvfold.kernels.formats import Format, raw16
-from kvfold.kernels.launch import launch, multiprocessors
+from kvfold.kernels.launch import Branches, launch, multiprocessors
 from kvfold.kernels.pages import anchor
 from kvfold.kernels.tiles import program
 from kvfold.kernels.triton_bits import count, pick
@@ -31,6 +31,7 @@ RAW_BLOCK = 32  # 16-bit rows at a time
 PROMPT_COLUMNS = 16  # query columns of a program over a prompt
 QUERY_TOP = 7  # queries are scaled so that the largest component lies in [2^6, 2^7]
 MOST_SLOTS = 2048  # parts that one query's result is merged from
+MOST_RUNGS: tl.constexpr = tl.constexpr(8)
 TILE_TOKENS = 128  # packed tokens at a time
 FIXED_TILES = 8  # tiles in a part, where results may not depend on the batch
 LEAST_TOKENS = 128  # of a part, where the batch may decide
@@ -45,10 +46,23 @@ FOUR_BIT_REGISTERS = 240
 ROW_UNIT: tl.constexpr = tl.constexpr(8)
 
 
+@triton.jit
+def rung_parts(edges, rung, rungs, first_page, last_page, raw_count, splits, least, pages_each: tl.constexpr):
+    """(the first part of a rung, units of a part), where the tiles of all rungs, and the 16-bit rows' blocks behind the last one's, are
+    shared out so that all parts are equally large: they are `splits`, and one more for each rung whose last part is not full."""
+    r = tl.arange(0, MOST_RUNGS)
+    low = tl.maximum(first_page, tl.load(edges + r, mask=(r > 0) & (r < rungs), other=0))
+    high = tl.minimum(last_page, tl.load(edges + r + 1, mask=r < rungs - 1, other=0x7FFFFFFF))
+    tiles = (high - low // pages_each * pages_each + pages_each - 1) // pages_each
+    units = tl.where((low < high) & (r < rungs), tiles, 0) + tl.where(r == rungs - 1, raw_count, 0)
+    each = tl.maximum((tl.sum(units, 0) + splits - 1) // splits, least)
+    return tl.sum(tl.where(r < rung, (units + each - 1) // each, 0), 0), each
+
+
 # numbers that vary from call to call, and where a batch's rows begin, must not each compile a kernel of their own
 @triton.jit(
     do_not_specialize=[
-        "new", "table_width", "sinks", "window", "ring", "sliding", "query_blocks", "first_slot", "slots", "least", "skip",
+        "new", "table_width", "sinks", "window", "ring", "sliding", "query_blocks", "splits", "slots", "least", "skip",
         "rung", "rungs", "raw_step_b", "raw_step_h", "raw_step_t", "bias_steps", "first_step",
     ],
     do_not_specialize_on_alignment=[
@@ -58,22 +72,21 @@ ROW_UNIT: tl.constexpr = tl.constexpr(8)
 )  # fmt: skip
 def _attention_kernel(
     q_ptr, q_scale_ptr, q_shift_ptr, anchor, table, state, segments, raw_k, raw_v, o_ptr, ml_ptr, first_query, packed_before,
-    new, table_width, sinks, window, ring, sliding, query_blocks, first_slot, slots, least, skip, rung, rungs,
+    new, table_width, sinks, window, ring, sliding, query_blocks, splits, slots, least, skip, rung, rungs,
     raw_step_b, raw_step_h, raw_step_t, mean_ptr, bias_ptr, spans, within, bias_steps, first_step,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
     PROMPT: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr,
     STAGES: tl.constexpr, PREFETCH: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (splits, KV heads, sequences × query blocks). Writes slots first_slot … first_slot + splits − 1 of `slots` parts: pages of
-    one rung of `rungs`, and in the launch of the last rung the 16-bit rows behind them. A part without either stays unwritten, but
-    for its weight of zero.
+    """Grid: (splits, and `rungs` more for the last of several rungs; KV heads; sequences × query blocks). Writes parts of one rung's
+    pages, and in the launch of the last rung of the 16-bit rows behind them. The rungs' parts are equally large and follow each other;
+    behind them the last rung's launch writes a weight of zero for the parts that are left over, and nothing else of them.
 
     PROMPT: many queries, and the first `skip` pages are another part's. MASKED: a query may not see all that is packed, as in
     prompts and sliding windows (`sliding` tokens, 0 for all). Steps from one sequence, head and token of the 16-bit rows to
     the next are in units of ROW_UNIT numbers. MEAN: keys are stored without their rotating mean, but for a prompt's 16-bit rows.
     """
     split = tl.program_id(0)
-    splits = tl.num_programs(0)
     head = tl.program_id(1)
     b = tl.program_id(2) // query_blocks
     block = tl.program_id(2) % query_blocks
@@ -106,24 +119,29 @@ def _attention_kernel(
     else:
         lowest = tl.zeros((N,), tl.int32)
         first_page = 0
-    place = (b * heads + head) * query_blocks + block
-    o = o_ptr + (place.to(tl.int64) * slots + first_slot + split) * (N * dim)
-    ml = ml_ptr + (place * slots + first_slot + split) * (2 * N)
     columns = n < COLUMNS
     # the last rung ends where the pages do: a page that comes due belongs to it
-    edges = segments + b * (rungs + 1) + rung
-    first_page = tl.maximum(first_page, tl.maximum(skip, tl.load(edges, mask=rung > 0, other=0)))
-    last_page = tl.minimum(last_page, tl.load(edges + 1, mask=rung < rungs - 1, other=0x7FFFFFFF))
+    edges = segments + b * (rungs + 1)
+    first_page = tl.maximum(first_page, skip)
+    from_page = tl.maximum(first_page, tl.load(edges + rung, mask=rung > 0, other=0))
+    to_page = tl.minimum(last_page, tl.load(edges + rung + 1, mask=rung < rungs - 1, other=0x7FFFFFFF))
     # tiles lie at multiples of 128 tokens behind the sinks, wherever the first page is
-    tile_page = first_page // pages_each * pages_each
-    tiles = tl.where(first_page < last_page, (last_page - tile_page + pages_each - 1) // pages_each, 0)
+    tile_page = from_page // pages_each * pages_each
+    tiles = tl.where(from_page < to_page, (to_page - tile_page + pages_each - 1) // pages_each, 0)
     raw_count, raw_first = raw_blocks(total, raw_from, sinks, ring, limit, last, BLOCK, MASKED)
+    slot, each, parts = split, tl.maximum((tiles + raw_count + splits - 1) // splits, least), splits
+    if rungs > 1:
+        first_slot, each = rung_parts(edges, rung, rungs, first_page, last_page, raw_count, splits, least, pages_each)
+        slot, parts = first_slot + split, splits + rungs
     raw_count = tl.where(last_rung, raw_count, 0)
     units = tiles + raw_count
-    each = tl.maximum((units + splits - 1) // splits, least)
+    place = (b * heads + head) * query_blocks + block
+    o = o_ptr + (place.to(tl.int64) * slots + slot) * (N * dim)
+    ml = ml_ptr + (place * slots + slot) * (2 * N)
     if split * each >= units:
-        tl.store(ml + n, tl.zeros((N,), tl.float32) + NEVER, mask=columns)
-        tl.store(ml + N + n, tl.zeros((N,), tl.float32), mask=columns)
+        left_over = columns & last_rung & (slot < parts)
+        tl.store(ml + n, tl.zeros((N,), tl.float32) + NEVER, mask=left_over)
+        tl.store(ml + N + n, tl.zeros((N,), tl.float32), mask=left_over)
         return
     begin = tl.minimum(split * each, tiles)
     end = tl.minimum(split * each + each, tiles)
@@ -133,7 +151,7 @@ def _attention_kernel(
     coefficients = mean_ptr + place.to(tl.int64) * (2 * MEAN * N)
     bias = bias_ptr + (place.to(tl.int64) * bias_steps - first_step) * N
     acc, top, weight = packed_part(
-        q, q_scale, shift, anchor, table + b.to(tl.int64) * table_width, tile_page, first_page, last_page, begin, end, head,
+        q, q_scale, shift, anchor, table + b.to(tl.int64) * table_width, tile_page, from_page, to_page, begin, end, head,
         sinks, limit, lowest, heads * k_nbytes, coefficients, bias, spans, within,
         K, V, N, MASKED, CAP, SHIFT, MEAN, STAGES, PREFETCH, INTERPRET,
     )  # fmt: skip
@@ -246,7 +264,8 @@ def attention(
 ) -> Tensor:
     """Attention of decoding steps or of prompts over packed pages and 16-bit rows.
 
-    Pages of several formats take one launch a rung, each over its own pages, and one that merges them all.
+    Pages of several formats take one launch a rung, each over its own pages, and one that merges them all. In a CUDA graph the rungs are
+    branches beside each other.
 
     Args:
         queries: see Queries.
@@ -273,7 +292,7 @@ def attention(
             query reads; a library's attention takes them (triton_prompt.py).
         together_mean: what the keys of these pages were stored without, if anything; see `read_together`.
     Raises:
-        KvfoldError: `formats` and `segments` don't fit each other.
+        KvfoldError: `formats` and `segments` don't fit each other, or are more than MOST_RUNGS.
     """
     batch, kv_heads, blocks, padded, dim = queries.data.shape
     prompt = first_query is not None
@@ -284,14 +303,18 @@ def attention(
             f"segments of shape {shape} don't fit {len(rungs)} formats; give int32 [{batch}, formats + 1] with formats, or neither."
         )
     fixed = batch_invariant and not prompt
-    most = MOST_SLOTS // len(rungs) // 32 * 32
+    if len(rungs) > MOST_RUNGS.value:
+        raise KvfoldError(
+            f"Pages of {len(rungs)} formats are too many for one call; give {MOST_RUNGS.value} at the most."
+        )
+    most = MOST_SLOTS - 32
     if fixed:  # enough for the longest sequence that fits the table
         raw = -(-raw_keys.shape[2] // RAW_BLOCK)
         units = -(-table.shape[1] * page_tokens // TILE_TOKENS) + raw
         splits = min(-(-units // (FIXED_TILES * 32)) * 32, most)  # in whole blocks of the merge
     elif not splits:
         splits = min(pick_splits(batch * kv_heads * blocks, table.shape[1] * page_tokens, table.device), most)
-    parts = splits * len(rungs)
+    parts = splits + (len(rungs) if len(rungs) > 1 else 0)
     slots = parts + bool(together)
     device = out.device
     partial = torch.empty(batch * kv_heads * blocks, slots, padded, dim, dtype=torch.float32, device=device)
@@ -318,24 +341,27 @@ def attention(
     if together:
         whole = partial[:, parts], ml[:, parts]
         read_together(queries.data, queries.scale, together, table[0], page_tokens, *whole, together_mean)
+    beside = Branches(device, len(rungs))
     for rung, pair in enumerate(rungs):
         k_program, v_program = (program(x, page_tokens) for x in pair)
         # ternary codes take more instructions than their bytes hide: addresses are loaded one tile ahead (LOG.md)
         ternary = bool(k_program.trits or v_program.trits)
         stages = TERNARY_STAGES if ternary else STAGES
         four_bit = not prompt and all(levels == 16 for fmt in pair for _, levels in fmt.classes)
-        launch(
-            _attention_kernel, (splits, kv_heads, batch * blocks),
-            queries.data, queries.scale, shifts, anchor(device), table, state, none if segments is None else segments,
-            raw_keys, raw_values, partial, ml, first_query if prompt else none, packed_before if prompt else none,
-            new, table.shape[1], sinks, window, ring, sliding, blocks, rung * splits, slots,
-            FIXED_TILES if fixed else 1, together[-1].end if together else 0, rung, len(rungs), *raw_steps, *term,
-            K=tuple(k_program), V=tuple(v_program), R=raw_pieces, N=padded, COLUMNS=queries.columns, GROUP=queries.group,
-            PROMPT=prompt, MASKED=prompt or sliding > 0, CAP=bend, SHIFT=shift is not None and bend > 0,
-            MEAN=0 if mean is None else mean.tables.within.shape[1],
-            STAGES=stages, PREFETCH=ternary, BLOCK=RAW_BLOCK, INTERPRET=INTERPRET, num_warps=1, num_stages=stages,
-            maxnreg=FOUR_BIT_REGISTERS if four_bit else None,
-        )  # fmt: skip
+        with beside.branch(rung):
+            launch(
+                _attention_kernel, (parts if rung == len(rungs) - 1 else splits, kv_heads, batch * blocks),
+                queries.data, queries.scale, shifts, anchor(device), table, state, none if segments is None else segments,
+                raw_keys, raw_values, partial, ml, first_query if prompt else none, packed_before if prompt else none,
+                new, table.shape[1], sinks, window, ring, sliding, blocks, splits, slots,
+                FIXED_TILES if fixed else 1, together[-1].end if together else 0, rung, len(rungs), *raw_steps, *term,
+                K=tuple(k_program), V=tuple(v_program), R=raw_pieces, N=padded, COLUMNS=queries.columns, GROUP=queries.group,
+                PROMPT=prompt, MASKED=prompt or sliding > 0, CAP=bend, SHIFT=shift is not None and bend > 0,
+                MEAN=0 if mean is None else mean.tables.within.shape[1],
+                STAGES=stages, PREFETCH=ternary, BLOCK=RAW_BLOCK, INTERPRET=INTERPRET, num_warps=1, num_stages=stages,
+                maxnreg=FOUR_BIT_REGISTERS if four_bit else None,
+            )  # fmt: skip
+    beside.join()
     channels = MERGE_CHANNELS if dim % MERGE_CHANNELS == 0 else 16
     launch(
         merge_kernel, (batch * kv_heads * blocks, queries.columns, -(-dim // channels)),
