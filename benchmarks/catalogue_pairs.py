@@ -8,8 +8,8 @@ artifact of other bits would find none of its own compiled; from a short list th
 
 Every model's losses are measured as `kvfold compress` does it, around --bits of payload, and kept in --out (--losses stops there). A list
 is then judged by the allocations that it allows at each of BUDGETS: the mean over models and budgets of log(loss / the least loss of all
-pairs). Pairs are added to those of the ladder one by one, each time the best, and exchanged for as long as that helps. --check judges
-the catalogue's own list instead. Prints, for each model and budget, the loss over that of all pairs: with the whole list, with at most
+pairs). Beside the smallest pair and those of the ladder it has --size, added one by one, each time the best, and exchanged for as long as
+that helps. --check judges the catalogue's own list instead. Prints, for each model and budget, the loss over that of all pairs: with the whole list, with at most
 --limit of it, and with --limit of all pairs.
 """
 
@@ -30,7 +30,7 @@ from kvfold.compress.plan import make_plan, pick_device
 from kvfold.compress.recipe import Recipe
 from kvfold.compress.search import measure
 from kvfold.compress.work import fingerprint
-from kvfold.kernels.catalogue import LADDER, named_keys, named_values
+from kvfold.kernels.catalogue import LADDER, PAIRS, named_keys, named_values
 
 BUDGETS = (1.5, 1.75, 1.93, 2.1, 2.25, 2.5, 2.75, 3.2, 3.7, 4.2, 5.0, 6.5)  # bits of payload
 HALVINGS = 40  # of the interval that the price of a bit lies in
@@ -77,7 +77,8 @@ def losses_of(model: str, bits: float, device: str, out: Path) -> dict:
 
 def table_of(model: str, losses: dict) -> Table:
     keys, values = (
-        {name: fmt.payload_bits for name, fmt in named(losses["head_dim"]).items()} for named in (named_keys, named_values)
+        {name: fmt.payload_bits for name, fmt in named(losses["head_dim"]).items()}
+        for named in (named_keys, named_values)
     )
     pairs = [(k, v) for k in losses["key"][0] for v in losses["value"][0]]
     loss = [
@@ -165,7 +166,7 @@ def chosen(judge: Judge, size: int, fixed: list[int], tries: int = 24) -> list[i
     improved = True
     while improved:
         improved = False
-        for out in used[len(fixed) :]:
+        for out in [p for p in used if p not in fixed]:
             rest = [p for p in used if p != out]
             found, p = best_addition(rest)
             if found < cost - 1e-5:
@@ -218,13 +219,13 @@ def main() -> None:
         return
     judge = Judge([table_of(model, found) for model, found in losses.items()])
     place = {name: i for i, name in enumerate(judge.names)}
-    fixed = [place[name] for name in LADDER if name in place]
     if options.check:
         used = [place[name] for name in PAIRS]
     else:
-        used = chosen(judge, options.size, fixed)
-        order = sorted(used, key=lambda p: judge.problems[0][1][p])
-        print(" ".join(judge.names[p] for p in order))
+        smallest = int(np.argmin(judge.problems[0][1]))
+        used = chosen(judge, options.size, [smallest, *(place[name] for name in LADDER if name in place)])
+        used.sort(key=lambda p: judge.problems[0][1][p])
+        print("\n".join(f'    "{judge.names[p]}",' for p in used))
     print(report(judge, used, options.limit))
 
 

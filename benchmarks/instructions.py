@@ -41,14 +41,16 @@ def listing(cubin: bytes) -> str:
 
 
 def longest_loop(sass: str) -> list[str]:
-    """Operations of the longest loop: LOP3, IMAD, HMMA, …"""
+    """Operations of the longest loop: LOP3, IMAD, HMMA, … Jumps back over another loop are not one: they come from code that is rarely
+    run, which the compiler puts behind everything else."""
     code = [(int(m[1], 16), m[2]) for line in sass.splitlines() if (m := INSTRUCTION.match(line))]
-    loops = []
+    jumps = []
     for address, text in code:
         jump = re.search(r"BRA.*?0x([0-9a-f]+)", text)
         if jump and int(jump[1], 16) < address:
-            first = int(jump[1], 16)
-            loops.append([text for place, text in code if first <= place <= address])
+            jumps.append((int(jump[1], 16), address))
+    inner = [(a, b) for a, b in jumps if not any(a <= c and d < b for c, d in jumps)]
+    loops = [[text for place, text in code if first <= place <= last] for first, last in inner]
     operations = [re.sub(r"^@!?U?P\d+\s+", "", text) for text in max(loops, key=len)]
     return [operation.split()[0].split(".")[0] for operation in operations]
 

@@ -61,7 +61,7 @@ def artifact_jobs(folders: list[Path], arch: str, dtype: str | None, policy: str
 
 
 def catalogue_jobs(dims: list[int], heads: tuple[int, int], arch: str, dtype: str | None, policy: str) -> list[Any]:
-    """kernels.build.Job of the catalogue's formats: each of keys with the nearest in bits of values, and the other way round.
+    """kernels.build.Job of the catalogue's pairs of formats, as the default recipe stores them.
 
     Args:
         heads: query heads and KV heads, which kernels have as constants.
@@ -75,25 +75,17 @@ def catalogue_jobs(dims: list[int], heads: tuple[int, int], arch: str, dtype: st
     from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
     from kvfold.kernels import catalogue
     from kvfold.kernels.build import CAPABILITIES, MULTIPROCESSORS, jobs_of, target_of
+    from kvfold.runtime.ahead import catalogue_kinds
     from kvfold.runtime.compile import Kind, launches_of
 
     recipe, count, found = Recipe(), MULTIPROCESSORS[CAPABILITIES[arch]], []
     for dim in dims:
-        keys, values = catalogue.key_formats(dim), catalogue.value_formats(dim)
-        if not keys:
+        pairs = catalogue.pairs(dim)
+        if not pairs:
             raise KvfoldError(f"--head-dim {dim} is none that the catalogue has; use {catalogue.HEAD_DIMS}.")
-        pairs = {(k, min(values, key=lambda v: abs(v.payload_bits - k.payload_bits))) for k in keys}
-        pairs |= {(min(keys, key=lambda k: abs(k.payload_bits - v.payload_bits)), v) for v in values}
-        ones, eye = torch.ones(heads[1]), torch.eye(dim).expand(heads[1], dim, dim).contiguous()
-        kinds = []
-        for k, v in sorted(pairs, key=str):
-            basis: dict[str, Any] = (
-                {} if k.params == "scale_min" else {"matrix": eye, "offset": torch.ones(heads[1], dim)}
-            )
-            clips = [ones if fmt.params == "scale_min" else None for fmt in (k, v)]
-            kinds.append(
-                Kind(LayerSpec(KeySpec(k, clip=clips[0], **basis), ValueSpec(v, clip=clips[1])), 0, None, False)
-            )
+        eye = torch.eye(dim).expand(heads[1], dim, dim).contiguous()
+        key = KeySpec(pairs[0][0], matrix=eye, offset=torch.ones(heads[1], dim), frequencies=(1.0,))
+        kinds = catalogue_kinds([Kind(LayerSpec(key, ValueSpec(pairs[0][1])), 0, None, False)])
         geometry = Geometry(heads[1], dim, recipe.sinks, recipe.least_window, recipe.page_tokens)
         for rungs in policies(policy):
             found += launches_of(kinds, geometry, heads[0], getattr(torch, dtype or "bfloat16"), rungs, count)

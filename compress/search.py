@@ -23,6 +23,7 @@ from kvfold.compress.sensitivity import Passage, Probe, packing_tap, sensitiviti
 from kvfold.compress.tap import NAME as TAP
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import Architecture
+from kvfold.kernels import catalogue
 from kvfold.kernels.formats import Format
 
 PROBED_WINDOW = LEAST_WINDOW  # at the most, while losses are measured: probes are too short for a long one
@@ -124,8 +125,7 @@ def search(plan: Plan, work: Path, device: torch.device, statistics: Path | None
     x = measure(plan, work, device, statistics)
     chosen = choose(plan, x.keys, x.values, x.key_losses, x.value_losses)
     layers = [
-        Layer(x.keys[i][k], x.values[i][v], x.key_losses[i][k], x.value_losses[i][v])
-        for i, (k, v) in enumerate(chosen)
+        Layer(x.keys[i][k], x.values[i][v], x.key_losses[i][k], x.value_losses[i][v]) for i, (k, v) in enumerate(chosen)
     ]
     stage("measuring all choices together, then what rounding the fused weights costs")
     taps = [packing_tap(x.near, x.probe.device, y.key.spec, y.value.spec, y.value.matrix) for y in layers]
@@ -159,24 +159,34 @@ def choose(
     formats = [[c.spec.format for c in group] for group in keys] + [[c.spec.format for c in group] for group in values]
     losses = [*key_losses, *value_losses]
     sides = [choices(i % count, *side) for i, side in enumerate(zip(formats, losses, strict=True))]
-    places = [list(product(range(len(k)), range(len(v)))) for k, v in zip(keys, values, strict=True)]
-    if plan.recipe.tied:
-        places = [[(i, i) for i in range(len(k))] for k in keys]
+    kinds = [(formats[g], formats[count + g]) for g in range(count)]
+    places = [_places(plan, *pair) for pair in kinds]
     fixed = count * geometry.fixed_nbytes(budget.at)
     pairs = [[_sum(sides[g][k], sides[count + g][v]) for k, v in row] for g, row in enumerate(places)]
     check_reach(budget, geometry, count, fixed + least_nbytes(pairs))
     room = budget.nbytes - fixed
-    if plan.recipe.tied:
-        found = allocate(pairs, room)
-    else:  # sides apart are a smaller program
-        apart = allocate(sides, room)
+    if all(len(row) == len(k) * len(v) for row, (k, v) in zip(places, kinds, strict=True)):
+        apart = allocate(sides, room)  # a smaller program
         found = [places[g].index((apart[g], apart[count + g])) for g in range(count)]
-    kinds = [[(formats[g][k], formats[count + g][v]) for k, v in row] for g, row in enumerate(places)]
-    used = {kinds[g][c] for g, c in enumerate(found)}
-    if 0 < plan.recipe.pairs < len(used) and all(set(row) == set(kinds[0]) for row in kinds):
+    else:
+        found = allocate(pairs, room)
+    names = [[(k[i], v[j]) for i, j in row] for row, (k, v) in zip(places, kinds, strict=True)]
+    used = {names[g][c] for g, c in enumerate(found)}
+    if 0 < plan.recipe.pairs < len(used) and all(set(row) == set(names[0]) for row in names):
         stage(f"choosing {plan.recipe.pairs} pairs of formats instead of {len(used)}")
-        found = allocate_shared(pairs, kinds, room, plan.recipe.pairs)
+        found = allocate_shared(pairs, names, room, plan.recipe.pairs)
     return [places[g][c] for g, c in enumerate(found)]
+
+
+def _places(plan: Plan, keys: list[Format], values: list[Format]) -> list[tuple[int, int]]:
+    """The (key, value) candidates of a layer that may go together: those of the catalogue's list of pairs, where the recipe offers all of
+    them and limits pairs at all; else any two."""
+    recipe, every = plan.recipe, list(product(range(len(keys)), range(len(values))))
+    if recipe.tied:
+        return [(i, i) for i in range(len(keys))]
+    listed = set(catalogue.pairs(plan.geometry.head_dim)) if recipe.catalogue and recipe.pairs else set()
+    found = [(i, j) for i, j in every if (keys[i], values[j]) in listed]
+    return found if listed and len({(keys[i], values[j]) for i, j in found}) == len(listed) else every
 
 
 def _sum(a: Choice, b: Choice) -> Choice:

@@ -167,6 +167,9 @@ UNIFORM_VALUES = {
 KEY_BITS = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5, 5.0)
 VALUE_BITS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 LADDER = ("4/4", "8/8", "16/16")  # key/value
+# key/value: the pairs that the search picks from, at all head_dims, bits rising; `python benchmarks/catalogue_pairs.py` chose them by what
+# they cost real models. The first is the smallest that there is, the last two are steps of the ladder.
+PAIRS = tuple(["0.75a/0.5a", "2a/1a", "2a/1.5a", "2.25a/1.5b", "2.5a/2a", "3a/2a", "3.5a/2.5a", "4a/3a", "5a/4", "8/8", "16/16"])  # fmt: skip
 
 
 def _cut(text: str) -> Format:
@@ -176,7 +179,7 @@ def _cut(text: str) -> Format:
 
 
 def _named(cuts: str, bits: tuple[float, ...], others: dict[str, tuple], head_dim: int) -> dict[str, Format]:
-    found = {}
+    found: dict[str, Format] = {}
     for mean, line in zip(bits, cuts.strip().splitlines(), strict=True):
         found |= {f"{mean:g}{letter}": _cut(text) for letter, text in zip("ab", line.split("|"), strict=True)}
     found |= {name: uniform(head_dim, levels, dtype) for name, (levels, dtype) in others.items()}
@@ -203,6 +206,15 @@ def key_formats(head_dim: int) -> tuple[Format, ...]:
 def value_formats(head_dim: int) -> tuple[Format, ...]:
     """Those of `named_values`, in their order."""
     return tuple(named_values(head_dim).values())
+
+
+@cache
+def pairs(head_dim: int) -> tuple[tuple[Format, Format], ...]:
+    """The catalogue's pairs of a key format and a value format; empty for a head_dim that it does not have."""
+    keys, values = named_keys(head_dim), named_values(head_dim)
+    if not keys:
+        return ()
+    return tuple((keys[key], values[value]) for key, value in (pair.split("/") for pair in PAIRS))
 
 
 def code_bits(fmt: Format) -> float:

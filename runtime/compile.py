@@ -221,18 +221,36 @@ def begin_folder(folder: Path, device: torch.device, dtype: torch.dtype | None, 
     return begin(device, partial(artifact_launches, folder, dtype, progressive))
 
 
-def artifact_launches(folder: Path, dtype: torch.dtype | None, progressive: bool, multiprocessors: int) -> list[Launch]:
-    """What a model from an artifact's folder will launch.
+class Model(NamedTuple):
+    """What of an artifact decides which kernels it needs."""
+
+    kinds: list[Kind]
+    geometry: Geometry
+    num_heads: int  # query heads
+    dtype: torch.dtype  # of activations
+
+
+def read_kinds(folder: Path, dtype: torch.dtype | None) -> Model:
+    """Reads an artifact's kv_cache.json and config.json.
 
     Args:
-        dtype: of its activations; default: of its weights.
+        dtype: of activations; default: of the weights.
     """
     from transformers import AutoConfig
 
     metadata, config = read_metadata(folder), AutoConfig.from_pretrained(folder)
     kinds = kinds_of([placeholder(metadata, i) for i in range(metadata.cache.num_layers)], config)
     dtype = dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
-    return launches_of(kinds, metadata.geometry, metadata.cache.num_heads, dtype, progressive, multiprocessors)
+    return Model(kinds, metadata.geometry, metadata.cache.num_heads, dtype)
+
+
+def artifact_launches(folder: Path, dtype: torch.dtype | None, progressive: bool, multiprocessors: int) -> list[Launch]:
+    """What a model from an artifact's folder will launch.
+
+    Args:
+        dtype: of its activations; default: of its weights.
+    """
+    return launches_of(*read_kinds(folder, dtype), progressive, multiprocessors)
 
 
 def warm_up(model: Any, jobs: int | None = None) -> int:

@@ -19,6 +19,7 @@ from kvfold.exports.account import batch_nbytes
 from kvfold.exports.reader import Artifact, read_artifact, read_metadata
 from kvfold.exports.schema import Metadata
 from kvfold.exports.units import parse_nbytes
+from kvfold.runtime.ahead import begin_ahead
 from kvfold.runtime.assisted import hook_assisted, own_drafts
 from kvfold.runtime.cache import QuantizedKVCache
 from kvfold.runtime.compile import begin_folder, compiling
@@ -150,6 +151,8 @@ def load_pretrained(
     check_complete(info, artifact)
     model = model.to(target)
     triton = kernels is not None and kernels.usable(required=attention == "triton")
+    if triton:
+        begin_ahead(folder, target, dtype, progressive)
     if cuda_graph is True and not (triton and target.type == "cuda"):
         raise KvfoldError(
             f"cuda_graph=True needs a CUDA device and the Triton kernels, but this is {target}; leave it out."
