@@ -51,7 +51,7 @@ def due_rungs(layer: "PackedLayer") -> tuple[Tensor | None, list[int]]:
 def take_pages(layers: Sequence["PackedLayer"], due: list[int]) -> None:
     """Before a step by kernels: gives the sequences `due` a page in each of these layers, and the device, in one copy, what it must
     know of that and of what was lowered."""
-    if not due and len(layers[0].rungs) == 1:
+    if not due and all(len(layer.rungs) == 1 for layer in layers):
         return
     news = Upload(layers[0].device)
     for layer in layers:

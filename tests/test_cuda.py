@@ -199,6 +199,11 @@ def decode(model, ids, prompt, batch_mask=None):
     return found, sizes, cache
 
 
+def waits(model):
+    """Whether a model's own code waits for the device, so that no step of it can be captured: experts in some releases of transformers."""
+    return bool(model.kv_decoding.refused) and model.config.model_type == "gpt_oss"
+
+
 @pytest.mark.parametrize("invariant", [False, True])
 @torch.no_grad()
 def test_a_plain_load_replays_and_captures_again_as_it_grows(invariant, paths, captures, monkeypatch):
@@ -210,7 +215,10 @@ def test_a_plain_load_replays_and_captures_again_as_it_grows(invariant, paths, c
     model, other = (runtime.load_pretrained(paths, cuda_graph=on, **options) for on in ("auto", False))
     monkeypatch.setattr(account, "LEAST_ENTRIES", 2)  # of tables that double early
     got, got_sizes, cache = decode(model, ids, 70, mask)
-    assert len(captures) >= 4 and isinstance(cache.graph, DecodingStep)  # the first, and at 5, 9 and 17 pages
+    if waits(model):
+        assert not captures and cache.graph is None
+    else:
+        assert len(captures) >= 4 and isinstance(cache.graph, DecodingStep)  # the first, and at 5, 9 and 17 pages
     plain, sizes, other = decode(other, ids, 70, mask)
     assert got_sizes == sizes and other.graph is None
     assert max(map(relative, got, plain)) < 1e-3
@@ -228,13 +236,14 @@ def test_progressive_in_a_graph_lowers_what_the_reference_lowers(paths, captures
     """Under a budget that sends most pages down: the same bytes after every step, the same rungs, and near logits."""
     ids = torch.randint(1, 128, (2, 400), generator=torch.Generator().manual_seed(7)).cuda()
     least = runtime.load_pretrained(paths, device="cuda").kv_artifact
-    budget = int(1.4 * account.batch_nbytes(least.geometry, least.formats, [400, 400]))
+    budget = int(1.05 * account.batch_nbytes(least.geometry, least.formats, [400, 400]))
     options = {"device": "cuda", "dtype": torch.float32, "policy": "progressive", "kv_budget": budget}
     model, other = (runtime.load_pretrained(paths, attention=name, **options) for name in ("auto", "reference"))
     assert model.kv_triton
     monkeypatch.setattr(account, "LEAST_ENTRIES", 2)
     got, got_sizes, cache = decode(model, ids, 70)
-    assert len(captures) >= 3 and isinstance(cache.graph, DecodingStep) and max(got_sizes) <= budget
+    assert max(got_sizes) <= budget
+    assert waits(model) or len(captures) >= 3 and isinstance(cache.graph, DecodingStep)
     expected, sizes, other_cache = decode(other, ids, 70)
     assert got_sizes == sizes and sum(layer.pool.counts[0] for layer in cache.layers) > 0
     for one, two in zip(cache.layers, other_cache.layers, strict=True):

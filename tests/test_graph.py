@@ -18,7 +18,7 @@ from kvfold.exports import account
 from kvfold.exports.account import Geometry, batch_nbytes
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels import pages
-from kvfold.kernels.formats import Format, uniform
+from kvfold.kernels.formats import Format, raw16, uniform
 from kvfold.kernels.quantizer import to_float16
 from kvfold.runtime import graph, load, marks, steps
 from kvfold.runtime.pages import pack, unpack
@@ -153,23 +153,23 @@ def captured(monkeypatch):
     return Replayed.made
 
 
-def make(on, *, budget=None, progressive=False, geometry=GEOMETRY, rollback=0, **more):
+def make(on, *, budget=None, progressive=False, geometry=GEOMETRY, rollback=0, specs=SPECS, **more):
     """A small model on packed pages, by kernels; with `on`, decoding by captured steps."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SMALL))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, 0, 0.3)
-    policy = Progressive(SPECS, LOSSES, geometry) if progressive else None
-    model = load.attach(model, plain_artifact(geometry), budget, True, False, rollback, False, policy)
+    policy = Progressive(specs, LOSSES, geometry) if progressive else None
+    model = load.attach(model, plain_artifact(geometry, specs), budget, True, False, rollback, False, policy)
     if on:
         graph.decode_by(model, graph.Decoding(model, capture=Replayed, **more))
     return model
 
 
-def plain_artifact(geometry):
+def plain_artifact(geometry, specs=SPECS):
     metadata = SimpleNamespace(calibration=SimpleNamespace(covered_positions=10**6), digest="", geometry=geometry)
-    return load.Artifact(Path(), metadata, SPECS)
+    return load.Artifact(Path(), metadata, specs)
 
 
 def ids_of(batch, tokens, seed=1):
@@ -315,6 +315,28 @@ def test_a_page_is_written_on_the_rung_that_the_budget_has_room_for(quick, captu
     (one, rungs), (other, other_rungs) = runs
     assert rungs == other_rungs and len(rungs) > 2 and same(one, other)
     assert one.get_seq_length() == other.get_seq_length() > 60 and sum(x.calls for x in captured) > 40
+
+
+@torch.no_grad()
+def test_what_was_lowered_is_told_where_the_first_layer_has_one_rung(quick, captured):
+    """As where sliding layers stay in 16 bits: the device must know of pages of a later layer that went down in a step without a new page."""
+    ids, runs = ids_of(2, 130), []
+    specs = [LayerSpec(KeySpec(raw16(DIM)), ValueSpec(raw16(DIM))), SPECS[0]]
+    for on in (False, True):
+        model = make(on, budget=24_000, progressive=True, specs=specs)
+        cache, moved = model.new_kv_cache(), []
+        model(ids[:, :11], past_key_values=cache)
+
+        def watch(c, moved=moved):
+            layer = c.layers[1]
+            rungs = [[layer.pool.rung(i) for i in row] for row in layer.pages]
+            moved.append([sum(r < cut + 1 for r in row) for row in rungs for cut in range(len(layer.rungs) - 1)])
+            assert moved[-1] == [n for row in layer.segments[:, 1:-1].tolist() for n in row]
+
+        runs.append((decode(model, cache, ids[:, 11:], watch), cache))
+    (logits, cache), (others, other) = runs
+    assert all(torch.equal(a, b) for a, b in zip(logits, others, strict=True)) and same(cache, other)
+    assert sum(cache.layers[1].pool.counts[:-1]) > 0 and len(cache.layers[0].rungs) == 1
 
 
 @torch.no_grad()
