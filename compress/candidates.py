@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from kvfold.compress.calibrate import LayerStats
+from kvfold.compress.centers import best_center
 from kvfold.compress.recipe import KeyRecipe, Recipe, ValueRecipe
 from kvfold.compress.transforms import KEY_TRANSFORMS, VALUE_TRANSFORMS, Basis, Request, Transform
+from kvfold.compress.transforms.whiten import turning
 from kvfold.exports.spec import KeySpec, ValueSpec, clip_rows
 from kvfold.kernels.formats import RAW, Format
 from kvfold.kernels.quantizer import round_trip, to_float16
@@ -123,8 +125,12 @@ def key_candidates(
         one_norm: the model has one k_norm for all heads.
         output_weight: float [hidden_size, H·D], o_proj's weight, which "smooth" needs.
     """
-    row = KEY_TRANSFORMS[recipe.key.transform]
-    pairs = _fitted(row, recipe.key, stats, recipe, layer, one_norm=one_norm, output_weight=output_weight)
+    row, side = KEY_TRANSFORMS[recipe.key.transform], recipe.key
+    if side.transform == "whiten" and turning(stats, side.without):
+        bits, shared = side.bits or (), side.shared_formats(stats.center.shape[-1]) if recipe.catalogue else ()
+        request = Request(None, 0, recipe.seed * 1_000_003 + layer, without=side.without, catalogue=shared)
+        stats = best_center(stats, row.mixed(stats, bits, request) if row.mixed and bits else (), request)
+    pairs = _fitted(row, side, stats, recipe, layer, one_norm=one_norm, output_weight=output_weight)
     return [_key_candidate(fmt, Basis() if is_raw(fmt) else basis, stats, recipe) for fmt, basis in pairs]
 
 

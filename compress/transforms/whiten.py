@@ -38,14 +38,14 @@ MAX_COMPOSITIONS = 80_000  # more cuts than this: classes get coarser
 PARTS = ("metric", "mixing", "rotation", "offset")
 
 
-def _turning(stats: LayerStats, without: tuple[str, ...]) -> bool:
+def turning(stats: LayerStats, without: tuple[str, ...]) -> bool:
     """Whether the mean that is taken off keys turns with them."""
     return bool(len(stats.frequencies)) and not {"offset", "rotation"} & set(without)
 
 
 def _moment(stats: LayerStats, without: tuple[str, ...]) -> Tensor:
     """Σ_k of what is coded: without its mean, unless the offset is left out."""
-    if _turning(stats, without):
+    if turning(stats, without):
         return stats.rest_moment
     if "offset" not in without:
         return stats.key_cov
@@ -135,10 +135,12 @@ def water_fill(variances: Tensor, mean_bits: tuple[float, ...]) -> list[Format]:
     return list(formats)
 
 
-def half_whitened(moment: Tensor, metric: Tensor | None, request: Request) -> Tensor:
-    """M for one format, float64 [Hkv, D, D]; for a format of one class it is the balanced basis."""
+def half_whitened(
+    moment: Tensor, metric: Tensor | None, request: Request, eigen: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """M for one format, float64 [Hkv, D, D]; for a format of one class it is the balanced basis. eigen: of `eigenbasis`, if known."""
     assert request.fmt is not None
-    basis, variances = eigenbasis(moment, metric)
+    basis, variances = eigen or eigenbasis(moment, metric)
     quarter = regularised(variances) ** -0.25
     generator = request.generator()
     rows = []
@@ -160,7 +162,7 @@ def whiten(stats: LayerStats, request: Request) -> Basis:
     """M and the mean of keys."""
     metric = None if "metric" in request.without else stats.query_moment
     matrix = half_whitened(_moment(stats, request.without), metric, request)
-    if _turning(stats, request.without):
+    if turning(stats, request.without):
         return Basis(online=matrix, offset=stats.center, frequencies=stats.frequencies)
     return Basis(online=matrix, offset=None if "offset" in request.without else stats.key_mean)
 
