@@ -184,7 +184,8 @@ def packed_part(
         a_2 = tl.load(coefficients + MEAN * N + m[:, None] * N + n[None, :])
         for f in tl.static_range(8):
             own = (i // rows) * page_tokens + f * rows + row  # of the tile's tokens
-            turns = turns + (tl.load(within + own[:, None] * MEAN + m[None, :]),)
+            at = tl.multiple_of(within + own[:, None] * MEAN + m[None, :], [1, 16])  # as in `raw_mean`
+            turns = turns + (tl.load(at),)
     top = tl.full((N,), NEVER, tl.float32)
     sums = tl.zeros((N, 16), tl.float32)  # over the rows only at the end: no shuffles in the loop
 
