@@ -142,7 +142,21 @@ def _halves(w):
 
 
 @triton.jit
+def row_pointers(base, page, row, OFFSET: tl.constexpr, STRIDE: tl.constexpr):
+    """uint8 pointers to the rows of a head's block.
+
+    In this order: the first sum is the same in every pass of a loop over pages, and the last one part of the loading instruction.
+
+    Args:
+        base: pointer to the head's block in a page that would lie at the anchor.
+        page: int64, the page's address from the anchor, in units of 16 bytes.
+    """
+    return (base + row * STRIDE) + page * 16 + OFFSET
+
+
+@triton.jit
 def load_params(
+    base,
     page,
     row,
     BASE: tl.constexpr,
@@ -154,11 +168,11 @@ def load_params(
     """Parameter INDEX of the eight tokens of each row: eight float32 [16].
 
     Args:
-        page: uint8 pointers [16] to the head's block; row: int32 [16], rows of words.
+        base, page: of the head's block, as in `row_pointers`; row: int32 [16], rows of words.
         BASE: bytes from the block to its parameters; TOKENS: of a page.
     """
     if FP16:
-        ptr = (page + (BASE + INDEX * TOKENS * 2) + row * 16).to(tl.pointer_type(tl.int64))
+        ptr = row_pointers(base, page, row, BASE + INDEX * TOKENS * 2, 16).to(tl.pointer_type(tl.int64))
         low, high = tl.load(ptr), tl.load(ptr + 1)
         a, b = _halves(low.to(tl.int32))
         c, d = _halves((low >> 32).to(tl.int32))
@@ -166,17 +180,17 @@ def load_params(
         g, h = _halves((high >> 32).to(tl.int32))
         return a, b, c, d, e, f, g, h
     else:
-        w = tl.load((page + (BASE + INDEX * TOKENS) + row * 8).to(tl.pointer_type(tl.int64)))
+        w = tl.load(row_pointers(base, page, row, BASE + INDEX * TOKENS, 8).to(tl.pointer_type(tl.int64)))
         a, b, c, d = _e4m3x4(w.to(tl.int32), INTERPRET)
         e, f, g, h = _e4m3x4((w >> 32).to(tl.int32), INTERPRET)
         return a, b, c, d, e, f, g, h
 
 
 @triton.jit
-def _tile_ptr(page, row, TRANSPOSED: tl.constexpr):
+def _tile_ptr(base, page, row, OFFSET: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Pointers to words [rows, 16 channels], or [16 channels, rows]."""
     c = tl.arange(0, 16)
-    ptr = (page + row * 32).to(tl.pointer_type(tl.int16))
+    ptr = row_pointers(base, page, row, OFFSET, 32).to(tl.pointer_type(tl.int16))
     if TRANSPOSED:
         return ptr[None, :] + c[:, None]
     else:
@@ -207,11 +221,11 @@ def _half_word_digits(x, H: tl.constexpr, WHOLE: tl.constexpr, LEFT: tl.constexp
 
 
 @triton.jit
-def trit_digits(page, row, TRANSPOSED: tl.constexpr, V: tl.constexpr, INTERPRET: tl.constexpr):
+def trit_digits(base, page, row, TRANSPOSED: tl.constexpr, V: tl.constexpr, INTERPRET: tl.constexpr):
     """All ternary codes of the tokens of 16 rows of words, in the order of their numbers c·8 + f (packing.py).
 
     Args:
-        page: uint8 pointers [16] to the plane; row: int32 [16]; V: a tiles.TritLayout.
+        base, page: of the plane, as in `row_pointers`; row: int32 [16]; V: a tiles.TritLayout.
     Returns:
         float16 [16, 16] each: rows by channels, or channels by rows if TRANSPOSED; code · 2^8 · 2^−24.
     """
@@ -222,17 +236,17 @@ def trit_digits(page, row, TRANSPOSED: tl.constexpr, V: tl.constexpr, INTERPRET:
     halves: tl.constexpr = whole + (1 if left > 2 else 0)
     out = ()
     for k in tl.static_range(words):
-        w = tl.load(_tile_ptr(page + k * rows * 32, row, TRANSPOSED))
+        w = tl.load(_tile_ptr(base, page, row, k * rows * 32, TRANSPOSED))
         out = out + _half_word_digits(_mask_words(w, 0xFF, INTERPRET), 2 * k, whole, left, INTERPRET)
         x = _mask_words(shift_right(w, 8, INTERPRET), 0xFF, INTERPRET)
         out = out + _half_word_digits(x, 2 * k + 1, whole, left, INTERPRET)
     if halves % 2 == 1:  # two rows to a word
-        w = tl.load(_tile_ptr(page + words * rows * 32, row // 2, TRANSPOSED))
+        w = tl.load(_tile_ptr(base, page, row // 2, words * rows * 32, TRANSPOSED))
         x = tl.where(_across(row % 2 == 1, TRANSPOSED), shift_right(w, 8, INTERPRET), w)
         out = out + _half_word_digits(_mask_words(x, 0xFF, INTERPRET), 2 * words, whole, left, INTERPRET)
     if left == 1 or left == 2:  # four rows to a word
         start: tl.constexpr = words * rows * 32 + (halves % 2) * ((rows + 1) // 2) * 32
-        w = tl.load(_tile_ptr(page + start, row // 4, TRANSPOSED))
+        w = tl.load(_tile_ptr(base, page, row // 4, start, TRANSPOSED))
         x = tl.where(_across((row // 2) % 2 == 1, TRANSPOSED), shift_right(w, 8, INTERPRET), w)
         x = tl.where(_across(row % 2 == 1, TRANSPOSED), shift_right(x, 4, INTERPRET), x)
         out = out + _half_word_digits(_mask_words(x, 15, INTERPRET), whole + 1, whole, left, INTERPRET)

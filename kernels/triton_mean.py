@@ -108,11 +108,12 @@ def raw_mean(a, bias, spans, within, u, mask, n, N: tl.constexpr, ROWS: tl.const
     k = tl.arange(0, ROWS)
     span = tl.where(mask, u, 0) // 128
     place = tl.where(mask, u, 0) % 128
-    at = spans + span[:, None] * (2 * ROWS) + k[None, :]
+    # kernels are not specialised on how the tables are aligned, and else a thread would load number by number, and of every row
+    at = tl.multiple_of(spans + span[:, None] * (2 * ROWS) + k[None, :], [1, 16])
     cos = tl.load(at)
-    sin = tl.load(at + ROWS)
+    sin = tl.load(tl.multiple_of(at + ROWS, [1, 16]))
     t = within + place[:, None] * ROWS
-    own = tl.load(t + k[None, :]).to(tl.float32)
+    own = tl.load(tl.multiple_of(t + k[None, :], [1, 16])).to(tl.float32)
     other = tl.load(t + ((k + half) % ROWS)[None, :]).to(tl.float32)
     x = cos * own + tl.where(k < half, -1.0, 1.0)[None, :] * sin * other
     x = tl.where(mask[:, None], x, 0.0)

@@ -12,10 +12,11 @@ divided by is folded into the scale of the score, for keys, and of the probabili
 
 Online softmax in base 2 (FlashAttention); partial results are merged by their maxima (split-K, FlashDecoding).
 
-Half of the compiler's time goes into two passes that, for every load (TritonGPUCoalesce) and every dot (AccelerateMatmul), walk all that
-is connected with it. The second stops at a `tl.trans`, so pointers, scores and weights are turned where that costs no
-instruction; the first at the results of a branch, so the softmax stands in one that only LLVM knows to be always taken. Neither
-may hold a load or a dot: loads in a branch are not pipelined, and the tensor cores' layouts do not reach into it.
+The compiler's time goes into two passes that, for every load and store (TritonGPUCoalesce) and every dot (AccelerateMatmul), walk
+from each operation that is connected with it to all that it needs and all that needs it. The second stops at a `tl.trans`, so
+pointers, scores and weights are turned where that costs no instruction; the first at the results of a branch, so where tiles begin
+and end, the queries, the softmax and what follows the loop stand in branches that only LLVM knows to be always taken. In the loop
+none may hold a load or a dot: loads in a branch are not pipelined, and the tensor cores' layouts do not reach into it.
 """
 
 import triton
@@ -26,6 +27,7 @@ from kvfold.kernels.triton_mean import slow_bias, turned_coefficients
 from kvfold.kernels.triton_tiles import (
     add_middle,
     add_trit_middle,
+    has_size,
     key_tile,
     piece_group,
     piece_queries,
@@ -108,28 +110,59 @@ def packed_part(
     i = tl.arange(0, 16)
     row = i % rows
     always = (tl.program_id(0) | 1) != 0  # true; see above
-    k_offset = head * k_nbytes
-    v_offset = kv_offset + head * v_nbytes
+    nought = tl.program_id(0) >> 31  # 0, in the same sense: a branch that computes nothing would be folded
+    if always:
+        tile_page += nought
+        first_page += nought
+        last_page += nought
+        begin += nought
+        end += nought
+    else:
+        tile_page = 0
+        first_page = 0
+        last_page = 0
+        begin = 0
+        end = 0
+    k_base = anchor + head * k_nbytes
+    v_base = anchor + (kv_offset + head * v_nbytes)
 
     number = tile_page + begin * pages_each + i // rows
     place = tl.load(table + number, mask=(number >= first_page) & (number < last_page), other=0)
-    q = ()
-    if k_ternary or k_raw:
-        for t in tl.static_range(count(k_pieces)):
-            q = q + (piece_queries(q_ptr, n, dim, pick(k_pieces, t)),)
-    else:
-        for t in tl.static_range(count(k_tiles)):
-            q = q + (tile_queries(q_ptr, n, dim, pick(k_tiles, t)),)
-    middles = ()
-    for g in tl.static_range(k_groups):
-        total = tl.zeros((N,), tl.float32)
-        if k_ternary:
+    if always:
+        q = ()
+        if k_ternary or k_raw:
             for t in tl.static_range(count(k_pieces)):
-                total = add_trit_middle(q[t], total, g, pick(k_pieces, t), scale_min)
+                q = q + (piece_queries(q_ptr, n, dim, pick(k_pieces, t), N),)
         else:
             for t in tl.static_range(count(k_tiles)):
-                total = add_middle(q[t], total, g, pick(k_tiles, t), scale_min)
-        middles = middles + (total * q_scale if scale_min else total,)
+                q = q + (tile_queries(q_ptr, n, dim, pick(k_tiles, t), N),)
+        middles = ()
+        for g in tl.static_range(k_groups):
+            total = tl.zeros((N,), tl.float32)
+            # runs of one size are added up before the sum over channels, which takes shuffles
+            for size in tl.static_range(4):
+                if k_ternary and size == 0:
+                    wide = tl.zeros((16, N), tl.float32)
+                    for t in tl.static_range(count(k_pieces)):
+                        wide = add_trit_middle(q[t], wide, g, pick(k_pieces, t), scale_min)
+                    total += tl.sum(wide, 0)
+                elif has_size(k_tiles, 16 << size, g, 6, 8):
+                    wide = tl.zeros((16 << size, N), tl.float32)
+                    for t in tl.static_range(count(k_tiles)):
+                        wide = add_middle(q[t], wide, g, 16 << size, pick(k_tiles, t), scale_min)
+                    total += tl.sum(wide, 0)
+            middles = middles + (total * q_scale if scale_min else total,)
+    else:
+        q = ()
+        if k_ternary or k_raw:
+            for t in tl.static_range(count(k_pieces)):
+                q = q + (tl.zeros((pick(pick(k_pieces, t), 1), N), tl.float16),)
+        else:
+            for t in tl.static_range(count(k_tiles)):
+                q = q + (tl.zeros((pick(pick(k_tiles, t), 6), N), tl.float16),)
+        middles = ()
+        for g in tl.static_range(k_groups):
+            middles = middles + (tl.zeros((N,), tl.float32),)
     # a field's codes stand at 4^(f mod 4), ternary digits at 4^4
     unit: tl.constexpr = 1.0 / 256 if k_ternary else 1.0
     v_unit: tl.constexpr = 1.0 / 256 if v_ternary else 1.0
@@ -151,7 +184,8 @@ def packed_part(
         a_2 = tl.load(coefficients + MEAN * N + m[:, None] * N + n[None, :])
         for f in tl.static_range(8):
             own = (i // rows) * page_tokens + f * rows + row  # of the tile's tokens
-            turns = turns + (tl.load(within + own[:, None] * MEAN + m[None, :]),)
+            at = tl.multiple_of(within + own[:, None] * MEAN + m[None, :], [1, 16])  # as in `raw_mean`
+            turns = turns + (tl.load(at),)
     top = tl.full((N,), NEVER, tl.float32)
     sums = tl.zeros((N, 16), tl.float32)  # over the rows only at the end: no shuffles in the loop
 
@@ -159,27 +193,12 @@ def packed_part(
         number = tile_page + tile * pages_each + i // rows
         exists = (number >= first_page) & (number < last_page)
         if PREFETCH:
-            page = anchor + place * 16
+            page = place
             place = tl.load(table + number + pages_each, mask=number + pages_each < last_page, other=0)
         else:
-            page = anchor + tl.load(table + number, mask=exists, other=0) * 16
-        k_page = page + k_offset
-        v_page = page + v_offset
+            page = tl.load(table + number, mask=exists, other=0)
         absent = tl.where(exists, 0.0, NEVER)
         start = absent[None, :] + shift[:, None] if SHIFT else tl.zeros((N, 16), tl.float32) + absent[None, :]
-        s = ()
-        if MEAN > 0:
-            high_c, low_c = turned_coefficients(a, a_2, spans, tile_page // pages_each + tile, MEAN)
-            if page_tokens <= 32:  # a page lies within one step of the slow pairs
-                start += slow_bias(bias, number * page_tokens // 32, n, exists, N)
-            for f in tl.static_range(8):
-                first = start
-                if page_tokens > 32:
-                    first += slow_bias(bias, (number * page_tokens + f * rows + row) // 32, n, exists, N)
-                s = s + (first + tl.trans(tl.dot(turns[f], low_c, tl.dot(turns[f], high_c))),)
-        else:
-            for f in tl.static_range(8):
-                s = s + (start,)
         for g in tl.static_range(k_groups):
             dots = ()
             if scale_min or k_raw:
@@ -191,25 +210,39 @@ def packed_part(
                         tl.zeros((16, N), tl.float32) - (middles[g] * (back / field_unit(f, k_ternary)))[None, :],
                     )
             if k_ternary:
-                dots = trit_keys(k_page, row, q, dots, k_trits, INTERPRET, g, k_groups)
+                dots = trit_keys(k_base, page, row, q, dots, k_trits, INTERPRET, g, k_groups)
             elif k_raw:
                 for t in tl.static_range(count(k_pieces)):
-                    dots = raw_page_keys(k_page, row, q[t], dots, rows, dim, pick(k_pieces, t))
+                    dots = raw_page_keys(k_base, page, row, q[t], dots, rows, dim, pick(k_pieces, t))
             else:
                 for t in tl.static_range(count(k_tiles)):
-                    dots = key_tile(k_page, row, q[t], dots, g, pick(k_tiles, t), INTERPRET)
+                    dots = key_tile(k_base, page, row, q[t], dots, g, pick(k_tiles, t), INTERPRET)
+            if g == 0:  # not before the products, so that scores do not take registers beside them
+                s = ()
+                if MEAN > 0:
+                    high_c, low_c = turned_coefficients(a, a_2, spans, tile_page // pages_each + tile, MEAN)
+                    if page_tokens <= 32:  # a page lies within one step of the slow pairs
+                        start += slow_bias(bias, number * page_tokens // 32, n, exists, N)
+                    for f in tl.static_range(8):
+                        first = start
+                        if page_tokens > 32:
+                            first += slow_bias(bias, (number * page_tokens + f * rows + row) // 32, n, exists, N)
+                        s = s + (first + tl.trans(tl.dot(turns[f], low_c, tl.dot(turns[f], high_c))),)
+                else:
+                    for f in tl.static_range(8):
+                        s = s + (start,)
             new = ()
             if k_raw:
                 for f in tl.static_range(8):
                     new = new + (tl.trans(dots[f]) * q_scale + s[f],)
             elif scale_min:
-                minimum = load_params(k_page, row, k_params, 2 * g, page_tokens, k_fp16, INTERPRET)
-                scale = load_params(k_page, row, k_params, 2 * g + 1, page_tokens, k_fp16, INTERPRET)
+                minimum = load_params(k_base, page, row, k_params, 2 * g, page_tokens, k_fp16, INTERPRET)
+                scale = load_params(k_base, page, row, k_params, 2 * g + 1, page_tokens, k_fp16, INTERPRET)
                 for f in tl.static_range(8):
                     rest = s[f] + minimum[f][None, :] * middles[g][:, None]
                     new = new + (tl.trans(dots[f]) * (scale[f] * (one * field_unit(f, k_ternary)))[None, :] + rest,)
             else:
-                scale = load_params(k_page, row, k_params, 0, page_tokens, k_fp16, INTERPRET)
+                scale = load_params(k_base, page, row, k_params, 0, page_tokens, k_fp16, INTERPRET)
                 for f in tl.static_range(8):
                     new = new + (tl.trans(dots[f]) * (scale[f] * (one * field_unit(f, k_ternary)))[None, :] + s[f],)
             s = new
@@ -253,10 +286,10 @@ def packed_part(
                 new_z = new_z + (z[g],)
             else:
                 if v_kind == "scale_min":
-                    minimum = load_params(v_page, row, v_params, 2 * g, page_tokens, v_fp16, INTERPRET)
-                    scale = load_params(v_page, row, v_params, 2 * g + 1, page_tokens, v_fp16, INTERPRET)
+                    minimum = load_params(v_base, page, row, v_params, 2 * g, page_tokens, v_fp16, INTERPRET)
+                    scale = load_params(v_base, page, row, v_params, 2 * g + 1, page_tokens, v_fp16, INTERPRET)
                 else:
-                    scale = load_params(v_page, row, v_params, 0, page_tokens, v_fp16, INTERPRET)
+                    scale = load_params(v_base, page, row, v_params, 0, page_tokens, v_fp16, INTERPRET)
                     minimum = scale
                 added = z[g] * alpha[:, None]
                 for f in tl.static_range(8):
@@ -275,12 +308,12 @@ def packed_part(
             new_low = new_low + (low[t] * shrink,)
             new_high = new_high + (high[t] * shrink,)
         if v_ternary:
-            low = trit_values(v_page, row, scaled, new_low, v_trits, INTERPRET, v_groups)
+            low = trit_values(v_base, page, row, scaled, new_low, v_trits, INTERPRET, v_groups)
             high = new_high
         elif v_raw:
             low = ()
             for t in tl.static_range(count(v_pieces)):
-                low = low + (raw_page_values(v_page, row, scaled[0], new_low[t], rows, dim, pick(v_pieces, t)),)
+                low = low + (raw_page_values(v_base, page, row, scaled[0], new_low[t], rows, dim, pick(v_pieces, t)),)
             high = new_high
         else:
             low = ()
@@ -288,15 +321,24 @@ def packed_part(
             for t in tl.static_range(count(v_pieces)):
                 chosen = piece_group(scaled, pick(v_pieces, t))
                 one_low, one_high = value_piece(
-                    v_page, row, chosen, new_low[t], new_high[t], pick(v_pieces, t), INTERPRET
+                    v_base, page, row, chosen, new_low[t], new_high[t], pick(v_pieces, t), INTERPRET
                 )
                 low = low + (one_low,)
                 high = high + (one_high,)
-    totals = ()
-    for g in tl.static_range(v_groups):
-        totals = totals + (tl.sum(z[g], 1),)
-    outs = ()
-    for t in tl.static_range(count(v_pieces)):
-        unit_v = 1.0 if v_raw else 16777216.0 / p_one
-        outs = outs + (_finish_piece(low[t], high[t], totals, unit_v, pick(v_pieces, t), v_kind == "scale"),)
-    return outs, top, tl.sum(sums, 1)
+    if always:
+        totals = ()
+        for g in tl.static_range(v_groups):
+            totals = totals + (tl.sum(z[g], 1),)
+        outs = ()
+        for t in tl.static_range(count(v_pieces)):
+            unit_v = 1.0 if v_raw else 16777216.0 / p_one
+            outs = outs + (_finish_piece(low[t], high[t], totals, unit_v, pick(v_pieces, t), v_kind == "scale"),)
+        total = tl.sum(sums, 1)
+        best = tl.maximum(top, NEVER)
+    else:
+        outs = ()
+        for t in tl.static_range(count(v_pieces)):
+            outs = outs + (low[t],)
+        total = top
+        best = tl.zeros((N,), tl.float32)
+    return outs, best, total
