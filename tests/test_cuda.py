@@ -243,7 +243,7 @@ def test_progressive_in_a_graph_lowers_what_the_reference_lowers(paths, captures
     monkeypatch.setattr(account, "LEAST_ENTRIES", 2)
     got, got_sizes, cache = decode(model, ids, 70)
     assert max(got_sizes) <= budget
-    assert waits(model) or len(captures) >= 3 and isinstance(cache.graph, DecodingStep)
+    assert waits(model) or (len(captures) >= 3 and isinstance(cache.graph, DecodingStep))
     expected, sizes, other_cache = decode(other, ids, 70)
     assert got_sizes == sizes and sum(layer.pool.counts[0] for layer in cache.layers) > 0
     for one, two in zip(cache.layers, other_cache.layers, strict=True):
