@@ -125,7 +125,8 @@ def _dtype(task: dict[str, Any]) -> torch.dtype | None:
 
 def _end_with_caller() -> None:
     """Ends this process when its caller's end of the pipe is closed, however the caller ended."""
-    sys.stdin.buffer.read()
+    while os.read(0, 1):  # not sys.stdin, whose lock this thread would hold when the interpreter ends
+        pass
     os.killpg(0, signal.SIGKILL)  # the compilers, which are a session of their own, notice that
 
 

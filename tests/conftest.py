@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("KVFOLD_COMPILE_AHEAD", "0")  # of tests on a GPU
 
 from pathlib import Path
 

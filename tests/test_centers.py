@@ -18,7 +18,9 @@ OMEGA = 1e4 ** (-torch.arange(DIM // 2) / (DIM / 2))
 def turned(x, places):
     """Keys before RoPE [Hkv, T, D] at their positions."""
     angles = places[:, None].double() * OMEGA
-    z = torch.complex(x[..., : DIM // 2].double(), x[..., DIM // 2 :].double()) * torch.complex(angles.cos(), angles.sin())
+    z = torch.complex(x[..., : DIM // 2].double(), x[..., DIM // 2 :].double()) * torch.complex(
+        angles.cos(), angles.sin()
+    )
     return torch.cat((z.real, z.imag), -1).float()
 
 

@@ -1,0 +1,112 @@
+"""The catalogue's kernels, compiled behind those of the first artifact: they are the ones that the next artifact asks for, and the process
+that compiles them ends with its caller."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvfold import runtime
+
+pytest.importorskip("triton")
+from kvfold.kernels import catalogue
+from kvfold.runtime import ahead
+
+# an artifact of six pairs in one process, the catalogue by another artifact of one pair: keys of Triton's cache of both
+COVERED = """
+import json, torch
+from kvfold.exports.account import Geometry
+from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
+from kvfold.kernels import catalogue
+from kvfold.kernels.build import jobs_of, target_of
+from kvfold.runtime.ahead import catalogue_kinds
+from kvfold.runtime.compile import Kind, launches_of
+def kind(key, value):
+    basis = dict(matrix=torch.eye(64).expand(2, 64, 64).contiguous(), offset=torch.ones(2, 64), frequencies=(1.0,)) if key.params != "none" else {}
+    clip = torch.ones(2) if key.params == "scale_min" else None
+    return Kind(LayerSpec(KeySpec(key, clip=clip, **basis), ValueSpec(value)), 0, None, False)
+geometry = Geometry(2, 64, 64, 128, 32)
+def hashes(kinds):
+    return {job.hash: job.name for job in jobs_of(launches_of(kinds, geometry, 8, torch.bfloat16, PROGRESSIVE), target_of("sm_90"))}
+pairs = catalogue.pairs(64)
+first, second = hashes([kind(*pairs[3])]), hashes([kind(*pair) for pair in pairs[-4:]])
+listed = hashes(catalogue_kinds([kind(*pairs[3])]))
+print(json.dumps([len(second), [name for x, name in second.items() if x not in listed], [n for x, n in first.items() if x not in listed]]))
+"""
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_another_artifacts_kernels_are_all_among_the_catalogues(progressive):
+    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    code = COVERED.replace("PROGRESSIVE", str(progressive))
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    count, missing, own = json.loads(done.stdout)
+    assert count > 8 and not missing and not own
+
+
+def test_pairs_are_the_catalogues_formats_at_every_head_dim():
+    for dim in catalogue.HEAD_DIMS:
+        found = catalogue.pairs(dim)
+        assert len(found) == len(set(found)) == len(catalogue.PAIRS)
+        assert all(k in catalogue.key_formats(dim) and v in catalogue.value_formats(dim) for k, v in found)
+        sizes = [k.payload_bits + v.payload_bits for k, v in found]
+        smallest = [
+            min(f.payload_bits for f in formats(dim)) for formats in (catalogue.key_formats, catalogue.value_formats)
+        ]
+        assert min(sizes) == sum(smallest) and max(sizes) == 32.0
+    assert catalogue.pairs(72) == ()
+
+
+def task(folder: Path) -> dict:
+    return {"folder": str(folder), "dtype": None, "progressive": False, "arch": 90, "multiprocessors": 132}
+
+
+def test_an_artifact_without_the_catalogues_pairs_starts_nothing(tiny_artifact, monkeypatch):
+    assert ahead.stamp(task(tiny_artifact)) is None
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a process was started"))
+    ahead.begin_ahead(tiny_artifact, torch.device("cpu"), None, False)
+    assert runtime.load_pretrained(tiny_artifact).kv_triton in (False, True)
+
+
+MAIN = """
+import sys
+from pathlib import Path
+from kvfold.runtime import ahead
+ahead.catalogue_kinds = lambda kinds: list(kinds)[:1]
+ahead.stamp = lambda task: Path(sys.argv[2])
+ahead.main(sys.argv[1])
+"""
+
+
+def start(folder: Path, cache: Path) -> subprocess.Popen:
+    env = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(cache),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", MAIN, json.dumps(task(folder)), str(cache / "stamp")],
+        env=env, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+
+
+def test_all_is_compiled_and_stamped(tiny_artifact, tmp_path):
+    (tmp_path / "cache").mkdir()
+    with start(tiny_artifact, tmp_path / "cache") as process:
+        assert process.wait(600) == 0
+    assert (tmp_path / "cache" / "stamp").is_file() and len(list(tmp_path.rglob("*.cubin"))) > 4
+
+
+def test_it_ends_with_its_caller(tiny_artifact, tmp_path):
+    (tmp_path / "cache").mkdir()
+    with start(tiny_artifact, tmp_path / "cache") as process:
+        process.stdin.close()
+        assert process.wait(60) == -signal.SIGKILL
+    assert not (tmp_path / "cache" / "stamp").exists()
