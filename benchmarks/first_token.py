@@ -1,13 +1,13 @@
 """The time to the first token, from nothing: fresh processes, an empty folder of kernels; and what a step takes afterwards. Needs a GPU.
 
 usage: python benchmarks/first_token.py ARTIFACT [SECOND] [--cores N] [--policy progressive] [--no-steady] [--json FILE]
-       python benchmarks/first_token.py --random 28,12,2,128 [--bits 2.3]
+       python benchmarks/first_token.py --random 28,12,2,128 [--bits 2.3] [--keep FOLDER]
 
 Every row of the first table is a process of its own. The first finds an empty TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR, temporary
-folders that go at the end, and lives on until the catalogue's other kernels are compiled behind it, as a process does that answers more
-than once; "again" finds what it left; SECOND, an artifact of other bits and the same head_dim, finds that too, and is compared with itself
-once more. --random makes an artifact of a Llama with so many layers, heads, KV heads and channels a head and random
-weights, which is not timed.
+folders that go at the end; "again" finds what it left. Where there is a SECOND artifact, of other bits and the same head_dim, the first
+process lives on until the catalogue's other kernels are compiled behind it, as a process does that answers more than once; SECOND finds
+those too, and is compared with itself once more. --random makes an artifact of a Llama with so many layers, heads, KV heads and channels a head and random
+weights, which is not timed; --keep keeps it for later runs.
 """
 
 import argparse
@@ -52,12 +52,14 @@ def first(artifact: str, policy: str, stay: bool) -> dict[str, Any]:
     parts = {"import": imported - begun, "load": loaded - imported, "token": done - loaded}
     found = {**parts, "total": done - begun, "id": token, "kernels_used": model.kv_triton}
     if stay:
-        from kvfold.kernels.build import jobs_of, target_of
         from kvfold.runtime import ahead
-        from kvfold.runtime.compile import artifact_launches
 
         ahead.wait()
         found["ahead"] = time.perf_counter() - done
+    if model.kv_triton and torch.cuda.is_available():
+        from kvfold.kernels.build import jobs_of, target_of
+        from kvfold.runtime.compile import artifact_launches
+
         count = torch.cuda.get_device_properties(model.device).multi_processor_count
         launches = artifact_launches(Path(artifact), None, policy == "progressive", count)
         found["own"] = len(jobs_of(launches, target_of(model.device)))
@@ -162,6 +164,9 @@ def random_artifact(shape: str, bits: float, folder: Path) -> Path:
     from kvfold.compress.pipeline import compress
     from kvfold.compress.recipe import load_recipe
 
+    out = folder / f"random-{shape.replace(',', '-')}-{bits}"
+    if out.exists():
+        return out
     layers, heads, kv_heads, dim = (int(x) for x in shape.split(","))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = {"vocab_size": 32000, "hidden_size": heads * dim, "intermediate_size": 4 * heads * dim}
@@ -177,9 +182,7 @@ def random_artifact(shape: str, bits: float, folder: Path) -> Path:
     letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="?").save_pretrained(folder / "model")
     del model
-    return compress(
-        str(folder / "model"), str(bits), folder / f"random-{bits}", recipe=load_recipe("best", None), device=device
-    ).path
+    return compress(str(folder / "model"), str(bits), out, recipe=load_recipe("best", None), device=device).path
 
 
 def table(rows: dict[str, dict[str, Any]], figures: dict[str, float]) -> str:
@@ -205,6 +208,7 @@ def main() -> None:
     parser.add_argument("--policy", choices=("floor", "progressive"), default="floor")
     parser.add_argument("--random", metavar="LAYERS,HEADS,KV_HEADS,HEAD_DIM")
     parser.add_argument("--bits", type=float, default=2.3)
+    parser.add_argument("--keep", type=Path)
     parser.add_argument("--no-steady", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", choices=("first", "stay", "steady"), help=argparse.SUPPRESS)
@@ -221,22 +225,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         artifact = options.artifact
         if options.random:
-            artifact = str(random_artifact(options.random, options.bits, Path(scratch)))
+            artifact = str(random_artifact(options.random, options.bits, options.keep or Path(scratch)))
         if artifact is None:
             parser.error("give an artifact's folder, or --random")
         cache, rows, figures = f"{scratch}/cache", {}, {}
         name = "first token, random weights" if options.random else "first token, empty cache"
         name += f", {options.cores} cores" if options.cores else ""
         name = "progressive, empty cache" if options.policy == "progressive" else name
-        rows["empty cache"] = child("stay", artifact, options.policy, cache)
+        rows["empty cache"] = child("stay" if options.second else "first", artifact, options.policy, cache)
         rows["again"] = child("first", artifact, options.policy, cache)
         figures[name], figures["kernels"] = rows["empty cache"]["total"], rows["empty cache"]["own"]
-        figures["s from the first token until the catalogue is there"] = rows["empty cache"]["ahead"]
         if options.second:
             rows["second artifact"] = child("first", options.second, options.policy, cache)
             rows["second artifact, again"] = child("first", options.second, options.policy, cache)
             more = rows["second artifact"]["total"] - rows["second artifact, again"]["total"]
             figures["second artifact over its own load"] = more
+            figures["s from the first token until the catalogue is there"] = rows["empty cache"]["ahead"]
         found: dict[str, Any] = {}
         if not options.no_steady:
             found = child("steady", artifact, options.policy, cache)

@@ -25,6 +25,8 @@ from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import architecture_of, head_dim_of
 from kvfold.exports.reader import read_artifact
 from kvfold.exports.spec import KeySpec, ValueSpec
+from kvfold.kernels.catalogue import key_formats, value_formats
+from kvfold.kernels.catalogue import pairs as listed_pairs
 from kvfold.kernels.formats import Format, uniform
 
 SMALL = {"window": 24, "page_tokens": 16, "calibration": {"num_sequences": 2, "seq_len": 256, "sample_tokens": 128}}
@@ -376,3 +378,25 @@ def test_each_kind_of_format_is_measured_for_itself_unless_it_is_far():
     losses = extrapolate(group, {1: 0.5, 3: 0.3})
     assert losses == pytest.approx([2.0, 0.5, 0.5 / 16, 0.3])
     assert extrapolate(far, {1: 0.5})[3] == pytest.approx(0.5 * 16 * 1e-6)  # nothing of its own kind: the other's ratio
+
+
+@pytest.mark.parametrize(("recipe", "listed"), [({}, True), ({"pairs": 0}, False), ({"catalogue": False}, False)])
+def test_pairs_come_from_the_catalogues_list_unless_a_recipe_lifts_it(recipe, listed):
+    """Where all of the list is offered; a recipe that offers other formats is not narrowed by it."""
+    geometry, rng = Geometry(2, 64, 1, 24, 16), np.random.default_rng(2)
+    sides = [list(find(64)) for find in (key_formats, value_formats)]
+    layers = [[[SimpleNamespace(spec=SimpleNamespace(format=f)) for f in side]] * 12 for side in sides]
+    losses = [
+        [[w * 3.0**-f.payload_bits * rng.uniform(0.9, 1.1) for f in side] for w in rng.lognormal(0, 1, 12)]
+        for side in sides
+    ]
+    budget = SimpleNamespace(
+        at=600, nbytes=12 * (geometry.fixed_nbytes(600) + 2 * geometry.packed_elements(600, 1) // 8), request="x"
+    )
+    plan = SimpleNamespace(geometry=geometry, budget=budget, num_layers=12, recipe=Recipe.model_validate(recipe))
+    found = choose(plan, *layers, *losses)
+    used = {(sides[0][k], sides[1][v]) for k, v in found}
+    assert (used <= set(listed_pairs(64))) == listed and (len(used) <= plan.recipe.pairs or not plan.recipe.pairs)
+    few = [[group[:9] for group in side] for side in layers]
+    narrow = choose(plan, *few, *[[row[:9] for row in side] for side in losses])
+    assert all(k < 9 and v < 9 for k, v in narrow)
