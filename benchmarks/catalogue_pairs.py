@@ -1,20 +1,20 @@
-"""Chooses the pairs of formats of kernels/catalogue.py, by what each costs real models, and says what the choice costs.
+"""Chooses the pairs of formats of kernels/catalogue.py, by what real models take, and says what the list costs.
 
-usage: python benchmarks/catalogue_pairs.py MODEL [MODEL …] [--bits 2.25] [--size 16] [--limit 6] [--losses] [--check]
+usage: python benchmarks/catalogue_pairs.py MODEL [MODEL …] [--bits 2.25] [--size 48] [--limit 8] [--losses] [--check]
                                             [--device auto] [--out artifacts/catalogue]
 
 An attention kernel is compiled for a pair (key format, value format). All pairs of the catalogue's formats are many hundred, so an
 artifact of other bits would find none of its own compiled; from a short list that all head_dims share it finds them.
 
-Every model's losses are measured as `kvfold compress` does it, around --bits of payload, and kept in --out (--losses stops there). A list
-is then judged by the allocations that it allows at each of BUDGETS: the mean over models and budgets of log(loss / the least loss of all
-pairs). Beside the smallest pair and those of the ladder it has --size, added one by one, each time the best, and exchanged for as long as
-that helps. --check judges the catalogue's own list instead. Prints, for each model and budget, the loss over that of all pairs: with the whole list, with at most
---limit of it, and with --limit of all pairs.
+Every model's losses are measured as `kvfold compress` does it, around --bits of payload, and kept in --out (--losses stops there). At each
+of BUDGETS the search's own allocation takes the best CHOSEN of all pairs for each model; the list has the --size pairs that the most layers
+take so, the smallest pair with the fewest channels left out, and those of the ladder. --check judges the catalogue's own list instead.
+Prints, for each model and budget, the loss over that of any number of all pairs: with at most --limit of the list, and of all.
 """
 
 import argparse
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from runs import budget_for_payload, comparable
 
-from kvfold.compress.allocate import Choice
+from kvfold.compress.allocate import Choice, allocate
 from kvfold.compress.allocate_shared import allocate_shared
 from kvfold.compress.models import quiet_transformers
 from kvfold.compress.pipeline import calibrated_by
@@ -31,9 +31,11 @@ from kvfold.compress.recipe import Recipe
 from kvfold.compress.search import measure
 from kvfold.compress.work import fingerprint
 from kvfold.kernels.catalogue import LADDER, PAIRS, named_keys, named_values
+from kvfold.kernels.formats import Format
 
-BUDGETS = (1.5, 1.75, 1.93, 2.1, 2.25, 2.5, 2.75, 3.2, 3.7, 4.2, 5.0, 6.5)  # bits of payload
-HALVINGS = 40  # of the interval that the price of a bit lies in
+BUDGETS = (1.5, 1.93, 2.25, 2.5, 3.2, 4.2, 6.5)  # bits of payload that lists are chosen for
+BETWEEN = (1.75, 2.1, 2.75, 3.7, 5.0)  # and that they are judged at besides
+CHOSEN = 6
 UNIT = 1 << 20  # bytes of a bit, where whole numbers are asked for
 
 
@@ -88,116 +90,62 @@ def table_of(model: str, losses: dict) -> Table:
     return Table(Path(model).name, [f"{k}/{v}" for k, v in pairs], np.array(loss), np.array(bits))
 
 
-def priced(loss: np.ndarray, bits: np.ndarray, target: float) -> tuple[float, float, float]:
-    """(the Lagrangian bound of the least mean loss with at most `target` mean bits, the price of a bit, mean loss at 0 bits' price)."""
-    low, high, best = 0.0, 1.0, -np.inf
-    if bits.min() > target:
-        return np.inf, 0.0, np.inf
-    while _mean_bits(loss, bits, high) > target:
-        high *= 4
-    price = high
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        if _mean_bits(loss, bits, middle) > target:
-            low = middle
-        else:
-            high = middle
-    for at in (low, high):
-        bound = (loss + at * bits).min(1).mean() - at * target
-        if bound > best:
-            best, price = bound, at
-    return float(best), float(price), float(loss.min(1).mean())
-
-
-def _mean_bits(loss: np.ndarray, bits: np.ndarray, price: float) -> float:
-    return float(bits[(loss + price * bits).argmin(1)].mean())
-
-
-class Judge:
-    """What lists of pairs cost, over models and budgets."""
-
-    def __init__(self, tables: list[Table]) -> None:
-        self.tables = tables
-        self.names = [name for name in tables[0].names if all(name in t.names for t in tables)]
-        self.problems = []
-        for table in tables:
-            place = {name: i for i, name in enumerate(table.names)}
-            order = [place[name] for name in self.names]
-            for target in BUDGETS:
-                loss, bits = table.loss[:, order], table.bits[order]
-                self.problems.append((loss, bits, 2 * target, priced(loss, bits, 2 * target)[0]))
-
-    def cost(self, used: list[int]) -> float:
-        """Mean logarithm of the loss over the least loss; where a budget is out of reach, of what 20 bits more would cost."""
-        return float(np.mean([self._log(problem, used) for problem in self.problems]))
-
-    @staticmethod
-    def _log(problem: tuple, used: list[int]) -> float:
-        loss, bits, target, least = problem
-        found = priced(loss[:, used], bits[used], target)[0]
-        return 3.0 if not np.isfinite(found) else float(np.log(max(found, 1e-12) / max(least, 1e-12)))
-
-    def gains(self, used: list[int]) -> np.ndarray:
-        """How much lower the cost's bound is with one pair more, at the prices of now: float64 [pairs]."""
-        gain = np.zeros(len(self.names))
-        for loss, bits, target, _ in self.problems:
-            value, price, _ = priced(loss[:, used], bits[used], target)
-            if not np.isfinite(value):
-                gain += np.where(bits <= target, 1.0, 0.0)
-                continue
-            all_cells = loss + price * bits
-            now = all_cells[:, used].min(1, keepdims=True)
-            after = np.minimum(all_cells, now).mean(0) - price * target
-            gain += np.log(max(value, 1e-12) / np.maximum(after, 1e-3 * max(value, 1e-12)))
-        return gain / len(self.problems)
-
-
-def chosen(judge: Judge, size: int, fixed: list[int], tries: int = 24) -> list[int]:
-    """`size` pairs beside the `fixed` ones: added one by one, then exchanged."""
-    used = list(fixed)
-
-    def best_addition(now: list[int]) -> tuple[float, int]:
-        order = np.argsort(-judge.gains(now), kind="stable")[:tries]
-        return min((judge.cost([*now, int(p)]), int(p)) for p in order if p not in now)
-
-    while len(used) < len(fixed) + size:
-        used.append(best_addition(used)[1])
-    cost = judge.cost(used)
-    improved = True
-    while improved:
-        improved = False
-        for out in [p for p in used if p not in fixed]:
-            rest = [p for p in used if p != out]
-            found, p = best_addition(rest)
-            if found < cost - 1e-5:
-                used, cost, improved = [*rest, p], found, True
-    return used
-
-
-def limited(problem: tuple, used: list[int], limit: int) -> float:
-    """The least mean loss with at most `limit` of the used pairs: the search's own allocation."""
-    loss, bits, target, _ = problem
-    rows = [[Choice(int(b * UNIT), float(x)) for b, x in zip(bits[used], row[used], strict=True)] for row in loss]
-    found = allocate_shared(rows, [used] * len(loss), int(target * UNIT * len(loss)), limit)
-    return float(np.mean([row[c].loss for row, c in zip(rows, found, strict=True)]))
-
-
-def report(judge: Judge, used: list[int], limit: int) -> str:
-    """Markdown: losses over those of all pairs."""
-    lines = [
-        f"| model | bits | {len(used)} pairs | at most {limit} of them | {limit} of all |",
-        "|---|---|---|---|---|",
+def allocation(table: Table, used: list[int], bits: float, limit: int) -> list[int]:
+    """The pair of each layer in the search's own allocation: at most `limit` of the used ones, 0 for any number."""
+    rows = [
+        [Choice(int(b * UNIT), float(x)) for b, x in zip(table.bits[used], row[used], strict=True)]
+        for row in table.loss
     ]
-    places = [(t.model, b) for t in judge.tables for b in BUDGETS]
-    everything, logs = list(range(len(judge.names))), []
-    for (model, target), problem in zip(places, judge.problems, strict=True):
-        least = problem[3]
-        row = [priced(problem[0][:, used], problem[1][used], problem[2])[0], limited(problem, used, limit)]
-        row.append(limited(problem, everything, limit))
-        logs.append([np.log(x / least) for x in row])
-        lines.append(f"| {model} | {target:g} | " + " | ".join(f"{x / least:.3f}" for x in row) + " |")
-    mean = np.exp(np.mean(logs, 0))
-    lines.append("| mean | | " + " | ".join(f"{x:.3f}" for x in mean) + " |")
+    room = int(2 * bits * UNIT * len(rows))
+    found = allocate_shared(rows, [used] * len(rows), room, limit) if limit else allocate(rows, room)
+    return [used[c] for c in found]
+
+
+def cost(table: Table, found: list[int]) -> float:
+    return float(table.loss[np.arange(len(found)), found].sum())
+
+
+def smallest(head_dim: int) -> str:
+    """The pair of the fewest bits, and of those that with the fewest channels left out."""
+
+    def size(name: str, named: dict[str, Format]) -> tuple[float, int]:
+        fmt = named[name]
+        return fmt.payload_bits, sum(channels for channels, levels in fmt.classes if not levels)
+
+    return "/".join(
+        min(named, key=lambda n, named=named: size(n, named))
+        for named in (named_keys(head_dim), named_values(head_dim))
+    )
+
+
+def chosen(tables: list[Table], size: int) -> list[str]:
+    """The list's names, bits rising; pairs that one of the models lacks are left out."""
+    taken: Counter[str] = Counter()
+    for table in tables:
+        every = list(range(len(table.names)))
+        for bits in BUDGETS:
+            found = allocation(table, every, bits, CHOSEN)
+            for p in found:
+                taken[table.names[p]] += 1 / len(found)
+    names = [name for name, _ in taken.most_common(size)]
+    names += [name for name in (smallest(64), *LADDER) if name in tables[0].names and name not in names]
+    bits = dict(zip(tables[0].names, tables[0].bits.tolist(), strict=True))
+    return sorted(names, key=lambda name: (bits[name], name))
+
+
+def report(tables: list[Table], names: list[str], limit: int) -> str:
+    """Markdown: losses over those of any number of all pairs."""
+    lines = [f"| model | bits | at most {limit} of the {len(names)} | at most {limit} of all |", "|---|---|---|---|"]
+    logs = []
+    for table in tables:
+        every, place = list(range(len(table.names))), {name: i for i, name in enumerate(table.names)}
+        listed = [place[name] for name in names]
+        for bits in sorted((*BUDGETS, *BETWEEN)):
+            least = cost(table, allocation(table, every, bits, 0))
+            row = [cost(table, allocation(table, used, bits, limit)) / least for used in (listed, every)]
+            logs.append(np.log(row))
+            lines.append(f"| {table.model} | {bits:g} | " + " | ".join(f"{x:.3f}" for x in row) + " |")
+    lines.append("| mean | | " + " | ".join(f"{x:.3f}" for x in np.exp(np.mean(logs, 0))) + " |")
     return "\n".join(lines)
 
 
@@ -205,8 +153,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+")
     parser.add_argument("--bits", type=float, default=2.25)
-    parser.add_argument("--size", type=int, default=16)
-    parser.add_argument("--limit", type=int, default=6)
+    parser.add_argument("--size", type=int, default=48)
+    parser.add_argument("--limit", type=int, default=8)
     parser.add_argument("--losses", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--device", default="auto")
@@ -217,16 +165,11 @@ def main() -> None:
     losses = {model: losses_of(model, options.bits, options.device, options.out) for model in options.models}
     if options.losses:
         return
-    judge = Judge([table_of(model, found) for model, found in losses.items()])
-    place = {name: i for i, name in enumerate(judge.names)}
-    if options.check:
-        used = [place[name] for name in PAIRS]
-    else:
-        smallest = int(np.argmin(judge.problems[0][1]))
-        used = chosen(judge, options.size, [smallest, *(place[name] for name in LADDER if name in place)])
-        used.sort(key=lambda p: judge.problems[0][1][p])
-        print("\n".join(f'    "{judge.names[p]}",' for p in used))
-    print(report(judge, used, options.limit))
+    tables = [table_of(model, found) for model, found in losses.items()]
+    names = list(PAIRS) if options.check else chosen(tables, options.size)
+    if not options.check:
+        print(" ".join(names))
+    print(report(tables, names, options.limit))
 
 
 if __name__ == "__main__":

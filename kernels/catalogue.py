@@ -167,9 +167,15 @@ UNIFORM_VALUES = {
 KEY_BITS = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5, 5.0)
 VALUE_BITS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 LADDER = ("4/4", "8/8", "16/16")  # key/value
-# key/value: the pairs that the search picks from, at all head_dims, bits rising; `python benchmarks/catalogue_pairs.py` chose them by what
-# they cost real models. The first is the smallest that there is, the last two are steps of the ladder.
-PAIRS = tuple(["0.75a/0.5a", "2a/1a", "2a/1.5a", "2.25a/1.5b", "2.5a/2a", "3a/2a", "3.5a/2.5a", "4a/3a", "5a/4", "8/8", "16/16"])  # fmt: skip
+# key/value: the pairs that the search picks from, at all head_dims, bits rising. `python benchmarks/catalogue_pairs.py` chose them: those
+# that the layers of real models take most, the smallest ones, and steps of the ladder.
+_PAIRS = """
+    0.75a/0.5a 0.75b/0.5a 1.5a/0.75a 1.75a/0.5a 0.75b/1.6 2a/0.5a 1.25a/1.5a 1.5b/1.5a 2.5a/0.75a 1.5b/2b 2a/1.5a
+    1.5a/2 1.75a/2a 1.75b/2a 2.5a/1.25a 1.75a/2 1.5a/2.5a 2.5a/1.75a 2.5a/2a 2.75a/1.75a 2a/2.5a 2b/2.5a 2.5a/2
+    2.25a/2.5a 2.5b/2.5a 3.5a/1.5a 2.75b/2.5a 3a/2.5a 3.5a/2.5a 4.5a/1.5a 4a/2a 3a/3 3.5b/3a 4a/2.5a 3.5a/3 3.5b/3
+    4.5a/2 4.5a/2.5a 4a/3 4.5a/3 5a/3 4.5a/4 5a/4 6/3 6/4 6/5 8/5 8/6 8/8 16/16
+"""
+PAIRS = tuple(_PAIRS.split())
 
 
 def _cut(text: str) -> Format:
