@@ -18,6 +18,7 @@ from kvfold.exports.reader import read_metadata, tensor_shapes
 from kvfold.exports.schema import Metadata
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.launch import Launch, noting
+from kvfold.pretrained import config_from_pretrained
 
 log = logging.getLogger("kvfold")
 AMPLE = 1 << 40  # bytes
@@ -227,9 +228,7 @@ def artifact_launches(folder: Path, dtype: torch.dtype | None, progressive: bool
     Args:
         dtype: of its activations; default: of its weights.
     """
-    from transformers import AutoConfig
-
-    metadata, config = read_metadata(folder), AutoConfig.from_pretrained(folder)
+    metadata, config = read_metadata(folder), config_from_pretrained(folder)
     kinds = kinds_of([placeholder(metadata, i) for i in range(metadata.cache.num_layers)], config)
     dtype = dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
     return launches_of(kinds, metadata.geometry, metadata.cache.num_heads, dtype, progressive, multiprocessors)
