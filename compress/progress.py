@@ -4,7 +4,10 @@ import sys
 from collections.abc import Iterable
 from typing import TypeVar
 
+from rich.console import Console
 from tqdm import tqdm
+
+from kvfold.exports.units import printable
 
 T = TypeVar("T")
 
@@ -14,6 +17,11 @@ def progress(items: Iterable[T], desc: str, unit: str, initial: int = 0, total: 
     return tqdm(items, desc=f"{desc:<12}", unit=unit, initial=initial, total=total, disable=None)
 
 
+def console(columns: int = 120, quiet: bool = False) -> Console:
+    """stdout for tables: as wide as a terminal, else of so many columns; nothing where stdout was closed."""
+    return Console(width=None if sys.stdout is not None and sys.stdout.isatty() else columns, quiet=quiet)
+
+
 def stage(text: str) -> None:
     """Says what begins now."""
-    print(f"kvfold: {text}", file=sys.stderr, flush=True)
+    print(f"kvfold: {printable(text)}", file=sys.stderr, flush=True)
