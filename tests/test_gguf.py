@@ -21,7 +21,7 @@ from kvfold.errors import KvfoldError
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
     """The cache folder, empty."""
-    monkeypatch.setattr(product, "CACHE_DIR", tmp_path / "cache")
+    monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
