@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from kvfold.compress.shape import check_shape
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import architecture_of
 from kvfold.exports.place import full_disk
@@ -141,6 +142,7 @@ def _write_checkpoint(path: Path, out: Path) -> None:
         pass
     config = config_from_pretrained(path.parent, gguf_file=path.name)
     architecture_of(config)
+    check_shape(config, path)
     tokenizer = tokenizer_from_pretrained(path.parent, gguf_file=path.name)
     # name the attention, or the GGUF path asks the Hub for a kernel
     loaded: Any = stock_from_pretrained(path.parent, attn_implementation="sdpa", output_loading_info=True, **options)

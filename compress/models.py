@@ -12,16 +12,15 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from kvfold.compress.gguf import ALIASES, alias_gguf, convert_gguf
+from kvfold.compress.shape import check_shape
 from kvfold.compress.tap import NAME as TAP
 from kvfold.errors import KvfoldError
-from kvfold.exports.architectures import ARCHITECTURES, architecture_of, num_kv_heads_of
+from kvfold.exports.architectures import ARCHITECTURES, architecture_of
 from kvfold.exports.card import CARD_NAME
 from kvfold.exports.files import INDEX, WEIGHTS, read_index
 from kvfold.exports.licence import TEXTS
 from kvfold.exports.reader import is_artifact
 from kvfold.pretrained import config_from_pretrained, is_out_of_memory, reason_of, stock_from_pretrained
-
-MOST_LAYERS = 10_000  # and heads: far above any model, and below what takes minutes to build
 
 
 @dataclass(frozen=True)
@@ -137,30 +136,6 @@ def check_checkpoint(path: Path) -> None:
                 f"'{path}' holds no {name}, so the model has no weights; give a folder with safetensors files."
             )
         _check_safetensors(file)
-
-
-def check_shape(config: Any, path: Path) -> None:
-    """Refuses a config whose numbers of layers and heads make no model.
-
-    Raises:
-        KvfoldError: naming the number.
-    """
-    text = config.get_text_config()
-    layers, heads, kv_heads = text.num_hidden_layers, text.num_attention_heads, num_kv_heads_of(text)
-    for name, value in (
-        ("num_hidden_layers", layers),
-        ("num_attention_heads", heads),
-        ("num_key_value_heads", kv_heads),
-    ):
-        if not isinstance(value, int) or not 1 <= value <= MOST_LAYERS:
-            raise KvfoldError(
-                f"config.json in '{path}' has {name} {value!r}, but there must be 1 to {MOST_LAYERS}; give the checkpoint's own config.json."
-            )
-    if heads % kv_heads:
-        raise KvfoldError(
-            f"config.json in '{path}' has {heads} attention heads for {kv_heads} KV heads, which don't share them evenly; give the "
-            "checkpoint's own config.json."
-        )
 
 
 def _check_safetensors(file: Path) -> None:

@@ -19,9 +19,10 @@ TENSORS_NAME = "kv_cache.safetensors"
 
 MOST_TOKENS = 1 << 24  # of sinks and window, which are allocated whole
 MOST_PAGE_TOKENS = 1024
+MOST_LAYERS = 1000
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Positive = Annotated[int, Field(gt=0, lt=1 << 63)]
-Layers = Annotated[int, Field(gt=0, le=10_000)]
+Layers = Annotated[int, Field(gt=0, le=MOST_LAYERS)]
 RawTokens = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
 PageTokens = Annotated[int, Field(gt=0, le=MOST_PAGE_TOKENS)]
 Bits = Annotated[float, Field(ge=0, le=64)]
@@ -93,7 +94,7 @@ class AccountModel(Strict):
     page_bytes: Count
     raw_bytes: Count
     table_bytes: Count
-    bytes_at: Annotated[dict[str, Positive], Field(max_length=1000)]
+    bytes_at: Annotated[dict[str, Positive], Field(max_length=64)]
     effective_bits: Annotated[float, Field(ge=0)]  # of a short sequence, hundreds: the 16-bit rows are allocated whole
     payload_bits: Bits
 

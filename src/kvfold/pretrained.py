@@ -22,15 +22,18 @@ def config_from_pretrained(path: str | Path, **options: Any) -> Any:
     """`AutoConfig.from_pretrained` of a folder.
 
     Raises:
-        KvfoldError: it can't be read, makes no sense, or needs code of its own.
+        KvfoldError: it can't be read, makes no sense, or needs code of its own. What a GGUF raises is the caller's to tell.
     """
     from transformers import AutoConfig
 
-    refuse_kernels(path)
+    if "gguf_file" not in options:
+        refuse_kernels(path)
     try:
         return AutoConfig.from_pretrained(path, **{**options, **CODE_FREE})
     except Exception as error:  # transformers and huggingface_hub raise a dozen kinds for a field that makes no sense
         refuse_code(path, "config.json", error)
+        if "gguf_file" in options:
+            raise
         raise KvfoldError(
             f"config.json in '{path}' cannot be used: {reason_of(error)}; give the checkpoint's own config.json."
         ) from error
@@ -40,7 +43,7 @@ def tokenizer_from_pretrained(path: str | Path, **options: Any) -> Any:
     """`AutoTokenizer.from_pretrained` of a folder.
 
     Raises:
-        KvfoldError: none is there, it can't be loaded, or it needs code of its own.
+        KvfoldError: none is there, it can't be loaded, or it needs code of its own. What a GGUF raises is the caller's to tell.
     """
     from transformers import AutoTokenizer
 
@@ -48,6 +51,8 @@ def tokenizer_from_pretrained(path: str | Path, **options: Any) -> Any:
         return AutoTokenizer.from_pretrained(path, **{**options, **CODE_FREE})
     except Exception as error:  # files of any content: AttributeError, KeyError, the tokenizers library's own Exception
         refuse_code(path, "tokenizer_config.json", error)
+        if "gguf_file" in options:
+            raise
         raise KvfoldError(
             f"'{path}' holds no tokenizer that can be loaded ({type(error).__name__}: {reason_of(error)}); put the model's tokenizer "
             "files there."
@@ -72,7 +77,8 @@ def code_free(stock: Any, path: Any, *args: Any, **options: Any) -> Any:
     Raises:
         KvfoldError: it needs code of its own. All else is transformers' own error.
     """
-    refuse_kernels(path)
+    if "gguf_file" not in options:
+        refuse_kernels(path)
     try:
         return stock(path, *args, **{**options, **CODE_FREE})
     except ValueError as error:
