@@ -28,6 +28,7 @@ from kvfold.exports.account import cache_nbytes
 from kvfold.exports.reader import read_artifact, read_metadata, update_artifact
 from kvfold.exports.schema import METADATA_NAME, Metadata
 from kvfold.exports.units import format_nbytes, printable
+from kvfold.pretrained import tokenizer_from_pretrained
 
 # click's own, or that of the copy of click which newer releases of typer carry
 UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "UsageError")
@@ -213,11 +214,13 @@ def validate_command(
         bool, typer.Option("--update", help="After an edit: sign the files as they are now, if all else is valid.")
     ] = False,
 ) -> None:
-    """Checks every hash, tensor and field of an artifact."""
+    """Checks every hash, tensor and field of an artifact, and that its tokenizer loads."""
     if update:
         changed = update_artifact(artifact)
         print(f"{artifact}: signed {', '.join(changed)} anew." if changed else f"{artifact}: nothing has changed.")
     found = read_artifact(artifact)
+    if any(name.startswith("tokenizer") for name in found.metadata.files):
+        tokenizer_from_pretrained(artifact)
     print(
         printable(
             f"{artifact} is a valid artifact of {found.metadata.provenance.model}, format_version {found.metadata.format_version}."
