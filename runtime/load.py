@@ -271,6 +271,13 @@ def attach(
 
     model.eval()
     model.set_attn_implementation(NAME)
+    stated = getattr(model, "generation_config", None)
+    if stated is not None and stated.cache_implementation not in (None, "dynamic"):
+        log.info(
+            "cache_implementation '%s' of generation_config.json is left out: an artifact brings its own cache",
+            stated.cache_implementation,
+        )
+        stated.cache_implementation = None
 
     covered = artifact.metadata.calibration.covered_positions
     warned: list[bool] = []

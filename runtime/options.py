@@ -50,7 +50,8 @@ def check_names(function: str, given: Mapping[str, Any], known: Iterable[str], e
     """
     known = sorted(known)
     for name, value in given.items():
-        if name in known or (value in (None, False) and name in REFUSED) or (name, value) == ("use_safetensors", True):
+        unset = value is None or value is (name == "use_safetensors")  # what wrappers pass on where nobody set anything
+        if name in known or (unset and name in REFUSED):
             continue
         if name in REFUSED:
             raise TypeError(f"{function}() does not take {name}={value!r}: {REFUSED[name]}; leave it out.")

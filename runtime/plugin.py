@@ -19,7 +19,7 @@ from kvfold.runtime.load import (
     resolve_artifact,
 )
 from kvfold.runtime.locate import locate
-from kvfold.runtime.options import HUB, PASSED_ON, check_names, dtype_of
+from kvfold.runtime.options import HUB, PASSED_ON, REFUSED, check_names, dtype_of
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
@@ -50,7 +50,7 @@ def load_if_artifact(stock: Callable[..., Any], name: Any, *args: Any, **kwargs:
     known = {*PASSED_ON, *HUB_OPTIONS, "trust_remote_code"}
     check_names("from_pretrained", given, known, (HUB | set(inspect.signature(load_pretrained).parameters)) - known)
     folder = resolve_artifact(name, **hub)
-    options = {option: value for option, value in kwargs.items() if option not in HUB_OPTIONS}
+    options = {option: value for option, value in kwargs.items() if option not in HUB_OPTIONS and option not in REFUSED}
     wants_info = options.pop("output_loading_info", False)
     device = None if options.get("device_map") is not None else default_device()
     dtype = options.get("dtype") if options.get("dtype") is not None else options.get("torch_dtype")

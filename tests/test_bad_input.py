@@ -227,6 +227,11 @@ def test_text_that_is_not_there(refused, calib):
 @pytest.mark.parametrize(
     ("content", "word"),
     [("windw: 3", "windw"), ("key: {bit: [1]}", "key.bit"), ("page_tokens: 12", "page_tokens"), ("sinks: -1", "sinks"),
+     ("windw: 3", "did you mean 'window'?"), ("sensitivity: {probe: 3}", "'probes'"), ("calibration: {xyzzy: 3}", "seq_len"),
+     ("sinks: true", "true"), ("sinks: '3'", "without quotes"), ("window: '24'", "without quotes"), ("sinks: 1:30", "1:30"),
+     ("key: {levels: [4, '16']}", "'16'"), ("key: {clip: 'yes'}", "key.clip"), ("sinks: 3\nsinks: 4", "'sinks' is there twice"), ("[]", "mapping"),
+     ("[" * 5000, "YAML"), ("sensitivity: {probes: 1000000000}", "probes"), (f"seed: {10**29}", "seed"), (f"sinks: {10**12}", "sinks"),
+     (f"calibration: {{spread: {10**24}}}", "spread"), ("page_tokens: 10000", "page_tokens"), ("tied: 1", "neither true nor false"),
      ("a: [", "YAML"), ("- 1", "mapping"), ("key: {transform: magic}", "key.transform"), (None, "cannot be read")],
 )  # fmt: skip
 def test_recipe(refused, tmp_path, content, word):
