@@ -69,7 +69,13 @@ def check_files(path: Path, files: Mapping[str, str]) -> None:
 
 
 def _check_name(name: str) -> None:
-    if Path(name).name != name or "\\" in name or not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+    if (
+        Path(name).name != name
+        or name in ("", "..")
+        or "\\" in name
+        or not name.isprintable()
+        or len(name.encode()) > LONGEST_NAME
+    ):
         raise KvfoldError(
             f"{METADATA_NAME} lists the file '{name[:LONGEST_NAME]}', but an artifact's files lie side by side, with plain names; {AGAIN}."
         )

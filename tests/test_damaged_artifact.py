@@ -1,64 +1,25 @@
 """A damaged artifact is refused in one sentence, by `kvfold validate` and by load_pretrained alike."""
 
 import json
-import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CONFIGS
+from damaged import rehash, restate
 from safetensors.torch import load_file, save_file
 
-from kvfold import KvfoldError, runtime
-from kvfold.compress.cli import main
+from kvfold import KvfoldError
 from kvfold.exports.reader import file_sha256, read_artifact, read_metadata
-from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME, dump_metadata
+from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME
 
-
-@pytest.fixture
-def artifact(tmp_path, tiny_artifact) -> Path:
-    """A copy of the tiny artifact, to be damaged."""
-    return shutil.copytree(tiny_artifact, tmp_path / "artifact")
-
-
-@pytest.fixture
-def refused(artifact, monkeypatch, capsys):
-    """Checks that both readers refuse the artifact with the same sentence, which has these words."""
-
-    def check(*words: str, artifact: Path = artifact) -> None:
-        with pytest.raises(KvfoldError) as error:
-            runtime.load_pretrained(artifact)
-        message = str(error.value)
-        monkeypatch.setattr(sys, "argv", ["kvfold", "validate", str(artifact)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        assert (stop.value.code, out) == (2, "")
-        assert err == f"kvfold: {' '.join(message.split())}\n"
-        for word in words:
-            assert word in message, message
-
-    return check
+pytest_plugins = ["damaged"]
 
 
 def flip(file: Path, position: int, mask: int = 1) -> None:
     content = bytearray(file.read_bytes())
     content[position] ^= mask
     file.write_bytes(content)
-
-
-def restate(artifact: Path, **fields) -> None:
-    """Makes kv_cache.json state other top-level fields, with a digest that fits."""
-    metadata = read_metadata(artifact)
-    (artifact / METADATA_NAME).write_text(dump_metadata(metadata.model_copy(update=fields)))
-
-
-def rehash(artifact: Path, *names: str) -> None:
-    """Makes kv_cache.json state the hashes of files that were changed."""
-    files = read_metadata(artifact).files
-    restate(artifact, files={**files, **{name: file_sha256(artifact / name) for name in names}})
 
 
 def test_the_copy_itself_is_good(artifact):
