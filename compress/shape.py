@@ -17,7 +17,13 @@ def check_shape(config: Any, path: Path) -> None:
         KvfoldError: naming the number.
     """
     text = config.get_text_config()
-    layers, heads, kv_heads = text.num_hidden_layers, text.num_attention_heads, num_kv_heads_of(text)
+    layers, heads, kv_heads = (
+        text.num_hidden_layers,
+        text.num_attention_heads,
+        getattr(text, "num_key_value_heads", None),
+    )
+    if kv_heads is None:
+        kv_heads = num_kv_heads_of(text)
     for name, value, most in (
         ("num_hidden_layers", layers, MOST_LAYERS),
         ("num_attention_heads", heads, MOST_HEADS),
