@@ -59,6 +59,8 @@ def export(plan: Plan, found: Found, out: Path) -> Artifact:
         for attention, layer in zip(plan.arch.attention_modules(model), layers, strict=True):
             set_parameters(attention, fused_parameters(attention, plan.arch, layer), dtype, keep=True)
         own_cache(model.generation_config)
+        if hasattr(model.config, "auto_map"):
+            del model.config.auto_map  # code that an artifact has not
         model.save_pretrained(folder)
         save_tokenizer(plan.tokenizer, folder)
 
@@ -68,7 +70,8 @@ def export(plan: Plan, found: Found, out: Path) -> Artifact:
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Writes a tokenizer as files that lie side by side: several named chat templates would be a folder of their own, so they go into
-    tokenizer_config.json."""
+    tokenizer_config.json. What code it could be loaded with instead (auto_map) is left out, for an artifact has none."""
+    tokenizer.init_kwargs.pop("auto_map", None)
     tokenizer.save_pretrained(folder, save_jinja_files=not isinstance(tokenizer.chat_template, dict))
 
 

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from kvfold import KvfoldError, runtime
 from kvfold.compress.cli import main
+from kvfold.compress.pipeline import compress
+from kvfold.compress.recipe import load_recipe
 from kvfold.exports.reader import file_sha256, read_metadata
 from kvfold.exports.schema import dump_metadata
 from kvfold.pretrained import config_from_pretrained, stock_from_pretrained, tokenizer_from_pretrained
@@ -122,3 +124,10 @@ def test_a_kernel_of_the_hub_is_code_too(tmp_path, tiny_folder, key):
     for load in (config_from_pretrained, stock_from_pretrained):
         with pytest.raises(KvfoldError, match="'someone/flash-attention'"):
             load(folder)
+
+
+def test_an_artifact_names_no_code(tmp_path, tiny_folder, ran, text_file, recipe_file):
+    folder = add_code(ask_for_code(shutil.copytree(tiny_folder, tmp_path / "model"), "known family"), ran)
+    edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.C", None]})
+    out = compress(str(folder), "4.0", tmp_path / "out", calib=str(text_file), recipe=load_recipe(recipe_file)).path
+    assert not any("auto_map" in file.read_text() for file in out.glob("*.json")) and not list(out.glob("*.py"))
