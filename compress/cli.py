@@ -351,13 +351,14 @@ def main(args: list[str] | None = None, prog: str = "kvfold") -> None:
     ours = threading.current_thread() is threading.main_thread()
     if ours := ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, note)
-    code = 1
+    code: int | None = None
     try:
         code = _run(words, prog)
         flush()
     except KeyboardInterrupt:
         interrupted.append(True)
     except BaseException as error:
+        code = 1
         if interrupted:  # it is what a library made of the interrupt
             pass
         elif isinstance(error, OSError) and error.errno in UNWRITTEN and error.filename is None:

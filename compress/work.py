@@ -64,6 +64,8 @@ def kept(path: Path, read: Callable[[Path], Any], default: Any = None) -> Any:
         return default
     except UNREADABLE as error:
         log.warning("%s cannot be read (%s), so it is computed again", path, type(error).__name__)
+        if path.is_dir():  # it stands in the way
+            shutil.rmtree(path)
         return default
 
 

@@ -272,13 +272,16 @@ def test_a_model_that_was_only_copied_is_the_same(tmp_path, tiny_folder, tiny_ar
     assert model_fingerprint(tmp_path / "b" / "tiny-llama") == model_fingerprint(tiny_folder)
 
 
-@pytest.mark.parametrize("damage", [b"", b"not this", None])
+@pytest.mark.parametrize("damage", [b"", b"not this", None, "folder"])
 def test_what_is_damaged_is_computed_again(tmp_path, tiny_artifact, run, interrupted, damage):
     for name in ("stats_001.safetensors", "sensitivity.json", "hidden.json", "stats_000.safetensors"):
         work = interrupted(tmp_path / "tiny")
         file = work / name
         if damage is None:
             file.unlink()
+        elif damage == "folder":
+            file.unlink()
+            file.mkdir()
         else:
             file.write_bytes(damage)
         run(tmp_path / "tiny", resume=True)
