@@ -355,12 +355,10 @@ def main(args: list[str] | None = None, prog: str = "kvfold") -> None:
     try:
         code = _run(words, prog)
         flush()
-    except KeyboardInterrupt:
-        interrupted.append(True)
     except BaseException as error:
         code = 1
-        if interrupted:  # it is what a library made of the interrupt
-            pass
+        if interrupted or isinstance(error, KeyboardInterrupt):  # a library may have made something else of it
+            code = INTERRUPTED
         elif isinstance(error, OSError) and error.errno in UNWRITTEN and error.filename is None:
             print(f"kvfold: what was to be printed could not be written ({error.strerror}).", file=sys.stderr)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter tries again at its end
@@ -371,11 +369,10 @@ def main(args: list[str] | None = None, prog: str = "kvfold") -> None:
     finally:
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-    if interrupted or code == INTERRUPTED:  # typer makes that code of an interrupt
+    if code == INTERRUPTED:  # typer makes that code of an interrupt
         resumed = words[0] == "compress" or (words[0] == "eval" and "--tasks" in " ".join(words))
         again = "; run the same command with --resume to go on" if resumed else ""
         print(f"kvfold: interrupted{again}.", file=sys.stderr)
-        code = INTERRUPTED
     sys.exit(code or 0)
 
 

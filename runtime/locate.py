@@ -7,7 +7,7 @@ handed on, so that nobody asks twice. Where the Hub can't be reached the commit 
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from kvfold.exports.reader import is_artifact
@@ -47,7 +47,8 @@ def locate(name: Any, hub: dict[str, Any]) -> tuple[bool, str | None]:
 
 
 def _ask(repo_id: str, hub: dict[str, Any]) -> tuple[bool, str | None]:
-    options = {name: hub[name] for name in ("revision", "cache_dir", "local_files_only", "token") if name in hub}
+    options = {name: hub[name] for name in ("revision", "cache_dir", "token") if name in hub}
+    options["local_files_only"] = bool(hub.get("local_files_only")) or constants.HF_HUB_OFFLINE
     api = _Asking()
     if not hasattr(
         api, "resolve_revision"

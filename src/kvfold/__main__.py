@@ -18,7 +18,11 @@ def main(args: list[str] | None = None, prog: str = "kvfold") -> None:
 
     if mine:
         signal.signal(signal.SIGINT, before)
-    run(args, prog)
+    try:
+        run(args, prog)
+    finally:
+        if mine:  # all is done and said, though a large library may take seconds to leave
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _leave(number: int, frame: Any) -> None:
