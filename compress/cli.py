@@ -21,7 +21,7 @@ from kvfold.compress.cli_export import export
 from kvfold.compress.cli_kernels import kernels
 from kvfold.compress.cli_report import report_command
 from kvfold.compress.naming import default_output
-from kvfold.compress.progress import console
+from kvfold.compress.progress import console, print_anything
 from kvfold.compress.push import push_command
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import cache_nbytes
@@ -382,6 +382,7 @@ def _run(words: list[str], prog: str) -> int:
     from kvfold.compress.models import quiet_transformers
 
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
+    print_anything()
     quiet_transformers()
     torch.set_flush_denormal(True)  # masked softmax is several times slower with denormals on a CPU
     try:

@@ -14,6 +14,7 @@ import yaml
 
 from kvfold import KvfoldError
 from kvfold.compress.cli import describe, main
+from kvfold.compress.progress import print_anything
 from kvfold.exports.reader import read_artifact, read_metadata
 from kvfold.exports.schema import dump_metadata
 
@@ -240,3 +241,17 @@ def test_stdout_that_is_full(monkeypatch, capsys, tiny_artifact, number):
         main(["validate", str(tiny_artifact)])
     assert stop.value.code == 1 and calls
     assert capsys.readouterr().err == "kvfold: what was to be printed could not be written (full).\n"
+
+
+def test_a_locale_that_lacks_the_letters(monkeypatch, tmp_path, tiny_artifact):
+    """Figures are shown with escapes, and a path with the bytes that it has."""
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii", errors="surrogateescape", write_through=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        print_anything()
+        print("3 × \udcc3\udcb6", end="")
+        with pytest.raises(SystemExit) as stop:
+            main(["inspect", str(tiny_artifact)])
+    assert not stop.value.code and raw.getvalue().startswith(b"3 \\xd7 \xc3\xb6")
+    assert b"pairs of formats" in raw.getvalue()
