@@ -1,12 +1,8 @@
 """The command line: `kvfold compress | eval | inspect | generate | validate | bench | kernels`."""
 
-import errno
 import json
 import logging
-import os
-import signal
 import sys
-import threading
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +16,7 @@ from kvfold.compress.bench import bench
 from kvfold.compress.cli_export import export
 from kvfold.compress.cli_kernels import kernels
 from kvfold.compress.cli_report import report_command
+from kvfold.compress.exit_codes import exit_code
 from kvfold.compress.naming import default_output
 from kvfold.compress.progress import console, print_anything
 from kvfold.compress.push import push_command
@@ -32,9 +29,6 @@ from kvfold.pretrained import tokenizer_from_pretrained
 
 # click's own, or that of the copy of click which newer releases of typer carry
 UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "UsageError")
-
-INTERRUPTED = 130  # exit code, 128 and the signal's number, as of shells
-UNWRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 app.add_typer(export, name="export")
@@ -214,11 +208,14 @@ def validate_command(
         bool, typer.Option("--update", help="After an edit: sign the files as they are now, if all else is valid.")
     ] = False,
 ) -> None:
-    """Checks every hash, tensor and field of an artifact, and that its tokenizer loads."""
+    """Checks every hash, tensor and field of an artifact, and that its model and tokenizer load."""
     if update:
         changed = update_artifact(artifact)
         print(f"{artifact}: signed {', '.join(changed)} anew." if changed else f"{artifact}: nothing has changed.")
+    from kvfold.runtime.load import read_model
+
     found = read_artifact(artifact)
+    read_model(found, "auto", device_map="meta")
     if any(name.startswith("tokenizer") for name in found.metadata.files):
         tokenizer_from_pretrained(artifact)
     print(
@@ -342,38 +339,7 @@ def main(args: list[str] | None = None, prog: str = "kvfold") -> None:
         prog: what the command is called in its help.
     """
     words = (sys.argv[1:] if args is None else args) or ["--help"]
-    interrupted: list[bool] = []
-
-    def note(number: int, frame: Any) -> None:
-        interrupted.append(True)
-        raise KeyboardInterrupt
-
-    ours = threading.current_thread() is threading.main_thread()
-    if ours := ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, note)
-    code: int | None = None
-    try:
-        code = _run(words, prog)
-        flush()
-    except BaseException as error:
-        code = 1
-        if interrupted or isinstance(error, KeyboardInterrupt):  # a library may have made something else of it
-            code = INTERRUPTED
-        elif isinstance(error, OSError) and error.errno in UNWRITTEN and error.filename is None:
-            print(f"kvfold: what was to be printed could not be written ({error.strerror}).", file=sys.stderr)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter tries again at its end
-        elif isinstance(error, typer.Abort):
-            print("kvfold: aborted.", file=sys.stderr)
-        else:
-            raise
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-    if code == INTERRUPTED:  # typer makes that code of an interrupt
-        resumed = words[0] == "compress" or (words[0] == "eval" and "--tasks" in " ".join(words))
-        again = "; run the same command with --resume to go on" if resumed else ""
-        print(f"kvfold: interrupted{again}.", file=sys.stderr)
-    sys.exit(code or 0)
+    sys.exit(exit_code(lambda: _run(words, prog), words))
 
 
 def _run(words: list[str], prog: str) -> int:
@@ -393,15 +359,6 @@ def _run(words: list[str], prog: str) -> int:
     except KvfoldError as error:
         print(f"kvfold: {printable(' '.join(str(error).split()))}", file=sys.stderr)
     return 2
-
-
-def flush() -> None:
-    """Writes out what was printed, so that a full disk behind stdout is an error and no message of the interpreter's."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough
-        pass
 
 
 if __name__ == "__main__":

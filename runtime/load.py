@@ -177,14 +177,22 @@ def load_pretrained(
     )  # fmt: skip
 
 
-def read_model(artifact: Artifact, dtype: torch.dtype | str) -> Any:
+def read_model(artifact: Artifact, dtype: torch.dtype | str, **placement: Any) -> Any:
     """The plain model of a checked artifact, complete.
 
+    Args:
+        placement: e.g. `device_map="meta"`, to see whether all fits without reading the weights.
     Raises:
         KvfoldError: its config.json and its weights don't make one, or there is too little memory.
     """
     try:
-        model, info = stock_from_pretrained(artifact.path, dtype=dtype, output_loading_info=True)
+        model, info = stock_from_pretrained(
+            artifact.path,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the report names them, the error doesn't
+            **placement,
+        )
     except KvfoldError:
         raise
     except Exception as error:  # a config.json whose fields have the right names can hold anything
@@ -220,6 +228,11 @@ def check_complete(info: Any, artifact: Artifact) -> None:
     """Refuses weights that transformers filled with random numbers; `info`: its output_loading_info."""
     if absent := sorted(info["missing_keys"]):
         raise KvfoldError(f"'{artifact.path}' lacks the weight {absent[0]}; write or download the artifact again.")
+    if other := sorted(info["mismatched_keys"], key=str):
+        name = other[0][0] if isinstance(other[0], tuple) else other[0]
+        raise KvfoldError(
+            f"The weight {name} in '{artifact.path}' has not the shape that config.json gives it; write or download the artifact again."
+        )
 
 
 def choose_triton(attention: str, device: torch.device, artifact: Artifact | Metadata) -> bool:

@@ -63,6 +63,7 @@ def load_if_artifact(stock: Callable[..., Any], name: Any, *args: Any, **kwargs:
         known_dtype = dtype_of("dtype", options.get("dtype") or options.get("torch_dtype"))
         kernels = begin_folder(folder, device, known_dtype if isinstance(known_dtype, torch.dtype) else None, False)
     artifact = read_artifact(folder)
+    options["ignore_mismatched_sizes"] = True  # the report names them, the error doesn't
     model, info = code_free(stock, artifact.path, *args, **options, output_loading_info=True)
     check_complete(info, artifact)
     model = model if device is None else model.to(device)

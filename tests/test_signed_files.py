@@ -12,6 +12,7 @@ from damaged import rehash, restate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from kvfold import KvfoldError, runtime
 from kvfold.compress.cli import main
@@ -200,6 +201,28 @@ def test_config_that_is_none(artifact, refused, content):
     (artifact / "config.json").write_text(content)
     rehash(artifact, "config.json")
     refused("config.json")
+
+
+@pytest.mark.parametrize("labels", [10**7, 2**70])
+def test_labels_without_end(artifact, refused, labels):
+    config = json.loads((artifact / "config.json").read_text())
+    (artifact / "config.json").write_text(json.dumps({**config, "num_labels": labels}))
+    rehash(artifact, "config.json")
+    refused("config.json", f"num_labels {labels}")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"intermediate_size": 50}, ["down_proj.weight", "shape"]), ({"vocab_size": 100}, ["lm_head.weight", "shape"]),
+     ({"hidden_act": "nope"}, ["make no model", "nope"]), ({"mlp_bias": True}, ["lacks the weight", "bias"])],
+)  # fmt: skip
+def test_config_that_does_not_fit_the_weights(artifact, refused, change, words):
+    config = json.loads((artifact / "config.json").read_text())
+    (artifact / "config.json").write_text(json.dumps({**config, **change}))
+    rehash(artifact, "config.json")
+    refused(*words)
+    with pytest.raises(KvfoldError if "nope" not in words else KeyError):
+        AutoModelForCausalLM.from_pretrained(artifact)
 
 
 FIELDS = json.loads(CONFIGS["llama"]().to_json_string(use_diff=False))

@@ -11,6 +11,7 @@ from typing import Any
 
 from kvfold.errors import KvfoldError
 
+MOST_LABELS = 1_000_000
 CODE_FREE: dict[str, Any] = {"trust_remote_code": False}
 KERNEL_FIELDS = (
     "attn_implementation",
@@ -27,7 +28,7 @@ def config_from_pretrained(path: str | Path, **options: Any) -> Any:
     from transformers import AutoConfig
 
     if "gguf_file" not in options:
-        refuse_kernels(path)
+        check_fields(path)
     try:
         return AutoConfig.from_pretrained(path, **{**options, **CODE_FREE})
     except Exception as error:  # transformers and huggingface_hub raise a dozen kinds for a field that makes no sense
@@ -78,7 +79,7 @@ def code_free(stock: Any, path: Any, *args: Any, **options: Any) -> Any:
         KvfoldError: it needs code of its own. All else is transformers' own error.
     """
     if "gguf_file" not in options:
-        refuse_kernels(path)
+        check_fields(path)
     try:
         return stock(path, *args, **{**options, **CODE_FREE})
     except ValueError as error:
@@ -103,8 +104,8 @@ def refuse_code(path: str | Path, file: str, error: Exception) -> None:
     ) from error
 
 
-def refuse_kernels(path: str | Path) -> None:
-    """Refuses a config.json that names a kernel of the Hub, which transformers would fetch and run.
+def check_fields(path: str | Path) -> None:
+    """Refuses a config.json that names a kernel of the Hub, which transformers would fetch and run, or so many labels that it would hang.
 
     Raises:
         KvfoldError: it does.
@@ -115,6 +116,12 @@ def refuse_kernels(path: str | Path) -> None:
         return  # not there, or broken: what reads it says so
     if not isinstance(fields, dict):
         return
+    if (
+        isinstance(labels := fields.get("num_labels"), int) and labels > MOST_LABELS
+    ):  # transformers makes a name for each
+        raise KvfoldError(
+            f"config.json in '{path}' has num_labels {labels}, which nothing here reads; remove that field."
+        )
     for part in [fields, *(value for value in fields.values() if isinstance(value, dict))]:
         for name in KERNEL_FIELDS:
             for key in (name, f"_{name}", f"_{name}_internal"):
