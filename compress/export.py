@@ -1,5 +1,6 @@
 """Turns what the search found into an artifact."""
 
+import json
 import os
 import platform
 from dataclasses import replace
@@ -58,10 +59,10 @@ def export(plan: Plan, found: Found, out: Path) -> Artifact:
         model = load_model(plan.source.path, "auto", torch.device("cpu"))
         for attention, layer in zip(plan.arch.attention_modules(model), layers, strict=True):
             set_parameters(attention, fused_parameters(attention, plan.arch, layer), dtype, keep=True)
-        own_cache(model.generation_config)
         if hasattr(model.config, "auto_map"):
             del model.config.auto_map  # code that an artifact has not
         model.save_pretrained(folder)
+        own_cache(folder / "generation_config.json")
         save_tokenizer(plan.tokenizer, folder)
 
     metadata = _metadata(plan, found, specs, dtype)
@@ -75,11 +76,17 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder, save_jinja_files=not isinstance(tokenizer.chat_template, dict))
 
 
-def own_cache(config: Any) -> None:
-    """Takes another cache's name out of a generation config: an artifact brings its own packed cache, beside which there is none."""
-    if config is not None and config.cache_implementation not in (None, "dynamic"):
-        stage(f"leaving out cache_implementation '{config.cache_implementation}': the artifact brings its own cache")
-        config.cache_implementation = None
+def own_cache(file: Path) -> None:
+    """Takes another cache's name out of generation_config.json: an artifact brings its own packed cache, beside which there is none.
+
+    In the file, because transformers writes a config that was changed only if nothing else in it is amiss.
+    """
+    fields = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if fields.get("cache_implementation") not in (None, "dynamic"):
+        stage(
+            f"leaving out cache_implementation '{fields.pop('cache_implementation')}': the artifact brings its own cache"
+        )
+        file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def check_exportable(plan: Plan, work: Path) -> None:

@@ -284,13 +284,6 @@ def attach(
 
     model.eval()
     model.set_attn_implementation(NAME)
-    stated = getattr(model, "generation_config", None)
-    if stated is not None and stated.cache_implementation not in (None, "dynamic"):
-        log.info(
-            "cache_implementation '%s' of generation_config.json is left out: an artifact brings its own cache",
-            stated.cache_implementation,
-        )
-        stated.cache_implementation = None
 
     covered = artifact.metadata.calibration.covered_positions
     warned: list[bool] = []
@@ -309,17 +302,21 @@ def attach(
         return cache
 
     def prepare_cache(self, generation_config, model_kwargs, mode, batch_size, max_length, *args, **kwargs) -> None:
-        find_cache(generation_config, model_kwargs)
+        find_cache(generation_config, model_kwargs, self.generation_config)
         cache = model_kwargs.get("past_key_values")
         if getattr(generation_config, "is_assistant", False) and isinstance(cache, QuantizedKVCache):
             cache.extend_rollback(own_drafts(generation_config))
 
-    def find_cache(generation_config, model_kwargs) -> None:
+    def find_cache(generation_config, model_kwargs, stated) -> None:
         if model_kwargs.get("past_key_values") is not None:
             model_kwargs["past_key_values"]._is_user_defined = True
             return
         wanted = generation_config.cache_implementation
-        if wanted not in (None, "dynamic"):
+        if wanted not in (
+            None,
+            "dynamic",
+            stated.cache_implementation,
+        ):  # generation_config.json may be the base model's
             raise KvfoldError(
                 f"cache_implementation='{wanted}' names another cache, but this model brings its own packed one; "
                 "leave cache_implementation out, or pass past_key_values."

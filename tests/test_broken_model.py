@@ -11,6 +11,7 @@ from refusals import edit_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from kvfold import KvfoldError, runtime
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import load_recipe
 from kvfold.compress.text import MOST_CHARS, read_documents
@@ -146,7 +147,7 @@ def test_a_tokenizer_that_cannot_be_written_is_refused_before_the_search(refused
 
 def test_another_cache_is_left_out_of_the_generation_config(tmp_path, checkpoint, text_file, recipe_file, capsys):
     (checkpoint / "generation_config.json").write_text(
-        json.dumps({"cache_implementation": "static", "do_sample": True, "top_k": 7})
+        json.dumps({"cache_implementation": "static", "do_sample": False, "temperature": 0.3, "top_k": 7})
     )
     out = compress(str(checkpoint), "4.0", tmp_path / "out", calib=str(text_file), recipe=load_recipe(recipe_file)).path
     written = json.loads((out / "generation_config.json").read_text())
@@ -165,3 +166,25 @@ def test_a_large_text_is_read_in_part(tmp_path, caplog):
     Path(file).write_text(text)
     caplog.clear()
     assert read_documents(str(file))[1] == [text] and not caplog.text
+
+
+# -- memory
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        torch.OutOfMemoryError("CUDA out of memory."),
+    ],
+)
+def test_too_little_memory_is_no_fault_of_the_files(refused, checkpoint, tiny_artifact, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    for module in ("kvfold.compress.models", "kvfold.runtime.load"):
+        monkeypatch.setattr(f"{module}.stock_from_pretrained", fail)
+    refused("too little memory", model=checkpoint)
+    with pytest.raises(KvfoldError, match="too little memory"):
+        runtime.load_pretrained(tiny_artifact)

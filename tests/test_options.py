@@ -106,10 +106,14 @@ def test_a_generation_config_that_names_another_cache(tmp_path, tiny_artifact, c
     from kvfold.exports.reader import update_artifact
 
     folder = shutil.copytree(tiny_artifact, tmp_path / "artifact")
-    (folder / "generation_config.json").write_text(json.dumps({"cache_implementation": "static"}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"cache_implementation": "static", "do_sample": False, "temperature": 0.3})
+    )
     update_artifact(folder)
     for load in (runtime.load_pretrained, AutoModelForCausalLM.from_pretrained):
         out = load(folder).generate(IDS, max_new_tokens=2, return_dict_in_generate=True)
         assert isinstance(out.past_key_values, runtime.QuantizedKVCache)
-    with pytest.raises(KvfoldError, match="cache_implementation='static'"):
-        runtime.load_pretrained(folder).generate(IDS, max_new_tokens=2, cache_implementation="static")
+    model = runtime.load_pretrained(folder)
+    with pytest.raises(KvfoldError, match="cache_implementation='sliding_window'"):
+        model.generate(IDS, max_new_tokens=2, cache_implementation="sliding_window")
+    model.save_pretrained(tmp_path / "again")  # a config that was changed would be refused by transformers
