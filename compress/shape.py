@@ -31,10 +31,10 @@ def check_shape(config: Any, path: Path) -> None:
     ):
         if not isinstance(value, int) or not 1 <= value <= most:
             raise KvfoldError(
-                f"config.json in '{path}' has {name} {value!r}, but there must be 1 to {most}; give the checkpoint's own config.json."
+                f"The config of '{path}' has {name} {value!r}, but there must be 1 to {most}; give the checkpoint's own config.json."
             )
     if heads % kv_heads:
         raise KvfoldError(
-            f"config.json in '{path}' has {heads} attention heads for {kv_heads} KV heads, which don't share them evenly; give the "
+            f"The config of '{path}' has {heads} attention heads for {kv_heads} KV heads, which don't share them evenly; give the "
             "checkpoint's own config.json."
         )

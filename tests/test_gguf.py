@@ -237,3 +237,15 @@ def test_no_home_directory(monkeypatch):
     monkeypatch.setattr(Path, "expanduser", lambda path: nowhere() if path.parts[:1] == ("~",) else path)
     refused("smollm2-135m", "no home directory", "KVFOLD_CACHE")
     refused("~/model", "'~/model'", "full path")
+
+
+@pytest.mark.parametrize("layers", [0, 10**6])
+def test_layers_without_end_or_none_are_refused_before_they_are_built(tmp_path, monkeypatch, layers):
+    write_gguf(tmp_path / "whole.gguf", torch.float16)
+    content = bytearray((tmp_path / "whole.gguf").read_bytes())
+    place = content.index(b"llama.block_count") + len(b"llama.block_count") + 4  # behind the type of the value
+    assert int.from_bytes(content[place : place + 4], "little") == SHAPE["num_hidden_layers"]
+    content[place : place + 4] = layers.to_bytes(4, "little")
+    (tmp_path / "damaged.gguf").write_bytes(content)
+    monkeypatch.setattr(product, "stock_from_pretrained", None)
+    refused(tmp_path / "damaged.gguf", "damaged.gguf", f"num_hidden_layers {layers}")
