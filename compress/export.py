@@ -106,7 +106,7 @@ def check_exportable(plan: Plan, work: Path) -> None:
             try:
                 save(folder)
             except Exception as error:  # whatever a tokenizer's own files make it raise
-                if full_disk(error):
+                if full_disk(error):  # the caller's to tell
                     raise
                 raise KvfoldError(
                     f"The {what} of '{plan.source.name}' cannot be written again ({type(error).__name__}: {reason_of(error)}), so no "

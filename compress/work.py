@@ -140,7 +140,7 @@ def work_folder(out: Path, key: str, resume: bool) -> Iterator[Path]:
     try:
         lock = _open(out, work, key, resume)
         yield work
-    except (KvfoldError, OSError, SafetensorError) as error:
+    except Exception as error:
         full = full_disk(error)
         if lock is not None and (full or (isinstance(error, KvfoldError) and not isinstance(error, Unfinished))):
             shutil.rmtree(work, ignore_errors=True)

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from kvfold.errors import KvfoldError
 from kvfold.exports.reader import is_artifact
 from kvfold.exports.units import format_nbytes
@@ -114,10 +112,11 @@ def check_free(place: Path, out: Path) -> None:
 
 
 def full_disk(error: BaseException) -> str | None:
-    """What ran out, if an error says that no more can be written; safetensors raises its own kind, with the system's number in the text."""
-    if isinstance(error, SafetensorError):
-        return next((words for number, words in FULL.items() if f"os error {number})" in str(error)), None)
-    return FULL.get(error.errno or 0) if isinstance(error, OSError) else None
+    """What ran out, if an error says that no more can be written; safetensors and tokenizers raise their own kinds, with the system's
+    number in the text."""
+    if isinstance(error, OSError):
+        return FULL.get(error.errno or 0)
+    return next((words for number, words in FULL.items() if f"(os error {number})" in str(error)), None)
 
 
 @contextmanager
@@ -138,7 +137,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         if place.is_dir():
             place.rmdir()
         os.replace(scratch, place)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
         if words := full_disk(error):
             raise KvfoldError(f"{words} while making '{out}'; free some space or choose another folder.") from error
         raise

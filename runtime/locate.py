@@ -47,7 +47,7 @@ def locate(name: Any, hub: dict[str, Any]) -> tuple[bool, str | None]:
 
 
 def _ask(repo_id: str, hub: dict[str, Any]) -> tuple[bool, str | None]:
-    options = {name: hub[name] for name in ("revision", "cache_dir", "token") if name in hub}
+    options: dict[str, Any] = {name: hub[name] for name in ("revision", "cache_dir", "token") if name in hub}
     options["local_files_only"] = bool(hub.get("local_files_only")) or constants.HF_HUB_OFFLINE
     api = _Asking()
     if not hasattr(

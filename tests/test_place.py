@@ -181,7 +181,11 @@ def test_what_came_there_meanwhile_stays_and_so_does_what_was_found(tmp_path, ti
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_every_way_to_be_full(tmp_path, number):
-    for error in (OSError(number, "x"), SafetensorError(f"I/O error: x (os error {number})")):
+    for error in (
+        OSError(number, "x"),
+        SafetensorError(f"I/O error: x (os error {number})"),
+        Exception(f"x (os error {number})"),
+    ):
         words = full_disk(error)
         assert words
         with pytest.raises(KvfoldError, match=words.split()[0]), new_folder(tmp_path / "out"):
