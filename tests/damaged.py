@@ -1,4 +1,4 @@
-"""An artifact to be damaged, and both readers that must refuse it (a plug-in of the tests that do)."""
+"""An artifact to be damaged, and both readers that must refuse it (fixtures for the tests that do)."""
 
 import shutil
 import sys
@@ -20,7 +20,7 @@ def artifact(tmp_path, tiny_artifact) -> Path:
 
 
 @pytest.fixture
-def refused(artifact, monkeypatch, capsys):
+def both_refuse(artifact, monkeypatch, capsys):
     """Checks that both readers refuse the artifact with the same sentence, which has these words."""
 
     def check(*words: str, artifact: Path = artifact) -> None:

@@ -1,4 +1,4 @@
-"""`kvfold compress` with bad input, and the checks of its refusal (a plug-in of the tests that give some)."""
+"""`kvfold compress` with bad input, and the checks of its refusal (fixtures for the tests that give some)."""
 
 import json
 import shutil

@@ -10,7 +10,7 @@ from collections import namedtuple
 
 import pytest
 import torch
-from refusals import check_refusal, edit_config
+from refusals import check_refusal, checkpoint, edit_config, kvfold, refused  # noqa: F401  (fixtures)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import BloomConfig, DeepseekV3Config
@@ -18,9 +18,6 @@ from transformers import BloomConfig, DeepseekV3Config
 from kvfold.compress import calibrate
 from kvfold.exports import writer
 from kvfold.exports.reader import read_artifact
-
-pytest_plugins = ["refusals"]
-
 
 # -- model
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import char_tokenizer, save_tiny
-from refusals import edit_config
+from refusals import checkpoint, edit_config, kvfold, refused  # noqa: F401  (fixtures)
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -17,7 +17,6 @@ from kvfold.compress.recipe import load_recipe
 from kvfold.compress.text import MOST_CHARS, read_documents
 from kvfold.exports.reader import read_artifact
 
-pytest_plugins = ["refusals"]
 NAN, INF = float("nan"), float("inf")
 
 

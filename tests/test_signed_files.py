@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONFIGS
-from damaged import rehash, restate
+from damaged import artifact, both_refuse, rehash, restate  # noqa: F401  (fixtures)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -20,7 +20,6 @@ from kvfold.exports.files import is_read
 from kvfold.exports.reader import MOST_NBYTES, file_sha256, read_artifact, read_metadata, update_artifact
 from kvfold.exports.schema import METADATA_NAME, MOST_PAGE_TOKENS, MOST_TOKENS, dump_metadata
 
-pytest_plugins = ["damaged"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -53,33 +52,33 @@ def write_index(artifact: Path, where: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("content", ["empty", "cut", "one byte less", "header only", "not tensors"])
-def test_weights_that_are_not_whole_under_a_hash_that_fits(artifact, refused, content):
+def test_weights_that_are_not_whole_under_a_hash_that_fits(artifact, both_refuse, content):
     whole = (artifact / WEIGHTS).read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     sizes = {"empty": 0, "cut": len(whole) // 2, "one byte less": len(whole) - 1, "header only": header}
     (artifact / WEIGHTS).write_bytes(whole[: sizes[content]] if content in sizes else b"not tensors at all")
     rehash(artifact, WEIGHTS)
-    refused(WEIGHTS, "not a whole safetensors file")
+    both_refuse(WEIGHTS, "not a whole safetensors file")
 
 
-def test_no_weights_at_all(artifact, refused):
+def test_no_weights_at_all(artifact, both_refuse):
     drop(artifact, WEIGHTS)
-    refused(WEIGHTS, "does not list")
+    both_refuse(WEIGHTS, "does not list")
     (artifact / WEIGHTS).unlink()
-    refused(WEIGHTS, "neither", INDEX)
+    both_refuse(WEIGHTS, "neither", INDEX)
 
 
-def test_shards_are_opened_too(artifact, refused):
+def test_shards_are_opened_too(artifact, both_refuse):
     where = shard(artifact)
     update_artifact(artifact)
     assert read_artifact(artifact).metadata.files.keys() >= {INDEX, *where.values()}
     first = artifact / min(where.values())
     first.write_bytes(first.read_bytes()[:-1])
     rehash(artifact, first.name)
-    refused(first.name, "not a whole safetensors file")
+    both_refuse(first.name, "not a whole safetensors file")
 
 
-def test_shards_that_the_index_should_not_name(artifact, refused, tmp_path):
+def test_shards_that_the_index_should_not_name(artifact, both_refuse, tmp_path):
     where = shard(artifact)
     update_artifact(artifact)
     name, file = next(iter(where.items()))
@@ -87,13 +86,13 @@ def test_shards_that_the_index_should_not_name(artifact, refused, tmp_path):
     for stray in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "model-00003-of-00003.safetensors"):
         write_index(artifact, {**where, name: stray})
         rehash(artifact, INDEX)
-        refused(INDEX, stray)
+        both_refuse(INDEX, stray)
     write_index(artifact, {**where, "model.none": file})
     rehash(artifact, INDEX)
-    refused(file, "model.none", INDEX)
+    both_refuse(file, "model.none", INDEX)
     (artifact / INDEX).write_text('{"weight_map": [1]}')
     rehash(artifact, INDEX)
-    refused(INDEX, "not a readable index")
+    both_refuse(INDEX, "not a readable index")
 
 
 UNSIGNED = ["pytorch_model.bin", "pytorch_model.bin.index.json", INDEX, "adapter_config.json", "adapter_model.safetensors", "modeling_own.py",
@@ -101,16 +100,16 @@ UNSIGNED = ["pytorch_model.bin", "pytorch_model.bin.index.json", INDEX, "adapter
 
 
 @pytest.mark.parametrize("name", UNSIGNED)
-def test_what_a_loader_would_read_and_nobody_signed(artifact, refused, name):
+def test_what_a_loader_would_read_and_nobody_signed(artifact, both_refuse, name):
     assert is_read(name)
     (artifact / name).write_text("{}")
-    refused(name, "does not list; remove it")
+    both_refuse(name, "does not list; remove it")
 
 
 @pytest.mark.parametrize("name", ["additional_chat_templates", "custom_generate"])
-def test_folders_that_a_loader_would_read(artifact, refused, name):
+def test_folders_that_a_loader_would_read(artifact, both_refuse, name):
     (artifact / name).mkdir()
-    refused(name, "remove it.")
+    both_refuse(name, "remove it.")
 
 
 def test_other_files_may_lie_there(artifact):
@@ -121,22 +120,22 @@ def test_other_files_may_lie_there(artifact):
 
 
 @pytest.mark.parametrize("name", ["own.py", "pytorch_model.bin", "weights.pkl"])
-def test_code_and_pickles_are_no_part_even_if_listed(artifact, refused, name):
+def test_code_and_pickles_are_no_part_even_if_listed(artifact, both_refuse, name):
     (artifact / name).write_text("{}")
     add(artifact, name)
-    refused(name, "no code and no pickle")
+    both_refuse(name, "no code and no pickle")
 
 
 @pytest.mark.parametrize("name", ["a/../b", "..", "a\\b", "n" * 300, "\x1b[31m", "new\nline", "/etc/passwd", "", "."])
-def test_names_that_are_none(artifact, refused, name):
+def test_names_that_are_none(artifact, both_refuse, name):
     restate(artifact, files={**read_metadata(artifact).files, name: "0" * 64})
-    refused(METADATA_NAME)
+    both_refuse(METADATA_NAME)
 
 
-def test_a_file_that_is_no_regular_one(artifact, refused):
+def test_a_file_that_is_no_regular_one(artifact, both_refuse):
     (artifact / "generation_config.json").unlink()
     (artifact / "generation_config.json").mkdir()
-    refused("generation_config.json", "no regular file")
+    both_refuse("generation_config.json", "no regular file")
 
 
 def test_links_are_what_they_lead_to(artifact, tmp_path):
@@ -163,32 +162,32 @@ def raw(artifact: Path, **account) -> None:
     ["[" * 100_000, '{"a":' * 100_000, '{"format_version": 3, "a": ' + "9" * 5000 + "}", '{"format_version": "\\ud800"}', '{"format_version": 3, "\\ud800": 1}'],
     ids=["lists", "objects", "digits", "surrogate", "surrogate key"],
 )  # fmt: skip
-def test_json_that_breaks_readers(artifact, refused, text):
+def test_json_that_breaks_readers(artifact, both_refuse, text):
     (artifact / METADATA_NAME).write_text(text)
-    refused(METADATA_NAME)
+    both_refuse(METADATA_NAME)
 
 
-def test_json_without_end(artifact, refused):
+def test_json_without_end(artifact, both_refuse):
     with open(artifact / METADATA_NAME, "r+b") as stream:
         stream.truncate(MOST_NBYTES + 1)
-    refused(METADATA_NAME, "MiB")
+    both_refuse(METADATA_NAME, "MiB")
 
 
 @pytest.mark.parametrize("account", [{"bytes_at": {"9" * 5000: 1}}, {"bytes_at": {"0": 1}}, {"at": 10**400}, {"bytes": 1 << 63}, {"bytes_at": {str(n): 1 for n in range(1, 100)}}])  # fmt: skip
-def test_numbers_beyond_reason(artifact, refused, account):
+def test_numbers_beyond_reason(artifact, both_refuse, account):
     raw(artifact, **account)
-    refused(METADATA_NAME)
+    both_refuse(METADATA_NAME)
 
 
 @pytest.mark.parametrize(
     ("field", "most"), [("sinks", MOST_TOKENS), ("window", MOST_TOKENS), ("page_tokens", MOST_PAGE_TOKENS)]
 )
-def test_regions_that_nobody_could_allocate(artifact, refused, field, most):
+def test_regions_that_nobody_could_allocate(artifact, both_refuse, field, most):
     for value in (2 * most, 10**12, 2**70):
         data = json.loads((artifact / METADATA_NAME).read_text())
         data["cache"][field] = value
         (artifact / METADATA_NAME).write_text(json.dumps(data))
-        refused(f"cache.{field}", str(most))
+        both_refuse(f"cache.{field}", str(most))
 
 
 # -- config.json
@@ -197,18 +196,18 @@ def test_regions_that_nobody_could_allocate(artifact, refused, field, most):
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", "null", "[" * 100_000, "\x00", '{"model_type": "llama", "num_hidden_layers": 1e400}']
 )
-def test_config_that_is_none(artifact, refused, content):
+def test_config_that_is_none(artifact, both_refuse, content):
     (artifact / "config.json").write_text(content)
     rehash(artifact, "config.json")
-    refused("config.json")
+    both_refuse("config.json")
 
 
 @pytest.mark.parametrize("labels", [10**7, 2**70])
-def test_labels_without_end(artifact, refused, labels):
+def test_labels_without_end(artifact, both_refuse, labels):
     config = json.loads((artifact / "config.json").read_text())
     (artifact / "config.json").write_text(json.dumps({**config, "num_labels": labels}))
     rehash(artifact, "config.json")
-    refused("config.json", f"num_labels {labels}")
+    both_refuse("config.json", f"num_labels {labels}")
 
 
 @pytest.mark.parametrize(
@@ -216,11 +215,11 @@ def test_labels_without_end(artifact, refused, labels):
     [({"intermediate_size": 50}, ["down_proj.weight", "shape"]), ({"vocab_size": 100}, ["lm_head.weight", "shape"]),
      ({"hidden_act": "nope"}, ["make no model", "nope"]), ({"mlp_bias": True}, ["lacks the weight", "bias"])],
 )  # fmt: skip
-def test_config_that_does_not_fit_the_weights(artifact, refused, change, words):
+def test_config_that_does_not_fit_the_weights(artifact, both_refuse, change, words):
     config = json.loads((artifact / "config.json").read_text())
     (artifact / "config.json").write_text(json.dumps({**config, **change}))
     rehash(artifact, "config.json")
-    refused(*words)
+    both_refuse(*words)
     with pytest.raises(KvfoldError if "nope" not in words else KeyError):
         AutoModelForCausalLM.from_pretrained(artifact)
 
@@ -258,10 +257,10 @@ def validate(monkeypatch, capsys, *args: object) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "recipe.yaml", "config.json"])
-def test_an_edit_says_how_to_sign_and_is_signed(artifact, refused, monkeypatch, capsys, name):
+def test_an_edit_says_how_to_sign_and_is_signed(artifact, both_refuse, monkeypatch, capsys, name):
     with open(artifact / name, "a") as stream:
         stream.write("\n")
-    refused(name, "if you changed it, sign it with `kvfold validate --update", str(artifact))
+    both_refuse(name, "if you changed it, sign it with `kvfold validate --update", str(artifact))
     assert validate(monkeypatch, capsys, artifact, "--update")[:2] == (
         0, f"{artifact}: signed {name} anew.\n{artifact} is a valid artifact of tiny-llama, format_version 3.\n",
     )  # fmt: skip
