@@ -10,6 +10,9 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
+# a word of the shell, whatever it holds
+quote = '$(subst ','\'',$(1))'
+
 .PHONY: help compress eval bench ablation domains test lint typecheck clean
 .DEFAULT_GOAL := help
 
@@ -23,19 +26,19 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 compress: $(READY)  ## compress MODEL under BUDGET and print the artifact's path
-	@$(BIN)/kvfold compress '$(MODEL)' --budget '$(BUDGET)' $(if $(OUT),--out '$(OUT)') $(if $(CALIB),--calib '$(CALIB)') $(ARGS)
+	@$(BIN)/kvfold compress $(call quote,$(MODEL)) --budget $(call quote,$(BUDGET)) $(if $(OUT),--out $(call quote,$(OUT))) $(if $(CALIB),--calib $(call quote,$(CALIB))) $(ARGS)
 
 eval: $(READY)  ## measure the artifact OUT (default: what `make compress` writes) on TEXT
-	@$(BIN)/kvfold eval '$(or $(OUT),artifacts/$(notdir $(MODEL))-$(subst @,-at-,$(BUDGET)))' $(if $(TEXT),--text '$(TEXT)') $(ARGS)
+	@$(BIN)/kvfold eval $(if $(OUT),$(call quote,$(OUT)),"$$($(BIN)/python -m kvfold.compress.naming $(call quote,$(MODEL)) $(call quote,$(BUDGET)))") $(if $(TEXT),--text $(call quote,$(TEXT))) $(ARGS)
 
 bench: $(READY)  ## the README's table: budgets 2.3, 3.0 and 4.5 of MODEL and its rivals, measured on TEXT
-	@$(BIN)/kvfold bench quality '$(MODEL)' --budgets 2.3,3.0,4.5 $(if $(TEXT),--text '$(TEXT)') $(ARGS)
+	@$(BIN)/kvfold bench quality $(call quote,$(MODEL)) --budgets 2.3,3.0,4.5 $(if $(TEXT),--text $(call quote,$(TEXT))) $(ARGS)
 
 ablation: $(READY)  ## what each ingredient of the default recipe is worth: MODEL, or two models; goes on where it stopped
-	@$(BIN)/python benchmarks/ablation.py $(if $(filter file,$(origin MODEL)),,'$(MODEL)') $(if $(TEXT),--text '$(TEXT)') $(ARGS)
+	@$(BIN)/python benchmarks/ablation.py $(if $(filter file,$(origin MODEL)),,$(call quote,$(MODEL))) $(if $(TEXT),--text $(call quote,$(TEXT))) $(ARGS)
 
 domains: $(READY)  ## calibrate MODEL on one domain, test on the others
-	@$(BIN)/python benchmarks/domains.py '$(MODEL)' $(ARGS)
+	@$(BIN)/python benchmarks/domains.py $(call quote,$(MODEL)) $(ARGS)
 
 test: $(READY)  ## run the tests
 	@$(BIN)/python -m pytest -n auto $(ARGS)

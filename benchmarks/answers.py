@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from runs import mean_and_error
 from torch import Tensor
-from transformers import AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
 from kvfold.compress.models import quiet_transformers
 from kvfold.compress.tasks import TASKS
@@ -26,6 +26,7 @@ from kvfold.compress.tasks.run import TaskRunner
 from kvfold.compress.tasks.task import Setting
 from kvfold.exports.architectures import logits_of
 from kvfold.exports.reader import read_artifact
+from kvfold.pretrained import tokenizer_from_pretrained
 from kvfold.runtime.cache import QuantizedKVCache
 from kvfold.runtime.load import attach, default_device, plain_cache, stock_from_pretrained
 
@@ -84,7 +85,7 @@ def main() -> None:
     if args.generate == (args.samples is not None):
         parser.error("give either --samples or --generate")
     quiet_transformers()
-    dtype, tokenizer = getattr(torch, args.dtype), AutoTokenizer.from_pretrained(args.artifact)
+    dtype, tokenizer = getattr(torch, args.dtype), tokenizer_from_pretrained(args.artifact)
     for given in [int(n) for n in args.sinks.split(",")] if args.sinks else [None]:
         model = with_sinks(args.artifact, given, dtype, args.device)
         sinks = model.kv_artifact.geometry.sinks

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from kvfold.compress.calibrate import LayerStats, calibrate
 from kvfold.compress.evaluate import compare, evaluate, figures, windows_of
@@ -30,6 +29,7 @@ from kvfold.exports.account import Geometry, cache_nbytes
 from kvfold.exports.architectures import architecture_of, head_dim_of, num_kv_heads_of, sliding_windows_of
 from kvfold.exports.reader import is_artifact, read_metadata
 from kvfold.exports.schema import METADATA_NAME
+from kvfold.pretrained import tokenizer_from_pretrained
 
 from .protocol import page_tokens, rival_bits, rival_tap
 from .rivals import RIVALS
@@ -69,7 +69,7 @@ class Comparison:
             raise KvfoldError(
                 f"--seq-len {s.seq_len} is not between 2 and the model's maximum of {self.config.max_position_embeddings}."
             )
-        self.tokenizer = AutoTokenizer.from_pretrained(self.source.path)
+        self.tokenizer = tokenizer_from_pretrained(self.source.path)
         self.text_name, documents = read_documents(s.text)
         text = "\n\n".join(documents)
         self.batches = windows_of(self.tokenizer, text, s.seq_len, s.first_window, s.windows, self.text_name)

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, LlamaConfig
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format, uniform
+from kvfold.pretrained import model_from_config
 from kvfold.runtime.attention import NAME
 from kvfold.runtime.cache import QuantizedKVCache
 from kvfold.runtime.policy import Progressive
@@ -39,7 +39,7 @@ def build(options: argparse.Namespace) -> Any:
         hidden_size=width, intermediate_size=3 * width, num_hidden_layers=options.layers, num_attention_heads=options.heads,
         num_key_value_heads=options.kv_heads, head_dim=options.head_dim, vocab_size=1024, max_position_embeddings=1 << 20,
     )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config, attn_implementation=NAME).to(getattr(torch, options.dtype)).eval()
+    return model_from_config(config, attn_implementation=NAME).to(getattr(torch, options.dtype)).eval()
 
 
 def caches_of(options: argparse.Namespace, tokens: int) -> dict[str, Any]:

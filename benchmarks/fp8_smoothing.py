@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from kvfold.compress.calibrate import calibrate
 from kvfold.compress.emulate import FP8_MAX, rounding_tap
@@ -31,6 +30,7 @@ from kvfold.compress.text import read_documents, sample_sequences
 from kvfold.compress.transforms.rotate import balance, rotate
 from kvfold.compress.transforms.smooth import pair_scale
 from kvfold.exports.architectures import architecture_of
+from kvfold.pretrained import tokenizer_from_pretrained
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 # name, value basis, exponent of the pair scale of keys
@@ -86,7 +86,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     source = resolve_model(options.model)
     arch = architecture_of(read_config(source.path))
-    tokenizer = AutoTokenizer.from_pretrained(source.path)
+    tokenizer = tokenizer_from_pretrained(source.path)
     model = load_model(source.path, torch.float32, torch.device("cpu"), TAP)
     name, documents = read_documents(options.text)
     windows = windows_of(tokenizer, "\n\n".join(documents), options.seq_len, 0, options.windows, name)

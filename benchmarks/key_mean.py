@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from kvfold.compress.layerwise import LayerRunner
 from kvfold.compress.models import load_model, read_config, resolve_model
@@ -27,6 +26,7 @@ from kvfold.compress.transforms.whiten import CLASS_LEVELS, compositions, eigenb
 from kvfold.exports.architectures import architecture_of, head_dim_of, num_kv_heads_of
 from kvfold.kernels.formats import GAUSSIAN_MSE, PLANE_WIDTHS
 from kvfold.kernels.key_mean import STEP, turn_tables
+from kvfold.pretrained import tokenizer_from_pretrained
 
 SKIP = 8  # first tokens, which are outliers and stay in 16 bits
 RUNS = (1, 4, 32, 128)  # tokens that a mean is held for
@@ -60,7 +60,7 @@ def main() -> None:
     arch = architecture_of(config)
     model = load_model(path, torch.float32, torch.device("cpu"), NAME)
     recipe = CalibrationRecipe(num_sequences=len(steps), seq_len=options.tokens)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = tokenizer_from_pretrained(path)
     sequences = calibration_sequences(tokenizer, None, recipe, config.max_position_embeddings, 0)[1]
     heads, dim = num_kv_heads_of(config), head_dim_of(config)
     runners = [LayerRunner(model, arch, ids) for ids in sequences]

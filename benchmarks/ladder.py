@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from kvfold.compress.models import load_model, quiet_transformers
 from kvfold.compress.tap import NAME, tapped
@@ -26,6 +25,7 @@ from kvfold.kernels.attention import attend_plain
 from kvfold.kernels.catalogue import code_bits, key_formats
 from kvfold.kernels.formats import Format, uniform
 from kvfold.kernels.quantizer import round_trip, to_float16
+from kvfold.pretrained import tokenizer_from_pretrained
 from kvfold.runtime.policy import widened
 
 
@@ -58,7 +58,7 @@ def main() -> None:
     model = load_model(artifact.path, torch.float32, torch.device("cpu"), NAME)
     attentions = ARCHITECTURES[model.config.model_type].attention_modules(model)
     documents = read_documents(options.text, default=(HELD_OUT,))[1]
-    tokens = tokenize(AutoTokenizer.from_pretrained(artifact.path), "\n\n".join(documents))[: options.tokens]
+    tokens = tokenize(tokenizer_from_pretrained(artifact.path), "\n\n".join(documents))[: options.tokens]
     errors: dict[tuple[str, str], list[tuple[float, float]]] = {}
 
     def measure(module, query: Tensor, key: Tensor, value: Tensor, mask, scaling: float, **extras) -> None:

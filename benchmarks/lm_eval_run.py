@@ -11,13 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from kvfold.autoclass import stock_from_pretrained
 from kvfold.compress.cli import with_error
 from kvfold.compress.models import quiet_transformers
 from kvfold.compress.plan import pick_device
 from kvfold.errors import KvfoldError
+from kvfold.pretrained import tokenizer_from_pretrained
 from kvfold.runtime.load import load_pretrained, resolve_artifact
 
 
@@ -82,7 +81,7 @@ def main() -> None:
     simple_evaluate, task_manager, wrapper = import_harness()
     quiet_transformers()
     path = resolve_artifact(options.artifact)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = tokenizer_from_pretrained(path)
     results = {}
     for cache in ("16bit", "packed") if options.cache == "both" else (options.cache,):
         model = wrapper(

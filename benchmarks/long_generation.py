@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from kvfold import runtime
 from kvfold.compress.models import quiet_transformers
 from kvfold.compress.plan import pick_device
 from kvfold.exports.reader import read_artifact
+from kvfold.pretrained import tokenizer_from_pretrained
 
 MARKS = 16  # lines of the table
 RUNGS = ("pages at the searched bits", "4 bits", "8 bits", "16 bits")
@@ -91,7 +92,7 @@ def main() -> None:
         args.artifact, device=pick_device(args.device), dtype=getattr(torch, args.dtype), policy=args.policy,
         kv_budget=budget, attention=args.attention,
     )  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(args.artifact)
+    tokenizer = tokenizer_from_pretrained(args.artifact)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
     new = args.tokens - inputs.input_ids.shape[1]
     cache = model.new_kv_cache()

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from kvfold import runtime
 from kvfold.compress.models import quiet_transformers
 from kvfold.compress.text import HELD_OUT, read_documents
+from kvfold.pretrained import tokenizer_from_pretrained
 
 CHUNK = 512  # tokens of the text at a time
 
@@ -56,7 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     quiet_transformers()
     _, documents = read_documents(args.text, (HELD_OUT,))
-    ids = AutoTokenizer.from_pretrained(args.artifact)("\n\n".join(documents), return_tensors="pt").input_ids
+    ids = tokenizer_from_pretrained(args.artifact)("\n\n".join(documents), return_tensors="pt").input_ids
     ids = ids.repeat(1, -(-(args.tokens + args.steps) // ids.shape[1]))[:, : args.tokens + args.steps].to(args.device)
     options: dict[str, Any] = {"device": args.device, "attention": args.attention}
     whole, logits = measure(runtime.load_pretrained(args.artifact, **options), ids, args.steps)

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from kvfold import runtime
 from kvfold.compress.models import quiet_transformers
 from kvfold.exports.onnx_runner import OnnxRunner
+from kvfold.pretrained import model_from_config
 
 SIDE = "{transform: none, levels: [256], clip: false}"
 RECIPE = f"key: {SIDE}\nvalue: {SIDE}\nwindow: 32\npage_tokens: 16\ncalibration: {{num_sequences: 1, seq_len: 256, sample_tokens: 128}}\n"
@@ -38,7 +38,7 @@ def save_model(folder: Path, vocab: int, hidden: int, layers: int) -> None:
         bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = model_from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="20GB")
     letters = Tokenizer(models.WordLevel({chr(i): i for i in range(128)}, unk_token="?"))
     letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 from kvfold import runtime
 from kvfold.compress.models import quiet_transformers
 from kvfold.compress.onnx import export_onnx
 from kvfold.compress.text import HELD_OUT, read_documents
 from kvfold.exports.onnx_runner import OnnxRunner, nbytes
+from kvfold.pretrained import tokenizer_from_pretrained
 
 FORMS = {"packed": ("packed", None), "gqa8": ("gqa", 8), "gqa4": ("gqa", 4), "16bit": ("16bit", None)}
 PARTS = ("prefill.onnx", "decode.onnx", "weights.bin")
@@ -102,7 +102,7 @@ def main() -> None:
     quiet_transformers()
     torch.set_num_threads(args.threads)
     _, documents = read_documents(args.text, (HELD_OUT,))
-    tokenizer = AutoTokenizer.from_pretrained(args.artifact)
+    tokenizer = tokenizer_from_pretrained(args.artifact)
     ids = np.array([tokenizer("\n\n".join(documents))["input_ids"][: args.prompt]], dtype=np.int64)
     torch.set_flush_denormal(True)
     ref = reference(args.artifact, ids, args.new)

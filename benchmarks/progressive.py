@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from runs import Rows, geometry_of, mean_and_error
 from torch import Tensor
-from transformers import AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
 from kvfold.compress.evaluate import LOGIT_BLOCK, windows_of
 from kvfold.compress.models import quiet_transformers
@@ -37,6 +37,7 @@ from kvfold.compress.text import read_documents
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import logits_of
 from kvfold.exports.reader import Artifact, is_artifact, read_artifact, read_metadata
+from kvfold.pretrained import tokenizer_from_pretrained
 from kvfold.runtime.cache import QuantizedKVCache
 from kvfold.runtime.load import load_pretrained, plain_cache, progressive_policy
 from kvfold.runtime.policy import Progressive, Step
@@ -239,7 +240,7 @@ def main() -> None:
         raise KvfoldError(
             f"--tokens {options.tokens} is more than the model's {model.config.max_position_embeddings} positions; ask for fewer."
         )
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = tokenizer_from_pretrained(path)
     name, documents = read_documents(options.text)
     batches = windows_of(tokenizer, "\n\n".join(documents), options.tokens, options.first_window, options.windows, name)
     kept = {k: getattr(options, k) for k in ("tokens", "text", "first_window", "chunk")}

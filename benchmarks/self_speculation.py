@@ -25,7 +25,7 @@ import torch
 from runs import mean_and_error
 from speculation_steps import bytes_of, step_times
 from torch import Tensor
-from transformers import AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
 from kvfold.compress.bench_model import attach_formats, build_model, layer_formats
 from kvfold.compress.evaluate import windows_of
@@ -36,6 +36,7 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import LayerSpec
 from kvfold.kernels.formats import raw16
+from kvfold.pretrained import tokenizer_from_pretrained
 from kvfold.runtime.cache import QuantizedKVCache
 from kvfold.runtime.load import load_pretrained, plain_cache
 from kvfold.runtime.policy import finer
@@ -260,7 +261,7 @@ def main() -> None:
     device = pick_device(options.device)
     model: Any = load_pretrained(options.artifact, device=device)
     name, documents = read_documents(options.text, default=(HELD_OUT,))
-    tokenizer = AutoTokenizer.from_pretrained(options.artifact)
+    tokenizer = tokenizer_from_pretrained(options.artifact)
     prompts = windows_of(tokenizer, "\n\n".join(documents), options.prompt, 0, options.prompts, name)
     result: dict[str, Any] = {
         "draft": draft,

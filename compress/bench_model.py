@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
 from kvfold.compress.bench_cases import DISTINCT, Pair, pair, random_pages
 from kvfold.errors import KvfoldError
@@ -14,6 +14,7 @@ from kvfold.exports.account import Geometry
 from kvfold.exports.reader import Artifact
 from kvfold.exports.schema import CacheModel, CalibrationModel, Metadata
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
+from kvfold.pretrained import model_from_config
 from kvfold.runtime.cache import QuantizedKVCache
 from kvfold.runtime.load import attach, choose_triton
 
@@ -66,7 +67,7 @@ def model_config(shape: str) -> LlamaConfig:
 def build_model(shape: str, device: torch.device) -> Any:
     """A LlamaForCausalLM of a named shape with random bfloat16 weights, made on the device."""
     with device:
-        model = AutoModelForCausalLM.from_config(model_config(shape), dtype=torch.bfloat16, attn_implementation="sdpa")
+        model = model_from_config(model_config(shape), dtype=torch.bfloat16, attn_implementation="sdpa")
     return model.eval()
 
 

@@ -20,6 +20,7 @@ from kvfold.compress.layerwise import LayerRunner
 from kvfold.compress.progress import progress
 from kvfold.compress.rope import frequencies, rotate_on, turns
 from kvfold.compress.tap import tapped
+from kvfold.compress.work import kept
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import Architecture, head_dim_of, num_kv_heads_of
 from kvfold.kernels.key_mean import STEP, turn_tables
@@ -177,14 +178,16 @@ def calibrate(
         work: folder for stats_*.safetensors and the hidden states that the next layer starts from.
     """
     layers = arch.decoder_layers(model)
-    done = 0
-    while done < len(layers) and (work / f"stats_{done:03d}.safetensors").is_file():
-        done += 1
-    resume = json.loads((work / "hidden.json").read_text()) if (work / "hidden.json").is_file() else {"layer": 0}
-    done = min(done, resume["layer"]) if done < len(layers) else done
-    stats = [LayerStats.load(work / f"stats_{i:03d}.safetensors") for i in range(done)]
-    if done == len(layers):
+    stats: list[LayerStats] = []
+    while len(stats) < len(layers) and (found := kept(work / f"stats_{len(stats):03d}.safetensors", LayerStats.load)):
+        stats.append(found)
+    if len(stats) == len(layers):
         return stats
+    done = min(len(stats), kept(work / "hidden.json", lambda path: int(json.loads(path.read_text())["layer"]), 0))
+    saved: dict[str, Tensor] = kept(work / f"hidden_{done:03d}.safetensors", load_file, {}) if done else {}
+    if set(saved) != {str(i) for i in range(len(sequences))}:
+        done = 0
+    del stats[done:]
     config = model.config
     device = next(model.parameters()).device
     num_kv_heads, head_dim = num_kv_heads_of(config), head_dim_of(config)
@@ -192,7 +195,6 @@ def calibrate(
     if done == 0:
         hidden = [runner.embedded for runner in runners]
     else:
-        saved = load_file(work / f"hidden_{done:03d}.safetensors")
         hidden = [saved[str(i)].to(device) for i in range(len(sequences))]
     per_sequence = -(-sample_tokens // len(sequences))
     for index in progress(range(done, len(layers)), "calibrate", "layer", done, len(layers)):

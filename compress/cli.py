@@ -8,20 +8,24 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kvfold.compress import bench_speed
 from kvfold.compress.bench import bench
 from kvfold.compress.cli_export import export
 from kvfold.compress.cli_kernels import kernels
 from kvfold.compress.cli_report import report_command
+from kvfold.compress.exit_codes import exit_code
+from kvfold.compress.naming import default_output
+from kvfold.compress.progress import console, print_anything
 from kvfold.compress.push import push_command
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import cache_nbytes
-from kvfold.exports.reader import read_artifact, read_metadata
+from kvfold.exports.reader import read_artifact, read_metadata, update_artifact
 from kvfold.exports.schema import METADATA_NAME, Metadata
-from kvfold.exports.units import format_nbytes
+from kvfold.exports.units import format_nbytes, printable
+from kvfold.pretrained import tokenizer_from_pretrained
 
 # click's own, or that of the copy of click which newer releases of typer carry
 UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "UsageError")
@@ -92,7 +96,8 @@ def print_table(metadata: Metadata, at: int | None = None) -> None:
     from kvfold.compress.recipe import LEAST_WINDOW
 
     info = describe(metadata, at)
-    table = Table(title=f"{info['model']}: one sequence of {info['at']} tokens", title_justify="left")
+    title = Text(f"{printable(info['model'])}: one sequence of {info['at']} tokens")  # as it is: no markup
+    table = Table(title=title, title_justify="left")
     for column in ("layer", "K format", "K bits", "V format", "V bits", "packed bytes", "predicted loss"):
         table.add_column(column, justify="left" if "format" in column else "right", no_wrap=True)
     for layer in info["layers"]:
@@ -101,7 +106,7 @@ def print_table(metadata: Metadata, at: int | None = None) -> None:
         table.add_row(
             str(layer["layer"]), k["format"], f"{k['payload_bits']:.3f}", v["format"], f"{v['payload_bits']:.3f}", f"{k['bytes'] + v['bytes']:,}", f"{loss:.2e}"
         )  # fmt: skip
-    Console(width=120 if not sys.stdout.isatty() else None).print(table)
+    console().print(table)
     total = sum(layer[side]["predicted_loss"] for layer in info["layers"] for side in ("key", "value"))
     near = f" behind {LEAST_WINDOW} of them" if info["window"] > LEAST_WINDOW else ""
     print(
@@ -150,8 +155,7 @@ def compress_command(
     from kvfold.compress.pipeline import compress
     from kvfold.compress.recipe import load_recipe
 
-    name = Path(model).stem if Path(model).suffix == ".gguf" else Path(model).name
-    target = out or Path("artifacts") / f"{name}-{budget.replace('@', '-at-')}"
+    target = out or default_output(model, budget)
     artifact = compress(
         model,
         budget,
@@ -198,11 +202,26 @@ def inspect_command(
 
 
 @app.command("validate")
-def validate_command(artifact: Annotated[Path, typer.Argument(help="The artifact's folder.")]) -> None:
-    """Checks every hash, tensor and field of an artifact."""
+def validate_command(
+    artifact: Annotated[Path, typer.Argument(help="The artifact's folder.")],
+    update: Annotated[
+        bool, typer.Option("--update", help="After an edit: sign the files as they are now, if all else is valid.")
+    ] = False,
+) -> None:
+    """Checks every hash, tensor and field of an artifact, and that its model and tokenizer load."""
+    if update:
+        changed = update_artifact(artifact)
+        print(f"{artifact}: signed {', '.join(changed)} anew." if changed else f"{artifact}: nothing has changed.")
+    from kvfold.runtime.load import read_model
+
     found = read_artifact(artifact)
+    read_model(found, "auto", device_map="meta")
+    if any(name.startswith("tokenizer") for name in found.metadata.files):
+        tokenizer_from_pretrained(artifact)
     print(
-        f"{artifact} is a valid artifact of {found.metadata.provenance.model}, format_version {found.metadata.format_version}."
+        printable(
+            f"{artifact} is a valid artifact of {found.metadata.provenance.model}, format_version {found.metadata.format_version}."
+        )
     )
 
 
@@ -279,14 +298,15 @@ def eval_command(
         device=pick_device(device),
         attention=attention,
     )
-    table = Table(title=f"{e.artifact} on {e.text}: {e.windows} windows of {e.seq_len} tokens", title_justify="left")
+    title = Text(printable(f"{e.artifact} on {e.text}: {e.windows} windows of {e.seq_len} tokens"))
+    table = Table(title=title, title_justify="left")
     for column in ("cache", "effective bits", "payload bits", "loss", "perplexity", "KL", "top-1"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_row("16-bit", "16", "16", f"{e.nll_16bit:.4f}", f"{e.ppl_16bit:.3f}", "", "")
     table.add_row(
         "packed", f"{e.effective_bits:.3f}", f"{e.payload_bits:.3f}", f"{e.dnll:+.4f}{with_error(e.dnll_se)}", f"{e.ppl:.3f}", f"{e.kl:.4f}{with_error(e.kl_se)}", f"{e.top1_agreement:.4f}"
     )  # fmt: skip
-    Console(width=120 if not sys.stdout.isatty() else None).print(table)
+    console().print(table)
     if json_file:
         json_file.write_text(json.dumps(e.to_dict(), indent=1) + "\n", encoding="utf-8")
 
@@ -312,32 +332,33 @@ app.command("push")(push_command)
 
 
 def main(args: list[str] | None = None, prog: str = "kvfold") -> None:
-    """Runs the command line: exit code 0 done, 2 wrong usage or input (one line), 1 failure.
+    """Runs the command line: exit code 0 done, 2 wrong usage or input (one line), 1 failure, 130 interrupted (one line).
 
     Args:
         args: what stands after the command's name; default: of this process.
         prog: what the command is called in its help.
     """
+    words = (sys.argv[1:] if args is None else args) or ["--help"]
+    sys.exit(exit_code(lambda: _run(words, prog), words))
+
+
+def _run(words: list[str], prog: str) -> int:
     import torch
 
     from kvfold.compress.models import quiet_transformers
 
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
+    print_anything()
     quiet_transformers()
     torch.set_flush_denormal(True)  # masked softmax is several times slower with denormals on a CPU
     try:
-        code = app((sys.argv[1:] if args is None else args) or ["--help"], prog_name=prog, standalone_mode=False)
+        return app(words, prog_name=prog, standalone_mode=False)
     except UsageError as error:
         command = error.ctx.command_path if error.ctx else prog
         print(f"kvfold: {' '.join(error.format_message().split())} See `{command} --help`.", file=sys.stderr)
-        code = 2
     except KvfoldError as error:
-        print(f"kvfold: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 2
-    except (typer.Abort, KeyboardInterrupt):
-        print("kvfold: interrupted; run the same command with --resume to go on.", file=sys.stderr)
-        code = 1
-    sys.exit(code or 0)
+        print(f"kvfold: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """The commands `kvfold export …`: an artifact's weights in forms that other engines read."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from kvfold.compress.progress import console
 
 export = typer.Typer(help="Writes an artifact's weights in a form that another engine reads.")
 
@@ -57,7 +57,7 @@ def modelopt_command(
         table.add_column(column, justify="left" if column == "format" else "right", no_wrap=True)
     for i, algo in enumerate(found.algos):
         table.add_row(str(i), algo, *(f"{losses[i]:.2e}" for losses in found.losses.values()))
-    Console(width=120 if not sys.stdout.isatty() else None).print(table)
+    console().print(table)
     print(
         f"{found.bits:.3f} payload bits; KL on calibration text {found.kl:.2e} nats with all layers in their formats."
     )

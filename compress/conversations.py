@@ -5,17 +5,18 @@ plain text does, whose next words follow mostly from the last ones (benchmarks/L
 probed on both; the answers are its own, greedy and unquantised, and only they count.
 """
 
+import os
 import random
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
 from kvfold.compress.progress import stage
+from kvfold.compress.work import kept
 
 PASSAGE_TOKENS = 288  # with a template's some 30, sinks and the window that is probed, a third of a prompt is in pages
 ANSWER_TOKENS = 96
@@ -54,7 +55,7 @@ def ask(tokenizer: Any, sequences: list[Tensor], count: int, seed: int) -> list[
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": "\n\n".join(turn)}], add_generation_prompt=True, tokenize=False
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program: it may divide by zero, or ask for what isn't there
             stage(f"the chat template refuses a single user turn ({error}): probing plain text alone")
             return []
         prompts.append(list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids))
@@ -100,9 +101,8 @@ def conversations(
         (int64 [1, T], tokens of the prompt) each; [] where the tokenizer has no chat template.
     """
     path = work / "conversations.safetensors"
-    if path.is_file():
-        kept = load_file(path)
-        return [(kept[f"{i}.ids"], int(kept[f"{i}.prompt"])) for i in range(len(kept) // 2)]
+    if (written := kept(path, _read)) is not None:
+        return written
     prompts = [p for p in ask(tokenizer, sequences, count, seed) if len(p) + ANSWER_TOKENS <= most]
     if not prompts:
         return []
@@ -110,12 +110,19 @@ def conversations(
     answers = answer(model, prompts)
     found = [(torch.tensor([p + a]), len(p)) for p, a in zip(prompts, answers, strict=True) if len(a) >= LEAST_TOKENS]
     if found:
+        scratch = path.with_suffix(".part")
         save_file(
             {
                 name: tensor
                 for i, (ids, start) in enumerate(found)
                 for name, tensor in ((f"{i}.ids", ids), (f"{i}.prompt", torch.tensor(start)))
             },
-            path,
+            scratch,
         )
+        os.replace(scratch, path)
     return found
+
+
+def _read(path: Path) -> list[tuple[Tensor, int]]:
+    stored = load_file(path)
+    return [(stored[f"{i}.ids"], int(stored[f"{i}.prompt"])) for i in range(len(stored) // 2)]

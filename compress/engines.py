@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from kvfold.compress.allocate import Choice, allocate
 from kvfold.compress.emulate import FP4_BLOCK, FP8_MAX, rounding_tap
@@ -23,6 +22,7 @@ from kvfold.exports.compressed_tensors import kv_cache_config, write_compressed_
 from kvfold.exports.engine_folder import attention_names, check_engine_folder
 from kvfold.exports.modelopt import KV_BITS, write_modelopt
 from kvfold.exports.reader import Artifact, read_artifact
+from kvfold.pretrained import tokenizer_from_pretrained
 
 # RoPE turns a pair of channels; |(a, b)| ≤ √2·max(|a|, |b|), so this much room keeps every position within range, whichever
 # channels are paired. A float format doesn't mind: its precision is relative.
@@ -76,7 +76,7 @@ def measure_ranges(model: Any, arch: Architecture, sequences: list[Tensor]) -> R
 def _prepare(artifact: Artifact, calib: str | None, device: torch.device) -> tuple[Any, Architecture, list[Tensor]]:
     """The artifact's plain model, its row of the table, and calibration sequences."""
     name, documents = read_documents(calib)
-    tokenizer = AutoTokenizer.from_pretrained(artifact.path)
+    tokenizer = tokenizer_from_pretrained(artifact.path)
     stage(f"reading {artifact.path.name}")
     model: Any = load_model(artifact.path, torch.float32 if device.type == "cpu" else "auto", device, TAP)
     length = min(SEQ_LEN, model.config.max_position_embeddings)

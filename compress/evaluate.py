@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from kvfold.compress.models import load_model, resolve_model
 from kvfold.compress.progress import progress
@@ -14,6 +13,7 @@ from kvfold.compress.text import HELD_OUT, prefix_ids, read_documents, tokenize
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import cache_nbytes
 from kvfold.exports.architectures import logits_of
+from kvfold.pretrained import tokenizer_from_pretrained
 from kvfold.runtime.load import load_pretrained, plain_cache, resolve_artifact
 
 LOGIT_BLOCK = 128  # positions whose logits are in memory at a time
@@ -128,7 +128,7 @@ def evaluate(
         raise KvfoldError(
             f"--seq-len {seq_len} is not between 2 and the model's maximum of {model.config.max_position_embeddings}."
         )
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = tokenizer_from_pretrained(path)
     name, documents = read_documents(text, default=(HELD_OUT,))
     batches = windows_of(tokenizer, "\n\n".join(documents), seq_len, first_window, windows, name)
     place, kind = next(model.parameters()).device, next(model.parameters()).dtype

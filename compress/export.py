@@ -1,9 +1,13 @@
 """Turns what the search found into an artifact."""
 
+import json
+import os
 import platform
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -13,9 +17,11 @@ from kvfold.compress.models import ALIASES, Source, load_model
 from kvfold.compress.plan import Plan
 from kvfold.compress.progress import stage
 from kvfold.compress.search import Found, fused_parameters, set_parameters
+from kvfold.errors import KvfoldError
 from kvfold.exports.account import cache_nbytes, payload_bits
 from kvfold.exports.card import Base
 from kvfold.exports.licence import Licence, find_licence
+from kvfold.exports.place import full_disk
 from kvfold.exports.reader import Artifact
 from kvfold.exports.schema import (
     MEAN_VERSION,
@@ -31,6 +37,7 @@ from kvfold.exports.schema import (
 )
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.exports.writer import write_artifact
+from kvfold.pretrained import reason_of, tokenizer_from_pretrained
 
 ROUNDING_LIMIT = 1e-3  # nats of KL that rounding the fused weights may cost before they are written in float32
 
@@ -52,11 +59,70 @@ def export(plan: Plan, found: Found, out: Path) -> Artifact:
         model = load_model(plan.source.path, "auto", torch.device("cpu"))
         for attention, layer in zip(plan.arch.attention_modules(model), layers, strict=True):
             set_parameters(attention, fused_parameters(attention, plan.arch, layer), dtype, keep=True)
+        if hasattr(model.config, "auto_map"):
+            del model.config.auto_map  # code that an artifact has not
         model.save_pretrained(folder)
-        plan.tokenizer.save_pretrained(folder)
+        own_cache(folder / "generation_config.json")
+        save_tokenizer(plan.tokenizer, folder)
 
     metadata = _metadata(plan, found, specs, dtype)
     return write_artifact(out, metadata, specs, save_model, plan.recipe.dump(), base_of(plan.source))
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Writes a tokenizer as files that lie side by side: several named chat templates would be a folder of their own, so they go into
+    tokenizer_config.json. What code it could be loaded with instead (auto_map) is left out, for an artifact has none."""
+    tokenizer.init_kwargs.pop("auto_map", None)
+    tokenizer.save_pretrained(folder, save_jinja_files=not isinstance(tokenizer.chat_template, dict))
+
+
+def own_cache(file: Path) -> None:
+    """Takes another cache's name out of generation_config.json: an artifact brings its own packed cache, beside which there is none.
+
+    In the file, because transformers writes a config that was changed only if nothing else in it is amiss.
+    """
+    fields = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if fields.get("cache_implementation") not in (None, "dynamic"):
+        stage(
+            f"leaving out cache_implementation '{fields.pop('cache_implementation')}': the artifact brings its own cache"
+        )
+        file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def check_exportable(plan: Plan, work: Path) -> None:
+    """Writes the small files as `export` will, so that what can't be written is refused before the search.
+
+    Args:
+        work: folder for them; nothing stays there.
+    Raises:
+        KvfoldError: which of them can't be written, and why.
+    """
+    with TemporaryDirectory(dir=work) as scratch:
+        folder = Path(scratch)
+        for what, save in (
+            ("config.json", plan.config.save_pretrained),
+            ("tokenizer", lambda place: save_tokenizer(plan.tokenizer, place)),
+        ):
+            try:
+                save(folder)
+            except Exception as error:  # whatever a tokenizer's own files make it raise
+                if full_disk(error):  # the caller's to tell
+                    raise
+                raise KvfoldError(
+                    f"The {what} of '{plan.source.name}' cannot be written again ({type(error).__name__}: {reason_of(error)}), so no "
+                    "artifact could be made; correct the model's files."
+                ) from error
+        if stray := [p.name for p in folder.iterdir() if not p.is_file()]:
+            raise KvfoldError(
+                f"The tokenizer of '{plan.source.name}' writes the folder {stray[0]}, but an artifact's files lie side by side; give one "
+                "whose files do."
+            )
+        tokenizer_from_pretrained(folder)
+    for text in base_of(plan.source).licence.texts:
+        if not os.access(text, os.R_OK):
+            raise KvfoldError(
+                f"'{text}' cannot be read, but goes with the weights; give a copy of the model that can be read."
+            )
 
 
 def base_of(source: Source) -> Base:

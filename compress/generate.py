@@ -4,10 +4,11 @@ import sys
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, TextStreamer
+from transformers import TextStreamer
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.units import format_nbytes
+from kvfold.pretrained import tokenizer_from_pretrained
 from kvfold.runtime.load import load_pretrained, resolve_artifact
 
 
@@ -17,7 +18,7 @@ def generate(
     """Prints the continuation to stdout as it is made, and one line on the cache to stderr."""
     path = resolve_artifact(artifact)
     model: Any = load_pretrained(path, device=device)
-    tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    tokenizer: Any = tokenizer_from_pretrained(path)
     if chat:
         if not tokenizer.chat_template:
             raise KvfoldError(f"The tokenizer of '{artifact}' has no chat template; drop --chat.")

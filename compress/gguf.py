@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -12,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from kvfold.compress.shape import check_shape
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import architecture_of
+from kvfold.exports.place import full_disk
 from kvfold.exports.reader import file_sha256
-
-CACHE_DIR = Path(os.environ.get("KVFOLD_CACHE", Path.home() / ".cache" / "kvfold"))
+from kvfold.pretrained import config_from_pretrained, stock_from_pretrained, tokenizer_from_pretrained
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,37 @@ ALIASES = {
 }
 
 
+def cache_folder(name: str) -> Path:
+    """A folder of the cache, made if it isn't there: $KVFOLD_CACHE/name, or ~/.cache/kvfold/name.
+
+    Raises:
+        KvfoldError: it can't be made or written to.
+    """
+    try:
+        root = Path(os.environ.get("KVFOLD_CACHE") or Path.home() / ".cache" / "kvfold")
+    except RuntimeError:
+        raise KvfoldError(
+            "This user has no home directory, where converted models are kept; set KVFOLD_CACHE to a folder for them."
+        ) from None
+    folder = root / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise KvfoldError(
+            f"The cache folder '{folder}' cannot be written to; set KVFOLD_CACHE to a folder that can, where converted models are kept."
+        )
+    return folder
+
+
 def alias_gguf(name: str) -> Path:
     """The GGUF of an alias, downloaded once, its checksum verified each time."""
     alias = ALIASES[name]
-    target = CACHE_DIR / "gguf" / f"{name}.gguf"
+    target = cache_folder("gguf") / f"{name}.gguf"
     if target.is_file() and file_sha256(target) == alias.sha256:
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         command = [
             sys.executable,
@@ -86,20 +109,21 @@ def alias_gguf(name: str) -> Path:
 
 def convert_gguf(path: Path) -> Path:
     """A bf16 checkpoint folder made from a GGUF, kept in the cache under the file's sha256."""
-    folder = CACHE_DIR / "converted" / file_sha256(path)[:16]
+    folder = cache_folder("converted") / file_sha256(path)[:16]
     if (folder / "config.json").is_file():
         return folder
     with open(path, "rb") as stream:
         if stream.read(4) != b"GGUF":
             raise KvfoldError(f"Model '{path}' does not start with GGUF's magic bytes; give a file in GGUF format.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         _write_checkpoint(path, scratch)
         os.replace(scratch, folder)
     except KvfoldError:
         raise
-    except (ValueError, KeyError, RuntimeError, IndexError, struct.error) as error:
+    except Exception as error:  # of a file of any content: OSError, OverflowError, ZeroDivisionError, …
+        if words := full_disk(error):
+            raise KvfoldError(f"{words} while converting '{path}' in '{folder.parent}'; free some space.") from error
         raise KvfoldError(
             f"Model '{path}' cannot be read as a GGUF language model ({type(error).__name__}: {error}); give another file."
         ) from error
@@ -116,13 +140,12 @@ def _write_checkpoint(path: Path, out: Path) -> None:
         options["quantization_config"] = GgufConfig(dequantize=True)
     except ImportError:
         pass
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    config = config_from_pretrained(path.parent, gguf_file=path.name)
     architecture_of(config)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    check_shape(config, path)
+    tokenizer = tokenizer_from_pretrained(path.parent, gguf_file=path.name)
     # name the attention, or the GGUF path asks the Hub for a kernel
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path.parent, attn_implementation="sdpa", output_loading_info=True, **options
-    )
+    loaded: Any = stock_from_pretrained(path.parent, attn_implementation="sdpa", output_loading_info=True, **options)
     model, report = loaded
     if absent := sorted(report["missing_keys"]):  # transformers fills these with random numbers and goes on
         raise KvfoldError(f"Model '{path}' lacks the tensor {absent[0]}; give a complete GGUF.")

@@ -1,18 +1,18 @@
 """`kvfold inspect --live`: the cache's tokens, pages by format and bytes by layer, while the model generates."""
 
 import json
-import sys
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from transformers import AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
+from kvfold.compress.progress import console
 from kvfold.errors import KVBudgetExceeded, KvfoldError
 from kvfold.exports.units import format_nbytes
+from kvfold.pretrained import tokenizer_from_pretrained
 from kvfold.runtime.cache import QuantizedKVCache
 from kvfold.runtime.load import load_pretrained, resolve_artifact
 
@@ -89,11 +89,11 @@ def watch(
     """
     path = resolve_artifact(artifact)
     model: Any = load_pretrained(path, device=device, policy=policy, kv_budget=kv_budget)
-    inputs = AutoTokenizer.from_pretrained(path)(prompt, return_tensors="pt")
+    inputs = tokenizer_from_pretrained(path)(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:
         raise KvfoldError("The prompt is empty and the tokenizer adds nothing to it; give some text.")
     cache = model.new_kv_cache()
-    watcher = Watcher(cache, Console(width=None if sys.stdout.isatty() else 120, quiet=as_json))
+    watcher = Watcher(cache, console(quiet=as_json))
     try:
         model.generate(
             **inputs.to(model.device), past_key_values=cache, max_new_tokens=max_new_tokens, streamer=watcher,

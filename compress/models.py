@@ -8,17 +8,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from kvfold.autoclass import stock_from_pretrained
 from kvfold.compress.gguf import ALIASES, alias_gguf, convert_gguf
+from kvfold.compress.shape import check_shape
 from kvfold.compress.tap import NAME as TAP
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import ARCHITECTURES, architecture_of
 from kvfold.exports.card import CARD_NAME
+from kvfold.exports.files import INDEX, WEIGHTS, read_index
 from kvfold.exports.licence import TEXTS
 from kvfold.exports.reader import is_artifact
+from kvfold.pretrained import config_from_pretrained, is_out_of_memory, reason_of, stock_from_pretrained
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,15 @@ def resolve_model(model: str, revision: str | None = None) -> Source:
     Raises:
         KvfoldError: unknown, unreachable, damaged, without weights, or of a family that is not supported.
     """
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError:
+        raise KvfoldError(
+            f"Model '{model}' lies in a home directory that this user has not; give its full path."
+        ) from None
     if model in ALIASES:
         source = Source(convert_gguf(alias_gguf(model)), model)
-    elif path.suffix == ".gguf":
+    elif is_gguf(path):
         if not path.is_file():
             raise KvfoldError(f"Model '{model}' is not a file; give the path of a GGUF that exists.")
         source = Source(convert_gguf(path), path.stem)
@@ -53,6 +60,11 @@ def resolve_model(model: str, revision: str | None = None) -> Source:
         source = _from_hub(model, revision)
     check_checkpoint(source.path)
     return source
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file's name says that it is a GGUF, in capitals too."""
+    return path.suffix.lower() == ".gguf"
 
 
 def _from_hub(repo_id: str, revision: str | None) -> Source:
@@ -86,20 +98,14 @@ def read_config(path: Path) -> Any:
         )
     try:
         stated = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise KvfoldError(f"config.json in '{path}' is not JSON ({error}); download it again.") from None
     family = stated.get("model_type") if isinstance(stated, dict) else None
     if not isinstance(family, str):
         raise KvfoldError(f"config.json in '{path}' names no model_type; give a Hugging Face checkpoint.")
     if family not in ARCHITECTURES:  # refused by name, whether or not this transformers knows it
         architecture_of(SimpleNamespace(**stated))
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # transformers and huggingface_hub raise a dozen kinds for a field that makes no sense
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
-        raise KvfoldError(
-            f"config.json in '{path}' cannot be used: {reason.rstrip('.')}; give the checkpoint's own config.json."
-        ) from error
+    return config_from_pretrained(path)
 
 
 def check_checkpoint(path: Path) -> None:
@@ -110,6 +116,7 @@ def check_checkpoint(path: Path) -> None:
     """
     config = read_config(path)
     architecture_of(config)
+    check_shape(config, path)
     if quantised := getattr(config, "quantization_config", None):
         stated = quantised if isinstance(quantised, dict) else vars(quantised)
         raise KvfoldError(
@@ -118,15 +125,11 @@ def check_checkpoint(path: Path) -> None:
         )
     if is_artifact(path):
         raise KvfoldError(f"'{path}' is already compressed by kvfold; give the original model.")
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise KvfoldError(f"'{index}' is not a readable index of safetensors files; download it again.") from None
-    else:
-        names = ["model.safetensors"]
+    index = path / INDEX
+    names = sorted(set(read_index(index).values())) if index.is_file() else [WEIGHTS]
     for name in names:
+        if Path(name).name != name:
+            raise KvfoldError(f"'{index}' names '{name}', which does not lie beside it; download it again.")
         file = path / name
         if not file.is_file():
             raise KvfoldError(
@@ -167,10 +170,16 @@ def load_model(path: Path, dtype: torch.dtype | str, device: torch.device, atten
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # the report names them, the error doesn't
         )
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except KvfoldError:
+        raise
+    except Exception as error:  # what transformers raises for files of any content
+        if is_out_of_memory(error):
+            raise KvfoldError(
+                f"There is too little memory to load '{path}' ({reason_of(error)}); free some, or choose a smaller model."
+            ) from error
         raise KvfoldError(
-            f"The weights in '{path}' do not fit its config.json ({reason}); give a matching pair."
+            f"The files in '{path}' make no model ({type(error).__name__}: {reason_of(error)}); give a checkpoint whose weights fit its "
+            "config.json and generation_config.json."
         ) from error
     model, report = loaded
     for kind, what in (("mismatched_keys", "of the wrong shape"), ("missing_keys", "missing")):

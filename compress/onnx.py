@@ -13,8 +13,9 @@ from kvfold.compress.progress import stage
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import ARCHITECTURES, architecture_of
 from kvfold.exports.engine_folder import OURS, check_engine_folder
+from kvfold.exports.place import new_folder
 from kvfold.exports.reader import Artifact, read_artifact
-from kvfold.exports.writer import new_folder
+from kvfold.pretrained import tokenizer_from_pretrained
 
 FORMS = ("packed", "gqa", "16bit")
 NEEDED = ("onnx", "onnxscript")
@@ -96,8 +97,6 @@ def export_onnx(
 
 def _calibrate(artifact: Artifact, bits: int, calib: str | None, device: torch.device) -> tuple[list, float]:
     """Codecs of all layers, and the KL that they cost together."""
-    from transformers import AutoTokenizer
-
     from kvfold.compress.onnx_scales import calibrate_codecs, codec_tap
     from kvfold.compress.sensitivity import Passage, Probe
     from kvfold.compress.text import read_documents, sample_sequences
@@ -108,7 +107,7 @@ def _calibrate(artifact: Artifact, bits: int, calib: str | None, device: torch.d
     model: Any = load_model(artifact.path, torch.float32 if device.type == "cpu" else "auto", device)
     arch = ARCHITECTURES[model.config.model_type]
     length = min(SEQ_LEN, model.config.max_position_embeddings)
-    tokenizer = AutoTokenizer.from_pretrained(artifact.path)
+    tokenizer = tokenizer_from_pretrained(artifact.path)
     sequences = sample_sequences(tokenizer, documents, NUM_SEQUENCES, length, stated.seed, name)
     with torch.inference_mode():
         codecs = calibrate_codecs(model, arch, sequences, stated.spread, bits)

@@ -5,20 +5,21 @@ from pathlib import Path
 import torch
 
 from kvfold import __version__
-from kvfold.compress.export import export
+from kvfold.compress.export import check_exportable, export
 from kvfold.compress.plan import Plan, make_plan, pick_device
 from kvfold.compress.recipe import Recipe
 from kvfold.compress.search import search
-from kvfold.compress.work import fingerprint, weights_fingerprint, work_folder
+from kvfold.compress.work import Unfinished, fingerprint, model_fingerprint, work_folder
+from kvfold.errors import KvfoldError
+from kvfold.exports.place import check_output, resolve_output
 from kvfold.exports.reader import Artifact
-from kvfold.exports.writer import check_output
 
 
 def calibrated_by(plan: Plan, device: torch.device) -> dict:
     """What a calibration depends on, as plain data."""
     return {
         "kvfold": __version__,
-        "model": weights_fingerprint(plan.source.path),
+        "model": model_fingerprint(plan.source.path),
         "tokens": [s.tolist() for s in plan.sequences],
         "calibration": [plan.steps, plan.recipe.calibration.sample_tokens],
         "device": device.type,
@@ -53,8 +54,9 @@ def compress(
         KvfoldError: any bad input, in one sentence; nothing is left behind.
     """
     recipe = recipe or Recipe()
+    place = resolve_output(out)  # once: what happens to a link while the run lasts moves nothing
     plan = make_plan(model, budget, calib, recipe, context)
-    weights = sum(p.stat().st_size for p in plan.source.path.glob("*.safetensors"))
+    weights = sum(p.stat().st_size for p in plan.source.path.glob("*.safetensors") if p.is_file())
     check_output(out, int(2.2 * weights) + (64 << 20))
     target = pick_device(device)
     calibrated = calibrated_by(plan, target)
@@ -63,5 +65,12 @@ def compress(
     if statistics is not None:
         kept = statistics / fingerprint(calibrated)[:16]
         kept.mkdir(parents=True, exist_ok=True)
-    with work_folder(out, fingerprint(calibrated | rest), resume) as work, torch.no_grad():
-        return export(plan, search(plan, work, target, kept), out)
+    with work_folder(place, fingerprint(calibrated | rest), resume) as work, torch.no_grad():
+        check_exportable(plan, work)
+        found = search(plan, work, target, kept)
+        try:
+            return export(plan, found, place)
+        except KvfoldError as error:
+            raise Unfinished(
+                f"{error} What was found is kept in '{work}': run the same command again with --resume."
+            ) from error

@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass, replace
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from kvfold.compress.budget import Budget, parse_budget
 from kvfold.compress.models import Source, read_config, resolve_model
@@ -25,6 +23,7 @@ from kvfold.exports.architectures import (
     sliding_windows_of,
 )
 from kvfold.kernels.formats import Format
+from kvfold.pretrained import tokenizer_from_pretrained
 
 WINDOW_SHARE = 8  # a window that the budget decides takes this part of its bytes at the most, and
 SLIDING_SHARE = 4  # this part of what a layer with a sliding window sees
@@ -99,9 +98,10 @@ def make_plan(model: str, budget: str, calib: str | None, recipe: Recipe, contex
     if recipe.window == "auto":
         geometry = replace(geometry, window=longest_window(geometry, allowance, [(k, v)] * config.num_hidden_layers))
         recipe = recipe.model_copy(update={"window": geometry.window})
-    tokenizer = _load_tokenizer(source.path)
+    tokenizer = tokenizer_from_pretrained(source.path)
     c = recipe.calibration
     name, sequences = calibration_sequences(tokenizer, calib, c, config.max_position_embeddings, recipe.seed)
+    check_ids(sequences, config, source.name)
     spread = c.spread or max(1, ceil(allowance.at / sequences[0].shape[1]))
     steps = graded_steps(spread, len(sequences)) if c.graded else [spread] * len(sequences)
     return Plan(source, config, arch, geometry, allowance, recipe, tokenizer, sequences, name, spread, steps)
@@ -133,13 +133,18 @@ def graded_steps(spread: int, count: int) -> list[int]:
     return [round(spread ** (i / (count - 1))) for i in range(count)] if count > 1 else [spread]
 
 
-def _load_tokenizer(path: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+def check_ids(sequences: list[Tensor], config: Any, name: str) -> None:
+    """Refuses a tokenizer that isn't the model's.
+
+    Raises:
+        KvfoldError: it gives an id that the model has no embedding for.
+    """
+    largest, size = max(int(ids.max()) for ids in sequences), config.get_text_config().vocab_size
+    if largest >= size:
         raise KvfoldError(
-            f"'{path}' holds no tokenizer that can be loaded ({type(error).__name__}); put the model's tokenizer files there."
-        ) from error
+            f"The tokenizer of '{name}' gives the token {largest}, but the model's vocab_size is {size}; put the model's own tokenizer "
+            "files there."
+        )
 
 
 def check_reach(budget: Budget, geometry: Geometry, num_layers: int, least: int) -> None:

@@ -1,10 +1,15 @@
 """What a person sees while something takes long: bars and one-line stages, on stderr."""
 
+import codecs
+import io
 import sys
 from collections.abc import Iterable
 from typing import TypeVar
 
+from rich.console import Console
 from tqdm import tqdm
+
+from kvfold.exports.units import printable
 
 T = TypeVar("T")
 
@@ -14,6 +19,29 @@ def progress(items: Iterable[T], desc: str, unit: str, initial: int = 0, total: 
     return tqdm(items, desc=f"{desc:<12}", unit=unit, initial=initial, total=total, disable=None)
 
 
+def print_anything() -> None:
+    """Has stdout and stderr show as an escape what their encoding lacks, as in the locale C; a path's own bytes stay what they are."""
+
+    def escape(error: UnicodeError) -> tuple[bytes, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        part = error.object[error.start : error.end]
+        raw = (
+            bytes([ord(c) - 0xDC00]) if 0xDC80 <= ord(c) <= 0xDCFF else c.encode("ascii", "backslashreplace")
+            for c in part
+        )
+        return b"".join(raw), error.end
+
+    codecs.register_error("kvfold", escape)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="kvfold")
+
+
+def console(columns: int = 120, quiet: bool = False) -> Console:
+    """stdout for tables: as wide as a terminal, else of so many columns; nothing where stdout was closed."""
+    return Console(width=None if sys.stdout is not None and sys.stdout.isatty() else columns, quiet=quiet)
+
+
 def stage(text: str) -> None:
     """Says what begins now."""
-    print(f"kvfold: {text}", file=sys.stderr, flush=True)
+    print(f"kvfold: {printable(text)}", file=sys.stderr, flush=True)

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from kvfold.compress.recipe_yaml import Loader, nearest, refuse_conversion
 from kvfold.compress.transforms import KEY_TRANSFORMS, VALUE_TRANSFORMS, Transform
 from kvfold.compress.transforms.whiten import PARTS
 from kvfold.errors import KvfoldError
+from kvfold.exports.schema import MOST_TOKENS
 from kvfold.kernels.catalogue import KEY_BITS, VALUE_BITS, key_formats, mixed_between, value_formats
 from kvfold.kernels.formats import PLANE_WIDTHS, RAW, Format, raw16, uniform
 from kvfold.kernels.packing import TRIT_CHANNELS
@@ -30,6 +32,12 @@ Params = Literal["scale", "scale_min"]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: object, info: ValidationInfo) -> object:
+        refuse_conversion(value, cls.model_fields[info.field_name or ""].annotation is bool)
+        return value
 
 
 class _Side(_Strict):
@@ -189,7 +197,7 @@ class CalibrationRecipe(_Strict):
     texts: Annotated[tuple[Text, ...], Field(min_length=1)] = TEXTS
     general: bool = True
     seq_len: Annotated[int, Field(ge=64)] = 2048
-    spread: Annotated[int, Field(ge=0)] = 0
+    spread: Annotated[int, Field(ge=0, le=1 << 32)] = 0
     graded: bool = True
     sample_tokens: Annotated[int, Field(ge=64)] = 512
 
@@ -207,7 +215,7 @@ class SensitivityRecipe(_Strict):
     """
 
     method: Literal["kl", "first-order"] = "kl"
-    probes: Annotated[int, Field(gt=0)] = 2
+    probes: Annotated[int, Field(gt=0, le=64)] = 2
     num_sequences: Annotated[int, Field(gt=0)] = 3
     seq_len: Annotated[int, Field(ge=64)] = 1024
     stride: Annotated[int, Field(gt=0)] = 4
@@ -226,10 +234,10 @@ class Recipe(_Strict):
             own; 0 for no limit. It binds where all layers choose from the same formats, not where they make their own cuts.
     """
 
-    sinks: Annotated[int, Field(ge=0)] = 64
-    window: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    sinks: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 64
+    window: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | Literal["auto"] = "auto"
     page_tokens: Annotated[int, Field(gt=0, le=1024)] = 32
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     tied: bool = False
     catalogue: bool = True
     pairs: Annotated[int, Field(ge=0)] = DEFAULT_PAIRS
@@ -285,13 +293,18 @@ def load_recipe(recipe: str | Path | None = None, seed: int | None = None) -> Re
     name = DEFAULT if recipe is None else str(recipe)
     try:
         source = _folder().joinpath(f"{name}.yaml") if name in shipped_recipes() else Path(name)
-        data = yaml.safe_load(source.read_text(encoding="utf-8")) or {}
+        data = yaml.load(source.read_text(encoding="utf-8"), Loader)
+        data = {} if data is None else data
     except OSError:
         raise KvfoldError(
             f"Recipe '{name}' cannot be read; give {', '.join(shipped_recipes())} or the path of a YAML file."
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise KvfoldError(f"Recipe '{name}' is not YAML; see recipe.yaml in any artifact for the form.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f" (line {mark.line + 1}: {problem})" if mark and problem else ""
+        raise KvfoldError(
+            f"Recipe '{name}' is not YAML{where}; see recipe.yaml in any artifact for the form."
+        ) from None
     if not isinstance(data, dict):
         raise KvfoldError(f"Recipe '{name}' is not a mapping of options; see recipe.yaml in any artifact for the form.")
     if seed is not None:
@@ -302,6 +315,8 @@ def load_recipe(recipe: str | Path | None = None, seed: int | None = None) -> Re
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the whole"
         reason = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            reason = f"there is no such option{nearest(Recipe, first['loc'])}"
         raise KvfoldError(
             f"Recipe '{name}' is not valid at '{place}': {reason}; see recipe.yaml in any artifact."
         ) from None

@@ -21,6 +21,7 @@ from kvfold.compress.progress import progress, stage
 from kvfold.compress.recipe import LEAST_WINDOW
 from kvfold.compress.sensitivity import Passage, Probe, packing_tap, sensitivities
 from kvfold.compress.tap import NAME as TAP
+from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import Architecture
 from kvfold.kernels import catalogue
@@ -87,6 +88,7 @@ def measure(plan: Plan, work: Path, device: torch.device, statistics: Path | Non
         f"reading {plan.source.name}: {plan.num_layers} layers, {len(plan.sequences)} × {plan.sequences[0].shape[1]} tokens of calibration text"
     )
     model = load_model(plan.source.path, _compute_dtype(plan, device), device, TAP)
+    check_finite(model, plan.source.name)
     stats = calibrate(
         model, plan.arch, plan.sequences, plan.steps, recipe.calibration.sample_tokens, statistics or work
     )
@@ -134,6 +136,22 @@ def search(plan: Plan, work: Path, device: torch.device, statistics: Path | None
     for attention, layer in zip(plan.arch.attention_modules(x.model), layers, strict=True):
         set_parameters(attention, fused_parameters(attention, plan.arch, layer), dtype)
     return Found(layers, together, x.probe.whole_model())
+
+
+@torch.no_grad()
+def check_finite(model: Any, name: str) -> None:
+    """Refuses weights that are no numbers. Rows of an embedding that no text uses may be anything, where they aren't the head's too.
+
+    Raises:
+        KvfoldError: naming the first.
+    """
+    embedding, head = (m and m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()))
+    for key, tensor in model.state_dict().items():
+        apart = embedding is not head and embedding is not None and tensor.data_ptr() == embedding.data_ptr()
+        if tensor.is_floating_point() and not apart and not bool(torch.isfinite(tensor).all()):
+            raise KvfoldError(
+                f"The weight {key} of '{name}' holds NaN or infinity, so nothing can be measured with it; give weights that are whole."
+            )
 
 
 def choose(

@@ -15,6 +15,7 @@ float32, because in bfloat16 the rounding of the rest of the model alone is as l
 """
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -31,6 +32,8 @@ from kvfold.compress.candidates import KeyCandidate, ValueCandidate, is_raw
 from kvfold.compress.layerwise import LayerRunner
 from kvfold.compress.progress import progress
 from kvfold.compress.tap import Tap, attend_as_usual, tapped
+from kvfold.compress.work import kept
+from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import Architecture, logits_of
 from kvfold.exports.spec import KeySpec, ValueSpec, clip_rows
@@ -168,6 +171,11 @@ class Probe:
                 p = logits_of(self.model, base[rows]).log_softmax(-1) if self.base is None else self.base[i][rows]
                 total += float((p.exp() * (p - q)).sum())
             count += len(base)
+        if not math.isfinite(total):
+            raise KvfoldError(
+                "The model's logits are NaN or infinite on the calibration text, so no loss can be measured; check that its weights are "
+                "whole, or compute in float32 (--device cpu)."
+            )
         return max(total / count, 0.0)
 
     def measure(self, layer: int, tap: Tap) -> float:
@@ -285,6 +293,13 @@ def extrapolate(group: Sequence[Candidate], measured: dict[int, float]) -> list[
     return losses
 
 
+def _read_losses(path: Path) -> dict[str, float]:
+    found = json.loads(path.read_text())
+    if not all(isinstance(loss, float) and math.isfinite(loss) for loss in found.values()):
+        raise ValueError("losses are numbers")
+    return found
+
+
 def sensitivities(
     probe: Probe,
     keys: list[list[KeyCandidate]],
@@ -304,7 +319,7 @@ def sensitivities(
         (losses of key candidates, losses of value candidates), one list a layer.
     """
     path = work / "sensitivity.json"
-    found: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+    found = kept(path, _read_losses, {})
     sides: tuple[tuple[str, Sequence[Sequence[Candidate]]], ...] = (("key", keys), ("value", values))
     jobs = [
         (side, layer, c)

@@ -1,5 +1,6 @@
 """Calibration and evaluation text: built in, a text file, or a `datasets` id, cut into seeded sequences of tokens."""
 
+import logging
 import random
 from importlib.resources import files
 from itertools import zip_longest
@@ -12,6 +13,7 @@ from torch import Tensor
 from kvfold.compress.recipe import TEXTS, CalibrationRecipe
 from kvfold.errors import KvfoldError
 
+log = logging.getLogger("kvfold")
 BUILT_IN = tuple(f"{name}.txt" for name in TEXTS)
 GENERAL = (
     "recall.txt",
@@ -22,7 +24,7 @@ GENERAL = (
 )  # beside a text that is given, as many as it takes
 HELD_OUT = "heldout.txt"
 LEAST_TOKENS = 256  # below this there is nothing to calibrate on
-DATASET_CHARS = 4_000_000  # read from a dataset at the most
+MOST_CHARS = 4_000_000  # read of a file or dataset: all of it is tokenised, which takes hundreds of bytes a character
 
 
 def data_text(name: str) -> str:
@@ -45,9 +47,15 @@ def read_documents(source: str | None, default: tuple[str, ...] = BUILT_IN) -> t
     path = Path(source)
     if path.is_file():
         try:
-            text = path.read_text(encoding="utf-8")
+            with open(path, encoding="utf-8") as stream:
+                text = stream.read(MOST_CHARS)
+                more = bool(stream.read(1))
         except UnicodeDecodeError:
             raise KvfoldError(f"Text '{source}' is not UTF-8; give a plain text file.") from None
+        except OSError as error:
+            raise KvfoldError(f"Text '{source}' cannot be read ({error.strerror}); give a file that can.") from None
+        if more:
+            log.warning("of '%s' only the first %d characters are read", source, MOST_CHARS)
         name, documents = path.name, [text]
     elif path.is_dir():
         name, documents = path.resolve().name, ["\n\n".join(_dataset_rows(source))]
@@ -76,7 +84,7 @@ def _dataset_rows(source: str) -> list[str]:
             if isinstance(column, str):
                 texts.append(column)
                 size += len(column)
-            if size > DATASET_CHARS:
+            if size > MOST_CHARS:
                 break
     except Exception as error:  # datasets raises a dozen kinds, offline, missing, gated, broken
         raise KvfoldError(

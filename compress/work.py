@@ -1,18 +1,38 @@
-"""The work folder beside an artifact in the making: what an interrupted run has finished, for `--resume`."""
+"""The work folder beside an artifact in the making: what an interrupted run has finished, for `--resume`.
 
+One run at a time writes there: its mark is locked while it lasts, and the system gives the lock back however the run ends.
+"""
+
+import errno
 import hashlib
 import json
+import logging
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from kvfold.errors import KvfoldError
-from kvfold.exports.writer import is_disk_full
+from kvfold.exports.files import INDEX, WEIGHTS, file_sha256, is_read, read_index
+from kvfold.exports.place import full_disk
 
+try:
+    import fcntl
+except ImportError:  # no POSIX
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger("kvfold")
 MARK = "run.json"
+TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError)
+
+
+class Unfinished(KvfoldError):
+    """The last step was refused, after the search: what was found stays for `--resume`."""
 
 
 def fingerprint(parts: dict) -> str:
@@ -20,26 +40,87 @@ def fingerprint(parts: dict) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def weights_fingerprint(path: Path) -> list[list]:
-    """Name, size and time of each weight file: enough to notice that a model changed between two runs."""
-    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(path.glob("*.safetensors"))]
+def model_fingerprint(path: Path) -> dict[str, str]:
+    """Name → sha256 of each file of a checkpoint that anything is computed from, whatever its time and size say: weights, config.json,
+    generation config, tokenizer, chat templates."""
+    if (path / WEIGHTS).is_file() or not (path / INDEX).is_file():
+        weights = {WEIGHTS}
+    else:
+        weights = set(read_index(path / INDEX).values())
+    names = {p.name for p in path.iterdir() if is_read(p.name) and p.suffix != ".safetensors"} | weights
+    files = [
+        p
+        for name in sorted(names)
+        for p in (sorted((path / name).rglob("*")) if (path / name).is_dir() else [path / name])
+    ]
+    return {p.relative_to(path).as_posix(): file_sha256(p) for p in files if p.is_file()}
 
 
-def _open(out: Path, key: str, resume: bool) -> Path:
-    work = out.with_name(out.name + ".work")
+def kept(path: Path, read: Callable[[Path], Any], default: Any = None) -> Any:
+    """What an earlier run left in a file; where it is not there or can't be read, `default`: then it is computed again."""
+    try:
+        return read(path)
+    except FileNotFoundError:
+        return default
+    except UNREADABLE as error:
+        log.warning("%s cannot be read (%s), so it is computed again", path, type(error).__name__)
+        if path.is_dir():  # it stands in the way
+            shutil.rmtree(path)
+        return default
+
+
+def _lock(mark: Path, out: Path) -> int:
+    """Opens and locks the mark of a run, which appears with it; returns its descriptor, which keeps the lock until it is closed."""
+    while True:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            stream = os.open(mark, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # another run has just ended and removed the folder
+            continue
+        try:
+            if fcntl is not None:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in TAKEN:
+                os.close(stream)
+                raise KvfoldError(
+                    f"Another run is writing '{out}' ('{mark.parent}' is in use); wait for it or choose another --out."
+                ) from None
+            log.warning("'%s' cannot be locked (%s); see to it that no other run writes there", mark, error.strerror)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(mark), os.fstat(stream)):
+                return stream
+        os.close(stream)  # it was removed between the two: take the one that is there now
+
+
+def _open(out: Path, work: Path, key: str, resume: bool) -> int:
     mark = work / MARK
-    if work.exists() and not mark.is_file() and (not work.is_dir() or any(work.iterdir())):
+    if os.path.lexists(work) and not mark.is_file() and (not work.is_dir() or any(work.iterdir())):
         raise KvfoldError(f"'{work}' exists and was not made by kvfold; move it away.")
-    if resume and mark.is_file() and mark.stat().st_size:  # empty: killed before anything was finished
-        if json.loads(mark.read_text())["key"] != key:
-            raise KvfoldError(
-                f"'{work}' belongs to a run with another model, text or options; repeat those or drop --resume."
-            )
-        return work
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    mark.write_text(json.dumps({"key": key}))
-    return work
+    stream = _lock(mark, out)
+    try:
+        text = mark.read_bytes()
+        if resume and text:  # empty: new, or killed before anything was finished
+            try:
+                found = json.loads(text)["key"]
+            except (ValueError, KeyError, TypeError):
+                raise KvfoldError(f"'{mark}' is damaged, so no run can go on with it; drop --resume.") from None
+            if found != key:
+                raise KvfoldError(
+                    f"'{work}' belongs to a run with another model, text or options; repeat those or drop --resume."
+                )
+            return stream
+        for path in work.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path != mark:
+                path.unlink()
+        os.ftruncate(stream, 0)
+        os.pwrite(stream, json.dumps({"key": key}).encode(), 0)
+        return stream
+    except BaseException:
+        os.close(stream)
+        raise
 
 
 @contextmanager
@@ -48,25 +129,29 @@ def work_folder(out: Path, key: str, resume: bool) -> Iterator[Path]:
     is interrupted.
 
     Args:
-        out: the artifact's folder.
+        out: the artifact's folder, resolved.
         key: fingerprint of everything that the intermediate results depend on.
     Raises:
-        KvfoldError: to be resumed, but it belongs to a run with other options; the folder isn't ours; the disk is full.
+        KvfoldError: to be resumed, but it belongs to a run with other options; the folder isn't ours, or another run's; the disk is full.
     """
     made = [parent for parent in out.absolute().parents if not parent.exists()]  # innermost first
-    work = _open(out, key, resume)
+    work = out.with_name(out.name + ".work")
+    lock: int | None = None
     try:
+        lock = _open(out, work, key, resume)
         yield work
-    except (KvfoldError, OSError, SafetensorError) as error:
-        full = is_disk_full(error)
-        if full or isinstance(error, KvfoldError):
+    except Exception as error:
+        full = full_disk(error)
+        if lock is not None and (full or (isinstance(error, KvfoldError) and not isinstance(error, Unfinished))):
             shutil.rmtree(work, ignore_errors=True)
             for parent in made:
                 with suppress(OSError):
                     parent.rmdir()
         if full:
-            raise KvfoldError(
-                f"The disk filled up while making '{out}'; free some space or choose another --out."
-            ) from error
+            raise KvfoldError(f"{full} while making '{out}'; free some space or choose another --out.") from error
         raise
-    shutil.rmtree(work, ignore_errors=True)
+    else:
+        shutil.rmtree(work, ignore_errors=True)
+    finally:
+        if lock is not None:
+            os.close(lock)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import architecture_of
+from kvfold.exports.place import check_output, new_folder
 from kvfold.exports.reader import Artifact
 from kvfold.exports.report import REPORT_NAME
 from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME
-from kvfold.exports.writer import check_output, new_folder
+from kvfold.pretrained import config_from_pretrained
 
 OURS = {METADATA_NAME, TENSORS_NAME, REPORT_NAME, "recipe.yaml", "README.md"}  # of no use to an engine
 INDEX = "model.safetensors.index.json"
@@ -38,9 +39,7 @@ def attention_names(artifact: Artifact) -> list[str]:
     Raises:
         KvfoldError: a family whose attention modules are called something else.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(artifact.path)
+    config = config_from_pretrained(artifact.path)
     arch = architecture_of(config)
     if (arch.layers, arch.attention) != ("model.layers", "self_attn"):
         raise KvfoldError(

@@ -1,7 +1,7 @@
 """Reads and checks an artifact."""
 
-import hashlib
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,17 @@ from torch import Tensor
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, cache_nbytes, stepped_nbytes
-from kvfold.exports.architectures import head_dim_of, num_kv_heads_of, sliding_windows_of
-from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME, Metadata, SideModel, parse_metadata
+from kvfold.exports.architectures import architecture_of, head_dim_of, num_kv_heads_of, sliding_windows_of
+from kvfold.exports.files import AGAIN, check_files, file_sha256, signed_files
+from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME, Metadata, SideModel, dump_metadata, parse_metadata
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format
+from kvfold.pretrained import config_from_pretrained, reason_of
 
-AGAIN = "the artifact is damaged, write or download it again"
+__all__ = [
+    "Artifact", "check_artifact", "file_sha256", "is_artifact", "read_artifact", "read_metadata", "tensor_shapes", "update_artifact",
+]  # fmt: skip
+MOST_NBYTES = 16 << 20  # of kv_cache.json; a thousand layers take a tenth
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,6 @@ def is_artifact(path: Path) -> bool:
     return (path / METADATA_NAME).is_file()
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def read_metadata(path: Path) -> Metadata:
     """kv_cache.json of an artifact's folder, without looking at the tensors.
 
@@ -60,6 +59,8 @@ def read_metadata(path: Path) -> Metadata:
         raise KvfoldError(
             f"'{path}' holds no {METADATA_NAME}, so it is not an artifact; give a folder that `kvfold compress` wrote."
         )
+    if (path / METADATA_NAME).stat().st_size > MOST_NBYTES:
+        raise KvfoldError(f"{METADATA_NAME} in '{path}' has more than {MOST_NBYTES >> 20} MiB; {AGAIN}.")
     try:
         text = (path / METADATA_NAME).read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -68,14 +69,18 @@ def read_metadata(path: Path) -> Metadata:
 
 
 def read_artifact(path: Path | str) -> Artifact:
-    """Reads an artifact and checks all of it: hashes, schema, tensors, the account, the model's shape.
+    """Reads an artifact and checks all of it: hashes, schema, weights, tensors, the account, the model's shape.
 
     Raises:
         KvfoldError: what is wrong with it, in one sentence.
     """
     path = Path(path)
-    metadata = read_metadata(path)
-    _check_files(path, metadata)
+    return check_artifact(path, read_metadata(path))
+
+
+def check_artifact(path: Path, metadata: Metadata) -> Artifact:
+    """`read_artifact` of a folder whose kv_cache.json says `metadata`, or is to say it."""
+    check_files(path, metadata.files)
     _check_config(path, metadata)
     specs = _read_specs(path / TENSORS_NAME, metadata)
     account = metadata.account
@@ -87,34 +92,47 @@ def read_artifact(path: Path | str) -> Artifact:
     return Artifact(path, metadata, specs)
 
 
-def _check_files(path: Path, metadata: Metadata) -> None:
-    for name in ("config.json", TENSORS_NAME):
-        if name not in metadata.files:
-            raise KvfoldError(f"{METADATA_NAME} in '{path}' lists no sha256 of {name}; {AGAIN}.")
-    for name, digest in metadata.files.items():
-        if Path(name).name != name:
+def update_artifact(path: Path) -> list[str]:
+    """Signs an artifact after an edit: lists the hashes of its files as they are now, once all else is valid.
+
+    Returns:
+        Names of the files that were changed, added or removed.
+    Raises:
+        KvfoldError: what would still be wrong; nothing is written then.
+    """
+    old = read_metadata(path)
+    files = signed_files(path, old.files)
+    changed = sorted(name for name in {*files, *old.files} if files.get(name) != old.files.get(name))
+    metadata = old.model_copy(update={"files": files})
+    check_artifact(path, metadata)
+    if changed:
+        scratch = path / f"{METADATA_NAME}.part"
+        try:
+            scratch.write_text(dump_metadata(metadata), encoding="utf-8")
+            os.replace(scratch, path / METADATA_NAME)
+        except OSError as error:
+            scratch.unlink(missing_ok=True)
             raise KvfoldError(
-                f"{METADATA_NAME} lists the file '{name}', but an artifact's files lie side by side; {AGAIN}."
-            )
-        if not (path / name).is_file():
-            raise KvfoldError(f"'{path}' lacks {name}; {AGAIN}.")
-        if file_sha256(path / name) != digest:
-            raise KvfoldError(f"{name} in '{path}' does not match its sha256 in {METADATA_NAME}; {AGAIN}.")
-    unlisted = sorted(p.name for p in path.glob("*.safetensors") if p.name not in metadata.files)
-    if unlisted:
-        raise KvfoldError(f"'{path}' holds {unlisted[0]}, which {METADATA_NAME} does not list; remove it.")
+                f"'{path / METADATA_NAME}' cannot be written ({error.strerror}); sign a copy of the artifact that you may write to."
+            ) from None
+    return changed
 
 
 def _check_config(path: Path, metadata: Metadata) -> None:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path)
-    cache = metadata.cache
-    if cache.sliding and tuple(cache.sliding) != sliding_windows_of(config):
+    config = config_from_pretrained(path)
+    architecture_of(config)
+    try:
+        windows = sliding_windows_of(config)
+        found = (config.num_hidden_layers, config.num_attention_heads, num_kv_heads_of(config), head_dim_of(config))
+    except Exception as error:  # fields of the right names that hold anything
         raise KvfoldError(
-            f"config.json has sliding windows {sliding_windows_of(config)}, but {METADATA_NAME} {tuple(cache.sliding)}; {AGAIN}."
+            f"config.json in '{path}' does not describe a model ({type(error).__name__}: {reason_of(error)}); {AGAIN}."
+        ) from error
+    cache = metadata.cache
+    if cache.sliding and tuple(cache.sliding) != windows:
+        raise KvfoldError(
+            f"config.json has sliding windows {windows}, but {METADATA_NAME} {tuple(cache.sliding)}; {AGAIN}."
         )
-    found = (config.num_hidden_layers, config.num_attention_heads, num_kv_heads_of(config), head_dim_of(config))
     stated = (cache.num_layers, cache.num_heads, cache.num_kv_heads, cache.head_dim)
     if found != stated:
         raise KvfoldError(

@@ -17,8 +17,14 @@ MEAN_VERSION = 3  # a rotating mean of keys: `frequencies` beside `offset`; cach
 METADATA_NAME = "kv_cache.json"
 TENSORS_NAME = "kv_cache.safetensors"
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(gt=0)]
+MOST_TOKENS = 1 << 24  # of sinks and window, which are allocated whole
+MOST_PAGE_TOKENS = 1024
+MOST_LAYERS = 1000
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Positive = Annotated[int, Field(gt=0, lt=1 << 63)]
+Layers = Annotated[int, Field(gt=0, le=MOST_LAYERS)]
+RawTokens = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
+PageTokens = Annotated[int, Field(gt=0, le=MOST_PAGE_TOKENS)]
 Bits = Annotated[float, Field(ge=0, le=64)]
 Loss = Annotated[float, Field(ge=0)]
 
@@ -62,13 +68,13 @@ class CacheModel(Strict):
     `sliding`: of each layer, 0 for none; from SLIDING_VERSION on, where one layer slides at least, else empty.
     """
 
-    num_layers: Positive
+    num_layers: Layers
     num_heads: Positive
     num_kv_heads: Positive
     head_dim: Positive
-    sinks: Count
-    window: Count
-    page_tokens: Positive
+    sinks: RawTokens
+    window: RawTokens
+    page_tokens: PageTokens
     sliding: list[Count] = Field(default_factory=list)
 
     @model_serializer(mode="wrap")
@@ -88,7 +94,7 @@ class AccountModel(Strict):
     page_bytes: Count
     raw_bytes: Count
     table_bytes: Count
-    bytes_at: dict[str, Positive]
+    bytes_at: Annotated[dict[str, Positive], Field(max_length=64)]
     effective_bits: Annotated[float, Field(ge=0)]  # of a short sequence, hundreds: the 16-bit rows are allocated whole
     payload_bits: Bits
 
@@ -133,7 +139,7 @@ class Metadata(Strict):
     def _consistent(self) -> "Metadata":
         if len(self.layers) != self.cache.num_layers:
             raise ValueError(f"{len(self.layers)} layers are listed, but num_layers is {self.cache.num_layers}")
-        if not all(length.isascii() and length.isdecimal() for length in self.account.bytes_at):
+        if not all(n.isascii() and n.isdecimal() and len(n) < 19 and int(n) > 0 for n in self.account.bytes_at):
             raise ValueError("account.bytes_at has a key that is no number of tokens")
         if self.cache.page_tokens % FIELDS:
             raise ValueError(f"page_tokens is {self.cache.page_tokens}, but a page is a multiple of {FIELDS} tokens")
@@ -209,7 +215,8 @@ def parse_metadata(text: str, name: str = METADATA_NAME) -> Metadata:
     """
     try:
         data = json.loads(text)
-    except ValueError as error:
+        json.dumps(data, ensure_ascii=False).encode()  # half of a surrogate pair is no text: nothing could print it
+    except (ValueError, RecursionError) as error:
         raise KvfoldError(
             f"{name} is not JSON ({error}); the artifact is damaged, write or download it again."
         ) from None

@@ -24,6 +24,11 @@ def parse_nbytes(value: int | str) -> int:
     return nbytes
 
 
+def printable(text: str) -> str:
+    """A text for a terminal: what would move its cursor, change its colours or can't be encoded is shown as an escape."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def format_nbytes(nbytes: int) -> str:
     """A byte count for people: 1536 → "1.5 KiB"."""
     size = float(nbytes)

@@ -1,92 +1,21 @@
 """Writes an artifact: beside its place, checked by reading it back, then renamed, so that it is there whole or not at all."""
 
-import errno
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from kvfold.errors import KvfoldError
 from kvfold.exports.card import CARD_NAME, Base, model_card
+from kvfold.exports.place import open_to_readers, put_in_place, resolve_output
 from kvfold.exports.plots import draw_plots
-from kvfold.exports.reader import Artifact, file_sha256, is_artifact, read_artifact
+from kvfold.exports.reader import Artifact, file_sha256, read_artifact
 from kvfold.exports.report import REPORT_NAME, report_html
 from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME, Metadata, dump_metadata
 from kvfold.exports.spec import LayerSpec
-from kvfold.exports.units import format_nbytes
 
 UNHASHED = {METADATA_NAME, CARD_NAME, REPORT_NAME}  # people edit the card, `kvfold report` adds measured rows
-
-
-def check_output(out: Path, need_nbytes: int) -> None:
-    """Refuses a place that an artifact can't or shouldn't go.
-
-    Args:
-        need_nbytes: bytes that the run will write beside it.
-    Raises:
-        KvfoldError: something else is there, the parent isn't writable, or the disk is too full.
-    """
-    if out.name in ("", ".."):
-        raise KvfoldError(
-            f"Output '{out}' has no name of its own; name the artifact's folder, for example '{out / 'artifact'}'."
-        )
-    if out.exists() and not out.is_dir():
-        raise KvfoldError(f"Output '{out}' is a file, but an artifact is a folder; choose another --out.")
-    if out.is_dir() and any(out.iterdir()) and not is_artifact(out):
-        raise KvfoldError(f"Output '{out}' exists and is not an artifact; choose another --out or empty it.")
-    parent = out.resolve().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise KvfoldError(f"Output '{out}' cannot be written, since '{parent}' is a file; choose another --out.")
-    if not os.access(parent, os.W_OK):
-        raise KvfoldError(
-            f"Output '{out}' cannot be written, since '{parent}' is read-only for this user; choose another --out."
-        )
-    free = shutil.disk_usage(parent).free
-    if free < need_nbytes:
-        raise KvfoldError(
-            f"Output '{out}' needs {format_nbytes(need_nbytes)} of disk space while it is made, but {format_nbytes(free)} are free; "
-            "free some or choose another --out."
-        )
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says that no space is left; safetensors raises its own kind, with the system's number in the text."""
-    if isinstance(error, SafetensorError):
-        return f"os error {errno.ENOSPC}" in str(error)
-    return isinstance(error, OSError) and error.errno == errno.ENOSPC
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out`, to be filled; it becomes `out`, which must not exist or be empty, when the block ends well.
-
-    Raises:
-        KvfoldError: the disk filled up; nothing is left behind.
-    """
-    scratch = out.with_name(out.name + ".partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        scratch.mkdir(parents=True)
-        yield scratch
-        _open_to_readers(scratch)
-        if out.is_dir():
-            out.rmdir()
-        os.replace(scratch, out)
-    except OSError as error:
-        if is_disk_full(error):
-            raise KvfoldError(
-                f"The disk filled up while making '{out}'; free some space or choose another folder."
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_tensors(path: Path, specs: list[LayerSpec]) -> None:
@@ -130,14 +59,14 @@ def write_artifact(
         recipe: recipe.yaml's text.
         base: what the card says of the base model.
     Raises:
-        OSError, SafetensorError: what the system says, e.g. a full disk (`is_disk_full`); nothing is left behind.
+        OSError, SafetensorError: what the system says, e.g. a full disk (`full_disk`); nothing is left behind.
     """
 
     def fill(folder: Path) -> None:
         save_model(folder)
         write_tensors(folder / TENSORS_NAME, specs)
         (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
-        write_card(folder, metadata, out.name, base or Base())
+        write_card(folder, metadata, resolve_output(out).name, base or Base())
 
     return install(out, metadata, fill)
 
@@ -150,6 +79,7 @@ def install(out: Path, metadata: Metadata, fill: Callable[[Path], None]) -> Arti
         metadata: complete but for `files`.
         fill: writes every other file into the folder that it is given.
     """
+    out = resolve_output(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.with_name(out.name + ".partial")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -160,25 +90,8 @@ def install(out: Path, metadata: Metadata, fill: Callable[[Path], None]) -> Arti
         complete = metadata.model_copy(update={"files": files})
         (scratch / METADATA_NAME).write_text(dump_metadata(complete), encoding="utf-8")
         read_artifact(scratch)
-        _open_to_readers(scratch)
-        _swap(scratch, out)
+        open_to_readers(scratch)
+        put_in_place(scratch, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return read_artifact(out)
-
-
-def _open_to_readers(folder: Path) -> None:
-    """Gives every file the rights that a new file has here; safetensors' are for their owner alone."""
-    allowed = folder.stat().st_mode & 0o666
-    for path in folder.iterdir():
-        path.chmod(allowed)
-
-
-def _swap(scratch: Path, out: Path) -> None:
-    """Puts the finished folder in its place; an older artifact there goes only then."""
-    old = out.with_name(out.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        os.replace(out, old)
-    os.replace(scratch, out)
-    shutil.rmtree(old, ignore_errors=True)

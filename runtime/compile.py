@@ -18,6 +18,7 @@ from kvfold.exports.reader import read_metadata, tensor_shapes
 from kvfold.exports.schema import Metadata
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.launch import Launch, noting
+from kvfold.pretrained import config_from_pretrained
 
 log = logging.getLogger("kvfold")
 AMPLE = 1 << 40  # bytes
@@ -236,9 +237,7 @@ def read_kinds(folder: Path, dtype: torch.dtype | None) -> Model:
     Args:
         dtype: of activations; default: of the weights.
     """
-    from transformers import AutoConfig
-
-    metadata, config = read_metadata(folder), AutoConfig.from_pretrained(folder)
+    metadata, config = read_metadata(folder), config_from_pretrained(folder)
     kinds = kinds_of([placeholder(metadata, i) for i in range(metadata.cache.num_layers)], config)
     dtype = dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
     return Model(kinds, metadata.geometry, metadata.cache.num_heads, dtype)

@@ -1,5 +1,6 @@
 """`load_pretrained`: an artifact, local or on the Hub, as a transformers model that reads back a packed cache."""
 
+import inspect
 import logging
 import types
 from collections.abc import Iterator
@@ -13,18 +14,19 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from kvfold.autoclass import stock_from_pretrained
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import batch_nbytes
 from kvfold.exports.reader import Artifact, read_artifact, read_metadata
 from kvfold.exports.schema import Metadata
 from kvfold.exports.units import parse_nbytes
+from kvfold.pretrained import is_out_of_memory, reason_of, stock_from_pretrained
 from kvfold.runtime.ahead import begin_ahead
 from kvfold.runtime.assisted import hook_assisted, own_drafts
 from kvfold.runtime.cache import QuantizedKVCache
 from kvfold.runtime.compile import begin_folder, compiling
 from kvfold.runtime.graph import Decoding, DecodingStep, decode_by
 from kvfold.runtime.lower import check
+from kvfold.runtime.options import HUB, check_names, device_of, device_of_map, dtype_of
 from kvfold.runtime.pager import Pager
 from kvfold.runtime.policy import Progressive
 
@@ -57,7 +59,7 @@ def load_pretrained(
     path_or_repo_id: str | Path,
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     kv_budget: int | str | None = None,
     policy: str = "floor",
@@ -66,6 +68,9 @@ def load_pretrained(
     cuda_graph: bool | str = "auto",
     rollback: int = 0,
     batch_invariant: bool = False,
+    torch_dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    trust_remote_code: bool | None = None,
     **hub_kwargs: Any,
 ) -> "PreTrainedModel":
     """Loads an artifact as a transformers model in eval mode whose every forward pass reads a packed cache.
@@ -73,8 +78,8 @@ def load_pretrained(
     Args:
         path_or_repo_id: an artifact's folder, or a Hub id.
         device: default: CUDA if there is one, else the CPU.
-        dtype: of weights and activations; default: the checkpoint's own, but float32 on a CPU, where decoding in bfloat16
-            is an order of magnitude slower.
+        dtype: of weights and activations, a type or its name; "auto" is the checkpoint's own, and so is the default, but float32 on a
+            CPU, where decoding in bfloat16 is an order of magnitude slower.
         revision: of the Hub repository.
         kv_budget: bytes ("1GiB" or an int) that a cache may never pass; KVBudgetExceeded is raised before it would. With offload,
             bytes on the device.
@@ -95,13 +100,22 @@ def load_pretrained(
         batch_invariant: attention gives a sequence the same bits in whatever batch it is decoded: the kernels divide its pages
             by its own length alone, 1024 tokens to a program: too few programs for a short sequence alone, and more than fit at
             once for a large batch. The model's matrix products remain their library's.
+        torch_dtype, device_map: as transformers calls `dtype` and, where it names one device, `device`.
+        trust_remote_code: taken for scripts that pass it to everything; an artifact has no code, and none is run.
         hub_kwargs: for huggingface_hub.snapshot_download, e.g. `token`, `cache_dir`, `local_files_only`.
     Returns:
         A PreTrainedModel; `generate`, `model(ids)` and chunked calls read quantised keys and values back.
         `outputs.past_key_values` is a QuantizedKVCache; `model.new_kv_cache()` gives an empty one to pass and to watch.
     Raises:
-        KvfoldError: not an artifact, a damaged one, or an option that does not exist.
+        KvfoldError: not an artifact, a damaged one, or a value that an option does not have.
+        TypeError: an option that does not exist, or that transformers has and kvfold cannot follow.
     """
+    known = inspect.signature(load_pretrained).parameters
+    check_names("load_pretrained", hub_kwargs, (HUB | set(known)) - {"path_or_repo_id", "hub_kwargs"})
+    for both in (("dtype", dtype, "torch_dtype", torch_dtype), ("device", device, "device_map", device_map)):
+        if both[1] is not None and both[3] is not None:
+            raise TypeError(f"load_pretrained() got both {both[0]} and {both[2]}, which mean the same; give one.")
+    dtype = dtype_of("torch_dtype", torch_dtype) if dtype is None else dtype_of("dtype", dtype)
     if policy not in ("floor", "progressive"):
         raise KvfoldError(f"policy '{policy}' is not one this version knows; use 'floor' or 'progressive'.")
     progressive = policy == "progressive"
@@ -130,11 +144,14 @@ def load_pretrained(
     if isinstance(rollback, bool) or not isinstance(rollback, int) or rollback < 0:
         raise KvfoldError(f"rollback={rollback!r} is not a number of tokens; give 0 or more.")
     budget = None if kv_budget is None else parse_nbytes(kv_budget)
-    folder = resolve_artifact(path_or_repo_id, revision, **hub_kwargs)
-    target = torch.device(device) if device is not None else default_device()
+    target = device_of(device) if device is not None else default_device()
+    if device_map is not None:
+        target = device_of_map(device_map, target)
+    folder = resolve_artifact(path_or_repo_id, revision, **{k: v for k, v in hub_kwargs.items() if k in HUB})
     triton = choose_triton(attention, target, read_metadata(folder))
     # compiled while the weights are read
-    kernels = begin_folder(folder, target, dtype, progressive) if triton else None
+    computed = dtype if isinstance(dtype, torch.dtype) else None
+    kernels = begin_folder(folder, target, computed, progressive) if triton else None
     artifact = read_artifact(folder)
     g = artifact.geometry
     ladders = progressive_policy(artifact) if progressive else None
@@ -147,12 +164,11 @@ def load_pretrained(
                 f"kv_budget={kv_budget} is too small: sinks, window and one page take {least} bytes; give at least that."
             )
     dtype = dtype or default_dtype(target)
-    model, info = stock_from_pretrained(artifact.path, dtype=dtype or "auto", output_loading_info=True)
-    check_complete(info, artifact)
+    model = read_model(artifact, dtype or "auto")
     model = model.to(target)
     triton = kernels is not None and kernels.usable(required=attention == "triton")
     if triton:
-        begin_ahead(folder, target, dtype, progressive)
+        begin_ahead(folder, target, computed, progressive)
     if cuda_graph is True and not (triton and target.type == "cuda"):
         raise KvfoldError(
             f"cuda_graph=True needs a CUDA device and the Triton kernels, but this is {target}; leave it out."
@@ -162,6 +178,37 @@ def load_pretrained(
         model, artifact, budget, triton, cuda_graph, rollback=rollback, batch_invariant=batch_invariant, policy=ladders,
         offload=offload,
     )  # fmt: skip
+
+
+def read_model(artifact: Artifact, dtype: torch.dtype | str, **placement: Any) -> Any:
+    """The plain model of a checked artifact, complete.
+
+    Args:
+        placement: e.g. `device_map="meta"`, to see whether all fits without reading the weights.
+    Raises:
+        KvfoldError: its config.json and its weights don't make one, or there is too little memory.
+    """
+    try:
+        model, info = stock_from_pretrained(
+            artifact.path,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the report names them, the error doesn't
+            **placement,
+        )
+    except KvfoldError:
+        raise
+    except Exception as error:  # a config.json whose fields have the right names can hold anything
+        if is_out_of_memory(error):
+            raise KvfoldError(
+                f"There is too little memory to load '{artifact.path}' ({reason_of(error)}); free some, or choose a smaller model."
+            ) from error
+        raise KvfoldError(
+            f"config.json and the weights in '{artifact.path}' make no model ({type(error).__name__}: {reason_of(error)}); write or "
+            "download the artifact again."
+        ) from error
+    check_complete(info, artifact)
+    return model
 
 
 def progressive_policy(artifact: Artifact) -> Progressive:
@@ -184,6 +231,11 @@ def check_complete(info: Any, artifact: Artifact) -> None:
     """Refuses weights that transformers filled with random numbers; `info`: its output_loading_info."""
     if absent := sorted(info["missing_keys"]):
         raise KvfoldError(f"'{artifact.path}' lacks the weight {absent[0]}; write or download the artifact again.")
+    if other := sorted(info["mismatched_keys"], key=str):
+        name = other[0][0] if isinstance(other[0], tuple) else other[0]
+        raise KvfoldError(
+            f"The weight {name} in '{artifact.path}' has not the shape that config.json gives it; write or download the artifact again."
+        )
 
 
 def choose_triton(attention: str, device: torch.device, artifact: Artifact | Metadata) -> bool:
@@ -253,17 +305,21 @@ def attach(
         return cache
 
     def prepare_cache(self, generation_config, model_kwargs, mode, batch_size, max_length, *args, **kwargs) -> None:
-        find_cache(generation_config, model_kwargs)
+        find_cache(generation_config, model_kwargs, self.generation_config)
         cache = model_kwargs.get("past_key_values")
         if getattr(generation_config, "is_assistant", False) and isinstance(cache, QuantizedKVCache):
             cache.extend_rollback(own_drafts(generation_config))
 
-    def find_cache(generation_config, model_kwargs) -> None:
+    def find_cache(generation_config, model_kwargs, stated) -> None:
         if model_kwargs.get("past_key_values") is not None:
             model_kwargs["past_key_values"]._is_user_defined = True
             return
         wanted = generation_config.cache_implementation
-        if wanted not in (None, "dynamic"):
+        if wanted not in (
+            None,
+            "dynamic",
+            stated.cache_implementation,
+        ):  # generation_config.json may be the base model's
             raise KvfoldError(
                 f"cache_implementation='{wanted}' names another cache, but this model brings its own packed one; "
                 "leave cache_implementation out, or pass past_key_values."

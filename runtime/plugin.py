@@ -1,17 +1,25 @@
 """What `AutoModelForCausalLM.from_pretrained` does once kvfold is imported (kvfold/autoclass.py)."""
 
+import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from kvfold.exports.reader import is_artifact, read_artifact, read_metadata
-from kvfold.exports.schema import METADATA_NAME
+from kvfold.exports.reader import read_artifact, read_metadata
+from kvfold.pretrained import code_free
 from kvfold.runtime.compile import begin_folder, compiling
-from kvfold.runtime.load import attach, check_complete, choose_triton, default_device, default_dtype, resolve_artifact
+from kvfold.runtime.load import (
+    attach,
+    check_complete,
+    choose_triton,
+    default_device,
+    default_dtype,
+    load_pretrained,
+    resolve_artifact,
+)
+from kvfold.runtime.locate import locate
+from kvfold.runtime.options import HUB, PASSED_ON, REFUSED, check_names, dtype_of
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
@@ -25,23 +33,38 @@ def load_if_artifact(stock: Callable[..., Any], name: Any, *args: Any, **kwargs:
         name, args, kwargs: what it was called with. Where neither `device_map` nor `dtype` is given, load_pretrained's defaults hold;
             what is given means what it means to transformers.
     Raises:
-        KvfoldError: a damaged artifact.
+        KvfoldError: a damaged artifact, or one that needs code of its own.
+        TypeError: an option that an artifact can't follow.
     """
-    hub = {option: kwargs[option] for option in HUB_OPTIONS if kwargs.get(option) is not None}
-    if kwargs.get("subfolder") or not _names_artifact(name, hub):
+    if kwargs.get("subfolder") or kwargs.get("gguf_file"):
         return stock(name, *args, **kwargs)
+    hub = {option: kwargs[option] for option in HUB_OPTIONS if kwargs.get(option) is not None}
+    artifact_there, revision = locate(name, hub)
+    if revision is not None:
+        hub["revision"] = kwargs["revision"] = revision
+    if not artifact_there:
+        return stock(name, *args, **kwargs)
+    given = {
+        option: value for option, value in kwargs.items() if not option.startswith("_")
+    }  # of pipelines, for themselves
+    known = {*PASSED_ON, *HUB_OPTIONS, "trust_remote_code"}
+    check_names("from_pretrained", given, known, (HUB | set(inspect.signature(load_pretrained).parameters)) - known)
     folder = resolve_artifact(name, **hub)
-    options = {option: value for option, value in kwargs.items() if option not in HUB_OPTIONS}
+    options = {option: value for option, value in kwargs.items() if option not in HUB_OPTIONS and option not in REFUSED}
     wants_info = options.pop("output_loading_info", False)
     device = None if options.get("device_map") is not None else default_device()
-    if options.get("dtype") is None and options.get("torch_dtype") is None:
+    dtype = options.get("dtype") if options.get("dtype") is not None else options.get("torch_dtype")
+    if dtype is None:
         options["dtype"] = default_dtype(device) or "auto"
+    else:
+        dtype_of("dtype", dtype)
     kernels = None
     if device is not None and choose_triton("auto", device, read_metadata(folder)):
-        given = options.get("dtype") or options.get("torch_dtype")
-        kernels = begin_folder(folder, device, given if isinstance(given, torch.dtype) else None, False)
+        known_dtype = dtype_of("dtype", options.get("dtype") or options.get("torch_dtype"))
+        kernels = begin_folder(folder, device, known_dtype if isinstance(known_dtype, torch.dtype) else None, False)
     artifact = read_artifact(folder)
-    model, info = stock(artifact.path, *args, **options, output_loading_info=True)
+    options["ignore_mismatched_sizes"] = True  # the report names them, the error doesn't
+    model, info = code_free(stock, artifact.path, *args, **options, output_loading_info=True)
     check_complete(info, artifact)
     model = model if device is None else model.to(device)
     triton = choose_triton("auto", model.device, artifact)
@@ -50,14 +73,3 @@ def load_if_artifact(stock: Callable[..., Any], name: Any, *args: Any, **kwargs:
         triton = kernels.usable(required=False)
     model = attach(model, artifact, triton=triton)
     return (model, info) if wants_info else model
-
-
-def _names_artifact(name: Any, hub: dict[str, Any]) -> bool:
-    """Whether a folder or a Hub repository is an artifact; of the latter only kv_cache.json is asked for."""
-    try:
-        if Path(name).is_dir():
-            return is_artifact(Path(name))
-        hf_hub_download(str(name), METADATA_NAME, **hub)
-        return True
-    except (HfHubHTTPError, HFValidationError, OSError, TypeError, ValueError):
-        return False  # not there, or not to be reached: what transformers says of it is the better message

@@ -1,81 +1,23 @@
 """Bad input gets exit code 2 and one sentence that names the value, and leaves nothing behind."""
 
 import errno
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from collections import namedtuple
-from pathlib import Path
 
 import pytest
 import torch
+from refusals import check_refusal, checkpoint, edit_config, kvfold, refused  # noqa: F401  (fixtures)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import BloomConfig, DeepseekV3Config
 
 from kvfold.compress import calibrate
-from kvfold.compress.cli import main
 from kvfold.exports import writer
 from kvfold.exports.reader import read_artifact
-
-STAGES = tuple(f"kvfold: {word}" for word in ("finding the model", "reading ", "measuring all", "writing and checking"))
-
-
-def listing(folder: Path) -> set[tuple[str, int]]:
-    return {(str(p), p.stat().st_size if p.is_file() else 0) for p in folder.rglob("*")}
-
-
-@pytest.fixture
-def kvfold(monkeypatch, capsys):
-    """Runs the command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*args) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kvfold", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return stop.value.code or 0, *capsys.readouterr()
-
-    return run
-
-
-def check_refusal(code: int, out: str, err: str, *words: object) -> str:
-    """One sentence after the stage lines, nothing on stdout; returns the sentence."""
-    assert (code, out) == (2, "")
-    assert "Traceback" not in err
-    *stages, last = [line for line in err.splitlines() if line and "it/s]" not in line]
-    assert last.startswith("kvfold: ")
-    assert all(line.startswith(STAGES) for line in stages), err
-    for word in words:
-        assert str(word) in last, last
-    return last
-
-
-@pytest.fixture
-def refused(kvfold, tmp_path, tiny_folder, text_file, recipe_file):
-    """Runs `compress` with options that replace good ones, and checks the refusal and that the folder is as before."""
-
-    def run(*words: object, **options: object) -> str:
-        out = tmp_path / "out"
-        good = {"budget": "4.0", "out": out, "calib": text_file, "recipe": recipe_file}
-        model = options.pop("model", tiny_folder)
-        flags = [f"--{name}={value}" for name, value in {**good, **options}.items()]
-        before = listing(tmp_path)
-        last = check_refusal(*kvfold("compress", model, *flags), *words)
-        assert listing(tmp_path) == before
-        return last
-
-    return run
-
-
-@pytest.fixture
-def checkpoint(tmp_path, tiny_folder) -> Path:
-    """A copy of the tiny checkpoint, to be damaged."""
-    return shutil.copytree(tiny_folder, tmp_path / "model")
-
 
 # -- model
 
@@ -132,12 +74,6 @@ def test_weights_that_do_not_fit(refused, checkpoint, fault):
         tensors[name] = torch.zeros(8, 64, dtype=torch.bfloat16)
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     refused("k_proj.weight", fault, model=checkpoint)
-
-
-def edit_config(folder: Path, **fields) -> Path:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **fields}))
-    return folder
 
 
 @pytest.mark.parametrize(("config", "reason"), [(DeepseekV3Config, "MLA"), (BloomConfig, "ALiBi")])
@@ -227,6 +163,11 @@ def test_text_that_is_not_there(refused, calib):
 @pytest.mark.parametrize(
     ("content", "word"),
     [("windw: 3", "windw"), ("key: {bit: [1]}", "key.bit"), ("page_tokens: 12", "page_tokens"), ("sinks: -1", "sinks"),
+     ("windw: 3", "did you mean 'window'?"), ("sensitivity: {probe: 3}", "'probes'"), ("calibration: {xyzzy: 3}", "seq_len"),
+     ("sinks: true", "true"), ("sinks: '3'", "without quotes"), ("window: '24'", "without quotes"), ("sinks: 1:30", "1:30"),
+     ("key: {levels: [4, '16']}", "'16'"), ("key: {clip: 'yes'}", "key.clip"), ("sinks: 3\nsinks: 4", "'sinks' is there twice"), ("[]", "mapping"),
+     ("[" * 5000, "YAML"), ("sensitivity: {probes: 1000000000}", "probes"), (f"seed: {10**29}", "seed"), (f"sinks: {10**12}", "sinks"),
+     (f"calibration: {{spread: {10**24}}}", "spread"), ("page_tokens: 10000", "page_tokens"), ("tied: 1", "neither true nor false"),
      ("a: [", "YAML"), ("- 1", "mapping"), ("key: {transform: magic}", "key.transform"), (None, "cannot be read")],
 )  # fmt: skip
 def test_recipe(refused, tmp_path, content, word):

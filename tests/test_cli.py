@@ -1,7 +1,11 @@
 """The commands: what they print, where, and in what form."""
 
+import errno
+import io
 import json
 import math
+import os
+import shutil
 import sys
 from collections import Counter
 
@@ -10,7 +14,9 @@ import yaml
 
 from kvfold import KvfoldError
 from kvfold.compress.cli import describe, main
+from kvfold.compress.progress import print_anything
 from kvfold.exports.reader import read_artifact, read_metadata
+from kvfold.exports.schema import dump_metadata
 
 SIDE = {"format", "payload_bits", "transforms"}
 INSPECT = {"format_version", "at", "bytes", "effective_bits", "payload_bits", "layers"}
@@ -185,3 +191,67 @@ def test_generate(kvfold, tiny_artifact):
     warm = ["--max-new-tokens", 24, "--temperature", 2, "--seed"]
     sampled = [kvfold("generate", tiny_artifact, "--prompt", prompt, *warm, seed)[0] for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+def renamed(folder, model: str):
+    """An artifact that states another model's name."""
+    metadata = read_metadata(folder)
+    provenance = metadata.provenance.model_copy(update={"model": model})
+    (folder / "kv_cache.json").write_text(dump_metadata(metadata.model_copy(update={"provenance": provenance})))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", ["a [/bold] b", "[v2] [red]x[/red]", "\x1b[31mred\x1b[0m", "two\nlines", "\u202eright to left", "模型 é"]
+)
+def test_names_are_printed_as_they_are(kvfold, tmp_path, tiny_artifact, name):
+    """No markup is read out of them, and nothing reaches the terminal that would move its cursor or change its colours."""
+    folder = renamed(shutil.copytree(tiny_artifact, tmp_path / "artifact"), name)
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+    assert kvfold("inspect", folder)[0].splitlines()[0].startswith(f"{shown}: one sequence of ")
+    assert f"a valid artifact of {shown}, " in kvfold("validate", folder)[0]
+    assert json.loads(kvfold("inspect", folder, "--json")[0])["model"] == name
+
+
+def test_sentences_move_no_cursor(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["validate", "no\x1b[2Jsuch"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "\x1b" not in err and r"'no\x1b[2Jsuch'" in err
+
+
+def test_stdout_that_is_closed(monkeypatch, tiny_artifact):
+    for args in (["inspect", str(tiny_artifact)], ["validate", str(tiny_artifact)]):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr(sys, "stdout", None)
+            main(args)
+        assert not stop.value.code
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_stdout_that_is_full(monkeypatch, capsys, tiny_artifact, number):
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(number, "full")
+
+    calls: list[tuple] = []
+    monkeypatch.setattr(os, "dup2", lambda *args: calls.append(args))
+    monkeypatch.setattr(sys, "stdout", Full())
+    with pytest.raises(SystemExit) as stop:
+        main(["validate", str(tiny_artifact)])
+    assert stop.value.code == 1 and calls
+    assert capsys.readouterr().err == "kvfold: what was to be printed could not be written (full).\n"
+
+
+def test_a_locale_that_lacks_the_letters(monkeypatch, tmp_path, tiny_artifact):
+    """Figures are shown with escapes, and a path with the bytes that it has."""
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii", errors="surrogateescape", write_through=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        print_anything()
+        print("3 × \udcc3\udcb6", end="")
+        with pytest.raises(SystemExit) as stop:
+            main(["inspect", str(tiny_artifact)])
+    assert not stop.value.code and raw.getvalue().startswith(b"3 \\xd7 \xc3\xb6")
+    assert b"pairs of formats" in raw.getvalue()

@@ -1,64 +1,23 @@
 """A damaged artifact is refused in one sentence, by `kvfold validate` and by load_pretrained alike."""
 
 import json
-import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CONFIGS
+from damaged import artifact, both_refuse, rehash, restate  # noqa: F401  (fixtures)
 from safetensors.torch import load_file, save_file
 
-from kvfold import KvfoldError, runtime
-from kvfold.compress.cli import main
+from kvfold import KvfoldError
 from kvfold.exports.reader import file_sha256, read_artifact, read_metadata
-from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME, dump_metadata
-
-
-@pytest.fixture
-def artifact(tmp_path, tiny_artifact) -> Path:
-    """A copy of the tiny artifact, to be damaged."""
-    return shutil.copytree(tiny_artifact, tmp_path / "artifact")
-
-
-@pytest.fixture
-def refused(artifact, monkeypatch, capsys):
-    """Checks that both readers refuse the artifact with the same sentence, which has these words."""
-
-    def check(*words: str, artifact: Path = artifact) -> None:
-        with pytest.raises(KvfoldError) as error:
-            runtime.load_pretrained(artifact)
-        message = str(error.value)
-        monkeypatch.setattr(sys, "argv", ["kvfold", "validate", str(artifact)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        assert (stop.value.code, out) == (2, "")
-        assert err == f"kvfold: {' '.join(message.split())}\n"
-        for word in words:
-            assert word in message, message
-
-    return check
+from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME
 
 
 def flip(file: Path, position: int, mask: int = 1) -> None:
     content = bytearray(file.read_bytes())
     content[position] ^= mask
     file.write_bytes(content)
-
-
-def restate(artifact: Path, **fields) -> None:
-    """Makes kv_cache.json state other top-level fields, with a digest that fits."""
-    metadata = read_metadata(artifact)
-    (artifact / METADATA_NAME).write_text(dump_metadata(metadata.model_copy(update=fields)))
-
-
-def rehash(artifact: Path, *names: str) -> None:
-    """Makes kv_cache.json state the hashes of files that were changed."""
-    files = read_metadata(artifact).files
-    restate(artifact, files={**files, **{name: file_sha256(artifact / name) for name in names}})
 
 
 def test_the_copy_itself_is_good(artifact):
@@ -69,10 +28,10 @@ def test_the_copy_itself_is_good(artifact):
 
 @pytest.mark.parametrize("place", [0, 0.001, 0.3, 0.999])
 @pytest.mark.parametrize("name", ["model.safetensors", TENSORS_NAME, "config.json", "tokenizer.json", "recipe.yaml"])
-def test_flipped_byte(artifact, refused, name, place):
+def test_flipped_byte(artifact, both_refuse, name, place):
     size = (artifact / name).stat().st_size
     flip(artifact / name, int(size * place))
-    refused(name, "sha256")
+    both_refuse(name, "sha256")
 
 
 def test_flipped_byte_in_the_metadata(artifact, tiny_artifact):
@@ -97,71 +56,71 @@ def test_flipped_byte_in_the_metadata(artifact, tiny_artifact):
 @pytest.mark.parametrize(
     "field", ['"head_dim": ', '"predicted_loss": ', '"bytes": ', '"seed": ', '"digest": "', '": "']
 )
-def test_flipped_byte_in_a_value(artifact, refused, field):
+def test_flipped_byte_in_a_value(artifact, both_refuse, field):
     content = (artifact / METADATA_NAME).read_bytes()
     flip(artifact / METADATA_NAME, content.rindex(field.encode()) + len(field))
-    refused(METADATA_NAME)
+    both_refuse(METADATA_NAME)
 
 
 @pytest.mark.parametrize("mask", [1, 128])
-def test_flipped_first_byte_of_the_metadata(artifact, refused, mask):
+def test_flipped_first_byte_of_the_metadata(artifact, both_refuse, mask):
     flip(artifact / METADATA_NAME, 0, mask)
-    refused(METADATA_NAME)
+    both_refuse(METADATA_NAME)
 
 
 @pytest.mark.parametrize("content", ["", "null", "[]", "{}", "{"])
-def test_metadata_that_is_none(artifact, refused, content):
+def test_metadata_that_is_none(artifact, both_refuse, content):
     (artifact / METADATA_NAME).write_text(content)
-    refused(METADATA_NAME)
+    both_refuse(METADATA_NAME)
 
 
 @pytest.mark.parametrize("version", [2, 0, "1", None, True, 1.0])
-def test_unknown_format_version(artifact, refused, version):
+def test_unknown_format_version(artifact, both_refuse, version):
     data = json.loads((artifact / METADATA_NAME).read_text())
     (artifact / METADATA_NAME).write_text(json.dumps({**data, "format_version": version}))
-    refused("format_version")
+    both_refuse("format_version")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", TENSORS_NAME, "config.json", "tokenizer_config.json"])
-def test_missing_file(artifact, refused, name):
+def test_missing_file(artifact, both_refuse, name):
     (artifact / name).unlink()
-    refused(name)
+    both_refuse(name)
 
 
 @pytest.mark.parametrize("name", ["config.json", TENSORS_NAME])
-def test_missing_file_that_is_not_listed_either(artifact, refused, name):
+def test_missing_file_that_is_not_listed_either(artifact, both_refuse, name):
     (artifact / name).unlink()
     files = dict(read_metadata(artifact).files)
     del files[name]
     restate(artifact, files=files)
-    refused(name)
+    both_refuse(name)
 
 
-def test_missing_metadata(artifact, refused):
+def test_missing_metadata(artifact, both_refuse):
     (artifact / METADATA_NAME).unlink()
-    refused(METADATA_NAME, "not an artifact")
+    both_refuse(METADATA_NAME, "not an artifact")
 
 
-def test_no_artifact_at_all(tmp_path, refused, tiny_folder):
-    refused("not an artifact", artifact=tiny_folder)
+def test_no_artifact_at_all(tmp_path, both_refuse, tiny_folder):
+    both_refuse("not an artifact", artifact=tiny_folder)
 
 
-def test_wrong_hash(artifact, refused):
+def test_wrong_hash(artifact, both_refuse):
     files = read_metadata(artifact).files
     restate(artifact, files={**files, "model.safetensors": "0" * 64})
-    refused("model.safetensors", "sha256")
+    both_refuse("model.safetensors", "sha256")
 
 
-def test_file_outside_the_folder(artifact, refused, tmp_path):
+def test_file_outside_the_folder(artifact, both_refuse, tmp_path):
     (tmp_path / "outside").write_text("secret")
     files = read_metadata(artifact).files
     restate(artifact, files={**files, "../outside": file_sha256(tmp_path / "outside")})
-    refused("../outside")
+    both_refuse("../outside")
 
 
-def test_extra_weights(artifact, refused):
+def test_extra_weights(artifact, both_refuse):
     save_file({"a": torch.zeros(1)}, artifact / "model-00002-of-00002.safetensors")
-    refused("model-00002-of-00002.safetensors")
+    both_refuse("model-00002-of-00002.safetensors")
 
 
 def first_matrix(tensors: dict) -> str:
@@ -169,7 +128,7 @@ def first_matrix(tensors: dict) -> str:
 
 
 @pytest.mark.parametrize("fault", ["missing", "extra", "shape", "dtype", "nan"])
-def test_tensors_that_do_not_fit_under_a_hash_that_does(artifact, refused, fault):
+def test_tensors_that_do_not_fit_under_a_hash_that_does(artifact, both_refuse, fault):
     tensors = load_file(artifact / TENSORS_NAME)
     name = first_matrix(tensors)
     match fault:
@@ -186,31 +145,31 @@ def test_tensors_that_do_not_fit_under_a_hash_that_does(artifact, refused, fault
             tensors[name][0, 0, 0] = float("nan")
     save_file(tensors, artifact / TENSORS_NAME)
     rehash(artifact, TENSORS_NAME)
-    refused(TENSORS_NAME, name)
+    both_refuse(TENSORS_NAME, name)
 
 
-def test_tensor_file_that_is_none_under_a_hash_that_fits(artifact, refused):
+def test_tensor_file_that_is_none_under_a_hash_that_fits(artifact, both_refuse):
     (artifact / TENSORS_NAME).write_bytes(b"not tensors")
     rehash(artifact, TENSORS_NAME)
-    refused(TENSORS_NAME)
+    both_refuse(TENSORS_NAME)
 
 
 @pytest.mark.parametrize("change", [{"num_key_value_heads": 4}, {"num_hidden_layers": 2}, {"head_dim": 24}])
-def test_config_of_another_shape(artifact, refused, change):
+def test_config_of_another_shape(artifact, both_refuse, change):
     config = CONFIGS["llama"]()
     config.update(change)
     config.save_pretrained(artifact)
     rehash(artifact, "config.json")
-    refused("config.json", METADATA_NAME)
+    both_refuse("config.json", METADATA_NAME)
 
 
-def test_account_that_is_wrong(artifact, refused):
+def test_account_that_is_wrong(artifact, both_refuse):
     account = read_metadata(artifact).account
     restate(artifact, account=account.model_copy(update={"bytes": account.bytes - 1}))
-    refused(str(account.bytes - 1))
+    both_refuse(str(account.bytes - 1))
 
 
-def test_unknown_field(artifact, refused):
+def test_unknown_field(artifact, both_refuse):
     data = json.loads((artifact / METADATA_NAME).read_text())
     (artifact / METADATA_NAME).write_text(json.dumps({**data, "surprise": 1}))
-    refused("surprise")
+    both_refuse("surprise")

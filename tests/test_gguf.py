@@ -9,6 +9,8 @@ import gguf
 import pytest
 import torch
 from conftest import SHAPE, tiny_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
@@ -21,7 +23,7 @@ from kvfold.errors import KvfoldError
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
     """The cache folder, empty."""
-    monkeypatch.setattr(product, "CACHE_DIR", tmp_path / "cache")
+    monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -192,3 +194,58 @@ def test_alias_is_downloaded_once_and_again_when_damaged(cache, monkeypatch):
     path.write_bytes(b"GGUF, damaged")
     assert product.alias_gguf("fake").read_bytes() == data
     assert len(calls) == 2
+
+
+def test_a_name_in_capitals(tmp_path):
+    write_gguf(tmp_path / "Tiny.GGUF", torch.float16)
+    source = resolve_model(str(tmp_path / "Tiny.GGUF"))
+    assert source.name == "Tiny" and (source.path / "config.json").is_file()
+
+
+@pytest.mark.parametrize("field", ["general.architecture", "llama.block_count", "llama.attention.head_count"])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(noise=st.binary(min_size=1, max_size=12), shift=st.integers(0, 40))
+def test_damaged_fields(tmp_path, field, noise, shift):
+    """Bytes behind a field's name replaced: it is read as something else, or refused in a sentence that names the file."""
+    whole = tmp_path / "whole.gguf"
+    if not whole.exists():
+        write_gguf(whole, torch.float16)
+    content = bytearray(whole.read_bytes())
+    start = content.index(field.encode()) + len(field) + shift
+    content[start : start + len(noise)] = noise
+    (tmp_path / "damaged.gguf").write_bytes(content)
+    try:
+        resolve_model(str(tmp_path / "damaged.gguf"))
+    except KvfoldError as error:
+        assert "\n" not in str(error)
+
+
+def test_a_cache_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    write_gguf(tmp_path / "tiny.gguf", torch.float16)
+    monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path / "file"))
+    refused(tmp_path / "tiny.gguf", str(tmp_path / "file"), "KVFOLD_CACHE")
+    refused("smollm2-135m", str(tmp_path / "file"), "KVFOLD_CACHE")
+
+
+def test_no_home_directory(monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("KVFOLD_CACHE")
+    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.setattr(Path, "expanduser", lambda path: nowhere() if path.parts[:1] == ("~",) else path)
+    refused("smollm2-135m", "no home directory", "KVFOLD_CACHE")
+    refused("~/model", "'~/model'", "full path")
+
+
+@pytest.mark.parametrize("layers", [0, 10**6])
+def test_layers_without_end_or_none_are_refused_before_they_are_built(tmp_path, monkeypatch, layers):
+    write_gguf(tmp_path / "whole.gguf", torch.float16)
+    content = bytearray((tmp_path / "whole.gguf").read_bytes())
+    place = content.index(b"llama.block_count") + len(b"llama.block_count") + 4  # behind the type of the value
+    assert int.from_bytes(content[place : place + 4], "little") == SHAPE["num_hidden_layers"]
+    content[place : place + 4] = layers.to_bytes(4, "little")
+    (tmp_path / "damaged.gguf").write_bytes(content)
+    monkeypatch.setattr(product, "stock_from_pretrained", None)
+    refused(tmp_path / "damaged.gguf", "damaged.gguf", f"num_hidden_layers {layers}")

@@ -73,9 +73,8 @@ def test_the_top_imports_nothing():
     for file in (ROOT / "src" / "kvfold").glob("*.py"):
         at_import = ast.Module([n for n in parse(file).body if isinstance(n, ast.Import | ast.ImportFrom)], [])
         for name in imported(at_import):
-            assert (
-                name.startswith(("kvfold.errors", "kvfold.autoclass")) or name.split(".")[0] in sys.stdlib_module_names
-            )
+            ours = ("kvfold.errors", "kvfold.autoclass", "kvfold.pretrained")
+            assert name.startswith(ours) or name.split(".")[0] in sys.stdlib_module_names
 
 
 def test_kernels_is_no_package_of_its_own():
@@ -109,9 +108,52 @@ def test_nothing_unpickles(file):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             assert called not in {"torch.load", "torch.save", "eval", "exec", "numpy.load", "np.load"}, called
-            if called.endswith("from_pretrained"):
-                trust = [k.value for k in node.keywords if k.arg == "trust_remote_code"]
-                assert all(isinstance(v, ast.Constant) and v.value is False for v in trust)
+
+
+DOOR = ROOT / "src" / "kvfold" / "pretrained.py"
+HOOK = ROOT / "src" / "kvfold" / "autoclass.py"
+SOURCES = sorted({*FILES, *(ROOT / "src").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")} - {DOOR, HOOK})
+
+
+def doors_of(tree: ast.Module) -> list[str]:
+    """What in a module could load a model's own code: Auto classes, pipelines, dynamic modules, classes' `from_pretrained`."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("transformers", "optimum", "peft")):
+            names = [alias.name for alias in node.names]
+            found += [name for name in names if name.startswith(("Auto", "pipeline", "dynamic_module", "get_class_"))]
+        if isinstance(node, ast.Attribute) and (
+            node.attr in ("from_pretrained", "from_config", "load_custom_generate") or node.attr.startswith("AutoModel")
+        ):
+            found.append(ast.unparse(node))
+        if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "custom_generate"):
+            found.append(node.arg)
+    return found
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=relative)
+def test_nothing_but_the_one_door_loads_from_a_models_folder(file):
+    assert doors_of(parse(file)) == []
+
+
+def test_the_door_itself_never_trusts_code():
+    calls = [n for n in ast.walk(parse(DOOR)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
+    calls = [n for n in calls if n.func.attr in ("from_pretrained", "from_config")]  # type: ignore[attr-defined]
+    assert len(calls) == 3
+    for call in calls:
+        assert [ast.unparse(k.value) for k in call.keywords if k.arg is None][-1].endswith("**CODE_FREE}")
+    from kvfold.pretrained import CODE_FREE
+
+    assert CODE_FREE == {"trust_remote_code": False}
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["from transformers import AutoConfig", "from transformers import pipeline", "transformers.AutoModelForCausalLM",
+     "LlamaForCausalLM.from_pretrained(x)", "f(x, trust_remote_code=flag)", "from transformers.models.auto.modeling_auto import AutoModel"],
+)  # fmt: skip
+def test_that_test_sees(code):
+    assert doors_of(ast.parse(code))
 
 
 def test_bare_import_from_the_root_is_the_installed_module():

@@ -1,13 +1,12 @@
 """What a task's answers come to: accuracies, their difference and what was read packed."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from kvfold.compress.progress import console
 from kvfold.compress.tasks.mcnemar import compare, compare_draws
 from kvfold.compress.tasks.task import DRAW
 from kvfold.exports.account import Geometry, cache_nbytes
@@ -126,5 +125,5 @@ def print_tasks(report: dict[str, Any]) -> None:
             str(r["lost"]), str(r["gained"]), f"{r['p']:.3f}", f"{r['same_text']:.2f}", f"{r['prompt_tokens']:.0f}", f"{r['packed_share']:.2f}",
             f"{r['effective_bits']:.2f}",
         )  # fmt: skip
-    Console(width=140 if not sys.stdout.isatty() else None).print(table)
+    console(140).print(table)
     print(f"Answers, one prompt a line: {report['samples']}")

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer
 
 from kvfold import __version__
 from kvfold.compress.progress import progress, stage
@@ -24,6 +23,7 @@ from kvfold.compress.tasks.task import Judgement, Prompt, Setting, Task
 from kvfold.compress.text import HELD_OUT, read_documents
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
+from kvfold.pretrained import tokenizer_from_pretrained
 from kvfold.runtime.load import load_pretrained, resolve_artifact
 
 CACHES: tuple[CacheName, CacheName] = ("16bit", "packed")
@@ -160,7 +160,7 @@ def run_tasks(
     most = model.config.max_position_embeddings
     if context is not None and context > most:
         raise KvfoldError(f"--context {context} passes the model's maximum of {most}; give that or less.")
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = tokenizer_from_pretrained(path)
     haystack = "\n\n".join(read_documents(text, default=(HELD_OUT,))[1])
     folder = (
         samples

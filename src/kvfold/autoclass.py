@@ -13,6 +13,10 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+from kvfold.pretrained import stock_from_pretrained
+
+__all__ = ["install", "stock_from_pretrained", "wrap"]
+
 MODULE = "transformers.models.auto.modeling_auto"
 
 
@@ -51,14 +55,6 @@ def wrap(module: ModuleType) -> None:
 
     from_pretrained.kvfold_stock = stock  # type: ignore[attr-defined]
     auto.from_pretrained = classmethod(from_pretrained)
-
-
-def stock_from_pretrained(path: Any, **kwargs: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained` as transformers has it: of an artifact, the plain model with a 16-bit cache."""
-    from transformers import AutoModelForCausalLM
-
-    method = vars(AutoModelForCausalLM)["from_pretrained"].__func__
-    return getattr(method, "kvfold_stock", method)(AutoModelForCausalLM, path, **kwargs)
 
 
 def install() -> None:

@@ -30,7 +30,7 @@ class KvfoldCommand(BaseOptimumCLICommand):
 
 
 def _run(args: list[str]) -> None:
-    from kvfold.compress.cli import main  # only now: optimum-cli loads this file for each of its commands
+    from kvfold.__main__ import main  # only now: optimum-cli loads this file for each of its commands
 
     main(args, prog="optimum-cli kvfold")
 

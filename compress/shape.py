@@ -1,0 +1,40 @@
+"""Whether the numbers in a config make a model at all, before one is built from them: a million layers take minutes to be refused."""
+
+from pathlib import Path
+from typing import Any
+
+from kvfold.errors import KvfoldError
+from kvfold.exports.architectures import num_kv_heads_of
+
+MOST_LAYERS = 1000  # several times what any model has
+MOST_HEADS = 10_000
+
+
+def check_shape(config: Any, path: Path) -> None:
+    """Refuses a config whose numbers of layers and heads make no model.
+
+    Raises:
+        KvfoldError: naming the number.
+    """
+    text = config.get_text_config()
+    layers, heads, kv_heads = (
+        text.num_hidden_layers,
+        text.num_attention_heads,
+        getattr(text, "num_key_value_heads", None),
+    )
+    if kv_heads is None:
+        kv_heads = num_kv_heads_of(text)
+    for name, value, most in (
+        ("num_hidden_layers", layers, MOST_LAYERS),
+        ("num_attention_heads", heads, MOST_HEADS),
+        ("num_key_value_heads", kv_heads, MOST_HEADS),
+    ):
+        if not isinstance(value, int) or not 1 <= value <= most:
+            raise KvfoldError(
+                f"The config of '{path}' has {name} {value!r}, but there must be 1 to {most}; give the checkpoint's own config.json."
+            )
+    if heads % kv_heads:
+        raise KvfoldError(
+            f"The config of '{path}' has {heads} attention heads for {kv_heads} KV heads, which don't share them evenly; give the "
+            "checkpoint's own config.json."
+        )

@@ -1,0 +1,158 @@
+"""Which files of an artifact's folder a loader reads: each is listed in kv_cache.json, regular, of the hash that is stated, and, where it
+holds weights, whole. What a loader would read and nobody signed is refused.
+
+A file may be a link, as in the Hub's cache: what counts is the content, which is hashed, and that its name lies in the folder.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from kvfold.errors import KvfoldError
+from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME
+
+AGAIN = "the artifact is damaged, write or download it again"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CODE = {".py", ".bin", ".pt", ".pth", ".ckpt", ".pkl"}  # runs, or is unpickled
+READ_SUFFIXES = {*CODE, ".safetensors", ".h5", ".msgpack", ".gguf", ".jinja", ".model", ".tiktoken"}
+READ_NAMES = {
+    "config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "processor_config.json",
+    "preprocessor_config.json", "additional_chat_templates", "custom_generate",
+}  # fmt: skip
+LONGEST_NAME = 255  # bytes, of most file systems
+
+
+def is_read(name: str) -> bool:
+    """Whether transformers reads a file or folder of this name beside a config.json, or may run it."""
+    return name in READ_NAMES or Path(name).suffix in READ_SUFFIXES or name.endswith(".index.json")
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, hexadecimal."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_files(path: Path, files: Mapping[str, str]) -> None:
+    """Checks the files of an artifact's folder.
+
+    Args:
+        files: name → sha256, as kv_cache.json lists them.
+    Raises:
+        KvfoldError: what is wrong, by name.
+    """
+    for name in ("config.json", TENSORS_NAME):
+        if name not in files:
+            raise KvfoldError(f"{METADATA_NAME} in '{path}' lists no sha256 of {name}; {AGAIN}.")
+    for name, digest in files.items():
+        _check_name(name)
+        if not (path / name).is_file():
+            fault = f"holds {name}, which is no regular file" if (path / name).exists() else f"lacks {name}"
+            raise KvfoldError(f"'{path}' {fault}; {AGAIN}.")
+        if file_sha256(path / name) != digest:
+            raise KvfoldError(
+                f"{name} in '{path}' does not match its sha256 in {METADATA_NAME}: if you changed it, sign it with "
+                f"`kvfold validate --update '{path}'`; if not, {AGAIN}."
+            )
+    unlisted = sorted(p.name for p in path.iterdir() if p.name not in files and is_read(p.name))
+    if unlisted:
+        name = unlisted[0]
+        fix = f", or sign it with `kvfold validate --update '{path}'`" if _may_sign(path, name) else ""
+        raise KvfoldError(
+            f"'{path}' holds {name}, which a loader may read and {METADATA_NAME} does not list; remove it{fix}."
+        )
+    check_weights(path, files)
+
+
+def _check_name(name: str) -> None:
+    if (
+        Path(name).name != name
+        or name in ("", "..")
+        or "\\" in name
+        or not name.isprintable()
+        or len(name.encode()) > LONGEST_NAME
+    ):
+        raise KvfoldError(
+            f"{METADATA_NAME} lists the file '{name[:LONGEST_NAME]}', but an artifact's files lie side by side, with plain names; {AGAIN}."
+        )
+    if Path(name).suffix in CODE:
+        raise KvfoldError(
+            f"{METADATA_NAME} lists {name}, but an artifact holds no code and no pickle; write it again without that file."
+        )
+
+
+def check_weights(path: Path, files: Mapping[str, str]) -> None:
+    """Opens every file of weights that a loader would, and compares the index with what its shards hold.
+
+    Raises:
+        KvfoldError: none is listed, one is unreadable or cut short, or the index names what isn't there.
+    """
+    if WEIGHTS in files:
+        _keys(path / WEIGHTS)
+        return
+    if INDEX not in files:
+        raise KvfoldError(f"{METADATA_NAME} in '{path}' lists neither {WEIGHTS} nor {INDEX}; {AGAIN}.")
+    shards: dict[str, set[str]] = {}
+    for tensor, shard in read_index(path / INDEX).items():
+        shards.setdefault(shard, set()).add(tensor)
+    for shard, tensors in sorted(shards.items()):
+        if shard not in files:
+            raise KvfoldError(
+                f"{INDEX} in '{path}' names the shard '{shard}', which {METADATA_NAME} does not list; {AGAIN}."
+            )
+        if absent := sorted(tensors - _keys(path / shard)):
+            raise KvfoldError(f"{shard} in '{path}' lacks {absent[0]}, which {INDEX} says it holds; {AGAIN}.")
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """Tensor → shard, of an index of safetensors files.
+
+    Raises:
+        KvfoldError: it is none.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not found or not all(isinstance(shard, str) for shard in found.values()):
+        raise KvfoldError(f"'{file}' is not a readable index of safetensors files; download it again.")
+    return found
+
+
+def _keys(file: Path) -> set[str]:
+    """Names of a file's tensors; opening it compares the header with the file's size."""
+    try:
+        with safe_open(file, framework="pt") as stored:
+            return set(stored.keys())
+    except (SafetensorError, OSError) as error:
+        raise KvfoldError(
+            f"{file.name} in '{file.parent}' is not a whole safetensors file ({error}); {AGAIN}."
+        ) from None
+
+
+def signed_files(path: Path, files: Mapping[str, str]) -> dict[str, str]:
+    """What kv_cache.json should list after an edit: the hashes of the files as they are now. One that is gone is left out, one that
+    a loader reads is added, unless it is code, or weights that no index names.
+
+    Args:
+        files: what it lists.
+    """
+    for name in files:
+        _check_name(name)
+    names = {name for name in files if (path / name).is_file()}
+    names |= {p.name for p in path.iterdir() if is_read(p.name) and _may_sign(path, p.name)}
+    return {name: file_sha256(path / name) for name in sorted(names)}
+
+
+def _may_sign(path: Path, name: str) -> bool:
+    if not (path / name).is_file() or Path(name).suffix in CODE or name.endswith(".bin.index.json"):
+        return False
+    if Path(name).suffix not in (".safetensors", ".gguf", ".h5", ".msgpack"):
+        return name != "adapter_config.json"
+    if name == WEIGHTS:
+        return True
+    return (path / INDEX).is_file() and name in read_index(path / INDEX).values()

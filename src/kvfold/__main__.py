@@ -1,0 +1,35 @@
+"""The command `kvfold`, before anything large is imported: an interrupt in those seconds ends it in a sentence too."""
+
+import os
+import signal
+import sys
+from typing import Any
+
+
+def main(args: list[str] | None = None, prog: str = "kvfold") -> None:
+    """Imports the command line and runs it; `args` and `prog` as in kvfold.compress.cli.main."""
+    before: Any = signal.getsignal(signal.SIGINT)
+    mine = (
+        before is signal.default_int_handler
+    )  # else a job in the background, which is not to hear it, or someone else's handler
+    if mine:
+        signal.signal(signal.SIGINT, _leave)
+    from kvfold.compress.cli import main as run
+
+    if mine:
+        signal.signal(signal.SIGINT, before)
+    try:
+        run(args, prog)
+    finally:
+        if mine:  # all is done and said, though a large library may take seconds to leave
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _leave(number: int, frame: Any) -> None:
+    """Ends the process at once: nothing is under way yet, and an exception could come out of an import as another one."""
+    print("kvfold: interrupted.", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The one door to transformers' Auto classes: Python code that a model's folder carries never runs.
+
+Left alone, transformers asks on the terminal whether to run what `auto_map` in config.json or tokenizer_config.json names, and one `y`
+in a pipe runs it. Here the answer is always no: a family or tokenizer that transformers knows loads as ever, any other is refused in a
+sentence. A test sees to it that no other file calls the Auto classes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kvfold.errors import KvfoldError
+
+MOST_LABELS = 1_000_000
+CODE_FREE: dict[str, Any] = {"trust_remote_code": False}
+KERNEL_FIELDS = (
+    "attn_implementation",
+    "experts_implementation",
+)  # transformers fetches what has a slash from the Hub, and runs it
+
+
+def config_from_pretrained(path: str | Path, **options: Any) -> Any:
+    """`AutoConfig.from_pretrained` of a folder.
+
+    Raises:
+        KvfoldError: it can't be read, makes no sense, or needs code of its own. What a GGUF raises is the caller's to tell.
+    """
+    from transformers import AutoConfig
+
+    if "gguf_file" not in options:
+        check_fields(path)
+    try:
+        return AutoConfig.from_pretrained(path, **{**options, **CODE_FREE})
+    except Exception as error:  # transformers and huggingface_hub raise a dozen kinds for a field that makes no sense
+        refuse_code(path, "config.json", error)
+        if "gguf_file" in options:
+            raise
+        raise KvfoldError(
+            f"config.json in '{path}' cannot be used: {reason_of(error)}; give the checkpoint's own config.json."
+        ) from error
+
+
+def tokenizer_from_pretrained(path: str | Path, **options: Any) -> Any:
+    """`AutoTokenizer.from_pretrained` of a folder.
+
+    Raises:
+        KvfoldError: none is there, it can't be loaded, or it needs code of its own. What a GGUF raises is the caller's to tell.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, **{**options, **CODE_FREE})
+    except Exception as error:  # files of any content: AttributeError, KeyError, the tokenizers library's own Exception
+        refuse_code(path, "tokenizer_config.json", error)
+        if "gguf_file" in options:
+            raise
+        raise KvfoldError(
+            f"'{path}' holds no tokenizer that can be loaded ({type(error).__name__}: {reason_of(error)}); put the model's tokenizer "
+            "files there."
+        ) from error
+
+
+def stock_from_pretrained(path: str | Path, **options: Any) -> Any:
+    """`AutoModelForCausalLM.from_pretrained` as transformers has it: of an artifact, the plain model with a 16-bit cache.
+
+    Raises:
+        KvfoldError: it needs code of its own. All else is transformers' own error.
+    """
+    from transformers import AutoModelForCausalLM
+
+    method = vars(AutoModelForCausalLM)["from_pretrained"].__func__
+    return code_free(getattr(method, "kvfold_stock", method).__get__(AutoModelForCausalLM), path, **options)
+
+
+def code_free(stock: Any, path: Any, *args: Any, **options: Any) -> Any:
+    """Calls an Auto class's `from_pretrained` so that no code of the model runs.
+
+    Raises:
+        KvfoldError: it needs code of its own. All else is transformers' own error.
+    """
+    if "gguf_file" not in options:
+        check_fields(path)
+    try:
+        return stock(path, *args, **{**options, **CODE_FREE})
+    except ValueError as error:
+        refuse_code(path, "config.json", error)
+        raise
+
+
+def model_from_config(config: Any, **options: Any) -> Any:
+    """`AutoModelForCausalLM.from_config`: a model of random weights."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config, **{**options, **CODE_FREE})
+
+
+def refuse_code(path: str | Path, file: str, error: Exception) -> None:
+    """Raises the sentence if transformers' `error` says that code of the model's own would be needed."""
+    if "trust_remote_code" not in str(error):
+        return
+    raise KvfoldError(
+        f"'{path}' needs Python code of its own (auto_map in its {file}), which kvfold never runs; give a model whose family and "
+        "tokenizer transformers itself knows."
+    ) from error
+
+
+def check_fields(path: str | Path) -> None:
+    """Refuses a config.json that names a kernel of the Hub, which transformers would fetch and run, or so many labels that it would hang.
+
+    Raises:
+        KvfoldError: it does.
+    """
+    try:
+        fields = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return  # not there, or broken: what reads it says so
+    if not isinstance(fields, dict):
+        return
+    if (
+        isinstance(labels := fields.get("num_labels"), int) and labels > MOST_LABELS
+    ):  # transformers makes a name for each
+        raise KvfoldError(
+            f"config.json in '{path}' has num_labels {labels}, which nothing here reads; remove that field."
+        )
+    for part in [fields, *(value for value in fields.values() if isinstance(value, dict))]:
+        for name in KERNEL_FIELDS:
+            for key in (name, f"_{name}", f"_{name}_internal"):
+                if "/" in str(part.get(key) or ""):
+                    raise KvfoldError(
+                        f"config.json in '{path}' asks for the kernel '{part[key]}' of the Hub ({key}), which is code that kvfold "
+                        "never runs; remove that field."
+                    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the CPU or a GPU."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError | OSError)
+        and any(
+            words in text
+            for words in ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+        )
+    )
+
+
+def reason_of(error: BaseException) -> str:
+    """The last line of an error's message: in those of many lines the one that says what is wrong."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip().rstrip(".") if lines else type(error).__name__
