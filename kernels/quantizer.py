@@ -44,7 +44,9 @@ def _class_rows(fmt: Format, device: torch.device) -> tuple[Tensor, Tensor]:
     """Levels and steps of every channel, float32 [head_dim] each (0 and 1 where nothing is coded)."""
     levels = [n for channels, n in fmt.classes for _ in range(channels)]
     steps = [GAUSSIAN_STEP.get(n, 1.0) for channels, n in fmt.classes for _ in range(channels)]
-    return torch.tensor(levels, dtype=torch.float32, device=device), torch.tensor(steps, device=device)
+    return torch.tensor(levels, dtype=torch.float32, device=device), torch.tensor(
+        steps, dtype=torch.float32, device=device
+    )
 
 
 def _by_word(params: Tensor) -> Tensor:

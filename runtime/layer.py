@@ -168,7 +168,7 @@ class PackedLayer(Sequences, CacheLayerMixin):
         pads = self.padding.columns or [0] * self.batch_size
         skips = [min(max(pad - self.columns, 0), tokens) for pad in pads]
         shape = torch.Size((*key_states.shape[:2], self.columns + tokens, key_states.shape[3]))
-        if self.use_triton and tokens == 1 and not any(skips):
+        if self.use_triton and self.padding.plain and tokens == 1 and not any(skips):
             take_pages([self], due_in(self))
             self.length = [n + 1 for n in self.length]
             self.columns += 1

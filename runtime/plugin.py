@@ -48,8 +48,11 @@ def load_if_artifact(stock: Callable[..., Any], name: Any, *args: Any, **kwargs:
     if triton:
         kernels = kernels or begin_folder(folder, model.device, model.dtype, False)
         triton = kernels.usable(required=False)
-    model = attach(model, artifact, triton=triton)
-    return (model, info) if wants_info else model
+    try:
+        model = attach(model, artifact, triton=triton)
+        return (model, info) if wants_info else model
+    finally:
+        del model  # as in load_pretrained
 
 
 def _names_artifact(name: Any, hub: dict[str, Any]) -> bool:
