@@ -64,7 +64,7 @@ class Calls:
             cache = None
         if cache is not None:
             if not isinstance(cache, QuantizedKVCache):
-                self.gate.other_cache(cache)
+                self.gate.other_cache(cache, asked=not model.base_model.kv_packed)
             cache._is_user_defined = True
         else:
             wanted = generation_config.cache_implementation
@@ -74,8 +74,9 @@ class Calls:
                     "leave cache_implementation out, or pass past_key_values."
                 )
             if generation_config.use_cache is not False:
-                cache = self.new_cache(model)
-            model_kwargs["past_key_values"] = cache
+                cache = model_kwargs["past_key_values"] = self.new_cache(model)
+            else:
+                model_kwargs.pop("past_key_values", None)
         if getattr(generation_config, "is_assistant", False) and isinstance(cache, QuantizedKVCache):
             cache.extend_rollback(own_drafts(generation_config))
 
@@ -111,12 +112,7 @@ class Calls:
             )
             return (), kwargs
         if cache is not None and not isinstance(cache, QuantizedKVCache):
-            self.gate.other_cache(cache)
-            if module.kv_packed:
-                self.gate.tell(
-                    "16 bits", "past_key_values is a %s of 16 bits: nothing of this call is packed; leave it out, or pass "
-                    "model.new_kv_cache()", type(cache).__name__,
-                )  # fmt: skip
+            self.gate.other_cache(cache, asked=not module.kv_packed)
             return (), kwargs
         if cache is not None and cache.padding.stepping:
             return (), kwargs

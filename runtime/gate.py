@@ -102,8 +102,11 @@ class Gate:
                 f"cache.batch_repeat_interleave(n), or give each sequence a cache of its own with cache.fork(n)."
             )
 
-    def other_cache(self, cache: Any) -> None:
+    def other_cache(self, cache: Any, asked: bool = False) -> None:
         """A cache that isn't packed: 16 bits are what is measured then, which nobody should do unawares.
+
+        Args:
+            asked: it is what somebody wanted (runtime.plain_cache).
 
         Raises:
             KvfoldError: no cache of transformers, or one that holds what another model has computed.
@@ -115,11 +118,16 @@ class Gate:
         marked = getattr(cache, MARK, None)
         if marked is None and not cache.get_seq_length():
             setattr(cache, MARK, self.digest)
-        elif marked != self.digest and moved_projections(self.artifact.specs):
+        elif marked != self.digest and not asked and moved_projections(self.artifact.specs):
             raise KvfoldError(
                 f"past_key_values ({type(cache).__name__}) holds {cache.get_seq_length()} tokens that this model has not computed (prefix "
                 "tuning, or another model's cache), but its keys and values stand in another basis; let this model read them."
             )
+        if not asked:
+            self.tell(
+                "16 bits", "past_key_values is a %s of 16 bits: nothing of this call is packed; leave it out, or pass "
+                "model.new_kv_cache()", type(cache).__name__,
+            )  # fmt: skip
 
     def check_options(self, module: Any, kwargs: dict[str, Any]) -> None:
         """Options of a call that a packed cache doesn't serve.
