@@ -10,6 +10,7 @@ from kvfold.errors import KvfoldError
 from kvfold.runtime.assisted import own_drafts
 from kvfold.runtime.cache import QuantizedKVCache
 from kvfold.runtime.gate import Gate
+from kvfold.runtime.lora import check_adapters
 from kvfold.runtime.lower import check
 from kvfold.runtime.masks import grown
 from kvfold.runtime.pager import Pager
@@ -90,6 +91,11 @@ class Calls:
         if old is not None and new is not None and new is not old and new.dim() == 2:
             grown(old, new)
         return found
+
+    def named_modules(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """nn.Module's own; an adapter that is merged into the weights before any call passes by here, and by nothing else."""
+        check_adapters(model, self.artifact)
+        return type(model).named_modules(model, *args, **kwargs)
 
     def note_length(self, tokens: int) -> None:
         """Says once that a text is longer than what the artifact was calibrated for."""

@@ -237,6 +237,7 @@ def attach(
     model._prepare_cache_for_generation = Bound(calls.prepare_cache, model)
     model._update_model_kwargs_for_generation = Bound(calls.update_kwargs, model)
     model.init_continuous_batching = model.generate_batch = refuse_batching
+    model.named_modules = Bound(calls.named_modules, model)
     hook_assisted(model)
     model.new_kv_cache = Bound(calls.new_cache, model)
     if cuda_graph and triton and not offload and model.device.type in DecodingStep.devices:

@@ -36,7 +36,7 @@ def check_adapters(model: Any, artifact: Any) -> None:
     if not foreign:
         return
     moved = moved_projections(artifact.specs)
-    for path, module in model.named_modules():
+    for path, module in type(model).named_modules(model):
         projection = path.rsplit(".", 1)[-1]
         if projection not in moved or not hasattr(module, "base_layer"):
             continue
