@@ -71,6 +71,24 @@ def test_documents_packed_in_a_row_are_refused_and_one_document_is_not():
 
 
 @torch.no_grad()
+def test_masks_of_four_dimensions_must_hide_the_padding_that_is_known():
+    model = model_on("reference")
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[1, :3] = 0
+    cache = model(IDS[:, :6].repeat(2, 1), attention_mask=mask).past_key_values
+    square = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+    with pytest.raises(KvfoldError, match="shows columns that an earlier mask said are padding"):
+        model(IDS[:, :1].repeat(2, 1), attention_mask=square, past_key_values=cache)
+    square[1, :, :, :3] = False
+    got = model(IDS[:, :1].repeat(2, 1), attention_mask=square, past_key_values=cache).logits
+    alone = model(torch.cat((IDS[:, 3:6], IDS[:, :1]), 1)).logits[:, -1]
+    torch.testing.assert_close(got[1], alone, atol=0.05, rtol=0.01)
+    for bad in ([[True]], torch.ones(1, 1, 1, 9, dtype=torch.bool), {"linear_attention": square}):
+        with pytest.raises(KvfoldError, match="attention_mask"):
+            model(IDS[:, :1].repeat(2, 1), attention_mask=bad, past_key_values=cache)
+
+
+@torch.no_grad()
 def test_generate_reads_its_mask_once(monkeypatch):
     """Each reading is a wait for the device: none in a step."""
     model, reads = model_on("reference"), []
@@ -360,13 +378,8 @@ def test_a_model_and_its_caches_go_at_once(path):
         left = [weakref.ref(model), weakref.ref(model.model)]
         with torch.no_grad():
             left.append(weakref.ref(model(IDS).past_key_values))
-            made, new = [], model.new_kv_cache
-
-            def watched():
-                made.append(weakref.ref(cache := new()))
-                return cache
-
-            cache = watched()
+            cache = model.new_kv_cache()
+            left.append(weakref.ref(cache))
             model.generate(
                 IDS,
                 past_key_values=cache,
@@ -379,7 +392,7 @@ def test_a_model_and_its_caches_go_at_once(path):
         twin = copy.deepcopy(model)
         assert twin.new_kv_cache.owner() is twin and twin.model._forward_pre_hooks is not model.model._forward_pre_hooks
         left.append(weakref.ref(twin))
-        del model, twin, new, watched
-        assert [x() is None for x in [*left, *made]] == [True] * (len(left) + len(made))
+        del model, twin
+        assert [x() is None for x in left] == [True] * 5
     finally:
         gc.enable()
