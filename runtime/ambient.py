@@ -5,7 +5,7 @@ autograd is kept alive and may not be written at all, and autocast rounds produc
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -15,20 +15,27 @@ from torch import Tensor
 from kvfold.errors import KvfoldError
 
 AUTOCAST = ("cpu", "cuda")  # device types that the cache runs on
+NOTHING = nullcontext()
+
+
+def neutral() -> AbstractContextManager[Any]:
+    """A context in which code computes as without any ambient mode, and records nothing for autograd."""
+    casts = [device for device in AUTOCAST if torch.is_autocast_enabled(device)]
+    placed = torch.get_default_device().type != "cpu"  # tensors that name no device are the host's
+    if not (casts or placed or torch.is_inference_mode_enabled()):  # as a rule: a step has many layers
+        return torch.no_grad() if torch.is_grad_enabled() else NOTHING
+    return _without(casts, placed)
 
 
 @contextmanager
-def neutral() -> Iterator[None]:
-    """Code computes as without any ambient mode while this lasts, and records nothing for autograd."""
+def _without(casts: list[str], placed: bool) -> Iterator[None]:
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
-        if torch.is_grad_enabled():  # which leaving inference mode turns on
-            stack.enter_context(torch.no_grad())
-        for device in AUTOCAST:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        if torch.get_default_device().type != "cpu":  # tensors that name no device are the host's
+        stack.enter_context(torch.no_grad())  # leaving inference mode turns gradients on
+        for device in casts:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        if placed:
             stack.enter_context(torch.device("cpu"))
         yield
 

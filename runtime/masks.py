@@ -16,7 +16,10 @@ from kvfold.errors import KvfoldError
 from kvfold.runtime.upload import on_device
 
 HIDDEN = -1e4  # an additive mask hides what it takes below this: e^-10000 is 0
-TAG = "kvfold_columns"  # attribute of a 2-D mask that was read: its Columns and its version
+TAG = (
+    "kvfold_columns"  # attribute of a 2-D mask that was read: its Columns and its version, which grows as it is written
+)
+UNKNOWN, MADE = -1, -2  # versions of tensors of inference mode, which count none
 FULL, SLIDING = "full_attention", "sliding_attention"  # keys of a dict of masks
 
 
@@ -51,8 +54,8 @@ class Place:
 def read_columns(mask: Tensor, width: int) -> Columns:
     """Reads a mask [B, n]; columns that it lacks are hidden, as to transformers. On a GPU this waits for the device, unless the mask
     is one that `grown` knows."""
-    known, version = getattr(mask, TAG, (None, -1))
-    if known is not None and known.width == width and version == _version(mask):
+    known, version = getattr(mask, TAG, (None, UNKNOWN))
+    if known is not None and known.width == width and version == (MADE if mask.is_inference() else mask._version):
         return known
     visible = (mask != 0)[:, :width]
     leads = visible.cumsum(-1).eq(0).sum(-1) + (width - visible.shape[1]) * visible.any(-1).logical_not()
@@ -62,23 +65,20 @@ def read_columns(mask: Tensor, width: int) -> Columns:
 
 def grown(old: Any, new: Any) -> None:
     """Tells of a mask [B, n] that it is `old`, with columns behind it that are visible: then no step need read it."""
-    known, version = getattr(old, TAG, (None, -1))
-    if known is None or version != _version(old) or known.width != old.shape[1]:
+    known, version = getattr(old, TAG, (None, UNKNOWN))
+    if known is None or known.width != old.shape[1] or not (old.is_inference() or version == old._version):
         return
     more = new.shape[1] - known.width
     # of a sequence that was hidden altogether the padding ends where the new columns begin
-    note(new, Columns(new.shape[1], known.leads, tuple(n + more for n in known.shown)))
+    note(new, Columns(new.shape[1], known.leads, tuple(n + more for n in known.shown)), made=True)
 
 
-def note(mask: Tensor, columns: Columns) -> Columns:
-    """Remembers what a mask says with the mask itself."""
-    setattr(mask, TAG, (columns, _version(mask)))
+def note(mask: Tensor, columns: Columns, made: bool = False) -> Columns:
+    """Remembers what a mask says with the mask itself. Whether a tensor of inference mode is written later can't be known: one that
+    isn't `made` by generate is read each time."""
+    version = (MADE if made else UNKNOWN) if mask.is_inference() else mask._version
+    setattr(mask, TAG, (columns, version))
     return columns
-
-
-def _version(mask: Tensor) -> int:
-    """Grows when a tensor is written in place; those of inference mode don't count."""
-    return 0 if mask.is_inference() else mask._version
 
 
 def settle(columns: Columns, pads: Sequence[int], seen: int) -> tuple[list[int], bool]:

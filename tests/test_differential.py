@@ -7,7 +7,10 @@ import pytest
 from differential import Session, packed_model, sessions, stock_model
 from hypothesis import HealthCheck, Phase, given, settings
 
-QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
+# without shrinking, which would take minutes: a session that fails is printed as it was drawn
+QUIET = {
+    "deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None, "phases": [Phase.generate],
+}  # fmt: skip
 
 
 @cache
@@ -33,7 +36,7 @@ def test_the_reference_is_transformers_or_refuses(family, examples):
 def test_kernels_are_the_reference(family, examples):
     pytest.importorskip("triton")
 
-    @settings(max_examples=examples, phases=[Phase.generate], **QUIET)  # the interpreter is slow
+    @settings(max_examples=examples, **QUIET)
     @given(drawn=sessions)
     def run(drawn):
         stock, *packed = models(family, True)

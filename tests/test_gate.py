@@ -93,8 +93,9 @@ def test_generate_reads_its_mask_once(monkeypatch):
     """Each reading is a wait for the device: none in a step."""
     model, reads = model_on("reference"), []
     real = masks.note
-    monkeypatch.setattr(masks, "note", lambda mask, columns: (reads.append(columns.width), real(mask, columns))[1])
-    monkeypatch.setattr(masks, "read_columns", masks.read_columns)
+    monkeypatch.setattr(
+        masks, "note", lambda mask, columns, **made: (reads.append(columns.width), real(mask, columns, **made))[1]
+    )
     ids = IDS.repeat(2, 1)[:, :12]
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
@@ -118,6 +119,14 @@ def test_a_mask_that_was_written_is_read_again():
     longer = torch.cat((mask, torch.ones(2, 1, dtype=torch.long)), 1)
     masks.grown(mask, longer)
     assert getattr(longer, masks.TAG)[0] == masks.read_columns(longer.clone(), 7)
+    with torch.inference_mode():
+        mine = torch.ones(1, 6, dtype=torch.long)
+        assert masks.read_columns(mine, 6).leads == (0,)
+        made = torch.cat((mine, mine[:, :1]), 1)
+        masks.grown(mine, made)
+        assert getattr(made, masks.TAG) == ((7, (0,), (7,)), masks.MADE)
+        mine[0, 0] = 0  # which counts no version
+        assert masks.read_columns(mine, 6).leads == (1,)
     mask[1, 3] = 0  # not what `longer` was made of any more
     other = longer.clone()
     masks.grown(mask, other)
