@@ -59,10 +59,14 @@ class Calls:
     def prepare_cache(
         self, model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """In place of generate's own `_prepare_cache_for_generation`."""
+        """In place of generate's own `_prepare_cache_for_generation`, which serves in `plain_cache`."""
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, tuple | list) and not len(cache):
             cache = None
+        if cache is None and not model.base_model.kv_packed:
+            model_kwargs.pop("past_key_values", None)
+            type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
+            return
         if cache is not None:
             if not isinstance(cache, QuantizedKVCache):
                 self.gate.other_cache(cache, asked=not model.base_model.kv_packed)

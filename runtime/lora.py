@@ -51,6 +51,9 @@ def check_adapters(model: Any, artifact: Any) -> None:
 def foreign_base(config: Any, model: Any, artifact: Any) -> str | None:
     """The model that an adapter was trained on, if that isn't the artifact. By names, as a folder may have moved."""
     base = getattr(config, "base_model_name_or_path", None)
-    if base is None or str(base) == str(model.name_or_path) or PurePath(str(base)).name == PurePath(artifact.path).name:
+    if base is None or str(base) == str(model.name_or_path):
         return None
-    return str(base)
+    name = PurePath(str(base)).name
+    source = getattr(getattr(artifact.metadata, "provenance", None), "model", None)
+    original = source is not None and PurePath(source).name == name  # an artifact may have its original's name
+    return None if name == PurePath(artifact.path).name and not original else str(base)

@@ -54,6 +54,24 @@ def test_kernels_leave_a_mask_with_holes_to_the_reference_and_say_so_once(caplog
 
 
 @torch.no_grad()
+def test_the_reference_reads_pages_of_kernels_and_they_go_on_with_its():
+    found = []
+    mask = torch.ones(1, 40, dtype=torch.long)
+    mask[:, 14:17] = mask[:, 30] = 0
+    for path in PATHS:
+        model, logits = model_on(path, window=6), []
+        cache = model(IDS).past_key_values
+        for start, end, shown in ((0, 1, True), (1, 2, False), (2, 9, False), (9, 10, True), (10, 11, False)):
+            columns = cache.get_seq_length() + end - start
+            own = None if shown else mask[:, :columns]
+            logits.append(model(IDS[:, start:end], attention_mask=own, past_key_values=cache).logits)
+        assert len(cache.layers[0].pages[0]) == 3
+        found.append(logits)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=0.03, rtol=0.01)
+
+
+@torch.no_grad()
 def test_documents_packed_in_a_row_are_refused_and_one_document_is_not():
     model, positions = model_on("reference"), torch.arange(10)[None]
     restart = torch.cat((positions[:, :6], positions[:, :4]), 1)
@@ -191,6 +209,11 @@ def test_a_cache_that_is_not_packed_is_named_once(caplog):
         model(IDS, past_key_values=foreign)
     with runtime.plain_cache(model):
         model(IDS, past_key_values=foreign)
+    with runtime.plain_cache(model):
+        out = model.generate(IDS, max_new_tokens=3, return_dict_in_generate=True, pad_token_id=0, do_sample=False)
+    assert isinstance(out.past_key_values, DynamicCache)
+    want = stock_model("llama").generate(IDS, max_new_tokens=3, pad_token_id=0, do_sample=False)
+    assert torch.equal(out.sequences, want)
     model.train()
     assert isinstance(model(IDS).past_key_values, DynamicCache)
     assert "training mode" in warnings_of(caplog)[-1]
@@ -371,8 +394,11 @@ def test_an_adapter_of_the_original_is_refused_before_it_is_used_or_merged():
         list(model.modules())
     own = adapter("elsewhere/tiny")  # the artifact's own name
     assert own(IDS).logits.shape[1] == 26
+    own.kv_artifact.metadata.provenance = SimpleNamespace(model="owner/tiny")  # the original has that name, too
+    with pytest.raises(KvfoldError, match="trained on 'elsewhere/tiny'"):
+        own(IDS)
     plain = LayerSpec(KeySpec(raw16(DIM)), ValueSpec(raw16(DIM)))
-    check_adapters(model, SimpleNamespace(specs=[plain], path="tiny"))  # nothing stands in another basis
+    check_adapters(model, SimpleNamespace(specs=[plain], path="tiny", metadata=None))  # nothing stands in another basis
 
 
 # -- what is left behind ---------------------------------------------------------------------------------------------------
