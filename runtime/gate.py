@@ -42,6 +42,9 @@ class Gate:
         self.digest: str = artifact.metadata.digest
         self.told: set[str] = set()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Gate":
+        return self  # a copy of the model is of the same artifact
+
     def tell(self, key: str, message: str, *args: Any) -> None:
         """Logs a warning, once."""
         if key not in self.told:

@@ -63,7 +63,8 @@ def packed_model(family, triton=False, spec=SPEC, window=WINDOW, **options):
     model = stock_model(family)
     geometry = Geometry(1, DIM, sinks=3, window=window, page_tokens=8, sliding=sliding_windows_of(model.config))
     calibration = SimpleNamespace(covered_positions=10**6)
-    metadata = SimpleNamespace(calibration=calibration, digest="differential", geometry=geometry)
+    formats = [(spec.key.format, spec.value.format)] * model.config.num_hidden_layers
+    metadata = SimpleNamespace(calibration=calibration, digest="differential", geometry=geometry, formats=formats)
     artifact = Artifact(Path("tiny"), metadata, [spec] * model.config.num_hidden_layers)
     return attach(model, artifact, triton=triton, **options)
 

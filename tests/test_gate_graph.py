@@ -1,10 +1,12 @@
 """A captured step against calls that it must not be replayed for."""
 
+import copy
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from test_graph import captured, ids_of, make, quick  # noqa: F401 - fixtures
+from test_graph import captured, ids_of, make, quick, same  # noqa: F401 - fixtures
 
 from kvfold import KvfoldError
 
@@ -77,3 +79,20 @@ def test_steps_of_generate_read_no_mask(quick, captured, monkeypatch):  # noqa: 
     monkeypatch.setattr(torch.Tensor, "cumsum", lambda self, *a, **k: (read.append(self.dtype), real(self, *a, **k))[1])
     model.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False, pad_token_id=0)
     assert read.count(torch.bool) == 1 and sum(x.calls for x in captured) >= 6
+
+
+@torch.no_grad()
+def test_a_copy_of_a_progressive_cache_goes_on_by_itself(quick, captured):  # noqa: F811
+    model, ids = make(True, budget=14_000, progressive=True), ids_of(2, 120)
+    cache = model.new_kv_cache()
+    model(ids[:, :70], past_key_values=cache)
+    for t in range(70, 74):
+        model(input_ids=ids[:, t : t + 1], past_key_values=cache)
+    twin = copy.deepcopy(cache)
+    assert same(cache, twin) and twin.graph is None
+    for t in range(74, 110):
+        steps = [model(input_ids=ids[:, t : t + 1], past_key_values=x).logits for x in (cache, twin)]
+        assert torch.equal(*steps) and same(cache, twin) and twin.nbytes <= 14_000
+    assert all(
+        layer.pool.rung(i) < len(layer.rungs) - 1 for layer in twin.layers for i in layer.pages[0][:1]
+    )  # lowered
