@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from differential import DIM, packed_model, stock_model
+from differential import DIM, SPEC, packed_model, stock_model
 from test_gate import IDS, PATHS, model_on
 
 from kvfold import KvfoldError, runtime
 from kvfold.kernels.key_mean import turn_tables
+from kvfold.kernels.quantizer import encode
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -97,3 +98,14 @@ def test_autocast(path):
         got = model(IDS[:, :1], past_key_values=cache).logits
     want = model(IDS[:, :1], past_key_values=model(IDS).past_key_values).logits
     assert float((got.float() - want).abs().max()) < 0.2 * float(want.std())
+
+
+def test_the_quantiser_has_no_default_type():
+    x, fmt = torch.randn(4, 256, DIM, generator=torch.Generator().manual_seed(1)), SPEC.key.format
+    want = encode(x, fmt)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = encode(x, fmt)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, want)
