@@ -19,6 +19,13 @@ from kvfold.kernels.formats import Format, uniform
 from kvfold.runtime.load import attach
 
 DIM, VOCAB, WINDOW, SLIDING = 16, 24, 61, 9
+# of logits' deviation, what rounding may take: 0.0003 to 0.016 were seen, faults take 0.3 and more
+MOST = {
+    ("reference", "llama"): 0.03,
+    ("reference", "gemma2"): 0.003,
+    ("kernels", "llama"): 0.05,
+    ("kernels", "gemma2"): 0.05,
+}
 LOWEST = torch.finfo(torch.float32).min
 SHAPE = {
     "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": DIM,
@@ -44,6 +51,10 @@ SPEC = LayerSpec(
     ValueSpec(uniform(DIM, 16), ("whiten", "scale")),
 )  # fmt: skip
 
+# norms behind Gemma's attention and MLP make much of a rounding: there keys and values are rounded in the model's own basis
+PLAIN = LayerSpec(KeySpec(uniform(DIM, 16)), ValueSpec(uniform(DIM, 16), ("scale",)))
+SPECS = {"llama": SPEC, "gemma2": PLAIN}
+
 
 def stock_model(family):
     """A random model whose heads look at few tokens, as transformers has it."""
@@ -58,15 +69,22 @@ def stock_model(family):
     return model.eval()
 
 
-def packed_model(family, triton=False, spec=SPEC, window=WINDOW, **options):
+def packed_model(family, triton=False, spec=None, window=WINDOW, **options):
     """The same on a packed cache whose window holds a whole session."""
-    model = stock_model(family)
+    model, spec = stock_model(family), spec or SPECS[family]
     geometry = Geometry(1, DIM, sinks=3, window=window, page_tokens=8, sliding=sliding_windows_of(model.config))
     calibration = SimpleNamespace(covered_positions=10**6)
     formats = [(spec.key.format, spec.value.format)] * model.config.num_hidden_layers
     metadata = SimpleNamespace(calibration=calibration, digest="differential", geometry=geometry, formats=formats)
     artifact = Artifact(Path("tiny"), metadata, [spec] * model.config.num_hidden_layers)
     return attach(model, artifact, triton=triton, **options)
+
+
+class HalfCache(DynamicCache):
+    """transformers' cache, of numbers rounded to float16 as the window rounds them."""
+
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        return super().update(keys.half().float(), values.half().float(), layer_idx, *args, **kwargs)
 
 
 # What is drawn: small numbers and names, which a session reads as its state allows.
@@ -129,7 +147,7 @@ class Session:
     def __init__(self, family, stock, packed, drawn):
         self.family, self.stock, self.packed, self.drawn = family, stock, packed, drawn
         self.random = torch.Generator().manual_seed(drawn["seed"])
-        self.caches = [DynamicCache(), *(None for _ in packed)]
+        self.caches = [HalfCache(), *(None for _ in packed)]
         self.batch, self.count, self.rounded = drawn["batch"], 0, False
         self.hidden, self.pads = torch.zeros(self.batch, 0, dtype=torch.bool), [0] * self.batch
 
@@ -267,17 +285,20 @@ class Session:
                 else:
                     raise AssertionError(f"{kind} was not refused")
             return
+        self.learn(kind, visible)
+        places = torch.arange(self.seen - tokens, self.seen) - torch.tensor(self.pads)[:, None]
         found = []
         for i, (model, cache) in enumerate(zip([self.stock, *self.packed], self.caches, strict=True)):
             with ambient("no_grad" if i == 0 and mode != "autocast" else mode):
-                own = options if i else {**options, "attention_mask": self.added(mask)}
+                own = (
+                    options
+                    if i
+                    else {"position_ids": places.clamp_min(0), **options, "attention_mask": self.added(mask)}
+                )
                 out = model(ids, past_key_values=cache, **own)
             found.append(out.logits.detach().float())
             self.caches[i] = out.past_key_values
-        self.learn(kind, visible)
-        places = torch.arange(self.seen - tokens, self.seen)
-        real = places >= torch.tensor(self.pads)[:, None]
-        self.compare(kind, mode, found, real)
+        self.compare(kind, mode, found, places >= 0)
 
     def added(self, mask):
         """A mask of four dimensions as transformers' eager attention takes it, which adds it to logits."""
@@ -295,17 +316,19 @@ class Session:
 
     def compare(self, kind, mode, found, real):
         self.rounded = self.rounded or mode == "autocast"
-        most = 0.25 if self.rounded else 0.02
         want = found[0][real]
         scale = float(want.std())
         for model, got in zip(self.packed, found[1:], strict=True):
             off = float((got[real] - want).abs().max()) / scale if len(want) else 0.0
             path = "kernels" if model.kv_triton else "reference"
+            most = 0.25 if self.rounded else MOST[path, self.family]
             assert off < most, f"{path} off by {off:.3f} of logits' deviation: {kind}, {mode}"
             self.count += 1
         if len(found) == 3:
             off = float((found[1][real] - found[2][real]).abs().max()) / scale
-            assert off < most, f"kernels off the reference by {off:.3f}: {kind}, {mode}"
+            assert off < (0.25 if self.rounded else MOST["kernels", self.family]), (
+                f"kernels off the reference by {off:.3f}: {kind}, {mode}"
+            )
 
     def change(self, name, number):
         """Something that is done to the cache between calls."""
