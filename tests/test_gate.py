@@ -102,10 +102,21 @@ def test_masks_of_four_dimensions_must_hide_the_padding_that_is_known():
     alone = model(torch.cat((IDS[:, 3:6], IDS[:, :1]), 1)).logits[:, -1]
     torch.testing.assert_close(got[1], alone, atol=0.05, rtol=0.01)
     with pytest.raises(KvfoldError, match="torch.int64; give bool"):
-        model(IDS[:, :1].repeat(2, 1), attention_mask=square.long(), past_key_values=cache)
+        model(IDS[:, :1].repeat(2, 1), attention_mask=torch.ones(2, 1, 1, 8, dtype=torch.long), past_key_values=cache)
     for bad in ([[True]], torch.ones(1, 1, 1, 9, dtype=torch.bool), {"linear_attention": square}):
         with pytest.raises(KvfoldError, match="attention_mask"):
             model(IDS[:, :1].repeat(2, 1), attention_mask=bad, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_mask_that_shows_what_lies_behind_a_sliding_window_is_refused():
+    model = packed_model("gemma2")
+    square = torch.ones(1, 1, 15, 15, dtype=torch.bool).tril()
+    with pytest.raises(KvfoldError, match="behind the sliding window"):
+        model(IDS[:, :15], attention_mask=square)
+    near = square & ~square.tril(-9)
+    own = {"full_attention": square, "sliding_attention": near}
+    torch.testing.assert_close(model(IDS[:, :15], attention_mask=own).logits, model(IDS[:, :15]).logits)
 
 
 @torch.no_grad()
