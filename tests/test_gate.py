@@ -101,7 +101,7 @@ def test_masks_of_four_dimensions_must_hide_the_padding_that_is_known():
     got = model(IDS[:, :1].repeat(2, 1), attention_mask=square, past_key_values=cache).logits
     alone = model(torch.cat((IDS[:, 3:6], IDS[:, :1]), 1)).logits[:, -1]
     torch.testing.assert_close(got[1], alone, atol=0.05, rtol=0.01)
-    with pytest.raises(KvfoldError, match="torch.int64; give bool"):
+    with pytest.raises(KvfoldError, match=r"torch\.int64; give bool"):
         model(IDS[:, :1].repeat(2, 1), attention_mask=torch.ones(2, 1, 1, 8, dtype=torch.long), past_key_values=cache)
     for bad in ([[True]], torch.ones(1, 1, 1, 9, dtype=torch.bool), {"linear_attention": square}):
         with pytest.raises(KvfoldError, match="attention_mask"):
