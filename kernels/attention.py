@@ -82,9 +82,9 @@ def attend(
     q = query.float() * scaling
     if mean is not None:
         mean = KeyMean(mean.tables, mean.coefficients * scaling)
-    out = torch.zeros(num_heads, num_queries, head_dim, device=query.device)
-    top = torch.full((num_heads, num_queries, 1), -torch.inf, device=query.device)
-    total = torch.zeros(num_heads, num_queries, 1, device=query.device)
+    out = torch.zeros(num_heads, num_queries, head_dim, dtype=torch.float32, device=query.device)
+    top = torch.full((num_heads, num_queries, 1), -torch.inf, dtype=torch.float32, device=query.device)
+    total = torch.zeros(num_heads, num_queries, 1, dtype=torch.float32, device=query.device)
     if sinks_logit is not None:
         top, total = sinks_logit.float()[:, None, None].expand_as(top).clone(), total + 1
     blocks = []
@@ -162,7 +162,7 @@ def attend_plain(
     # a mask alone says what is visible: the keys may be a window's, or lie in a longer buffer
     last = places[seen - tokens :] if mask is None else places[-1:].expand(tokens)
     none_packed = torch.zeros_like(last)
-    out = torch.empty(query.shape, device=query.device)
+    out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     for b in range(len(query)):
         row_mask = None if mask is None else mask[min(b, len(mask) - 1), 0]
         out[b] = attend(

@@ -56,6 +56,6 @@ def decode_rungs(
             blocks = (page[:split], page[split:])
             parts.append([decode(x.view(num_kv_heads, -1), f, page_tokens) for x, f in zip(blocks, pair, strict=True)])
     if not parts:
-        empty = torch.zeros(num_kv_heads, 0, formats[0][0].head_dim)
+        empty = torch.zeros(num_kv_heads, 0, formats[0][0].head_dim, dtype=torch.float32)
         return empty, empty
     return torch.cat([keys for keys, _ in parts], 1), torch.cat([values for _, values in parts], 1)

@@ -9,6 +9,8 @@ Two kinds of codes (c in 0 … L−1):
   codes as KIVI's, 2402.02750, stores values; the clip is SKVQ's, 2405.06219), both rounded to their stored type before coding.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,8 @@ def _class_rows(fmt: Format, device: torch.device) -> tuple[Tensor, Tensor]:
     """Levels and steps of every channel, float32 [head_dim] each (0 and 1 where nothing is coded)."""
     levels = [n for channels, n in fmt.classes for _ in range(channels)]
     steps = [GAUSSIAN_STEP.get(n, 1.0) for channels, n in fmt.classes for _ in range(channels)]
-    return torch.tensor(levels, dtype=torch.float32, device=device), torch.tensor(steps, device=device)
+    as_float = partial(torch.tensor, dtype=torch.float32, device=device)
+    return as_float(levels), as_float(steps)
 
 
 def _by_word(params: Tensor) -> Tensor:

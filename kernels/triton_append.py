@@ -5,6 +5,7 @@ launch can be part of a CUDA graph. The lengths move on in the merging kernel of
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -229,17 +230,18 @@ def empty_queries(
     """
     group = num_heads // num_kv_heads
     padded = max(8, triton.next_power_of_2(group))
+    floats: dict[str, Any] = {"dtype": torch.float32, "device": device}
     data = torch.zeros(batch, num_kv_heads, 1, padded, head_dim, dtype=torch.float16, device=device)
-    shifts = torch.zeros(batch, num_kv_heads, 1, padded, device=device) if shift else None
+    shifts = torch.zeros(batch, num_kv_heads, 1, padded, **floats) if shift else None
     mean = None
     if tables is not None:
         tables.reach(tokens)
         steps = -(-(tokens // STEP + 1) // STEPS_BLOCK) * STEPS_BLOCK
         rows = 2 * padded_fast(head_dim)
-        coefficients = torch.zeros(batch, num_kv_heads, 1, 2, rows, padded, device=device)
-        bias = torch.zeros(batch, num_kv_heads, 1, steps, padded, device=device)
+        coefficients = torch.zeros(batch, num_kv_heads, 1, 2, rows, padded, **floats)
+        bias = torch.zeros(batch, num_kv_heads, 1, steps, padded, **floats)
         mean = MeanTerm(coefficients, bias, 0, tables.kernel_tables)
-    return Queries(data, torch.zeros(batch, num_kv_heads, device=device), group, group, 1, shifts, mean)
+    return Queries(data, torch.zeros(batch, num_kv_heads, **floats), group, group, 1, shifts, mean)
 
 
 def append_step(
@@ -373,7 +375,7 @@ def _joined(clips: Sequence[Tensor | None], heads: int, groups: int) -> Tensor:
     """float32 [rungs, heads, groups] of clips of up to as many groups."""
     device = next(clip.device for clip in clips if clip is not None)
     with torch.inference_mode(False):
-        out = torch.ones(len(clips), heads, groups, device=device)
+        out = torch.ones(len(clips), heads, groups, dtype=torch.float32, device=device)
         for row, clip in zip(out, clips, strict=True):
             if clip is not None:
                 factors = clip.clone().view(heads, -1)

@@ -10,8 +10,16 @@ else:
     from kvfold.runtime.branches import resident_nbytes
     from kvfold.runtime.cache import QuantizedKVCache
     from kvfold.runtime.compile import warm_up
-    from kvfold.runtime.load import load_pretrained
+    from kvfold.runtime.load import load_pretrained, plain_cache
     from kvfold.runtime.onnx_inputs import onnx_inputs
     from kvfold.runtime.prompt_cache import load_cache
 
-    __all__ = ["QuantizedKVCache", "load_cache", "load_pretrained", "onnx_inputs", "resident_nbytes", "warm_up"]
+    __all__ = [
+        "QuantizedKVCache",
+        "load_cache",
+        "load_pretrained",
+        "onnx_inputs",
+        "plain_cache",
+        "resident_nbytes",
+        "warm_up",
+    ]

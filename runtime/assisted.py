@@ -1,10 +1,11 @@
 """Assisted and prompt-lookup decoding: the cache learns how many drafted tokens may be taken back before they come."""
 
-import types
+import weakref
 from typing import Any
 
 from kvfold.errors import KvfoldError
 from kvfold.runtime.branches import Branches
+from kvfold.runtime.owner import Bound
 
 LOOKBEHIND = 16  # tokens beyond its drafts that an assistant takes back where tokenizers differ
 
@@ -15,12 +16,12 @@ def hook_assisted(model: Any) -> None:
     A crop of what was rejected then leaves no trace, so that the text is that of greedy decoding. transformers 5.23 gives an
     assisted model the whole text at first, also where its cache holds a part; that is refused, and not read twice in silence.
     """
-    stock = model._get_candidate_generator
+    stock = type(model)._get_candidate_generator
 
     def get_candidate_generator(self, *args, **kwargs):
-        generator = stock(*args, **kwargs)
+        generator = stock(self, *args, **kwargs)
         cache = kwargs["model_kwargs"].get("past_key_values")
-        draft = generator.get_candidates
+        draft, owner = type(generator).get_candidates, weakref.ref(generator)  # no cycle, which would keep the cache
         if isinstance(cache, Branches) and cache.tokens:
             raise KvfoldError(
                 f"Assisted decoding cannot go on with a cache that holds tokens ({cache.tokens}): transformers would give it the "
@@ -28,7 +29,7 @@ def hook_assisted(model: Any) -> None:
             )
 
         def get_candidates(input_ids, *args, **kwargs):
-            candidates, logits = draft(input_ids, *args, **kwargs)
+            candidates, logits = draft(owner(), input_ids, *args, **kwargs)
             if isinstance(cache, Branches):
                 cache.extend_rollback(candidates.shape[1] - input_ids.shape[1])
             return candidates, logits
@@ -36,7 +37,7 @@ def hook_assisted(model: Any) -> None:
         generator.get_candidates = get_candidates
         return generator
 
-    model._get_candidate_generator = types.MethodType(get_candidate_generator, model)
+    model._get_candidate_generator = Bound(get_candidate_generator, model)
 
 
 def own_drafts(generation_config: Any) -> int:

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from kvfold.errors import KVBudgetExceeded, KvfoldError
 from kvfold.exports.account import RAW_NBYTES, Geometry
+from kvfold.runtime.ambient import neutrally
 from kvfold.runtime.lower import make_way
 from kvfold.runtime.marks import look
 from kvfold.runtime.view import Padding
@@ -27,6 +28,7 @@ class Branches:
     budget: int | None
     pager: Any
     graph: Any
+    tell: Any
     artifact: str | None = None
     lent: bool = False
     torn: bool = False  # a step failed half way
@@ -51,9 +53,16 @@ class Branches:
         for layer in self.layers:
             layer.check_crop(tokens_to_remove)
         self.quiet = 0
-        for layer in self.layers:
-            layer.crop(tokens_to_remove)
+        removed = self.layers[0]._removed(tokens_to_remove)
+        exact = [layer.crop(tokens_to_remove) for layer in self.layers]
+        if not all(exact):
+            self.tell(
+                "crop", "a crop by %d tokens went back behind a page: what stands there keeps its quantised values, and not the 16 bits "
+                "of the window; load with rollback=%d, or cache.extend_rollback(%d) before they come, for crops as if they had never come",
+                removed, removed, removed,
+            )  # fmt: skip
 
+    @neutrally
     def take_back(self, count: int, tokens: int) -> None:
         """Removes the latest `tokens` tokens from the first `count` layers, after a call that failed in the next one."""
         self.quiet = 0
@@ -71,6 +80,7 @@ class Branches:
                 "take a new one."
             )
 
+    @neutrally
     def extend_rollback(self, tokens: int) -> None:
         """Makes crops of up to `tokens` tokens exact from here on, if they aren't: the 16-bit ring grows.
 
@@ -98,6 +108,7 @@ class Branches:
         for layer in self.layers:
             layer.extend_ring(geometry)
 
+    @neutrally
     def fork(self, count: int) -> list[Self]:
         """`count` caches that go on from here, each by itself, and so does this one. Packed pages are shared, not copied.
 
@@ -109,10 +120,8 @@ class Branches:
         look(self)
         forks = []
         for _ in range(count):
-            other: Any = copy.copy(self)
-            other.padding = replace(self.padding, columns=list(self.padding.columns), scratch={})
+            other = self._twin()
             other.layers = [layer.fork(other.padding) for layer in self.layers]
-            other.graph, other.quiet = None, 0  # it holds the tensors of this one
             if self.pager is not None:
                 self.pager.fixed[other] = self.pager.fixed.get(self, 0)
                 if not all(layer.is_initialized for layer in self.layers):
@@ -120,11 +129,41 @@ class Branches:
             forks.append(other)
         return forks
 
+    @neutrally
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A cache that goes on from here by itself, with pages of its own; where pages may go to host memory, a fork, which shares them."""
+        if self.pager is not None:
+            (other,) = self.fork(1)
+        else:
+            look(self)
+            other = self._twin()
+            other.layers = [layer.duplicate(other.padding) for layer in self.layers]
+        memo[id(self)] = other
+        return other
+
+    def __copy__(self) -> Self:
+        return copy.deepcopy(self)  # two caches can't share layers: each counts its own steps
+
+    def _twin(self) -> Any:
+        """A cache without layers, and else as this one, but for tensors that steps of it run on."""
+        other: Any = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.padding = replace(self.padding, columns=list(self.padding.columns), scratch={})
+        other.graph, other.quiet, other.settled = None, 0, None
+        return other
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise KvfoldError(
+            "A packed cache can't be pickled, because its block tables are addresses; write it with cache.save(path) and read it with "
+            "runtime.load_cache(path, model)."
+        )
+
     def _refuse_policy(self, what: str) -> None:
         """A policy that rewrites pages in place would change them under another cache's hands."""
         if getattr(self, "policy", None) is not None:
             raise KvfoldError(f"{what}() needs pages that stay as they are; load with policy='floor'.")
 
+    @neutrally
     def save(self, path: str | PathLike) -> None:
         """Writes the cache to a file that `runtime.load_cache` restores; see runtime/prompt_cache.py."""
         from kvfold.runtime.prompt_cache import save_cache

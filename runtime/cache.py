@@ -1,5 +1,6 @@
 """The packed KV cache as a transformers `Cache`."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,13 +12,22 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import LayerSpec
 from kvfold.runtime import marks
+from kvfold.runtime.ambient import neutral, neutrally
 from kvfold.runtime.branches import Branches
 from kvfold.runtime.layer import PackedLayer
 from kvfold.runtime.lower import check, make_room, prepare, push_out
+from kvfold.runtime.masks import read_columns, settle
 from kvfold.runtime.pager import Pager
 from kvfold.runtime.pages import set_segments
 from kvfold.runtime.policy import Progressive
 from kvfold.runtime.view import Padding
+
+log = logging.getLogger("kvfold")
+
+
+def say(key: str, message: str, *args: Any) -> None:
+    """A warning of a cache that belongs to no model."""
+    log.warning(message, *args)
 
 
 class QuantizedKVCache(Branches, Cache):
@@ -62,6 +72,7 @@ class QuantizedKVCache(Branches, Cache):
         super().__init__(layers=layers)  # type: ignore[arg-type]
         self.geometry = geometry
         self.budget = budget
+        self.tell: Any = say  # of the model's gate, where the cache has a model
         self.graph: Any = None  # a captured decoding step, see runtime.graph
         self.settled: bool | None = None  # of the step that runs: whether pages will be lowered before the next one
 
@@ -77,22 +88,30 @@ class QuantizedKVCache(Branches, Cache):
         """Bytes of pages that offload has moved to host memory."""
         return 0 if self.pager is None else self.pager.host_nbytes
 
-    def note_padding(self, attention_mask: Tensor | None, batch_size: int) -> None:
-        """Learns each sequence's left padding, before the forward pass that it belongs to.
+    def note_padding(self, attention_mask: Tensor | None, batch_size: int, tokens: int | None = None) -> None:
+        """Learns each sequence's left padding, and whether anything else is hidden, before the forward pass that it belongs to.
 
         Args:
-            attention_mask: [B, columns seen so far and new], 0 where padded; anything but two dimensions means no padding.
+            attention_mask: [B, columns seen so far and new], 0 where hidden from all; None hides the padding that is known.
             batch_size: B.
+            tokens: new columns; None for what the mask has beyond those seen.
+        Raises:
+            KvfoldError: the mask has another batch, or shows columns that an earlier one said are padding.
         """
-        seen = self.get_seq_length()
-        settled = len(self.padding.columns) == batch_size and all(pad < seen for pad in self.padding.columns)
-        if settled:
+        seen, padding = self.get_seq_length(), self.padding
+        if len(padding.columns) != batch_size:
+            padding.columns = [0] * batch_size
+        if attention_mask is None:
+            padding.columns, padding.plain = padding.columns if seen else [0] * batch_size, True
             return
-        if attention_mask is None or attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size:
-            self.padding.columns = self.padding.columns if seen else [0] * batch_size
-            return
-        self.padding.columns = (attention_mask != 0).cumsum(-1).eq(0).sum(-1).tolist()
+        if len(attention_mask) != batch_size:
+            raise KvfoldError(
+                f"attention_mask is of {len(attention_mask)} sequence(s), but this call has {batch_size}; give it a row for each."
+            )
+        columns = read_columns(attention_mask, attention_mask.shape[1] if tokens is None else seen + tokens)
+        padding.columns, padding.plain = settle(columns, padding.columns, seen)
 
+    @neutrally
     def positions(self, tokens: int, device: torch.device) -> Tensor:
         """Positions int64 [B, tokens] of the next tokens, counted from each sequence's first real one."""
         columns = torch.arange(tokens, device=device) + self.get_seq_length()
@@ -108,6 +127,13 @@ class QuantizedKVCache(Branches, Cache):
         """
         if self.padding.stepping:  # all of this is done (runtime.steps)
             return self.layers[layer_idx].update(key_states, value_states)
+        sources = (key_states, value_states) if torch.is_grad_enabled() else ()
+        with neutral():
+            view, _ = self._update(key_states.detach(), value_states.detach(), layer_idx, *args, **kwargs)
+        view.sources = sources
+        return view, view
+
+    def _update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         if layer_idx == 0:
             self.quiet = 0
             self.check_whole()
@@ -145,6 +171,7 @@ class QuantizedKVCache(Branches, Cache):
             )
         return rows
 
+    @neutrally
     def reset(self) -> None:
         super().reset()
         self.padding.columns = []
@@ -157,11 +184,13 @@ class QuantizedKVCache(Branches, Cache):
             for layer in self.layers:
                 layer.pager = self.pager
 
+    @neutrally
     def crop(self, *args, **kwargs) -> None:
         super().crop(*args, **kwargs)
         marks.unmark(self)
         self._set_segments()
 
+    @neutrally
     def reorder_cache(self, beam_idx: Tensor) -> None:
         marks.look(self)
         make_room(self, len(beam_idx))
@@ -169,6 +198,7 @@ class QuantizedKVCache(Branches, Cache):
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._select_padding(beam_idx.tolist())
 
+    @neutrally
     def batch_select_indices(self, indices: Tensor) -> None:
         chosen = (indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist()
         marks.look(self)
@@ -177,6 +207,7 @@ class QuantizedKVCache(Branches, Cache):
         super().batch_select_indices(indices)
         self._select_padding(chosen)
 
+    @neutrally
     def batch_repeat_interleave(self, repeats: int) -> None:
         marks.look(self)
         make_room(self, self.layers[0].batch_size * repeats if self.layers[0].is_initialized else 0)

@@ -51,7 +51,8 @@ def placeholder(metadata: Metadata, layer: int) -> LayerSpec:
             if tensor == "frequencies":
                 found[tensor] = (1.0,)
             else:
-                found[tensor] = torch.eye(dim).expand(shape).contiguous() if tensor == "matrix" else torch.ones(shape)
+                one = torch.eye(dim, dtype=torch.float32) if tensor == "matrix" else torch.ones((), dtype=torch.float32)
+                found[tensor] = one.expand(shape).contiguous()
         return found
 
     model = metadata.layers[layer]

@@ -9,7 +9,6 @@ usual, and so compiles what must be compiled. After FUSE_AFTER steps of a model 
 import functools
 import logging
 import os
-import types
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,8 +20,10 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvfold.errors import KvfoldError
+from kvfold.runtime.ambient import modes, neutral, no_gradient
 from kvfold.runtime.cache import QuantizedKVCache
 from kvfold.runtime.fused import fused
+from kvfold.runtime.owner import Bound, Owner
 from kvfold.runtime.steps import begin, due_rungs, finish, stepping
 
 log = logging.getLogger("kvfold")
@@ -104,10 +105,16 @@ class Decoding:
         notice: Callable[[int], None] | None = None,
         capture: Any = DecodingStep,
     ) -> None:
-        self.model, self.forward, self.insist, self.notice, self.capture = model, model.forward, insist, notice, capture
+        # a bound method would keep the model alive; what somebody has set on this model alone is no cycle of ours
+        self.owner, self.forward = Owner(model), vars(model).get("forward") or Bound(type(model).forward, model)
+        self.insist, self.notice, self.capture = insist, notice, capture
         self.refused = ""  # why no step of this model can be captured
         self.probed = False  # whether a step was watched for what can't be captured
         self.steps: Counter[int] = Counter()  # replayed ones, by batch size
+
+    @property
+    def model(self) -> Any:
+        return self.owner()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache: Any = kwargs.get("past_key_values")
@@ -120,7 +127,9 @@ class Decoding:
             return self.forward(*args, **kwargs)
         assert ids is not None
         quiet = cache.quiet > 0
-        if not begin(cache):
+        with neutral():
+            begun = begin(cache)
+        if not begun:
             return self.forward(*args, **kwargs)
         if not quiet and self.notice is not None:
             self.notice(cache.layers[0].columns)
@@ -133,7 +142,9 @@ class Decoding:
         except BaseException:
             cache.torn, cache.graph = True, None  # some layers may have the token, and the host counts it for all
             raise
-        finish(cache)
+        with neutral():
+            finish(cache)
+        logits = no_gradient(logits, next(self.model.parameters()))
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     def fits(self, cache: QuantizedKVCache, ids: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -157,7 +168,9 @@ class Decoding:
             return False
         if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
             return False
-        return not (self.model.training or torch.compiler.is_compiling())
+        if self.model.training or torch.compiler.is_compiling() or modes(first.device):
+            return False
+        return (mask is None or len(mask) == len(ids)) and self.model.kv_gate.step(self.model, cache, mask, len(ids))
 
     def logits(self, cache: QuantizedKVCache, ids: Tensor, positions: Tensor, quiet: bool) -> Tensor:
         """A step, replayed or as it is. `quiet`: nothing of the cache can have been replaced since the last one."""
@@ -239,7 +252,7 @@ def decode_by(model: Any, decoding: Decoding) -> None:
         return self.kv_decoding(*args, **kwargs)
 
     model.kv_decoding = decoding
-    model.forward = types.MethodType(forward, model)
+    model.forward = Bound(forward, model)
 
 
 def recover(device: torch.device) -> None:

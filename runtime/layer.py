@@ -12,6 +12,7 @@ from kvfold.exports.spec import LayerSpec
 from kvfold.kernels.attention import Tile, packed_tokens
 from kvfold.kernels.codes import field_order
 from kvfold.kernels.quantizer import to_float16
+from kvfold.runtime.ambient import neutrally
 from kvfold.runtime.marks import not_finite
 from kvfold.runtime.pager import Pager, PagingPool
 from kvfold.runtime.pages import read_codes, read_pages, set_segments, write_pages
@@ -61,6 +62,7 @@ class PackedLayer(Sequences, CacheLayerMixin):
         self._columns, self._length, self._counted = 0, [], padding.steps
         self.pager: Pager | None = None  # where old pages may go to host memory
 
+    @neutrally
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         g = self.geometry
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -168,7 +170,7 @@ class PackedLayer(Sequences, CacheLayerMixin):
         pads = self.padding.columns or [0] * self.batch_size
         skips = [min(max(pad - self.columns, 0), tokens) for pad in pads]
         shape = torch.Size((*key_states.shape[:2], self.columns + tokens, key_states.shape[3]))
-        if self.use_triton and tokens == 1 and not any(skips):
+        if self.use_triton and self.padding.plain and tokens == 1 and not any(skips):
             take_pages([self], due_in(self))
             self.length = [n + 1 for n in self.length]
             self.columns += 1
@@ -282,6 +284,7 @@ class PackedLayer(Sequences, CacheLayerMixin):
             for b, (ids, passed) in enumerate(zip(self.pages, self.passed, strict=True)):
                 self.enter(b, passed, ids[passed:])
 
+    @neutrally
     def _fit_table(self, entries: int) -> None:
         """Gives the block table room for `entries` pages a sequence, in whole steps."""
         entries = max(entries, *(len(ids) for ids in self.pages), 0)

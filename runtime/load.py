@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,13 +20,11 @@ from kvfold.exports.schema import Metadata
 from kvfold.exports.units import parse_nbytes
 from kvfold.pretrained import is_out_of_memory, reason_of, stock_from_pretrained
 from kvfold.runtime.ahead import begin_ahead
-from kvfold.runtime.assisted import hook_assisted, own_drafts
-from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.assisted import hook_assisted
 from kvfold.runtime.compile import begin_folder, compiling
 from kvfold.runtime.graph import Decoding, DecodingStep, decode_by
-from kvfold.runtime.lower import check
 from kvfold.runtime.options import HUB, check_names, device_of, device_of_map, dtype_of
-from kvfold.runtime.pager import Pager
+from kvfold.runtime.owner import Bound
 from kvfold.runtime.policy import Progressive
 
 if TYPE_CHECKING:  # transformers' models take seconds to import: kernels are compiled meanwhile
@@ -174,10 +171,13 @@ def load_pretrained(
             f"cuda_graph=True needs a CUDA device and the Triton kernels, but this is {target}; leave it out."
         )
     log.info("attention: %s on %s", "Triton kernels" if triton else "plain-torch reference", target)
-    return attach(
-        model, artifact, budget, triton, cuda_graph, rollback=rollback, batch_invariant=batch_invariant, policy=ladders,
-        offload=offload,
-    )  # fmt: skip
+    try:
+        return attach(
+            model, artifact, budget, triton, cuda_graph, rollback=rollback, batch_invariant=batch_invariant, policy=ladders,
+            offload=offload,
+        )  # fmt: skip
+    finally:
+        del model  # an exception that transformers caught may keep this frame, and with it the weights, until the next collection
 
 
 def read_model(artifact: Artifact, dtype: torch.dtype | str, **placement: Any) -> Any:
@@ -280,94 +280,27 @@ def attach(
     offload: bool = False,
 ) -> "PreTrainedModel":
     """Makes every forward pass of `model`, which has the artifact's weights, read a packed cache; see load_pretrained."""
-    from transformers.utils import ModelOutput
-
     from kvfold.runtime.attention import NAME
+    from kvfold.runtime.calls import Calls
+    from kvfold.runtime.gate import refuse_batching
     from kvfold.runtime.save import save_artifact
 
     model.eval()
     model.set_attn_implementation(NAME)
-
-    covered = artifact.metadata.calibration.covered_positions
-    warned: list[bool] = []
-
-    geometry = replace(artifact.geometry, rollback=rollback)
-    digest = artifact.metadata.digest
-
-    def new_cache() -> QuantizedKVCache:
-        away = None
-        if offload:
-            buffers = 2 if next(model.parameters()).device.type == "cuda" else 1
-            away = Pager([geometry.pair_nbytes(*pair) for pair in artifact.formats], buffers=buffers)
-        cache = QuantizedKVCache(artifact.specs, geometry, budget, triton, policy, away)
-        cache.artifact = digest
-        cache.padding.batch_invariant = batch_invariant
-        return cache
-
-    def prepare_cache(self, generation_config, model_kwargs, mode, batch_size, max_length, *args, **kwargs) -> None:
-        find_cache(generation_config, model_kwargs, self.generation_config)
-        cache = model_kwargs.get("past_key_values")
-        if getattr(generation_config, "is_assistant", False) and isinstance(cache, QuantizedKVCache):
-            cache.extend_rollback(own_drafts(generation_config))
-
-    def find_cache(generation_config, model_kwargs, stated) -> None:
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"]._is_user_defined = True
-            return
-        wanted = generation_config.cache_implementation
-        if wanted not in (
-            None,
-            "dynamic",
-            stated.cache_implementation,
-        ):  # generation_config.json may be the base model's
-            raise KvfoldError(
-                f"cache_implementation='{wanted}' names another cache, but this model brings its own packed one; "
-                "leave cache_implementation out, or pass past_key_values."
-            )
-        if generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = new_cache()
-
-    def note_length(tokens: int) -> None:
-        if tokens > covered and not warned:
-            warned.append(True)
-            log.warning("this artifact was calibrated for positions up to %d; past that quality falls off", covered)
-
-    def inject_cache(module, args, kwargs):
-        """A plain forward pass would make a stock 16-bit cache, and perplexity would measure nothing."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        tokens = ids if ids is not None else kwargs["inputs_embeds"]
-        if not module.kv_packed:
-            return args, kwargs
-        if kwargs.get("past_key_values") is None and not module.training:
-            kwargs["past_key_values"] = new_cache()
-            kwargs["past_key_values"].lent = kwargs.get("use_cache") is False
-        cache = kwargs.get("past_key_values")
-        if isinstance(cache, QuantizedKVCache) and not cache.padding.stepping:
-            cache.note_padding(kwargs.get("attention_mask"), tokens.shape[0])
-            check(cache, tokens.shape[0], tokens.shape[1])
-            note_length(cache.get_seq_length() + tokens.shape[1])
-            if kwargs.get("position_ids") is None and any(cache.padding.columns):
-                # generate counts positions from the first real token; a plain call must too, or a padded row's keys are
-                # rotated, and so quantised, unlike the same row's alone
-                kwargs["position_ids"] = cache.positions(tokens.shape[1], tokens.device)
-        return args, kwargs
-
-    def keep_cache(module, args, kwargs, output):
-        """Without use_cache nobody may go on with the cache: generate would feed it the whole text again."""
-        if getattr(kwargs.get("past_key_values"), "lent", False) and isinstance(output, ModelOutput):
-            return type(output)(**{**output, "past_key_values": None})
-        return output
-
-    # bound on the instance: a subclass's name would end up in config.json when the model is saved
-    model._prepare_cache_for_generation = types.MethodType(prepare_cache, model)
+    calls = Calls(artifact, budget, triton, rollback, batch_invariant, policy, offload)
+    model.kv_gate = calls.gate
+    model._prepare_cache_for_generation = Bound(calls.prepare_cache, model)
+    model._update_model_kwargs_for_generation = Bound(calls.update_kwargs, model)
+    model.init_continuous_batching = model.generate_batch = refuse_batching
+    model.named_modules = Bound(calls.named_modules, model)
     hook_assisted(model)
-    model.new_kv_cache = new_cache
+    model.new_kv_cache = Bound(calls.new_cache, model)
     if cuda_graph and triton and not offload and model.device.type in DecodingStep.devices:
-        decode_by(model, Decoding(model, cuda_graph is True, note_length))
-    model.save_pretrained = types.MethodType(save_artifact, model)
+        decode_by(model, Decoding(model, cuda_graph is True, calls.note_length))
+    model.save_pretrained = Bound(save_artifact, model)
     model.base_model.kv_packed = True
-    model.base_model.register_forward_pre_hook(inject_cache, with_kwargs=True)
-    model.base_model.register_forward_hook(keep_cache, with_kwargs=True)
+    model.base_model.register_forward_pre_hook(Bound(calls.before, model), with_kwargs=True)
+    model.base_model.register_forward_hook(calls.after, with_kwargs=True)
     model.kv_artifact = artifact
     model.kv_triton, model.kv_policy = triton, policy
     return model

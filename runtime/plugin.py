@@ -8,6 +8,7 @@ import torch
 
 from kvfold.exports.reader import read_artifact, read_metadata
 from kvfold.pretrained import code_free
+from kvfold.runtime.ahead import begin_ahead
 from kvfold.runtime.compile import begin_folder, compiling
 from kvfold.runtime.load import (
     attach,
@@ -71,5 +72,10 @@ def load_if_artifact(stock: Callable[..., Any], name: Any, *args: Any, **kwargs:
     if triton:
         kernels = kernels or begin_folder(folder, model.device, model.dtype, False)
         triton = kernels.usable(required=False)
-    model = attach(model, artifact, triton=triton)
-    return (model, info) if wants_info else model
+    if triton:
+        begin_ahead(folder, model.device, model.dtype, False)
+    try:
+        model = attach(model, artifact, triton=triton)
+        return (model, info) if wants_info else model
+    finally:
+        del model  # as in load_pretrained

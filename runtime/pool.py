@@ -32,6 +32,20 @@ class PagePool:
         self._owners: dict[int, int] = {}
         self._free_ids: list[int] = []  # numbers of pages that were given back
 
+    def duplicate(self, pages: Sequence[Sequence[int]]) -> "PagePool":
+        """A pool with copies of the pages of some sequences, under the same numbers, each owned as often as it is listed."""
+        other = PagePool(self.sizes, self.device)
+        for number in (i for ids in pages for i in ids if i != PASSED):
+            if number in other._pages:
+                other._owners[number] += 1
+                continue
+            rung = self._rungs[number]
+            other._place(number, rung, other._new(rung).copy_(self._pages[number]))
+            other._owners[number] = 1
+            other.counts[rung] += 1
+        other._free_ids = [i for i in range(max(other._pages, default=-1)) if i not in other._pages]
+        return other
+
     @property
     def page_nbytes(self) -> int:
         """Bytes of a page on the highest rung, which new pages have unless `allocate` is told otherwise."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kvfold.errors import KVBudgetExceeded, KvfoldError
 from kvfold.exports.account import batch_nbytes
+from kvfold.runtime.ambient import neutrally
 from kvfold.runtime.sequences import PASSED
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def save_cache(cache: Any, path: str | PathLike) -> None:
         scratch.unlink(missing_ok=True)
 
 
+@neutrally
 def load_cache(path: str | PathLike, model: Any) -> "QuantizedKVCache":
     """The cache that `cache.save` wrote, on the device of `model`, which must be of the same artifact.
 

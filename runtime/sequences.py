@@ -1,6 +1,5 @@
 """What a layer does with whole sequences: cropping, choosing, forking, and pages that a sliding window has left behind."""
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
+from kvfold.exports.spec import LayerSpec
 from kvfold.kernels.quantizer import to_float16
 from kvfold.runtime.pool import PASSED, PagePool
 from kvfold.runtime.view import Padding
@@ -27,6 +27,7 @@ class Sequences:
 
     geometry: Geometry
     padding: Padding
+    rungs: list[LayerSpec]
     pool: PagePool
     layer_idx: int
     sliding: int
@@ -133,7 +134,7 @@ class Sequences:
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.columns - tokens_to_remove)
         return min(remove, self.columns)
 
-    def crop(self, tokens_to_remove: int, undo: bool = False) -> None:
+    def crop(self, tokens_to_remove: int, undo: bool = False) -> bool:
         """Removes the last |n| tokens for n ≤ 0; for n > 0 keeps the first n columns.
 
         To a length that is `rollback` below the longest so far, or less, that is as if the tokens had never come. Further
@@ -141,27 +142,33 @@ class Sequences:
 
         Args:
             undo: as if they had never come also without a rollback, where the 16-bit rows happen to be there still.
+        Returns:
+            whether the tokens that are left stand as if the others had never come.
         Raises:
             KvfoldError: what is left would need tokens that a sliding window has left behind; nothing is removed.
         """
         self.check_crop(tokens_to_remove)
         remove = self._removed(tokens_to_remove)
         if not self.is_initialized or remove == 0:
-            return
-        for b in range(self.batch_size):
-            self._crop_row(b, remove, undo or self.geometry.rollback > 0)
+            return True
+        exact = undo or self.geometry.rollback > 0
+        whole = [self._crop_row(b, remove, exact) for b in range(self.batch_size)]
         self.columns -= remove
         self._fit_table(0)
+        return all(whole)
 
-    def _crop_row(self, b: int, remove: int, exact: bool) -> None:
+    def _crop_row(self, b: int, remove: int, exact: bool) -> bool:
+        """Crops one sequence; whether no token that is left is quantised that would not be if the others had never come."""
         g = self.geometry
         length, pages = self.length[b], len(self.pages[b])
         kept = max(0, length - remove)
         oldest = max(g.sinks, self.oldest[b], length - g.ring)  # a slot was written anew when the ring came round
         whole = min(g.num_pages(kept), pages)
+        same = True
         if whole == pages or (exact and g.sinks + whole * g.page_tokens >= oldest):  # the rows are still there
             self._drop_pages(b, whole)
         else:
+            same = self._lossless(self.pages[b][whole : -(-max(0, kept - g.sinks) // g.page_tokens)])
             whole = min(max(0, kept - g.sinks) // g.page_tokens, pages)
             first = g.sinks + whole * g.page_tokens
             if whole < pages and kept > first:
@@ -174,6 +181,12 @@ class Sequences:
         self.oldest[b] = min(oldest, max(kept, g.sinks))
         self.length[b] = kept
         self._set_state(b)
+        return same
+
+    def _lossless(self, ids: list[int]) -> bool:
+        """Whether pages hold all 16 bits."""
+        rungs = [self.rungs[self.pool.rung(i)] for i in ids]
+        return all(rung.key.format.params == rung.value.format.params == "none" for rung in rungs)
 
     def _drop_pages(self, b: int, whole: int) -> None:
         """Takes all pages from number `whole` on off sequence b."""
@@ -200,8 +213,29 @@ class Sequences:
 
     def fork(self, padding: Padding) -> "PackedLayer":
         """A layer that goes on from here by itself: the pages are shared, 16-bit rows and tables are its own."""
+        other = self._twin(padding)
+        if self.is_initialized:
+            for ids in self.pages:
+                self.pool.share([i for i in ids if i != PASSED])
+            self.shares_pool = other.shares_pool = True
+            other._fit_table(0)
+        return other
+
+    def duplicate(self, padding: Padding) -> "PackedLayer":
+        """A layer that goes on from here by itself, with pages of its own."""
+        other = self._twin(padding)
+        other.shares_pool = False
+        if self.is_initialized:
+            other.pool = self.pool.duplicate(self.pages)
+            for b, (ids, passed) in enumerate(zip(other.pages, other.passed, strict=True)):
+                other.enter(b, passed, ids[passed:])
+        return other
+
+    def _twin(self, padding: Padding) -> Any:
+        """A layer with the same pages, and rows and tables of its own."""
         self._catch_up()
-        other: Any = copy.copy(self)
+        other: Any = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
         other.padding = padding
         if self.is_initialized:
             other.raw_keys, other.raw_values = self.raw_keys.clone(), self.raw_values.clone()
@@ -209,11 +243,10 @@ class Sequences:
             other.segments, other.due, other.bounds = self.segments.clone(), [], []
             other.length, other.pages = list(self.length), [list(ids) for ids in self.pages]
             other.passed, other.oldest = list(self.passed), list(self.oldest)
-            for ids in self.pages:
-                self.pool.share([i for i in ids if i != PASSED])
-            self.shares_pool = other.shares_pool = True
-            other._fit_table(0)
         return other
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise KvfoldError("A layer of a packed cache can't be copied by itself; copy the cache, or its fork(n).")
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the sequences `indices`, int64 [n], in that order; an index may repeat. Pages are shared, not copied."""

@@ -19,6 +19,8 @@ class Padding:
     batch_invariant: kernels divide a sequence's pages by its own length alone, not by the batch's.
     steps: decoding steps that the host has prepared for all layers at once (runtime.steps); each layer catches up when it is asked.
     stepping: such a step is being run, or captured: layers leave their host's state alone.
+    plain: the current call's mask hides left padding, the future and what lies behind a sliding window, and nothing else: what kernels
+        know. Other calls are the reference's.
     """
 
     columns: list[int]
@@ -26,6 +28,7 @@ class Padding:
     scratch: dict = field(default_factory=dict)  # buffers that the layers' kernels take turns with
     steps: int = 0
     stepping: bool = False
+    plain: bool = True
 
 
 @dataclass
@@ -57,6 +60,7 @@ class LayerView:
     dtype: torch.dtype
     device: torch.device
     new: tuple[Tensor, Tensor] | None = None  # keys and values of a step that the kernel appends when it attends
+    sources: tuple[Tensor, ...] = ()  # keys and values whose gradients somebody may ask for
 
     def attend(
         self,
@@ -73,7 +77,7 @@ class LayerView:
         softcap, sinks_logit: as in kernels.attention.attend.
         sliding: tokens that a query sees at the most, 0 for all; the mask says so too, kernels go by this.
         """
-        if self.layer.use_triton:
+        if self.layer.use_triton and self.layer.padding.plain:
             from kvfold.runtime.triton import attend_triton
 
             out = attend_triton(self, query, scaling, sliding, softcap, sinks_logit)
@@ -89,7 +93,7 @@ class LayerView:
     ) -> Tensor:
         assert self.rows is not None
         spec, geometry = self.layer.spec, self.layer.geometry
-        out = torch.zeros(query.shape, device=query.device)
+        out = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
         q = spec.key.apply_query(query)
         shift = spec.key.shift(query) if softcap is not None or sinks_logit is not None else None
         tables = spec.key.tables(geometry.sinks) if spec.key.turns else None

@@ -18,7 +18,7 @@ from kvfold.errors import KVBudgetExceeded
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format, raw16, uniform
-from kvfold.runtime import load as runtime_load
+from kvfold.runtime import calls
 from kvfold.runtime.branches import resident_nbytes
 from kvfold.runtime.cache import QuantizedKVCache
 from kvfold.runtime.pager import Pager, PagingPool
@@ -209,7 +209,7 @@ def path(tmp_path_factory, text_file):
 @pytest.fixture
 def pair(path, monkeypatch):
     """A model that keeps all pages on the device, and one that does not, whose budget `tight` sets."""
-    monkeypatch.setattr(runtime_load, "Pager", functools.partial(Pager, chunk_pages=2))
+    monkeypatch.setattr(calls, "Pager", functools.partial(Pager, chunk_pages=2))
     load = functools.partial(runtime.load_pretrained, path, device=DEVICE, dtype=torch.float32)
     return load(), functools.partial(load, offload=True)
 
