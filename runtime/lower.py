@@ -154,9 +154,11 @@ def floor_nbytes(cache: "QuantizedKVCache", batch_size: int, pages: list[int]) -
     """Bytes of the cache with so many more pages a sequence and all of them on the floor."""
     total = sum(_fixed_nbytes(layer, batch_size, pages) for layer in cache.layers)
     for layer in cache.layers:
-        count = sum(pages) + (len(layer.pool) if layer.is_initialized else 0)
-        floor = layer.rungs[0]
-        total += count * layer.geometry.pair_nbytes(floor.key.format, floor.value.format)
+        if layer.is_initialized:
+            total += (sum(pages) + len(layer.pool)) * layer.pool.sizes[0]
+        else:
+            floor = layer.rungs[0]
+            total += sum(pages) * layer.geometry.pair_nbytes(floor.key.format, floor.value.format)
     return total
 
 
@@ -182,13 +184,17 @@ def carry_out(cache: "QuantizedKVCache", plan: Plan, limit: int | None) -> None:
     if not any(map(any, plan.moves)):
         return
     left = sum(map(sum, plan.moves)) if limit is None else limit
+    room = cache.budget - cache.nbytes
     for step in cache.policy.order:
+        if not left:
+            break
         layer, count = cache.layers[step.layer], min(left, plan.moves[step.layer][step.rung])
         left -= count
+        before, after = layer.pool.sizes[step.rung], layer.pool.sizes[step.rung - 1]
         while count:
-            free = (cache.budget - cache.nbytes) // layer.pool.sizes[step.rung - 1]
-            group = max(1, min(count, free, GROUP_TOKENS // layer.geometry.page_tokens))
+            group = max(1, min(count, room // after, GROUP_TOKENS // layer.geometry.page_tokens))
             lower(layer, oldest(layer, step.rung, group))
+            room += group * (before - after)
             count -= group
 
 
