@@ -51,8 +51,9 @@ ROWS: dict[str, dict] = {
     "catalogue off": {"catalogue": False, "pairs": 0},
     "2 pairs of formats": {"pairs": 2},
     "4 pairs of formats": {"pairs": 4},
-    "8 pairs of formats": {"pairs": 8},
-    "any number of pairs": {"pairs": 0},
+    "6 pairs of formats": {"pairs": 6},
+    "12 pairs of formats": {"pairs": 12},
+    "any number of any pairs": {"pairs": 0},
     "catalogue off; also K 0.5, V 0.25": {
         "catalogue": False,
         "key": {"bits": [0.5, *KEY_BITS]},

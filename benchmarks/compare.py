@@ -23,7 +23,7 @@ from kvfold.compress.progress import progress, stage
 from kvfold.compress.recipe import Recipe
 from kvfold.compress.tap import NAME, tapped
 from kvfold.compress.text import read_documents, sample_sequences
-from kvfold.compress.work import fingerprint, weights_fingerprint
+from kvfold.compress.work import fingerprint, model_fingerprint
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, cache_nbytes
 from kvfold.exports.architectures import architecture_of, head_dim_of, num_kv_heads_of, sliding_windows_of
@@ -83,7 +83,7 @@ class Comparison:
         self.geometry = Geometry(*shape, *regions, sliding_windows_of(self.config))
         self.key = fingerprint(
             {
-                "model": weights_fingerprint(self.source.path),
+                "model": model_fingerprint(self.source.path),
                 "windows": [batch.tolist() for batch in self.batches],
                 "dtype": str(s.dtype),
                 "protocol": [recipe.sinks, recipe.window, recipe.page_tokens],

@@ -60,8 +60,14 @@ def test_a_plain_forward_reads_back_what_a_token_at_a_time_reads(model):
         step = model(tokens[:, t : t + 1], past_key_values=cache)
         cache = step.past_key_values
         steps.append(step.logits)
-    # a random model amplifies rounding where a value sits on a quantiser's edge, so compare in the mean
-    assert rms_ratio(torch.cat(steps, 1), out.logits) < 0.02
+    # a value on a quantiser's edge may be rounded to either side, and a random model amplifies that: so few codes differ, next to none in the
+    # first layer, whose keys and values are the same numbers, and logits are compared in the mean
+    apart = []
+    for one, two in zip(packed.layers, cache.layers, strict=True):
+        pairs = [(i, j) for i, j in zip(one.pages[0], two.pages[0], strict=True) if i >= 0 and j >= 0]
+        apart.append([float((one.pool.page(i) != two.pool.page(j)).float().mean()) for i, j in pairs])
+    assert max(apart[0]) < 0.01 and max(map(max, filter(None, apart))) < 0.1
+    assert rms_ratio(torch.cat(steps, 1), out.logits) < 0.05
     with plain_cache(model):
         reference = model(tokens).logits
     assert rms_ratio(out.logits, reference) > 0.02  # quantised values were read, not the 16-bit ones
