@@ -43,8 +43,20 @@ def rms_ratio(a, b):
     return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
 
 
+@pytest.fixture
+def precise(model):
+    """(the model in float64, how far apart two orders of its sums may be). In float32 a random model amplifies what lies on a quantiser's
+    edge; gpt-oss's experts know no float64, and are compared in the mean."""
+    if model.config.model_type == "gpt_oss":
+        yield model, 0.02
+        return
+    yield model.double(), 1e-3
+    model.float()
+
+
 @torch.no_grad()
-def test_a_plain_forward_reads_back_what_a_token_at_a_time_reads(model):
+def test_a_plain_forward_reads_back_what_a_token_at_a_time_reads(precise):
+    model, bound = precise
     tokens = ids()
     out = model(tokens)
     assert isinstance(out.past_key_values, runtime.QuantizedKVCache)
@@ -60,14 +72,7 @@ def test_a_plain_forward_reads_back_what_a_token_at_a_time_reads(model):
         step = model(tokens[:, t : t + 1], past_key_values=cache)
         cache = step.past_key_values
         steps.append(step.logits)
-    # a value on a quantiser's edge may be rounded to either side, and a random model amplifies that: so few codes differ, next to none in the
-    # first layer, whose keys and values are the same numbers, and logits are compared in the mean
-    apart = []
-    for one, two in zip(packed.layers, cache.layers, strict=True):
-        pairs = [(i, j) for i, j in zip(one.pages[0], two.pages[0], strict=True) if i >= 0 and j >= 0]
-        apart.append([float((one.pool.page(i) != two.pool.page(j)).float().mean()) for i, j in pairs])
-    assert max(apart[0]) < 0.01 and max(map(max, filter(None, apart))) < 0.1
-    assert rms_ratio(torch.cat(steps, 1), out.logits) < 0.05
+    assert rms_ratio(torch.cat(steps, 1), out.logits) < bound
     with plain_cache(model):
         reference = model(tokens).logits
     assert rms_ratio(out.logits, reference) > 0.02  # quantised values were read, not the 16-bit ones
