@@ -231,7 +231,8 @@ class Recipe(_Strict):
         catalogue: take mixed formats from kernels/catalogue.py, where it has the head_dim, so that one set of kernels serves all
             artifacts; else every layer makes its own cuts.
         pairs: different (key format, value format) pairs that the layers may have together, each of which needs kernels of its
-            own; 0 for no limit. It binds where all layers choose from the same formats, not where they make their own cuts.
+            own; 0 for no limit. It binds where all layers choose from the same formats, not where they make their own cuts. With a limit
+            they come from the catalogue's list, where a recipe offers all of it.
     """
 
     sinks: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 64
