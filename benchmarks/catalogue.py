@@ -22,7 +22,7 @@ import torch
 
 from kvfold.compress.calibrate import calibrate
 from kvfold.compress.models import load_model, quiet_transformers
-from kvfold.compress.pipeline import calibrated_by
+from kvfold.compress.pipeline import calibrated_by, statistics_folder
 from kvfold.compress.plan import make_plan, pick_device
 from kvfold.compress.recipe import Recipe
 from kvfold.compress.tap import NAME
@@ -35,7 +35,6 @@ from kvfold.compress.transforms.whiten import (
     value_moment,
     whitened,
 )
-from kvfold.compress.work import fingerprint
 from kvfold.kernels.catalogue import HEAD_DIMS, KEY_BITS, VALUE_BITS, key_formats, value_formats
 from kvfold.kernels.catalogue import code_bits as cut_bits
 from kvfold.kernels.formats import PLANE_WIDTHS, Format
@@ -63,8 +62,7 @@ class Spectra:
 def spectra_of(model: str, out: Path, device: str) -> Spectra:
     """Calibrates a model, or reads what an earlier run left in `out`."""
     plan, target = make_plan(model, BUDGET, None, Recipe(), None), pick_device(device)
-    work = out / fingerprint(calibrated_by(plan, target))[:16]
-    work.mkdir(parents=True, exist_ok=True)
+    work = statistics_folder(calibrated_by(plan, target), out)
     loaded = load_model(plan.source.path, torch.float32, target, NAME)
     with torch.no_grad():
         stats = calibrate(loaded, plan.arch, plan.sequences, plan.steps, plan.recipe.calibration.sample_tokens, work)

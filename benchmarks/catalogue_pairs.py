@@ -25,11 +25,10 @@ from runs import budget_for_payload, comparable
 from kvfold.compress.allocate import Choice, allocate
 from kvfold.compress.allocate_shared import allocate_shared
 from kvfold.compress.models import quiet_transformers
-from kvfold.compress.pipeline import calibrated_by
+from kvfold.compress.pipeline import calibrated_by, statistics_folder
 from kvfold.compress.plan import make_plan, pick_device
 from kvfold.compress.recipe import Recipe
 from kvfold.compress.search import measure
-from kvfold.compress.work import fingerprint
 from kvfold.kernels.catalogue import LADDER, PAIRS, named_keys, named_values
 from kvfold.kernels.formats import Format
 
@@ -56,8 +55,7 @@ def losses_of(model: str, bits: float, device: str, out: Path) -> dict:
     path = out / f"losses-{Path(model).name}-{bits:g}.json"
     if path.is_file():
         return json.loads(path.read_text())
-    work = out / fingerprint(calibrated_by(plan, target))[:16]
-    work.mkdir(parents=True, exist_ok=True)
+    work = statistics_folder(calibrated_by(plan, target), out)
     with torch.no_grad():
         found = measure(plan, work, target)
     dim = plan.geometry.head_dim

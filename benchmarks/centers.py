@@ -16,11 +16,10 @@ from kvfold.compress import candidates
 from kvfold.compress.calibrate import LayerStats, calibrate
 from kvfold.compress.centers import best_center
 from kvfold.compress.models import load_model, quiet_transformers
-from kvfold.compress.pipeline import calibrated_by
+from kvfold.compress.pipeline import calibrated_by, statistics_folder
 from kvfold.compress.plan import make_plan, pick_device
 from kvfold.compress.recipe import Recipe
 from kvfold.compress.tap import NAME
-from kvfold.compress.work import fingerprint
 
 LEAST_BITS, MOST_BITS = 1.0, 3.5
 PLAIN = Recipe.model_validate({"key": {"without": ["rotation"]}})
@@ -50,8 +49,7 @@ def main() -> None:
     quiet_transformers()
     recipe = Recipe()
     plan, device = make_plan(options.model, "2.5", None, recipe, None), pick_device("cpu")
-    work = options.out / fingerprint(calibrated_by(plan, device))[:16]
-    work.mkdir(parents=True, exist_ok=True)
+    work = statistics_folder(calibrated_by(plan, device), options.out)
     with torch.no_grad():
         model = load_model(plan.source.path, torch.float32, device, NAME)
         stats = calibrate(model, plan.arch, plan.sequences, plan.steps, recipe.calibration.sample_tokens, work)

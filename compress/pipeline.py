@@ -26,6 +26,13 @@ def calibrated_by(plan: Plan, device: torch.device) -> dict:
     }
 
 
+def statistics_folder(calibrated: dict, root: Path) -> Path:
+    """The folder in `root` of a calibration that depends on `calibrated`, of `calibrated_by`; made if need be."""
+    folder = root / fingerprint(calibrated)[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def compress(
     model: str,
     budget: str,
@@ -63,8 +70,7 @@ def compress(
     rest = {"recipe": recipe.model_dump(mode="json"), "budget": [plan.budget.at, plan.budget.nbytes]}
     kept = None
     if statistics is not None:
-        kept = statistics / fingerprint(calibrated)[:16]
-        kept.mkdir(parents=True, exist_ok=True)
+        kept = statistics_folder(calibrated, statistics)
     with work_folder(place, fingerprint(calibrated | rest), resume) as work, torch.no_grad():
         check_exportable(plan, work)
         found = search(plan, work, target, kept)
