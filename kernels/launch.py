@@ -73,7 +73,14 @@ def noting(multiprocessors: int = 0) -> Iterator[list[Launch]]:
         _noted, _multiprocessors = before
 
 
-_streams = threading.local()
+class _Streams(threading.local):
+    """Streams of this thread's captures, by device."""
+
+    def __init__(self) -> None:
+        self.by_device: dict[torch.device, list[torch.cuda.Stream]] = {}
+
+
+_streams = _Streams()
 
 
 class Branches:
@@ -90,7 +97,7 @@ class Branches:
         if count < 2 or device.type != "cuda" or _noted is not None or not torch.cuda.is_current_stream_capturing():
             return
         self.main = torch.cuda.current_stream(device)
-        kept = _streams.__dict__.setdefault("kept", {}).setdefault(self.main.device, [])
+        kept = _streams.by_device.setdefault(self.main.device, [])
         while len(kept) < count - 1:
             kept.append(torch.cuda.Stream(device, priority=-1))  # of a pool of their own, which captures don't run on
         self.others = kept[: count - 1]
