@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BloomConfig, DeepseekV3Config
 
 from kvfold.compress import calibrate
+from kvfold.errors import KVBudgetExceeded
 from kvfold.exports import writer
 from kvfold.exports.reader import read_artifact
 
@@ -284,3 +286,13 @@ def test_a_length_that_no_budget_reaches(refused):
 
 def test_device_without_memory(refused):
     refused("'meta'", device="meta")
+
+
+def test_a_message_is_one_line_whatever_it_quotes():
+    quoted = ValueError("Class validation error for 'architecture':\n    ValueError: 64 is not\r\n a multiple of 3.")
+    error = KVBudgetExceeded(f"'two  spaces' cannot be read ({quoted}); give another file.")
+    assert str(error) == (
+        "'two  spaces' cannot be read (Class validation error for 'architecture': ValueError: 64 is not "
+        "a multiple of 3.); give another file."
+    )
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)

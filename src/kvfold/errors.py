@@ -2,7 +2,13 @@
 
 
 class KvfoldError(ValueError):
-    """Wrong usage or input. The message is one sentence naming the value, the rule and the fix."""
+    """Wrong usage or input. The message is one sentence naming the value, the rule and the fix.
+
+    It is one line, also where it quotes another library's error, which may have many.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(" ".join(filter(None, map(str.strip, str(message).splitlines()))))
 
 
 class KVBudgetExceeded(KvfoldError, RuntimeError):
