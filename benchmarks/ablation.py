@@ -11,8 +11,16 @@ import argparse
 import time
 from pathlib import Path
 
-from runs import Rows, comparable, folder_of, geometry_of, make, mean_and_error, measure, side_by_side
-
+from kvfold.compress.bench.runs import (
+    Rows,
+    comparable,
+    folder_of,
+    geometry_of,
+    make,
+    mean_and_error,
+    measure,
+    side_by_side,
+)
 from kvfold.compress.models import quiet_transformers
 from kvfold.compress.recipe import Recipe, load_recipe
 

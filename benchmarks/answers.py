@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import mean_and_error
 from torch import Tensor
 from transformers import DynamicCache
 
+from kvfold.compress.bench.runs import mean_and_error
 from kvfold.compress.models import quiet_transformers
 from kvfold.compress.tasks import TASKS
 from kvfold.compress.tasks.run import TaskRunner

@@ -22,10 +22,10 @@ import torch
 
 from kvfold.compress.calibrate import calibrate
 from kvfold.compress.models import load_model, quiet_transformers
+from kvfold.compress.models.attention_hook import NAME
 from kvfold.compress.pipeline import calibrated_by, statistics_folder
 from kvfold.compress.plan import make_plan, pick_device
 from kvfold.compress.recipe import Recipe
-from kvfold.compress.tap import NAME
 from kvfold.compress.transforms.whiten import (
     CLASS_LEVELS,
     code_bits,

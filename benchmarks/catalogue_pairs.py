@@ -20,15 +20,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from runs import budget_for_payload, comparable
 
-from kvfold.compress.allocate import Choice, allocate
-from kvfold.compress.allocate_shared import allocate_shared
+from kvfold.compress.bench.runs import budget_for_payload, comparable
 from kvfold.compress.models import quiet_transformers
 from kvfold.compress.pipeline import calibrated_by, statistics_folder
 from kvfold.compress.plan import make_plan, pick_device
 from kvfold.compress.recipe import Recipe
 from kvfold.compress.search import measure
+from kvfold.compress.search.allocate import Choice, allocate
+from kvfold.compress.search.allocate_shared import allocate_shared
 from kvfold.kernels.catalogue import LADDER, PAIRS, named_keys, named_values
 from kvfold.kernels.formats import Format
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from kvfold.compress import candidates
 from kvfold.compress.calibrate import LayerStats, calibrate
 from kvfold.compress.centers import best_center
 from kvfold.compress.models import load_model, quiet_transformers
+from kvfold.compress.models.attention_hook import NAME
 from kvfold.compress.pipeline import calibrated_by, statistics_folder
 from kvfold.compress.plan import make_plan, pick_device
 from kvfold.compress.recipe import Recipe
-from kvfold.compress.tap import NAME
+from kvfold.compress.search import candidates
 
 LEAST_BITS, MOST_BITS = 1.0, 3.5
 PLAIN = Recipe.model_validate({"key": {"without": ["rotation"]}})

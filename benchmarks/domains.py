@@ -12,8 +12,7 @@ import csv
 import inspect
 from pathlib import Path
 
-from runs import Rows, comparable, folder_of, make, mean_and_error, measure, side_by_side
-
+from kvfold.compress.bench.runs import Rows, comparable, folder_of, make, mean_and_error, measure, side_by_side
 from kvfold.compress.models import quiet_transformers
 from kvfold.compress.recipe import load_recipe
 from kvfold.compress.text import HELD_OUT, data_text

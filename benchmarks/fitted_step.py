@@ -12,9 +12,9 @@ from torch import Tensor
 
 from kvfold.compress.calibrate import LayerStats, calibrate
 from kvfold.compress.models import load_model, quiet_transformers
+from kvfold.compress.models.attention_hook import NAME
 from kvfold.compress.plan import make_plan
 from kvfold.compress.recipe import Recipe
-from kvfold.compress.tap import NAME
 from kvfold.compress.transforms import Request
 from kvfold.compress.transforms.whiten import water_fill, whiten, whitened
 from kvfold.exports.spec import KeySpec

@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 
 from kvfold.compress.calibrate import calibrate
-from kvfold.compress.emulate import FP8_MAX, rounding_tap
-from kvfold.compress.engines import measure_ranges
 from kvfold.compress.evaluate import windows_of
 from kvfold.compress.fuse import fuse_pair_scale, fuse_values
 from kvfold.compress.models import load_model, quiet_transformers, read_config, resolve_model
+from kvfold.compress.models.attention_hook import NAME as TAP
 from kvfold.compress.search import set_parameters
-from kvfold.compress.sensitivity import Passage, Probe
-from kvfold.compress.tap import NAME as TAP
+from kvfold.compress.search.sensitivity import Passage, Probe
+from kvfold.compress.targets.engine_formats import FP8_MAX, rounding_tap
+from kvfold.compress.targets.engines import measure_ranges
 from kvfold.compress.text import read_documents, sample_sequences
 from kvfold.compress.transforms.rotate import balance, rotate
 from kvfold.compress.transforms.smooth import pair_scale

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.compress.layerwise import LayerRunner
 from kvfold.compress.models import load_model, read_config, resolve_model
+from kvfold.compress.models.attention_hook import NAME, tapped
+from kvfold.compress.models.layerwise import LayerRunner
+from kvfold.compress.models.rope import frequencies, rotate_on, turns
 from kvfold.compress.recipe import CalibrationRecipe
-from kvfold.compress.rope import frequencies, rotate_on, turns
-from kvfold.compress.tap import NAME, tapped
 from kvfold.compress.text import calibration_sequences
 from kvfold.compress.transforms.whiten import CLASS_LEVELS, compositions, eigenbasis
 from kvfold.exports.architectures import architecture_of, head_dim_of, num_kv_heads_of

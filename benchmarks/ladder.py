@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvfold.compress.models import load_model, quiet_transformers
-from kvfold.compress.tap import NAME, tapped
+from kvfold.compress.models.attention_hook import NAME, tapped
 from kvfold.compress.text import HELD_OUT, read_documents, tokenize
 from kvfold.exports.architectures import ARCHITECTURES
 from kvfold.exports.reader import read_artifact

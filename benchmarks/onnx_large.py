@@ -22,7 +22,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from kvfold import runtime
 from kvfold.compress.models import quiet_transformers
-from kvfold.exports.onnx_runner import OnnxRunner
+from kvfold.exports.onnx.runner import OnnxRunner
 from kvfold.pretrained import model_from_config
 
 SIDE = "{transform: none, levels: [256], clip: false}"

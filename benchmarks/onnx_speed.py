@@ -20,9 +20,9 @@ import torch
 
 from kvfold import runtime
 from kvfold.compress.models import quiet_transformers
-from kvfold.compress.onnx import export_onnx
+from kvfold.compress.targets.onnx import export_onnx
 from kvfold.compress.text import HELD_OUT, read_documents
-from kvfold.exports.onnx_runner import OnnxRunner, nbytes
+from kvfold.exports.onnx.runner import OnnxRunner, nbytes
 from kvfold.pretrained import tokenizer_from_pretrained
 
 FORMS = {"packed": ("packed", None), "gqa8": ("gqa", 8), "gqa4": ("gqa", 4), "16bit": ("16bit", None)}

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import Rows, geometry_of, mean_and_error
 from torch import Tensor
 from transformers import DynamicCache
 
+from kvfold.compress.bench.runs import Rows, geometry_of, mean_and_error
 from kvfold.compress.evaluate import LOGIT_BLOCK, windows_of
 from kvfold.compress.models import quiet_transformers
 from kvfold.compress.pipeline import compress

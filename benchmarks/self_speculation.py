@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import mean_and_error
 from speculation_steps import bytes_of, step_times
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvfold.compress.bench_model import attach_formats, build_model, layer_formats
+from kvfold.compress.bench.model import attach_formats, build_model, layer_formats
+from kvfold.compress.bench.runs import mean_and_error
 from kvfold.compress.evaluate import windows_of
 from kvfold.compress.models import quiet_transformers
 from kvfold.compress.plan import pick_device

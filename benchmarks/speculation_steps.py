@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from kvfold.compress.bench_decode import packed_step_ms, wait
-from kvfold.compress.bench_model import fill_cache, free_memory
+from kvfold.compress.bench.decode import packed_step_ms, wait
+from kvfold.compress.bench.model import fill_cache, free_memory
 from kvfold.exports.account import Geometry, cache_nbytes
 from kvfold.exports.spec import LayerSpec
 from kvfold.runtime.cache import QuantizedKVCache

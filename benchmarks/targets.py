@@ -11,8 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from runs import Rows, comparable, make, mean_and_error, measure
-
+from kvfold.compress.bench.runs import Rows, comparable, make, mean_and_error, measure
 from kvfold.compress.models import quiet_transformers
 from kvfold.compress.recipe import load_recipe
 

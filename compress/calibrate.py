@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kvfold.compress.layerwise import LayerRunner
+from kvfold.compress.models.attention_hook import tapped
+from kvfold.compress.models.layerwise import LayerRunner
+from kvfold.compress.models.rope import frequencies, rotate_on, turns
 from kvfold.compress.progress import progress
-from kvfold.compress.rope import frequencies, rotate_on, turns
-from kvfold.compress.tap import tapped
 from kvfold.compress.work import kept
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import Architecture, head_dim_of, num_kv_heads_of

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from kvfold import __version__
-from kvfold.compress.candidates import KeyCandidate
 from kvfold.compress.models import ALIASES, Source, load_model
 from kvfold.compress.plan import Plan
 from kvfold.compress.progress import stage
 from kvfold.compress.search import Found, fused_parameters, set_parameters
+from kvfold.compress.search.candidates import KeyCandidate
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import cache_nbytes, payload_bits
-from kvfold.exports.card import Base
-from kvfold.exports.licence import Licence, find_licence
+from kvfold.exports.page.card import Base
+from kvfold.exports.page.licence import Licence, find_licence
 from kvfold.exports.place import full_disk
 from kvfold.exports.reader import Artifact
 from kvfold.exports.schema import (

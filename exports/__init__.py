@@ -11,7 +11,7 @@ else:
     def __getattr__(name: str) -> object:
         """`exports.push_to_hub`, looked up only when it is asked for: the schema and the account need no Hub."""
         if name == "push_to_hub":
-            from kvfold.exports.hub import push_to_hub
+            from kvfold.exports.page.hub import push_to_hub
 
             return push_to_hub
         raise AttributeError(f"module 'kvfold.exports' has no attribute '{name}'")

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from kvfold.exports.card import CARD_NAME, Base, model_card
+from kvfold.exports.page.card import CARD_NAME, Base, model_card
+from kvfold.exports.page.plots import draw_plots
+from kvfold.exports.page.report import REPORT_NAME, report_html
 from kvfold.exports.place import open_to_readers, put_in_place, resolve_output
-from kvfold.exports.plots import draw_plots
 from kvfold.exports.reader import Artifact, file_sha256, read_artifact
-from kvfold.exports.report import REPORT_NAME, report_html
 from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME, Metadata, dump_metadata
 from kvfold.exports.spec import LayerSpec
 

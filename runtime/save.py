@@ -12,9 +12,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from kvfold.errors import KvfoldError
-from kvfold.exports.card import CARD_NAME
+from kvfold.exports.page.card import CARD_NAME
+from kvfold.exports.page.report import REPORT_NAME
 from kvfold.exports.reader import is_artifact, read_artifact
-from kvfold.exports.report import REPORT_NAME
 from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME
 from kvfold.exports.writer import install
 

@@ -13,7 +13,7 @@ from hub_server import OWNER, Hub
 # one process imports everything once and forks for each command: huggingface_hub reads its environment when it is imported
 SERVE = """
 import json, os, sys
-import kvfold.exports.hub, kvfold.compress.evaluate
+import kvfold.exports.page.hub, kvfold.compress.evaluate
 from kvfold.compress.cli import main
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 for line in sys.stdin:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfold.compress.allocate import Choice, allocate, least_nbytes
-from kvfold.compress.allocate_shared import allocate_shared
 from kvfold.compress.budget import parse_budget
+from kvfold.compress.search.allocate import Choice, allocate, least_nbytes
+from kvfold.compress.search.allocate_shared import allocate_shared
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 

@@ -9,9 +9,15 @@ import torch
 from conftest import CONFIGS, tiny_model
 
 from kvfold import KvfoldError
-from kvfold.compress import bench_cases, bench_decode, bench_gate, bench_kernel, bench_memory, bench_model, bench_prompt
-from kvfold.compress.bench_cases import Shape, finer, held_rows, make_case, pair
-from kvfold.compress.bench_gate import GateCase, gate_cases, run_gate
+from kvfold.compress.bench import cases as bench_cases
+from kvfold.compress.bench import decode as bench_decode
+from kvfold.compress.bench import gate as bench_gate
+from kvfold.compress.bench import kernel as bench_kernel
+from kvfold.compress.bench import memory as bench_memory
+from kvfold.compress.bench import model as bench_model
+from kvfold.compress.bench import prompt as bench_prompt
+from kvfold.compress.bench.cases import Shape, finer, held_rows, make_case, pair
+from kvfold.compress.bench.gate import GateCase, gate_cases, run_gate
 from kvfold.compress.cli import main
 from kvfold.exports.account import Geometry, batch_nbytes
 from kvfold.exports.architectures import head_dim_of

@@ -70,7 +70,7 @@ def test_domains_compare_each_calibration_with_the_tests_own(benchmarks, monkeyp
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_tasks_run_side_by_side_and_each_gets_its_own_result(benchmarks, jobs, tmp_path):
-    import runs
+    from kvfold.compress.bench import runs
 
     tasks = {"a": (7, 2), "b": (9, 4), "c": (8, 3)}
     assert dict(runs.side_by_side(divmod, tasks, jobs)) == {"a": (3, 1), "b": (2, 1), "c": (2, 2)}
@@ -83,7 +83,7 @@ def test_tasks_run_side_by_side_and_each_gets_its_own_result(benchmarks, jobs, t
 def test_processes_take_the_gpus_in_turn(benchmarks, monkeypatch, given, wanted):
     from multiprocessing import Value
 
-    import runs
+    from kvfold.compress.bench import runs
 
     started, threads = Value("i", 0), []
     monkeypatch.setattr(runs.torch, "set_num_threads", threads.append)
@@ -96,8 +96,7 @@ def test_processes_take_the_gpus_in_turn(benchmarks, monkeypatch, given, wanted)
 
 
 def test_tables_have_few_sinks_and_a_short_window(benchmarks):
-    import runs
-
+    from kvfold.compress.bench import runs
     from kvfold.compress.recipe import Recipe
 
     recipe = runs.comparable(Recipe())

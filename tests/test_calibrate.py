@@ -8,9 +8,9 @@ from conftest import CONFIGS, FAMILIES, char_tokenizer, save_tiny
 
 from kvfold.compress.calibrate import SKIP_TOKENS, LayerStats, calibrate
 from kvfold.compress.models import load_model
+from kvfold.compress.models.attention_hook import NAME, tapped
+from kvfold.compress.models.rope import rotate_on, turns
 from kvfold.compress.plan import graded_steps
-from kvfold.compress.rope import rotate_on, turns
-from kvfold.compress.tap import NAME, tapped
 from kvfold.compress.text import read_documents, sample_sequences
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import architecture_of

@@ -10,9 +10,9 @@ from PIL import Image
 from kvfold import KvfoldError
 from kvfold.compress.export import base_of
 from kvfold.compress.models import Source
-from kvfold.exports.card import Base, model_card, published_card
-from kvfold.exports.licence import Licence, check_redistributable, find_licence
-from kvfold.exports.plots import draw_plots
+from kvfold.exports.page.card import Base, model_card, published_card
+from kvfold.exports.page.licence import Licence, check_redistributable, find_licence
+from kvfold.exports.page.plots import draw_plots
 from kvfold.exports.reader import read_artifact, read_metadata
 
 APACHE = "                                 Apache License\n                           Version 2.0, January 2004\n"

@@ -5,8 +5,8 @@ import itertools
 import pytest
 from test_transforms import make_stats
 
-from kvfold.compress.candidates import key_candidates, value_candidates
 from kvfold.compress.recipe import Recipe, load_recipe
+from kvfold.compress.search.candidates import key_candidates, value_candidates
 from kvfold.compress.transforms.whiten import CLASS_LEVELS, compositions, eigenbasis, value_moment, water_fill, whitened
 from kvfold.kernels.catalogue import HEAD_DIMS, code_bits, key_formats, mixed_between, value_formats
 from kvfold.kernels.formats import Format, raw16, uniform

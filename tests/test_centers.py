@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from kvfold.compress.calibrate import LayerStats, _Accumulator
-from kvfold.compress.candidates import key_candidates
 from kvfold.compress.centers import SHARES, best_center, middle, options, with_center
 from kvfold.compress.recipe import Recipe
+from kvfold.compress.search.candidates import key_candidates
 from kvfold.compress.transforms import Request
 from kvfold.kernels.catalogue import key_formats
 from kvfold.kernels.key_mean import turn_tables
@@ -85,7 +85,7 @@ def test_candidates_have_the_better_mean():
     stats = stats_of(0.04)
     with_choice = {c.spec.format: c.distortion for c in key_candidates(stats, Recipe(), 0, False)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvfold.compress.candidates.best_center", lambda stats, *_: stats)
+        patch.setattr("kvfold.compress.search.candidates.best_center", lambda stats, *_: stats)
         without = {c.spec.format: c.distortion for c in key_candidates(stats, Recipe(), 0, False)}
     tried = middle(key_formats(DIM))
     assert len(tried) >= 3

@@ -5,11 +5,11 @@ import torch
 from conftest import save_tiny, tiny_model
 from test_tasks import tokenizer, written
 
-from kvfold.compress import conversations as module
-from kvfold.compress.conversations import ANSWER_TOKENS, PASSAGE_TOKENS, QUESTIONS, answer, ask, conversations
+from kvfold.compress.models.attention_hook import NAME
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import Recipe
-from kvfold.compress.tap import NAME
+from kvfold.compress.search import conversations as module
+from kvfold.compress.search.conversations import ANSWER_TOKENS, PASSAGE_TOKENS, QUESTIONS, answer, ask, conversations
 
 
 def sequences(*lengths):

@@ -17,8 +17,10 @@ from transformers import DynamicCache
 from kvfold import KvfoldError
 from kvfold.autoclass import stock_from_pretrained
 from kvfold.compress.cli import main
-from kvfold.compress.emulate import FP4_LEVELS, fp8, nvfp4, rounding_tap
-from kvfold.compress.engines import (
+from kvfold.compress.models.attention_hook import NAME as TAP
+from kvfold.compress.models.attention_hook import tapped
+from kvfold.compress.targets.engine_formats import FP4_LEVELS, fp8, nvfp4, rounding_tap
+from kvfold.compress.targets.engines import (
     Ranges,
     allocate_formats,
     choose_bits,
@@ -26,12 +28,10 @@ from kvfold.compress.engines import (
     export_modelopt,
     measure_ranges,
 )
-from kvfold.compress.tap import NAME as TAP
-from kvfold.compress.tap import tapped
 from kvfold.exports.architectures import ARCHITECTURES, Architecture
-from kvfold.exports.compressed_tensors import kv_cache_config
-from kvfold.exports.engine_folder import write_engine_folder
-from kvfold.exports.modelopt import KV_BITS, embedded_config, quant_config
+from kvfold.exports.engines.compressed_tensors import kv_cache_config
+from kvfold.exports.engines.folder import write_engine_folder
+from kvfold.exports.engines.modelopt import KV_BITS, embedded_config, quant_config
 from kvfold.exports.reader import read_artifact
 
 CPU = torch.device("cpu")
@@ -345,7 +345,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, tiny_artifact, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("kvfold.exports.engine_folder.save_file", full)
+    monkeypatch.setattr("kvfold.exports.engines.folder.save_file", full)
     with pytest.raises(KvfoldError, match="disk filled up"):
         write_engine_folder(read_artifact(tiny_artifact), tmp_path / "out", {}, {}, {}, "")
     assert not list(tmp_path.iterdir())
@@ -406,14 +406,14 @@ def test_compressed_tensors_missing(refused, tmp_path, tiny_artifact, monkeypatc
 
 def test_a_family_that_cannot_be_expressed_is_named(refused, tmp_path, tiny_artifact, monkeypatch):
     odd = Architecture("oddly", attention="attention")
-    monkeypatch.setattr("kvfold.exports.engine_folder.architecture_of", lambda config: odd)
+    monkeypatch.setattr("kvfold.exports.engines.folder.architecture_of", lambda config: odd)
     for form in ("compressed-tensors", "modelopt"):
         line = refused("export", form, tiny_artifact, tmp_path / "out")
         assert "'oddly'" in line and "model.layers.N.attention" in line
 
 
 def test_a_head_that_nvfp4_cannot_cut(refused, tmp_path, tiny_artifact, monkeypatch):
-    monkeypatch.setattr("kvfold.compress.engines.FP4_BLOCK", 32)  # heads of 16 channels
+    monkeypatch.setattr("kvfold.compress.targets.engines.FP4_BLOCK", 32)  # heads of 16 channels
     line = refused("export", "modelopt", tiny_artifact, tmp_path / "out")
     assert "head_dim 16" in line and "'llama'" in line and "multiple of 32" in line
     assert not list(tmp_path.iterdir())

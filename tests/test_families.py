@@ -9,12 +9,12 @@ from conftest import CONFIGS, FAMILIES, save_tiny, tiny_model
 from transformers import Gemma3Config, LlamaConfig
 
 from kvfold.compress.models import check_checkpoint, load_model
+from kvfold.compress.models.attention_hook import NAME as TAP
+from kvfold.compress.models.attention_hook import tapped
+from kvfold.compress.models.rope import rotate_on, turns
 from kvfold.compress.plan import make_plan
 from kvfold.compress.recipe import Recipe
-from kvfold.compress.rope import rotate_on, turns
-from kvfold.compress.sensitivity import packed_attention
-from kvfold.compress.tap import NAME as TAP
-from kvfold.compress.tap import tapped
+from kvfold.compress.search.sensitivity import packed_attention
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import architecture_of, logits_of

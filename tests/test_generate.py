@@ -9,7 +9,7 @@ from kvfold.compress.cli import describe
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import load_recipe
 from kvfold.exports.account import cache_nbytes
-from kvfold.exports.report import account_parts
+from kvfold.exports.page.report import account_parts
 from kvfold.runtime.load import plain_cache
 
 TEXT = "the cache of a long sequence holds keys and values for every token that was read before and after it all"

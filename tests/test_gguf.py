@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from kvfold.compress import gguf as product
 from kvfold.compress.models import check_checkpoint, resolve_model
+from kvfold.compress.models import gguf as product
 from kvfold.errors import KvfoldError
 
 

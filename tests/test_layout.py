@@ -18,8 +18,8 @@ MAY_IMPORT = {
     "runtime": {"runtime", "exports", "kernels"},
 }
 LOADERS = {  # commands that run an artifact
-    "compress/bench_decode.py", "compress/bench_model.py", "compress/bench_prompt.py", "compress/cli.py", "compress/cli_kernels.py", "compress/evaluate.py", "compress/generate.py",
-    "compress/live.py", "compress/tasks/generator.py", "compress/tasks/run.py",
+    "compress/bench/decode.py", "compress/bench/model.py", "compress/bench/prompt.py", "compress/cli/__init__.py", "compress/cli/kernels.py", "compress/evaluate.py", "compress/cli/generate.py",
+    "compress/cli/live.py", "compress/tasks/generator.py", "compress/tasks/run.py",
 }  # fmt: skip
 MOST_LINES = 400
 

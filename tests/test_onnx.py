@@ -18,23 +18,23 @@ import onnx
 from conftest import tiny_model
 
 from kvfold import runtime
-from kvfold.compress import onnx as export_module
 from kvfold.compress.cli import main
-from kvfold.compress.engines import NUM_SEQUENCES, SEQ_LEN
 from kvfold.compress.models import load_model
-from kvfold.compress.onnx import check_onnx
-from kvfold.compress.onnx_scales import calibrate_codecs, codec_tap, fit_codec
-from kvfold.compress.tap import NAME as TAP
-from kvfold.compress.tap import tapped
+from kvfold.compress.models.attention_hook import NAME as TAP
+from kvfold.compress.models.attention_hook import tapped
+from kvfold.compress.targets import onnx as export_module
+from kvfold.compress.targets.engines import NUM_SEQUENCES, SEQ_LEN
+from kvfold.compress.targets.onnx import check_onnx
+from kvfold.compress.targets.onnx_scales import calibrate_codecs, codec_tap, fit_codec
 from kvfold.compress.text import read_documents, sample_sequences
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import ARCHITECTURES
-from kvfold.exports.onnx_attention import PackedAttention, raw_tensors
-from kvfold.exports.onnx_graph import IR_VERSION, OPSET
-from kvfold.exports.onnx_runner import OnnxRunner, nbytes
-from kvfold.exports.onnx_trace import NAME, trace
-from kvfold.exports.onnx_writer import WEIGHTS_NAME, WeightFile, write_graphs
+from kvfold.exports.onnx.attention import PackedAttention, raw_tensors
+from kvfold.exports.onnx.graph import IR_VERSION, OPSET
+from kvfold.exports.onnx.runner import OnnxRunner, nbytes
+from kvfold.exports.onnx.trace import NAME, trace
+from kvfold.exports.onnx.writer import WEIGHTS_NAME, WeightFile, write_graphs
 from kvfold.exports.reader import read_artifact
 from kvfold.kernels.attention import attend_plain
 
@@ -164,7 +164,7 @@ RUN = """
 import sys
 for name in ("torch", "transformers", "onnx", "onnxscript"):
     sys.modules[name] = None
-from kvfold.exports.onnx_runner import OnnxRunner
+from kvfold.exports.onnx.runner import OnnxRunner
 print([int(t[0]) for t in OnnxRunner(sys.argv[1], 1).generate([[97, 98, 99] * 20], 20)])
 """
 

@@ -15,13 +15,13 @@ import onnxruntime as ort
 from onnx import helper
 
 from kvfold.exports.account import Geometry
-from kvfold.exports.onnx_attention import Call, PackedAttention, packed_tensors, raw_tensors
-from kvfold.exports.onnx_codec import Side, e4m3_values
-from kvfold.exports.onnx_encode import e4m3_thresholds
-from kvfold.exports.onnx_encode import encode as encode_nodes
-from kvfold.exports.onnx_gqa import GqaAttention, UniformCodec, gqa_tensors
-from kvfold.exports.onnx_graph import FLOAT, FLOAT16, INT64, IR_VERSION, OPSET, UINT8, Constants, Graph
-from kvfold.exports.onnx_key_mean import TurningMean
+from kvfold.exports.onnx.attention import Call, PackedAttention, packed_tensors, raw_tensors
+from kvfold.exports.onnx.codec import Side, e4m3_values
+from kvfold.exports.onnx.encode import e4m3_thresholds
+from kvfold.exports.onnx.encode import encode as encode_nodes
+from kvfold.exports.onnx.gqa import GqaAttention, UniformCodec, gqa_tensors
+from kvfold.exports.onnx.graph import FLOAT, FLOAT16, INT64, IR_VERSION, OPSET, UINT8, Constants, Graph
+from kvfold.exports.onnx.key_mean import TurningMean
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec, clip_rows
 from kvfold.kernels.attention import attend_plain
 from kvfold.kernels.formats import Format, raw16, uniform

@@ -97,7 +97,7 @@ def test_command_from_the_wheel(wheel, tmp_path, tiny_artifact):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["model"] == "tiny-llama"
     card = run(
-        (sys.executable, "-c", "from kvfold.exports.card import quality_section as q; print(q(None, 'x', ()))"),
+        (sys.executable, "-c", "from kvfold.exports.page.card import quality_section as q; print(q(None, 'x', ()))"),
         env=environment,
         cwd=tmp_path,
     )

@@ -174,7 +174,7 @@ def test_what_came_there_meanwhile_stays_and_so_does_what_was_found(tmp_path, ti
             run(out)
     assert names(tmp_path) == ["tiny", "tiny.work"] and names(out) == ["thesis.tex"]
     shutil.rmtree(out)
-    monkeypatch.setattr("kvfold.compress.sensitivity.Probe.measure", None)  # nothing is measured again
+    monkeypatch.setattr("kvfold.compress.search.sensitivity.Probe.measure", None)  # nothing is measured again
     run(out, resume=True)
     assert digest(out) == digest(tiny_artifact) and names(tmp_path) == ["tiny"]
 

@@ -88,7 +88,7 @@ def graphs(real_artifact, tmp_path_factory):
 @torch.no_grad()
 def test_onnxruntime_goes_on_where_the_runtime_is(real_artifact, graphs):
     """On the runtime's own pages the graph gives its next logits: a key that float16 rounds to the other side may move them a little."""
-    from kvfold.exports.onnx_runner import OnnxRunner
+    from kvfold.exports.onnx.runner import OnnxRunner
 
     model, runner = runtime.load_pretrained(real_artifact, device="cpu"), OnnxRunner(graphs)
     ids = prose(real_artifact)[None, : PROMPT + 40]
@@ -110,7 +110,7 @@ def test_onnxruntime_goes_on_where_the_runtime_is(real_artifact, graphs):
 @torch.no_grad()
 def test_onnxruntime_writes_the_runtimes_text(real_artifact, tmp_path):
     """compress → export onnx → onnxruntime, in pages of 8 bits, where a code that is rounded the other way is a small matter."""
-    from kvfold.exports.onnx_runner import OnnxRunner
+    from kvfold.exports.onnx.runner import OnnxRunner
 
     recipe = tmp_path / "eight.yaml"
     side = "{transform: none, levels: [256], clip: false}"

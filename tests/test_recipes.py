@@ -9,15 +9,14 @@ import torch
 from conftest import CONFIGS, save_tiny, tiny_model
 from test_transforms import make_stats, output_weight
 
-from kvfold.compress import sensitivity
-from kvfold.compress.candidates import CLIPS, best_clip, key_candidates, value_candidates
 from kvfold.compress.evaluate import evaluate
-from kvfold.compress.first_order import first_order, gradients
+from kvfold.compress.models.attention_hook import NAME, tapped
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import Recipe, load_recipe, shipped_recipes
-from kvfold.compress.search import choose
-from kvfold.compress.sensitivity import Passage, Probe, extrapolate, packing_tap, probed
-from kvfold.compress.tap import NAME, tapped
+from kvfold.compress.search import choose, sensitivity
+from kvfold.compress.search.candidates import CLIPS, best_clip, key_candidates, value_candidates
+from kvfold.compress.search.first_order import first_order, gradients
+from kvfold.compress.search.sensitivity import Passage, Probe, extrapolate, packing_tap, probed
 from kvfold.compress.transforms import Request
 from kvfold.compress.transforms.smooth import pair_scale, smooth
 from kvfold.errors import KvfoldError

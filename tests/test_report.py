@@ -11,9 +11,9 @@ import pytest
 from kvfold import KvfoldError
 from kvfold.compress.cli import main
 from kvfold.exports.account import cache_nbytes
-from kvfold.exports.charts import layer_bars, linear_ticks, loss_points, memory_lines, short
+from kvfold.exports.page.charts import layer_bars, linear_ticks, loss_points, memory_lines, short
+from kvfold.exports.page.report import Result, account_parts, code_row_nbytes, read_results, report_html, write_report
 from kvfold.exports.reader import read_artifact, read_metadata
-from kvfold.exports.report import Result, account_parts, code_row_nbytes, read_results, report_html, write_report
 from kvfold.exports.schema import Metadata
 from kvfold.kernels.formats import Format, raw16, uniform
 

@@ -12,23 +12,25 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from kvfold import KvfoldError
-from kvfold.compress import bench
+from kvfold.compress.bench import compare, protocol, report, rivals
+from kvfold.compress.bench.rivals import (
+    codecs,
+    kvarn,
+    nqkv,
+    oscar,
+    skvq,
+    transformers_cache,
+    turboquant,
+)
 from kvfold.compress.calibrate import LayerStats
 from kvfold.compress.cli import main
 from kvfold.compress.evaluate import evaluate
-from kvfold.compress.tap import NAME, tapped
+from kvfold.compress.models.attention_hook import NAME, tapped
 from kvfold.exports.account import Geometry, cache_nbytes
 from kvfold.exports.architectures import architecture_of
 from kvfold.kernels.formats import uniform
 from kvfold.kernels.quantizer import round_trip
 
-compare, protocol, report, rivals = (
-    bench.benchmark_module(name) for name in ("compare", "protocol", "report", "rivals")
-)
-codecs, kvarn, oscar, pmkvq, skvq, turboquant, nqkv, transformers_cache = (
-    bench.benchmark_module(f"rivals.{name}")
-    for name in ("codecs", "kvarn", "oscar", "pmkvq", "skvq", "turboquant", "nqkv", "transformers_cache")
-)
 RIVALS = rivals.RIVALS
 
 
@@ -498,13 +500,6 @@ def test_wrong_options_are_refused_in_one_line(kvfold, tiny_folder, text_file, t
     code, _, err = kvfold(tiny_folder, "--text", text_file, "--out", tmp_path / "out", *options)
     assert code == 2 and message in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
-
-
-def test_without_a_checkout_it_is_refused(kvfold, tiny_folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "kvfold" / "compress" / "bench.py"))
-    monkeypatch.delitem(sys.modules, bench.PACKAGE)
-    code, _, err = kvfold(tiny_folder)
-    assert code == 2 and "needs benchmarks/ beside pyproject.toml" in err
 
 
 def test_plot_is_written_both_ways(tmp_path):

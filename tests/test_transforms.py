@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kvfold.compress.calibrate import LayerStats
-from kvfold.compress.candidates import key_candidates, value_candidates
 from kvfold.compress.recipe import Recipe
+from kvfold.compress.search.candidates import key_candidates, value_candidates
 from kvfold.compress.transforms import KEY_TRANSFORMS, VALUE_TRANSFORMS, Request
 from kvfold.compress.transforms.basis import EPS, mixing_matrix, regularised
 from kvfold.compress.transforms.reorder import reorder

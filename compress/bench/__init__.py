@@ -1,0 +1,1 @@
+"""`kvfold bench …`: quality beside rivals, and speed on a GPU."""

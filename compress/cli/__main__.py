@@ -1,0 +1,5 @@
+"""`python -m kvfold.compress.cli …`."""
+
+from kvfold.compress.cli import main
+
+main()

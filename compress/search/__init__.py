@@ -1,0 +1,237 @@
+"""Calibrates a model, measures what each choice costs, chooses, and folds the choices into weights."""
+
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvfold.compress.calibrate import calibrate
+from kvfold.compress.fuse import fuse_pair_scale, fuse_values
+from kvfold.compress.models import load_model
+from kvfold.compress.models.attention_hook import NAME as TAP
+from kvfold.compress.plan import Plan, check_reach
+from kvfold.compress.progress import progress, stage
+from kvfold.compress.recipe import LEAST_WINDOW
+from kvfold.compress.search.allocate import Choice, allocate, least_nbytes
+from kvfold.compress.search.allocate_shared import allocate_shared
+from kvfold.compress.search.candidates import KeyCandidate, ValueCandidate, key_candidates, value_candidates
+from kvfold.compress.search.conversations import conversations
+from kvfold.compress.search.first_order import first_order
+from kvfold.compress.search.sensitivity import Passage, Probe, packing_tap, sensitivities
+from kvfold.errors import KvfoldError
+from kvfold.exports.account import Geometry
+from kvfold.exports.architectures import Architecture
+from kvfold.kernels import catalogue
+from kvfold.kernels.formats import Format
+
+PROBED_WINDOW = LEAST_WINDOW  # at the most, while losses are measured: probes are too short for a long one
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's choices: what the search found."""
+
+    key: KeyCandidate
+    value: ValueCandidate
+    key_loss: float
+    value_loss: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the search found.
+
+    Attributes:
+        layers: the choices.
+        kl: nats of KL with all of them together, on the probe sequences.
+        rounding_kl: nats of KL that rounding the fused weights to the model's own type costs.
+    """
+
+    layers: list[Layer]
+    kl: float
+    rounding_kl: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model and what each choice would cost it.
+
+    Attributes:
+        model: calibrated, with attention tap.NAME.
+        probe: of the model as it was read.
+        near: the geometry that losses are measured with.
+        keys, values: the candidates of each layer.
+        key_losses, value_losses: nats of KL, one for each candidate.
+    """
+
+    model: Any
+    probe: Probe
+    near: Geometry
+    keys: list[list[KeyCandidate]]
+    values: list[list[ValueCandidate]]
+    key_losses: list[list[float]]
+    value_losses: list[list[float]]
+
+
+def measure(plan: Plan, work: Path, device: torch.device, statistics: Path | None = None) -> Measured:
+    """Calibrates, and measures what each candidate of each layer costs.
+
+    Args:
+        work: folder that holds what an interrupted run has finished.
+        statistics: folder for the calibration's share of that; default: `work`.
+    """
+    recipe, geometry, budget = plan.recipe, plan.geometry, plan.budget
+    stage(
+        f"reading {plan.source.name}: {plan.num_layers} layers, {len(plan.sequences)} × {plan.sequences[0].shape[1]} tokens of calibration text"
+    )
+    model = load_model(plan.source.path, _compute_dtype(plan, device), device, TAP)
+    check_finite(model, plan.source.name)
+    stats = calibrate(
+        model, plan.arch, plan.sequences, plan.steps, recipe.calibration.sample_tokens, statistics or work
+    )
+    keys, values = [], []
+    attentions = plan.arch.attention_modules(model)
+    for i, found in enumerate(progress(stats, "candidates", "layer")):
+        weight: Any = attentions[i].o_proj.weight  # type: ignore[union-attr]
+        keys.append(key_candidates(found, recipe, i, plan.arch.qk_norm, weight))
+        values.append(value_candidates(found, recipe, i))
+    s = recipe.sensitivity
+    sequences = [ids[:, : s.seq_len] for ids in plan.sequences[: s.num_sequences]]
+    near = replace(geometry, window=min(geometry.window, PROBED_WINDOW))
+    early = near.sinks + near.window + near.page_tokens - 1  # the next one is the first to read a page
+    passages = [Passage(ids, s.stride) for ids in sequences]
+    if s.method == "kl" and s.conversations:
+        most = plan.config.max_position_embeddings
+        asked = conversations(model, plan.tokenizer, plan.sequences, s.conversations, most, recipe.seed, work)
+        passages += [Passage(ids, start=prompt - 1) for ids, prompt in asked]
+    probe = Probe(model, plan.arch, passages, early)
+    fixed = plan.num_layers * geometry.fixed_nbytes(budget.at)
+    packed = geometry.packed_elements(budget.at, plan.num_layers)
+    target_bits = 8 * (budget.nbytes - fixed) / max(packed, 1)
+    if s.method == "first-order":
+        losses = first_order(probe, sequences, keys, values, near)
+    else:
+        losses = sensitivities(probe, keys, values, near, target_bits, s.probes, work)
+    return Measured(model, probe, near, keys, values, *losses)
+
+
+def search(plan: Plan, work: Path, device: torch.device, statistics: Path | None = None) -> Found:
+    """Measures, chooses, and fuses the choices into the model's weights.
+
+    Args:
+        work, statistics: as in `measure`.
+    """
+    x = measure(plan, work, device, statistics)
+    chosen = choose(plan, x.keys, x.values, x.key_losses, x.value_losses)
+    layers = [
+        Layer(x.keys[i][k], x.values[i][v], x.key_losses[i][k], x.value_losses[i][v]) for i, (k, v) in enumerate(chosen)
+    ]
+    stage("measuring all choices together, then what rounding the fused weights costs")
+    taps = [packing_tap(x.near, x.probe.device, y.key.spec, y.value.spec, y.value.matrix) for y in layers]
+    together = x.probe.whole_model(taps)
+    dtype: torch.dtype = plan.config.dtype or torch.float32
+    for attention, layer in zip(plan.arch.attention_modules(x.model), layers, strict=True):
+        set_parameters(attention, fused_parameters(attention, plan.arch, layer), dtype)
+    return Found(layers, together, x.probe.whole_model())
+
+
+@torch.no_grad()
+def check_finite(model: Any, name: str) -> None:
+    """Refuses weights that are no numbers. Rows of an embedding that no text uses may be anything, where they aren't the head's too.
+
+    Raises:
+        KvfoldError: naming the first.
+    """
+    embedding, head = (m and m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()))
+    for key, tensor in model.state_dict().items():
+        apart = embedding is not head and embedding is not None and tensor.data_ptr() == embedding.data_ptr()
+        if tensor.is_floating_point() and not apart and not bool(torch.isfinite(tensor).all()):
+            raise KvfoldError(
+                f"The weight {key} of '{name}' holds NaN or infinity, so nothing can be measured with it; give weights that are whole."
+            )
+
+
+def choose(
+    plan: Plan,
+    keys: list[list[KeyCandidate]],
+    values: list[list[ValueCandidate]],
+    key_losses: list[list[float]],
+    value_losses: list[list[float]],
+) -> list[tuple[int, int]]:
+    """The (key, value) candidate of each layer: least loss within the budget, K, V and bits of all layers together.
+
+    Raises:
+        KvfoldError: even the smallest candidates take more than the budget.
+    """
+    geometry, budget, count = plan.geometry, plan.budget, plan.num_layers
+
+    def choices(layer: int, formats: list[Format], losses: list[float]) -> list[Choice]:
+        sliding = geometry.sliding_of(layer)
+        return [
+            Choice(geometry.side_nbytes(f, budget.at, sliding), loss) for f, loss in zip(formats, losses, strict=True)
+        ]
+
+    formats = [[c.spec.format for c in group] for group in keys] + [[c.spec.format for c in group] for group in values]
+    losses = [*key_losses, *value_losses]
+    sides = [choices(i % count, *side) for i, side in enumerate(zip(formats, losses, strict=True))]
+    kinds = [(formats[g], formats[count + g]) for g in range(count)]
+    places = [_places(plan, *pair) for pair in kinds]
+    fixed = count * geometry.fixed_nbytes(budget.at)
+    pairs = [[_sum(sides[g][k], sides[count + g][v]) for k, v in row] for g, row in enumerate(places)]
+    check_reach(budget, geometry, count, fixed + least_nbytes(pairs))
+    room = budget.nbytes - fixed
+    if all(len(row) == len(k) * len(v) for row, (k, v) in zip(places, kinds, strict=True)):
+        apart = allocate(sides, room)  # a smaller program
+        found = [places[g].index((apart[g], apart[count + g])) for g in range(count)]
+    else:
+        found = allocate(pairs, room)
+    names = [[(k[i], v[j]) for i, j in row] for row, (k, v) in zip(places, kinds, strict=True)]
+    used = {names[g][c] for g, c in enumerate(found)}
+    if 0 < plan.recipe.pairs < len(used) and all(set(row) == set(names[0]) for row in names):
+        stage(f"choosing {plan.recipe.pairs} pairs of formats instead of {len(used)}")
+        found = allocate_shared(pairs, names, room, plan.recipe.pairs)
+    return [places[g][c] for g, c in enumerate(found)]
+
+
+def _places(plan: Plan, keys: list[Format], values: list[Format]) -> list[tuple[int, int]]:
+    """The (key, value) candidates of a layer that may go together: those of the catalogue's list of pairs, where the recipe offers all of
+    them and limits pairs at all; else any two."""
+    recipe, every = plan.recipe, list(product(range(len(keys)), range(len(values))))
+    if recipe.tied:
+        return [(i, i) for i in range(len(keys))]
+    listed = set(catalogue.pairs(plan.geometry.head_dim)) if recipe.catalogue and recipe.pairs else set()
+    found = [(i, j) for i, j in every if (keys[i], values[j]) in listed]
+    return found if listed and len({(keys[i], values[j]) for i, j in found}) == len(listed) else every
+
+
+def _sum(a: Choice, b: Choice) -> Choice:
+    return Choice(a.nbytes + b.nbytes, a.loss + b.loss)
+
+
+def _compute_dtype(plan: Plan, device: torch.device) -> torch.dtype:
+    """float32 where the weights fit in half of the device's free memory: a probe's KL drowns in bfloat16's rounding."""
+    if device.type != "cuda":
+        return torch.float32
+    weights = sum(p.stat().st_size for p in plan.source.path.glob("*.safetensors"))
+    own: torch.dtype = plan.config.dtype or torch.float32
+    wide = weights * 4 // own.itemsize
+    return torch.float32 if wide < torch.cuda.mem_get_info(device)[0] / 2 else own
+
+
+def fused_parameters(attention: Any, arch: Architecture, layer: Layer) -> dict[str, Tensor]:
+    """All parameters of an attention module that the layer's choices change, float64, by name; the module stays."""
+    fused = fuse_values(attention, layer.value.matrix)
+    if layer.key.pair_scale is not None:
+        fused |= fuse_pair_scale(attention, layer.key.pair_scale, arch, fused)
+    return fused
+
+
+def set_parameters(attention: Any, fused: dict[str, Tensor], dtype: torch.dtype, keep: bool = False) -> None:
+    """Puts parameters rounded to `dtype` into the module; `keep`: as that type, not as the module's own."""
+    for name, value in fused.items():
+        parameter = attention.get_parameter(name)
+        rounded = value.to(dtype)
+        parameter.data = rounded if keep else rounded.to(parameter.dtype)

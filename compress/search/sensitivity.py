@@ -1,0 +1,353 @@
+"""How much each layer's keys or values matter: the KL that quantising them alone costs, measured on the real model.
+
+One probe quantises one side of one layer through packed bytes, sinks and window (of 128 tokens at the most) left in 16 bits,
+and runs the rest of the model as it is. It is cheap because
+- a probe starts at its layer from stored hidden states, so that it costs half a forward pass on average;
+- one format of each kind of a side is probed, not all: KL is quadratic in a small error, so that of another format
+  follows from the two formats' distortions, which are measured on calibration tokens without the model (kinds are
+  measured apart, because symmetric and minimum-maximum codes spend equal distortions on different tokens);
+- the layers' losses add up (the artifact states how well), so that choices need no probing together;
+- the first tokens, which read no page, are as they were in every layer: behind the probed layer only the others are computed,
+  with the first ones' keys and values as they were;
+- logits are compared at every `stride`-th position of plain text only, with the baseline's probabilities kept where they fit BASE_NBYTES.
+With L layers and n probed formats a layer that is n·L/2 forward passes a sequence, less those first tokens. It runs in
+float32, because in bfloat16 the rounding of the rest of the model alone is as large as one layer's KL.
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvfold.compress.models.attention_hook import Tap, attend_as_usual, tapped
+from kvfold.compress.models.layerwise import LayerRunner
+from kvfold.compress.progress import progress
+from kvfold.compress.search.candidates import KeyCandidate, ValueCandidate, is_raw
+from kvfold.compress.work import kept
+from kvfold.errors import KvfoldError
+from kvfold.exports.account import Geometry
+from kvfold.exports.architectures import Architecture, logits_of
+from kvfold.exports.spec import KeySpec, ValueSpec, clip_rows
+from kvfold.kernels.attention import KeyMean, Tile, attend
+from kvfold.kernels.quantizer import round_trip, to_float16
+
+KL_BLOCK = 128  # positions whose logits are in memory at a time
+SPREAD_BITS = 0.75  # how far around the budget's payload a side is probed where more than one format is
+NEAR_BITS = 1.5  # a kind of formats further than this from the budget's payload is not probed for itself
+Candidate = KeyCandidate | ValueCandidate
+BASE_NBYTES = 1 << 30  # of the baseline's log-probabilities
+TILE_TOKENS = 512  # of a sequence; a tile that no query of a block may read from its side is left out
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: Geometry,
+    scaling: float,
+    key_spec: KeySpec | None = None,
+    value_spec: ValueSpec | None = None,
+    value_matrix: Tensor | None = None,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks_logit: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of one whole sequence as the packed cache computes it, with either side left as it is.
+
+    Args:
+        query: [H, T, D]; key, value: [Hkv, T, D]; after RoPE.
+        value_matrix: float [Hkv, D, D], the basis that values are quantised in; it is undone on the output.
+        mask: bool [T, T] where attention is narrower than causal, e.g. a sliding window.
+        softcap, sinks_logit: as in kernels.attention.attend.
+    Returns:
+        float32 [H, T, D].
+    """
+    tokens = key.shape[1]
+    positions = torch.arange(tokens, device=query.device)
+    seen = (positions + 1 - geometry.sinks - geometry.window).clamp_min(0)
+    limit = geometry.sinks + seen // geometry.page_tokens * geometry.page_tokens
+    raw_k, raw_v = key.float(), value.float()
+    shift = key_spec.shift(query) if key_spec is not None and (softcap is not None or sinks_logit is not None) else None
+    mean = None
+    if key_spec is not None:
+        if key_spec.turns:
+            assert key_spec.offset is not None
+            tables = key_spec.tables(geometry.sinks)
+            mean = KeyMean(tables, tables.coefficients(key_spec.offset, query))
+        raw_k = to_float16(key_spec.apply(raw_k, positions, geometry.sinks)).float()
+        query = key_spec.apply_query(query)
+    if value_matrix is not None:
+        raw_v = raw_v @ value_matrix.float().mT
+    cached_k, cached_v = raw_k, raw_v
+    if key_spec is not None:
+        cached_k = round_trip(raw_k, key_spec.format, clip_rows(key_spec.clip))
+    if value_spec is not None:
+        cached_v = round_trip(to_float16(raw_v), value_spec.format, clip_rows(value_spec.clip))
+    sinks, end = min(geometry.sinks, tokens), int(limit[-1])
+    raw_cuts = [0, *range(sinks, tokens, TILE_TOKENS), tokens]
+    tiles = [Tile(raw_k[:, a:b], raw_v[:, a:b], positions[a:b], False) for a, b in pairwise(raw_cuts)]
+    packed_cuts = [*range(sinks, end, TILE_TOKENS), end]
+    tiles += [Tile(cached_k[:, a:b], cached_v[:, a:b], positions[a:b], True) for a, b in pairwise(packed_cuts)]
+    out = attend(
+        query, positions, limit, tiles,
+        sinks=geometry.sinks, scaling=scaling, mask=mask, softcap=softcap, sinks_logit=sinks_logit, shift=shift, mean=mean,
+    )  # fmt: skip
+    if value_matrix is not None:
+        inverse = torch.linalg.inv(value_matrix.double()).float()
+        out = (out.unflatten(0, (inverse.shape[0], -1)) @ inverse.mT[:, None]).flatten(0, 1)
+    return out
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A sequence that is probed.
+
+    Attributes:
+        ids: int64 [1, T].
+        stride: every how many positions the KL is taken.
+        start: the first of them.
+    """
+
+    ids: Tensor
+    stride: int = 1
+    start: int = 0
+
+
+class Probe:
+    """The unquantised model on passages: hidden states before every layer, and log-probabilities.
+
+    Args:
+        model: loaded with attention tap.NAME.
+        arch: its row in the table.
+        passages: the mean is over the positions of all of them.
+        early: first positions that no tap of `measure` changes anything for.
+    """
+
+    def __init__(self, model: Any, arch: Architecture, passages: Sequence[Passage], early: int = 0) -> None:
+        self.model, self.passages = model, passages
+        self.attentions = arch.attention_modules(model)
+        self.device = next(model.parameters()).device
+        self.runners = [LayerRunner(model, arch, x.ids.to(self.device)) for x in passages]
+        self.early = [min(early, x.ids.shape[1] - 1) for x in passages]
+        self.hidden: list[list[Tensor]] = []
+        self.final: list[Tensor] = []
+        self.past: list[list[tuple[Tensor, Tensor]]] = []  # keys and values [1, Hkv, early, D] of each layer
+        for runner, first in zip(progress(self.runners, "baseline", "sequence"), self.early, strict=True):
+            states, past = [runner.embedded], list[tuple[Tensor, Tensor]]()
+            for i, attention in enumerate(self.attentions):
+                with tapped(attention, _keep(past, first)):
+                    states.append(runner.run(i, states[-1]))
+            self.hidden.append(states[:-1])
+            self.past.append(past)
+            self.final.append(self._normed(len(self.final), states[-1]))
+        vocabulary = logits_of(model, self.final[0][:1]).shape[-1]
+        small = sum(map(len, self.final)) * vocabulary * 4 <= BASE_NBYTES
+        self.base = [logits_of(model, x).log_softmax(-1) for x in self.final] if small else None
+
+    def _normed(self, index: int, hidden: Tensor, first: int = 0) -> Tensor:
+        """[n, hidden_size] at the positions of a passage that count, of its last layer's states [1, T − first, hidden_size]."""
+        passage = self.passages[index]
+        skipped = max(0, -(-(first - passage.start) // passage.stride))
+        return self.model.base_model.norm(hidden[0, passage.start + skipped * passage.stride - first :: passage.stride])
+
+    def kl(self, finals: list[Tensor]) -> float:
+        """Mean KL(baseline ‖ probe) in nats over the positions that count; `finals`: normed hidden states [n, hidden_size], of the
+        last n of them where they are fewer: the others are taken to be the baseline's."""
+        total, count = 0.0, 0
+        for i, (base, other) in enumerate(zip(self.final, finals, strict=True)):
+            first = len(base) - len(other)
+            for block in range(0, len(other), KL_BLOCK):
+                q = logits_of(self.model, other[block : block + KL_BLOCK]).log_softmax(-1)
+                rows = slice(first + block, first + block + len(q))
+                p = logits_of(self.model, base[rows]).log_softmax(-1) if self.base is None else self.base[i][rows]
+                total += float((p.exp() * (p - q)).sum())
+            count += len(base)
+        if not math.isfinite(total):
+            raise KvfoldError(
+                "The model's logits are NaN or infinite on the calibration text, so no loss can be measured; check that its weights are "
+                "whole, or compute in float32 (--device cpu)."
+            )
+        return max(total / count, 0.0)
+
+    def measure(self, layer: int, tap: Tap) -> float:
+        """KL with one layer's attention replaced by `tap`, which leaves the `early` positions as they are."""
+        finals = []
+        for i, (runner, hidden, past, first) in enumerate(
+            zip(self.runners, self.hidden, self.past, self.early, strict=True)
+        ):
+            with ExitStack() as stack:
+                stack.enter_context(tapped(self.attentions[layer], tap))
+                state = runner.run(layer, hidden[layer])[:, first:]
+                for attention, (keys, values) in zip(self.attentions[layer + 1 :], past[layer + 1 :], strict=True):
+                    if first:
+                        stack.enter_context(tapped(attention, _behind(keys, values)))
+                state = runner.run_from(layer + 1, state, first)
+            finals.append(self._normed(i, state, first))
+        return self.kl(finals)
+
+    def whole_model(self, taps: list[Tap] | None = None) -> float:
+        """KL of the model as its weights are now, with every layer tapped if `taps` are given, against the baseline."""
+        with ExitStack() as stack:
+            for attention, tap in zip(self.attentions, taps or [], strict=False):
+                stack.enter_context(tapped(attention, tap))
+            return self._whole_model()
+
+    def _whole_model(self) -> float:
+        return self.kl([self._normed(i, runner.run_from(0, runner.embedded)) for i, runner in enumerate(self.runners)])
+
+
+def _keep(past: list[tuple[Tensor, Tensor]], early: int) -> Tap:
+    """A tap that changes nothing and notes the first keys and values."""
+
+    def tap(module, query, key, value, mask, scaling, **extras):
+        past.append((key[:, :, :early].clone(), value[:, :, :early].clone()))
+
+    return tap
+
+
+def _behind(keys: Tensor, values: Tensor) -> Tap:
+    """A tap for the last positions of a sequence, whose first ones have these keys and values."""
+
+    def tap(module, query, key, value, mask, scaling, **extras):
+        key, value = torch.cat((keys, key), 2), torch.cat((values, value), 2)
+        if mask is None:
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
+            mask = mask.tril(keys.shape[2])[None, None]
+        return attend_as_usual(module, query, key, value, mask, scaling, extras=extras)
+
+    return tap
+
+
+def packing_tap(
+    geometry: Geometry,
+    device: torch.device,
+    key_spec: KeySpec | None = None,
+    value_spec: ValueSpec | None = None,
+    value_matrix: Tensor | None = None,
+) -> Tap:
+    """A tap that computes `packed_attention` of either side or both."""
+    options: dict[str, Any] = {
+        "key_spec": key_spec and key_spec.to(device),
+        "value_spec": value_spec and value_spec.to(device),
+        "value_matrix": None if value_matrix is None else value_matrix.to(device),
+    }
+
+    def tap(module, query, key, value, mask, scaling, **extras):
+        narrow = None if mask is None else mask[0, 0]
+        out = packed_attention(query[0], key[0], value[0], geometry, scaling, mask=narrow, **options, **extras)
+        return out.transpose(0, 1)[None].to(query.dtype)
+
+    return tap
+
+
+def probed(group: Sequence[Candidate], bits: float, count: int) -> list[int]:
+    """Which candidates of a side are measured: of each kind of parameters, `count` quantised ones, spread over SPREAD_BITS
+    around `bits` of payload. A kind that has nothing within NEAR_BITS is not measured, unless no kind has."""
+    offsets = [SPREAD_BITS * (2 * i / (count - 1) - 1) for i in range(count)] if count > 1 else [0.0]
+    distance = {i: c.spec.format.payload_bits - bits for i, c in enumerate(group) if not is_raw(c.spec.format)}
+    kinds: dict[str, list[int]] = {}
+    for i in distance:
+        kinds.setdefault(group[i].spec.format.params, []).append(i)
+    nearest = min(map(abs, distance.values()), default=0.0)
+    chosen = set()
+    for members in kinds.values():
+        if min(abs(distance[i]) for i in members) <= max(NEAR_BITS, nearest):
+            chosen |= {min(members, key=lambda i: abs(distance[i] - offset)) for offset in offsets}
+    return sorted(chosen)
+
+
+def extrapolate(group: Sequence[Candidate], measured: dict[int, float]) -> list[float]:
+    """Losses of all candidates from those of some.
+
+    Args:
+        measured: index of a candidate → its loss.
+    Returns:
+        Loss of each candidate: its distortion times loss / distortion of the measured ones of its kind (of any, if none of
+        its kind was), whose logarithm is interpolated over the logarithm of the distortion, and constant beyond them.
+    """
+
+    def known(kind: str | None) -> list[tuple[float, float]]:
+        return sorted(
+            (group[i].distortion, loss)
+            for i, loss in measured.items()
+            if group[i].distortion > 0 and loss > 0 and kind in (None, group[i].spec.format.params)
+        )
+
+    losses = []
+    for i, candidate in enumerate(group):
+        points = known(candidate.spec.format.params) or known(None)
+        loss = measured.get(i)
+        if loss is None and points and candidate.distortion > 0:
+            x, ratio = np.log([d for d, _ in points]), np.log([loss / d for d, loss in points])
+            loss = float(candidate.distortion * np.exp(np.interp(np.log(candidate.distortion), x, ratio)))
+        losses.append(loss or 0.0)
+    return losses
+
+
+def _read_losses(path: Path) -> dict[str, float]:
+    found = json.loads(path.read_text())
+    if not all(isinstance(loss, float) and math.isfinite(loss) for loss in found.values()):
+        raise ValueError("losses are numbers")
+    return found
+
+
+def sensitivities(
+    probe: Probe,
+    keys: list[list[KeyCandidate]],
+    values: list[list[ValueCandidate]],
+    geometry: Geometry,
+    bits: float,
+    count: int,
+    work: Path,
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Loss in nats of every candidate, from measuring `count` of each side of each layer.
+
+    Args:
+        keys, values: candidates of each layer.
+        bits: payload around which candidates are measured.
+        work: folder for sensitivity.json, from which an interrupted run goes on.
+    Returns:
+        (losses of key candidates, losses of value candidates), one list a layer.
+    """
+    path = work / "sensitivity.json"
+    found = kept(path, _read_losses, {})
+    sides: tuple[tuple[str, Sequence[Sequence[Candidate]]], ...] = (("key", keys), ("value", values))
+    jobs = [
+        (side, layer, c)
+        for layer in range(len(keys))
+        for side, groups in sides
+        for c in probed(groups[layer], bits, count)
+    ]
+    for side, layer, c in progress(jobs, "sensitivity", "probe"):
+        name = f"{layer}.{side}.{c}"
+        if name in found:
+            continue
+        if side == "key":
+            tap = packing_tap(geometry, probe.device, key_spec=keys[layer][c].spec)
+        else:
+            chosen = values[layer][c]
+            tap = packing_tap(geometry, probe.device, value_spec=chosen.spec, value_matrix=chosen.matrix)
+        found[name] = probe.measure(layer, tap)
+        scratch = path.with_suffix(".part")
+        scratch.write_text(json.dumps(found))
+        os.replace(scratch, path)
+
+    def losses(side: str, groups: Sequence[Sequence[Candidate]]) -> list[list[float]]:
+        return [
+            extrapolate(
+                group,
+                {c: found[f"{layer}.{side}.{c}"] for s, i, c in jobs if s == side and i == layer},
+            )
+            for layer, group in enumerate(groups)
+        ]
+
+    return losses("key", keys), losses("value", values)

@@ -1,0 +1,1 @@
+"""Plain checkpoints with quantised KV caches that other engines know."""

@@ -1,0 +1,1 @@
+"""ONNX graphs with the cache as inputs and outputs."""
