@@ -206,15 +206,18 @@ class SensitivityRecipe(_Strict):
     """How a choice's loss is found.
 
     Attributes:
-        method: "kl", measured (sensitivity.py), or "first-order", Σ|g·Δ| (first_order.py).
+        method: "kl", measured by a forward pass for each probe (search/sensitivity.py); "fisher", the same to second order, by backward
+            passes for all probes together (search/fisher.py); "first-order", Σ|g·Δ| (search/first_order.py).
         num_sequences, seq_len: of the probes.
         stride: every how many positions the KL is taken.
+        directions: backward passes of each sequence, for "fisher".
         probes: formats of a side that are measured.
         conversations: questions about the calibration text, the model's answers to which are probed too (conversations.py); where
             the tokenizer has a chat template.
     """
 
-    method: Literal["kl", "first-order"] = "kl"
+    method: Literal["kl", "fisher", "first-order"] = "kl"
+    directions: Annotated[int, Field(gt=0, le=256)] = 8
     probes: Annotated[int, Field(gt=0, le=64)] = 2
     num_sequences: Annotated[int, Field(gt=0)] = 3
     seq_len: Annotated[int, Field(ge=64)] = 1024

@@ -1,6 +1,7 @@
 """Calibrates a model, measures what each choice costs, chooses, and folds the choices into weights."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from kvfold.compress.search.allocate_shared import allocate_shared
 from kvfold.compress.search.candidates import KeyCandidate, ValueCandidate, key_candidates, value_candidates
 from kvfold.compress.search.conversations import conversations
 from kvfold.compress.search.first_order import first_order
-from kvfold.compress.search.sensitivity import Passage, Probe, packing_tap, sensitivities
+from kvfold.compress.search.fisher import fisher_losses
+from kvfold.compress.search.sensitivity import Passage, Probe, measured, packing_tap, sensitivities
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import Architecture
@@ -103,7 +105,7 @@ def measure(plan: Plan, work: Path, device: torch.device, statistics: Path | Non
     near = replace(geometry, window=min(geometry.window, PROBED_WINDOW))
     early = near.sinks + near.window + near.page_tokens - 1  # the next one is the first to read a page
     passages = [Passage(ids, s.stride) for ids in sequences]
-    if s.method == "kl" and s.conversations:
+    if s.method != "first-order" and s.conversations:
         most = plan.config.max_position_embeddings
         asked = conversations(model, plan.tokenizer, plan.sequences, s.conversations, most, recipe.seed, work)
         passages += [Passage(ids, start=prompt - 1) for ids, prompt in asked]
@@ -114,7 +116,20 @@ def measure(plan: Plan, work: Path, device: torch.device, statistics: Path | Non
     if s.method == "first-order":
         losses = first_order(probe, sequences, keys, values, near)
     else:
-        losses = sensitivities(probe, keys, values, near, target_bits, s.probes, work)
+        if s.method == "kl":
+            find = partial(measured, probe, keys=keys, values=values, geometry=near, work=work)
+        else:
+            find = partial(
+                fisher_losses,
+                probe,
+                keys=keys,
+                values=values,
+                geometry=near,
+                count=s.directions,
+                seed=recipe.seed,
+                work=work,
+            )
+        losses = sensitivities(keys, values, target_bits, s.probes, find)
     return Measured(model, probe, near, keys, values, *losses)
 
 

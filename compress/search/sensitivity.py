@@ -17,7 +17,7 @@ float32, because in bfloat16 the rounding of the rest of the model alone is as l
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
@@ -44,6 +44,7 @@ KL_BLOCK = 128  # positions whose logits are in memory at a time
 SPREAD_BITS = 0.75  # how far around the budget's payload a side is probed where more than one format is
 NEAR_BITS = 1.5  # a kind of formats further than this from the budget's payload is not probed for itself
 Candidate = KeyCandidate | ValueCandidate
+Job = tuple[str, int, int]  # "key" or "value", layer, candidate
 BASE_NBYTES = 1 << 30  # of the baseline's log-probabilities
 TILE_TOKENS = 512  # of a sequence; a tile that no query of a block may read from its side is left out
 
@@ -61,19 +62,20 @@ def packed_attention(
     softcap: float | None = None,
     sinks_logit: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of one whole sequence as the packed cache computes it, with either side left as it is.
+    """Causal attention of one sequence as the packed cache computes it, with either side left as it is.
 
     Args:
-        query: [H, T, D]; key, value: [Hkv, T, D]; after RoPE.
+        query: [H, n, D], of the last n ≤ T tokens; key, value: [Hkv, T, D]; after RoPE.
         value_matrix: float [Hkv, D, D], the basis that values are quantised in; it is undone on the output.
-        mask: bool [T, T] where attention is narrower than causal, e.g. a sliding window.
+        mask: bool [n, T] where attention is narrower than causal, e.g. a sliding window.
         softcap, sinks_logit: as in kernels.attention.attend.
     Returns:
-        float32 [H, T, D].
+        float32 [H, n, D].
     """
     tokens = key.shape[1]
     positions = torch.arange(tokens, device=query.device)
-    seen = (positions + 1 - geometry.sinks - geometry.window).clamp_min(0)
+    asked = positions[tokens - query.shape[1] :]
+    seen = (asked + 1 - geometry.sinks - geometry.window).clamp_min(0)
     limit = geometry.sinks + seen // geometry.page_tokens * geometry.page_tokens
     raw_k, raw_v = key.float(), value.float()
     shift = key_spec.shift(query) if key_spec is not None and (softcap is not None or sinks_logit is not None) else None
@@ -98,7 +100,7 @@ def packed_attention(
     packed_cuts = [*range(sinks, end, TILE_TOKENS), end]
     tiles += [Tile(cached_k[:, a:b], cached_v[:, a:b], positions[a:b], True) for a, b in pairwise(packed_cuts)]
     out = attend(
-        query, positions, limit, tiles,
+        query, asked, limit, tiles,
         sinks=geometry.sinks, scaling=scaling, mask=mask, softcap=softcap, sinks_logit=sinks_logit, shift=shift, mean=mean,
     )  # fmt: skip
     if value_matrix is not None:
@@ -148,12 +150,12 @@ class Probe:
                     states.append(runner.run(i, states[-1]))
             self.hidden.append(states[:-1])
             self.past.append(past)
-            self.final.append(self._normed(len(self.final), states[-1]))
+            self.final.append(self.normed(len(self.final), states[-1]))
         vocabulary = logits_of(model, self.final[0][:1]).shape[-1]
         small = sum(map(len, self.final)) * vocabulary * 4 <= BASE_NBYTES
         self.base = [logits_of(model, x).log_softmax(-1) for x in self.final] if small else None
 
-    def _normed(self, index: int, hidden: Tensor, first: int = 0) -> Tensor:
+    def normed(self, index: int, hidden: Tensor, first: int = 0) -> Tensor:
         """[n, hidden_size] at the positions of a passage that count, of its last layer's states [1, T − first, hidden_size]."""
         passage = self.passages[index]
         skipped = max(0, -(-(first - passage.start) // passage.stride))
@@ -191,7 +193,7 @@ class Probe:
                     if first:
                         stack.enter_context(tapped(attention, _behind(keys, values)))
                 state = runner.run_from(layer + 1, state, first)
-            finals.append(self._normed(i, state, first))
+            finals.append(self.normed(i, state, first))
         return self.kl(finals)
 
     def whole_model(self, taps: list[Tap] | None = None) -> float:
@@ -202,7 +204,7 @@ class Probe:
             return self._whole_model()
 
     def _whole_model(self) -> float:
-        return self.kl([self._normed(i, runner.run_from(0, runner.embedded)) for i, runner in enumerate(self.runners)])
+        return self.kl([self.normed(i, runner.run_from(0, runner.embedded)) for i, runner in enumerate(self.runners)])
 
 
 def _keep(past: list[tuple[Tensor, Tensor]], early: int) -> Tap:
@@ -300,26 +302,61 @@ def _read_losses(path: Path) -> dict[str, float]:
     return found
 
 
-def sensitivities(
+def measured(
     probe: Probe,
+    jobs: Sequence[Job],
     keys: list[list[KeyCandidate]],
     values: list[list[ValueCandidate]],
     geometry: Geometry,
+    work: Path,
+) -> dict[Job, float]:
+    """KL in nats of each of the `jobs`, by a forward pass each.
+
+    Args:
+        keys, values: candidates of each layer.
+        work: folder for sensitivity.json, from which an interrupted run goes on.
+    """
+    path = work / "sensitivity.json"
+    found = kept(path, _read_losses, {})
+    for side, layer, c in progress(jobs, "sensitivity", "probe"):
+        name = f"{layer}.{side}.{c}"
+        if name in found:
+            continue
+        found[name] = probe.measure(
+            layer, packing_tap(geometry, probe.device, **specs_of(side, keys, values, layer, c))
+        )
+        scratch = path.with_suffix(".part")
+        scratch.write_text(json.dumps(found))
+        os.replace(scratch, path)
+    return {(side, layer, c): found[f"{layer}.{side}.{c}"] for side, layer, c in jobs}
+
+
+def specs_of(
+    side: str, keys: list[list[KeyCandidate]], values: list[list[ValueCandidate]], layer: int, candidate: int
+) -> dict[str, Any]:
+    """One candidate as arguments of `packing_tap` and `packed_attention`."""
+    if side == "key":
+        return {"key_spec": keys[layer][candidate].spec}
+    chosen = values[layer][candidate]
+    return {"value_spec": chosen.spec, "value_matrix": chosen.matrix}
+
+
+def sensitivities(
+    keys: list[list[KeyCandidate]],
+    values: list[list[ValueCandidate]],
     bits: float,
     count: int,
-    work: Path,
+    find: Callable[[Sequence[Job]], dict[Job, float]],
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """Loss in nats of every candidate, from measuring `count` of each side of each layer.
+    """Loss in nats of every candidate, from those of `count` of each side of each layer.
 
     Args:
         keys, values: candidates of each layer.
         bits: payload around which candidates are measured.
-        work: folder for sensitivity.json, from which an interrupted run goes on.
+        find: losses of some.
     Returns:
         (losses of key candidates, losses of value candidates), one list a layer.
     """
-    path = work / "sensitivity.json"
-    found = kept(path, _read_losses, {})
     sides: tuple[tuple[str, Sequence[Sequence[Candidate]]], ...] = (("key", keys), ("value", values))
     jobs = [
         (side, layer, c)
@@ -327,26 +364,11 @@ def sensitivities(
         for side, groups in sides
         for c in probed(groups[layer], bits, count)
     ]
-    for side, layer, c in progress(jobs, "sensitivity", "probe"):
-        name = f"{layer}.{side}.{c}"
-        if name in found:
-            continue
-        if side == "key":
-            tap = packing_tap(geometry, probe.device, key_spec=keys[layer][c].spec)
-        else:
-            chosen = values[layer][c]
-            tap = packing_tap(geometry, probe.device, value_spec=chosen.spec, value_matrix=chosen.matrix)
-        found[name] = probe.measure(layer, tap)
-        scratch = path.with_suffix(".part")
-        scratch.write_text(json.dumps(found))
-        os.replace(scratch, path)
+    found = find(jobs)
 
     def losses(side: str, groups: Sequence[Sequence[Candidate]]) -> list[list[float]]:
         return [
-            extrapolate(
-                group,
-                {c: found[f"{layer}.{side}.{c}"] for s, i, c in jobs if s == side and i == layer},
-            )
+            extrapolate(group, {c: found[side, layer, c] for s, i, c in jobs if s == side and i == layer})
             for layer, group in enumerate(groups)
         ]
 

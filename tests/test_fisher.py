@@ -1,0 +1,142 @@
+"""Losses to second order: the quadratic form is the Fisher information's, and small losses are those that a forward pass measures."""
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from kvfold.compress.models.attention_hook import NAME, tapped
+from kvfold.compress.search import fisher
+from kvfold.compress.search.candidates import KeyCandidate, ValueCandidate
+from kvfold.compress.search.sensitivity import Passage, Probe, packing_tap, specs_of
+from kvfold.errors import KvfoldError
+from kvfold.exports.account import Geometry
+from kvfold.exports.architectures import architecture_of, logits_of
+from kvfold.exports.spec import KeySpec, ValueSpec
+from kvfold.kernels.formats import uniform
+
+GEOMETRY = Geometry(2, 16, 3, 24, 8)
+EARLY = 3 + 24 + 8 - 1
+
+
+def make_probe(family: str = "llama", *passages: Passage) -> Probe:
+    model = tiny_model(family, attention=NAME)
+    ids = torch.randint(0, 128, (2, 90), generator=torch.Generator().manual_seed(3))
+    return Probe(model, architecture_of(model.config), passages or [Passage(x[None]) for x in ids], EARLY)
+
+
+def sides(levels: int) -> tuple[list[list[KeyCandidate]], list[list[ValueCandidate]]]:
+    """One candidate of each side of three layers: no transform for keys, a turned basis for values."""
+    keys = [[KeyCandidate(KeySpec(uniform(16, levels)), None, 1.0)] for _ in range(3)]
+    rng = torch.Generator().manual_seed(1)
+    matrix = torch.eye(16, dtype=torch.float64) + 0.2 * torch.randn(2, 16, 16, generator=rng, dtype=torch.float64)
+    values = [[ValueCandidate(ValueSpec(uniform(16, levels)), matrix, 1.0)] for _ in range(3)]
+    return keys, values
+
+
+JOBS = [(side, layer, 0) for layer in range(3) for side in ("key", "value")]
+
+
+@torch.no_grad()
+def test_directions_have_the_covariance_of_the_output():
+    """Over many draws the mean of G·Gᵀ by one position's state is Wᵀ(diag(p) − p·pᵀ)W."""
+    probe = make_probe()
+    normed = probe.final[0][-1:]
+    found = fisher.directions(probe, 0, normed, 20000, seed=0)[:, 0].double()
+    weight = probe.model.lm_head.weight.double()
+    p = logits_of(probe.model, normed)[0].double().softmax(-1)
+    wanted = weight.mT @ (p.diag() - p[:, None] * p) @ weight
+    assert (found.mT @ found / len(found) - wanted).norm() < 0.05 * wanted.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "smollm3"])
+def test_small_losses_are_the_measured_ones(family, tmp_path):
+    probe, (keys, values) = make_probe(family), sides(64)
+    found = fisher.fisher_losses(probe, JOBS, keys, values, GEOMETRY, 64, 0, tmp_path)
+    for side, layer, c in JOBS:
+        tap = packing_tap(GEOMETRY, probe.device, **specs_of(side, keys, values, layer, c))
+        measured = probe.measure(layer, tap)
+        assert measured > 1e-6
+        assert found[side, layer, c] == pytest.approx(measured, rel=0.35)
+
+
+@torch.no_grad()
+def test_only_positions_that_count_are_summed(tmp_path):
+    """A passage of which the last positions count has no loss at those before."""
+    ids = torch.randint(0, 128, (1, 90), generator=torch.Generator().manual_seed(3))
+    last = make_probe("llama", Passage(ids, start=89))
+    keys, values = sides(16)
+    found = fisher.fisher_losses(last, JOBS, keys, values, GEOMETRY, 200, 0, tmp_path)
+    for side, layer, c in JOBS:
+        tap = packing_tap(GEOMETRY, last.device, **specs_of(side, keys, values, layer, c))
+        assert found[side, layer, c] == pytest.approx(last.measure(layer, tap), rel=0.6)
+
+
+@torch.no_grad()
+def test_gradients_are_those_of_the_whole_model(monkeypatch, tmp_path):
+    """By a layer's attention output, run again from its stored states, as by one pass through all layers."""
+    probe, (keys, values) = make_probe(), sides(16)
+    seen: list[torch.Tensor] = []
+
+    def note(query, key, value, geometry, scaling, **options):
+        seen.append(query)
+        return real(query, key, value, geometry, scaling, **options)
+
+    real = fisher.packed_attention
+    monkeypatch.setattr(fisher, "packed_attention", note)
+    rows = fisher.passage_losses(probe, 0, JOBS, keys, values, GEOMETRY, 2, 0)
+    assert [x.shape for x in seen] == [(4, 90 - EARLY, 16)] * (3 + len(JOBS))
+
+    outputs: list[torch.Tensor] = []
+
+    def keep(module, query, key, value, mask, scaling, **extras):
+        outputs.append(fisher.attend_as_usual(module, query, key, value, mask, scaling))
+        return outputs[-1]
+
+    with torch.enable_grad():
+        taps = [tapped(attention, keep) for attention in probe.attentions]
+        for tap in taps:
+            tap.__enter__()
+        runner = probe.runners[0]
+        normed = probe.normed(0, runner.run_from(0, runner.embedded.detach().requires_grad_()))
+        draws = fisher.directions(probe, 0, normed[EARLY:], 2, 0)
+        by_out = [torch.autograd.grad(normed[EARLY:], outputs, g, retain_graph=True) for g in draws]
+        for tap in taps:
+            tap.__exit__(None, None, None)
+    for side, layer, c in JOBS:
+        tap = packing_tap(GEOMETRY, probe.device, **specs_of(side, keys, values, layer, c))
+        with tapped(probe.attentions[layer], tap):
+            state = probe.hidden[0][layer]
+            changed: list[torch.Tensor] = []
+            hook = probe.attentions[layer].o_proj.register_forward_pre_hook(lambda m, args: changed.append(args[0]))
+            runner.run(layer, state)
+            hook.remove()
+        error = changed[0].unflatten(-1, (4, 16)) - outputs[layer]
+        total = 0.0
+        for gradients in by_out:
+            products = (gradients[layer] * error)[0, EARLY:].unflatten(1, (2, 2)).sum((0, 2, 3))
+            total += float(products.double().square().sum()) / 4
+        assert rows[f"{side}.{layer}.{c}"] == pytest.approx(total, rel=2e-3)
+
+
+@torch.no_grad()
+def test_an_interrupted_run_goes_on_to_the_same_losses(monkeypatch, tmp_path):
+    probe, (keys, values) = make_probe(), sides(16)
+    whole = fisher.fisher_losses(probe, JOBS, keys, values, GEOMETRY, 2, 0, tmp_path)
+    real, calls = fisher.passage_losses, []
+
+    def stopped(probe, index, *rest):
+        calls.append(index)
+        if len(calls) == 2:
+            raise KvfoldError("stopped")
+        return real(probe, index, *rest)
+
+    again = tmp_path / "again"
+    again.mkdir()
+    monkeypatch.setattr(fisher, "passage_losses", stopped)
+    with pytest.raises(KvfoldError):
+        fisher.fisher_losses(probe, JOBS, keys, values, GEOMETRY, 2, 0, again)
+    assert fisher.fisher_losses(probe, JOBS, keys, values, GEOMETRY, 2, 0, again) == whole and calls == [0, 1, 1]
+    other = tmp_path / "other"
+    other.mkdir()
+    assert fisher.fisher_losses(probe, JOBS, keys, values, GEOMETRY, 2, 1, other) != whole
