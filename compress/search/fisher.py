@@ -50,11 +50,11 @@ def directions(probe: Probe, index: int, normed: Tensor, count: int, seed: int) 
             leaf = normed[rows].detach().requires_grad_()
             logits = logits_of(probe.model, leaf)
         p = logits.detach().float().softmax(-1)
-        root = p.sqrt()
+        roots = p.sqrt()
         for draw in found:
             signs = torch.randint(0, 2, p.shape, generator=rng, dtype=torch.int8).to(p.device)
-            u = root * (2.0 * signs - 1.0)
-            u -= p * (root * u).sum(-1, keepdim=True)
+            u = roots * (2.0 * signs - 1.0)
+            u -= p * u.sum(-1, keepdim=True)
             (draw[rows],) = torch.autograd.grad(logits, leaf, u.to(logits.dtype), retain_graph=True)
     return found
 
