@@ -108,7 +108,9 @@ def test_gradients_are_those_of_the_whole_model(monkeypatch, tmp_path):
         with tapped(probe.attentions[layer], tap):
             state = probe.hidden[0][layer]
             changed: list[torch.Tensor] = []
-            hook = probe.attentions[layer].o_proj.register_forward_pre_hook(lambda m, args: changed.append(args[0]))
+            hook = probe.attentions[layer].o_proj.register_forward_pre_hook(
+                lambda m, args, seen=changed: seen.append(args[0])
+            )
             runner.run(layer, state)
             hook.remove()
         error = changed[0].unflatten(-1, (4, 16)) - outputs[layer]
