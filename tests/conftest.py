@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("KVFOLD_COMPILE_AHEAD", "0")  # of tests on a GPU
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does: test workers and their processes share the cores
 
 from pathlib import Path
 

@@ -14,6 +14,8 @@ def main(args: list[str] | None = None, prog: str = "kvfold") -> None:
     )  # else a job in the background, which is not to hear it, or someone else's handler
     if mine:
         signal.signal(signal.SIGINT, _leave)
+    # read when OpenMP is loaded: threads that spin while they wait make a machine with other work on it some thirty times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from kvfold.compress.cli import main as run
 
     if mine:
