@@ -16,8 +16,7 @@ from kvfold.compress.shape import check_shape
 from kvfold.compress.tap import NAME as TAP
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import ARCHITECTURES, architecture_of
-from kvfold.exports.card import CARD_NAME
-from kvfold.exports.files import INDEX, WEIGHTS, read_index
+from kvfold.exports.files import CARD_NAME, INDEX, WEIGHTS, read_index
 from kvfold.exports.licence import TEXTS
 from kvfold.exports.reader import is_artifact
 from kvfold.pretrained import config_from_pretrained, is_out_of_memory, reason_of, stock_from_pretrained

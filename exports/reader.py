@@ -1,7 +1,6 @@
 """Reads and checks an artifact."""
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from kvfold.exports.account import Geometry, cache_nbytes, stepped_nbytes
 from kvfold.exports.architectures import architecture_of, head_dim_of, num_kv_heads_of, sliding_windows_of
 from kvfold.exports.files import AGAIN, check_files, file_sha256, signed_files
 from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME, Metadata, SideModel, dump_metadata, parse_metadata
+from kvfold.exports.scratch import write_whole
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format
 from kvfold.pretrained import config_from_pretrained, reason_of
@@ -106,12 +106,10 @@ def update_artifact(path: Path) -> list[str]:
     metadata = old.model_copy(update={"files": files})
     check_artifact(path, metadata)
     if changed:
-        scratch = path / f"{METADATA_NAME}.part"
+        text = dump_metadata(metadata)
         try:
-            scratch.write_text(dump_metadata(metadata), encoding="utf-8")
-            os.replace(scratch, path / METADATA_NAME)
+            write_whole(path / METADATA_NAME, lambda scratch: scratch.write_text(text, encoding="utf-8"))
         except OSError as error:
-            scratch.unlink(missing_ok=True)
             raise KvfoldError(
                 f"'{path / METADATA_NAME}' cannot be written ({error.strerror}); sign a copy of the artifact that you may write to."
             ) from None

@@ -12,7 +12,6 @@ there) and `pages` (rows of layers.I.pages, −1 where a sliding window has left
 
 import hashlib
 import json
-import os
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from kvfold.errors import KVBudgetExceeded, KvfoldError
 from kvfold.exports.account import batch_nbytes
+from kvfold.exports.scratch import write_whole
 from kvfold.runtime.ambient import neutrally
 from kvfold.runtime.sequences import PASSED
 
@@ -56,14 +56,10 @@ def save_cache(cache: Any, path: str | PathLike) -> None:
     }  # fmt: skip
     header = json.dumps({**body, "sha256": _sha256(body, tensors)})
     path = Path(path)
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, scratch, metadata={FIELD: header})
-        os.replace(scratch, path)
+        write_whole(path, lambda scratch: save_file(tensors, scratch, metadata={FIELD: header}))
     except (OSError, SafetensorError) as error:
         raise KvfoldError(f"The cache cannot be written to '{path}' ({error}); choose another place.") from None
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 @neutrally
