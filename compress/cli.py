@@ -256,7 +256,12 @@ def eval_command(
         float | None, typer.Option(min=0.0, help="Tasks: stop after a batch, in about so many seconds.")
     ] = None,
     run_code: Annotated[
-        bool, typer.Option("--run-code", help="Tasks: allow humaneval to run the model's programs.")
+        bool,
+        typer.Option(
+            "--run-code",
+            help="Tasks: allow humaneval to run the model's programs, in a process of their own with limits and what fences the system has. "
+            "That stops accidents; it is no wall against a program that means harm, so run it in a container.",
+        ),
     ] = False,
     draws: Annotated[int, typer.Option(min=1, help="Tasks: answers sampled for each prompt.")] = 1,
     temperature: Annotated[float, typer.Option(min=0.0, help="Tasks: of sampling; 0 is greedy text.")] = 0.0,
