@@ -112,6 +112,16 @@ sensitivity: {num_sequences: 1, seq_len: 192}
 """
 
 
+@pytest.fixture
+def registered():
+    """`AutoModelForCausalLM.from_pretrained` knows artifacts."""
+    import kvfold
+
+    kvfold.register()
+    yield
+    kvfold.unregister()
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
     """Some 4,000 characters of plain text."""
