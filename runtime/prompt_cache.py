@@ -25,6 +25,7 @@ from kvfold.errors import KVBudgetExceeded, KvfoldError
 from kvfold.exports.account import batch_nbytes
 from kvfold.exports.scratch import write_whole
 from kvfold.runtime.ambient import neutrally
+from kvfold.runtime.saved import check_saved
 from kvfold.runtime.sequences import PASSED
 
 if TYPE_CHECKING:
@@ -74,12 +75,13 @@ def load_cache(path: str | PathLike, model: Any) -> "QuantizedKVCache":
         raise KvfoldError("A cache is restored for a model that runtime.load_pretrained has loaded; this one is not.")
     body, tensors = _read(Path(path))
     digest = model.kv_artifact.metadata.digest
-    if body["artifact"] != digest:
+    if body.get("artifact") != digest:
         raise KvfoldError(
-            f"'{path}' is a cache of another artifact ({str(body['artifact'])[:12]}…, this model's is {digest[:12]}…); load "
+            f"'{path}' is a cache of another artifact ({str(body.get('artifact'))[:12]}…, this model's is {digest[:12]}…); load "
             "the artifact that it was made with."
         )
     cache = model.new_kv_cache()
+    check_saved(Path(path), body, tensors, cache.geometry, cache.formats)
     cache.extend_rollback(body["rollback"])
     lengths = body["layers"][0]["length"]
     if cache.pager is not None and cache.budget is not None:
@@ -166,7 +168,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             header = (stored.metadata() or {}).get(FIELD)
             tensors = {} if header is None else {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         body = None if header is None else json.loads(header)
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise KvfoldError(f"'{path}' is not a readable cache file ({error}); save the cache again.") from None
     if not isinstance(body, dict):
         raise KvfoldError(f"'{path}' is no cache of kvfold; give what `cache.save` wrote.")

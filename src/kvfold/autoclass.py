@@ -73,8 +73,9 @@ def wrap(module: ModuleType) -> None:
 def unwrap(module: ModuleType) -> None:
     """Takes `wrap` back, unless somebody has wrapped the method once more since; then ours hands everything on."""
     auto: Any = module.AutoModelForCausalLM
-    ours = State.wrapper
-    if ours is None or getattr(vars(auto).get(METHOD), "__func__", None) is not ours:
+    ours: Any = State.wrapper
+    there = getattr(vars(auto).get(METHOD), "__func__", None)
+    if there is not ours or ours is None:
         return
     if ours.kvfold_inherited:
         del auto.from_pretrained

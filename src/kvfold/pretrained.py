@@ -73,8 +73,9 @@ def stock_from_pretrained(path: str | Path, **options: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    method = AutoModelForCausalLM.from_pretrained.__func__
-    return code_free(getattr(method, "kvfold_stock", method).__get__(AutoModelForCausalLM), path, **options)
+    method: Any = AutoModelForCausalLM.from_pretrained
+    stock = getattr(method, "kvfold_stock", method.__func__)
+    return code_free(stock.__get__(AutoModelForCausalLM), path, **options)
 
 
 def code_free(stock: Any, path: Any, *args: Any, **options: Any) -> Any:
