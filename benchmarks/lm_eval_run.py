@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kvfold.autoclass import stock_from_pretrained
+from kvfold import stock_from_pretrained
 from kvfold.compress.cli import with_error
 from kvfold.compress.models import quiet_transformers
 from kvfold.compress.plan import pick_device

@@ -24,6 +24,7 @@ GENERAL = (
 )  # beside a text that is given, as many as it takes
 HELD_OUT = "heldout.txt"
 LEAST_TOKENS = 256  # below this there is nothing to calibrate on
+LEAST_DISTINCT = 8  # different tokens: of one repeated character every choice of bits looks free
 MOST_CHARS = 4_000_000  # read of a file or dataset: all of it is tokenised, which takes hundreds of bytes a character
 
 
@@ -138,13 +139,19 @@ def sample_sequences(
     Returns:
         Up to num_sequences tensors int64 [1, n] with n = seq_len, or the longest document's length if that is shorter.
     Raises:
-        KvfoldError: fewer than 256 tokens in every document.
+        KvfoldError: fewer than 256 tokens in every document, or hardly two that differ.
     """
     prefix = prefix_ids(tokenizer)
     tokens = [tokenize(tokenizer, text) for text in documents]
     longest = max(len(ids) for ids in tokens)
     if longest < LEAST_TOKENS:
         raise KvfoldError(f"Text '{name}' has {longest} tokens, too few to calibrate on; give at least {LEAST_TOKENS}.")
+    distinct = len(set().union(*tokens))
+    if distinct < LEAST_DISTINCT:
+        raise KvfoldError(
+            f"Text '{name}' holds {distinct} different tokens, from which nothing can be learned; give ordinary text (at least "
+            f"{LEAST_DISTINCT} different ones)."
+        )
     size = min(seq_len - len(prefix), longest)
     rng = random.Random(seed)
     windows: list[list[list[int]]] = []

@@ -27,6 +27,7 @@ except ImportError:  # no POSIX
 
 log = logging.getLogger("kvfold")
 MARK = "run.json"
+MADE_BY = {"made_by": "kvfold"}  # at the head of the mark: who made the folder
 TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError)
 
@@ -93,9 +94,23 @@ def _lock(mark: Path, out: Path) -> int:
         os.close(stream)  # it was removed between the two: take the one that is there now
 
 
+def _is_ours(work: Path) -> bool:
+    """Whether a folder is empty, or holds the mark of a run, which a crash may have cut short; an empty one is all that is there then."""
+    if work.is_symlink() or not work.is_dir():
+        return False
+    names = {path.name for path in work.iterdir()}
+    mark = work / MARK
+    if not names:
+        return True
+    if mark.is_symlink() or not mark.is_file():
+        return False
+    head, text = json.dumps(MADE_BY)[:-1].encode(), mark.read_bytes()
+    return text.startswith(head) or (head.startswith(text) and (bool(text) or names == {MARK}))
+
+
 def _open(out: Path, work: Path, key: str, resume: bool) -> int:
     mark = work / MARK
-    if os.path.lexists(work) and not mark.is_file() and (not work.is_dir() or any(work.iterdir())):
+    if os.path.lexists(work) and not _is_ours(work):
         raise KvfoldError(f"'{work}' exists and was not made by kvfold; move it away.")
     stream = _lock(mark, out)
     try:
@@ -116,7 +131,7 @@ def _open(out: Path, work: Path, key: str, resume: bool) -> int:
             elif path != mark:
                 path.unlink()
         os.ftruncate(stream, 0)
-        os.pwrite(stream, json.dumps({"key": key}).encode(), 0)
+        os.pwrite(stream, json.dumps({**MADE_BY, "key": key}).encode(), 0)
         return stream
     except BaseException:
         os.close(stream)

@@ -13,8 +13,11 @@ from safetensors import SafetensorError, safe_open
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME
+from kvfold.exports.scratch import is_part
 
 AGAIN = "the artifact is damaged, write or download it again"
+CARD_NAME, REPORT_NAME = "README.md", "report.html"
+UNHASHED = {METADATA_NAME, CARD_NAME, REPORT_NAME}  # people edit the card, `kvfold report` adds measured rows
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CODE = {".py", ".bin", ".pt", ".pth", ".ckpt", ".pkl"}  # runs, or is unpickled
 READ_SUFFIXES = {*CODE, ".safetensors", ".h5", ".msgpack", ".gguf", ".jinja", ".model", ".tiktoken"}
@@ -29,6 +32,17 @@ LONGEST_NAME = 255  # bytes, of most file systems
 def is_read(name: str) -> bool:
     """Whether transformers reads a file or folder of this name beside a config.json, or may run it."""
     return name in READ_NAMES or Path(name).suffix in READ_SUFFIXES or name.endswith(".index.json")
+
+
+def foreign_names(path: Path, files: Mapping[str, str]) -> list[str]:
+    """What lies in an artifact's folder that kvfold did not write.
+
+    Args:
+        files: name → sha256, as kv_cache.json lists them.
+    """
+    ours = {*files, *UNHASHED}
+    names = [p.name for p in path.iterdir() if p.name not in ours or not p.is_file()]
+    return sorted(name for name in names if not any(is_part(name, whole) for whole in UNHASHED))
 
 
 def file_sha256(path: Path) -> str:

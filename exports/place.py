@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kvfold.errors import KvfoldError
-from kvfold.exports.reader import is_artifact
+from kvfold.exports.files import foreign_names
+from kvfold.exports.reader import is_artifact, read_metadata
+from kvfold.exports.scratch import NEW, OLD, SPENT, remove_leftovers, scratch_folder
 from kvfold.exports.units import format_nbytes
 
-LONGEST_NAME = 240  # bytes; file systems take 255, of which ".partial" and the like need some
+LONGEST_NAME = 240  # bytes; file systems take 255, of which LONGEST_ENDING are for the scratch folder's name
 FULL = {
     errno.ENOSPC: "The disk filled up",
     errno.EDQUOT: "The quota of disk space was used up (the disk filled up for this user)",
@@ -100,15 +102,29 @@ def check_output(out: Path, need_nbytes: int) -> None:
 
 
 def check_free(place: Path, out: Path) -> None:
-    """Refuses to write over anything but an artifact or an empty folder.
+    """Refuses to write over anything but an empty folder or an artifact in which nobody else has put anything.
 
     Raises:
         KvfoldError: something else is there.
     """
     if place.exists() and not place.is_dir():
         raise KvfoldError(f"Output '{out}' is a file, but an artifact is a folder; choose another --out.")
-    if place.is_dir() and any(place.iterdir()) and not is_artifact(place):
+    if not place.is_dir() or not any(place.iterdir()):
+        return
+    if not is_artifact(place):
         raise KvfoldError(f"Output '{out}' exists and is not an artifact; choose another --out or empty it.")
+    try:
+        foreign = foreign_names(place, read_metadata(place).files)
+    except KvfoldError as error:
+        raise KvfoldError(
+            f"Output '{out}' exists, and which of its files are an artifact's can't be told ({str(error).rstrip('.')}); remove it or choose "
+            "another --out."
+        ) from None
+    if foreign:
+        raise KvfoldError(
+            f"Output '{out}' is an artifact that would be replaced whole, but it holds '{foreign[0]}', which kvfold did not write; move "
+            "that away or choose another --out."
+        )
 
 
 def full_disk(error: BaseException) -> str | None:
@@ -127,22 +143,21 @@ def new_folder(out: Path) -> Iterator[Path]:
         KvfoldError: the disk filled up; nothing is left behind.
     """
     place = resolve_output(out)
-    scratch = place.with_name(place.name + ".partial")
-    shutil.rmtree(scratch, ignore_errors=True)
+    remove_leftovers(place)
     try:
-        scratch.mkdir(parents=True)
-        yield scratch
-        open_to_readers(scratch)
-        refuse_mount(place, out)
-        if place.is_dir():
-            place.rmdir()
-        os.replace(scratch, place)
+        with scratch_folder(place) as scratch:
+            new = scratch / NEW
+            new.mkdir()
+            yield new
+            open_to_readers(new)
+            refuse_mount(place, out)
+            if place.is_dir():
+                place.rmdir()
+            os.replace(new, place)
     except Exception as error:
         if words := full_disk(error):
             raise KvfoldError(f"{words} while making '{out}'; free some space or choose another folder.") from error
         raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def open_to_readers(folder: Path) -> None:
@@ -152,7 +167,7 @@ def open_to_readers(folder: Path) -> None:
         path.chmod(allowed)
 
 
-def put_in_place(scratch: Path, place: Path) -> None:
+def put_in_place(new: Path, place: Path) -> None:
     """Renames a finished folder; an older artifact there goes only then, and comes back if that fails.
 
     Raises:
@@ -160,23 +175,14 @@ def put_in_place(scratch: Path, place: Path) -> None:
     """
     refuse_mount(place, place)
     check_free(place, place)
-    old = None
-    if place.exists():
-        old = _unused(place, "old")
-        os.replace(place, old)
-    try:
-        os.replace(scratch, place)
-    except BaseException:
-        if old is not None:
-            os.replace(old, place)
-        raise
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _unused(place: Path, ending: str) -> Path:
-    """A name beside `place` that nobody has: a folder of someone else's may be called `place`.old."""
-    count = 0
-    while os.path.lexists(found := place.with_name(f"{place.name}.{ending}{count or ''}")):
-        count += 1
-    return found
+    if not place.exists():
+        os.replace(new, place)
+        return
+    with scratch_folder(place) as scratch:
+        os.replace(place, scratch / OLD)
+        try:
+            os.replace(new, place)
+        except BaseException:
+            os.replace(scratch / OLD, place)
+            raise
+        os.replace(scratch / OLD, scratch / SPENT)

@@ -1,7 +1,6 @@
 """Reads and checks an artifact."""
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from kvfold.exports.account import Geometry, cache_nbytes, stepped_nbytes
 from kvfold.exports.architectures import architecture_of, head_dim_of, num_kv_heads_of, sliding_windows_of
 from kvfold.exports.files import AGAIN, check_files, file_sha256, signed_files
 from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME, Metadata, SideModel, dump_metadata, parse_metadata
+from kvfold.exports.scratch import write_whole
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format
 from kvfold.pretrained import config_from_pretrained, reason_of
@@ -23,6 +23,9 @@ __all__ = [
     "Artifact", "check_artifact", "file_sha256", "is_artifact", "read_artifact", "read_metadata", "tensor_shapes", "update_artifact",
 ]  # fmt: skip
 MOST_NBYTES = 16 << 20  # of kv_cache.json; a thousand layers take a tenth
+MOST_OFFSET = 2.0**64  # its square is finite in float32
+UNDONE = 0.01  # the most that a matrix times its inverse may differ from 1
+MOST_CONDITION = 1e10  # of a matrix, in Frobenius norms; an orthogonal one has head_dim
 
 
 @dataclass(frozen=True)
@@ -106,12 +109,10 @@ def update_artifact(path: Path) -> list[str]:
     metadata = old.model_copy(update={"files": files})
     check_artifact(path, metadata)
     if changed:
-        scratch = path / f"{METADATA_NAME}.part"
+        text = dump_metadata(metadata)
         try:
-            scratch.write_text(dump_metadata(metadata), encoding="utf-8")
-            os.replace(scratch, path / METADATA_NAME)
+            write_whole(path / METADATA_NAME, lambda scratch: scratch.write_text(text, encoding="utf-8"))
         except OSError as error:
-            scratch.unlink(missing_ok=True)
             raise KvfoldError(
                 f"'{path / METADATA_NAME}' cannot be written ({error.strerror}); sign a copy of the artifact that you may write to."
             ) from None
@@ -162,6 +163,18 @@ def _fits(tensor: Tensor, shape: tuple[int, ...], head_dim: int) -> bool:
     return tensor.dtype == torch.float32 and tuple(tensor.shape) == shape
 
 
+def has_inverse(matrix: Tensor) -> bool:
+    """Whether float32 holds an inverse of each matrix [heads, dim, dim] that undoes it: one that float64 finds may be infinite there, or
+    too coarse."""
+    found = torch.linalg.inv_ex(matrix.double())
+    inverse = found.inverse.float().double()
+    if bool(found.info.any()) or not bool(torch.isfinite(inverse).all()):
+        return False
+    rest = matrix.double() @ inverse - torch.eye(matrix.shape[-1], dtype=torch.float64)
+    condition = torch.linalg.matrix_norm(matrix.double()) * torch.linalg.matrix_norm(inverse)
+    return bool((rest.abs() < UNDONE).all()) and bool((condition < MOST_CONDITION).all())
+
+
 def _read_specs(path: Path, metadata: Metadata) -> list[LayerSpec]:
     expected = tensor_shapes(metadata)
     tensors: dict[str, Tensor] = {}
@@ -181,10 +194,12 @@ def _read_specs(path: Path, metadata: Metadata) -> list[LayerSpec]:
                     raise KvfoldError(f"{path.name}: {name} has a value outside 0 … π radians a token; {AGAIN}.")
                 if name.endswith("clip") and not bool(((tensors[name] > 0) & (tensors[name] <= 1)).all()):
                     raise KvfoldError(f"{path.name}: {name} has a value outside (0, 1]; {AGAIN}.")
-                if name.endswith("matrix") and bool(torch.linalg.inv_ex(tensors[name].double()).info.any()):
-                    raise KvfoldError(f"{path.name}: {name} is singular, so no query can follow it; {AGAIN}.")
                 if not bool(torch.isfinite(tensors[name]).all()):
                     raise KvfoldError(f"{path.name}: {name} is not finite; {AGAIN}.")
+                if name.endswith("offset") and bool((tensors[name].abs() > MOST_OFFSET).any()):
+                    raise KvfoldError(f"{path.name}: {name} has a value beyond ±2^64; {AGAIN}.")
+                if name.endswith("matrix") and not has_inverse(tensors[name]):
+                    raise KvfoldError(f"{path.name}: {name} is singular, so no query can follow it; {AGAIN}.")
     except SafetensorError as error:
         raise KvfoldError(f"{path.name} is not a readable safetensors file ({error}); {AGAIN}.") from None
 

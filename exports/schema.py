@@ -207,6 +207,14 @@ def dump_metadata(metadata: Metadata) -> str:
     return json.dumps({**body, "digest": _digest(body)}, indent=1, ensure_ascii=False) + "\n"
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it states '{next(name for name in found if names.count(name) > 1)}' twice")
+    return found
+
+
 def parse_metadata(text: str, name: str = METADATA_NAME) -> Metadata:
     """Reads kv_cache.json.
 
@@ -214,7 +222,7 @@ def parse_metadata(text: str, name: str = METADATA_NAME) -> Metadata:
         KvfoldError: not JSON, another format_version, an unknown or missing field, a value out of range, a wrong digest.
     """
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=_once)
         json.dumps(data, ensure_ascii=False).encode()  # half of a surrogate pair is no text: nothing could print it
     except (ValueError, RecursionError) as error:
         raise KvfoldError(

@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from kvfold.exports.page.card import CARD_NAME, Base, model_card
+from kvfold.exports.files import CARD_NAME, REPORT_NAME, UNHASHED
+from kvfold.exports.page.card import Base, model_card
 from kvfold.exports.page.plots import draw_plots
-from kvfold.exports.page.report import REPORT_NAME, report_html
+from kvfold.exports.page.report import report_html
 from kvfold.exports.place import open_to_readers, put_in_place, resolve_output
 from kvfold.exports.reader import Artifact, file_sha256, read_artifact
 from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME, Metadata, dump_metadata
+from kvfold.exports.scratch import NEW, remove_leftovers, scratch_folder
 from kvfold.exports.spec import LayerSpec
-
-UNHASHED = {METADATA_NAME, CARD_NAME, REPORT_NAME}  # people edit the card, `kvfold report` adds measured rows
 
 
 def write_tensors(path: Path, specs: list[LayerSpec]) -> None:
@@ -80,18 +80,15 @@ def install(out: Path, metadata: Metadata, fill: Callable[[Path], None]) -> Arti
         fill: writes every other file into the folder that it is given.
     """
     out = resolve_output(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(out.name + ".partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        scratch.mkdir()
-        fill(scratch)
-        files = {p.name: file_sha256(p) for p in sorted(scratch.iterdir()) if p.name not in UNHASHED}
+    remove_leftovers(out)
+    with scratch_folder(out) as scratch:
+        new = scratch / NEW
+        new.mkdir()
+        fill(new)
+        files = {p.name: file_sha256(p) for p in sorted(new.iterdir()) if p.name not in UNHASHED}
         complete = metadata.model_copy(update={"files": files})
-        (scratch / METADATA_NAME).write_text(dump_metadata(complete), encoding="utf-8")
-        read_artifact(scratch)
-        open_to_readers(scratch)
-        put_in_place(scratch, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        (new / METADATA_NAME).write_text(dump_metadata(complete), encoding="utf-8")
+        read_artifact(new)
+        open_to_readers(new)
+        put_in_place(new, out)
     return read_artifact(out)

@@ -106,7 +106,7 @@ def device_of_map(device_map: Any, default: torch.device) -> torch.device:
         if torch.cuda.device_count() > 1:
             raise TypeError(
                 f"load_pretrained() does not take device_map={device_map!r} where there are several GPUs: a model is put on one; "
-                "give device='cuda:0', or use AutoModelForCausalLM.from_pretrained."
+                "give device='cuda:0', or call kvfold.register() and use AutoModelForCausalLM.from_pretrained."
             )
         return default
     named = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]

@@ -1,4 +1,4 @@
-"""What `AutoModelForCausalLM.from_pretrained` does once kvfold is imported (kvfold/autoclass.py)."""
+"""What `AutoModelForCausalLM.from_pretrained` does once `kvfold.register()` was called (kvfold/autoclass.py)."""
 
 import inspect
 from collections.abc import Callable

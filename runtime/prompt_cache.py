@@ -12,7 +12,6 @@ there) and `pages` (rows of layers.I.pages, −1 where a sliding window has left
 
 import hashlib
 import json
-import os
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,9 @@ from torch import Tensor
 
 from kvfold.errors import KVBudgetExceeded, KvfoldError
 from kvfold.exports.account import batch_nbytes
+from kvfold.exports.scratch import write_whole
 from kvfold.runtime.ambient import neutrally
+from kvfold.runtime.saved import check_saved
 from kvfold.runtime.sequences import PASSED
 
 if TYPE_CHECKING:
@@ -56,14 +57,10 @@ def save_cache(cache: Any, path: str | PathLike) -> None:
     }  # fmt: skip
     header = json.dumps({**body, "sha256": _sha256(body, tensors)})
     path = Path(path)
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, scratch, metadata={FIELD: header})
-        os.replace(scratch, path)
+        write_whole(path, lambda scratch: save_file(tensors, scratch, metadata={FIELD: header}))
     except (OSError, SafetensorError) as error:
         raise KvfoldError(f"The cache cannot be written to '{path}' ({error}); choose another place.") from None
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 @neutrally
@@ -78,12 +75,13 @@ def load_cache(path: str | PathLike, model: Any) -> "QuantizedKVCache":
         raise KvfoldError("A cache is restored for a model that runtime.load_pretrained has loaded; this one is not.")
     body, tensors = _read(Path(path))
     digest = model.kv_artifact.metadata.digest
-    if body["artifact"] != digest:
+    if body.get("artifact") != digest:
         raise KvfoldError(
-            f"'{path}' is a cache of another artifact ({str(body['artifact'])[:12]}…, this model's is {digest[:12]}…); load "
+            f"'{path}' is a cache of another artifact ({str(body.get('artifact'))[:12]}…, this model's is {digest[:12]}…); load "
             "the artifact that it was made with."
         )
     cache = model.new_kv_cache()
+    check_saved(Path(path), body, tensors, cache.geometry, cache.formats)
     cache.extend_rollback(body["rollback"])
     lengths = body["layers"][0]["length"]
     if cache.pager is not None and cache.budget is not None:
@@ -170,7 +168,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             header = (stored.metadata() or {}).get(FIELD)
             tensors = {} if header is None else {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         body = None if header is None else json.loads(header)
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise KvfoldError(f"'{path}' is not a readable cache file ({error}); save the cache again.") from None
     if not isinstance(body, dict):
         raise KvfoldError(f"'{path}' is no cache of kvfold; give what `cache.save` wrote.")

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from kvfold.errors import KvfoldError
-from kvfold.exports.page.card import CARD_NAME
-from kvfold.exports.page.report import REPORT_NAME
-from kvfold.exports.reader import is_artifact, read_artifact
+from kvfold.exports.files import CARD_NAME, REPORT_NAME, foreign_names
+from kvfold.exports.reader import is_artifact, read_artifact, read_metadata
 from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME
+from kvfold.exports.scratch import NEW, remove_leftovers, scratch_folder
 from kvfold.exports.writer import install
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")
@@ -30,8 +29,8 @@ def save_artifact(self: Any, save_directory: str | os.PathLike, is_main_process:
 
     Args:
         self: a model that kvfold loaded; the folder that it came from must still be there.
-        save_directory: what is there is replaced if it is an artifact. Else other files stay, also a tokenizer or a card that was
-            put there before.
+        save_directory: an artifact there is replaced. Other files stay; where there is no artifact, also a tokenizer or a card that
+            was put there before.
         options: of transformers' `save_pretrained`, e.g. `max_shard_size`.
     Raises:
         KvfoldError: the folder that the model came from is gone, or an option that would not give an artifact.
@@ -51,6 +50,7 @@ def save_artifact(self: Any, save_directory: str | os.PathLike, is_main_process:
             f"The folder '{artifact.path}' that this model came from is gone; load it again, then save it."
         )
     keep = out if out.is_dir() and not is_artifact(out) else None
+    alone = keep is None and (not out.exists() or not foreign_names(out, read_metadata(out).files))
 
     def fill(folder: Path) -> None:
         state, narrowed = (
@@ -67,11 +67,12 @@ def save_artifact(self: Any, save_directory: str | os.PathLike, is_main_process:
             if source.is_file():
                 shutil.copyfile(source, folder / name)
 
-    if keep is None or not any(keep.iterdir()):
+    if alone or (keep is not None and not any(keep.iterdir())):
         install(out, artifact.metadata, fill)
         return
-    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        made = install(Path(scratch) / out.name, artifact.metadata, fill).path
+    remove_leftovers(out)
+    with scratch_folder(out) as scratch:
+        made = install(scratch / NEW / out.name, artifact.metadata, fill).path
         for file in sorted(
             made.iterdir(), key=lambda file: file.name == METADATA_NAME
         ):  # last: then all the others are there

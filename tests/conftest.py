@@ -5,7 +5,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("KVFOLD_COMPILE_AHEAD", "0")  # of tests on a GPU
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does: test workers and their processes share the cores
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # as the command line does: test workers and their processes share the cores
 
 from pathlib import Path
 
@@ -111,6 +113,16 @@ sinks: 3
 calibration: {num_sequences: 2, seq_len: 256, sample_tokens: 128}
 sensitivity: {num_sequences: 1, seq_len: 192}
 """
+
+
+@pytest.fixture
+def registered():
+    """`AutoModelForCausalLM.from_pretrained` knows artifacts."""
+    import kvfold
+
+    kvfold.register()
+    yield
+    kvfold.unregister()
 
 
 @pytest.fixture(scope="session")

@@ -187,3 +187,11 @@ def test_too_little_memory_is_no_fault_of_the_files(refused, checkpoint, tiny_ar
     refused("too little memory", model=checkpoint)
     with pytest.raises(KvfoldError, match="too little memory"):
         runtime.load_pretrained(tiny_artifact)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_weights_that_are_quantised_without_saying_so(refused, checkpoint, dtype):
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(dtype)
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    refused("lm_head.weight", "quantised", "bfloat16, float16 or float32", model=checkpoint)

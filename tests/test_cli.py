@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 from collections import Counter
 
@@ -241,6 +242,65 @@ def test_stdout_that_is_full(monkeypatch, capsys, tiny_artifact, number):
         main(["validate", str(tiny_artifact)])
     assert stop.value.code == 1 and calls
     assert capsys.readouterr().err == "kvfold: what was to be printed could not be written (full).\n"
+
+
+LATE = """
+import sys, time
+from kvfold.compress import cli
+from kvfold.compress.exit_codes import exit_code
+sys.stdin.read()  # until the reader is gone
+def show():
+    if sys.argv[1] == "print":
+        print("x" * 100_000)
+    elif sys.argv[1] == "rich":
+        cli.console().print("x")
+    elif sys.argv[1] == "flushed at the end":
+        print("x")
+    else:
+        raise BrokenPipeError("of a connection")
+sys.exit(exit_code(show, ["inspect"]))
+"""
+
+
+@pytest.mark.parametrize("how", ["print", "rich", "flushed at the end", "a connection"])
+def test_a_reader_that_has_seen_enough(how):
+    """`kvfold … | head -1` has done all the same; what breaks elsewhere is a failure."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", LATE, how], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    if how != "a connection":
+        process.stdout.close()
+        process.stdout = None
+    err = process.communicate(b"", timeout=120)[1].decode()
+    if how == "a connection":
+        assert process.returncode == 1 and "BrokenPipeError" in err
+    else:
+        assert (process.returncode, err) == (0, "")
+
+
+def test_figures_are_in_their_file_before_they_are_printed(monkeypatch, capsys, tiny_artifact, text_file, tmp_path):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "dup2", lambda *args: None)
+    monkeypatch.setattr(sys, "stdout", Full())
+    options = [
+        "--text",
+        text_file,
+        "--windows",
+        "1",
+        "--first-window",
+        "0",
+        "--seq-len",
+        "128",
+        "--json",
+        tmp_path / "e.json",
+    ]
+    with pytest.raises(SystemExit) as stop:
+        main(["eval", *map(str, [tiny_artifact, *options])])
+    assert stop.value.code == 1 and "could not be written" in capsys.readouterr().err
+    assert json.loads((tmp_path / "e.json").read_text())["windows"] == 1
 
 
 def test_a_locale_that_lacks_the_letters(monkeypatch, tmp_path, tiny_artifact):

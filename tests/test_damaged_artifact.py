@@ -173,3 +173,57 @@ def test_unknown_field(artifact, both_refuse):
     data = json.loads((artifact / METADATA_NAME).read_text())
     (artifact / METADATA_NAME).write_text(json.dumps({**data, "surprise": 1}))
     both_refuse("surprise")
+
+
+@pytest.mark.parametrize(
+    "fault", ["tiny", "huge", "rank 1", "rows alike", "one row of nothing", "one row of almost nothing"]
+)
+def test_a_matrix_that_only_float64_can_undo(artifact, both_refuse, fault):
+    """Its logits would be NaN, in the last layer without a word, or noise."""
+    tensors = load_file(artifact / TENSORS_NAME)
+    name = next(n for n in sorted(tensors) if n.endswith("matrix"))
+    matrix = tensors[name]
+    eye = torch.eye(matrix.shape[-1]).expand_as(matrix)
+    tensors[name] = {
+        "tiny": 1e-40 * eye,
+        "huge": matrix.sign() * 3e38,
+        "rank 1": matrix[..., :1].expand_as(matrix).contiguous(),
+        "rows alike": torch.cat((matrix[:, 1:2] * (1 + 1e-7), matrix[:, 1:]), 1),
+        "one row of nothing": torch.cat((eye[:, :1] * 0, eye[:, 1:]), 1),
+        "one row of almost nothing": torch.cat((eye[:, :1] * 1e-20, eye[:, 1:]), 1),
+    }[fault].contiguous()
+    save_file(tensors, artifact / TENSORS_NAME, metadata={"format": "pt"})
+    rehash(artifact, TENSORS_NAME)
+    both_refuse(name, "singular")
+
+
+def test_a_matrix_that_is_only_badly_scaled_is_read(artifact):
+    tensors = load_file(artifact / TENSORS_NAME)
+    name = next(n for n in sorted(tensors) if n.endswith("matrix"))
+    scales = torch.logspace(-2, 2, tensors[name].shape[-1])
+    for factor in (1.0, 1e-6, 1e6):
+        tensors[name] = (torch.diag(scales) * factor).expand_as(tensors[name]).contiguous()
+        save_file(tensors, artifact / TENSORS_NAME, metadata={"format": "pt"})
+        rehash(artifact, TENSORS_NAME)
+        read_artifact(artifact)
+
+
+def test_a_mean_that_overflows(artifact, both_refuse):
+    tensors = load_file(artifact / TENSORS_NAME)
+    name = next(n for n in sorted(tensors) if n.endswith("offset"))
+    tensors[name].view(-1)[3] = -3e38
+    save_file(tensors, artifact / TENSORS_NAME, metadata={"format": "pt"})
+    rehash(artifact, TENSORS_NAME)
+    both_refuse(name, "2^64")
+
+
+@pytest.mark.parametrize("field", ["sinks", "layers", "digest"])
+def test_a_field_that_is_stated_twice(artifact, both_refuse, field):
+    """Two readers could take it for two caches."""
+    file = artifact / METADATA_NAME
+    text = file.read_text()
+    value = json.dumps({**json.loads(text), **json.loads(text)["cache"]}[field])
+    place = text.index(f'"{field}"')
+    file.write_text(f'{text[:place]}"{field}": {value}, {text[place:]}')
+    json.loads(file.read_text())
+    both_refuse(f"'{field}' twice")

@@ -100,12 +100,15 @@ def test_no_command_runs_it(tmp_path, tiny_folder, tiny_artifact, ran, capsys, c
     assert last.startswith("kvfold: ") and wanted in last
 
 
-LOADERS = {"load_pretrained": runtime.load_pretrained, "from_pretrained": AutoModelForCausalLM.from_pretrained}
+LOADERS = {
+    "load_pretrained": runtime.load_pretrained,
+    "from_pretrained": lambda *a, **b: AutoModelForCausalLM.from_pretrained(*a, **b),
+}
 
 
 @pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
 @pytest.mark.parametrize("trust", [None, False, True])
-def test_no_loader_runs_it(tmp_path, tiny_artifact, ran, load, trust):
+def test_no_loader_runs_it(tmp_path, tiny_artifact, ran, load, trust, registered):
     folder = seal(ask_for_code(shutil.copytree(tiny_artifact, tmp_path / "known"), "known family"))
     with torch.no_grad():  # as with a stock model, the family's own class
         assert load(folder, trust_remote_code=trust)(torch.tensor([[1, 2]])).logits.shape[1] == 2

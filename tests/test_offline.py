@@ -1,4 +1,4 @@
-"""After `import kvfold`, transformers asks the Hub for nothing that it doesn't ask for anyway, online and where there is no network."""
+"""After `kvfold.register()`, transformers asks the Hub for nothing that it doesn't ask for anyway, online and where there is no network."""
 
 import json
 import subprocess
@@ -12,6 +12,7 @@ LOAD = """
 import json, sys
 import kvfold
 from kvfold.pretrained import stock_from_pretrained
+kvfold.register()
 import huggingface_hub.utils._http as http
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging

@@ -35,7 +35,7 @@ def test_a_misspelt_option_is_named_with_the_right_one(where, name, meant):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.from_regex(r"[a-z][a-z_0-9]{0,20}", fullmatch=True).filter(lambda name: name not in NAMES))
-def test_no_name_is_swallowed(tiny_artifact, name):
+def test_no_name_is_swallowed(registered, tiny_artifact, name):
     with pytest.raises(TypeError, match=rf"\b{name}\b"):
         runtime.load_pretrained(tiny_artifact, **{name: 3})
     if name not in PASSED_ON:
@@ -44,7 +44,7 @@ def test_no_name_is_swallowed(tiny_artifact, name):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_transformers_has_and_kvfold_cannot_follow(tiny_artifact, name):
+def test_what_transformers_has_and_kvfold_cannot_follow(registered, tiny_artifact, name):
     value = "none" if name != "use_safetensors" else False
     for load in (runtime.load_pretrained, AutoModelForCausalLM.from_pretrained):
         if (name, load) in (
@@ -61,7 +61,7 @@ def test_what_transformers_has_and_kvfold_cannot_follow(tiny_artifact, name):
 @pytest.mark.parametrize(
     "name", ["kv_budget", "policy", "attention", "cuda_graph", "rollback", "offload", "batch_invariant", "device"]
 )
-def test_what_load_pretrained_alone_has(tiny_artifact, name):
+def test_what_load_pretrained_alone_has(registered, tiny_artifact, name):
     with pytest.raises(TypeError, match=rf"'{name}'; load it with kvfold's runtime\.load_pretrained"):
         AutoModelForCausalLM.from_pretrained(tiny_artifact, **{name: "1GiB"})
 
@@ -98,7 +98,7 @@ def test_values_that_are_none(tiny_artifact, options, error, words):
     assert "\n" not in str(found.value)
 
 
-def test_a_generation_config_that_names_another_cache(tmp_path, tiny_artifact, capsys):
+def test_a_generation_config_that_names_another_cache(registered, tmp_path, tiny_artifact, capsys):
     """As artifacts have that an older version made of such a model, or after an edit."""
     import json
     import shutil

@@ -1,7 +1,8 @@
-"""An artifact under transformers' own loader: with kvfold imported, and where there is no kvfold."""
+"""An artifact under transformers' own loader: with kvfold registered, without that, and where there is no kvfold."""
 
 import copy
 import filecmp
+import functools
 import json
 import shutil
 import subprocess
@@ -12,8 +13,9 @@ import pytest
 import torch
 import transformers
 from conftest import FAMILIES, save_tiny
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 
+import kvfold
 from kvfold import KvfoldError, runtime
 from kvfold.autoclass import stock_from_pretrained
 from kvfold.compress.pipeline import compress
@@ -123,8 +125,17 @@ def test_no_form_needs_a_model_type_of_its_own(tmp_path, tiny_folder, text_file,
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("order", ["import kvfold, transformers", "import transformers, kvfold", "from transformers import AutoModelForCausalLM; import kvfold"])  # fmt: skip
-def test_import_is_enough(tiny_artifact, tiny_folder, order):
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import kvfold, transformers; kvfold.register()",
+        "import kvfold; kvfold.register(); import transformers",
+        "import kvfold; kvfold.unregister(); kvfold.register(); kvfold.register()",
+        "import transformers, kvfold; kvfold.register()",
+        "from transformers import AutoModelForCausalLM; import kvfold; kvfold.register(); kvfold.register()",
+    ],
+)
+def test_registering_is_enough(tiny_artifact, tiny_folder, order):
     code = f"""
 import sys
 {order}
@@ -135,13 +146,97 @@ ids = torch.arange(150).remainder(128)[None]
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print(type(model(ids).past_key_values).__name__, model.generate(ids, max_new_tokens=16, do_sample=False)[0].tolist(), sep="|")
 print(type(AutoModelForCausalLM.from_pretrained(sys.argv[2])(ids).past_key_values).__name__)
+kvfold.unregister()
+print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])(ids).past_key_values).__name__)
+print(type(model(ids).past_key_values).__name__, len(sys.meta_path), AutoModelForCausalLM.from_pretrained.__module__)
 """
     done = python(code, tiny_artifact, tiny_folder)
     assert done.returncode == 0, done.stderr
-    [packed, plain] = done.stdout.splitlines()
+    [packed, plain, back, stays] = done.stdout.splitlines()
     wanted = runtime.load_pretrained(tiny_artifact, device="cpu").generate(IDS, max_new_tokens=16, do_sample=False)
     assert packed == f"QuantizedKVCache|{wanted[0].tolist()}"
-    assert plain == "DynamicCache"
+    assert plain == back == "DynamicCache"
+    name, finders, module = stays.split()
+    stock = python("import sys, transformers; print(len(sys.meta_path))").stdout.split()
+    assert [name, finders] == ["QuantizedKVCache", *stock] and module.startswith("transformers.")
+
+
+UNTOUCHED = """
+import sys
+finders = len(sys.meta_path)
+{order}
+assert len(sys.meta_path) in (finders, finders + ("transformers" in sys.modules))  # of its own, for its lazy modules
+from transformers import AutoModelForCausalLM
+import torch
+assert AutoModelForCausalLM.from_pretrained.__func__.__module__.startswith("transformers.")
+assert not hasattr(AutoModelForCausalLM.from_pretrained.__func__, "kvfold_stock")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(type(model(torch.arange(150).remainder(128)[None]).past_key_values).__name__, model.dtype, hasattr(model, "kv_artifact"))
+"""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import kvfold",
+        "import kvfold.runtime",
+        "from transformers import AutoModelForCausalLM; import kvfold.runtime, kvfold.compress.cli, kvfold.runtime.plugin",
+        "from kvfold.autoclass import stock_from_pretrained; stock_from_pretrained(sys.argv[1])",
+        "from kvfold import runtime; runtime.load_pretrained(sys.argv[1])",
+    ],
+)
+def test_an_import_leaves_transformers_alone(tiny_artifact, order):
+    """What else runs in the process loads what it loaded before."""
+    done = python(UNTOUCHED.format(order=order), tiny_artifact)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["DynamicCache torch.bfloat16 False"]
+
+
+def test_registering_and_taking_back_are_exact(tiny_artifact):
+    before = vars(AutoModelForCausalLM).get("from_pretrained")
+    for _ in range(2):
+        kvfold.register()
+        ours = vars(AutoModelForCausalLM)["from_pretrained"].__func__
+        kvfold.register()
+        assert vars(AutoModelForCausalLM)["from_pretrained"].__func__ is ours and ours.kvfold_stock is before.__func__
+        kept = AutoModelForCausalLM.from_pretrained
+        kvfold.unregister()
+        kvfold.unregister()
+        assert vars(AutoModelForCausalLM)["from_pretrained"].__func__ is before.__func__
+        assert not hasattr(kept(tiny_artifact), "kv_artifact")  # a method kept from then follows
+
+
+def test_somebody_who_wraps_it_too_is_left_there(tiny_artifact, monkeypatch):
+    kvfold.register()
+    ours, asked = AutoModelForCausalLM.from_pretrained, []
+
+    @functools.wraps(ours.__func__)
+    def theirs(cls, *args, **options):
+        asked.append(args)
+        return ours(*args, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", classmethod(theirs))
+    kvfold.unregister()
+    assert AutoModelForCausalLM.from_pretrained.__func__ is theirs
+    assert not hasattr(AutoModelForCausalLM.from_pretrained(tiny_artifact), "kv_artifact")
+    kvfold.register()
+    assert hasattr(AutoModelForCausalLM.from_pretrained(tiny_artifact), "kv_artifact") and len(asked) == 2
+    monkeypatch.undo()
+    kvfold.unregister()
+    assert not hasattr(AutoModelForCausalLM.from_pretrained, "kvfold_stock")
+
+
+@torch.no_grad()
+def test_either_model_in_either_state(tiny_artifact):
+    """Both in one process, to compare them."""
+    assert kvfold.stock_from_pretrained is stock_from_pretrained
+    for change in (kvfold.register, kvfold.unregister):
+        change()
+        stock = kvfold.stock_from_pretrained(tiny_artifact)
+        packed = runtime.load_pretrained(tiny_artifact, device="cpu", dtype=torch.bfloat16)
+        assert type(stock(IDS).past_key_values) is DynamicCache and not hasattr(stock, "kv_artifact")
+        assert isinstance(packed(IDS).past_key_values, runtime.QuantizedKVCache)
 
 
 def test_import_stays_light():
@@ -152,7 +247,7 @@ def test_import_stays_light():
 
 
 @torch.no_grad()
-def test_the_same_model_as_load_pretrained(tiny_artifact):
+def test_the_same_model_as_load_pretrained(tiny_artifact, registered):
     ours, theirs = runtime.load_pretrained(tiny_artifact), AutoModelForCausalLM.from_pretrained(tiny_artifact)
     assert type(ours) is type(theirs) is LlamaForCausalLM
     assert (ours.dtype, ours.device, ours.training) == (theirs.dtype, theirs.device, theirs.training)
@@ -163,7 +258,7 @@ def test_the_same_model_as_load_pretrained(tiny_artifact):
 
 
 @torch.no_grad()
-def test_options_mean_what_they_mean_to_transformers(tiny_artifact):
+def test_options_mean_what_they_mean_to_transformers(tiny_artifact, registered):
     for options in (
         {"dtype": torch.bfloat16},
         {"torch_dtype": "bfloat16"},
@@ -179,14 +274,14 @@ def test_options_mean_what_they_mean_to_transformers(tiny_artifact):
     assert hasattr(pipe.model, "kv_artifact") and len(pipe("a cache", max_new_tokens=4)[0]["generated_text"]) > 7
 
 
-def test_a_damaged_artifact_is_refused(tmp_path, tiny_artifact):
+def test_a_damaged_artifact_is_refused(tmp_path, tiny_artifact, registered):
     damaged = shutil.copytree(tiny_artifact, tmp_path / "damaged")
     (damaged / "kv_cache.safetensors").write_bytes(b"")
     with pytest.raises(KvfoldError, match=r"kv_cache\.safetensors"):
         AutoModelForCausalLM.from_pretrained(damaged)
 
 
-def test_other_models_load_as_ever(tiny_folder, tmp_path):
+def test_other_models_load_as_ever(tiny_folder, tmp_path, registered):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     assert not hasattr(model, "kv_artifact") and model.dtype == torch.bfloat16
     for name in ("no/such-model", tmp_path / "nothing", 3):
@@ -197,7 +292,7 @@ def test_other_models_load_as_ever(tiny_folder, tmp_path):
         assert str(ours.value) == str(theirs.value)
 
 
-def test_the_concrete_classes_stay_stock(tiny_artifact):
+def test_the_concrete_classes_stay_stock(tiny_artifact, registered):
     for model in (LlamaForCausalLM.from_pretrained(tiny_artifact), stock_from_pretrained(tiny_artifact)):
         assert not hasattr(model, "kv_artifact") and model.dtype == torch.bfloat16
 
@@ -205,7 +300,7 @@ def test_the_concrete_classes_stay_stock(tiny_artifact):
 # -- save_pretrained
 
 
-def test_saved_again_it_is_the_same_artifact(tmp_path, tiny_artifact):
+def test_saved_again_it_is_the_same_artifact(tmp_path, tiny_artifact, registered):
     """Byte for byte, though a CPU computes in float32."""
     for i, load in enumerate((runtime.load_pretrained, AutoModelForCausalLM.from_pretrained)):
         model = load(tiny_artifact)

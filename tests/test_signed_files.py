@@ -215,7 +215,7 @@ def test_labels_without_end(artifact, both_refuse, labels):
     [({"intermediate_size": 50}, ["down_proj.weight", "shape"]), ({"vocab_size": 100}, ["lm_head.weight", "shape"]),
      ({"hidden_act": "nope"}, ["make no model", "nope"]), ({"mlp_bias": True}, ["lacks the weight", "bias"])],
 )  # fmt: skip
-def test_config_that_does_not_fit_the_weights(artifact, both_refuse, change, words):
+def test_config_that_does_not_fit_the_weights(artifact, both_refuse, change, words, registered):
     config = json.loads((artifact / "config.json").read_text())
     (artifact / "config.json").write_text(json.dumps({**config, **change}))
     rehash(artifact, "config.json")

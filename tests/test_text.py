@@ -104,3 +104,11 @@ def test_the_first_probe_is_the_text_of_long_references():
     one = recipe.calibration.model_copy(update={"texts": ("maths",)})
     _, found = calibration_sequences(char_tokenizer(), None, one, 4096, 0)
     assert all(text in wholes["maths.txt"] for text in texts(found))
+
+
+@pytest.mark.parametrize("text", ["a" * 5000, "\0" * 5000, "abcabc " * 900, "\U0001f600" * 3000])
+def test_a_text_that_repeats_itself_is_refused(text):
+    """Nothing is lost on it whatever the bits, so the artifact would state a KL of 0."""
+    with pytest.raises(KvfoldError, match=r"'x' holds [1-7] different tokens"):
+        sample_sequences(char_tokenizer(), [text], 2, 256, 0, "x")
+    assert sample_sequences(char_tokenizer(), ["abcdefgh" * 900], 2, 256, 0, "x")

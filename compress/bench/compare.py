@@ -5,7 +5,6 @@ original model, unquantised, for both.
 """
 
 import json
-import os
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from kvfold.exports.account import Geometry, cache_nbytes
 from kvfold.exports.architectures import architecture_of, head_dim_of, num_kv_heads_of, sliding_windows_of
 from kvfold.exports.reader import is_artifact, read_metadata
 from kvfold.exports.schema import METADATA_NAME
+from kvfold.exports.scratch import write_whole
 from kvfold.pretrained import tokenizer_from_pretrained
 
 LENGTHS = (2048, 8192, 32768)  # tokens at which the whole cache is counted
@@ -119,9 +119,8 @@ class Comparison:
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self.path.with_suffix(".part")
-        scratch.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
-        os.replace(scratch, self.path)
+        text = json.dumps(self.result, indent=1) + "\n"
+        write_whole(self.path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
     def _done(self, name: str) -> bool:
         return any(row["name"] == name for row in self.result["rows"])

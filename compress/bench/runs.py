@@ -17,6 +17,7 @@ from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import Recipe
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import head_dim_of, num_kv_heads_of, sliding_windows_of
+from kvfold.exports.scratch import write_whole
 
 SINKS = 5  # tokens in 16 bits at a sequence's beginning, as SKVQ has them (arXiv 2405.06219): the same in all rows of all tables
 CONTEXT = 32768  # tokens at which budgets count, or the model's maximum
@@ -41,9 +42,8 @@ class Rows:
     def add(self, name: str, row: Any) -> None:
         self.rows[name] = row
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self.path.with_suffix(".part")
-        scratch.write_text(json.dumps({"options": self.options, "rows": self.rows}, indent=1) + "\n", encoding="utf-8")
-        os.replace(scratch, self.path)
+        text = json.dumps({"options": self.options, "rows": self.rows}, indent=1) + "\n"
+        write_whole(self.path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
 def side_by_side(work: Callable, tasks: dict[str, tuple], jobs: int) -> Iterator[tuple[str, Any]]:

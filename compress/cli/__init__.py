@@ -256,7 +256,12 @@ def eval_command(
         float | None, typer.Option(min=0.0, help="Tasks: stop after a batch, in about so many seconds.")
     ] = None,
     run_code: Annotated[
-        bool, typer.Option("--run-code", help="Tasks: allow humaneval to run the model's programs.")
+        bool,
+        typer.Option(
+            "--run-code",
+            help="Tasks: allow humaneval to run the model's programs, in a process of their own with limits and what fences the system has. "
+            "That stops accidents; it is no wall against a program that means harm, so run it in a container.",
+        ),
     ] = False,
     draws: Annotated[int, typer.Option(min=1, help="Tasks: answers sampled for each prompt.")] = 1,
     temperature: Annotated[float, typer.Option(min=0.0, help="Tasks: of sampling; 0 is greedy text.")] = 0.0,
@@ -284,9 +289,9 @@ def eval_command(
             artifact, tasks, data=task_data, limit=limit, batch_size=batch_size, time_limit=time_limit, run_code=run_code, draws=draws,
             temperature=temperature, context=context, text=text, seed=seed, samples=samples, resume=resume, device=pick_device(device), attention=attention,
         )  # fmt: skip
-        print_tasks(report)
-        if json_file:
+        if json_file:  # first: stdout may be closed or full
             json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print_tasks(report)
         return
     e = evaluate(
         artifact,
@@ -298,6 +303,8 @@ def eval_command(
         device=pick_device(device),
         attention=attention,
     )
+    if json_file:
+        json_file.write_text(json.dumps(e.to_dict(), indent=1) + "\n", encoding="utf-8")
     title = Text(printable(f"{e.artifact} on {e.text}: {e.windows} windows of {e.seq_len} tokens"))
     table = Table(title=title, title_justify="left")
     for column in ("cache", "effective bits", "payload bits", "loss", "perplexity", "KL", "top-1"):
@@ -307,8 +314,6 @@ def eval_command(
         "packed", f"{e.effective_bits:.3f}", f"{e.payload_bits:.3f}", f"{e.dnll:+.4f}{with_error(e.dnll_se)}", f"{e.ppl:.3f}", f"{e.kl:.4f}{with_error(e.kl_se)}", f"{e.top1_agreement:.4f}"
     )  # fmt: skip
     console().print(table)
-    if json_file:
-        json_file.write_text(json.dumps(e.to_dict(), indent=1) + "\n", encoding="utf-8")
 
 
 @app.command("generate")

@@ -16,11 +16,12 @@ from kvfold.compress.models.gguf import ALIASES, alias_gguf, convert_gguf
 from kvfold.compress.models.shape import check_shape
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import ARCHITECTURES, architecture_of
-from kvfold.exports.files import INDEX, WEIGHTS, read_index
-from kvfold.exports.page.card import CARD_NAME
+from kvfold.exports.files import CARD_NAME, INDEX, WEIGHTS, read_index
 from kvfold.exports.page.licence import TEXTS
 from kvfold.exports.reader import is_artifact
 from kvfold.pretrained import config_from_pretrained, is_out_of_memory, reason_of, stock_from_pretrained
+
+DTYPES = {"BF16", "F16", "F32", "F64"}  # of weights, as safetensors calls them
 
 
 @dataclass(frozen=True)
@@ -144,13 +145,21 @@ def _check_safetensors(file: Path) -> None:
         with open(file, "rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length)) if length < size else {}
-        end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max(entry["data_offsets"][1] for entry in tensors.values())
+        dtypes = {name: entry["dtype"] for name, entry in tensors.items()}
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise KvfoldError(f"'{file}' is not a readable safetensors file; download it again.") from None
     if 8 + length + end != size:
         raise KvfoldError(
             f"'{file}' is truncated: its header describes {8 + length + end} bytes, the file has {size}; download it again."
         )
+    for name, dtype in sorted(dtypes.items()):
+        if name.endswith(("weight", "bias", "proj")) and dtype not in DTYPES:
+            raise KvfoldError(
+                f"The tensor {name} in '{file}' is {dtype}, quantised without a quantization_config that says how; give the model in "
+                "bfloat16, float16 or float32."
+            )
 
 
 def load_model(path: Path, dtype: torch.dtype | str, device: torch.device, attention: str = TAP) -> PreTrainedModel:

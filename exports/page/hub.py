@@ -29,7 +29,8 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
 from kvfold.errors import KvfoldError
-from kvfold.exports.page.card import CARD_NAME, Base, model_card, published_card, read_results
+from kvfold.exports.files import CARD_NAME
+from kvfold.exports.page.card import Base, model_card, published_card, read_results
 from kvfold.exports.page.licence import card_fields, check_redistributable
 from kvfold.exports.reader import Artifact, file_sha256, read_artifact
 from kvfold.exports.schema import METADATA_NAME, Metadata, parse_metadata

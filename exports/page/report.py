@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from kvfold import __version__
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import RAW_NBYTES, STATE_NBYTES, Geometry, cache_nbytes
+from kvfold.exports.files import REPORT_NAME
 from kvfold.exports.page.charts import Chart, layer_bars, loss_points, memory_lines
 from kvfold.exports.reader import read_metadata
 from kvfold.exports.schema import Metadata
+from kvfold.exports.scratch import write_whole
 from kvfold.exports.units import format_nbytes
 from kvfold.kernels.formats import Format
 
-REPORT_NAME = "report.html"
 WIDTHS = {"wide": 545, "narrow": 340}  # of the two drawings of each chart: about a card's pixels, desktop and phone
 
 
@@ -205,10 +205,9 @@ def write_report(folder: Path, results: Sequence[Result] = ()) -> Path:
         KvfoldError: no artifact there, or a folder that can't be written.
     """
     text = report_html(read_metadata(folder), results)
-    path, scratch = folder / REPORT_NAME, folder / f"{REPORT_NAME}.part"
+    path = folder / REPORT_NAME
     try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
+        write_whole(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise KvfoldError(
             f"'{path}' cannot be written ({error.strerror}); make the artifact's folder writable or copy it."

@@ -1,9 +1,11 @@
-"""kvfold: checkpoints whose KV cache is small. `from kvfold import runtime; runtime.load_pretrained(path)`."""
+"""kvfold: checkpoints whose KV cache is small. `from kvfold import runtime; runtime.load_pretrained(path)`.
 
-from kvfold import autoclass
+Importing it changes nothing in transformers; `kvfold.register()` does, and `kvfold.unregister()` takes it back.
+"""
+
+from kvfold.autoclass import register, unregister
 from kvfold.errors import KVBudgetExceeded, KvfoldError
+from kvfold.pretrained import stock_from_pretrained
 
 __version__ = "0.1.0"
-__all__ = ["KVBudgetExceeded", "KvfoldError", "__version__"]
-
-autoclass.install()
+__all__ = ["KVBudgetExceeded", "KvfoldError", "__version__", "register", "stock_from_pretrained", "unregister"]

@@ -61,15 +61,21 @@ def tokenizer_from_pretrained(path: str | Path, **options: Any) -> Any:
 
 
 def stock_from_pretrained(path: str | Path, **options: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained` as transformers has it: of an artifact, the plain model with a 16-bit cache.
+    """`AutoModelForCausalLM.from_pretrained` as transformers has it, whether or not `kvfold.register()` holds: of an artifact, the plain
+    model with a 16-bit cache, for instance to compare with `kvfold.runtime.load_pretrained`'s in one process.
+
+    Args:
+        path: a folder, or a repository of the Hub.
+        options: transformers' own, handed on.
 
     Raises:
         KvfoldError: it needs code of its own. All else is transformers' own error.
     """
     from transformers import AutoModelForCausalLM
 
-    method = vars(AutoModelForCausalLM)["from_pretrained"].__func__
-    return code_free(getattr(method, "kvfold_stock", method).__get__(AutoModelForCausalLM), path, **options)
+    method: Any = AutoModelForCausalLM.from_pretrained
+    stock = getattr(method, "kvfold_stock", method.__func__)
+    return code_free(stock.__get__(AutoModelForCausalLM), path, **options)
 
 
 def code_free(stock: Any, path: Any, *args: Any, **options: Any) -> Any:
