@@ -125,14 +125,17 @@ def _open(out: Path, work: Path, key: str, resume: bool) -> int:
 
 @contextmanager
 def work_folder(out: Path, key: str, resume: bool) -> Iterator[Path]:
-    """The work folder of a run, empty unless it is resumed; gone when the run ends or refuses its input, and kept when it
-    is interrupted.
+    """The folder of a run's intermediate results, beside the artifact; empty unless the run is resumed.
+
+    Deleted on success and on bad input; kept on interruption, so that --resume can go on.
 
     Args:
         out: the artifact's folder, resolved.
         key: fingerprint of everything that the intermediate results depend on.
+        resume: keep what an interrupted run has left there, instead of emptying the folder.
     Raises:
-        KvfoldError: to be resumed, but it belongs to a run with other options; the folder isn't ours, or another run's; the disk is full.
+        KvfoldError: `resume` finds another run's folder (its fingerprint differs); a run that still lasts has the folder; it was not
+            made by kvfold; or the disk is full.
     """
     made = [parent for parent in out.absolute().parents if not parent.exists()]  # innermost first
     work = out.with_name(out.name + ".work")
