@@ -41,8 +41,8 @@ def fingerprint(parts: dict) -> str:
 
 
 def model_fingerprint(path: Path) -> dict[str, str]:
-    """Name → sha256 of each file of a checkpoint that anything is computed from, whatever its time and size say: weights, config.json,
-    generation config, tokenizer, chat templates."""
+    """Name → sha256 of each file of a checkpoint that anything is computed from, whatever its time and size say: weights,
+    config.json, generation config, tokenizer, chat templates."""
     if (path / WEIGHTS).is_file() or not (path / INDEX).is_file():
         weights = {WEIGHTS}
     else:
@@ -57,7 +57,7 @@ def model_fingerprint(path: Path) -> dict[str, str]:
 
 
 def kept(path: Path, read: Callable[[Path], Any], default: Any = None) -> Any:
-    """What an earlier run left in a file; where it is not there or can't be read, `default`: then it is computed again."""
+    """What an earlier run left in a file; `default` where it is not there or can't be read: it is computed again then."""
     try:
         return read(path)
     except FileNotFoundError:
@@ -70,7 +70,7 @@ def kept(path: Path, read: Callable[[Path], Any], default: Any = None) -> Any:
 
 
 def _lock(mark: Path, out: Path) -> int:
-    """Opens and locks the mark of a run, which appears with it; returns its descriptor, which keeps the lock until it is closed."""
+    """Opens and locks a run's mark, which it makes; returns the descriptor, which holds the lock until it is closed."""
     while True:
         mark.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -134,8 +134,8 @@ def work_folder(out: Path, key: str, resume: bool) -> Iterator[Path]:
         key: fingerprint of everything that the intermediate results depend on.
         resume: keep what an interrupted run has left there, instead of emptying the folder.
     Raises:
-        KvfoldError: `resume` finds another run's folder (its fingerprint differs); a run that still lasts has the folder; it was not
-            made by kvfold; or the disk is full.
+        KvfoldError: `resume` finds another run's folder (its fingerprint differs); a run that still lasts has the folder;
+            it was not made by kvfold; or the disk is full.
     """
     made = [parent for parent in out.absolute().parents if not parent.exists()]  # innermost first
     work = out.with_name(out.name + ".work")
