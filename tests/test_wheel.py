@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("compress", "exports", "kernels", "runtime")
@@ -77,6 +78,9 @@ def test_wheel_says_what_an_index_shows(wheel):
     assert {"onnx", "engines", "optimum"} <= extras
     needed = [line for line in stated.get_all("Requires-Dist") if "extra ==" not in line]
     assert not [line for line in needed if line.startswith(("pytest", "ruff", "mypy", "onnx", "optimum"))]
+    [transformers] = [Requirement(line) for line in needed if line.startswith("transformers")]
+    assert version("transformers") in transformers.specifier
+    assert "99" not in transformers.specifier  # its private hooks are relied on: no version that nobody has run
 
 
 def test_command_from_the_wheel(installed, tmp_path, tiny_artifact):
