@@ -13,7 +13,7 @@ READY := .venv/.ready
 # a word of the shell, whatever it holds
 quote = '$(subst ','\'',$(1))'
 
-.PHONY: help compress eval bench ablation domains test lint typecheck clean
+.PHONY: help compress eval bench ablation domains test lint typecheck wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -48,6 +48,12 @@ lint: $(READY)  ## ruff
 
 typecheck: $(READY)  ## mypy
 	@$(BIN)/mypy
+
+# from an empty build folder: setuptools would take up what an earlier build left there
+wheel: $(READY)  ## dist/kvfold-*.whl, which pip installs anywhere
+	@rm -rf build dist/kvfold-*.whl
+	@$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@rm -rf build && ls dist/kvfold-*.whl
 
 clean:  ## remove .venv, caches and build output; artifacts stay
 	rm -rf .venv build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

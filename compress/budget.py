@@ -31,7 +31,8 @@ def parse_budget(
 
     Args:
         request: what the user wrote.
-        geometry, num_layers: of the cache.
+        geometry: sinks, window, page length and heads of the cache.
+        num_layers: layers that have a cache.
         max_tokens: the model's maximum length.
         context: length that plain bits count at; default 32768, or the model's maximum if that is smaller.
     Raises:

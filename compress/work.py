@@ -42,8 +42,8 @@ def fingerprint(parts: dict) -> str:
 
 
 def model_fingerprint(path: Path) -> dict[str, str]:
-    """Name → sha256 of each file of a checkpoint that anything is computed from, whatever its time and size say: weights, config.json,
-    generation config, tokenizer, chat templates."""
+    """Name → sha256 of each file of a checkpoint that anything is computed from, whatever its time and size say: weights,
+    config.json, generation config, tokenizer, chat templates."""
     if (path / WEIGHTS).is_file() or not (path / INDEX).is_file():
         weights = {WEIGHTS}
     else:
@@ -58,7 +58,7 @@ def model_fingerprint(path: Path) -> dict[str, str]:
 
 
 def kept(path: Path, read: Callable[[Path], Any], default: Any = None) -> Any:
-    """What an earlier run left in a file; where it is not there or can't be read, `default`: then it is computed again."""
+    """What an earlier run left in a file; `default` where it is not there or can't be read: it is computed again then."""
     try:
         return read(path)
     except FileNotFoundError:
@@ -71,7 +71,7 @@ def kept(path: Path, read: Callable[[Path], Any], default: Any = None) -> Any:
 
 
 def _lock(mark: Path, out: Path) -> int:
-    """Opens and locks the mark of a run, which appears with it; returns its descriptor, which keeps the lock until it is closed."""
+    """Opens and locks a run's mark, which it makes; returns the descriptor, which holds the lock until it is closed."""
     while True:
         mark.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -140,14 +140,17 @@ def _open(out: Path, work: Path, key: str, resume: bool) -> int:
 
 @contextmanager
 def work_folder(out: Path, key: str, resume: bool) -> Iterator[Path]:
-    """The work folder of a run, empty unless it is resumed; gone when the run ends or refuses its input, and kept when it
-    is interrupted.
+    """The folder of a run's intermediate results, beside the artifact; empty unless the run is resumed.
+
+    Deleted on success and on bad input; kept on interruption, so that --resume can go on.
 
     Args:
         out: the artifact's folder, resolved.
         key: fingerprint of everything that the intermediate results depend on.
+        resume: keep what an interrupted run has left there, instead of emptying the folder.
     Raises:
-        KvfoldError: to be resumed, but it belongs to a run with other options; the folder isn't ours, or another run's; the disk is full.
+        KvfoldError: `resume` finds another run's folder (its fingerprint differs); a run that still lasts has the folder;
+            it was not made by kvfold; or the disk is full.
     """
     made = [parent for parent in out.absolute().parents if not parent.exists()]  # innermost first
     work = out.with_name(out.name + ".work")

@@ -38,7 +38,7 @@ class Geometry:
     """What the size of a cache depends on besides the formats.
 
     Attributes:
-        num_kv_heads, head_dim: of the model.
+        num_kv_heads, head_dim: KV heads of the model, and channels of one.
         sinks, window, page_tokens: in tokens.
         sliding: for each layer the tokens that a query sees at the most, itself included, 0 for all; empty if no layer slides.
         rollback: tokens by which a sequence may be cropped as if they had never come; the ring is that much longer.
@@ -126,7 +126,7 @@ def cache_nbytes(geometry: Geometry, formats: Sequence[tuple[Format, Format]], t
     """Resident bytes of one sequence's cache.
 
     Args:
-        geometry: of the cache.
+        geometry: sinks, window, page length and heads that the cache is made for.
         formats: (key format, value format) of each layer.
         tokens: length of the sequence.
     """

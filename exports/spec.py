@@ -71,7 +71,7 @@ class KeySpec:
             keys: [..., num_kv_heads, T, head_dim].
             positions: int64 [T], or [B, T] where sequences differ, tokens counted from each sequence's first; None will do where the
                 mean does not turn.
-            sinks: of the cache.
+            sinks: first tokens of a sequence, which have no mean taken off.
             end: as in `mean`.
         """
         mean = self.mean(positions, sinks, end)

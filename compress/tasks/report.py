@@ -59,9 +59,10 @@ def summarise(
     """The figures of one task.
 
     Args:
-        prompts: that there are.
+        prompts: how many the task has.
         records: those that both caches answered, as they stand in the file of answers; at least one.
-        geometry, formats: of the packed cache.
+        geometry: sinks, window, page length and heads of the packed cache.
+        formats: its (key format, value format) of each layer.
     """
     questions: dict[str, list[dict[str, Any]]] = {}
     for r in records:

@@ -81,7 +81,7 @@ class PackedAttention:
     """Writes the layers of one graph.
 
     Args:
-        geometry: of the cache.
+        geometry: sinks, window, page length and heads that the graph's cache tensors have.
         specs: one LayerSpec a layer; None for the 16-bit cache, which has rows only.
         single: the graph is for one new token at a time.
     """
