@@ -216,7 +216,7 @@ class SensitivityRecipe(_Strict):
             the tokenizer has a chat template.
     """
 
-    method: Literal["kl", "fisher", "first-order"] = "kl"
+    method: Literal["kl", "fisher", "first-order"] = "fisher"
     directions: Annotated[int, Field(gt=0, le=256)] = 8
     probes: Annotated[int, Field(gt=0, le=64)] = 2
     num_sequences: Annotated[int, Field(gt=0)] = 3
