@@ -25,8 +25,8 @@ from triton.compiler.compiler import ASTSource, compile
 
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
-from kvfold.kernels.build import CAPABILITIES, Job, _function, jobs_of
 from kvfold.kernels.catalogue import named_keys, named_values
+from kvfold.kernels.compile.build import CAPABILITIES, Job, _function, jobs_of
 from kvfold.kernels.formats import Format, raw16, uniform
 from kvfold.runtime.compile import Kind, launches_of
 

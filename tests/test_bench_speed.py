@@ -12,14 +12,14 @@ from kvfold import KvfoldError
 from kvfold.compress import bench_cases, bench_decode, bench_gate, bench_kernel, bench_memory, bench_model, bench_prompt
 from kvfold.compress.bench_cases import Shape, finer, held_rows, make_case, pair
 from kvfold.compress.bench_gate import GateCase, gate_cases, run_gate
+from kvfold.compress.bench_tools import copies_for, machine, measured_streams, median_ms
 from kvfold.compress.cli import main
 from kvfold.exports.account import Geometry, batch_nbytes
 from kvfold.exports.architectures import head_dim_of
 from kvfold.kernels.attention import packed_tokens
-from kvfold.kernels.bench_tools import copies_for, machine, measured_streams, median_ms
 from kvfold.kernels.formats import uniform
+from kvfold.kernels.gpu.read import SETTINGS, read_words
 from kvfold.kernels.pages import UNIT, page_address
-from kvfold.kernels.triton_read import SETTINGS, read_words
 from kvfold.runtime.cache import QuantizedKVCache
 
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import decode, encode
 
 triton = pytest.importorskip("triton")
-from kvfold.kernels import triton_attention as kernels  # noqa: E402
+from kvfold.kernels.gpu import attention as kernels  # noqa: E402
+from kvfold.kernels.gpu.queries import prepare_queries  # noqa: E402
 
 MIX = Format(((16, 16), (8, 8), (16, 4), (16, 2), (8, 0)))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,7 +91,7 @@ class Case:
 
     def got(self, softcap=0.0, sliding=0, aux=None, **options):
         dim = self.query.shape[-1]
-        queries = kernels.prepare_queries(self.query, self.raw_keys.shape[1], dim**-0.5, softcap)
+        queries = prepare_queries(self.query, self.raw_keys.shape[1], dim**-0.5, softcap)
         out = torch.full((len(self.lengths), 1, self.query.shape[1], dim), float("nan"), device=DEVICE)
         return kernels.attention(
             queries, self.key_format, self.value_format, self.table, self.state, self.raw_keys, self.raw_values,
@@ -209,7 +210,7 @@ def test_prompts_read_what_token_by_token_reads(name, before, chunk, group):
     case, query, (positions, limit, tiles), raw, options, _ = prompt_case(pair, before, chunk, group)
     want = attend(query[0], positions, limit, tiles, sinks=5, scaling=dim**-0.5)
     out = torch.full((1, chunk, group * 2, dim), float("nan"), device=DEVICE)
-    kernels.attention(kernels.prepare_queries(query, 2, dim**-0.5), *pair, case.table, case.state, *raw, out, **options)
+    kernels.attention(prepare_queries(query, 2, dim**-0.5), *pair, case.table, case.state, *raw, out, **options)
     assert error(out[0].transpose(0, 1), want) < 1e-3
 
 
@@ -225,7 +226,7 @@ def test_prompts_read_all_sinks_however_many_blocks_they_fill(sinks, before, chu
     )
     want = attend(query[0], positions, limit, tiles, sinks=sinks, scaling=dim**-0.5)
     out = torch.full((1, chunk, 4, dim), float("nan"), device=DEVICE)
-    kernels.attention(kernels.prepare_queries(query, 2, dim**-0.5), *pair, case.table, case.state, *raw, out, **options)
+    kernels.attention(prepare_queries(query, 2, dim**-0.5), *pair, case.table, case.state, *raw, out, **options)
     assert error(out[0].transpose(0, 1), want) < 1e-3
 
 

@@ -13,10 +13,10 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from kvfold.kernels.triton_append import append_step, empty_queries
-from kvfold.kernels.triton_attention import prepare_queries
-from kvfold.kernels.triton_codec import from_e4m3, to_e4m3
-from kvfold.kernels.triton_encode import encode_pages, lower_pages
+from kvfold.kernels.gpu.append import append_step
+from kvfold.kernels.gpu.device.codec import from_e4m3, to_e4m3
+from kvfold.kernels.gpu.encode import encode_pages, lower_pages
+from kvfold.kernels.gpu.queries import empty_queries, prepare_queries
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 POISON = 0xA5

@@ -10,9 +10,10 @@ from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import decode, encode
 
 pytest.importorskip("triton")
-from kvfold.kernels import triton_attention as kernels
-from kvfold.kernels import triton_prompt
-from kvfold.kernels.triton_prompt import PageRun, decode_pages, plain_attention
+from kvfold.kernels.gpu import attention as kernels
+from kvfold.kernels.gpu import prompt as triton_prompt
+from kvfold.kernels.gpu.prompt import PageRun, decode_pages, plain_attention
+from kvfold.kernels.gpu.queries import prepare_queries
 
 
 def pages_of(pair, count, heads, page, seed=0):
@@ -57,7 +58,7 @@ def test_reading_pages_together_changes_nothing(name, before, chunk, group, sink
     for count in (1, together):
         out = torch.full((1, chunk, group * 2, dim), float("nan"), device=DEVICE)
         kernels.attention(
-            kernels.prepare_queries(query, 2, dim**-0.5), *pair, case.table, case.state, *raw, out, aux=aux,
+            prepare_queries(query, 2, dim**-0.5), *pair, case.table, case.state, *raw, out, aux=aux,
             together=[PageRun(*pair, 0, count)], **options,
         )  # fmt: skip
         assert error(out[0].transpose(0, 1), want) < 1e-3
@@ -82,7 +83,7 @@ def test_runs_of_several_formats_are_read_together():
         runs = [PageRun(*pairs[0], 0, min(end, 4)), *([PageRun(*pairs[1], 4, end)] if end > 4 else [])]
         out = torch.full((1, 18, 4, dim), float("nan"), device=DEVICE)
         kernels.attention(
-            kernels.prepare_queries(query, 2, dim**-0.5), *pairs[0], case.table, case.state, *raw, out, formats=pairs,
+            prepare_queries(query, 2, dim**-0.5), *pairs[0], case.table, case.state, *raw, out, formats=pairs,
             segments=segments, together=runs, **options,
         )  # fmt: skip
         assert error(out[0].transpose(0, 1), want) < 1e-3

@@ -2,21 +2,25 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from kvfold import KvfoldError
 from kvfold.kernels.attention import Tile, attend, packed_tokens
 from kvfold.kernels.formats import Format, raw16, uniform
-from kvfold.kernels.pages import decode_rungs, page_address
+from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import decode, encode
 
 pytest.importorskip("triton")
-from kvfold.kernels.triton_append import append_step, empty_queries
-from kvfold.kernels.triton_attention import attention, prepare_queries
-from kvfold.kernels.triton_encode import lower_pages
+from kvfold.kernels.gpu.append import append_step
+from kvfold.kernels.gpu.attention import attention
+from kvfold.kernels.gpu.encode import lower_pages
+from kvfold.kernels.gpu.queries import empty_queries, prepare_queries
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MIX = Format(((16, 16), (8, 8), (16, 4), (16, 2), (8, 0)))
@@ -28,6 +32,37 @@ LADDERS = {
     "two rungs": [(uniform(64, 4), uniform(64, 4)), RAW],
     "classes above classes": [(MIX, uniform(64, 4)), (Format(((40, 256), (24, 16))), uniform(64, 16, "e4m3", 32)), RAW],
 }
+
+
+def decode_rungs(
+    pages: Sequence[Tensor],
+    formats: Sequence[tuple[Format, Format]],
+    segments: Sequence[int],
+    num_kv_heads: int,
+    page_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of one sequence's pages of several formats, in plain torch: what the attention kernels' `formats` and
+    `segments` mean.
+
+    Args:
+        pages: uint8, [keys of all heads | values of all heads] each, in rising position.
+        formats: (key format, value format) of each of R rungs.
+        segments: R + 1 rising numbers; pages segments[r] … segments[r + 1] − 1 are of rung r. The first counts as 0, the
+            last as the number of pages, whatever they are.
+    Returns:
+        Two float32 [num_kv_heads, len(pages)·page_tokens, head_dim].
+    """
+    edges = [0, *segments[1:-1], len(pages)]
+    parts = []
+    for pair, (start, end) in zip(formats, pairwise(edges), strict=True):
+        split = num_kv_heads * pair[0].nbytes(page_tokens)
+        for page in pages[start:end]:
+            blocks = (page[:split], page[split:])
+            parts.append([decode(x.view(num_kv_heads, -1), f, page_tokens) for x, f in zip(blocks, pair, strict=True)])
+    if not parts:
+        empty = torch.zeros(num_kv_heads, 0, formats[0][0].head_dim, dtype=torch.float32)
+        return empty, empty
+    return torch.cat([keys for keys, _ in parts], 1), torch.cat([values for _, values in parts], 1)
 
 
 class Mixed:

@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvfold.kernels.compile.launch import noting
 from kvfold.kernels.formats import raw16, uniform
-from kvfold.kernels.launch import noting
 
 pytest.importorskip("triton")
 from test_triton_encode import DEVICE, MIXED, POISON, Pages, assert_page, reference, rows_of
 
-from kvfold.kernels.triton_append import append_step, empty_queries
-from kvfold.kernels.triton_encode import encode_pages, lower_pages
-from kvfold.kernels.triton_prompt import decode_pages
+from kvfold.kernels.gpu.append import append_step
+from kvfold.kernels.gpu.encode import encode_pages, lower_pages
+from kvfold.kernels.gpu.prompt import decode_pages
+from kvfold.kernels.gpu.queries import empty_queries
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -86,10 +87,10 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kvfold.kernels.tables import table_length
-from kvfold.kernels.triton_append import _append_kernel
-from kvfold.kernels.triton_encode import _encode_kernel, _lower_kernel
-from kvfold.kernels.triton_prompt import _decode_kernel
+from kvfold.kernels.gpu.tables import table_length
+from kvfold.kernels.gpu.append import _append_kernel
+from kvfold.kernels.gpu.encode import _encode_kernel, _lower_kernel
+from kvfold.kernels.gpu.prompt import _decode_kernel
 
 FLOATS = {
     "k_clip", "v_clip", "q_scale", "q_shift", "matrix", "offset", "query_matrix", "coefficients", "bias", "spans", "steps",

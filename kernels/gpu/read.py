@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvfold.kernels.launch import launch
+from kvfold.kernels.compile.launch import launch
 
 
 class Setting(NamedTuple):

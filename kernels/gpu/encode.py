@@ -10,13 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from kvfold.errors import KvfoldError
+from kvfold.kernels.compile.launch import launch
 from kvfold.kernels.formats import Format
-from kvfold.kernels.launch import launch
+from kvfold.kernels.gpu.clips import clip_strides
+from kvfold.kernels.gpu.device.codec import NBYTES, read_header
+from kvfold.kernels.gpu.device.pages import write_block
+from kvfold.kernels.gpu.tables import format_tables, table_length, warps_for
 from kvfold.kernels.packing import FIELDS
 from kvfold.kernels.pages import anchor
-from kvfold.kernels.tables import format_tables, table_length
-from kvfold.kernels.triton_codec import NBYTES, read_header
-from kvfold.kernels.triton_pages import warps_for, write_block
 
 UNROLL: tl.constexpr = tl.constexpr(4)  # fields of 16-bit rows at a time
 
@@ -90,22 +91,6 @@ def _lower_kernel(
     src += head * tl.load(old + NBYTES)
     block += head * tl.load(table + NBYTES)
     write_block(block, table, clip, clip_step, clipped, (src, old, read_header(old)), ROWS, True, 1)
-
-
-def clip_strides(clip: Tensor | None, fmt: Format, heads: int) -> tuple[int, int]:
-    """Numbers from one head's first factor to the next one's, and from one group's to the next one's; (0, 0): there are none.
-
-    Raises:
-        KvfoldError: clip's shape fits neither [heads] nor [heads, groups].
-    """
-    if clip is None or fmt.params != "scale_min":
-        return 0, 0
-    if tuple(clip.shape) not in ((heads,), (heads, 1), (heads, fmt.num_groups)):
-        raise KvfoldError(
-            f"clip has shape {tuple(clip.shape)}; give one factor for each of {heads} heads, or for each head and group."
-        )
-    count = clip.numel() // heads
-    return count, int(count > 1)
 
 
 def encode_pages(

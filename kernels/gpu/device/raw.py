@@ -3,9 +3,10 @@
 import triton
 import triton.language as tl
 
-from kvfold.kernels.triton_bits import count, pick
-from kvfold.kernels.triton_mean import raw_mean
-from kvfold.kernels.triton_packed import NEVER, soft_cap
+from kvfold.kernels.gpu.device.bits import count, pick
+from kvfold.kernels.gpu.device.constants import NEVER
+from kvfold.kernels.gpu.device.mean import raw_mean
+from kvfold.kernels.gpu.device.packed import soft_cap
 
 
 @triton.jit

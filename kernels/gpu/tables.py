@@ -103,3 +103,8 @@ def format_tables(formats: Sequence[Sequence[Format]], page_tokens: int, device:
         KvfoldError: page_tokens is not a power of two from 8 to 128, or the formats are of several head_dim.
     """
     return _tables(tuple(tuple(row) for row in formats), page_tokens, device)
+
+
+def warps_for(page_tokens: int) -> int:
+    """Warps of a program that writes or decodes one side of one head's page."""
+    return max(4, page_tokens // 16)

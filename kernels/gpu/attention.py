@@ -6,7 +6,6 @@ interpreter on a CPU too (TRITON_INTERPRET=1 before Triton is imported).
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -14,30 +13,24 @@ import triton.language as tl
 from torch import Tensor
 
 from kvfold.errors import KvfoldError
+from kvfold.kernels.compile.launch import Branches, launch, multiprocessors
 from kvfold.kernels.formats import Format, raw16
-from kvfold.kernels.launch import Branches, launch, multiprocessors
+from kvfold.kernels.gpu.device.bits import count, pick
+from kvfold.kernels.gpu.device.constants import NEVER
+from kvfold.kernels.gpu.device.packed import packed_part
+from kvfold.kernels.gpu.device.raw import raw_blocks, raw_part, store_part
+from kvfold.kernels.gpu.merge import MOST_SLOTS, merge_parts
+from kvfold.kernels.gpu.prompt import PageRun, read_together
+from kvfold.kernels.gpu.queries import Queries
+from kvfold.kernels.layout import program
 from kvfold.kernels.pages import anchor
-from kvfold.kernels.tiles import program
-from kvfold.kernels.triton_bits import count, pick
-from kvfold.kernels.triton_mean import MeanOf, MeanTerm, mean_term
-from kvfold.kernels.triton_merge import merge_kernel
-from kvfold.kernels.triton_packed import NEVER, packed_part
-from kvfold.kernels.triton_prompt import PageRun, read_together
-from kvfold.kernels.triton_raw import raw_blocks, raw_part, store_part
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
-LOG2_E = 1.4426950408889634
 RAW_BLOCK = 32  # 16-bit rows at a time
-PROMPT_COLUMNS = 16  # query columns of a program over a prompt
-QUERY_TOP = 7  # queries are scaled so that the largest component lies in [2^6, 2^7]
-MOST_SLOTS = 2048  # parts that one query's result is merged from
 MOST_RUNGS: tl.constexpr = tl.constexpr(8)
 TILE_TOKENS = 128  # packed tokens at a time
 FIXED_TILES = 8  # tiles in a part, where results may not depend on the batch
 LEAST_TOKENS = 128  # of a part, where the batch may decide
-MERGE_CHANNELS = 32  # of a program that merges
-MERGE_FEW, MERGE_SLOTS = 32, 256  # parts that it asks for at once
-MERGE_WARPS = 4
 WAVE = 8  # programs of one warp that share a multiprocessor: two to a scheduler, as the registers allow
 STAGES, TERNARY_STAGES = 4, 3  # tiles in flight and one
 # of steps over 4-bit pages: with the 255 that it may take, Triton 3.6's ptxas spills 57 times a tile, with these never
@@ -168,72 +161,6 @@ def _attention_kernel(
     tl.store(ml + N + n, weight, mask=columns)
 
 
-@dataclass(frozen=True)
-class Queries:
-    """Queries as the kernel reads them.
-
-    Attributes:
-        data: float16 [B, Hkv, query blocks, N, head_dim]; column n of a block is query n // G, head n mod G of the group.
-        scale: float32 [B, Hkv], softmax scaling, log2 e and the inverse of what `data` was multiplied with.
-        columns: of N that are queries; N is padded to 8 at least.
-        group: G, query heads of a KV head.
-        tokens: queries of a sequence.
-        shift: float32 [B, Hkv, query blocks, N], softmax scaling times q·μ, which every logit of a query lacks where keys are
-            stored as k − μ; only a soft-cap and sink logits see it. None for zero.
-        mean: what logits lack where keys are stored without a mean that turns; None for nothing.
-    """
-
-    data: Tensor
-    scale: Tensor
-    columns: int
-    group: int
-    tokens: int
-    shift: Tensor | None = None
-    mean: MeanTerm | None = None
-
-
-def prepare_queries(
-    query: Tensor,
-    num_kv_heads: int,
-    scaling: float,
-    softcap: float | None = None,
-    shift: Tensor | None = None,
-    mean: MeanOf | None = None,
-) -> Queries:
-    """Scales queries [B, num_heads, T, head_dim], in the keys' basis, to float16's middle and lays them out.
-
-    The power of two is one for all queries of a KV head, so that it can go into the scale of the keys.
-
-    Args:
-        shift: float32 [B, num_heads, T], q·μ of what the keys leave out; None for zero.
-        mean: of keys that are stored without a mean that turns, with the queries before they went into the keys' basis.
-    """
-    batch, heads, tokens, dim = query.shape
-    group = heads // num_kv_heads
-    grouped = query.float().view(batch, num_kv_heads, group, tokens, dim)
-    largest = grouped.abs().amax((2, 3, 4)).clamp_min(1e-30)
-    power = torch.exp2(QUERY_TOP - torch.ceil(torch.log2(largest)))  # [B, Hkv]
-    columns = group if tokens == 1 else max(1, PROMPT_COLUMNS // group) * group
-    each = columns // group
-    blocks = -(-tokens // each)
-    padded = max(8, 1 << (columns - 1).bit_length())
-
-    def columns_of(x: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B, Hkv, group, tokens, n] → [B, Hkv, blocks, padded, n]."""
-        data = torch.zeros(batch, num_kv_heads, blocks * each, group, x.shape[-1], dtype=dtype, device=query.device)
-        data[:, :, :tokens] = x.transpose(2, 3)
-        data = data.view(batch, num_kv_heads, blocks, columns, x.shape[-1])
-        return torch.nn.functional.pad(data, (0, 0, 0, padded - columns)).contiguous()
-
-    data = columns_of(grouped * power[:, :, None, None, None], torch.float16)
-    if shift is not None:
-        shifts = (shift.float() * scaling).view(batch, num_kv_heads, group, tokens, 1)
-        shift = columns_of(shifts, torch.float32).squeeze(-1)
-    factor = scaling if softcap else scaling * LOG2_E
-    term = None if mean is None else mean_term(mean, lambda x: columns_of(x, torch.float32), factor)
-    return Queries(data, factor / power, columns, group, tokens, shift, term)
-
-
 def attention(
     queries: Queries,
     key_format: Format,
@@ -362,15 +289,9 @@ def attention(
                 maxnreg=FOUR_BIT_REGISTERS if four_bit else None,
             )  # fmt: skip
     beside.join()
-    channels = MERGE_CHANNELS if dim % MERGE_CHANNELS == 0 else 16
-    launch(
-        merge_kernel, (batch * kv_heads * blocks, queries.columns, -(-dim // channels)),
-        partial, ml, out, aux if aux is not None else state, shifts, state,
-        new, sinks, window, page_tokens, kv_heads, blocks, queries.tokens, slots, padded, queries.columns, queries.group,
-        int(advance), out.stride(0), out.stride(1), out.stride(2),
-        DIM=dim, CHANNELS=channels, BLOCK=MERGE_FEW if slots <= MERGE_FEW and not fixed else MERGE_SLOTS,
-        ONCE=slots <= MERGE_SLOTS and not fixed, AUX=aux is not None, SHIFT=shift is not None and not bend,
-        num_warps=MERGE_WARPS,
+    merge_parts(
+        partial, ml, out, aux, None if bend else shift, state, queries,
+        new=new, sinks=sinks, window=window, page_tokens=page_tokens, advance=advance, in_order=fixed,
     )  # fmt: skip
     return out
 

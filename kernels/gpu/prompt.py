@@ -14,17 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvfold.kernels.compile.launch import launch
 from kvfold.kernels.formats import Format
-from kvfold.kernels.launch import launch
+from kvfold.kernels.gpu.device.codec import NBYTES, decode_elements, read_header, to_fp16
+from kvfold.kernels.gpu.device.constants import LOG2_E
+from kvfold.kernels.gpu.device.pages import TOKEN_TILE, tile_width
+from kvfold.kernels.gpu.tables import format_tables, table_length, warps_for
 from kvfold.kernels.packing import FIELDS
 from kvfold.kernels.pages import anchor
-from kvfold.kernels.tables import format_tables, table_length
-from kvfold.kernels.triton_codec import NBYTES, decode_elements, read_header, to_fp16
-from kvfold.kernels.triton_pages import TOKEN_TILE, tile_width, warps_for
 
 SCRATCH_NBYTES = 64 << 20  # of decoded keys and values at a time
 KEY_SCALE = 64.0  # decoded keys carry the softmax scale; times this they lie in float16's middle
-LOG2_E = 1.4426950408889634
 
 
 class PageRun(NamedTuple):
@@ -124,7 +124,7 @@ def read_together(
     tokens = max(1, SCRATCH_NBYTES // (4 * heads * dim * page_tokens)) * page_tokens
     tokens = min(tokens, max(run.end - run.first for run in runs) * page_tokens)
     keys, values = (torch.empty(heads * tokens * dim, dtype=torch.float16, device=query.device) for _ in range(2))
-    factors = scale.view(heads) * (KEY_SCALE / LOG2_E)
+    factors = scale.view(heads) * (KEY_SCALE / LOG2_E.value)
     total = sums = None
     step = tokens // page_tokens
     for run in runs:
@@ -143,5 +143,5 @@ def read_together(
                 sums = torch.logaddexp(sums, part_sums)
     assert total is not None and sums is not None
     out.copy_(total.reshape(out.shape))
-    ml[:, 0] = sums.view(ml[:, 0].shape) * LOG2_E
+    ml[:, 0] = sums.view(ml[:, 0].shape) * LOG2_E.value
     ml[:, 1] = 1.0

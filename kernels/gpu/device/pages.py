@@ -9,8 +9,8 @@ page as rounded.
 import triton
 import triton.language as tl
 
-from kvfold.kernels import tables
-from kvfold.kernels.triton_codec import (
+from kvfold.kernels.gpu import tables
+from kvfold.kernels.gpu.device.codec import (
     HEADER,
     LEVELS,
     PLANE_0,
@@ -35,11 +35,6 @@ CODED: tl.constexpr = tl.constexpr(tables.CODED)
 PARTNER: tl.constexpr = tl.constexpr(tables.PARTNER)
 WORD_TILE: tl.constexpr = tl.constexpr(256)  # words at a time
 TOKEN_TILE: tl.constexpr = tl.constexpr(512)  # elements of all tokens at a time
-
-
-def warps_for(page_tokens: int) -> int:
-    """Warps of a program that writes or decodes one side of one head's page."""
-    return max(4, page_tokens // 16)
 
 
 @triton.constexpr_function

@@ -99,7 +99,7 @@ def measured_streams(device: torch.device, nbytes: int = 1 << 31) -> list[Stream
     calls["neg, read and written"] = 2 * nbytes, lambda i: torch.neg(data[i], out=target)
     calls["sum, read"] = nbytes, lambda i: data[i].sum()
     if device.type == "cuda":
-        from kvfold.kernels.triton_read import SETTINGS, Setting, read_words
+        from kvfold.kernels.gpu.read import SETTINGS, Setting, read_words
 
         words = data.view(torch.int32)
 

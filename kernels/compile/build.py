@@ -23,8 +23,8 @@ from triton.compiler.compiler import ASTSource, get_cache_key, make_backend
 from triton.runtime import JITFunction, driver
 from triton.runtime.cache import get_cache_manager
 
-from kvfold.kernels import kernel_cache
-from kvfold.kernels.launch import Launch
+from kvfold.kernels.compile import kernel_cache
+from kvfold.kernels.compile.launch import Launch
 
 try:
     from triton._C.libtriton import get_cache_invalidating_env_vars
@@ -32,7 +32,7 @@ except ImportError:  # other releases have it elsewhere
     from triton.compiler.compiler import get_cache_invalidating_env_vars
 
 log = logging.getLogger("kvfold")
-START = "import sys; sys.path[:] = sys.argv[1:]; from kvfold.kernels.build_server import main; main()"
+START = "import sys; sys.path[:] = sys.argv[1:]; from kvfold.kernels.compile.build_server import main; main()"
 TICK = 1.0  # seconds between two looks at the clock
 CAPABILITIES = {"sm_80": 80, "sm_86": 86, "sm_89": 89, "sm_90": 90, "sm_100": 100, "sm_120": 120}
 MULTIPROCESSORS = {

@@ -1,11 +1,10 @@
 """One decoding step of one layer up to the attention: transform, window, page, queries. A single launch.
 
 What the host must know is known when the step is captured: lengths, pages and their addresses are read on the device, so the
-launch can be part of a CUDA graph. The lengths move on in the merging kernel of triton_attention.py.
+launch can be part of a CUDA graph. The lengths move on in the kernel that merges the attention's parts (merge.py).
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -13,17 +12,18 @@ import triton.language as tl
 from torch import Tensor
 
 from kvfold.errors import KvfoldError
+from kvfold.kernels.compile.launch import launch
 from kvfold.kernels.formats import Format
-from kvfold.kernels.key_mean import STEP, TurnTables, padded_fast
-from kvfold.kernels.launch import launch
+from kvfold.kernels.gpu.clips import clips_of
+from kvfold.kernels.gpu.device.bits import pow2
+from kvfold.kernels.gpu.device.codec import NBYTES, to_fp16
+from kvfold.kernels.gpu.device.mean import key_mean, write_bias, write_coefficients
+from kvfold.kernels.gpu.device.pages import write_block
+from kvfold.kernels.gpu.mean import STEPS_BLOCK
+from kvfold.kernels.gpu.queries import QUERY_TOP, Queries, logit_factor
+from kvfold.kernels.gpu.tables import format_tables, table_length, warps_for
 from kvfold.kernels.packing import FIELDS
-from kvfold.kernels.tables import format_tables, table_length
-from kvfold.kernels.triton_attention import LOG2_E, QUERY_TOP, Queries, anchor
-from kvfold.kernels.triton_bits import pow2
-from kvfold.kernels.triton_codec import NBYTES, to_fp16
-from kvfold.kernels.triton_encode import clip_strides
-from kvfold.kernels.triton_mean import STEPS_BLOCK, MeanTerm, key_mean, write_bias, write_coefficients
-from kvfold.kernels.triton_pages import warps_for, write_block
+from kvfold.kernels.pages import anchor
 
 BLOCK: tl.constexpr = tl.constexpr(32)  # rows of a matrix at a time
 UNROLL: tl.constexpr = tl.constexpr(2)  # fields of a page at a time
@@ -212,38 +212,6 @@ def _append_kernel(
             write_block(block, own, clip, clip_step, clipped, rows, ROWS, False, UNROLL)
 
 
-def empty_queries(
-    batch: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    device: torch.device,
-    shift: bool = False,
-    tables: TurnTables | None = None,
-    tokens: int = 0,
-) -> Queries:
-    """Room for the queries of one decoding step, which `append_step` fills; with `shift`, for Queries.shift too.
-
-    Args:
-        tables: of the rotating mean that the layer's keys are stored without; None for none.
-        tokens: positions that the room for its term covers, from 0 on.
-    """
-    group = num_heads // num_kv_heads
-    padded = max(8, triton.next_power_of_2(group))
-    floats: dict[str, Any] = {"dtype": torch.float32, "device": device}
-    data = torch.zeros(batch, num_kv_heads, 1, padded, head_dim, dtype=torch.float16, device=device)
-    shifts = torch.zeros(batch, num_kv_heads, 1, padded, **floats) if shift else None
-    mean = None
-    if tables is not None:
-        tables.reach(tokens)
-        steps = -(-(tokens // STEP + 1) // STEPS_BLOCK) * STEPS_BLOCK
-        rows = 2 * padded_fast(head_dim)
-        coefficients = torch.zeros(batch, num_kv_heads, 1, 2, rows, padded, **floats)
-        bias = torch.zeros(batch, num_kv_heads, 1, steps, padded, **floats)
-        mean = MeanTerm(coefficients, bias, 0, tables.kernel_tables)
-    return Queries(data, torch.zeros(batch, num_kv_heads, **floats), group, group, 1, shifts, mean)
-
-
 def append_step(
     keys: Tensor,
     values: Tensor,
@@ -332,8 +300,8 @@ def append_step(
         turns = mean.tables
         term = [mean.coefficients, mean.bias, turns.spans, turns.within, turns.steps, turns.pairs, turns.channels]
     chunks = 0 if mean is None else mean.bias.shape[3] // STEPS_BLOCK
-    k_clip, *k_strides = _clips_of(key_clips, key_formats, kv_heads)
-    v_clip, *v_strides = _clips_of(value_clips, value_formats, kv_heads)
+    k_clip, *k_strides = clips_of(key_clips, key_formats, kv_heads)
+    v_clip, *v_strides = clips_of(value_clips, value_formats, kv_heads)
     launch(
         _append_kernel, (batch, kv_heads, 3 + chunks),
         anchor(keys.device), table, state, marks if marks is not None else table, keys, values, query, raw_keys, raw_values,
@@ -341,7 +309,7 @@ def append_step(
         offset if offset is not None else none, query_matrix if query_matrix is not None else none,
         format_tables([key_formats, value_formats], page_tokens, keys.device), rungs if rungs is not None else state,
         k_clip if k_clip is not None else none, v_clip if v_clip is not None else none, *k_strides, *v_strides,
-        len(key_formats), int(rungs is not None), 2 * layer, scaling if softcap else scaling * LOG2_E, scaling,
+        len(key_formats), int(rungs is not None), 2 * layer, logit_factor(scaling, softcap), scaling,
         table.stride(0), sinks, window, ring, *keys.stride()[:2], *values.stride()[:2], *query.stride()[:2],
         *raw_keys.stride()[:3], *term, 0 if mean is None else mean.bias.shape[3],
         DIM=dim, ROWS=page_tokens // FIELDS, TABLE=table_length(dim), MATRIX=matrix is not None, OFFSET=offset is not None,
@@ -349,35 +317,3 @@ def append_step(
         MEAN=0 if mean is None else mean.tables.within.shape[1], BIAS=STEPS_BLOCK,
         num_warps=warps_for(page_tokens), maxnreg=REGISTERS, enable_fp_fusion=False,
     )  # fmt: skip
-
-
-def _clips_of(
-    clips: Sequence[Tensor | None], formats: Sequence[Format], heads: int
-) -> tuple[Tensor | None, int, int, int]:
-    """Factors of all rungs and the numbers from one rung, head and group to the next; with (None, 0, 0, 0) all are 1."""
-    if len(clips) == 1:
-        return clips[0], 0, *clip_strides(clips[0], formats[0], heads)
-    strides = [clip_strides(clip, fmt, heads) for clip, fmt in zip(clips, formats, strict=True)]
-    used = tuple(clip if each else None for clip, (each, _) in zip(clips, strides, strict=True))
-    groups = max(fmt.num_groups for fmt in formats)
-    if all(clip is None for clip in used):
-        return None, 0, 0, 0
-    name = (groups, *(None if clip is None else (clip.device, clip.data_ptr(), clip.shape) for clip in used))
-    if name not in _side_by_side:
-        _side_by_side[name] = used, _joined(used, heads, groups)  # as long as one is kept, its address names it
-    return _side_by_side[name][1], heads * groups, groups, 1
-
-
-_side_by_side: dict[tuple, tuple[tuple[Tensor | None, ...], Tensor]] = {}
-
-
-def _joined(clips: Sequence[Tensor | None], heads: int, groups: int) -> Tensor:
-    """float32 [rungs, heads, groups] of clips of up to as many groups."""
-    device = next(clip.device for clip in clips if clip is not None)
-    with torch.inference_mode(False):
-        out = torch.ones(len(clips), heads, groups, dtype=torch.float32, device=device)
-        for row, clip in zip(out, clips, strict=True):
-            if clip is not None:
-                factors = clip.clone().view(heads, -1)
-                row[:, : groups if factors.shape[1] == 1 else factors.shape[1]] = factors
-    return out

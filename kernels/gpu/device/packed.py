@@ -22,9 +22,10 @@ none may hold a load or a dot: loads in a branch are not pipelined, and the tens
 import triton
 import triton.language as tl
 
-from kvfold.kernels.triton_bits import count, field_unit, load_params, pick
-from kvfold.kernels.triton_mean import slow_bias, turned_coefficients
-from kvfold.kernels.triton_tiles import (
+from kvfold.kernels.gpu.device.bits import count, field_unit, load_params, pick
+from kvfold.kernels.gpu.device.constants import LOG2_E, NEVER, SUBNORMAL
+from kvfold.kernels.gpu.device.mean import slow_bias, turned_coefficients
+from kvfold.kernels.gpu.device.tiles import (
     add_middle,
     add_trit_middle,
     has_size,
@@ -40,13 +41,11 @@ from kvfold.kernels.triton_tiles import (
     zeros_piece,
 )
 
-NEVER: tl.constexpr = tl.constexpr(-1.0e30)  # a score that no query sees; finite, so that differences of two are no NaN
-
 
 @triton.jit
 def soft_cap(x, CAP: tl.constexpr):
     """cap·tanh(x / cap), in base-2 units of the softmax."""
-    return (CAP * 1.4426950408889634) * (1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * 1.4426950408889634 / CAP))))
+    return (CAP * LOG2_E) * (1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2_E / CAP))))
 
 
 @triton.jit
@@ -166,8 +165,8 @@ def packed_part(
     # a field's codes stand at 4^(f mod 4), ternary digits at 4^4
     unit: tl.constexpr = 1.0 / 256 if k_ternary else 1.0
     v_unit: tl.constexpr = 1.0 / 256 if v_ternary else 1.0
-    one = 16777216.0 * unit * q_scale
-    back: tl.constexpr = 1.0 / 16777216.0 / unit
+    one = SUBNORMAL * unit * q_scale
+    back: tl.constexpr = 1.0 / SUBNORMAL / unit
     low = ()
     high = ()
     for t in tl.static_range(count(v_pieces)):
@@ -331,7 +330,7 @@ def packed_part(
             totals = totals + (tl.sum(z[g], 1),)
         outs = ()
         for t in tl.static_range(count(v_pieces)):
-            unit_v = 1.0 if v_raw else 16777216.0 / p_one
+            unit_v = 1.0 if v_raw else SUBNORMAL / p_one
             outs = outs + (_finish_piece(low[t], high[t], totals, unit_v, pick(v_pieces, t), v_kind == "scale"),)
         total = tl.sum(sums, 1)
         best = tl.maximum(top, NEVER)

@@ -10,7 +10,7 @@ registers left for that.
 import triton
 import triton.language as tl
 
-from kvfold.kernels.triton_bits import codes_of, count, pick, row_pointers, trit_digits
+from kvfold.kernels.gpu.device.bits import codes_of, count, pick, row_pointers, trit_digits
 
 
 @triton.jit

@@ -16,8 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, compile
 from triton.runtime.cache import triton_key
 
-from kvfold.kernels import kernel_cache
-from kvfold.kernels.launch import settle
+from kvfold.kernels.compile import kernel_cache
+from kvfold.kernels.compile.launch import settle
 
 CACHE = -1  # in place of a job's number: the message is about the cache folder
 SEPARATOR = b"\0"

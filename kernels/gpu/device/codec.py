@@ -8,7 +8,8 @@ equal those of the reference (quantizer.py); only the sum under a root mean squa
 import triton
 import triton.language as tl
 
-from kvfold.kernels import tables
+from kvfold.kernels.gpu import tables
+from kvfold.kernels.gpu.device.constants import ROUNDING
 
 TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)  # smallest normal float32
 FP16_MAX: tl.constexpr = tl.constexpr(65504.0)
@@ -39,7 +40,7 @@ def to_e4m3(x):
     size = tl.minimum(tl.abs(x), 448.0)
     bits = size.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960  # exponents differ by 120
-    small = (size * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 15  # adding 2^23 rounds to whole multiples of 2^-9
+    small = (size * 512.0 + ROUNDING).to(tl.int32, bitcast=True) & 15  # adding 2^23 rounds to whole multiples of 2^-9
     return tl.where(x != x, 0x7F, sign | tl.where(bits < 0x3C800000, small, normal))
 
 
@@ -121,7 +122,7 @@ def quantise(x, params, levels, step, from_minimum):
     u = tl.math.div_rn(x - minimum, tl.maximum(scale, TINY) * step)
     u = u + tl.where(from_minimum, 0.0, count * 0.5)
     u = tl.minimum(tl.maximum(u, 0.0), count - 1.0)
-    nearest = (u + 8388608.0).to(tl.int32, bitcast=True) & 0x1FF  # adding 2^23 rounds to nearest, ties to even
+    nearest = (u + ROUNDING).to(tl.int32, bitcast=True) & 0x1FF  # adding 2^23 rounds to nearest, ties to even
     return tl.where(from_minimum, nearest, u.to(tl.int32))  # or the floor, of what is not negative
 
 
