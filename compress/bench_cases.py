@@ -9,9 +9,10 @@ from torch import Tensor
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, table_entries
 from kvfold.kernels.formats import Format, raw16, uniform
+from kvfold.kernels.gpu.attention import attention
+from kvfold.kernels.gpu.queries import prepare_queries
 from kvfold.kernels.pages import UNIT, page_address
 from kvfold.kernels.quantizer import decode, encode
-from kvfold.kernels.triton_attention import attention, prepare_queries
 
 Pair = tuple[Format, Format]
 DISTINCT = 64  # pages of different content while timing; the others repeat them

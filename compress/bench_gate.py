@@ -9,11 +9,12 @@ from torch import Tensor
 from kvfold.compress.bench_cases import PAIRS, Case, Pair, classes, finer, held_rows, make_case, random_pages
 from kvfold.exports.account import Geometry
 from kvfold.kernels.formats import raw16, uniform
+from kvfold.kernels.gpu.append import append_step
+from kvfold.kernels.gpu.attention import attention
+from kvfold.kernels.gpu.encode import lower_pages
+from kvfold.kernels.gpu.queries import Queries, empty_queries
 from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import decode, encode
-from kvfold.kernels.triton_append import append_step, empty_queries
-from kvfold.kernels.triton_attention import Queries, attention
-from kvfold.kernels.triton_encode import lower_pages
 
 LARGEST_ERROR = {torch.float16: 2e-3, torch.bfloat16: 1e-2}  # ‖out − reference‖ / ‖reference‖ of any sequence and head
 LOWER_LIMIT = 0.01  # share by which the error of lowered pages may differ from the reference's

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from kvfold.compress.bench_cases import DISTINCT, Case, Pair, Shape, make_case, pair
 from kvfold.compress.bench_gate import append_options, gate_cases, lowering, run_append, run_gate
-from kvfold.exports.account import Geometry, table_entries
-from kvfold.kernels.bench_tools import (
+from kvfold.compress.bench_tools import (
     copies_for,
     flex_call,
     flex_ms,
@@ -21,9 +20,10 @@ from kvfold.kernels.bench_tools import (
     random_kv,
     sdpa_ms,
 )
-from kvfold.kernels.triton_append import empty_queries
-from kvfold.kernels.triton_attention import pick_splits
-from kvfold.kernels.triton_encode import lower_pages
+from kvfold.exports.account import Geometry, table_entries
+from kvfold.kernels.gpu.attention import pick_splits
+from kvfold.kernels.gpu.encode import lower_pages
+from kvfold.kernels.gpu.queries import empty_queries
 
 LARGE = 131072  # tokens of a batch from which on the 16-bit kernel and FlexAttention are timed too
 WRITE_BATCH = 16  # sequences from which on appending and lowering are timed

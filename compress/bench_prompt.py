@@ -15,10 +15,11 @@ from kvfold.compress.bench_gate import LARGEST_ERROR
 from kvfold.compress.bench_model import attach_formats, build_model, free_memory, layer_formats
 from kvfold.exports.account import Geometry
 from kvfold.kernels.attention import Tile, attend, packed_tokens
+from kvfold.kernels.gpu.attention import attention
+from kvfold.kernels.gpu.prompt import PageRun
+from kvfold.kernels.gpu.queries import prepare_queries
 from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import decode, encode
-from kvfold.kernels.triton_attention import attention, prepare_queries
-from kvfold.kernels.triton_prompt import PageRun
 from kvfold.runtime.cache import QuantizedKVCache
 
 REPEATS = 3
