@@ -10,14 +10,15 @@ from torch import Tensor
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import KeySpec, LayerSpec
 from kvfold.kernels.attention import packed_tokens
+from kvfold.kernels.gpu.append import append_step
+from kvfold.kernels.gpu.attention import attention
+from kvfold.kernels.gpu.encode import encode_pages, lower_pages
+from kvfold.kernels.gpu.mean import MeanOf
+from kvfold.kernels.gpu.prompt import PageRun
+from kvfold.kernels.gpu.queries import empty_queries, prepare_queries
 from kvfold.kernels.key_mean import STEP
 from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import to_float16
-from kvfold.kernels.triton_append import append_step, empty_queries
-from kvfold.kernels.triton_attention import attention, prepare_queries
-from kvfold.kernels.triton_encode import encode_pages, lower_pages
-from kvfold.kernels.triton_mean import MeanOf
-from kvfold.kernels.triton_prompt import PageRun
 from kvfold.runtime.marks import marks_of
 from kvfold.runtime.steps import due_rungs
 from kvfold.runtime.upload import on_device
