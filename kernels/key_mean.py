@@ -39,7 +39,7 @@ def padded_fast(head_dim: int) -> int:
 
 
 class KernelTables(NamedTuple):
-    """The tables as Triton kernels read them (triton_mean.py); F is `padded_fast`.
+    """The tables as Triton kernels read them (gpu/device/mean.py); F is `padded_fast`.
 
     Attributes:
         within: float16 [SPAN, 2·F], real parts of T, then imaginary parts.

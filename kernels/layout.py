@@ -1,50 +1,57 @@
-"""What the Triton kernels are compiled for: a format as constant tuples of tiles, each a run of channels of one plane.
+"""How a head's block of a page is laid out for tensor cores: a format as the constants that kernels are compiled for, and what the
+tables of gpu/tables.py are made of.
 
-Tensor-core operands have power-of-two shapes of 16 and more, so a run of n channels is cut into pieces of 128, 64, 32 and
-16 channels, the last one padded. Tuples, not objects, because they are compile-time constants of a kernel.
+Tensor-core operands have power-of-two shapes of 16 and more, so a class of n channels is cut into runs of 128, 64, 32 and 16
+channels, the last one padded.
 """
 
 import math
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any, NamedTuple
 
 from kvfold.kernels.formats import GAUSSIAN_STEP, RAW, TRIT, Format
 from kvfold.kernels.packing import FIELDS, TRIT_CHANNELS, trit_parts
 
-MAX_PIECE = 128
+LONGEST_RUN = 128
+TRIT_LEVELS = 3
 
 
-class Tile(NamedTuple):
-    """A run of channels of one plane."""
+@dataclass(frozen=True)
+class Words:
+    """The words of one plane that hold a run of channels."""
 
-    width: int  # bits: 1, 2 or 4
+    width: int  # bits of a code: 1, 2 or 4
     half: int  # for one bit: which of the two channels of a word
-    offset: int  # bytes from the head's block to the tile's first word
-    row: int  # bytes from one row of words to the next
+    offset: int  # bytes from the head's block to the run's first word
+    stride: int  # bytes from one row of words to the next
     fields_4: int  # bytes from fields 0-3 to fields 4-7, for four bits
+    left: int  # how far codes of one bit are masked to the left, to be worth what they are in the whole code
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of channels: one operand of a matrix product."""
+
     start: int  # first channel
     size: int  # channels, a power of two
     valid: int  # channels that exist
     group: int  # parameter group
-    step: float  # what one unit of this plane is worth, before the token's scale
-    middle: float  # half a unit less than half of the levels, for the plane of the low bits of symmetric codes; else 0
+    step: float  # what one unit of the code is worth, before the token's scale
+    middle: (
+        float  # (levels − 1) / 2, the zero point of symmetric codes; 0 where another run has it or codes have a minimum
+    )
+    low: tuple[Words, ...] = ()  # planes that make up the code, of 16-bit and ternary channels none
+    high: tuple[Words, ...] = ()  # planes from bit 4 on, summed up apart
+
+    @property
+    def words(self) -> Words:
+        """Of a run of one plane."""
+        return self.low[0]
 
 
-class Piece(NamedTuple):
-    """A run of channels of the output and the planes that it is made of."""
-
-    start: int
-    size: int
-    valid: int
-    group: int
-    step: float
-    middle: float
-    low: tuple[tuple[int, int, int, int, int, int], ...]  # (width, half, offset, row, fields_4, left shift) of planes
-    high: tuple[tuple[int, int, int, int, int, int], ...]  # the same for planes from bit 4 on
-
-
-class TritLayout(NamedTuple):
+@dataclass(frozen=True)
+class TritLayout:
     """Where the codes of a ternary head stand; see packing.py."""
 
     chunks: int  # of 16 channels
@@ -54,55 +61,97 @@ class TritLayout(NamedTuple):
     rows: int  # R
 
 
-class Program(NamedTuple):
-    """A format as a kernel's constants.
+@dataclass(frozen=True)
+class PlaneLayout:
+    """One plane of binary or 16-bit codes, for those who write it."""
+
+    start: int  # first channel
+    channels: int
+    width: int  # bits
+    second: bool  # of a code of two planes, the one of the high bits
+    offset: int  # bytes from the head's block
+    words: int  # of a row
+
+
+@dataclass(frozen=True, eq=False)
+class HeadLayout:
+    """A format in pages of one size. There is one object for each (`head_layout`), so it is compared and hashed by what it is: a
+    launch looks its kernel up by it.
 
     Attributes:
         kind: "scale", "scale_min" or "raw".
-        trits: TritLayout as a tuple, or () if the codes are binary.
-        tiles: Tile tuples, for products along channels (keys).
-        pieces: Piece tuples, for products along tokens (values).
-        groups: parameter groups.
+        trits: where ternary codes stand, None if codes are binary or 16 bits.
+        planes: binary and 16-bit codes, in the order of the block.
+        key_runs: for products along channels: a run for each plane.
+        value_runs: for products along tokens: a run with all of its planes.
+        groups: parameter groups, of group_size channels.
         params: bytes from the head's block to the first parameter.
-        fp16: parameters are float16, else e4m3.
+        param_nbytes: 1 is e4m3, 2 float16.
         rows: R, rows of words in a page.
         nbytes: of one head's block.
-        head_dim: channels.
-        weight: factor on probabilities that are cast to float16, so that neither small nor large scales leave its range.
+        head_dim: channels, of which `coded` are stored.
+        unit, field_units: what a code that was masked out of its word is to be multiplied with, all fields by `unit`, to be worth
+            code · 2^−24; see packing.py.
+        p_factor: on probabilities that are cast to float16, so that neither small nor large scales leave its range.
     """
 
     kind: str
-    trits: tuple
-    tiles: tuple
-    pieces: tuple
+    trits: TritLayout | None
+    planes: tuple[PlaneLayout, ...]
+    key_runs: tuple[Run, ...]
+    value_runs: tuple[Run, ...]
     groups: int
+    group_size: int
     params: int
-    fp16: bool
+    param_nbytes: int
     rows: int
     nbytes: int
     head_dim: int
-    weight: float
+    coded: int
+    p_factor: float
+    unit: float
+    field_units: tuple[float, ...]
+
+    @property
+    def ternary(self) -> bool:
+        """Whether codes are ternary."""
+        return self.trits is not None
+
+    @property
+    def raw(self) -> bool:
+        """Whether channels are stored in 16 bits."""
+        return self.kind == "raw"
+
+    @property
+    def scale_min(self) -> bool:
+        """Whether codes count from a minimum; else, unless raw, about zero."""
+        return self.kind == "scale_min"
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a page."""
+        return FIELDS * self.rows
 
 
 def cut(channels: int) -> list[tuple[int, int, int]]:
-    """(start, size, valid) of pieces that cover `channels` channels."""
-    pieces, start = [], 0
+    """(start, size, valid) of runs that cover `channels` channels."""
+    runs, start = [], 0
     while start < channels:
         left = channels - start
-        size = max(16, min(MAX_PIECE, 1 << (left.bit_length() - 1)))
-        pieces.append((start, size, min(size, left)))
+        size = max(16, min(LONGEST_RUN, 1 << (left.bit_length() - 1)))
+        runs.append((start, size, min(size, left)))
         start += size
-    return pieces
+    return runs
 
 
-def _runs(channels: int, group: int, halves: bool) -> list[tuple[int, int, int]]:
-    """Pieces of one class that cross no parameter group and, where a plane has one bit, no half."""
+def _cut_between(channels: int, group: int, halves: bool) -> list[tuple[int, int, int]]:
+    """Runs of one class that cross no parameter group and, where a plane has one bit, no half."""
     edges = {0, channels, *range(0, channels, group)} | ({channels // 2} if halves else set())
     ordered = sorted(edges)
     return [(low + start, size, valid) for low, high in pairwise(ordered) for start, size, valid in cut(high - low)]
 
 
-def _weight(fmt: Format) -> float:
+def _p_factor(fmt: Format) -> float:
     """128 for e4m3 scales (448 · 128 < 65504); float16 scales are of many levels and so smaller: a step of unit-variance
     values is about 4 / (levels − 1)."""
     if fmt.param_dtype == "e4m3":
@@ -111,68 +160,96 @@ def _weight(fmt: Format) -> float:
     return 128.0 * 2.0 ** int(math.log2(max(3, min(levels, 256) - 1) / 3))
 
 
+def _words(plane: PlaneLayout, rows: int, channel: int, left: int) -> Words:
+    """The words of a plane from a channel of its class on."""
+    half = int(plane.width == 1 and channel >= plane.channels // 2)
+    stride = 2 * plane.words
+    return Words(plane.width, half, plane.offset + 2 * (channel - half * plane.words), stride, rows * stride, left)
+
+
+def _planes(fmt: Format, page_tokens: int) -> tuple[tuple[PlaneLayout, ...], int]:
+    """Planes but ternary ones, and the bytes of all."""
+    found, offset = [], 0
+    for plane in fmt.planes:
+        words = plane.channels // 2 if plane.width == 1 else plane.channels
+        if plane.width != TRIT:
+            second = plane.shift > 0
+            found.append(PlaneLayout(plane.start, plane.channels, plane.width, second, offset, words))
+        offset += plane.nbytes(page_tokens)
+    return tuple(found), offset
+
+
+def _raw_runs(fmt: Format) -> tuple[Run, ...]:
+    return tuple(Run(start, size, valid, 0, 1.0, 0.0) for start, size, valid in cut(fmt.head_dim))
+
+
+def _ternary_runs(fmt: Format, group_size: int) -> tuple[Run, ...]:
+    step, middle = (GAUSSIAN_STEP[TRIT_LEVELS], 1.0) if fmt.params == "scale" else (1.0, 0.0)
+    size = TRIT_CHANNELS
+    return tuple(Run(c, size, size, c // group_size, step, middle) for c in range(0, fmt.head_dim, size))
+
+
+def _binary_runs(
+    fmt: Format, planes: tuple[PlaneLayout, ...], rows: int, group_size: int
+) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
+    """(key runs, value runs) of binary codes."""
+    key_runs, value_runs = [], []
+    shifts = {(plane.start, plane.width, plane.shift > 0): plane.shift for plane in fmt.planes}
+    first = 0
+    for channels, levels in fmt.classes:
+        own = [plane for plane in planes if plane.start == first and levels]
+        symmetric = fmt.params == "scale" and levels
+        step, middle = (GAUSSIAN_STEP[levels], (levels - 1) / 2) if symmetric else (1.0, 0.0)
+        for plane in own:
+            unit = step * 2 ** shifts[plane.start, plane.width, plane.second]
+            for start, size, valid in _cut_between(channels, group_size, plane.width == 1):
+                low, group = 0.0 if plane.second else middle, (first + start) // group_size
+                words = (_words(plane, rows, start, 0),)
+                key_runs.append(Run(first + start, size, valid, group, unit, low, words))
+        for start, size, valid in _cut_between(channels, group_size, any(plane.width == 1 for plane in own)):
+            parts: tuple[list[Words], list[Words]] = ([], [])
+            for plane in own:
+                shift = shifts[plane.start, plane.width, plane.second]
+                parts[shift >= 4].append(_words(plane, rows, start, shift % 4))
+            low_words, high_words = map(tuple, parts)
+            group = (first + start) // group_size
+            value_runs.append(Run(first + start, size, valid, group, step, middle, low_words, high_words))
+        first += channels
+    return tuple(key_runs), tuple(value_runs)
+
+
 @cache
-def program(fmt: Format, page_tokens: int) -> Program:
-    """The constants of a format in pages of `page_tokens` tokens, a power of two from 8 to 128."""
+def head_layout(fmt: Format, page_tokens: int) -> HeadLayout:
+    """The layout of a format in pages of `page_tokens` tokens, a power of two from 8 to 128."""
     rows = page_tokens // FIELDS
     levels = {n for _, n in fmt.classes}
     groups = fmt.num_groups if fmt.params == "scale_min" else 1
-    nbytes = fmt.nbytes(page_tokens)
-    params = nbytes - page_tokens * fmt.num_params * fmt.param_nbytes
-    common: dict[str, Any] = {
-        "groups": groups, "params": params, "fp16": fmt.param_dtype == "fp16", "rows": rows, "nbytes": nbytes,
-        "head_dim": fmt.head_dim, "weight": _weight(fmt),
-    }  # fmt: skip
     group_size = fmt.head_dim // groups
+    planes, params = _planes(fmt, page_tokens)
+    trits = None
     if levels == {RAW}:
-        pieces = tuple(Piece(a, n, valid, 0, 1.0, 0.0, (), ()) for a, n, valid in cut(fmt.head_dim))
-        return Program("raw", (), (), tuple(map(tuple, pieces)), **common)
-    symmetric = fmt.params == "scale"
-    if 3 in levels:
+        key_runs = value_runs = _raw_runs(fmt)
+    elif TRIT_LEVELS in levels:
         whole, left = trit_parts(fmt.head_dim)
-        layout = TritLayout(
-            fmt.head_dim // TRIT_CHANNELS, whole, left, (whole + (left > 2)) // 2, rows
-        )  # fmt: skip
-        step, middle = (GAUSSIAN_STEP[3], 1.0) if symmetric else (1.0, 0.0)
-        pieces = tuple(
-            Piece(
-                c * TRIT_CHANNELS, TRIT_CHANNELS, TRIT_CHANNELS, c * TRIT_CHANNELS // group_size, step, middle, (), ()
-            )
-            for c in range(layout.chunks)
-        )
-        return Program(fmt.params, tuple(layout), (), tuple(map(tuple, pieces)), **common)
-    tiles: list[Tile] = []
-    value_pieces: list[Piece] = []
-    offset = first = 0
-    for channels, n in fmt.classes:
-        planes = [p for p in fmt.planes if p.start == first and p.channels == channels] if n else []
-        assert all(p.width != TRIT for p in planes)
-        step, middle = (GAUSSIAN_STEP[n], (n - 1) / 2) if symmetric and n else (1.0, 0.0)
-        halves = any(p.width == 1 for p in planes)
-        parts: dict[tuple[int, int, int], dict[bool, list]] = {}
-        for run in _runs(channels, group_size, halves):
-            parts[run] = {False: [], True: []}
-        for plane in planes:
-            row = 2 * channels // (2 if plane.width == 1 else 1)
-
-            def where(start: int, plane=plane, row=row, offset=offset, channels=channels) -> tuple[int, ...]:
-                half = int(plane.width == 1 and start >= channels // 2)
-                column = start - half * channels // 2
-                return plane.width, half, offset + 2 * column, row, rows * row
-
-            for start, size, valid in _runs(channels, group_size, plane.width == 1):
-                low = middle if plane.shift == 0 else 0.0
-                unit = step * 2**plane.shift
-                group = (first + start) // group_size
-                tiles.append(Tile(*where(start), first + start, size, valid, group, unit, low))  # type: ignore[call-arg]
-            for run, found in parts.items():
-                high = plane.shift >= 4
-                found[high].append((*where(run[0]), plane.shift - 4 * high))
-            offset += plane.nbytes(page_tokens)
-        for (start, size, valid), planes_of in parts.items():
-            group = (first + start) // group_size
-            value_pieces.append(
-                Piece(first + start, size, valid, group, step, middle, tuple(planes_of[False]), tuple(planes_of[True]))
-            )
-        first += channels
-    return Program(fmt.params, (), tuple(map(tuple, tiles)), tuple(map(tuple, value_pieces)), **common)
+        trits = TritLayout(fmt.head_dim // TRIT_CHANNELS, whole, left, (whole + (left > 2)) // 2, rows)
+        key_runs = value_runs = _ternary_runs(fmt, group_size)
+    else:
+        key_runs, value_runs = _binary_runs(fmt, planes, rows, group_size)
+    return HeadLayout(
+        kind="raw" if levels == {RAW} else fmt.params,
+        trits=trits,
+        planes=planes,
+        key_runs=key_runs,
+        value_runs=value_runs,
+        groups=groups,
+        group_size=group_size,
+        params=params,
+        param_nbytes=fmt.param_nbytes,
+        rows=rows,
+        nbytes=fmt.nbytes(page_tokens),
+        head_dim=fmt.head_dim,
+        coded=sum(channels for channels, n in fmt.classes if n),
+        p_factor=_p_factor(fmt),
+        unit=1 / 256 if trits else 1.0,  # a digit stands at 4^4
+        field_units=(1.0,) * FIELDS if trits else tuple(0.25 ** (f % 4) for f in range(FIELDS)),
+    )

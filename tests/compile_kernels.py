@@ -19,7 +19,7 @@ from kvfold.kernels.gpu import merge
 from kvfold.kernels.gpu import prompt as triton_prompt
 from kvfold.kernels.gpu.tables import warps_for
 from kvfold.kernels.key_mean import padded_fast
-from kvfold.kernels.layout import program
+from kvfold.kernels.layout import head_layout
 
 POINTERS = {
     "q_ptr": "*fp16", "q_scale_ptr": "*fp32", "anchor": "*u8", "table": "*i64", "state": "*i32", "raw_k": "*fp16",
@@ -46,7 +46,7 @@ def compile_pair(
     return compile_kernel(
         kernels._attention_kernel,
         {
-            "K": tuple(program(key_format, 32)), "V": tuple(program(value_format, 32)), "R": program(raw16(dim), 32).pieces,
+            "K": head_layout(key_format, 32), "V": head_layout(value_format, 32), "R": head_layout(raw16(dim), 32),
             "N": max(8, columns), "COLUMNS": columns, "GROUP": 4, "PROMPT": prompt, "MASKED": prompt, "CAP": cap,
             "SHIFT": cap > 0, "MEAN": mean, "STAGES": 4, "PREFETCH": False, "BLOCK": kernels.RAW_BLOCK, "INTERPRET": False,
         },

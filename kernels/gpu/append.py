@@ -16,12 +16,12 @@ from kvfold.kernels.compile.launch import launch
 from kvfold.kernels.formats import Format
 from kvfold.kernels.gpu.clips import clips_of
 from kvfold.kernels.gpu.device.bits import pow2
-from kvfold.kernels.gpu.device.codec import NBYTES, to_fp16
+from kvfold.kernels.gpu.device.codec import RawRows, to_fp16
 from kvfold.kernels.gpu.device.mean import key_mean, write_bias, write_coefficients
 from kvfold.kernels.gpu.device.pages import write_block
 from kvfold.kernels.gpu.mean import STEPS_BLOCK
 from kvfold.kernels.gpu.queries import QUERY_TOP, Queries, logit_factor
-from kvfold.kernels.gpu.tables import format_tables, table_length, warps_for
+from kvfold.kernels.gpu.tables import NBYTES, format_tables, table_length, warps_for
 from kvfold.kernels.packing import FIELDS
 from kvfold.kernels.pages import anchor
 
@@ -208,7 +208,7 @@ def _append_kernel(
                 clip_step = v_clip_g
             block += head * tl.load(own + NBYTES)
             start = sinks + (pages * (8 * ROWS)) % ring
-            rows = (src, raw_stride_t, start, sinks + ring, ring)
+            rows = RawRows(src, raw_stride_t, start, sinks + ring, ring)
             write_block(block, own, clip, clip_step, clipped, rows, ROWS, False, UNROLL)
 
 

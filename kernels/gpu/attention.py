@@ -22,7 +22,7 @@ from kvfold.kernels.gpu.device.raw import raw_blocks, raw_part, store_part
 from kvfold.kernels.gpu.merge import MOST_SLOTS, merge_parts
 from kvfold.kernels.gpu.prompt import PageRun, read_together
 from kvfold.kernels.gpu.queries import Queries
-from kvfold.kernels.layout import program
+from kvfold.kernels.layout import head_layout
 from kvfold.kernels.pages import anchor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -84,12 +84,8 @@ def _attention_kernel(
     b = tl.program_id(2) // query_blocks
     block = tl.program_id(2) % query_blocks
     heads = tl.num_programs(1)
-    rows: tl.constexpr = pick(K, 7)
-    k_nbytes: tl.constexpr = pick(K, 8)
-    dim: tl.constexpr = pick(K, 9)
-    v_pieces: tl.constexpr = pick(V, 3)
-    page_tokens: tl.constexpr = 8 * rows
-    pages_each: tl.constexpr = 16 // rows
+    page_tokens: tl.constexpr = K.page_tokens
+    pages_each: tl.constexpr = 16 // K.rows
     last_rung = rung == rungs - 1
     n = tl.arange(0, N)
     total = tl.load(state + 2 * b) + new
@@ -129,7 +125,7 @@ def _attention_kernel(
     raw_count = tl.where(last_rung, raw_count, 0)
     units = tiles + raw_count
     place = (b * heads + head) * query_blocks + block
-    o = o_ptr + (place.to(tl.int64) * slots + slot) * (N * dim)
+    o = o_ptr + (place.to(tl.int64) * slots + slot) * (N * K.head_dim)
     ml = ml_ptr + (place * slots + slot) * (2 * N)
     if split * each >= units:
         left_over = columns & last_rung & (slot < parts)
@@ -138,27 +134,27 @@ def _attention_kernel(
         return
     begin = tl.minimum(split * each, tiles)
     end = tl.minimum(split * each + each, tiles)
-    q = q_ptr + place.to(tl.int64) * (N * dim)
+    q = q_ptr + place.to(tl.int64) * (N * K.head_dim)
     q_scale = tl.load(q_scale_ptr + b * heads + head)
     shift = tl.load(q_shift_ptr + place * N + n) if SHIFT else tl.zeros((N,), tl.float32)
     coefficients = mean_ptr + place.to(tl.int64) * (2 * MEAN * N)
     bias = bias_ptr + (place.to(tl.int64) * bias_steps - first_step) * N
-    acc, top, weight = packed_part(
+    acc, m_i, l_i = packed_part(
         q, q_scale, shift, anchor, table + b.to(tl.int64) * table_width, tile_page, from_page, to_page, begin, end, head,
-        sinks, limit, lowest, heads * k_nbytes, coefficients, bias, spans, within,
+        sinks, limit, lowest, heads * K.nbytes, coefficients, bias, spans, within,
         K, V, N, MASKED, CAP, SHIFT, MEAN, STAGES, PREFETCH, INTERPRET,
     )  # fmt: skip
     at = (b.to(tl.int64) * raw_step_b + head * raw_step_h) * ROW_UNIT
-    acc, top, weight = raw_part(
-        q, q_scale, shift, raw_k + at, raw_v + at, raw_step_t * ROW_UNIT, acc, top, weight,
+    acc, m_i, l_i = raw_part(
+        q, q_scale, shift, raw_k + at, raw_v + at, raw_step_t * ROW_UNIT, acc, m_i, l_i,
         tl.maximum(split * each - tiles, 0), tl.minimum(split * each + each - tiles, raw_count), raw_first,
         total, raw_from, sinks, ring, limit, lowest, last, coefficients, bias, spans, within,
-        R, v_pieces, dim, N, BLOCK, MASKED, CAP, SHIFT, 0 if PROMPT else MEAN,
+        R, V, N, BLOCK, MASKED, CAP, SHIFT, 0 if PROMPT else MEAN,
     )  # fmt: skip
-    for t in tl.static_range(count(v_pieces)):
-        store_part(o + n[None, :] * dim, columns, acc[t], pick(v_pieces, t))
-    tl.store(ml + n, top, mask=columns)
-    tl.store(ml + N + n, weight, mask=columns)
+    for t in tl.static_range(count(V.value_runs)):
+        store_part(o + n[None, :] * K.head_dim, columns, acc[t], pick(V.value_runs, t))
+    tl.store(ml + n, m_i, mask=columns)
+    tl.store(ml + N + n, l_i, mask=columns)
 
 
 def attention(
@@ -216,7 +212,7 @@ def attention(
         batch_invariant: divide the pages by the sequence's own length alone, so that what a decoding step gives a sequence
             has the same bits in any batch. Prompts are divided by what their call holds; give them one sequence at a time.
         together: of a prompt of one sequence, without sliding window and soft-cap: the runs of its first pages, all of which every
-            query reads; a library's attention takes them (triton_prompt.py).
+            query reads; a library's attention takes them (prompt.py).
         together_mean: what the keys of these pages were stored without, if anything; see `read_together`.
     Raises:
         KvfoldError: `formats` and `segments` don't fit each other, or are more than MOST_RUNGS.
@@ -261,7 +257,7 @@ def attention(
     bend = float(softcap or 0.0)
     shift = queries.shift
     shifts = queries.scale if shift is None else shift
-    raw_pieces = program(raw16(dim), page_tokens).pieces
+    raw_layout = head_layout(raw16(dim), page_tokens)
     if any(step % ROW_UNIT.value for step in raw_keys.stride()[:3]):
         raw_keys, raw_values = raw_keys.contiguous(), raw_values.contiguous()
     raw_steps = [step // ROW_UNIT.value for step in raw_keys.stride()[:3]]
@@ -270,9 +266,9 @@ def attention(
         read_together(queries.data, queries.scale, together, table[0], page_tokens, *whole, together_mean)
     beside = Branches(device, len(rungs))
     for rung, pair in enumerate(rungs):
-        k_program, v_program = (program(x, page_tokens) for x in pair)
+        k_layout, v_layout = (head_layout(x, page_tokens) for x in pair)
         # ternary codes take more instructions than their bytes hide: addresses are loaded one tile ahead (LOG.md)
-        ternary = bool(k_program.trits or v_program.trits)
+        ternary = k_layout.ternary or v_layout.ternary
         stages = TERNARY_STAGES if ternary else STAGES
         four_bit = not prompt and all(levels == 16 for fmt in pair for _, levels in fmt.classes)
         with beside.branch(rung):
@@ -282,7 +278,7 @@ def attention(
                 raw_keys, raw_values, partial, ml, first_query if prompt else none, packed_before if prompt else none,
                 new, table.shape[1], sinks, window, ring, sliding, blocks, splits, slots,
                 FIXED_TILES if fixed else 1, together[-1].end if together else 0, rung, len(rungs), *raw_steps, *term,
-                K=tuple(k_program), V=tuple(v_program), R=raw_pieces, N=padded, COLUMNS=queries.columns, GROUP=queries.group,
+                K=k_layout, V=v_layout, R=raw_layout, N=padded, COLUMNS=queries.columns, GROUP=queries.group,
                 PROMPT=prompt, MASKED=prompt or sliding > 0, CAP=bend, SHIFT=shift is not None and bend > 0,
                 MEAN=0 if mean is None else mean.tables.within.shape[1],
                 STAGES=stages, PREFETCH=ternary, BLOCK=RAW_BLOCK, INTERPRET=INTERPRET, num_warps=1, num_stages=stages,

@@ -13,9 +13,9 @@ from kvfold.errors import KvfoldError
 from kvfold.kernels.compile.launch import launch
 from kvfold.kernels.formats import Format
 from kvfold.kernels.gpu.clips import clip_strides
-from kvfold.kernels.gpu.device.codec import NBYTES, read_header
+from kvfold.kernels.gpu.device.codec import PackedBlock, RawRows, read_header
 from kvfold.kernels.gpu.device.pages import write_block
-from kvfold.kernels.gpu.tables import format_tables, table_length, warps_for
+from kvfold.kernels.gpu.tables import NBYTES, format_tables, table_length, warps_for
 from kvfold.kernels.packing import FIELDS
 from kvfold.kernels.pages import anchor
 
@@ -58,7 +58,7 @@ def _encode_kernel(
         clip_step = v_clip_g
     block += head * tl.load(table + NBYTES)
     src += tl.load(sequences + i).to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
-    write_block(block, table, clip, clip_step, clipped, (src, stride_t, start, end, ring), ROWS, False, UNROLL)
+    write_block(block, table, clip, clip_step, clipped, RawRows(src, stride_t, start, end, ring), ROWS, False, UNROLL)
 
 
 @triton.jit(
@@ -90,7 +90,7 @@ def _lower_kernel(
     old = table + 2 * table_length
     src += head * tl.load(old + NBYTES)
     block += head * tl.load(table + NBYTES)
-    write_block(block, table, clip, clip_step, clipped, (src, old, read_header(old)), ROWS, True, 1)
+    write_block(block, table, clip, clip_step, clipped, PackedBlock(src, old, read_header(old)), ROWS, True, 1)
 
 
 def encode_pages(

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from kvfold.kernels.compile.launch import launch
 from kvfold.kernels.formats import Format
-from kvfold.kernels.gpu.device.codec import NBYTES, decode_elements, read_header, to_fp16
+from kvfold.kernels.gpu.device.codec import read_header, to_fp16
 from kvfold.kernels.gpu.device.constants import LOG2_E
-from kvfold.kernels.gpu.device.pages import TOKEN_TILE, tile_width
-from kvfold.kernels.gpu.tables import format_tables, table_length, warps_for
+from kvfold.kernels.gpu.device.kinds import decode_elements
+from kvfold.kernels.gpu.device.tiles import TOKEN_TILE, tile_width
+from kvfold.kernels.gpu.tables import NBYTES, format_tables, table_length, warps_for
 from kvfold.kernels.packing import FIELDS
 from kvfold.kernels.pages import anchor
 
@@ -56,7 +57,7 @@ def _decode_kernel(anchor_ptr, pages, factors, keys, values, tables, table_lengt
         factor = 1.0
     block += head * tl.load(table + NBYTES)
     header = read_header(table)
-    dim = header[0]
+    dim = header.head_dim
     to += (head.to(tl.int64) * tl.num_programs(0) + i) * (tokens * dim)
     t = tl.arange(0, tokens)[:, None]
     for first in range(0, dim, width):

@@ -1,7 +1,7 @@
-"""Formats as data: what the Triton kernels that write and decode pages read at run time, so that one kernel serves all formats.
+"""Layouts as data: what the kernels that write and decode pages read at run time, so that one kernel serves all formats.
 
 A table is int32: a header, then rows of head_dim numbers, one a channel. Channels are stored in at most two planes (formats.py);
-a plane of one bit joins two channels in a word, written by the first of them, whose `PARTNER` is the other. Ternary codes share
+a plane of one bit joins two channels in a word, written by the first of them, whose `partner` is the other. Ternary codes share
 words across channels by a rule of their own (packing.py) that needs only the header.
 """
 
@@ -10,77 +10,83 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from kvfold.errors import KvfoldError
-from kvfold.kernels.formats import GAUSSIAN_STEP, TRIT, Format
-from kvfold.kernels.packing import trit_parts
+from kvfold.kernels.formats import GAUSSIAN_STEP, Format
+from kvfold.kernels.layout import HeadLayout, head_layout
 
-HEADER = 16  # numbers before the rows
+HEADER: tl.constexpr = tl.constexpr(16)  # numbers before the rows
 # places in the header
-NBYTES = 0  # of one head's block
-DIM = 1  # channels
-KIND = 2  # of codes, one of:
-KIND_SCALE, KIND_SCALE_MIN, KIND_RAW = 0, 1, 2
-PARAMS = 3  # bytes from the block to the first parameter
-PARAM_NBYTES = 4  # of one parameter: 1 is e4m3, 2 float16
-GROUP_SIZE = 5  # channels of a parameter group
-CODED = 6  # channels of more than 0 levels
-WHOLE = 7  # ternary: bytes of five codes; 0 if the codes are binary
-LEFT = 8  # ternary: codes left over
-WORDS = 9  # ternary: word tiles of R rows
+NBYTES: tl.constexpr = tl.constexpr(0)  # of one head's block
+HEAD_DIM: tl.constexpr = tl.constexpr(1)  # channels
+KIND: tl.constexpr = tl.constexpr(2)  # of codes, one of:
+SCALE, SCALE_MIN, RAW = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+PARAMS: tl.constexpr = tl.constexpr(3)  # bytes from the block to the first parameter
+PARAM_NBYTES: tl.constexpr = tl.constexpr(4)  # of one parameter: 1 is e4m3, 2 float16
+GROUP_SIZE: tl.constexpr = tl.constexpr(5)  # channels of a parameter group
+CODED: tl.constexpr = tl.constexpr(6)  # channels of more than 0 levels
+WHOLE: tl.constexpr = tl.constexpr(7)  # ternary: bytes of five codes; 0 if the codes are binary
+LEFT: tl.constexpr = tl.constexpr(8)  # ternary: codes left over
+WORDS: tl.constexpr = tl.constexpr(9)  # ternary: word tiles of R rows
 
 # rows
-LEVELS = 0  # 0: not stored
-STEP = 1  # bits of a float32: of symmetric codes, in units of the token's scale; else 1
-PARTNER = 2  # channel that this one's words of one bit take in, or −1
-WIDTHS = (
-    3  # bits of a code in the first plane, 2^8 · those in the second, 2^16 · which of two channels of a word of one bit
-)
-PLANE_0 = 4  # words from the block to the first plane's word in row 0, and 2^16 · words from a row to the next
-PLANE_1 = 5  # the same of the second plane
+LEVELS: tl.constexpr = tl.constexpr(0)  # 0: not stored
+STEP: tl.constexpr = tl.constexpr(1)  # bits of a float32: of symmetric codes, in units of the token's scale; else 1
+PARTNER: tl.constexpr = tl.constexpr(2)  # channel that this one's words of one bit take in, or −1
+# bits of a code in the first plane, 2^8 · those in the second, 2^16 · which of two channels of a word of one bit
+WIDTHS: tl.constexpr = tl.constexpr(3)
+# words from the block to the first plane's word in row 0, and 2^16 · words from a row to the next; the same of the second plane
+PLANE_0, PLANE_1 = tl.constexpr(4), tl.constexpr(5)
 ROWS = 6
+
+KINDS = {"scale": SCALE, "scale_min": SCALE_MIN, "raw": RAW}
 
 
 def table_length(head_dim: int) -> int:
     """Numbers of one format's table."""
-    return HEADER + ROWS * head_dim
+    return HEADER.value + ROWS * head_dim
+
+
+def _header(layout: HeadLayout) -> list[int]:
+    header, trits = [0] * HEADER.value, layout.trits
+    header[NBYTES.value] = layout.nbytes
+    header[HEAD_DIM.value] = layout.head_dim
+    header[KIND.value] = KINDS[layout.kind].value
+    header[PARAMS.value] = layout.params
+    header[PARAM_NBYTES.value] = layout.param_nbytes
+    header[GROUP_SIZE.value] = layout.group_size
+    header[CODED.value] = layout.coded
+    if trits is not None:
+        header[WHOLE.value], header[LEFT.value], header[WORDS.value] = trits.whole, trits.left, trits.words
+    return header
 
 
 @cache
 def _numbers(fmt: Format, page_tokens: int) -> tuple[int, ...]:
     if page_tokens not in (8, 16, 32, 64, 128):
         raise KvfoldError(f"page_tokens={page_tokens} is not a power of two from 8 to 128; choose one that is.")
-    dim = fmt.head_dim
-    kind = {"scale": KIND_SCALE, "scale_min": KIND_SCALE_MIN, "none": KIND_RAW}[fmt.params]
-    header, rows = [0] * HEADER, [[0] * dim for _ in range(ROWS)]
-    rows[PARTNER] = [-1] * dim
+    layout = head_layout(fmt, page_tokens)
+    dim = layout.head_dim
+    rows = [[0] * dim for _ in range(ROWS)]
+    rows[PARTNER.value] = [-1] * dim
     start = 0
     for channels, levels in fmt.classes:
-        step = GAUSSIAN_STEP.get(levels, 1.0) if kind == KIND_SCALE else 1.0
+        step = GAUSSIAN_STEP.get(levels, 1.0) if fmt.params == "scale" else 1.0
         own = slice(start, start + channels)
-        rows[LEVELS][own] = [levels] * channels
-        rows[STEP][own] = [struct.unpack("<i", struct.pack("<f", step))[0]] * channels
+        rows[LEVELS.value][own] = [levels] * channels
+        rows[STEP.value][own] = [struct.unpack("<i", struct.pack("<f", step))[0]] * channels
         start += channels
-    offset = 0
-    for plane in fmt.planes:
-        n, second = plane.channels, plane.shift > 0
-        words = n // 2 if plane.width == 1 else n  # of a row
-        if plane.width == TRIT:
-            whole, left = trit_parts(n)
-            header[WHOLE], header[LEFT], header[WORDS] = whole, left, (whole + (left > 2)) // 2
-        else:
-            for j in range(n):
-                c, half = plane.start + j, j // words
-                rows[PLANE_1 if second else PLANE_0][c] = offset // 2 + j % words | words << 16
-                rows[WIDTHS][c] |= plane.width << 8 * second | half << 16
-                if plane.width == 1 and not half:
-                    rows[PARTNER][c] = c + words
-        offset += plane.nbytes(page_tokens)
-    header[NBYTES], header[DIM], header[KIND], header[PARAMS] = fmt.nbytes(page_tokens), dim, kind, offset
-    header[PARAM_NBYTES], header[GROUP_SIZE] = fmt.param_nbytes, dim // fmt.num_groups
-    header[CODED] = sum(channels for channels, levels in fmt.classes if levels)
-    return tuple(header + [number for row in rows for number in row])
+    for plane in layout.planes:
+        place = PLANE_1.value if plane.second else PLANE_0.value
+        for j in range(plane.channels):
+            c, half = plane.start + j, j // plane.words
+            rows[place][c] = plane.offset // 2 + j % plane.words | plane.words << 16
+            rows[WIDTHS.value][c] |= plane.width << 8 * plane.second | half << 16
+            if plane.width == 1 and not half:
+                rows[PARTNER.value][c] = c + plane.words
+    return tuple(_header(layout) + [number for row in rows for number in row])
 
 
 @cache
