@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvfold.kernels.formats import GAUSSIAN_STEP, TRIT, Format, Plane
-from kvfold.kernels.packing import FIELDS, unpack_trits
+from kvfold.kernels.formats import GAUSSIAN_STEP, Format, Plane
+from kvfold.kernels.packing import FIELDS, STORAGES
 from kvfold.kernels.quantizer import load_param
 
 BLOCK_ELEMENTS = 2**17  # unpacked at a time on a CPU, so that they stay in a core's cache
@@ -160,7 +160,7 @@ class Codes:
         for plane in self.fmt.planes:
             end = offset + plane.nbytes(self.page_tokens)
             step = max(1, elements // (self.num_kv_heads * self.page_tokens * plane.channels))
-            unpack = self._tokenwise if plane.width in (TRIT, 16) else self._masked
+            unpack = self._masked if STORAGES[plane.width].binary else self._tokenwise
             yield from unpack(self.packed[..., offset:end], plane, step)
             offset = end
 
@@ -168,10 +168,7 @@ class Codes:
         """Ternary codes, and 16-bit values, which stand token by token. data: uint8 [pages, Hkv, bytes of a head's plane]."""
         for first in range(0, self.num_pages, step):
             part = data[first : first + step]
-            if plane.width == TRIT:
-                found = unpack_trits(part, self.page_tokens, plane.channels)
-            else:
-                found = part.view(torch.float16).unflatten(-1, (self.page_tokens, -1))
+            found = STORAGES[plane.width].unpack(part, self.page_tokens, plane.channels)
             fields = found.unflatten(2, (FIELDS, -1)).permute(1, 2, 0, 3, 4)  # [Hkv, 8, pages, R, channels]
             codes = scratch(self.buffers, fields.shape, torch.float32, data.device).copy_(fields)
             yield Piece(first, plane.start, codes.flatten(1, 3), None)

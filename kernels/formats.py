@@ -18,9 +18,8 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from kvfold.errors import KvfoldError
-from kvfold.kernels.packing import TRIT_CHANNELS, plane_nbytes, trit_nbytes
+from kvfold.kernels.packing import STORAGES, TRIT, TRIT_CHANNELS
 
-TRIT = 0  # the "width" of a trit plane
 RAW = 65536  # levels of a 16-bit class
 
 # levels → widths in bits of the planes, low bits first
@@ -55,9 +54,7 @@ class Plane(NamedTuple):
 
     def nbytes(self, tokens: int) -> int:
         """Bytes in a page of `tokens` tokens."""
-        if self.width == TRIT:
-            return trit_nbytes(tokens, self.channels)
-        return plane_nbytes(tokens, self.channels, self.width)
+        return STORAGES[self.width].nbytes(tokens, self.channels)
 
 
 @dataclass(frozen=True)

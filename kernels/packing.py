@@ -24,10 +24,14 @@ in four bits for L ≤ 2, in one more byte for L > 2. The bytes are numbered; of
 Rows past the last are zero.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 FIELDS = 8  # tokens that share a word
+TRIT = 0  # the "width" of a ternary plane
 TRITS_PER_BYTE = 5
 TRIT_CHANNELS = 16  # channels of one ternary tile
 
@@ -143,3 +147,42 @@ def unpack_trits(packed: Tensor, tokens: int, channels: int) -> Tensor:
         numbered = torch.cat((numbered, torch.stack([(nibble >> 2 * j) & 3 for j in range(left)], -3)), -3)
     fields = numbered.unflatten(-3, (-1, FIELDS)).movedim(-4, -2)  # [..., 8, R, C, 16]
     return fields.flatten(-2).flatten(-3, -2)
+
+
+class Storage(NamedTuple):
+    """How the codes of one plane are stored in a page.
+
+    Attributes:
+        nbytes: (tokens, channels) → bytes.
+        pack: codes [..., P, n] → uint8 [..., nbytes].
+        unpack: (packed, tokens, channels) → codes [..., P, n].
+        binary: codes are bit fields, so that a plane may hold some bits of a code; else it holds all of it.
+    """
+
+    nbytes: Callable[[int, int], int]
+    pack: Callable[[Tensor], Tensor]
+    unpack: Callable[[Tensor, int, int], Tensor]
+    binary: bool = False
+
+
+def _binary(width: int) -> Storage:
+    return Storage(
+        lambda tokens, channels: plane_nbytes(tokens, channels, width),
+        lambda codes: pack_plane(codes, width),
+        lambda packed, tokens, channels: unpack_plane(packed, width, tokens, channels),
+        binary=True,
+    )
+
+
+# of each width of a plane; the codes of 16 bits are float16 numbers
+STORAGES = {
+    1: _binary(1),
+    2: _binary(2),
+    4: _binary(4),
+    TRIT: Storage(trit_nbytes, pack_trits, unpack_trits),
+    16: Storage(
+        lambda tokens, channels: 2 * tokens * channels,
+        lambda rows: rows.contiguous().view(torch.uint8).flatten(-2),
+        lambda packed, tokens, channels: packed.view(torch.float16).unflatten(-1, (tokens, channels)),
+    ),
+}
