@@ -13,7 +13,6 @@ from torch import Tensor
 
 from kvfold.errors import KvfoldError
 from kvfold.kernels.compile.launch import launch
-from kvfold.kernels.formats import Format
 from kvfold.kernels.gpu.clips import clips_of
 from kvfold.kernels.gpu.device.bits import pow2
 from kvfold.kernels.gpu.device.codec import RawRows, to_fp16
@@ -21,6 +20,7 @@ from kvfold.kernels.gpu.device.mean import key_mean, write_bias, write_coefficie
 from kvfold.kernels.gpu.device.pages import write_block
 from kvfold.kernels.gpu.mean import STEPS_BLOCK
 from kvfold.kernels.gpu.queries import QUERY_TOP, Queries, logit_factor
+from kvfold.kernels.gpu.records import KeyTransform, PagedCache, PageFormat, Regions
 from kvfold.kernels.gpu.tables import NBYTES, format_tables, table_length, warps_for
 from kvfold.kernels.packing import FIELDS
 from kvfold.kernels.pages import anchor
@@ -29,6 +29,7 @@ BLOCK: tl.constexpr = tl.constexpr(32)  # rows of a matrix at a time
 UNROLL: tl.constexpr = tl.constexpr(2)  # fields of a page at a time
 # of a thread: steps that write no page, nearly all, want many programs at once and not what a page takes
 REGISTERS = 96
+NO_TRANSFORM = KeyTransform()
 UNMARKED = 2**63 - 1  # of a sequence whose keys and values were all finite
 LABELS: tl.constexpr = tl.constexpr(65536)  # marks of one token; twice as many as there may be layers
 
@@ -216,48 +217,36 @@ def append_step(
     keys: Tensor,
     values: Tensor,
     query: Tensor,
-    raw_keys: Tensor,
-    raw_values: Tensor,
-    table: Tensor,
-    state: Tensor,
+    cache: PagedCache,
     queries: Queries,
-    key_formats: Sequence[Format],
-    value_formats: Sequence[Format],
+    formats: Sequence[PageFormat],
+    regions: Regions,
     *,
-    sinks: int,
-    window: int,
-    page_tokens: int,
     scaling: float,
     softcap: float | None = None,
-    matrix: Tensor | None = None,
-    offset: Tensor | None = None,
-    query_matrix: Tensor | None = None,
-    key_clips: Sequence[Tensor | None] | None = None,
-    value_clips: Sequence[Tensor | None] | None = None,
+    transform: KeyTransform = NO_TRANSFORM,
     rungs: Tensor | None = None,
     marks: Tensor | None = None,
     layer: int = 0,
 ) -> None:
-    """Appends one token to every sequence and prepares its queries; `state` is not moved on.
+    """Appends one token to every sequence and prepares its queries; the cache's state is not moved on.
 
     z = M(k − m_t) in float32, saturated to float16, and v go to row sinks + (t − sinks) mod ring of the 16-bit rows (row t for
     t < sinks), t being the sequence's length. If the window and the sinks leave a page's worth of tokens unpacked, page number
-    `pages` of the sequence is written to its address in `table`; no step brings more than one. Nothing is read by the host.
+    `pages` of the sequence is written to its address in the table; no step brings more than one. Nothing is read by the host.
 
     Args:
         keys, values: new ones after RoPE, [B, Hkv, 1, head_dim], float16, bfloat16 or float32.
         query: [B, num_heads, 1, head_dim].
-        raw_keys, raw_values: float16 [B, Hkv, sinks + ring, head_dim], same strides, ring ≥ window + page_tokens.
-        table: int64 [B, entries], addresses of pages (`page_address`), with that of the page that may come due.
-        state: int32 [B, 2], tokens and pages of each sequence before this token.
+        cache: before this token, its table with the address of the page that may come due; its 16-bit rows are sinks and a ring of
+            at least window + page_tokens.
         queries: written; from `empty_queries`, and to be given to `attention`. With a shift or a mean there must be an offset; with a
             mean that is the mean of keys before RoPE, and the token's rotating mean is taken off its key (key_mean.py).
-        key_formats, value_formats: of the page that may come due, one each, or of the rungs where pages differ.
+        formats: of the page that may come due, one, or one for each rung where pages differ. Clips are contiguous, and not written
+            to afterwards: those of several rungs are copied side by side once.
+        regions: of the cache; the ring is what the rows have room for.
         scaling, softcap: of the model's attention.
-        matrix, offset, query_matrix: float32 [Hkv, head_dim, head_dim], [Hkv, head_dim] and [Hkv, head_dim, head_dim]: M, μ
-            and M⁻¹; None for the identity and zero. Contiguous.
-        key_clips, value_clips: float32 [Hkv] or [Hkv, groups] for each of the formats, factors on (minimum, maximum); None for 1.
-            Contiguous, and not written to afterwards: those of several rungs are copied side by side once.
+        transform: of keys and queries.
         rungs: int32 [B], contiguous: which of the formats the page has that comes due; None for the last. Read on the device, so
             it may change between replays of a CUDA graph.
         marks: int64 [B] from `empty_marks`, for all layers of a cache, contiguous. A sequence's becomes that of its earliest key
@@ -265,55 +254,66 @@ def append_step(
         layer: number of the layer, for marks.
     Raises:
         KvfoldError: the rows have no room for a page beside the window, a matrix comes without its inverse, a shift without an
-            offset, formats, clips and rungs don't fit each other, or a tensor lies otherwise in memory.
+            offset, rungs are no int32 [B], or a tensor lies otherwise in memory.
     """
     batch, kv_heads, _, dim = keys.shape
-    ring = raw_keys.shape[2] - sinks
+    sinks, window, page_tokens = regions.sinks, regions.window, regions.page_tokens
+    ring = cache.raw_keys.shape[2] - sinks
     if ring < window + page_tokens:
         raise KvfoldError(f"The ring has {ring} rows, but a window of {window} and a page of {page_tokens} must fit.")
-    if (matrix is None) != (query_matrix is None):
+    _check(keys, values, query, cache, transform, rungs)
+    shift, mean = queries.shift, queries.mean
+    if shift is not None and transform.offset is None:
+        raise KvfoldError("The queries have a shift, but the keys no offset; make them without, or give the offset.")
+    if mean is not None and (transform.offset is None or shift is not None):
+        raise KvfoldError(
+            "A rotating mean of keys is made from their offset, and leaves no shift; give the first alone."
+        )
+    none = queries.scale  # in place of what is not there, of the same type: nothing reads it
+    matrix, offset, query_matrix = (none if x is None else x for x in transform)
+    term, chunks, bias_steps = [none] * 7, 0, 0
+    if mean is not None:
+        turns = mean.tables
+        term = [mean.coefficients, mean.bias, turns.spans, turns.within, turns.steps, turns.pairs, turns.channels]
+        bias_steps = mean.bias.shape[3]
+        chunks = bias_steps // STEPS_BLOCK
+    k_clip, *k_strides = clips_of([x.key_clip for x in formats], [x.key for x in formats], kv_heads)
+    v_clip, *v_strides = clips_of([x.value_clip for x in formats], [x.value for x in formats], kv_heads)
+    tables = format_tables([[x.key for x in formats], [x.value for x in formats]], page_tokens, keys.device)
+    launch(
+        _append_kernel, (batch, kv_heads, 3 + chunks),
+        # cache and new tokens
+        anchor(keys.device), cache.table, cache.state, cache.table if marks is None else marks,
+        keys, values, query, cache.raw_keys, cache.raw_values,
+        # queries
+        queries.data, queries.scale, none if shift is None else shift, matrix, offset, query_matrix,
+        # formats
+        tables, cache.state if rungs is None else rungs, none if k_clip is None else k_clip,
+        none if v_clip is None else v_clip, *k_strides, *v_strides, len(formats), int(rungs is not None),
+        # numbers
+        2 * layer, logit_factor(scaling, softcap), scaling, cache.table.stride(0), sinks, window, ring,
+        *keys.stride()[:2], *values.stride()[:2], *query.stride()[:2], *cache.raw_keys.stride()[:3], *term, bias_steps,
+        DIM=dim, ROWS=page_tokens // FIELDS, TABLE=table_length(dim), MATRIX=transform.matrix is not None,
+        OFFSET=transform.offset is not None, SHIFT=shift is not None, MARKS=marks is not None, GROUP=queries.group,
+        N=queries.data.shape[3], TOP=QUERY_TOP, MEAN=0 if mean is None else mean.tables.within.shape[1], BIAS=STEPS_BLOCK,
+        num_warps=warps_for(page_tokens), maxnreg=REGISTERS, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _check(
+    keys: Tensor, values: Tensor, query: Tensor, cache: PagedCache, transform: KeyTransform, rungs: Tensor | None
+) -> None:
+    """Raises KvfoldError where tensors of a step lie otherwise in memory than its kernel reads them."""
+    if (transform.matrix is None) != (transform.query_matrix is None):
         raise KvfoldError("matrix and query_matrix belong together; give both or neither.")
-    if raw_keys.stride() != raw_values.stride() or any(x.stride(-1) != 1 for x in (keys, values, query, raw_keys)):
+    rows = cache.raw_keys
+    if rows.stride() != cache.raw_values.stride() or any(x.stride(-1) != 1 for x in (keys, values, query, rows)):
         raise KvfoldError("16-bit keys and values need the same strides, and every tensor its channels side by side.")
-    for x in (matrix, offset, query_matrix):
+    for x in transform:
         if x is not None and not (x.is_contiguous() and x.dtype == torch.float32):
             raise KvfoldError(
                 "A key transform is not contiguous float32 (an inverse comes transposed); copy it once before."
             )
-    key_clips, value_clips = (clips or [None] * len(key_formats) for clips in (key_clips, value_clips))
-    if not len(key_formats) == len(value_formats) == len(key_clips) == len(value_clips):
-        counts = [len(x) for x in (key_formats, value_formats, key_clips, value_clips)]
-        raise KvfoldError(f"Key formats, value formats and their clips are {counts}; give as many of each.")
+    batch = len(keys)
     if rungs is not None and (rungs.shape != (batch,) or rungs.dtype != torch.int32 or not rungs.is_contiguous()):
         raise KvfoldError(f"rungs are {rungs.dtype} {tuple(rungs.shape)}; give contiguous int32 ({batch},).")
-    none = queries.scale
-    shift = queries.shift
-    if shift is not None and offset is None:
-        raise KvfoldError("The queries have a shift, but the keys no offset; make them without, or give the offset.")
-    mean = queries.mean
-    if mean is not None and (offset is None or shift is not None):
-        raise KvfoldError(
-            "A rotating mean of keys is made from their offset, and leaves no shift; give the first alone."
-        )
-    term = [none] * 7
-    if mean is not None:
-        turns = mean.tables
-        term = [mean.coefficients, mean.bias, turns.spans, turns.within, turns.steps, turns.pairs, turns.channels]
-    chunks = 0 if mean is None else mean.bias.shape[3] // STEPS_BLOCK
-    k_clip, *k_strides = clips_of(key_clips, key_formats, kv_heads)
-    v_clip, *v_strides = clips_of(value_clips, value_formats, kv_heads)
-    launch(
-        _append_kernel, (batch, kv_heads, 3 + chunks),
-        anchor(keys.device), table, state, marks if marks is not None else table, keys, values, query, raw_keys, raw_values,
-        queries.data, queries.scale, shift if shift is not None else none, matrix if matrix is not None else none,
-        offset if offset is not None else none, query_matrix if query_matrix is not None else none,
-        format_tables([key_formats, value_formats], page_tokens, keys.device), rungs if rungs is not None else state,
-        k_clip if k_clip is not None else none, v_clip if v_clip is not None else none, *k_strides, *v_strides,
-        len(key_formats), int(rungs is not None), 2 * layer, logit_factor(scaling, softcap), scaling,
-        table.stride(0), sinks, window, ring, *keys.stride()[:2], *values.stride()[:2], *query.stride()[:2],
-        *raw_keys.stride()[:3], *term, 0 if mean is None else mean.bias.shape[3],
-        DIM=dim, ROWS=page_tokens // FIELDS, TABLE=table_length(dim), MATRIX=matrix is not None, OFFSET=offset is not None,
-        SHIFT=shift is not None, MARKS=marks is not None, GROUP=queries.group, N=queries.data.shape[3], TOP=QUERY_TOP,
-        MEAN=0 if mean is None else mean.tables.within.shape[1], BIAS=STEPS_BLOCK,
-        num_warps=warps_for(page_tokens), maxnreg=REGISTERS, enable_fp_fusion=False,
-    )  # fmt: skip

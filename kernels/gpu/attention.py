@@ -6,6 +6,7 @@ interpreter on a CPU too (TRITON_INTERPRET=1 before Triton is imported).
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -22,10 +23,12 @@ from kvfold.kernels.gpu.device.raw import raw_blocks, raw_part, store_part
 from kvfold.kernels.gpu.merge import MOST_SLOTS, merge_parts
 from kvfold.kernels.gpu.prompt import PageRun, read_together
 from kvfold.kernels.gpu.queries import Queries
+from kvfold.kernels.gpu.records import LogitOptions, PagedCache, Regions
 from kvfold.kernels.layout import head_layout
 from kvfold.kernels.pages import anchor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+PLAIN_LOGITS = LogitOptions()
 RAW_BLOCK = 32  # 16-bit rows at a time
 MOST_RUNGS: tl.constexpr = tl.constexpr(8)
 TILE_TOKENS = 128  # packed tokens at a time
@@ -157,33 +160,37 @@ def _attention_kernel(
     tl.store(ml + N + n, l_i, mask=columns)
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """What `attention` must know of the queries of a prompt.
+
+    Attributes:
+        first_query: int32 [B], position of the first query.
+        packed_before: int32 [B], tokens in pages that every query reads from pages.
+        together: of one sequence, without sliding window and soft-cap: the runs of its first pages, all of which every query reads; a
+            library's attention takes them (prompt.py).
+        together_mean: what the keys of these pages were stored without, if anything; see `read_together`.
+    """
+
+    first_query: Tensor
+    packed_before: Tensor
+    together: Sequence[PageRun] = ()
+    together_mean: Callable[[int, int], Tensor] | None = None
+
+
 def attention(
     queries: Queries,
-    key_format: Format,
-    value_format: Format,
-    table: Tensor,
-    state: Tensor,
-    raw_keys: Tensor,
-    raw_values: Tensor,
+    cache: PagedCache,
+    formats: Sequence[tuple[Format, Format]],
     out: Tensor,
+    regions: Regions,
+    logits: LogitOptions = PLAIN_LOGITS,
     *,
-    sinks: int,
-    window: int,
-    page_tokens: int,
-    ring: int = 0,
     new: int = 0,
-    first_query: Tensor | None = None,
-    packed_before: Tensor | None = None,
-    sliding: int = 0,
-    softcap: float = 0.0,
-    aux: Tensor | None = None,
     advance: bool = False,
+    prompt: Prompt | None = None,
     splits: int = 0,
-    formats: Sequence[tuple[Format, Format]] | None = None,
-    segments: Tensor | None = None,
     batch_invariant: bool = False,
-    together: Sequence[PageRun] = (),
-    together_mean: Callable[[int, int], Tensor] | None = None,
 ) -> Tensor:
     """Attention of decoding steps or of prompts over packed pages and 16-bit rows.
 
@@ -192,104 +199,106 @@ def attention(
 
     Args:
         queries: see Queries.
-        key_format, value_format: of every page, unless `formats` says otherwise.
-        table: int64 [B, entries], addresses of pages (`page_address`), in rising position.
-        state: int32 [B, 2], tokens and pages of each sequence.
-        raw_keys, raw_values: float16 [B, Hkv, rows, head_dim], same strides: sinks, then a ring of `ring` slots, or, with
-            ring = 0, the tokens behind the pages in order.
+        cache: of one layer.
+        formats: (key format, value format) of every page; or, with `cache.segments`, of each of their R rungs.
         out: [B, T, num_heads, head_dim], any float type; written.
-        new: tokens in the rows that `state` does not count yet; with `advance` it does afterwards.
-        first_query: int32 [B], position of the first query, for prompts; None: one query a sequence, its last token.
-        packed_before: int32 [B], tokens in pages that every query of a prompt reads from pages.
-        sliding: tokens that a query sees at the most, 0 for all.
-        softcap: cap·tanh(logit / cap), 0 for none.
-        aux: [num_heads], logits that join the denominator only (attention sinks of gpt-oss), or None.
+        regions: of the cache.
+        logits: what is done to them.
+        new: tokens in the rows that the cache's state does not count yet; with `advance` it does afterwards.
+        prompt: many queries of each sequence; None: one, its last token.
         splits: programs that share the pages of one head and sequence; 0 chooses.
-        formats: (key format, value format) of each of R rungs, if pages differ. Rung 0 is that of the oldest pages.
-        segments: int32 [B, R + 1], contiguous, with `formats`: pages segments[b, r] … segments[b, r + 1] − 1 of sequence b are of
-            rung r. Column 0 counts as 0 and column R as the number of pages, whatever they hold: a page that comes due joins
-            the last rung without a write, and `append_step` must be given that rung's formats.
         batch_invariant: divide the pages by the sequence's own length alone, so that what a decoding step gives a sequence
             has the same bits in any batch. Prompts are divided by what their call holds; give them one sequence at a time.
-        together: of a prompt of one sequence, without sliding window and soft-cap: the runs of its first pages, all of which every
-            query reads; a library's attention takes them (prompt.py).
-        together_mean: what the keys of these pages were stored without, if anything; see `read_together`.
     Raises:
-        KvfoldError: `formats` and `segments` don't fit each other, or are more than MOST_RUNGS.
+        KvfoldError: formats and segments don't fit each other, or are more than MOST_RUNGS.
     """
     batch, kv_heads, blocks, padded, dim = queries.data.shape
-    prompt = first_query is not None
-    rungs = list(formats) if formats is not None else [(key_format, value_format)]
-    if (formats is None) != (segments is None) or (segments is not None and segments.shape != (batch, len(rungs) + 1)):
-        shape = None if segments is None else tuple(segments.shape)
-        raise KvfoldError(
-            f"segments of shape {shape} don't fit {len(rungs)} formats; give int32 [{batch}, formats + 1] with formats, or neither."
-        )
-    fixed = batch_invariant and not prompt
-    if len(rungs) > MOST_RUNGS.value:
-        raise KvfoldError(
-            f"Pages of {len(rungs)} formats are too many for one call; give {MOST_RUNGS.value} at the most."
-        )
-    most = MOST_SLOTS - 32
-    if fixed:  # enough for the longest sequence that fits the table
-        raw = -(-raw_keys.shape[2] // RAW_BLOCK)
-        units = -(-table.shape[1] * page_tokens // TILE_TOKENS) + raw
-        splits = min(-(-units // (FIXED_TILES * 32)) * 32, most)  # in whole blocks of the merge
-    elif not splits:
-        splits = min(pick_splits(batch * kv_heads * blocks, table.shape[1] * page_tokens, table.device), most)
-    parts = splits + (len(rungs) if len(rungs) > 1 else 0)
+    _check_rungs(cache.segments, len(formats), batch)
+    sinks, window, page_tokens, table = regions.sinks, regions.window, regions.page_tokens, cache.table
+    fixed = batch_invariant and prompt is None
+    places = batch * kv_heads * blocks
+    splits = _splits(splits, cache, page_tokens, places, fixed)
+    parts = splits + (len(formats) if len(formats) > 1 else 0)
+    together = prompt.together if prompt is not None else ()
     slots = parts + bool(together)
     device = out.device
-    partial = torch.empty(batch * kv_heads * blocks, slots, padded, dim, dtype=torch.float32, device=device)
-    ml = torch.empty(batch * kv_heads * blocks, slots, 2, padded, dtype=torch.float32, device=device)
-    none = state
-    mean = queries.mean
+    partial = torch.empty(places, slots, padded, dim, dtype=torch.float32, device=device)
+    ml = torch.empty(places, slots, 2, padded, dtype=torch.float32, device=device)
+    if prompt is not None and together:
+        read_together(
+            queries.data, queries.scale, together, table[0], page_tokens, partial[:, parts], ml[:, parts],
+            prompt.together_mean,
+        )  # fmt: skip
+    none = cache.state  # in place of what is not there, of the same type: nothing reads it
+    mean, shift = queries.mean, queries.shift
     term: tuple = (queries.scale, queries.scale, queries.scale, queries.scale, 0, 0)
     if mean is not None:
-        term = (
-            mean.coefficients,
-            mean.bias,
-            mean.tables.spans,
-            mean.tables.within,
-            mean.bias.shape[3],
-            mean.first_step,
-        )
-    bend = float(softcap or 0.0)
-    shift = queries.shift
-    shifts = queries.scale if shift is None else shift
-    raw_layout = head_layout(raw16(dim), page_tokens)
+        tables = mean.tables
+        term = (mean.coefficients, mean.bias, tables.spans, tables.within, mean.bias.shape[3], mean.first_step)
+    cap = float(logits.softcap or 0.0)
+    raw_keys, raw_values = cache.raw_keys, cache.raw_values
     if any(step % ROW_UNIT.value for step in raw_keys.stride()[:3]):
         raw_keys, raw_values = raw_keys.contiguous(), raw_values.contiguous()
     raw_steps = [step // ROW_UNIT.value for step in raw_keys.stride()[:3]]
-    if together:
-        whole = partial[:, parts], ml[:, parts]
-        read_together(queries.data, queries.scale, together, table[0], page_tokens, *whole, together_mean)
-    beside = Branches(device, len(rungs))
-    for rung, pair in enumerate(rungs):
+    beside = Branches(device, len(formats))
+    for rung, pair in enumerate(formats):
         k_layout, v_layout = (head_layout(x, page_tokens) for x in pair)
         # ternary codes take more instructions than their bytes hide: addresses are loaded one tile ahead (LOG.md)
         ternary = k_layout.ternary or v_layout.ternary
         stages = TERNARY_STAGES if ternary else STAGES
-        four_bit = not prompt and all(levels == 16 for fmt in pair for _, levels in fmt.classes)
+        four_bit = prompt is None and all(levels == 16 for fmt in pair for _, levels in fmt.classes)
         with beside.branch(rung):
             launch(
-                _attention_kernel, (parts if rung == len(rungs) - 1 else splits, kv_heads, batch * blocks),
-                queries.data, queries.scale, shifts, anchor(device), table, state, none if segments is None else segments,
-                raw_keys, raw_values, partial, ml, first_query if prompt else none, packed_before if prompt else none,
-                new, table.shape[1], sinks, window, ring, sliding, blocks, splits, slots,
-                FIXED_TILES if fixed else 1, together[-1].end if together else 0, rung, len(rungs), *raw_steps, *term,
-                K=k_layout, V=v_layout, R=raw_layout, N=padded, COLUMNS=queries.columns, GROUP=queries.group,
-                PROMPT=prompt, MASKED=prompt or sliding > 0, CAP=bend, SHIFT=shift is not None and bend > 0,
-                MEAN=0 if mean is None else mean.tables.within.shape[1],
+                _attention_kernel, (parts if rung == len(formats) - 1 else splits, kv_heads, batch * blocks),
+                # queries and cache
+                queries.data, queries.scale, queries.scale if shift is None else shift, anchor(device), table, cache.state,
+                none if cache.segments is None else cache.segments, raw_keys, raw_values, partial, ml,
+                none if prompt is None else prompt.first_query, none if prompt is None else prompt.packed_before,
+                # numbers
+                new, table.shape[1], sinks, window, regions.ring, logits.sliding, blocks, splits, slots,
+                FIXED_TILES if fixed else 1, together[-1].end if together else 0, rung, len(formats), *raw_steps, *term,
+                K=k_layout, V=v_layout, R=head_layout(raw16(dim), page_tokens), N=padded, COLUMNS=queries.columns,
+                GROUP=queries.group, PROMPT=prompt is not None, MASKED=prompt is not None or logits.sliding > 0, CAP=cap,
+                SHIFT=shift is not None and cap > 0, MEAN=0 if mean is None else mean.tables.within.shape[1],
                 STAGES=stages, PREFETCH=ternary, BLOCK=RAW_BLOCK, INTERPRET=INTERPRET, num_warps=1, num_stages=stages,
                 maxnreg=FOUR_BIT_REGISTERS if four_bit else None,
             )  # fmt: skip
     beside.join()
     merge_parts(
-        partial, ml, out, aux, None if bend else shift, state, queries,
-        new=new, sinks=sinks, window=window, page_tokens=page_tokens, advance=advance, in_order=fixed,
-    )  # fmt: skip
+        partial,
+        ml,
+        out,
+        logits.sink_logits,
+        None if cap else shift,
+        cache.state,
+        queries,
+        regions,
+        new=new,
+        advance=advance,
+        in_order=fixed,
+    )
     return out
+
+
+def _check_rungs(segments: Tensor | None, rungs: int, batch: int) -> None:
+    """Raises KvfoldError where segments don't fit formats, or there are too many."""
+    shape = None if segments is None else tuple(segments.shape)
+    if shape != (batch, rungs + 1) and not (shape is None and rungs == 1):
+        raise KvfoldError(
+            f"segments of shape {shape} don't fit {rungs} formats; give int32 [{batch}, formats + 1] with formats, or neither."
+        )
+    if rungs > MOST_RUNGS.value:
+        raise KvfoldError(f"Pages of {rungs} formats are too many for one call; give {MOST_RUNGS.value} at the most.")
+
+
+def _splits(given: int, cache: PagedCache, page_tokens: int, places: int, fixed: bool) -> int:
+    """Programs that share the pages of one head and sequence: as many as were asked for, or 0 for as many as are best."""
+    most = MOST_SLOTS - 32
+    if fixed:  # enough for the longest sequence that fits the table
+        raw = -(-cache.raw_keys.shape[2] // RAW_BLOCK)
+        units = -(-cache.table.shape[1] * page_tokens // TILE_TOKENS) + raw
+        return min(-(-units // (FIXED_TILES * 32)) * 32, most)  # in whole blocks of the merge
+    return given or min(pick_splits(places, cache.table.shape[1] * page_tokens, cache.table.device), most)
 
 
 def pick_splits(programs: int, tokens: int, device: torch.device) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor
 from kvfold.kernels.compile.launch import launch
 from kvfold.kernels.gpu.device.constants import LOG2_E, NEVER
 from kvfold.kernels.gpu.queries import Queries
+from kvfold.kernels.gpu.records import Regions
 
 MOST_SLOTS = 2048  # parts that one query's result is merged from
 CHANNELS = 32  # of a program
@@ -105,11 +106,9 @@ def merge_parts(
     shift: Tensor | None,
     state: Tensor,
     queries: Queries,
+    regions: Regions,
     *,
     new: int,
-    sinks: int,
-    window: int,
-    page_tokens: int,
     advance: bool,
     in_order: bool,
 ) -> None:
@@ -123,6 +122,7 @@ def merge_parts(
         sink_logits: [num_heads], logits that join the denominator only, or None.
         shift: float32 [B, Hkv, query blocks, N], what all scores of a query lack, which sink logits must lack too; or None.
         state: int32 [B, 2], tokens and pages of each sequence.
+        regions: of the cache.
         new: tokens that `state` does not count yet.
         in_order: sums are taken in an order that the number of slots has no part in.
     """
@@ -139,9 +139,9 @@ def merge_parts(
         shift if shift is not None else queries.scale,
         state,
         new,
-        sinks,
-        window,
-        page_tokens,
+        regions.sinks,
+        regions.window,
+        regions.page_tokens,
         kv_heads,
         blocks,
         queries.tokens,
