@@ -24,6 +24,7 @@ from kvfold.exports.account import Geometry, table_entries
 from kvfold.kernels.gpu.attention import pick_splits
 from kvfold.kernels.gpu.encode import lower_pages
 from kvfold.kernels.gpu.queries import empty_queries
+from kvfold.kernels.gpu.records import KeyTransform
 
 LARGE = 131072  # tokens of a batch from which on the 16-bit kernel and FlexAttention are timed too
 WRITE_BATCH = 16  # sequences from which on appending and lowering are timed
@@ -177,7 +178,7 @@ def write_calls(case: Case, num_heads: int) -> list[Callable[[int], None]]:
         square = torch.randn(g.num_kv_heads, g.head_dim, g.head_dim, device=device)
         matrix = torch.linalg.qr(square).Q.contiguous()
         offset = torch.randn(g.num_kv_heads, g.head_dim, device=device)
-        options |= {"matrix": matrix, "offset": offset, "query_matrix": matrix.mT.contiguous()}
+        options |= {"transform": KeyTransform(matrix, offset, matrix.mT.contiguous())}
     pages = case.states[:, 1]
     packed = g.sinks + g.window + pages * g.page_tokens
 
