@@ -1,4 +1,4 @@
-"""The process of kernels.build that compiles: it forks one process for each kernel, and ends all of them when its caller is gone."""
+"""The process of kernels.compile.build that compiles: it forks one process for each kernel, and ends all of them when its caller is gone."""
 
 import gc
 import importlib
@@ -24,7 +24,7 @@ SEPARATOR = b"\0"
 
 
 def compile_job(job: tuple) -> None:
-    """Compiles one kernel, given as a kernels.build.Job's fields, and its launcher where Triton needs a compiler for that too."""
+    """Compiles one kernel, given as a kernels.compile.build.Job's fields, and its launcher where Triton needs a compiler for that too."""
     module, name, signature, constants, attrs, options, target, _ = job
     function = getattr(importlib.import_module(module), name)
     found = compile(ASTSource(function, signature, constants, attrs), target=GPUTarget(*target), options=options)
@@ -46,7 +46,7 @@ class Server:
 
     Args:
         limit: processes at a time.
-        jobs: fields of kernels.build.Job.
+        jobs: fields of kernels.compile.build.Job.
         reply: is told (number of a job, why it failed or "").
     """
 

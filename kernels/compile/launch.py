@@ -2,7 +2,7 @@
 
 Every host function of this package starts its kernels through `launch`. Inside `noting`, nothing runs: the host functions are
 called with tensors of the right types and shapes, and what they would have started is collected. What was collected is exactly
-what a model will start later, so compiling it (kernels/build.py) leaves nothing to be compiled at the first token.
+what a model will start later, so compiling it (build.py) leaves nothing to be compiled at the first token.
 """
 
 import threading

@@ -16,12 +16,13 @@ from kvfold.kernels.compile.launch import launch
 from kvfold.kernels.gpu.clips import clips_of
 from kvfold.kernels.gpu.device.bits import pow2
 from kvfold.kernels.gpu.device.codec import RawRows, to_fp16
+from kvfold.kernels.gpu.device.columns import NBYTES
 from kvfold.kernels.gpu.device.mean import key_mean, write_bias, write_coefficients
 from kvfold.kernels.gpu.device.pages import write_block
 from kvfold.kernels.gpu.mean import STEPS_BLOCK
 from kvfold.kernels.gpu.queries import QUERY_TOP, Queries, logit_factor
 from kvfold.kernels.gpu.records import KeyTransform, PagedCache, PageFormat, Regions
-from kvfold.kernels.gpu.tables import NBYTES, format_tables, table_length, warps_for
+from kvfold.kernels.gpu.tables import format_tables, table_length, warps_for
 from kvfold.kernels.packing import FIELDS
 from kvfold.kernels.pages import anchor
 

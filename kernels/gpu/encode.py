@@ -13,9 +13,10 @@ from kvfold.errors import KvfoldError
 from kvfold.kernels.compile.launch import launch
 from kvfold.kernels.gpu.clips import clip_strides
 from kvfold.kernels.gpu.device.codec import PackedBlock, RawRows, read_header
+from kvfold.kernels.gpu.device.columns import NBYTES
 from kvfold.kernels.gpu.device.pages import write_block
 from kvfold.kernels.gpu.records import PageFormat
-from kvfold.kernels.gpu.tables import NBYTES, format_tables, table_length, warps_for
+from kvfold.kernels.gpu.tables import format_tables, table_length, warps_for
 from kvfold.kernels.packing import FIELDS
 from kvfold.kernels.pages import anchor
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from kvfold.kernels.compile.launch import launch
 from kvfold.kernels.formats import Format
 from kvfold.kernels.gpu.device.codec import read_header, to_fp16
+from kvfold.kernels.gpu.device.columns import NBYTES
 from kvfold.kernels.gpu.device.constants import LOG2_E
 from kvfold.kernels.gpu.device.kinds import decode_elements
 from kvfold.kernels.gpu.device.tiles import TOKEN_TILE, tile_width
-from kvfold.kernels.gpu.tables import NBYTES, format_tables, table_length, warps_for
+from kvfold.kernels.gpu.tables import format_tables, table_length, warps_for
 from kvfold.kernels.packing import FIELDS
 from kvfold.kernels.pages import anchor
 

@@ -1,7 +1,7 @@
 """Layouts as data: what the kernels that write and decode pages read at run time, so that one kernel serves all formats.
 
 A table is int32: a header, then rows of head_dim numbers, one a channel. Channels are stored in at most two planes (formats.py);
-a plane of one bit joins two channels in a word, written by the first of them, whose `partner` is the other. Ternary codes share
+a plane of one bit joins two channels in a word, written by the first of them, whose `PARTNER` is the other. Ternary codes share
 words across channels by a rule of their own (packing.py) that needs only the header.
 """
 
@@ -10,43 +10,41 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from kvfold.errors import KvfoldError
 from kvfold.kernels.formats import GAUSSIAN_STEP, Format
+from kvfold.kernels.gpu.device.columns import (
+    CODED,
+    GROUP_SIZE,
+    HEAD_DIM,
+    HEADER,
+    KIND,
+    LEFT,
+    LEVELS,
+    NBYTES,
+    PARAM_NBYTES,
+    PARAMS,
+    PARTNER,
+    PLANE_0,
+    PLANE_1,
+    RAW,
+    ROWS,
+    SCALE,
+    SCALE_MIN,
+    STEP,
+    WHOLE,
+    WIDTHS,
+    WORDS,
+)
 from kvfold.kernels.layout import HeadLayout, head_layout
-
-HEADER: tl.constexpr = tl.constexpr(16)  # numbers before the rows
-# places in the header
-NBYTES: tl.constexpr = tl.constexpr(0)  # of one head's block
-HEAD_DIM: tl.constexpr = tl.constexpr(1)  # channels
-KIND: tl.constexpr = tl.constexpr(2)  # of codes, one of:
-SCALE, SCALE_MIN, RAW = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-PARAMS: tl.constexpr = tl.constexpr(3)  # bytes from the block to the first parameter
-PARAM_NBYTES: tl.constexpr = tl.constexpr(4)  # of one parameter: 1 is e4m3, 2 float16
-GROUP_SIZE: tl.constexpr = tl.constexpr(5)  # channels of a parameter group
-CODED: tl.constexpr = tl.constexpr(6)  # channels of more than 0 levels
-WHOLE: tl.constexpr = tl.constexpr(7)  # ternary: bytes of five codes; 0 if the codes are binary
-LEFT: tl.constexpr = tl.constexpr(8)  # ternary: codes left over
-WORDS: tl.constexpr = tl.constexpr(9)  # ternary: word tiles of R rows
-
-# rows
-LEVELS: tl.constexpr = tl.constexpr(0)  # 0: not stored
-STEP: tl.constexpr = tl.constexpr(1)  # bits of a float32: of symmetric codes, in units of the token's scale; else 1
-PARTNER: tl.constexpr = tl.constexpr(2)  # channel that this one's words of one bit take in, or −1
-# bits of a code in the first plane, 2^8 · those in the second, 2^16 · which of two channels of a word of one bit
-WIDTHS: tl.constexpr = tl.constexpr(3)
-# words from the block to the first plane's word in row 0, and 2^16 · words from a row to the next; the same of the second plane
-PLANE_0, PLANE_1 = tl.constexpr(4), tl.constexpr(5)
-ROWS = 6
 
 KINDS = {"scale": SCALE, "scale_min": SCALE_MIN, "raw": RAW}
 
 
 def table_length(head_dim: int) -> int:
     """Numbers of one format's table."""
-    return HEADER.value + ROWS * head_dim
+    return HEADER.value + ROWS.value * head_dim
 
 
 def _header(layout: HeadLayout) -> list[int]:
@@ -69,7 +67,7 @@ def _numbers(fmt: Format, page_tokens: int) -> tuple[int, ...]:
         raise KvfoldError(f"page_tokens={page_tokens} is not a power of two from 8 to 128; choose one that is.")
     layout = head_layout(fmt, page_tokens)
     dim = layout.head_dim
-    rows = [[0] * dim for _ in range(ROWS)]
+    rows = [[0] * dim for _ in range(ROWS.value)]
     rows[PARTNER.value] = [-1] * dim
     start = 0
     for channels, levels in fmt.classes:

@@ -5,8 +5,8 @@ import triton.language as tl
 
 from kvfold.kernels.gpu.device.bits import count, mask_code, pick, shift_right
 from kvfold.kernels.gpu.device.codec import channel_row, channel_step, load_params, quantise
+from kvfold.kernels.gpu.device.columns import LEVELS, PARTNER, PLANE_0, PLANE_1, SCALE_MIN, WIDTHS
 from kvfold.kernels.gpu.device.tiles import WORD_TILE, tile_width
-from kvfold.kernels.gpu.tables import LEVELS, PARTNER, PLANE_0, PLANE_1, SCALE_MIN, WIDTHS
 
 
 @triton.jit

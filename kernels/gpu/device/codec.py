@@ -1,4 +1,4 @@
-"""Elements of a head's block of a page, coded and decoded one by one from a format's table (tables.py), for the Triton kernels
+"""Elements of a head's block of a page, coded and decoded one by one from a format's table (gpu/tables.py), for the Triton kernels
 that write and decode pages.
 
 Every operation that rounds is the correctly rounded one, and kernels are compiled without fused multiply-add, so that bytes
@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from kvfold.kernels.gpu.device.constants import ROUNDING
-from kvfold.kernels.gpu.tables import (
+from kvfold.kernels.gpu.device.columns import (
     GROUP_SIZE,
     HEAD_DIM,
     HEADER,
@@ -24,13 +23,14 @@ from kvfold.kernels.gpu.tables import (
     WHOLE,
     WORDS,
 )
+from kvfold.kernels.gpu.device.constants import ROUNDING
 
 TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)  # smallest normal float32
 FP16_MAX: tl.constexpr = tl.constexpr(65504.0)
 
 
 class Header(NamedTuple):
-    """What a table says of all channels; see tables.py."""
+    """What a table says of all channels; see columns.py."""
 
     head_dim: Any
     kind: Any

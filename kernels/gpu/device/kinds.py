@@ -10,13 +10,13 @@ from kvfold.kernels.gpu.device.binary import add_values as binary_values
 from kvfold.kernels.gpu.device.binary import element_code as binary_code
 from kvfold.kernels.gpu.device.binary import write_codes as write_binary
 from kvfold.kernels.gpu.device.codec import channel_row, channel_step, load_params
+from kvfold.kernels.gpu.device.columns import LEVELS, RAW, SCALE_MIN
 from kvfold.kernels.gpu.device.sixteen import add_products as sixteen_products
 from kvfold.kernels.gpu.device.sixteen import add_values as sixteen_values
 from kvfold.kernels.gpu.device.ternary import add_products as ternary_products
 from kvfold.kernels.gpu.device.ternary import add_values as ternary_values
 from kvfold.kernels.gpu.device.ternary import element_code as ternary_code
 from kvfold.kernels.gpu.device.ternary import write_codes as write_ternary
-from kvfold.kernels.gpu.tables import LEVELS, RAW, SCALE_MIN
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Writes one head's block of a page, of the format that a table (tables.py) describes: parameters first, then the codes. The
+"""Writes one head's block of a page, of the format that a table (gpu/tables.py) describes: parameters first, then the codes. The
 pages' part of the writing kernels.
 
 Nothing here is compiled for a format: channels are taken a fixed number at a time, and what the table says of them is read with
@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 
 from kvfold.kernels.gpu.device.codec import channel_row, read_header, store_param
+from kvfold.kernels.gpu.device.columns import CODED, HEADER, LEVELS, RAW, SCALE_MIN
 from kvfold.kernels.gpu.device.kinds import load_source, write_codes
 from kvfold.kernels.gpu.device.sixteen import write_rows
 from kvfold.kernels.gpu.device.tiles import TOKEN_TILE, tile_width
-from kvfold.kernels.gpu.tables import CODED, HEADER, LEVELS, RAW, SCALE_MIN
 
 
 @triton.jit

@@ -5,8 +5,8 @@ import triton.language as tl
 
 from kvfold.kernels.gpu.device.bits import mask_code, mask_words, row_pointers, shift_right
 from kvfold.kernels.gpu.device.codec import load_params, quantise
+from kvfold.kernels.gpu.device.columns import HEADER, SCALE_MIN, STEP
 from kvfold.kernels.gpu.device.tiles import WORD_TILE, tile_width
-from kvfold.kernels.gpu.tables import HEADER, SCALE_MIN, STEP
 
 
 @triton.jit
