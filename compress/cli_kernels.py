@@ -46,7 +46,7 @@ def policies(policy: str) -> tuple[bool, ...]:
 
 
 def artifact_jobs(folders: list[Path], arch: str, dtype: str | None, policy: str) -> list[Any]:
-    """kernels.build.Job of every distinct kernel that artifacts need on an architecture."""
+    """kernels.compile.build.Job of every distinct kernel that artifacts need on an architecture."""
     import torch
 
     from kvfold.kernels.compile.build import CAPABILITIES, MULTIPROCESSORS, jobs_of, target_of
@@ -61,7 +61,7 @@ def artifact_jobs(folders: list[Path], arch: str, dtype: str | None, policy: str
 
 
 def catalogue_jobs(dims: list[int], heads: tuple[int, int], arch: str, dtype: str | None, policy: str) -> list[Any]:
-    """kernels.build.Job of the catalogue's pairs of formats, as the default recipe stores them.
+    """kernels.compile.build.Job of the catalogue's pairs of formats, as the default recipe stores them.
 
     Args:
         heads: query heads and KV heads, which kernels have as constants.
