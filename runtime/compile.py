@@ -143,7 +143,7 @@ class Compilation:
     """An artifact's kernels while they are compiled.
 
     Attributes:
-        jobs: kernels.build.Job of each.
+        jobs: kernels.compile.build.Job of each.
     """
 
     def __init__(self, launches: list[Launch], builder: Any, device: torch.device) -> None:
