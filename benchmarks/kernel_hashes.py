@@ -1,9 +1,11 @@
-"""One hash for each kernel that models launch: of its PTX for a GPU without debug lines and the kernel's name. Needs no GPU.
+"""One hash for each kernel that models launch: of its PTX for a GPU without debug lines and the
+kernel's name. Needs no GPU.
 
 usage: python benchmarks/kernel_hashes.py [--arch sm_90] [CASE …] > after.txt; diff before.txt after.txt
 
-What changes names, files and lines, but no instruction, leaves every line as it was. Each line is a case, a kernel and the hash; a
-kernel that several cases launch is compiled once. `--list` prints the cases.
+What changes names, files and lines, but no instruction, leaves every line as it was. Each line is a
+case, a kernel and the hash; a kernel that several cases launch is compiled once. `--list` prints
+the cases.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from triton.compiler.compiler import ASTSource, compile
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.catalogue import named_keys, named_values
-from kvfold.kernels.compile.build import CAPABILITIES, Job, _function, jobs_of
+from kvfold.kernels.compile.build import CAPABILITIES, Job, function_of, jobs_of
 from kvfold.kernels.formats import Format, raw16, uniform
 from kvfold.runtime.compile import Kind, launches_of
 
@@ -92,7 +94,7 @@ def launches(case: Case) -> list[Any]:
 
 def ptx_hash(job: Job) -> str:
     """Of the PTX without comments, debug lines and sections, and names of kernels and files."""
-    source = ASTSource(_function(job), job.signature, job.constants, job.attrs)
+    source = ASTSource(function_of(job), job.signature, job.constants, job.attrs)
     ptx = compile(source, target=GPUTarget(*job.target), options=job.options).asm["ptx"]
     text = re.sub(r"//.*|^\s*\.(loc|file)\b.*", "", ptx.split("\t.section")[0], flags=re.MULTILINE)
     lines = (line.strip() for line in text.replace(job.name, "kernel").splitlines())

@@ -1,8 +1,8 @@
-"""How a head's block of a page is laid out for tensor cores: a format as the constants that kernels are compiled for, and what the
-tables of gpu/tables.py are made of.
+"""How a head's block of a page is laid out for tensor cores: a format as the constants that kernels
+are compiled for, and what the tables of gpu/tables.py are made of.
 
-Tensor-core operands have power-of-two shapes of 16 and more, so a class of n channels is cut into runs of 128, 64, 32 and 16
-channels, the last one padded.
+Tensor-core operands have power-of-two shapes of 16 and more, so a class of n channels is cut into
+runs of 128, 64, 32 and 16 channels, the last one padded.
 """
 
 import math
@@ -75,8 +75,8 @@ class PlaneLayout:
 
 @dataclass(frozen=True, eq=False)
 class HeadLayout:
-    """A format in pages of one size. There is one object for each (`head_layout`), so it is compared and hashed by what it is: a
-    launch looks its kernel up by it.
+    """A format in pages of one size. There is one object for each (`head_layout`), so it is
+    compared and hashed by what it is: a launch looks its kernel up by it.
 
     Attributes:
         kind: "scale", "scale_min" or "raw".
@@ -90,8 +90,8 @@ class HeadLayout:
         rows: R, rows of words in a page.
         nbytes: of one head's block.
         head_dim: channels, of which `coded` are stored.
-        unit, field_units: what a code that was masked out of its word is to be multiplied with, all fields by `unit`, to be worth
-            code · 2^−24; see packing.py.
+        unit, field_units: what a code that was masked out of its word is to be multiplied with, all
+            fields by `unit`, to be worth code · 2^−24; see packing.py.
         p_factor: on probabilities that are cast to float16, so that neither small nor large scales leave its range.
     """
 
@@ -152,8 +152,8 @@ def _cut_between(channels: int, group: int, halves: bool) -> list[tuple[int, int
 
 
 def _p_factor(fmt: Format) -> float:
-    """128 for e4m3 scales (448 · 128 < 65504); float16 scales are of many levels and so smaller: a step of unit-variance
-    values is about 4 / (levels − 1)."""
+    """128 for e4m3 scales (448 · 128 < 65504); float16 scales are of many levels and so smaller: a
+    step of unit-variance values is about 4 / (levels − 1)."""
     if fmt.param_dtype == "e4m3":
         return 128.0
     levels = max(n for _, n in fmt.classes)

@@ -1,21 +1,25 @@
 """Packs small integer codes of a page into bytes, and back. Plain torch.
 
-A page holds P tokens, P = 8·R. Token f·R + r (0 ≤ f < 8, 0 ≤ r < R) is field f of row r, so that one 16-bit word of row r
-and one channel holds that channel's codes of eight tokens, and `word & mask` without a shift gives one token's code times a
-power of four: what a tensor core can multiply as it stands (a masked word is an fp16 subnormal, code·4^g·2^−24 with
-g = f mod 4; fields 4 to 7 come down with one shift by 8). Words are little-endian; the n channels of a row stand side by
-side, rows follow each other:
+A page holds P tokens, P = 8·R. Token f·R + r (0 ≤ f < 8, 0 ≤ r < R) is field f of row r, so that one
+16-bit word of row r and one channel holds that channel's codes of eight tokens, and `word & mask`
+without a shift gives one token's code times a power of four: what a tensor core can multiply as it
+stands (a masked word is an fp16 subnormal, code·4^g·2^−24 with g = f mod 4; fields 4 to 7 come down
+with one shift by 8). Words are little-endian; the n channels of a row stand side by side, rows
+follow each other:
 
     w = 2   R rows × n words        bits 2f … 2f+1 are field f
     w = 1   R rows × n/2 words      bit 2f is field f of channel j, bit 2f+1 that of channel j + n/2
-    w = 4   2·R rows × n words      rows 0 … R−1 hold fields 0 to 3, rows R … 2R−1 fields 4 to 7; inside a word, from the
-                                    low bits up: fields 0, 2, 1, 3 (or 4, 6, 5, 7), so that `word >> 6` brings the odd ones
-                                    to where they stand at width 2
+    w = 4   2·R rows × n words      rows 0 … R−1 hold fields 0 to 3, rows R … 2R−1 fields 4 to 7;
+                                    inside a word, from the low bits up: fields 0, 2, 1, 3
+                                    (or 4, 6, 5, 7), so that `word >> 6` brings the odd ones to
+                                    where they stand at width 2
 
-Ternary codes go five to a byte, ceil(256·v / 243) with v = Σ_k c_k·3^(4−k): digit k is (3·((byte·3^k) mod 256)) >> 8, no
-division. Channel t·16 + u (0 ≤ u < 16) is column u of tile t. In each row and column the codes are numbered t·8 + f; numbers
-5i … 5i+4 are digits 0 … 4 of byte i. What is left over, the last L = (n/2) mod 5 codes, takes 2 bits each, low bits first:
-in four bits for L ≤ 2, in one more byte for L > 2. The bytes are numbered; of B of them, in words of 16 columns side by side:
+Ternary codes go five to a byte, ceil(256·v / 243) with v = Σ_k c_k·3^(4−k): digit k is
+(3·((byte·3^k) mod 256)) >> 8, no division. Channel t·16 + u (0 ≤ u < 16) is column u of tile t. In
+each row and column the codes are numbered t·8 + f; numbers 5i … 5i+4 are digits 0 … 4 of byte i.
+What is left over, the last L = (n/2) mod 5 codes, takes 2 bits each, low bits first: in four bits
+for L ≤ 2, in one more byte for L > 2. The bytes are numbered; of B of them, in words of 16 columns
+side by side:
 
     bytes 2k and 2k+1         R rows × 16 words for each k < floor(B/2): low byte 2k, high byte 2k+1
     an odd last byte          ceil(R/2) rows × 16 words: low byte row 2q, high byte row 2q+1
@@ -96,7 +100,8 @@ def trit_nbytes(tokens: int, channels: int) -> int:
 
 
 def pack_trits(codes: Tensor) -> Tensor:
-    """Packs ternary codes, uint8 [..., P, n] with values 0, 1, 2 → uint8 [..., trit_nbytes(P, n)]; n a multiple of 16."""
+    """Packs ternary codes, uint8 [..., P, n] with values 0, 1, 2 → uint8 [..., trit_nbytes(P, n)];
+    n a multiple of 16."""
     rows, channels = codes.shape[-2] // FIELDS, codes.shape[-1]
     whole, left = trit_parts(channels)
     tiles = codes.unflatten(-1, (channels // TRIT_CHANNELS, TRIT_CHANNELS)).unflatten(-3, (FIELDS, rows))

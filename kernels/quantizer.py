@@ -1,12 +1,14 @@
-"""The reference quantiser: encodes blocks of tokens to packed bytes and decodes them. It defines the semantics that every
-other implementation is tested against, and it is what calibration, search, evaluation and the CPU path run.
+"""The reference quantiser: encodes blocks of tokens to packed bytes and decodes them. It defines
+the semantics that every other implementation is tested against, and it is what calibration, search,
+evaluation and the CPU path run.
 
 Two kinds of codes (c in 0 … L−1):
 
 * "scale": x̂_i = τ·step(L_i)·(c_i − (L_i − 1)/2) with τ = rms over the stored channels, one a token. The caller brings
   channels to unit variance, so step(L) is the Gaussian optimum and no zero point is needed.
-* "scale_min": x̂_i = m + s·c_i with m = clip·min, s = clip·(max − min)/(L − 1) over the token's group (asymmetric per-token
-  codes as KIVI's, 2402.02750, stores values; the clip is SKVQ's, 2405.06219), both rounded to their stored type before coding.
+* "scale_min": x̂_i = m + s·c_i with m = clip·min, s = clip·(max − min)/(L − 1) over the token's group
+  (asymmetric per-token codes as KIVI's, 2402.02750, stores values; the clip is SKVQ's, 2405.06219),
+  both rounded to their stored type before coding.
 """
 
 from functools import partial
@@ -28,7 +30,8 @@ def to_float16(x: Tensor) -> Tensor:
 
 
 def _store_param(x: Tensor, param_dtype: str) -> tuple[Tensor, Tensor]:
-    """Rounds float32 parameters [..., T, p] to their stored type. Returns (bytes uint8 [..., T, p·size], rounded float32)."""
+    """Rounds float32 parameters [..., T, p] to their stored type. Returns (bytes uint8 [..., T,
+    p·size], rounded float32)."""
     e4m3 = param_dtype == "e4m3"
     stored = x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn) if e4m3 else to_float16(x)
     return stored.contiguous().view(torch.uint8), stored.float()

@@ -1,4 +1,5 @@
-"""The process of kernels.compile.build that compiles: it forks one process for each kernel, and ends all of them when its caller is gone."""
+"""The process of kernels.compile.build that compiles: it forks one process for each kernel, and
+ends all of them when its caller is gone."""
 
 import gc
 import importlib
@@ -24,7 +25,8 @@ SEPARATOR = b"\0"
 
 
 def compile_job(job: tuple) -> None:
-    """Compiles one kernel, given as a kernels.compile.build.Job's fields, and its launcher where Triton needs a compiler for that too."""
+    """Compiles one kernel, given as a kernels.compile.build.Job's fields, and its launcher where
+    Triton needs a compiler for that too."""
     module, name, signature, constants, attrs, options, target, _ = job
     function = getattr(importlib.import_module(module), name)
     found = compile(ASTSource(function, signature, constants, attrs), target=GPUTarget(*target), options=options)
@@ -32,7 +34,8 @@ def compile_job(job: tuple) -> None:
 
 
 def build_launcher(kernel: Any) -> None:
-    """Up to 3.6 Triton compiles a C function for each signature when it is first launched, half a second each; it needs CUDA's library."""
+    """Up to 3.6 Triton compiles a C function for each signature when it is first launched, half a
+    second each; it needs CUDA's library."""
     try:
         backends["nvidia"].driver().launcher_cls(kernel.src, kernel.metadata)
     except (
@@ -99,7 +102,8 @@ def _run(job: tuple, writer: int) -> None:
 
 
 def main() -> None:
-    """Reads (limit, jobs) from stdin once, replies on stdout, and lives until stdin ends; then nothing of its session is left."""
+    """Reads (limit, jobs) from stdin once, replies on stdout, and lives until stdin ends; then
+    nothing of its session is left."""
     requests, replies = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
     quiet = os.open(os.devnull, os.O_RDWR)
     os.dup2(quiet, 0)

@@ -1,7 +1,8 @@
 """One decoding step of one layer up to the attention: transform, window, page, queries. A single launch.
 
-What the host must know is known when the step is captured: lengths, pages and their addresses are read on the device, so the
-launch can be part of a CUDA graph. The lengths move on in the kernel that merges the attention's parts (merge.py).
+What the host must know is known when the step is captured: lengths, pages and their addresses are
+read on the device, so the launch can be part of a CUDA graph. The lengths move on in the kernel
+that merges the attention's parts (merge.py).
 """
 
 from collections.abc import Sequence
@@ -48,8 +49,8 @@ def read_mark(mark: int) -> tuple[int, int, str]:
 
 @triton.jit
 def _mark(mark, x, j, token, label):
-    """mark = min(mark, token · LABELS + label) if a channel of x is NaN or infinite. Each thread sees to its own channels and nothing
-    waits for it; where all is finite nothing is written."""
+    """mark = min(mark, token · LABELS + label) if a channel of x is NaN or infinite. Each thread
+    sees to its own channels and nothing waits for it; where all is finite nothing is written."""
     code = (j * 0).to(tl.int64) + (token.to(tl.int64) * LABELS + label)
     finite = tl.abs(x) < float("inf")
     tl.atomic_min(mark + j * 0, code, mask=finite == 0, sem="relaxed")
@@ -60,7 +61,8 @@ def _write_row(
     out, x_ptr, matrix, offset, mark, token, label, u, spans, within, steps, channels,
     DIM: tl.constexpr, MATRIX: tl.constexpr, OFFSET: tl.constexpr, MARKS: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
-    """out = float16(M(x − μ)), saturating; with MARKS, x that is not finite is marked, of which saturation leaves no trace.
+    """out = float16(M(x − μ)), saturating; with MARKS, x that is not finite is marked, of which
+    saturation leaves no trace.
 
     With MEAN, μ is the rotating mean of token u behind the sinks, 0 where u < 0.
     """
@@ -86,10 +88,12 @@ def _write_row(
 @triton.jit
 def _write_queries(
     out, scale, shift, q_ptr, stride, matrix, offset, factor, scaling,
-    DIM: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, TOP: tl.constexpr, MATRIX: tl.constexpr, SHIFT: tl.constexpr,
+    DIM: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, TOP: tl.constexpr,
+    MATRIX: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """out[n] = float16(power · q_n M⁻¹) for n < GROUP, else 0; scale = factor / power, a power of two that brings the largest
-    component to [2^(TOP − 1), 2^TOP]; with SHIFT, shift[n] = scaling · q_n·μ."""
+    """out[n] = float16(power · q_n M⁻¹) for n < GROUP, else 0; scale = factor / power, a power of
+    two that brings the largest component to [2^(TOP − 1), 2^TOP]; with SHIFT, shift[n] = scaling ·
+    q_n·μ."""
     rows: tl.constexpr = max(16, N) if MATRIX else N  # a matrix product has sixteen rows
     n = tl.arange(0, rows)
     j = tl.arange(0, pow2(DIM))
@@ -132,7 +136,8 @@ def _write_queries(
 )  # fmt: skip
 def _append_kernel(
     anchor_ptr, table, state, marks, new_keys, new_values, query, raw_keys, raw_values, q_out, q_scale, q_shift,
-    matrix, offset, query_matrix, formats, rungs, k_clip, v_clip, k_clip_r, k_clip_h, k_clip_g, v_clip_r, v_clip_h, v_clip_g,
+    matrix, offset, query_matrix, formats, rungs, k_clip, v_clip, k_clip_r, k_clip_h, k_clip_g,
+    v_clip_r, v_clip_h, v_clip_g,
     rung_count, given_rungs, label, factor, scaling,
     table_width, sinks, window, ring, key_stride_b, key_stride_h, value_stride_b, value_stride_h,
     query_stride_b, query_stride_h, raw_stride_b, raw_stride_h, raw_stride_t,
@@ -153,7 +158,8 @@ def _append_kernel(
             end = tl.maximum(tl.load(state + 2 * b) - sinks, 0) // 32 + 1
             if start < end:
                 write_bias(
-                    bias + place.to(tl.int64) * bias_steps * N, q, query_stride_h, offset + head * DIM, pairs, steps, factor,
+                    bias + place.to(tl.int64) * bias_steps * N, q, query_stride_h, offset + head * DIM, pairs,
+                    steps, factor,
                     start, end, DIM, GROUP, N, DIM // 8, BIAS,
                 )  # fmt: skip
     elif tl.program_id(2) == 2:
@@ -178,7 +184,8 @@ def _append_kernel(
             out = raw_keys + at + row.to(tl.int64) * raw_stride_t
             mu = offset + head * DIM
             _write_row(
-                out, x, matrix + head * (DIM * DIM), mu, marks + b, token, label, token - sinks, spans, within, steps, channels,
+                out, x, matrix + head * (DIM * DIM), mu, marks + b, token, label, token - sinks, spans, within,
+                steps, channels,
                 DIM, MATRIX, OFFSET, MARKS, MEAN,
             )  # fmt: skip
         else:
@@ -232,30 +239,35 @@ def append_step(
 ) -> None:
     """Appends one token to every sequence and prepares its queries; the cache's state is not moved on.
 
-    z = M(k − m_t) in float32, saturated to float16, and v go to row sinks + (t − sinks) mod ring of the 16-bit rows (row t for
-    t < sinks), t being the sequence's length. If the window and the sinks leave a page's worth of tokens unpacked, page number
-    `pages` of the sequence is written to its address in the table; no step brings more than one. Nothing is read by the host.
+    z = M(k − m_t) in float32, saturated to float16, and v go to row sinks + (t − sinks) mod ring of
+    the 16-bit rows (row t for t < sinks), t being the sequence's length. If the window and the
+    sinks leave a page's worth of tokens unpacked, page number `pages` of the sequence is written to
+    its address in the table; no step brings more than one. Nothing is read by the host.
 
     Args:
         keys, values: new ones after RoPE, [B, Hkv, 1, head_dim], float16, bfloat16 or float32.
         query: [B, num_heads, 1, head_dim].
-        cache: before this token, its table with the address of the page that may come due; its 16-bit rows are sinks and a ring of
-            at least window + page_tokens.
-        queries: written; from `empty_queries`, and to be given to `attention`. With a shift or a mean there must be an offset; with a
-            mean that is the mean of keys before RoPE, and the token's rotating mean is taken off its key (key_mean.py).
-        formats: of the page that may come due, one, or one for each rung where pages differ. Clips are contiguous, and not written
-            to afterwards: those of several rungs are copied side by side once.
+        cache: before this token, its table with the address of the page that may come due; its
+            16-bit rows are sinks and a ring of at least window + page_tokens.
+        queries: written; from `empty_queries`, and to be given to `attention`. With a shift or a
+            mean there must be an offset; with a mean that is the mean of keys before RoPE, and the
+            token's rotating mean is taken off its key (key_mean.py).
+        formats: of the page that may come due, one, or one for each rung where pages differ. Clips
+            are contiguous, and not written to afterwards: those of several rungs are copied side by
+            side once.
         regions: of the cache; the ring is what the rows have room for.
         scaling, softcap: of the model's attention.
         transform: of keys and queries.
-        rungs: int32 [B], contiguous: which of the formats the page has that comes due; None for the last. Read on the device, so
-            it may change between replays of a CUDA graph.
-        marks: int64 [B] from `empty_marks`, for all layers of a cache, contiguous. A sequence's becomes that of its earliest key
-            or value that is NaN or infinite, as `read_mark` tells; None: nobody looks.
+        rungs: int32 [B], contiguous: which of the formats the page has that comes due; None for the
+            last. Read on the device, so it may change between replays of a CUDA graph.
+        marks: int64 [B] from `empty_marks`, for all layers of a cache, contiguous. A sequence's
+            becomes that of its earliest key or value that is NaN or infinite, as `read_mark` tells;
+            None: nobody looks.
         layer: number of the layer, for marks.
     Raises:
-        KvfoldError: the rows have no room for a page beside the window, a matrix comes without its inverse, a shift without an
-            offset, rungs are no int32 [B], or a tensor lies otherwise in memory.
+        KvfoldError: the rows have no room for a page beside the window, a matrix comes without its
+            inverse, a shift without an offset, rungs are no int32 [B], or a tensor lies otherwise
+            in memory.
     """
     batch, kv_heads, _, dim = keys.shape
     sinks, window, page_tokens = regions.sinks, regions.window, regions.page_tokens
@@ -296,7 +308,8 @@ def append_step(
         *keys.stride()[:2], *values.stride()[:2], *query.stride()[:2], *cache.raw_keys.stride()[:3], *term, bias_steps,
         DIM=dim, ROWS=page_tokens // FIELDS, TABLE=table_length(dim), MATRIX=transform.matrix is not None,
         OFFSET=transform.offset is not None, SHIFT=shift is not None, MARKS=marks is not None, GROUP=queries.group,
-        N=queries.data.shape[3], TOP=QUERY_TOP, MEAN=0 if mean is None else mean.tables.within.shape[1], BIAS=STEPS_BLOCK,
+        N=queries.data.shape[3], TOP=QUERY_TOP, MEAN=0 if mean is None else mean.tables.within.shape[1],
+        BIAS=STEPS_BLOCK,
         num_warps=warps_for(page_tokens), maxnreg=REGISTERS, enable_fp_fusion=False,
     )  # fmt: skip
 

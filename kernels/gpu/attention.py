@@ -1,4 +1,5 @@
-"""Attention over a packed cache with Triton: one split-K kernel over sinks, pages and window, and one that merges its parts.
+"""Attention over a packed cache with Triton: one split-K kernel over sinks, pages and window, and
+one that merges its parts.
 
 Lengths and the block table live on the device, so a decoding step can be captured in a CUDA graph. Runs under Triton's
 interpreter on a CPU too (TRITON_INTERPRET=1 before Triton is imported).
@@ -44,8 +45,9 @@ ROW_UNIT: tl.constexpr = tl.constexpr(8)
 
 @triton.jit
 def rung_parts(edges, rung, rungs, first_page, last_page, raw_count, splits, least, pages_each: tl.constexpr):
-    """(the first part of a rung, units of a part), where the tiles of all rungs, and the 16-bit rows' blocks behind the last one's, are
-    shared out so that all parts are equally large: they are `splits`, and one more for each rung whose last part is not full."""
+    """(the first part of a rung, units of a part), where the tiles of all rungs, and the 16-bit
+    rows' blocks behind the last one's, are shared out so that all parts are equally large: they are
+    `splits`, and one more for each rung whose last part is not full."""
     r = tl.arange(0, MOST_RUNGS)
     low = tl.maximum(first_page, tl.load(edges + r, mask=(r > 0) & (r < rungs), other=0))
     high = tl.minimum(last_page, tl.load(edges + r + 1, mask=r < rungs - 1, other=0x7FFFFFFF))
@@ -62,25 +64,30 @@ def rung_parts(edges, rung, rungs, first_page, last_page, raw_count, splits, lea
         "rung", "rungs", "raw_step_b", "raw_step_h", "raw_step_t", "bias_steps", "first_step",
     ],
     do_not_specialize_on_alignment=[
-        "q_scale_ptr", "q_shift_ptr", "table", "state", "segments", "ml_ptr", "first_query", "packed_before", "mean_ptr",
+        "q_scale_ptr", "q_shift_ptr", "table", "state", "segments", "ml_ptr", "first_query", "packed_before",
+        "mean_ptr",
         "bias_ptr", "spans", "within",
     ],
 )  # fmt: skip
 def _attention_kernel(
-    q_ptr, q_scale_ptr, q_shift_ptr, anchor, table, state, segments, raw_k, raw_v, o_ptr, ml_ptr, first_query, packed_before,
+    q_ptr, q_scale_ptr, q_shift_ptr, anchor, table, state, segments, raw_k, raw_v, o_ptr, ml_ptr, first_query,
+    packed_before,
     new, table_width, sinks, window, ring, sliding, query_blocks, splits, slots, least, skip, rung, rungs,
     raw_step_b, raw_step_h, raw_step_t, mean_ptr, bias_ptr, spans, within, bias_steps, first_step,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
     PROMPT: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr,
     STAGES: tl.constexpr, PREFETCH: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (splits, and `rungs` more for the last of several rungs; KV heads; sequences × query blocks). Writes parts of one rung's
-    pages, and in the launch of the last rung of the 16-bit rows behind them. The rungs' parts are equally large and follow each other;
-    behind them the last rung's launch writes a weight of zero for the parts that are left over, and nothing else of them.
+    """Grid: (splits, and `rungs` more for the last of several rungs; KV heads; sequences × query
+    blocks). Writes parts of one rung's pages, and in the launch of the last rung of the 16-bit rows
+    behind them. The rungs' parts are equally large and follow each other; behind them the last
+    rung's launch writes a weight of zero for the parts that are left over, and nothing else of
+    them.
 
-    PROMPT: many queries, and the first `skip` pages are another part's. MASKED: a query may not see all that is packed, as in
-    prompts and sliding windows (`sliding` tokens, 0 for all). Steps from one sequence, head and token of the 16-bit rows to
-    the next are in units of ROW_UNIT numbers. MEAN: keys are stored without their rotating mean, but for a prompt's 16-bit rows.
+    PROMPT: many queries, and the first `skip` pages are another part's. MASKED: a query may not see
+    all that is packed, as in prompts and sliding windows (`sliding` tokens, 0 for all). Steps from
+    one sequence, head and token of the 16-bit rows to the next are in units of ROW_UNIT numbers.
+    MEAN: keys are stored without their rotating mean, but for a prompt's 16-bit rows.
     """
     split = tl.program_id(0)
     head = tl.program_id(1)
@@ -143,7 +150,8 @@ def _attention_kernel(
     coefficients = mean_ptr + place.to(tl.int64) * (2 * MEAN * N)
     bias = bias_ptr + (place.to(tl.int64) * bias_steps - first_step) * N
     acc, m_i, l_i = packed_part(
-        q, q_scale, shift, anchor, table + b.to(tl.int64) * table_width, tile_page, from_page, to_page, begin, end, head,
+        q, q_scale, shift, anchor, table + b.to(tl.int64) * table_width, tile_page, from_page, to_page, begin,
+        end, head,
         sinks, limit, lowest, heads * K.nbytes, coefficients, bias, spans, within,
         K, V, N, MASKED, CAP, SHIFT, MEAN, STAGES, PREFETCH, INTERPRET,
     )  # fmt: skip
@@ -167,8 +175,8 @@ class Prompt:
     Attributes:
         first_query: int32 [B], position of the first query.
         packed_before: int32 [B], tokens in pages that every query reads from pages.
-        together: of one sequence, without sliding window and soft-cap: the runs of its first pages, all of which every query reads; a
-            library's attention takes them (prompt.py).
+        together: of one sequence, without sliding window and soft-cap: the runs of its first pages,
+            all of which every query reads; a library's attention takes them (prompt.py).
         together_mean: what the keys of these pages were stored without, if anything; see `read_together`.
     """
 
@@ -194,8 +202,8 @@ def attention(
 ) -> Tensor:
     """Attention of decoding steps or of prompts over packed pages and 16-bit rows.
 
-    Pages of several formats take one launch a rung, each over its own pages, and one that merges them all. In a CUDA graph the rungs are
-    branches beside each other.
+    Pages of several formats take one launch a rung, each over its own pages, and one that merges
+    them all. In a CUDA graph the rungs are branches beside each other.
 
     Args:
         queries: see Queries.
@@ -207,8 +215,9 @@ def attention(
         new: tokens in the rows that the cache's state does not count yet; with `advance` it does afterwards.
         prompt: many queries of each sequence; None: one, its last token.
         splits: programs that share the pages of one head and sequence; 0 chooses.
-        batch_invariant: divide the pages by the sequence's own length alone, so that what a decoding step gives a sequence
-            has the same bits in any batch. Prompts are divided by what their call holds; give them one sequence at a time.
+        batch_invariant: divide the pages by the sequence's own length alone, so that what a
+            decoding step gives a sequence has the same bits in any batch. Prompts are divided by
+            what their call holds; give them one sequence at a time.
     Raises:
         KvfoldError: formats and segments don't fit each other, or are more than MOST_RUNGS.
     """
@@ -251,15 +260,16 @@ def attention(
             launch(
                 _attention_kernel, (parts if rung == len(formats) - 1 else splits, kv_heads, batch * blocks),
                 # queries and cache
-                queries.data, queries.scale, queries.scale if shift is None else shift, anchor(device), table, cache.state,
-                none if cache.segments is None else cache.segments, raw_keys, raw_values, partial, ml,
+                queries.data, queries.scale, queries.scale if shift is None else shift, anchor(device),
+                table, cache.state, none if cache.segments is None else cache.segments,
+                raw_keys, raw_values, partial, ml,
                 none if prompt is None else prompt.first_query, none if prompt is None else prompt.packed_before,
                 # numbers
                 new, table.shape[1], sinks, window, regions.ring, logits.sliding, blocks, splits, slots,
                 FIXED_TILES if fixed else 1, together[-1].end if together else 0, rung, len(formats), *raw_steps, *term,
                 K=k_layout, V=v_layout, R=head_layout(raw16(dim), page_tokens), N=padded, COLUMNS=queries.columns,
-                GROUP=queries.group, PROMPT=prompt is not None, MASKED=prompt is not None or logits.sliding > 0, CAP=cap,
-                SHIFT=shift is not None and cap > 0, MEAN=0 if mean is None else mean.tables.within.shape[1],
+                GROUP=queries.group, PROMPT=prompt is not None, MASKED=prompt is not None or logits.sliding > 0,
+                CAP=cap, SHIFT=shift is not None and cap > 0, MEAN=0 if mean is None else mean.tables.within.shape[1],
                 STAGES=stages, PREFETCH=ternary, BLOCK=RAW_BLOCK, INTERPRET=INTERPRET, num_warps=1, num_stages=stages,
                 maxnreg=FOUR_BIT_REGISTERS if four_bit else None,
             )  # fmt: skip
@@ -285,14 +295,16 @@ def _check_rungs(segments: Tensor | None, rungs: int, batch: int) -> None:
     shape = None if segments is None else tuple(segments.shape)
     if shape != (batch, rungs + 1) and not (shape is None and rungs == 1):
         raise KvfoldError(
-            f"segments of shape {shape} don't fit {rungs} formats; give int32 [{batch}, formats + 1] with formats, or neither."
+            f"segments of shape {shape} don't fit {rungs} formats; "
+            f"give int32 [{batch}, formats + 1] with formats, or neither."
         )
     if rungs > MOST_RUNGS.value:
         raise KvfoldError(f"Pages of {rungs} formats are too many for one call; give {MOST_RUNGS.value} at the most.")
 
 
 def _splits(given: int, cache: PagedCache, page_tokens: int, places: int, fixed: bool) -> int:
-    """Programs that share the pages of one head and sequence: as many as were asked for, or 0 for as many as are best."""
+    """Programs that share the pages of one head and sequence: as many as were asked for, or 0 for
+    as many as are best."""
     most = MOST_SLOTS - 32
     if fixed:  # enough for the longest sequence that fits the table
         raw = -(-cache.raw_keys.shape[2] // RAW_BLOCK)

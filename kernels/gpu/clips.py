@@ -10,7 +10,8 @@ from kvfold.kernels.formats import Format
 
 
 def clip_strides(clip: Tensor | None, fmt: Format, heads: int) -> tuple[int, int]:
-    """Numbers from one head's first factor to the next one's, and from one group's to the next one's; (0, 0): there are none.
+    """Numbers from one head's first factor to the next one's, and from one group's to the next
+    one's; (0, 0): there are none.
 
     Raises:
         KvfoldError: clip's shape fits neither [heads] nor [heads, groups].
@@ -19,7 +20,8 @@ def clip_strides(clip: Tensor | None, fmt: Format, heads: int) -> tuple[int, int
         return 0, 0
     if tuple(clip.shape) not in ((heads,), (heads, 1), (heads, fmt.num_groups)):
         raise KvfoldError(
-            f"clip has shape {tuple(clip.shape)}; give one factor for each of {heads} heads, or for each head and group."
+            f"clip has shape {tuple(clip.shape)}; "
+            f"give one factor for each of {heads} heads, or for each head and group."
         )
     count = clip.numel() // heads
     return count, int(count > 1)
@@ -28,7 +30,8 @@ def clip_strides(clip: Tensor | None, fmt: Format, heads: int) -> tuple[int, int
 def clips_of(
     clips: Sequence[Tensor | None], formats: Sequence[Format], heads: int
 ) -> tuple[Tensor | None, int, int, int]:
-    """Factors of all rungs and the numbers from one rung, head and group to the next; with (None, 0, 0, 0) all are 1."""
+    """Factors of all rungs and the numbers from one rung, head and group to the next; with (None,
+    0, 0, 0) all are 1."""
     if len(clips) == 1:
         return clips[0], 0, *clip_strides(clips[0], formats[0], heads)
     strides = [clip_strides(clip, fmt, heads) for clip, fmt in zip(clips, formats, strict=True)]

@@ -1,7 +1,8 @@
 """Kernels that write packed pages: from 16-bit rows, and from pages of a finer format.
 
-A page is [keys of all heads | values of all heads]; block tables and page lists hold addresses as `page_address` gives them.
-Bytes equal those of the reference, `quantizer.encode`. Runs under Triton's interpreter on a CPU too.
+A page is [keys of all heads | values of all heads]; block tables and page lists hold addresses as
+`page_address` gives them. Bytes equal those of the reference, `quantizer.encode`. Runs under
+Triton's interpreter on a CPU too.
 """
 
 import torch
@@ -26,7 +27,8 @@ UNROLL: tl.constexpr = tl.constexpr(4)  # fields of 16-bit rows at a time
 # numbers that vary from call to call, or from format to format, must not each compile a kernel of their own
 @triton.jit(
     do_not_specialize=[
-        "k_clip_h", "k_clip_g", "v_clip_h", "v_clip_g", "table_length", "stride_b", "stride_h", "stride_t", "sinks", "ring",
+        "k_clip_h", "k_clip_g", "v_clip_h", "v_clip_g", "table_length", "stride_b", "stride_h", "stride_t",
+        "sinks", "ring",
     ],
     do_not_specialize_on_alignment=["pages", "sequences", "tokens", "keys", "values", "k_clip", "v_clip"],
 )  # fmt: skip
@@ -177,7 +179,8 @@ def lower_pages(
 
 
 def _clips(fmt: PageFormat, heads: int, device: torch.device) -> tuple[Tensor | int, ...]:
-    """Clips of keys and values, and numbers from one head's first factor, and one group's, to the next one's, of each."""
+    """Clips of keys and values, and numbers from one head's first factor, and one group's, to the
+    next one's, of each."""
     none = anchor(device).view(torch.float32)  # a pointer of the right type that nothing reads
     clips = [none if clip is None else clip for clip in (fmt.key_clip, fmt.value_clip)]
     return *clips, *clip_strides(fmt.key_clip, fmt.key, heads), *clip_strides(fmt.value_clip, fmt.value, heads)

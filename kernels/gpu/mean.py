@@ -1,4 +1,5 @@
-"""The rotating mean of keys in the logits of some queries: what the kernels read of it, and its computation in plain torch.
+"""The rotating mean of keys in the logits of some queries: what the kernels read of it, and its
+computation in plain torch.
 
 device/mean.py says what the coefficients and the bias are.
 """

@@ -17,7 +17,8 @@ WARPS = 4
 
 @triton.jit(
     do_not_specialize=[
-        "new", "sinks", "window", "page_tokens", "heads", "query_blocks", "queries", "slots", "padded", "columns", "group",
+        "new", "sinks", "window", "page_tokens", "heads", "query_blocks", "queries", "slots", "padded",
+        "columns", "group",
         "advance", "out_stride_b", "out_stride_t", "out_stride_h",
     ],
     do_not_specialize_on_alignment=["ml_ptr", "out", "aux", "q_shift_ptr", "state"],
@@ -25,13 +26,15 @@ WARPS = 4
 def _merge_kernel(
     o_ptr, ml_ptr, out, aux, q_shift_ptr, state, new, sinks, window, page_tokens, heads, query_blocks, queries, slots,
     padded, columns, group, advance, out_stride_b, out_stride_t, out_stride_h,
-    DIM: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ONCE: tl.constexpr, AUX: tl.constexpr, SHIFT: tl.constexpr,
+    DIM: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ONCE: tl.constexpr, AUX: tl.constexpr,
+    SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (sequences × KV heads × query blocks, columns, runs of CHANNELS). Merges the parts of one query and, with `advance`, moves the
-    sequence's length and number of pages on by `new` tokens. Parts of no weight may be unwritten.
+    """Grid: (sequences × KV heads × query blocks, columns, runs of CHANNELS). Merges the parts of
+    one query and, with `advance`, moves the sequence's length and number of pages on by `new`
+    tokens. Parts of no weight may be unwritten.
 
-    Columns that are queries are `columns` of `padded`. ONCE: there are no more than BLOCK slots. Otherwise the sums are taken
-    in an order that the number of slots has no part in.
+    Columns that are queries are `columns` of `padded`. ONCE: there are no more than BLOCK slots.
+    Otherwise the sums are taken in an order that the number of slots has no part in.
     """
     place = tl.program_id(0)
     n = tl.program_id(1)
@@ -116,11 +119,12 @@ def merge_parts(
 
     Args:
         partial: float32 [B · Hkv · query blocks, slots, N, head_dim], outputs not yet divided.
-        ml: float32 [B · Hkv · query blocks, slots, 2, N], largest scores and sums of weights; a weight of 0 says that the part's
-            outputs may be unwritten.
+        ml: float32 [B · Hkv · query blocks, slots, 2, N], largest scores and sums of weights; a
+            weight of 0 says that the part's outputs may be unwritten.
         out: [B, T, num_heads, head_dim], any float type; written.
         sink_logits: [num_heads], logits that join the denominator only, or None.
-        shift: float32 [B, Hkv, query blocks, N], what all scores of a query lack, which sink logits must lack too; or None.
+        shift: float32 [B, Hkv, query blocks, N], what all scores of a query lack, which sink logits
+            must lack too; or None.
         state: int32 [B, 2], tokens and pages of each sequence.
         regions: of the cache.
         new: tokens that `state` does not count yet.

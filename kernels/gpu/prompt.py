@@ -1,9 +1,11 @@
 """What many queries of a prompt read of the pages together, through a library's attention.
 
-The split-K kernel unpacks a page again for every 16 columns of queries: right for a step, for a prompt most of its time. So where all queries
-of a call read the same first pages, those are decoded to float16 a bounded run at a time, scratch that the next run overwrites, and a
-library's FlashAttention goes over them without a mask. It gives the logarithm of its sum of weights too, so that runs are merged as the
-parts of split-K are. Runs under Triton's interpreter on a CPU too, with plain torch in the library's place.
+The split-K kernel unpacks a page again for every 16 columns of queries: right for a step, for a
+prompt most of its time. So where all queries of a call read the same first pages, those are decoded
+to float16 a bounded run at a time, scratch that the next run overwrites, and a library's
+FlashAttention goes over them without a mask. It gives the logarithm of its sum of weights too, so
+that runs are merged as the parts of split-K are. Runs under Triton's interpreter on a CPU too, with
+plain torch in the library's place.
 """
 
 from collections.abc import Callable, Sequence
@@ -68,8 +70,14 @@ def _decode_kernel(anchor_ptr, pages, factors, keys, values, tables, table_lengt
 
 
 def decode_pages(
-    pages: Tensor, key_format: Format, value_format: Format, factors: Tensor, keys: Tensor, values: Tensor, page_tokens: int
-) -> None:  # fmt: skip
+    pages: Tensor,
+    key_format: Format,
+    value_format: Format,
+    factors: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    page_tokens: int,
+) -> None:
     """Decodes pages, in the order given.
 
     Args:
@@ -119,7 +127,8 @@ def read_together(
         table: int64 [entries], addresses of the sequence's pages.
         out: float32 [Hkv · query blocks, N, head_dim], a part of the outputs, with weights' sum 1; written.
         ml: float32 [Hkv · query blocks, 2, N], logarithms to base 2 of the sums of weights, and ones; written.
-        mean: what keys were stored without, if anything: (first entry, end) → float32 [Hkv, tokens, head_dim] in their stored basis.
+        mean: what keys were stored without, if anything: (first entry, end) → float32 [Hkv, tokens,
+            head_dim] in their stored basis.
     """
     heads, dim = query.shape[1], query.shape[-1]
     flat = query.view(1, heads, -1, dim)

@@ -1,4 +1,5 @@
-"""Queries as the attention kernel reads them: laid out, scaled to float16's middle, and with what logits lack of a key's mean."""
+"""Queries as the attention kernel reads them: laid out, scaled to float16's middle, and with what
+logits lack of a key's mean."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,8 @@ QUERY_TOP = 7  # queries are scaled so that the largest component lies in [2^6, 
 
 
 def logit_factor(scaling: float, softcap: float | None) -> float:
-    """What products of queries and keys are multiplied with: the softmax's scaling, in base 2 where nothing bends logits first."""
+    """What products of queries and keys are multiplied with: the softmax's scaling, in base 2 where
+    nothing bends logits first."""
     return scaling if softcap else scaling * LOG2_E.value
 
 
@@ -25,13 +27,15 @@ class Queries:
     """Queries as the kernel reads them.
 
     Attributes:
-        data: float16 [B, Hkv, query blocks, N, head_dim]; column n of a block is query n // G, head n mod G of the group.
+        data: float16 [B, Hkv, query blocks, N, head_dim]; column n of a block is query n // G, head
+            n mod G of the group.
         scale: float32 [B, Hkv], softmax scaling, log2 e and the inverse of what `data` was multiplied with.
         columns: of N that are queries; N is padded to 8 at least.
         group: G, query heads of a KV head.
         tokens: queries of a sequence.
-        shift: float32 [B, Hkv, query blocks, N], softmax scaling times q·μ, which every logit of a query lacks where keys are
-            stored as k − μ; only a soft-cap and sink logits see it. None for zero.
+        shift: float32 [B, Hkv, query blocks, N], softmax scaling times q·μ, which every logit of a
+            query lacks where keys are stored as k − μ; only a soft-cap and sink logits see it. None
+            for zero.
         mean: what logits lack where keys are stored without a mean that turns; None for nothing.
     """
 

@@ -1,4 +1,5 @@
-"""What the launching functions take together: a cache's tensors, its regions, the formats of its pages, and what is done to logits."""
+"""What the launching functions take together: a cache's tensors, its regions, the formats of its
+pages, and what is done to logits."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +17,8 @@ class Regions:
         sinks: first tokens, always in 16 bits.
         window: last tokens, in 16 bits at the least.
         page_tokens: tokens of a page.
-        ring: slots behind the sinks' rows that tokens take in turn; 0: the rows hold the tokens behind the pages in order.
+        ring: slots behind the sinks' rows that tokens take in turn; 0: the rows hold the tokens
+            behind the pages in order.
     """
 
     sinks: int
@@ -32,9 +34,11 @@ class PagedCache(NamedTuple):
         table: int64 [B, entries], addresses of pages (`page_address`), in rising position.
         state: int32 [B, 2], tokens and pages of each sequence.
         raw_keys, raw_values: float16 [B, Hkv, rows, head_dim], same strides: sinks, then what `Regions.ring` says.
-        segments: int32 [B, R + 1], contiguous, where pages have R formats: pages segments[b, r] … segments[b, r + 1] − 1 of sequence b
-            are of format r, the oldest of format 0. Column 0 counts as 0 and column R as the number of pages, whatever they hold: a
-            page that comes due joins the last format without a write, and `append_step` must be given that one. None for one format.
+        segments: int32 [B, R + 1], contiguous, where pages have R formats: pages segments[b, r] …
+            segments[b, r + 1] − 1 of sequence b are of format r, the oldest of format 0. Column 0
+            counts as 0 and column R as the number of pages, whatever they hold: a page that comes
+            due joins the last format without a write, and `append_step` must be given that one.
+            None for one format.
     """
 
     table: Tensor
@@ -49,7 +53,8 @@ class PageFormat(NamedTuple):
 
     Attributes:
         key, value: formats of a head's keys and values.
-        key_clip, value_clip: float32 [Hkv] or [Hkv, groups], factors on (minimum, maximum) of formats that have one; None for 1.
+        key_clip, value_clip: float32 [Hkv] or [Hkv, groups], factors on (minimum, maximum) of
+            formats that have one; None for 1.
     """
 
     key: Format
@@ -62,8 +67,8 @@ class KeyTransform(NamedTuple):
     """What is done to keys before they are stored, z = M(k − μ), and to queries, q·M⁻¹.
 
     Attributes:
-        matrix, offset, query_matrix: float32 [Hkv, head_dim, head_dim], [Hkv, head_dim] and [Hkv, head_dim, head_dim]: M, μ and M⁻¹;
-            None for the identity and zero. Contiguous.
+        matrix, offset, query_matrix: float32 [Hkv, head_dim, head_dim], [Hkv, head_dim] and [Hkv,
+            head_dim, head_dim]: M, μ and M⁻¹; None for the identity and zero. Contiguous.
     """
 
     matrix: Tensor | None = None

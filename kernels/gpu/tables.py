@@ -1,8 +1,10 @@
-"""Layouts as data: what the kernels that write and decode pages read at run time, so that one kernel serves all formats.
+"""Layouts as data: what the kernels that write and decode pages read at run time, so that one
+kernel serves all formats.
 
-A table is int32: a header, then rows of head_dim numbers, one a channel. Channels are stored in at most two planes (formats.py);
-a plane of one bit joins two channels in a word, written by the first of them, whose `PARTNER` is the other. Ternary codes share
-words across channels by a rule of their own (packing.py) that needs only the header.
+A table is int32: a header, then rows of head_dim numbers, one a channel. Channels are stored in at
+most two planes (formats.py); a plane of one bit joins two channels in a word, written by the first
+of them, whose `PARTNER` is the other. Ternary codes share words across channels by a rule of their
+own (packing.py) that needs only the header.
 """
 
 import struct
@@ -93,7 +95,8 @@ def _tables(formats: tuple[tuple[Format, ...], ...], page_tokens: int, device: t
         for fmt in row:
             if fmt.head_dim != formats[0][0].head_dim:
                 raise KvfoldError(
-                    f"Formats of head_dim {fmt.head_dim} and {formats[0][0].head_dim} don't go together; use one head_dim."
+                    f"Formats of head_dim {fmt.head_dim} and {formats[0][0].head_dim} don't go together; "
+                    "use one head_dim."
                 )
     data = [[_numbers(fmt, page_tokens) for fmt in row] for row in formats]
     with torch.inference_mode(False):  # it outlives the mode of whoever asks first

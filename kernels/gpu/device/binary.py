@@ -108,7 +108,8 @@ def add_values(base, page, row, p, acc, acc_high, V: tl.constexpr, INTERPRET: tl
 
 @triton.jit
 def _plane_code(block, plane, width, half, f, row, mask, ROWS: tl.constexpr):
-    """Bits of one plane of elements (field f, row) of channels whose words a table describes with `plane`; all 16 of raw ones."""
+    """Bits of one plane of elements (field f, row) of channels whose words a table describes with
+    `plane`; all 16 of raw ones."""
     stride = plane >> 16
     at = (plane & 0xFFFF) + row * stride
     at += tl.where(width == 4, f >> 2, tl.where(width == 16, f, 0)) * (ROWS * stride)
@@ -132,8 +133,8 @@ def element_code(block, table, header, f, row, c, mask, ROWS: tl.constexpr):
 
 @triton.jit
 def _field_bits(code, width, f, upper, inside):
-    """One field of the words of a plane: 16 bits, of four bits a code 32, fields 0 to 3 first; `upper` is the second channel of a
-    word of one bit."""
+    """One field of the words of a plane: 16 bits, of four bits a code 32, fields 0 to 3 first;
+    `upper` is the second channel of a word of one bit."""
     left = tl.where(width == 4, (f >> 2) * 16 + (f & 1) * 8 + (f >> 1 & 1) * 4, 2 * f + upper)
     joins = inside & ((upper == 0) | (width == 1))
     return tl.where(joins, (code & ((1 << width) - 1)) << left, 0)

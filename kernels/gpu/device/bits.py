@@ -55,7 +55,8 @@ def mask_words(words, MASK: tl.constexpr, INTERPRET: tl.constexpr):
 
 @triton.jit
 def shift_right(words, RIGHT: tl.constexpr, INTERPRET: tl.constexpr):
-    """int16 words >> RIGHT (<< −RIGHT); bits that come from a neighbour or the sign must be masked off by the caller."""
+    """int16 words >> RIGHT (<< −RIGHT); bits that come from a neighbour or the sign must be masked
+    off by the caller."""
     if RIGHT == 0:
         return words
     elif INTERPRET:
@@ -108,7 +109,8 @@ def _halves(w):
 def row_pointers(base, page, row, OFFSET: tl.constexpr, STRIDE: tl.constexpr):
     """uint8 pointers to the rows of a head's block.
 
-    In this order: the first sum is the same in every pass of a loop over pages, and the last one part of the loading instruction.
+    In this order: the first sum is the same in every pass of a loop over pages, and the last one
+    part of the loading instruction.
 
     Args:
         base: pointer to the head's block in a page that would lie at the anchor.

@@ -1,8 +1,9 @@
-"""Elements of a head's block of a page, coded and decoded one by one from a format's table (gpu/tables.py), for the Triton kernels
-that write and decode pages.
+"""Elements of a head's block of a page, coded and decoded one by one from a format's table
+(gpu/tables.py), for the Triton kernels that write and decode pages.
 
-Every operation that rounds is the correctly rounded one, and kernels are compiled without fused multiply-add, so that bytes
-equal those of the reference (quantizer.py); only the sum under a root mean square may be taken in another order.
+Every operation that rounds is the correctly rounded one, and kernels are compiled without fused
+multiply-add, so that bytes equal those of the reference (quantizer.py); only the sum under a root
+mean square may be taken in another order.
 """
 
 from typing import Any, NamedTuple
@@ -43,8 +44,8 @@ class Header(NamedTuple):
 
 
 class RawRows(NamedTuple):
-    """Tokens of a page in 16-bit rows: token f·R + row of the page in row start + f·R + row, or, from row `end` on, `ring` rows
-    before that."""
+    """Tokens of a page in 16-bit rows: token f·R + row of the page in row start + f·R + row, or,
+    from row `end` on, `ring` rows before that."""
 
     rows: Any  # pointer to float16
     stride: Any  # from one row to the next
@@ -63,8 +64,8 @@ class PackedBlock(NamedTuple):
 
 @triton.jit
 def to_e4m3(x):
-    """float32 → e4m3 byte as int32: to nearest, ties to even, saturating at ±448. Integer arithmetic, since the interpreter
-    casts with another rounding."""
+    """float32 → e4m3 byte as int32: to nearest, ties to even, saturating at ±448. Integer
+    arithmetic, since the interpreter casts with another rounding."""
     sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
     size = tl.minimum(tl.abs(x), 448.0)
     bits = size.to(tl.int32, bitcast=True)

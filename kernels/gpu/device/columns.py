@@ -22,6 +22,7 @@ STEP: tl.constexpr = tl.constexpr(1)  # bits of a float32: of symmetric codes, i
 PARTNER: tl.constexpr = tl.constexpr(2)  # channel that this one's words of one bit take in, or −1
 # bits of a code in the first plane, 2^8 · those in the second, 2^16 · which of two channels of a word of one bit
 WIDTHS: tl.constexpr = tl.constexpr(3)
-# words from the block to the first plane's word in row 0, and 2^16 · words from a row to the next; the same of the second plane
+# words from the block to the first plane's word in row 0, and 2^16 · words from a row to the next;
+# the same of the second plane
 PLANE_0, PLANE_1 = tl.constexpr(4), tl.constexpr(5)
 ROWS: tl.constexpr = tl.constexpr(6)

@@ -1,5 +1,6 @@
-"""The kinds of codes, each a file of its own, that the kernels choose from: by a constant where pages are read for tensor cores, by the
-table's header where they are read and written element by element.
+"""The kinds of codes, each a file of its own, that the kernels choose from: by a constant where
+pages are read for tensor cores, by the table's header where they are read and written element by
+element.
 """
 
 import triton
@@ -37,8 +38,8 @@ def add_products(base, page, row, q, qk, g: tl.constexpr, K: tl.constexpr, INTER
 
 @triton.jit
 def add_values(base, page, row, p, acc, acc_high, V: tl.constexpr, INTERPRET: tl.constexpr):
-    """Adds the codes of values, times weights, to the outputs [size, N] of each run of V, a HeadLayout; of planes from bit 4 on to
-    acc_high, in units of 16.
+    """Adds the codes of values, times weights, to the outputs [size, N] of each run of V, a
+    HeadLayout; of planes from bit 4 on to acc_high, in units of 16.
 
     p: for each parameter group eight float16 [16, N].
     """

@@ -1,13 +1,15 @@
-"""What the logits of packed and of 16-bit keys get back for the rotating mean that was taken off them, for the Triton kernels.
+"""What the logits of packed and of 16-bit keys get back for the rotating mean that was taken off
+them, for the Triton kernels.
 
 key_mean.py defines the mean. Of a query column with coefficients c, in the units of its scores, a kernel reads
 
     A [2F, N]  Re c, then −Im c                B [2F, N]  −Im c, then −Re c            of the fast pairs
     bias [steps, N]                            Re Σ c_i·(turn of step m) of the slow pairs
 
-so that with the turn (cos, sin) of a span of 128 tokens C = cos·A + sin·B holds the coefficients turned there, and T·C is what
-the fast pairs add to each of its tokens. |q·m| may be in the hundreds, so C goes through the tensor cores in two float16 halves;
-T is float16 by definition. The bias is added in float32.
+so that with the turn (cos, sin) of a span of 128 tokens C = cos·A + sin·B holds the coefficients
+turned there, and T·C is what the fast pairs add to each of its tokens. |q·m| may be in the
+hundreds, so C goes through the tensor cores in two float16 halves; T is float16 by definition. The
+bias is added in float32.
 """
 
 import triton
@@ -42,7 +44,8 @@ def raw_mean(a, bias, spans, within, u, mask, n, N: tl.constexpr, ROWS: tl.const
     k = tl.arange(0, ROWS)
     span = tl.where(mask, u, 0) // 128
     place = tl.where(mask, u, 0) % 128
-    # kernels are not specialised on how the tables are aligned, and else a thread would load number by number, and of every row
+    # kernels are not specialised on how the tables are aligned, and else a thread would load number
+    # by number, and of every row
     at = tl.multiple_of(spans + span[:, None] * (2 * ROWS) + k[None, :], [1, 16])
     cos = tl.load(at)
     sin = tl.load(tl.multiple_of(at + ROWS, [1, 16]))

@@ -1,10 +1,12 @@
 """The pages' part of the split-K attention kernel.
 
-Everything is transposed: tokens are the rows of the tensor cores' left operand, queries the columns of the right one, so
-that eight query columns suffice where the other way round sixteen rows would be padded. One program is one warp. It takes
-128 tokens at a time: 16 rows of words, each word the codes of one channel of eight tokens (packing.py), so that masking a
-word gives an operand without a shift or a conversion: an fp16 subnormal, code·4^g·2^−24. What those factors leave to be
-divided by is folded into the scale of the score, for keys, and of the probability, for values. Scales never touch elements:
+Everything is transposed: tokens are the rows of the tensor cores' left operand, queries the columns
+of the right one, so that eight query columns suffice where the other way round sixteen rows would
+be padded. One program is one warp. It takes 128 tokens at a time: 16 rows of words, each word the
+codes of one channel of eight tokens (packing.py), so that masking a word gives an operand without a
+shift or a conversion: an fp16 subnormal, code·4^g·2^−24. What those factors leave to be divided by
+is folded into the scale of the score, for keys, and of the probability, for values. Scales never
+touch elements:
 
     q·k_t = τ_t·(Σ_i q_i·step_i·c_ti − Σ_i q_i·step_i·(L_i − 1)/2)      "scale"
     q·k_t = s_t·Σ_i q_i·c_ti + m_t·Σ_i q_i                              "scale_min", per group
@@ -12,11 +14,13 @@ divided by is folded into the scale of the score, for keys, and of the probabili
 
 Online softmax in base 2 (FlashAttention); partial results are merged by their maxima (split-K, FlashDecoding).
 
-The compiler's time goes into two passes that, for every load and store (TritonGPUCoalesce) and every dot (AccelerateMatmul), walk
-from each operation that is connected with it to all that it needs and all that needs it. The second stops at a `tl.trans`, so
-pointers, scores and weights are turned where that costs no instruction; the first at the results of a branch, so where tiles begin
-and end, the queries, the softmax and what follows the loop stand in branches that only LLVM knows to be always taken. In the loop
-none may hold a load or a dot: loads in a branch are not pipelined, and the tensor cores' layouts do not reach into it.
+The compiler's time goes into two passes that, for every load and store (TritonGPUCoalesce) and
+every dot (AccelerateMatmul), walk from each operation that is connected with it to all that it
+needs and all that needs it. The second stops at a `tl.trans`, so pointers, scores and weights are
+turned where that costs no instruction; the first at the results of a branch, so where tiles begin
+and end, the queries, the softmax and what follows the loop stand in branches that only LLVM knows
+to be always taken. In the loop none may hold a load or a dot: loads in a branch are not pipelined,
+and the tensor cores' layouts do not reach into it.
 """
 
 import triton
@@ -48,8 +52,9 @@ def packed_part(
     """Attention of N query columns to tiles begin … end − 1, of 16 rows of words each, the first of which begins
     with page `tile_page`, as far as they are pages first_page … last_page − 1.
 
-    With SHIFT, `shift` [N] is added to every logit; with MEAN, twice the fast pairs that a kernel has, what keys lack that were
-    stored without their rotating mean (mean.py; `coefficients` and `bias` are of this place, step 0). K, V: a HeadLayout.
+    With SHIFT, `shift` [N] is added to every logit; with MEAN, twice the fast pairs that a kernel
+    has, what keys lack that were stored without their rotating mean (mean.py; `coefficients` and
+    `bias` are of this place, step 0). K, V: a HeadLayout.
 
     Returns:
         (output runs [size, N] not yet divided, largest scores [N], sums of weights [N])

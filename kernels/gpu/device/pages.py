@@ -1,9 +1,9 @@
-"""Writes one head's block of a page, of the format that a table (gpu/tables.py) describes: parameters first, then the codes. The
-pages' part of the writing kernels.
+"""Writes one head's block of a page, of the format that a table (gpu/tables.py) describes:
+parameters first, then the codes. The pages' part of the writing kernels.
 
-Nothing here is compiled for a format: channels are taken a fixed number at a time, and what the table says of them is read with
-them. A word gathers its codes field by field (packing.py) in the registers of its channel. Parameters are read back from the
-page as rounded.
+Nothing here is compiled for a format: channels are taken a fixed number at a time, and what the
+table says of them is read with them. A word gathers its codes field by field (packing.py) in the
+registers of its channel. Parameters are read back from the page as rounded.
 """
 
 import triton
@@ -60,11 +60,12 @@ def write_block(
     Args:
         block: uint8 pointer to the head's block of the page.
         table: int32 pointer to the table of its format.
-        clip, clip_step, clipped: float32 pointer to factors on (minimum, maximum), numbers from one group's to the next one's, and
-            whether there are any.
+        clip, clip_step, clipped: float32 pointer to factors on (minimum, maximum), numbers from one
+            group's to the next one's, and whether there are any.
         source, PACKED: see `load_source`.
         ROWS: R, rows of words in a page.
-        UNROLL: fields that are asked for at a time: the more, the less is waited for memory, and the longer the compiler takes.
+        UNROLL: fields that are asked for at a time: the more, the less is waited for memory, and
+            the longer the compiler takes.
     """
     header = read_header(table)
     if header.kind == RAW:

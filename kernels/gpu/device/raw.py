@@ -19,7 +19,8 @@ def raw_rows(total_tokens, packed_end, sinks, ring):
 def raw_blocks(
     total_tokens, packed_end, sinks, ring, limit, last, BLOCK: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    """How many blocks of BLOCK rows the queries look at, and the number of the first of them behind the sinks' blocks, which come first."""
+    """How many blocks of BLOCK rows the queries look at, and the number of the first of them behind
+    the sinks' blocks, which come first."""
     rows = raw_rows(total_tokens, packed_end, sinks, ring)
     sink_blocks = (sinks + BLOCK - 1) // BLOCK
     first_block = sink_blocks
@@ -39,8 +40,8 @@ def raw_part(
     R: tl.constexpr, V: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
     MASKED: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
-    """Goes on with the attention of N query columns over blocks begin … end − 1, as `raw_blocks` counts them, of the 16-bit
-    rows: sinks, then either a ring (ring > 0 slots) or tokens in order.
+    """Goes on with the attention of N query columns over blocks begin … end − 1, as `raw_blocks`
+    counts them, of the 16-bit rows: sinks, then either a ring (ring > 0 slots) or tokens in order.
 
     Row r < sinks is token r. In a ring, slot r holds the newest token congruent to it; in order, row r ≥ sinks is token
     packed_end + r − sinks. Tokens from sinks to packed_end − 1 are packed and not here.

@@ -1,8 +1,9 @@
 """Scores of packed keys, for the attention kernel: eight [N, 16], one for each field of a word (packing.py).
 
-Runs of channels are constants (layout.py). Keys and values have their rows along different axes. Their pointers are turned so that the rows
-of both lie along the second: else the compiler gives each its own copy of the pages' addresses, loaded and carried from pass to pass,
-and a prompt's 16 columns have no registers left for that.
+Runs of channels are constants (layout.py). Keys and values have their rows along different axes.
+Their pointers are turned so that the rows of both lie along the second: else the compiler gives
+each its own copy of the pages' addresses, loaded and carried from pass to pass, and a prompt's 16
+columns have no registers left for that.
 """
 
 import triton
@@ -19,9 +20,10 @@ def _run_queries(q_ptr, n, dim, T: tl.constexpr, N: tl.constexpr):
     """The queries of a run of channels, float16 [size, N], times the step of its codes."""
     c = tl.arange(0, T.size)
     if T.size * N <= 128:
-        # Four numbers a thread: loaded four channels at once, they would be shuffled to where the tensor cores want them, and that in
-        # every pass of the loop. So the compiler may not know that they are aligned: it then goes through shared memory, where
-        # they stay, and a pass takes them by one instruction.
+        # Four numbers a thread: loaded four channels at once, they would be shuffled to where the
+        # tensor cores want them, and that in every pass of the loop. So the compiler may not know
+        # that they are aligned: it then goes through shared memory, where they stay, and a pass
+        # takes them by one instruction.
         nought = tl.program_id(0) >> 31
         ptr = q_ptr + nought + n[:, None] * dim + T.start + c[None, :]
         q = tl.trans(tl.load(ptr, mask=(c < T.valid)[None, :], other=0.0))
@@ -45,8 +47,9 @@ def _has_size(runs, size, g):
 
 @triton.jit
 def _add_middle(q, wide, g: tl.constexpr, size: tl.constexpr, T: tl.constexpr, SCALE_MIN: tl.constexpr):
-    """Adds to `wide` [size, N] what, summed over channels, the zero point of a run's codes adds to group g, if the run is of that
-    size and group: q·(L − 1)/2, or q where codes have a minimum; once a channel, so only for the plane of the low bits."""
+    """Adds to `wide` [size, N] what, summed over channels, the zero point of a run's codes adds to
+    group g, if the run is of that size and group: q·(L − 1)/2, or q where codes have a minimum;
+    once a channel, so only for the plane of the low bits."""
     if T.group != g or T.size != size:
         return wide
     elif SCALE_MIN:
@@ -81,7 +84,8 @@ def zero_queries(K: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def query_middles(q, q_scale, K: tl.constexpr, N: tl.constexpr):
-    """Of each parameter group, what the zero points of its codes add to a score, [N]; times q_scale where codes have a minimum."""
+    """Of each parameter group, what the zero points of its codes add to a score, [N]; times q_scale
+    where codes have a minimum."""
     groups: tl.constexpr = K.groups
     middles = ()
     for g in tl.static_range(groups):
@@ -101,7 +105,8 @@ def query_middles(q, q_scale, K: tl.constexpr, N: tl.constexpr):
 def code_products(
     base, page, row, q, middles, g: tl.constexpr, K: tl.constexpr, N: tl.constexpr, INTERPRET: tl.constexpr
 ):
-    """Products of queries with the codes of group g: eight [16, N], field f in units of 2^−24·4^(f mod 4), or of ternary digits."""
+    """Products of queries with the codes of group g: eight [16, N], field f in units of 2^−24·4^(f
+    mod 4), or of ternary digits."""
     qk = ()
     if K.scale_min or K.raw:
         for f in tl.static_range(8):
@@ -130,7 +135,8 @@ def add_mean(
     start, a, b, turns, bias, spans, span, number, row, n, exists,
     K: tl.constexpr, N: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
-    """Scores eight [N, 16] that begin with `start` [N, 16] and what keys lack that were stored without their rotating mean."""
+    """Scores eight [N, 16] that begin with `start` [N, 16] and what keys lack that were stored
+    without their rotating mean."""
     qk = ()
     high, low = turned_coefficients(a, b, spans, span, MEAN)
     if K.page_tokens <= 32:  # a page lies within one step of the slow pairs

@@ -114,8 +114,8 @@ def add_values(base, page, row, p, acc, V: tl.constexpr, INTERPRET: tl.constexpr
 
 @triton.jit
 def _byte_place(half, row, words, ROWS: tl.constexpr):
-    """Bytes from the plane to half-word `half` of a row, first channel; two of them are a word, an odd last one stands two
-    rows to a word."""
+    """Bytes from the plane to half-word `half` of a row, first channel; two of them are a word, an
+    odd last one stands two rows to a word."""
     paired = ((half >> 1) * ROWS + row) * 32 + (half & 1)
     last = (words * ROWS + row // 2) * 32 + row % 2
     return tl.where(half >= 2 * words, last, paired)
@@ -123,7 +123,8 @@ def _byte_place(half, row, words, ROWS: tl.constexpr):
 
 @triton.jit
 def _nibble_place(whole, row, words, ROWS: tl.constexpr):
-    """Bytes from the plane to what is left over in four bits, four rows to a word. No byte follows the `whole` ones then."""
+    """Bytes from the plane to what is left over in four bits, four rows to a word. No byte follows
+    the `whole` ones then."""
     return (words * ROWS + (whole & 1) * ((ROWS + 1) // 2) + row // 4) * 32 + (row // 2) % 2
 
 
@@ -145,7 +146,8 @@ def element_code(block, header, f, row, c, mask, ROWS: tl.constexpr):
 
 @triton.jit
 def write_codes(block, table, header, source, LOAD: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr):
-    """Codes and packs ternary codes: a column of a byte at a time, digit by digit; the last byte may hold what is left over."""
+    """Codes and packs ternary codes: a column of a byte at a time, digit by digit; the last byte
+    may hold what is left over."""
     width: tl.constexpr = tile_width(WORD_TILE, ROWS)
     whole, left, words = header.whole, header.left, header.words
     row = tl.arange(0, ROWS)[:, None]

@@ -53,7 +53,8 @@ def weights(qk, m_i, MASKED: tl.constexpr):
 
 @triton.jit
 def scale_weights(p, z, alpha, base, page, row, V: tl.constexpr, INTERPRET: tl.constexpr):
-    """(of each parameter group the weights times the tokens' scales, eight float16 [16, N]; the sums of minima z moved on)."""
+    """(of each parameter group the weights times the tokens' scales, eight float16 [16, N]; the
+    sums of minima z moved on)."""
     groups: tl.constexpr = V.groups
     new_z = ()
     scaled = ()
