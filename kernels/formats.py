@@ -20,23 +20,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from kvfold.errors import KvfoldError
-from kvfold.kernels.packing import STORAGES, TRIT, TRIT_CHANNELS
-
-RAW = 65536  # levels of a 16-bit class
-
-# levels → widths in bits of the planes, low bits first
-PLANE_WIDTHS: dict[int, tuple[int, ...]] = {
-    0: (),
-    2: (1,),
-    3: (TRIT,),
-    4: (2,),
-    8: (2, 1),
-    16: (4,),
-    32: (4, 1),
-    64: (4, 2),
-    256: (4, 4),
-    RAW: (16,),
-}
+from kvfold.kernels.packing import PLANE_WIDTHS, RAW, STORAGES, TRIT, TRIT_CHANNELS
 
 # Step in standard deviations, and mean squared error at unit variance, of the best uniform
 # quantiser with that many levels for a Gaussian source (J. Max, "Quantizing for minimum

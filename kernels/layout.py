@@ -9,12 +9,13 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
-from kvfold.kernels.formats import GAUSSIAN_STEP, RAW, TRIT, Format
-from kvfold.kernels.packing import FIELDS, TRIT_CHANNELS, trit_parts
+from kvfold.kernels.formats import GAUSSIAN_STEP, Format
+from kvfold.kernels.packing import FIELDS, STORAGES, TRIT, Storage
 
 LONGEST_RUN = 128
-TRIT_LEVELS = 3
+BINARY = -1  # storage of codes that are bit fields
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,6 @@ class Run:
 
 
 @dataclass(frozen=True)
-class TritLayout:
-    """Where the codes of a ternary head stand; see packing.py."""
-
-    chunks: int  # of 16 channels
-    whole: int  # bytes of five codes
-    left: int  # codes left over
-    words: int  # word tiles of R rows
-    rows: int  # R
-
-
-@dataclass(frozen=True)
 class PlaneLayout:
     """One plane of binary or 16-bit codes, for those who write it."""
 
@@ -80,7 +70,8 @@ class HeadLayout:
 
     Attributes:
         kind: "scale", "scale_min" or "raw".
-        trits: where ternary codes stand, None if codes are binary or 16 bits.
+        storage: of its planes (packing.py): BINARY, or the width of the one plane that holds all.
+        parts: what else its device code must know, as `Storage.parts` gives it.
         planes: binary and 16-bit codes, in the order of the block.
         key_runs: for products along channels: a run for each plane.
         value_runs: for products along tokens: a run with all of its planes.
@@ -90,13 +81,13 @@ class HeadLayout:
         rows: R, rows of words in a page.
         nbytes: of one head's block.
         head_dim: channels, of which `coded` are stored.
-        unit, field_units: what a code that was masked out of its word is to be multiplied with, all
-            fields by `unit`, to be worth code · 2^−24; see packing.py.
+        unit, field_units: as in `Storage`.
         p_factor: on probabilities that are cast to float16, so that neither small nor large scales leave its range.
     """
 
     kind: str
-    trits: TritLayout | None
+    storage: int
+    parts: Any
     planes: tuple[PlaneLayout, ...]
     key_runs: tuple[Run, ...]
     value_runs: tuple[Run, ...]
@@ -115,7 +106,7 @@ class HeadLayout:
     @property
     def ternary(self) -> bool:
         """Whether codes are ternary."""
-        return self.trits is not None
+        return self.storage == TRIT
 
     @property
     def raw(self) -> bool:
@@ -179,14 +170,14 @@ def _planes(fmt: Format, page_tokens: int) -> tuple[tuple[PlaneLayout, ...], int
     return tuple(found), offset
 
 
-def _raw_runs(fmt: Format) -> tuple[Run, ...]:
-    return tuple(Run(start, size, valid, 0, 1.0, 0.0) for start, size, valid in cut(fmt.head_dim))
-
-
-def _ternary_runs(fmt: Format, group_size: int) -> tuple[Run, ...]:
-    step, middle = (GAUSSIAN_STEP[TRIT_LEVELS], 1.0) if fmt.params == "scale" else (1.0, 0.0)
-    size = TRIT_CHANNELS
-    return tuple(Run(c, size, size, c // group_size, step, middle) for c in range(0, fmt.head_dim, size))
+def _whole_runs(fmt: Format, storage: Storage, group_size: int) -> tuple[Run, ...]:
+    """Runs of codes that one plane holds, for keys and for values."""
+    dim, size = fmt.head_dim, storage.run
+    symmetric = fmt.params == "scale"
+    levels = fmt.classes[0][1]
+    step, middle = (GAUSSIAN_STEP[levels], (levels - 1) / 2) if symmetric else (1.0, 0.0)
+    runs = [(start, size, size) for start in range(0, dim, size)] if size else cut(dim)
+    return tuple(Run(start, size, valid, start // group_size, step, middle) for start, size, valid in runs)
 
 
 def _binary_runs(
@@ -222,22 +213,19 @@ def _binary_runs(
 def head_layout(fmt: Format, page_tokens: int) -> HeadLayout:
     """The layout of a format in pages of `page_tokens` tokens, a power of two from 8 to 128."""
     rows = page_tokens // FIELDS
-    levels = {n for _, n in fmt.classes}
     groups = fmt.num_groups if fmt.params == "scale_min" else 1
     group_size = fmt.head_dim // groups
     planes, params = _planes(fmt, page_tokens)
-    trits = None
-    if levels == {RAW}:
-        key_runs = value_runs = _raw_runs(fmt)
-    elif TRIT_LEVELS in levels:
-        whole, left = trit_parts(fmt.head_dim)
-        trits = TritLayout(fmt.head_dim // TRIT_CHANNELS, whole, left, (whole + (left > 2)) // 2, rows)
-        key_runs = value_runs = _ternary_runs(fmt, group_size)
-    else:
+    width = fmt.planes[0].width
+    storage = STORAGES[width]
+    if storage.binary:
         key_runs, value_runs = _binary_runs(fmt, planes, rows, group_size)
+    else:
+        key_runs = value_runs = _whole_runs(fmt, storage, group_size)
     return HeadLayout(
-        kind="raw" if levels == {RAW} else fmt.params,
-        trits=trits,
+        kind="raw" if fmt.params == "none" else fmt.params,
+        storage=BINARY if storage.binary else width,
+        parts=storage.parts(fmt.head_dim),
         planes=planes,
         key_runs=key_runs,
         value_runs=value_runs,
@@ -250,6 +238,6 @@ def head_layout(fmt: Format, page_tokens: int) -> HeadLayout:
         head_dim=fmt.head_dim,
         coded=sum(channels for channels, n in fmt.classes if n),
         p_factor=_p_factor(fmt),
-        unit=1 / 256 if trits else 1.0,  # a digit stands at 4^4
-        field_units=(1.0,) * FIELDS if trits else tuple(0.25 ** (f % 4) for f in range(FIELDS)),
+        unit=storage.unit,
+        field_units=storage.field_units,
     )

@@ -29,13 +29,15 @@ Rows past the last are zero.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 FIELDS = 8  # tokens that share a word
-TRIT = 0  # the "width" of a ternary plane
+TRIT, SIXTEEN = 0, 16  # "widths" of ternary and of 16-bit planes
+RAW = 65536  # levels of a 16-bit class
 TRITS_PER_BYTE = 5
 TRIT_CHANNELS = 16  # channels of one ternary tile
 
@@ -154,6 +156,23 @@ def unpack_trits(packed: Tensor, tokens: int, channels: int) -> Tensor:
     return fields.flatten(-2).flatten(-3, -2)
 
 
+@dataclass(frozen=True)
+class TritParts:
+    """What a row of ternary codes has in each of 16 columns."""
+
+    whole: int  # bytes of five codes
+    left: int  # codes left over
+    words: int  # words of two bytes, those left over apart
+
+
+def _trit_parts(channels: int) -> TritParts:
+    whole, left = trit_parts(channels)
+    return TritParts(whole, left, (whole + (left > 2)) // 2)
+
+
+FIELD_UNITS = tuple(0.25 ** (f % 4) for f in range(FIELDS))  # of bit fields
+
+
 class Storage(NamedTuple):
     """How the codes of one plane are stored in a page.
 
@@ -161,13 +180,22 @@ class Storage(NamedTuple):
         nbytes: (tokens, channels) → bytes.
         pack: codes [..., P, n] → uint8 [..., nbytes].
         unpack: (packed, tokens, channels) → codes [..., P, n].
-        binary: codes are bit fields, so that a plane may hold some bits of a code; else it holds all of it.
+        binary: codes are bit fields, so that a plane may hold some bits of a code; else it holds all
+            of it, and all of the head's channels.
+        run: channels of one operand of a tensor core; 0: as many as may be.
+        unit, field_units: what a code that was masked out of its word is to be multiplied with, all
+            fields by `unit`, to be worth code · 2^−24.
+        parts: (channels) → whatever else kernels must know.
     """
 
     nbytes: Callable[[int, int], int]
     pack: Callable[[Tensor], Tensor]
     unpack: Callable[[Tensor, int, int], Tensor]
     binary: bool = False
+    run: int = 0
+    unit: float = 1.0
+    field_units: tuple[float, ...] = FIELD_UNITS
+    parts: Callable[[int], Any] = lambda channels: None
 
 
 def _binary(width: int) -> Storage:
@@ -184,10 +212,31 @@ STORAGES = {
     1: _binary(1),
     2: _binary(2),
     4: _binary(4),
-    TRIT: Storage(trit_nbytes, pack_trits, unpack_trits),
-    16: Storage(
+    TRIT: Storage(
+        trit_nbytes,
+        pack_trits,
+        unpack_trits,
+        run=TRIT_CHANNELS,
+        unit=1 / 256,  # digits are masked where they stand, at 4^4
+        field_units=(1.0,) * FIELDS,
+        parts=_trit_parts,
+    ),
+    SIXTEEN: Storage(
         lambda tokens, channels: 2 * tokens * channels,
         lambda rows: rows.contiguous().view(torch.uint8).flatten(-2),
         lambda packed, tokens, channels: packed.view(torch.float16).unflatten(-1, (tokens, channels)),
     ),
+}
+# levels → widths of the planes, low bits first
+PLANE_WIDTHS: dict[int, tuple[int, ...]] = {
+    0: (),
+    2: (1,),
+    3: (TRIT,),
+    4: (2,),
+    8: (2, 1),
+    16: (4,),
+    32: (4, 1),
+    64: (4, 2),
+    256: (4, 4),
+    RAW: (SIXTEEN,),
 }

@@ -50,7 +50,7 @@ def table_length(head_dim: int) -> int:
 
 
 def _header(layout: HeadLayout) -> list[int]:
-    header, trits = [0] * HEADER.value, layout.trits
+    header = [0] * HEADER.value
     header[NBYTES.value] = layout.nbytes
     header[HEAD_DIM.value] = layout.head_dim
     header[KIND.value] = KINDS[layout.kind].value
@@ -58,8 +58,9 @@ def _header(layout: HeadLayout) -> list[int]:
     header[PARAM_NBYTES.value] = layout.param_nbytes
     header[GROUP_SIZE.value] = layout.group_size
     header[CODED.value] = layout.coded
-    if trits is not None:
-        header[WHOLE.value], header[LEFT.value], header[WORDS.value] = trits.whole, trits.left, trits.words
+    if layout.ternary:
+        parts = layout.parts
+        header[WHOLE.value], header[LEFT.value], header[WORDS.value] = parts.whole, parts.left, parts.words
     return header
 
 

@@ -18,6 +18,10 @@ from kvfold.kernels.gpu.device.ternary import add_products as ternary_products
 from kvfold.kernels.gpu.device.ternary import add_values as ternary_values
 from kvfold.kernels.gpu.device.ternary import element_code as ternary_code
 from kvfold.kernels.gpu.device.ternary import write_codes as write_ternary
+from kvfold.kernels.packing import SIXTEEN, TRIT
+
+TERNARY: tl.constexpr = tl.constexpr(TRIT)
+SIXTEEN_BITS: tl.constexpr = tl.constexpr(SIXTEEN)
 
 
 @triton.jit
@@ -28,9 +32,9 @@ def add_products(base, page, row, q, qk, g: tl.constexpr, K: tl.constexpr, INTER
         base, page: of the head's block, as in `row_pointers`; row: int32 [16], rows of words.
         q: one float16 [size, N] for each run of K, a HeadLayout.
     """
-    if K.ternary:
+    if K.storage == TERNARY:
         return ternary_products(base, page, row, q, qk, g, K, INTERPRET)
-    elif K.raw:
+    elif K.storage == SIXTEEN_BITS:
         return sixteen_products(base, page, row, q, qk, K)
     else:
         return binary_products(base, page, row, q, qk, g, K, INTERPRET)
@@ -43,9 +47,9 @@ def add_values(base, page, row, p, acc, acc_high, V: tl.constexpr, INTERPRET: tl
 
     p: for each parameter group eight float16 [16, N].
     """
-    if V.ternary:
+    if V.storage == TERNARY:
         return ternary_values(base, page, row, p, acc, V, INTERPRET), acc_high
-    elif V.raw:
+    elif V.storage == SIXTEEN_BITS:
         return sixteen_values(base, page, row, p[0], acc, V), acc_high
     else:
         return binary_values(base, page, row, p, acc, acc_high, V, INTERPRET)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kvfold.kernels.gpu.device.bits import mask_code, mask_words, row_pointers, shift_right
+from kvfold.kernels.gpu.device.bits import count, mask_code, mask_words, row_pointers, shift_right
 from kvfold.kernels.gpu.device.codec import load_params, quantise
 from kvfold.kernels.gpu.device.columns import HEADER, SCALE_MIN, STEP
 from kvfold.kernels.gpu.device.tiles import WORD_TILE, tile_width
@@ -60,10 +60,10 @@ def _digits(base, page, row, TRANSPOSED: tl.constexpr, L: tl.constexpr, INTERPRE
     Returns:
         float16 [16, 16] each: rows by channels, or channels by rows if TRANSPOSED; code · 2^8 · 2^−24.
     """
-    whole: tl.constexpr = L.trits.whole
-    left: tl.constexpr = L.trits.left
-    words: tl.constexpr = L.trits.words
-    rows: tl.constexpr = L.trits.rows
+    whole: tl.constexpr = L.parts.whole
+    left: tl.constexpr = L.parts.left
+    words: tl.constexpr = L.parts.words
+    rows: tl.constexpr = L.rows
     halves: tl.constexpr = whole + (1 if left > 2 else 0)
     out = ()
     for k in tl.static_range(words):
@@ -87,7 +87,7 @@ def _digits(base, page, row, TRANSPOSED: tl.constexpr, L: tl.constexpr, INTERPRE
 @triton.jit
 def add_products(base, page, row, q, qk, g: tl.constexpr, K: tl.constexpr, INTERPRET: tl.constexpr):
     """Adds ternary keys to the eight scores of group g; q: one [16, N] for each 16 channels, K: a HeadLayout."""
-    chunks: tl.constexpr = K.trits.chunks
+    chunks: tl.constexpr = count(K.key_runs)
     digits = _digits(base, page, row, False, K, INTERPRET)
     for c in tl.static_range(chunks):
         if c * K.groups // chunks == g:
@@ -101,7 +101,7 @@ def add_products(base, page, row, q, qk, g: tl.constexpr, K: tl.constexpr, INTER
 @triton.jit
 def add_values(base, page, row, p, acc, V: tl.constexpr, INTERPRET: tl.constexpr):
     """Adds ternary values; acc: one [16, N] for each 16 channels, p: for each group eight [16, N], V: a HeadLayout."""
-    chunks: tl.constexpr = V.trits.chunks
+    chunks: tl.constexpr = count(V.value_runs)
     digits = _digits(base, page, row, True, V, INTERPRET)
     new = ()
     for c in tl.static_range(chunks):
