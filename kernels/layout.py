@@ -58,7 +58,7 @@ class PlaneLayout:
     start: int  # first channel
     channels: int
     width: int  # bits
-    second: bool  # of a code of two planes, the one of the high bits
+    shift: int  # position of these bits in the code; of the second plane of a code > 0
     offset: int  # bytes from the head's block
     words: int  # of a row
 
@@ -164,8 +164,7 @@ def _planes(fmt: Format, page_tokens: int) -> tuple[tuple[PlaneLayout, ...], int
     for plane in fmt.planes:
         words = plane.channels // 2 if plane.width == 1 else plane.channels
         if plane.width != TRIT:
-            second = plane.shift > 0
-            found.append(PlaneLayout(plane.start, plane.channels, plane.width, second, offset, words))
+            found.append(PlaneLayout(plane.start, plane.channels, plane.width, plane.shift, offset, words))
         offset += plane.nbytes(page_tokens)
     return tuple(found), offset
 
@@ -185,23 +184,21 @@ def _binary_runs(
 ) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
     """(key runs, value runs) of binary codes."""
     key_runs, value_runs = [], []
-    shifts = {(plane.start, plane.width, plane.shift > 0): plane.shift for plane in fmt.planes}
     first = 0
     for channels, levels in fmt.classes:
         own = [plane for plane in planes if plane.start == first and levels]
         symmetric = fmt.params == "scale" and levels
         step, middle = (GAUSSIAN_STEP[levels], (levels - 1) / 2) if symmetric else (1.0, 0.0)
         for plane in own:
-            unit = step * 2 ** shifts[plane.start, plane.width, plane.second]
+            unit = step * 2**plane.shift
             for start, size, valid in _cut_between(channels, group_size, plane.width == 1):
-                low, group = 0.0 if plane.second else middle, (first + start) // group_size
+                low, group = 0.0 if plane.shift else middle, (first + start) // group_size
                 words = (_words(plane, rows, start, 0),)
                 key_runs.append(Run(first + start, size, valid, group, unit, low, words))
         for start, size, valid in _cut_between(channels, group_size, any(plane.width == 1 for plane in own)):
             parts: tuple[list[Words], list[Words]] = ([], [])
             for plane in own:
-                shift = shifts[plane.start, plane.width, plane.second]
-                parts[shift >= 4].append(_words(plane, rows, start, shift % 4))
+                parts[plane.shift >= 4].append(_words(plane, rows, start, plane.shift % 4))
             low_words, high_words = map(tuple, parts)
             group = (first + start) // group_size
             value_runs.append(Run(first + start, size, valid, group, step, middle, low_words, high_words))

@@ -80,11 +80,11 @@ def _numbers(fmt: Format, page_tokens: int) -> tuple[int, ...]:
         rows[STEP.value][own] = [struct.unpack("<i", struct.pack("<f", step))[0]] * channels
         start += channels
     for plane in layout.planes:
-        place = PLANE_1.value if plane.second else PLANE_0.value
+        place = PLANE_1.value if plane.shift else PLANE_0.value
         for j in range(plane.channels):
             c, half = plane.start + j, j // plane.words
             rows[place][c] = plane.offset // 2 + j % plane.words | plane.words << 16
-            rows[WIDTHS.value][c] |= plane.width << 8 * plane.second | half << 16
+            rows[WIDTHS.value][c] |= plane.width << 8 * (plane.shift > 0) | half << 16
             if plane.width == 1 and not half:
                 rows[PARTNER.value][c] = c + plane.words
     return tuple(_header(layout) + [number for row in rows for number in row])
