@@ -47,6 +47,7 @@ def mask_code(words, MASK: tl.constexpr, INTERPRET: tl.constexpr):
 
 @triton.jit
 def mask_words(words, MASK: tl.constexpr, INTERPRET: tl.constexpr):
+    """int16 words & mask."""
     if INTERPRET:
         return (words & MASK).to(tl.int16)
     else:

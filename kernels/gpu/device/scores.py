@@ -173,6 +173,7 @@ def scale_scores(
 
 @triton.jit
 def cap_scores(qk, exists, CAP: tl.constexpr):
+    """`soft_cap` of eight scores [N, 16]; NEVER where no page is."""
     new = ()
     for f in tl.static_range(8):
         new = new + (tl.where(exists[None, :], soft_cap(qk[f], CAP), NEVER),)

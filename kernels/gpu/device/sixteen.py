@@ -54,6 +54,7 @@ def add_values(base, page, row, p, acc, V: tl.constexpr):
 
 @triton.jit
 def write_rows(block, dim, source, LOAD: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr):
+    """Writes the elements of `source` (`load_source`, which is LOAD) as float16."""
     width: tl.constexpr = tile_width(TOKEN_TILE, 8 * ROWS)
     t = tl.arange(0, 8 * ROWS)[:, None]
     for first in range(0, dim, width):
