@@ -141,8 +141,7 @@ def packed_part(
         m_i = m_new
         l_i = l_i * alpha[:, None] + (((p[0] + p[1]) + (p[2] + p[3])) + ((p[4] + p[5]) + (p[6] + p[7])))
         scaled, z = scale_weights(p, z, alpha, v_base, page, row, V, INTERPRET)
-        acc = rescale(acc, alpha, V)
-        acc_high = rescale(acc_high, alpha, V)
+        acc, acc_high = rescale(acc, acc_high, alpha, V)
         acc, acc_high = add_values(v_base, page, row, scaled, acc, acc_high, V, INTERPRET)
     if always:
         outs = finish(acc, acc_high, z, V)

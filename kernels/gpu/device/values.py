@@ -84,13 +84,15 @@ def scale_weights(p, z, alpha, base, page, row, V: tl.constexpr, INTERPRET: tl.c
 
 
 @triton.jit
-def rescale(acc, alpha, V: tl.constexpr):
+def rescale(acc, acc_high, alpha, V: tl.constexpr):
     """Outputs of all runs [size, N], times alpha [N]."""
     shrink = tl.trans(alpha[:, None])
-    new = ()
+    low = ()
+    high = ()
     for t in tl.static_range(count(V.value_runs)):
-        new = new + (acc[t] * shrink,)
-    return new
+        low = low + (acc[t] * shrink,)
+        high = high + (acc_high[t] * shrink,)
+    return low, high
 
 
 @triton.jit
