@@ -76,6 +76,10 @@ CASES = {
         *_named(256, "2a/1.5a"), matrix=True, offset=True, turns=True, sliding=256, softcap=50.0
     ),
     "256 ternary values, cap": Case(*_named(256, "2a/2"), matrix=True, offset=True, softcap=50.0),
+    "256 6 and 3 bits": Case(*_named(256, "5a/3"), matrix=True, offset=True),
+    "96 8 and 6 bits, mean, pages of 64": Case(
+        uniform(96, 256, "fp16"), uniform(96, 64, "fp16"), offset=True, turns=True, page_tokens=64
+    ),
 }
 
 
