@@ -58,7 +58,7 @@ def first(artifact: str, policy: str, stay: bool) -> dict[str, Any]:
         ahead.wait()
         found["ahead"] = time.perf_counter() - done
     if model.kv_triton and torch.cuda.is_available():
-        from kvfold.kernels.build import jobs_of, target_of
+        from kvfold.kernels.compile.build import jobs_of, target_of
         from kvfold.runtime.compile import artifact_launches
 
         count = torch.cuda.get_device_properties(model.device).multi_processor_count

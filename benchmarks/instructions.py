@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from compile_kernels import compile_pair
 from triton import knobs
 
-from kvfold.kernels import triton_attention
 from kvfold.kernels.catalogue import key_formats, value_formats
 from kvfold.kernels.formats import Format, uniform
+from kvfold.kernels.gpu import attention as triton_attention
 from kvfold.kernels.key_mean import padded_fast
 
 DIM = 128

@@ -1,12 +1,15 @@
-"""Reference attention over a cache of three regions: sinks and window in 16 bits, pages in between. Plain torch, any device.
+"""Reference attention over a cache of three regions: sinks and window in 16 bits, pages in between.
+Plain torch, any device.
 
-The semantics that kernels are tested against. With N sinks, a window of W tokens and pages of P tokens, the page of tokens
-[N + pP, N + (p+1)P) leaves the window, whole, once W tokens follow it. So a query at position t reads
+The semantics that kernels are tested against. With N sinks, a window of W tokens and pages of P
+tokens, the page of tokens [N + pP, N + (p+1)P) leaves the window, whole, once W tokens follow it.
+So a query at position t reads
 
     packed(t) = P·floor(max(0, t + 1 − N − W) / P)      tokens N … N + packed(t) − 1 from pages, all others up to t raw,
 
-and one pass over a prompt gives what feeding it token by token gives. Queries of a prompt read decoded pages; a single one, of a
-decoding step, multiplies with the codes as they are packed (codes.py), which rounds differently and decodes nothing.
+and one pass over a prompt gives what feeding it token by token gives. Queries of a prompt read
+decoded pages; a single one, of a decoding step, multiplies with the codes as they are packed
+(codes.py), which rounds differently and decodes nothing.
 """
 
 from collections.abc import Iterable
@@ -22,7 +25,8 @@ QUERY_BLOCK = 512  # queries scored at a time: bounds the score matrix to [num_h
 
 
 class Tile(NamedTuple):
-    """A run of cached tokens of one sequence, in rising position or, as codes, in their order; the first token comes first."""
+    """A run of cached tokens of one sequence, in rising position or, as codes, in their order; the
+    first token comes first."""
 
     keys: Tensor | Codes  # [num_kv_heads, n, head_dim]
     values: Tensor | Codes  # [num_kv_heads, n, head_dim]
@@ -65,7 +69,8 @@ def attend(
     Args:
         query: [num_heads, T, head_dim], in the keys' basis.
         positions: int64 [T], rising positions of the queries.
-        packed_limit: int64 [T], not falling; query t reads positions sinks … packed_limit[t] − 1 from packed tiles only.
+        packed_limit: int64 [T], not falling; query t reads positions sinks … packed_limit[t] − 1
+            from packed tiles only.
         tiles: every cached position at least once as it is to be read.
         sinks: first positions, always raw.
         scaling: factor on the logits.

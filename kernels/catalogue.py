@@ -1,8 +1,9 @@
 """The catalogue: the formats that the search picks from, by head_dim, so that one set of kernels serves all artifacts.
 
-Layers need different numbers of bits and hardly different cuts into classes: two cuts shared by all layers cost 1 to 2 % more
-distortion than each layer's own (`python benchmarks/catalogue.py`, which chose these by the spectra of SmolLM2-135M,
-Qwen2.5-0.5B and Gemma 3 270M, and prints what each costs). Those of head_dim 80, 96 and 128 come from the same spectra, interpolated.
+Layers need different numbers of bits and hardly different cuts into classes: two cuts shared by all
+layers cost 1 to 2 % more distortion than each layer's own (`python benchmarks/catalogue.py`, which
+chose these by the spectra of SmolLM2-135M, Qwen2.5-0.5B and Gemma 3 270M, and prints what each
+costs). Those of head_dim 80, 96 and 128 come from the same spectra, interpolated.
 """
 
 from functools import cache
@@ -163,12 +164,14 @@ UNIFORM_VALUES = {
     "6": (64, "fp16"),
     "8": (256, "fp16"),
 }
-# mean code bits of the lines of KEYS and VALUES; a line's first cut is named by them and a, its second one by them and b
+# mean code bits of the lines of KEYS and VALUES; a line's first cut is named by them and a, its
+# second one by them and b
 KEY_BITS = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5, 5.0)
 VALUE_BITS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 LADDER = ("4/4", "8/8", "16/16")  # key/value
-# key/value: the pairs that the search picks from, at all head_dims, bits rising. `python benchmarks/catalogue_pairs.py` chose them: those
-# that the layers of real models take most, the smallest ones, and steps of the ladder.
+# key/value: the pairs that the search picks from, at all head_dims, bits rising. `python
+# benchmarks/catalogue_pairs.py` chose them: those that the layers of real models take most, the
+# smallest ones, and steps of the ladder.
 _PAIRS = """
     0.75a/0.5a 0.75b/0.5a 1.5a/0.75a 1.75a/0.5a 0.75b/1.6 2a/0.5a 1.25a/1.5a 1.5b/1.5a 2.5a/0.75a 1.5b/2b 2a/1.5a
     1.5a/2 1.75a/2a 1.75b/2a 2.5a/1.25a 1.75a/2 1.5a/2.5a 2.5a/1.75a 2.5a/2a 2.75a/1.75a 2a/2.5a 2b/2.5a 2.5a/2
@@ -229,8 +232,8 @@ def code_bits(fmt: Format) -> float:
 
 
 def mixed_between(formats: tuple[Format, ...], least: float, most: float) -> tuple[Format, ...]:
-    """Those of the catalogue's mixed formats whose mean code bits are at least `least`, rounded down to whole classes of 8
-    channels, and `most` at the most."""
+    """Those of the catalogue's mixed formats whose mean code bits are at least `least`, rounded
+    down to whole classes of 8 channels, and `most` at the most."""
     return tuple(
         f
         for f in formats

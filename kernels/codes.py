@@ -1,9 +1,12 @@
-"""Products with packed tokens that never decode them: a query against the codes of keys, weights against the codes of values.
+"""Products with packed tokens that never decode them: a query against the codes of keys, weights
+against the codes of values.
 
-decode writes every element out: x̂ = s·(c − z) + m. A product with a few rows needs less: channel steps go into the query, a
-token's scale and minimum into its score (or into its weight, for values), and z and m become one term of rank one. What is left
-is a product with integers c, and a bit field of a masked word is an integer as it stands, c·2^k, whose power of two goes into the
-score too (packing.py draws the words). All arithmetic is float32, as in `quantizer.decode`, and differs from it by rounding only.
+decode writes every element out: x̂ = s·(c − z) + m. A product with a few rows needs less: channel
+steps go into the query, a token's scale and minimum into its score (or into its weight, for
+values), and z and m become one term of rank one. What is left is a product with integers c, and a
+bit field of a masked word is an integer as it stands, c·2^k, whose power of two goes into the score
+too (packing.py draws the words). All arithmetic is float32, as in `quantizer.decode`, and differs
+from it by rounding only.
 
 Tokens of a run of pages stand in the order (field, page, row): token `field·R + row` of a page, R = page_tokens / 8.
 """
@@ -16,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvfold.kernels.formats import GAUSSIAN_STEP, TRIT, Format, Plane
-from kvfold.kernels.packing import FIELDS, unpack_trits
+from kvfold.kernels.formats import GAUSSIAN_STEP, Format, Plane
+from kvfold.kernels.packing import FIELDS, STORAGES
 from kvfold.kernels.quantizer import load_param
 
 BLOCK_ELEMENTS = 2**17  # unpacked at a time on a CPU, so that they stay in a core's cache
@@ -45,7 +48,8 @@ def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor
 
 
 def scratch(buffers: dict | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Undefined memory, contiguous: on a CPU, where new pages of it cost more than what is written there, a buffer that stays."""
+    """Undefined memory, contiguous: on a CPU, where new pages of it cost more than what is written
+    there, a buffer that stays."""
     size = math.prod(shape)
     if buffers is None or device.type != "cpu":
         return torch.empty(size, dtype=dtype, device=device).view(shape)
@@ -160,18 +164,16 @@ class Codes:
         for plane in self.fmt.planes:
             end = offset + plane.nbytes(self.page_tokens)
             step = max(1, elements // (self.num_kv_heads * self.page_tokens * plane.channels))
-            unpack = self._tokenwise if plane.width in (TRIT, 16) else self._masked
+            unpack = self._masked if STORAGES[plane.width].binary else self._tokenwise
             yield from unpack(self.packed[..., offset:end], plane, step)
             offset = end
 
     def _tokenwise(self, data: Tensor, plane: Plane, step: int) -> Iterator[Piece]:
-        """Ternary codes, and 16-bit values, which stand token by token. data: uint8 [pages, Hkv, bytes of a head's plane]."""
+        """Ternary codes, and 16-bit values, which stand token by token. data: uint8 [pages, Hkv,
+        bytes of a head's plane]."""
         for first in range(0, self.num_pages, step):
             part = data[first : first + step]
-            if plane.width == TRIT:
-                found = unpack_trits(part, self.page_tokens, plane.channels)
-            else:
-                found = part.view(torch.float16).unflatten(-1, (self.page_tokens, -1))
+            found = STORAGES[plane.width].unpack(part, self.page_tokens, plane.channels)
             fields = found.unflatten(2, (FIELDS, -1)).permute(1, 2, 0, 3, 4)  # [Hkv, 8, pages, R, channels]
             codes = scratch(self.buffers, fields.shape, torch.float32, data.device).copy_(fields)
             yield Piece(first, plane.start, codes.flatten(1, 3), None)

@@ -1,16 +1,18 @@
 """Formats: how one head's channels are stored for a block of tokens, and how many bytes that takes.
 
-A format cuts the head_dim channels of one KV head into classes, contiguous runs with their own number of levels, and says
-which parameters travel with a token. `Format.nbytes` is the only account of size in the project.
+A format cuts the head_dim channels of one KV head into classes, contiguous runs with their own
+number of levels, and says which parameters travel with a token. `Format.nbytes` is the only account
+of size in the project.
 
 Layout of one head's keys or values in a page of T tokens, T a multiple of 8:
 
     | class 0, plane 0 | class 0, plane 1 | class 1, plane 0 | … | parameter 0: T | parameter 1: T | … |
 
-packing.py draws the bits of a plane. A code of more than one plane is split from the low bits up: 8 levels are a 2-bit
-plane, then a 1-bit plane. A 16-bit format is T rows of head_dim float16. Parameters are one scale, or (minimum, scale) for
-each group; each parameter's T numbers, little-endian, stand in the order r·8 + f of token f·T/8 + r (packing.py), so that
-the tokens that share a word share a run of bytes.
+packing.py draws the bits of a plane. A code of more than one plane is split from the low bits up: 8
+levels are a 2-bit plane, then a 1-bit plane. A 16-bit format is T rows of head_dim float16.
+Parameters are one scale, or (minimum, scale) for each group; each parameter's T numbers,
+little-endian, stand in the order r·8 + f of token f·T/8 + r (packing.py), so that the tokens that
+share a word share a run of bytes.
 """
 
 from dataclasses import dataclass
@@ -18,30 +20,15 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from kvfold.errors import KvfoldError
-from kvfold.kernels.packing import TRIT_CHANNELS, plane_nbytes, trit_nbytes
+from kvfold.kernels.packing import PLANE_WIDTHS, RAW, STORAGES, TRIT, TRIT_CHANNELS
 
-TRIT = 0  # the "width" of a trit plane
-RAW = 65536  # levels of a 16-bit class
-
-# levels → widths in bits of the planes, low bits first
-PLANE_WIDTHS: dict[int, tuple[int, ...]] = {
-    0: (),
-    2: (1,),
-    3: (TRIT,),
-    4: (2,),
-    8: (2, 1),
-    16: (4,),
-    32: (4, 1),
-    64: (4, 2),
-    256: (4, 4),
-    RAW: (16,),
-}
-
-# Step in standard deviations, and mean squared error at unit variance, of the best uniform quantiser with that many levels
-# for a Gaussian source (J. Max, "Quantizing for minimum distortion", 1960; tests/test_formats.py recomputes them).
+# Step in standard deviations, and mean squared error at unit variance, of the best uniform
+# quantiser with that many levels for a Gaussian source (J. Max, "Quantizing for minimum
+# distortion", 1960; tests/test_formats.py recomputes them).
 GAUSSIAN_STEP = {2: 1.5958, 3: 1.2240, 4: 0.9957, 8: 0.5860, 16: 0.3352, 32: 0.1881, 64: 0.1041, 256: 0.03076}
 GAUSSIAN_MSE = {
-    0: 1.0, 2: 0.3634, 3: 0.1902, 4: 0.1188, 8: 0.03744, 16: 0.01154, 32: 0.003495, 64: 0.001041, 256: 8.769e-5, RAW: 0.0,
+    0: 1.0, 2: 0.3634, 3: 0.1902, 4: 0.1188, 8: 0.03744, 16: 0.01154, 32: 0.003495, 64: 0.001041,
+    256: 8.769e-5, RAW: 0.0,
 }  # fmt: skip
 
 
@@ -55,9 +42,7 @@ class Plane(NamedTuple):
 
     def nbytes(self, tokens: int) -> int:
         """Bytes in a page of `tokens` tokens."""
-        if self.width == TRIT:
-            return trit_nbytes(tokens, self.channels)
-        return plane_nbytes(tokens, self.channels, self.width)
+        return STORAGES[self.width].nbytes(tokens, self.channels)
 
 
 @dataclass(frozen=True)
@@ -88,7 +73,8 @@ class Format:
                 raise KvfoldError(f"A format class has {levels} levels; choose one of {sorted(PLANE_WIDTHS)}.")
         if self.params not in ("none", "scale", "scale_min") or self.param_dtype not in ("e4m3", "fp16"):
             raise KvfoldError(
-                f"A format has params '{self.params}' of type '{self.param_dtype}'; use none, scale or scale_min, of e4m3 or fp16."
+                f"A format has params '{self.params}' of type '{self.param_dtype}'; "
+                "use none, scale or scale_min, of e4m3 or fp16."
             )
         levels_used = {levels for _, levels in self.classes}
         if not self.classes or levels_used == {0}:
@@ -99,7 +85,8 @@ class Format:
             )
         if 3 in levels_used and (len(self.classes) > 1 or self.head_dim % TRIT_CHANNELS):
             raise KvfoldError(
-                f"A ternary format is one class of a multiple of {TRIT_CHANNELS} channels; use 2 or 4 levels in mixed formats."
+                f"A ternary format is one class of a multiple of {TRIT_CHANNELS} channels; "
+                "use 2 or 4 levels in mixed formats."
             )
         if self.params == "scale_min" and (len(self.classes) != 1 or levels_used & {0, RAW}):
             raise KvfoldError("A format with params 'scale_min' has exactly one class of 2 to 256 levels.")

@@ -1,20 +1,24 @@
 """The rotating mean of keys: what is taken off a key before it is coded, and what that leaves out of a logit.
 
-Keys after RoPE are R(t)·(b + noise), with a mean b before RoPE that is large in every head and largest where k_proj has a bias.
-A plain mean after RoPE is about zero in every channel that turns. So the cache stores k − m_t, where m_t is b turned to the key's
-position, and a logit gets back q·m_t, a function of the query and the position alone: it takes no bytes of the cache.
+Keys after RoPE are R(t)·(b + noise), with a mean b before RoPE that is large in every head and
+largest where k_proj has a bias. A plain mean after RoPE is about zero in every channel that turns.
+So the cache stores k − m_t, where m_t is b turned to the key's position, and a logit gets back
+q·m_t, a function of the query and the position alone: it takes no bytes of the cache.
 
-m_t need not be R(t)·b to the last bit; writer and reader only have to agree. So it is defined by what a kernel can compute fast.
-With u = t − sinks, b_i the complex mean of pair i and ω_i its angular frequency:
+m_t need not be R(t)·b to the last bit; writer and reader only have to agree. So it is defined by
+what a kernel can compute fast. With u = t − sinks, b_i the complex mean of pair i and ω_i its
+angular frequency:
 
     m_t = 0                                                    for t < sinks
     pair i fast    b_i · e^{jω(sinks + 128·⌊u/128⌋)} · T_i[u mod 128],   T_i[δ] = e^{jωδ}, both parts rounded to float16
     pair i slow    b_i · e^{jω(sinks + 32·⌊u/32⌋ + 16)}
 
-The head_dim / 8 pairs of the highest frequencies are fast; the others hardly turn in 32 tokens. Channels that RoPE does not rotate
-are pairs of frequency 0. For a query with complex parts q_i, q·m_t = Re Σ conj(q_i)·b_i·(the turns above), whose coefficients
-c_i = conj(q_i)·b_i belong to the query. In a kernel the fast pairs are one small matrix product with T for each 128 tokens, the slow
-ones one number for each 32. Against m_t = R(t)·b this costs 3 % of the keys' distortion (benchmarks/LOG.md).
+The head_dim / 8 pairs of the highest frequencies are fast; the others hardly turn in 32 tokens.
+Channels that RoPE does not rotate are pairs of frequency 0. For a query with complex parts q_i,
+q·m_t = Re Σ conj(q_i)·b_i·(the turns above), whose coefficients c_i = conj(q_i)·b_i belong to the
+query. In a kernel the fast pairs are one small matrix product with T for each 128 tokens, the slow
+ones one number for each 32. Against m_t = R(t)·b this costs 3 % of the keys' distortion
+(benchmarks/LOG.md).
 """
 
 from functools import cache
@@ -34,19 +38,21 @@ def num_fast(head_dim: int) -> int:
 
 
 def padded_fast(head_dim: int) -> int:
-    """Rows that a kernel's matrix product has for the real parts of the fast pairs, and again for the imaginary ones."""
+    """Rows that a kernel's matrix product has for the real parts of the fast pairs, and again for
+    the imaginary ones."""
     return max(8, 1 << (num_fast(head_dim) - 1).bit_length())
 
 
 class KernelTables(NamedTuple):
-    """The tables as Triton kernels read them (triton_mean.py); F is `padded_fast`.
+    """The tables as Triton kernels read them (gpu/device/mean.py); F is `padded_fast`.
 
     Attributes:
         within: float16 [SPAN, 2·F], real parts of T, then imaginary parts.
         spans: float32 [n, 2, 2·F], cosines and sines, each twice.
         steps: float32 [m, 2, slow], cosines and sines.
         pairs: int32 [2, head_dim / 2], channels of each pair, fastest first.
-        channels: int32 [2, head_dim], of each channel its pair, and its partner, less head_dim where the channel comes first.
+        channels: int32 [2, head_dim], of each channel its pair, and its partner, less head_dim
+            where the channel comes first.
     """
 
     within: Tensor

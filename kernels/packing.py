@@ -1,21 +1,25 @@
 """Packs small integer codes of a page into bytes, and back. Plain torch.
 
-A page holds P tokens, P = 8·R. Token f·R + r (0 ≤ f < 8, 0 ≤ r < R) is field f of row r, so that one 16-bit word of row r
-and one channel holds that channel's codes of eight tokens, and `word & mask` without a shift gives one token's code times a
-power of four: what a tensor core can multiply as it stands (a masked word is an fp16 subnormal, code·4^g·2^−24 with
-g = f mod 4; fields 4 to 7 come down with one shift by 8). Words are little-endian; the n channels of a row stand side by
-side, rows follow each other:
+A page holds P tokens, P = 8·R. Token f·R + r (0 ≤ f < 8, 0 ≤ r < R) is field f of row r, so that one
+16-bit word of row r and one channel holds that channel's codes of eight tokens, and `word & mask`
+without a shift gives one token's code times a power of four: what a tensor core can multiply as it
+stands (a masked word is an fp16 subnormal, code·4^g·2^−24 with g = f mod 4; fields 4 to 7 come down
+with one shift by 8). Words are little-endian; the n channels of a row stand side by side, rows
+follow each other:
 
     w = 2   R rows × n words        bits 2f … 2f+1 are field f
     w = 1   R rows × n/2 words      bit 2f is field f of channel j, bit 2f+1 that of channel j + n/2
-    w = 4   2·R rows × n words      rows 0 … R−1 hold fields 0 to 3, rows R … 2R−1 fields 4 to 7; inside a word, from the
-                                    low bits up: fields 0, 2, 1, 3 (or 4, 6, 5, 7), so that `word >> 6` brings the odd ones
-                                    to where they stand at width 2
+    w = 4   2·R rows × n words      rows 0 … R−1 hold fields 0 to 3, rows R … 2R−1 fields 4 to 7;
+                                    inside a word, from the low bits up: fields 0, 2, 1, 3
+                                    (or 4, 6, 5, 7), so that `word >> 6` brings the odd ones to
+                                    where they stand at width 2
 
-Ternary codes go five to a byte, ceil(256·v / 243) with v = Σ_k c_k·3^(4−k): digit k is (3·((byte·3^k) mod 256)) >> 8, no
-division. Channel t·16 + u (0 ≤ u < 16) is column u of tile t. In each row and column the codes are numbered t·8 + f; numbers
-5i … 5i+4 are digits 0 … 4 of byte i. What is left over, the last L = (n/2) mod 5 codes, takes 2 bits each, low bits first:
-in four bits for L ≤ 2, in one more byte for L > 2. The bytes are numbered; of B of them, in words of 16 columns side by side:
+Ternary codes go five to a byte, ceil(256·v / 243) with v = Σ_k c_k·3^(4−k): digit k is
+(3·((byte·3^k) mod 256)) >> 8, no division. Channel t·16 + u (0 ≤ u < 16) is column u of tile t. In
+each row and column the codes are numbered t·8 + f; numbers 5i … 5i+4 are digits 0 … 4 of byte i.
+What is left over, the last L = (n/2) mod 5 codes, takes 2 bits each, low bits first: in four bits
+for L ≤ 2, in one more byte for L > 2. The bytes are numbered; of B of them, in words of 16 columns
+side by side:
 
     bytes 2k and 2k+1         R rows × 16 words for each k < floor(B/2): low byte 2k, high byte 2k+1
     an odd last byte          ceil(R/2) rows × 16 words: low byte row 2q, high byte row 2q+1
@@ -24,10 +28,16 @@ in four bits for L ≤ 2, in one more byte for L > 2. The bytes are numbered; of
 Rows past the last are zero.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 FIELDS = 8  # tokens that share a word
+TRIT, SIXTEEN = 0, 16  # "widths" of ternary and of 16-bit planes
+RAW = 65536  # levels of a 16-bit class
 TRITS_PER_BYTE = 5
 TRIT_CHANNELS = 16  # channels of one ternary tile
 
@@ -92,7 +102,8 @@ def trit_nbytes(tokens: int, channels: int) -> int:
 
 
 def pack_trits(codes: Tensor) -> Tensor:
-    """Packs ternary codes, uint8 [..., P, n] with values 0, 1, 2 → uint8 [..., trit_nbytes(P, n)]; n a multiple of 16."""
+    """Packs ternary codes, uint8 [..., P, n] with values 0, 1, 2 → uint8 [..., trit_nbytes(P, n)];
+    n a multiple of 16."""
     rows, channels = codes.shape[-2] // FIELDS, codes.shape[-1]
     whole, left = trit_parts(channels)
     tiles = codes.unflatten(-1, (channels // TRIT_CHANNELS, TRIT_CHANNELS)).unflatten(-3, (FIELDS, rows))
@@ -143,3 +154,89 @@ def unpack_trits(packed: Tensor, tokens: int, channels: int) -> Tensor:
         numbered = torch.cat((numbered, torch.stack([(nibble >> 2 * j) & 3 for j in range(left)], -3)), -3)
     fields = numbered.unflatten(-3, (-1, FIELDS)).movedim(-4, -2)  # [..., 8, R, C, 16]
     return fields.flatten(-2).flatten(-3, -2)
+
+
+@dataclass(frozen=True)
+class TritParts:
+    """What a row of ternary codes has in each of 16 columns."""
+
+    whole: int  # bytes of five codes
+    left: int  # codes left over
+    words: int  # words of two bytes, those left over apart
+
+
+def _trit_parts(channels: int) -> TritParts:
+    whole, left = trit_parts(channels)
+    return TritParts(whole, left, (whole + (left > 2)) // 2)
+
+
+FIELD_UNITS = tuple(0.25 ** (f % 4) for f in range(FIELDS))  # of bit fields
+
+
+class Storage(NamedTuple):
+    """How the codes of one plane are stored in a page.
+
+    Attributes:
+        nbytes: (tokens, channels) → bytes.
+        pack: codes [..., P, n] → uint8 [..., nbytes].
+        unpack: (packed, tokens, channels) → codes [..., P, n].
+        binary: codes are bit fields, so that a plane may hold some bits of a code; else it holds all
+            of it, and all of the head's channels.
+        run: channels of one operand of a tensor core; 0: as many as may be.
+        unit, field_units: what a code that was masked out of its word is to be multiplied with, all
+            fields by `unit`, to be worth code · 2^−24.
+        parts: (channels) → whatever else kernels must know.
+    """
+
+    nbytes: Callable[[int, int], int]
+    pack: Callable[[Tensor], Tensor]
+    unpack: Callable[[Tensor, int, int], Tensor]
+    binary: bool = False
+    run: int = 0
+    unit: float = 1.0
+    field_units: tuple[float, ...] = FIELD_UNITS
+    parts: Callable[[int], Any] = lambda channels: None
+
+
+def _binary(width: int) -> Storage:
+    return Storage(
+        lambda tokens, channels: plane_nbytes(tokens, channels, width),
+        lambda codes: pack_plane(codes, width),
+        lambda packed, tokens, channels: unpack_plane(packed, width, tokens, channels),
+        binary=True,
+    )
+
+
+# of each width of a plane; the codes of 16 bits are float16 numbers
+STORAGES = {
+    1: _binary(1),
+    2: _binary(2),
+    4: _binary(4),
+    TRIT: Storage(
+        trit_nbytes,
+        pack_trits,
+        unpack_trits,
+        run=TRIT_CHANNELS,
+        unit=1 / 256,  # digits are masked where they stand, at 4^4
+        field_units=(1.0,) * FIELDS,
+        parts=_trit_parts,
+    ),
+    SIXTEEN: Storage(
+        lambda tokens, channels: 2 * tokens * channels,
+        lambda rows: rows.contiguous().view(torch.uint8).flatten(-2),
+        lambda packed, tokens, channels: packed.view(torch.float16).unflatten(-1, (tokens, channels)),
+    ),
+}
+# levels → widths of the planes, low bits first
+PLANE_WIDTHS: dict[int, tuple[int, ...]] = {
+    0: (),
+    2: (1,),
+    3: (TRIT,),
+    4: (2,),
+    8: (2, 1),
+    16: (4,),
+    32: (4, 1),
+    64: (4, 2),
+    256: (4, 4),
+    RAW: (SIXTEEN,),
+}

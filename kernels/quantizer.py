@@ -1,12 +1,14 @@
-"""The reference quantiser: encodes blocks of tokens to packed bytes and decodes them. It defines the semantics that every
-other implementation is tested against, and it is what calibration, search, evaluation and the CPU path run.
+"""The reference quantiser: encodes blocks of tokens to packed bytes and decodes them. It defines
+the semantics that every other implementation is tested against, and it is what calibration, search,
+evaluation and the CPU path run.
 
 Two kinds of codes (c in 0 … L−1):
 
 * "scale": x̂_i = τ·step(L_i)·(c_i − (L_i − 1)/2) with τ = rms over the stored channels, one a token. The caller brings
   channels to unit variance, so step(L) is the Gaussian optimum and no zero point is needed.
-* "scale_min": x̂_i = m + s·c_i with m = clip·min, s = clip·(max − min)/(L − 1) over the token's group (asymmetric per-token
-  codes as KIVI's, 2402.02750, stores values; the clip is SKVQ's, 2405.06219), both rounded to their stored type before coding.
+* "scale_min": x̂_i = m + s·c_i with m = clip·min, s = clip·(max − min)/(L − 1) over the token's group
+  (asymmetric per-token codes as KIVI's, 2402.02750, stores values; the clip is SKVQ's, 2405.06219),
+  both rounded to their stored type before coding.
 """
 
 from functools import partial
@@ -14,8 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvfold.kernels.formats import GAUSSIAN_STEP, TRIT, Format
-from kvfold.kernels.packing import FIELDS, pack_plane, pack_trits, unpack_plane, unpack_trits
+from kvfold.kernels.formats import GAUSSIAN_STEP, Format
+from kvfold.kernels.packing import FIELDS, STORAGES
 
 E4M3_MAX = 448.0
 E4M3_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # of every byte
@@ -28,7 +30,8 @@ def to_float16(x: Tensor) -> Tensor:
 
 
 def _store_param(x: Tensor, param_dtype: str) -> tuple[Tensor, Tensor]:
-    """Rounds float32 parameters [..., T, p] to their stored type. Returns (bytes uint8 [..., T, p·size], rounded float32)."""
+    """Rounds float32 parameters [..., T, p] to their stored type. Returns (bytes uint8 [..., T,
+    p·size], rounded float32)."""
     e4m3 = param_dtype == "e4m3"
     stored = x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn) if e4m3 else to_float16(x)
     return stored.contiguous().view(torch.uint8), stored.float()
@@ -74,15 +77,16 @@ def encode(x: Tensor, fmt: Format, clip: Tensor | None = None) -> Tensor:
     """
     x = x.float()
     params = None
-    codes = None
-    if fmt.params == "scale":
+    if fmt.params == "none":
+        codes = to_float16(x)
+    elif fmt.params == "scale":
         levels, steps = _class_rows(fmt, x.device)
         coded = levels > 0
         tau = x[..., coded].square().mean(-1, keepdim=True).sqrt()
         params, tau = _store_param(tau, fmt.param_dtype)
         u = x / (tau.clamp_min(torch.finfo(torch.float32).tiny) * steps) + levels / 2
         codes = torch.minimum(u.floor().clamp_min(0), (levels - 1).clamp_min(0)).to(torch.uint8)
-    elif fmt.params == "scale_min":
+    else:
         top = fmt.classes[0][1] - 1
         grouped = x.unflatten(-1, (fmt.num_groups, -1))  # [..., T, G, group]
         low, high = grouped.amin(-1), grouped.amax(-1)
@@ -96,15 +100,8 @@ def encode(x: Tensor, fmt: Format, clip: Tensor | None = None) -> Tensor:
     parts = []
     for plane in fmt.planes:
         channels = slice(plane.start, plane.start + plane.channels)
-        if plane.width == 16:
-            parts.append(to_float16(x).contiguous().view(torch.uint8).flatten(-2))
-            continue
-        assert codes is not None
-        if plane.width == TRIT:
-            parts.append(pack_trits(codes[..., channels]))
-        else:
-            bits = (codes[..., channels] >> plane.shift) & (2**plane.width - 1)
-            parts.append(pack_plane(bits, plane.width))
+        own, storage = codes[..., channels], STORAGES[plane.width]
+        parts.append(storage.pack((own >> plane.shift) & (2**plane.width - 1) if storage.binary else own))
     if params is not None:
         parts.append(_by_word(params.unflatten(-1, (fmt.num_params, -1))))
     return torch.cat(parts, -1)
@@ -120,10 +117,11 @@ def decode(packed: Tensor, fmt: Format, tokens: int) -> Tensor:
         part = packed[..., offset : offset + plane.nbytes(tokens)]
         offset += plane.nbytes(tokens)
         own = found[..., plane.start : plane.start + plane.channels]
-        if plane.width == TRIT:
-            own.copy_(unpack_trits(part, tokens, plane.channels))
+        bits = STORAGES[plane.width].unpack(part, tokens, plane.channels)
+        if plane.shift:
+            own |= bits << plane.shift
         else:
-            own |= unpack_plane(part, plane.width, tokens, plane.channels) << plane.shift
+            own.copy_(bits)
     codes = found.float()
     stored = _by_token(packed[..., offset:], fmt.num_params, fmt.param_nbytes)
     params = load_param(stored.flatten(-2), fmt.param_dtype)  # [..., T, p]

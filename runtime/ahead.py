@@ -67,7 +67,7 @@ def begin_ahead(folder: Path, device: torch.device, dtype: torch.dtype | None, p
         folder: the artifact's.
         dtype: of the model's activations; None for that of its weights.
     """
-    from kvfold.kernels import kernel_cache
+    from kvfold.kernels.compile import kernel_cache
 
     if device.type != "cuda" or os.environ.get(SWITCH) == "0":
         return
@@ -102,7 +102,7 @@ def stamp(task: dict[str, Any]) -> Path | None:
     """The file that says that all kernels of a task were compiled from these sources; None where no layer has a pair of the catalogue."""
     import triton
 
-    from kvfold.kernels import kernel_cache
+    from kvfold.kernels.compile import kernel_cache
 
     kinds, geometry, heads, dtype = read_kinds(Path(task["folder"]), _dtype(task))
     listed = set(catalogue.pairs(geometry.head_dim))
@@ -114,7 +114,7 @@ def stamp(task: dict[str, Any]) -> Path | None:
     ]
     shape = geometry.num_kv_heads, geometry.head_dim, geometry.page_tokens, heads, str(dtype), sorted(sorts, key=str)
     rest = [*shape, *(task[name] for name in ("progressive", "arch", "multiprocessors")), triton.__version__]
-    sources = b"".join(path.read_bytes() for path in sorted(Path(catalogue.__file__).parent.glob("*.py")))
+    sources = b"".join(path.read_bytes() for path in sorted(Path(catalogue.__file__).parent.rglob("*.py")))
     digest = hashlib.sha256(sources + json.dumps(rest).encode()).hexdigest()
     return Path(kernel_cache.folder()) / f"kvfold-catalogue-{digest[:16]}"
 
@@ -134,7 +134,7 @@ def main(text: str) -> None:
     """The process that compiles; `text`: the task as JSON."""
     from triton.backends.compiler import GPUTarget
 
-    from kvfold.kernels.build import Builder, jobs_of
+    from kvfold.kernels.compile.build import Builder, jobs_of
 
     os.nice(NICE)
     threading.Thread(target=_end_with_caller, daemon=True).start()

@@ -17,7 +17,7 @@ from kvfold.exports.architectures import sliding_windows_of
 from kvfold.exports.reader import read_metadata, tensor_shapes
 from kvfold.exports.schema import Metadata
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
-from kvfold.kernels.launch import Launch, noting
+from kvfold.kernels.compile.launch import Launch, noting
 from kvfold.pretrained import config_from_pretrained
 
 log = logging.getLogger("kvfold")
@@ -143,11 +143,11 @@ class Compilation:
     """An artifact's kernels while they are compiled.
 
     Attributes:
-        jobs: kernels.build.Job of each.
+        jobs: kernels.compile.build.Job of each.
     """
 
     def __init__(self, launches: list[Launch], builder: Any, device: torch.device) -> None:
-        from kvfold.kernels.build import Job, jobs_of, target_of
+        from kvfold.kernels.compile.build import Job, jobs_of, target_of
 
         self.launches, self.builder, self.device = launches, builder, device
         self.jobs: list[Job] = []
@@ -161,7 +161,7 @@ class Compilation:
         Raises:
             KvfoldError: it could not be, and `required` says that the kernels were asked for.
         """
-        from kvfold.kernels.build import preload
+        from kvfold.kernels.compile.build import preload
 
         if self.builder is None:
             return True
@@ -202,7 +202,7 @@ def begin(device: torch.device, find: Callable[[int], list[Launch]], jobs: int |
         find: the launches, for a device of so many multiprocessors; called after the compiler's process was started, which then imports.
         jobs: processes; default: one a core.
     """
-    from kvfold.kernels.build import Builder
+    from kvfold.kernels.compile.build import Builder
 
     if device.type != "cuda":
         return Compilation([], None, device)

@@ -24,7 +24,7 @@ LEAD = 2  # steps before a page that the host asks for the marks, so that they a
 
 def marks_of(padding: Padding, batch_size: int, device: torch.device) -> Tensor:
     """The marks int64 [B] of the cache that a layer belongs to; they stay where they are, as a CUDA graph needs."""
-    from kvfold.kernels.triton_append import empty_marks
+    from kvfold.kernels.gpu.append import empty_marks
 
     found = padding.scratch.get(NAME)
     if found is None or len(found) != batch_size:
@@ -120,7 +120,7 @@ def look(cache: "Branches") -> None:
 
 def _report(cache: "Branches", found: list[int]) -> None:
     """Raises what `look` says if one of the marks was set."""
-    from kvfold.kernels.triton_append import UNMARKED, read_mark
+    from kvfold.kernels.gpu.append import UNMARKED, read_mark
 
     if all(mark == UNMARKED for mark in found):
         return
@@ -145,7 +145,7 @@ def unmark(cache: "Branches") -> None:
     cache.padding.scratch.pop(ASKED, None)
     if marks is None or not cache.layers[0].is_initialized:
         return
-    from kvfold.kernels.triton_append import LABELS, UNMARKED
+    from kvfold.kernels.gpu.append import LABELS, UNMARKED
 
     ends = on_device([n * LABELS.value for n in cache.layers[0].length], torch.int64, marks.device)
     marks.masked_fill_(marks >= ends, UNMARKED)

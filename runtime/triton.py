@@ -2,7 +2,7 @@
 
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,14 +10,17 @@ from torch import Tensor
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import KeySpec, LayerSpec
 from kvfold.kernels.attention import packed_tokens
+from kvfold.kernels.formats import Format
+from kvfold.kernels.gpu.append import append_step
+from kvfold.kernels.gpu.attention import Prompt, attention
+from kvfold.kernels.gpu.encode import encode_pages, lower_pages
+from kvfold.kernels.gpu.mean import MeanOf
+from kvfold.kernels.gpu.prompt import PageRun
+from kvfold.kernels.gpu.queries import empty_queries, prepare_queries
+from kvfold.kernels.gpu.records import KeyTransform, LogitOptions, PagedCache, PageFormat, Regions
 from kvfold.kernels.key_mean import STEP
 from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import to_float16
-from kvfold.kernels.triton_append import append_step, empty_queries
-from kvfold.kernels.triton_attention import attention, prepare_queries
-from kvfold.kernels.triton_encode import encode_pages, lower_pages
-from kvfold.kernels.triton_mean import MeanOf
-from kvfold.kernels.triton_prompt import PageRun
 from kvfold.runtime.marks import marks_of
 from kvfold.runtime.steps import due_rungs
 from kvfold.runtime.upload import on_device
@@ -31,17 +34,19 @@ LEAST_PACKED = 1024  # tokens in pages, and
 LEAST_ROWS = 256  # queries times heads of a group, from which on decoding pays
 
 
-def regions(geometry: Geometry) -> dict[str, Any]:
+def regions(geometry: Geometry, ring: int) -> Regions:
     """The regions of a cache as kernels take them."""
-    return {"sinks": geometry.sinks, "window": geometry.window, "page_tokens": geometry.page_tokens}
+    return Regions(geometry.sinks, geometry.window, geometry.page_tokens, ring)
 
 
-def formats_of(layer: "PackedLayer", b: int | None = None) -> dict[str, Any]:
-    """What `attention` must know of pages that stand on several rungs, of all sequences or of b; {} where there is one."""
-    if len(layer.rungs) == 1:
-        return {}
-    segments = layer.segments if b is None else layer.segments[b : b + 1].clone()
-    return {"formats": [(rung.key.format, rung.value.format) for rung in layer.rungs], "segments": segments}
+def formats_of(layer: "PackedLayer") -> list[tuple[Format, Format]]:
+    """Of the pages of each rung."""
+    return [(rung.key.format, rung.value.format) for rung in layer.rungs]
+
+
+def page_format(spec: LayerSpec) -> PageFormat:
+    """How pages of a rung are written."""
+    return PageFormat(spec.key.format, spec.value.format, spec.key.clip, spec.value.clip)
 
 
 def attend_triton(
@@ -53,7 +58,7 @@ def attend_triton(
     # a softmax alone does not see what an offset of the keys takes off every logit
     key = layer.spec.key
     shifted = key.offset is not None and not key.turns and (softcap is not None or sinks_logit is not None)
-    bends = {"sliding": sliding, "softcap": softcap or 0.0, "aux": sinks_logit}
+    bends = LogitOptions(softcap or 0.0, sinks_logit, sliding)
     batch, heads, tokens, dim = query.shape
     out = torch.empty(batch, tokens, heads, dim, dtype=query.dtype, device=query.device)
     if view.rows is None:
@@ -71,7 +76,7 @@ def attend_triton(
 
 def _decode(
     layer: "PackedLayer", keys: Tensor, values: Tensor, query: Tensor, out: Tensor, scaling: float, shifted: bool,
-    bends: dict[str, Any],
+    bends: LogitOptions,
 ) -> None:  # fmt: skip
     """One step of every sequence: appends, packs the page that came due, attends, and moves the device's state on."""
     spec, geometry = layer.spec, layer.geometry
@@ -84,25 +89,39 @@ def _decode(
         scratch[name] = empty_queries(*shape, tables, tokens)
     queries = scratch[name]
     several = len(layer.rungs) > 1
+    segments = layer.segments if several else None
+    cache = PagedCache(layer.block_table, layer.state, layer.raw_keys, layer.raw_values, segments)
     append_step(
-        keys.contiguous(), values.contiguous(), query.contiguous(), layer.raw_keys, layer.raw_values, layer.block_table,
-        layer.state, queries, [rung.key.format for rung in layer.rungs], [rung.value.format for rung in layer.rungs],
-        scaling=scaling, matrix=spec.key.matrix, offset=spec.key.offset, query_matrix=spec.key.query_matrix,
-        key_clips=[rung.key.clip for rung in layer.rungs], value_clips=[rung.value.clip for rung in layer.rungs],
+        keys.contiguous(),
+        values.contiguous(),
+        query.contiguous(),
+        cache,
+        queries,
+        [page_format(rung) for rung in layer.rungs],
+        regions(geometry, geometry.ring),
+        scaling=scaling,
+        softcap=bends.softcap,
+        transform=KeyTransform(spec.key.matrix, spec.key.offset, spec.key.query_matrix),
         rungs=due_rungs(layer)[0] if several else None,
-        softcap=bends["softcap"], marks=marks_of(layer.padding, query.shape[0], query.device), layer=layer.layer_idx,
-        **regions(geometry),
-    )  # fmt: skip
+        marks=marks_of(layer.padding, query.shape[0], query.device),
+        layer=layer.layer_idx,
+    )
     attention(
-        queries, spec.key.format, spec.value.format, layer.block_table, layer.state, layer.raw_keys, layer.raw_values, out,
-        ring=geometry.ring, new=1, advance=True, batch_invariant=layer.padding.batch_invariant, **formats_of(layer), **bends,
-        **regions(geometry),
-    )  # fmt: skip
+        queries,
+        cache,
+        formats_of(layer),
+        out,
+        regions(geometry, geometry.ring),
+        bends,
+        new=1,
+        advance=True,
+        batch_invariant=layer.padding.batch_invariant,
+    )
 
 
 def _prompt(
     layer: "PackedLayer", b: int, row: "RowView", query: Tensor, out: Tensor, scaling: float, shifted: bool,
-    bends: dict[str, Any],
+    bends: LogitOptions,
 ) -> None:  # fmt: skip
     """The queries [1, num_heads, T, head_dim] of one sequence, whose keys and values were appended before."""
     spec, geometry = layer.spec, layer.geometry
@@ -113,12 +132,14 @@ def _prompt(
     ]  # of this sequence alone, whatever the batch has room for
     # a copy: where it begins decides how it is aligned, and each alignment would compile a kernel of its own
     state = layer.state[b : b + 1].clone()
-    bent = bool(bends["softcap"] or bends["sliding"])
+    bent = bool(bends.softcap or bends.sliding)
     keys, mean = row.keys, None
     if spec.key.turns:  # a prompt's kernel reads its 16-bit rows with their mean, and pages without
         assert spec.key.offset is not None
         mean = partial(_stored_mean, spec.key, geometry)
         keys = to_float16(keys.float() + _stored(spec.key, row.raw_positions, geometry.sinks, layer.length[b]))
+    segments = layer.segments[b : b + 1].clone() if len(layer.rungs) > 1 else None
+    cache = PagedCache(table, state, keys[None], row.values[None], segments)
     for start in range(0, query.shape[2], QUERY_CHUNK):
         chunk = query[:, :, start : start + QUERY_CHUNK]
         position = layer.length[b] - query.shape[2] + start
@@ -134,13 +155,17 @@ def _prompt(
             assert spec.key.offset is not None
             term = MeanOf(spec.key.tables(geometry.sinks), spec.key.offset, chunk, *steps)
         queries = prepare_queries(
-            spec.key.apply_query(chunk), geometry.num_kv_heads, scaling, bends["softcap"], shift, term
+            spec.key.apply_query(chunk), geometry.num_kv_heads, scaling, bends.softcap, shift, term
         )
         attention(
-            queries, spec.key.format, spec.value.format, table, state, keys[None], row.values[None],
-            out[:, start : start + QUERY_CHUNK], first_query=first, packed_before=before,
-            together=together, together_mean=mean, **formats_of(layer, b), **bends, **regions(geometry),
-        )  # fmt: skip
+            queries,
+            cache,
+            formats_of(layer),
+            out[:, start : start + QUERY_CHUNK],
+            regions(geometry, 0),
+            bends,
+            prompt=Prompt(first, before, together, mean),
+        )
 
 
 def _stored(key: KeySpec, positions: Tensor, sinks: int, end: int) -> Tensor:
@@ -182,8 +207,8 @@ def store_pages(layer: "PackedLayer", keys: Tensor, values: Tensor, ids: list[in
     pages = on_device(layer.pool.addresses(ids), torch.int64, device)
     tokens = torch.arange(len(ids), dtype=torch.int32, device=device) * size
     encode_pages(
-        keys[None].contiguous(), values[None].contiguous(), spec.key.format, spec.value.format, pages,
-        torch.zeros_like(tokens), tokens, page_tokens=size, key_clip=spec.key.clip, value_clip=spec.value.clip,
+        keys[None].contiguous(), values[None].contiguous(), page_format(spec), pages, torch.zeros_like(tokens), tokens,
+        page_tokens=size,
     )  # fmt: skip
 
 
@@ -193,7 +218,6 @@ def lower(layer: "PackedLayer", old: list[Tensor], new: list[Tensor], source: La
     addresses = [[page_address(page) for page in pages] for pages in (old, new)]
     sources, pages = on_device(addresses, torch.int64, device)
     lower_pages(
-        sources, pages, (source.key.format, source.value.format), (target.key.format, target.value.format),
+        sources, pages, page_format(source), page_format(target),
         num_kv_heads=layer.geometry.num_kv_heads, page_tokens=layer.geometry.page_tokens,
-        key_clip=target.key.clip, value_clip=target.value.clip,
     )  # fmt: skip

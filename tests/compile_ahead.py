@@ -12,9 +12,9 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime import driver
 
-from kvfold.kernels import build as ahead
-from kvfold.kernels import kernel_cache
-from kvfold.kernels.launch import launch, noting
+from kvfold.kernels.compile import build as ahead
+from kvfold.kernels.compile import kernel_cache
+from kvfold.kernels.compile.launch import launch, noting
 
 TARGET = ahead.target_of("sm_90")
 ONE: tl.constexpr = tl.constexpr(1)
@@ -154,10 +154,10 @@ def _fill_up() -> None:
     os.replace = replace
 
 
-if "kvfold.kernels.build_server" in sys.modules:  # imported where kernels are compiled
+if "kvfold.kernels.compile.build_server" in sys.modules:  # imported where kernels are compiled
     if os.environ.get("COMPILE_AHEAD_FULL"):
         _fill_up()
-    from kvfold.kernels import build_server
+    from kvfold.kernels.compile import build_server
 
     compile_job = build_server.compile_job
 

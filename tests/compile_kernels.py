@@ -13,12 +13,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvfold.kernels import triton_attention as kernels
-from kvfold.kernels import triton_prompt
 from kvfold.kernels.formats import Format, raw16
+from kvfold.kernels.gpu import attention as kernels
+from kvfold.kernels.gpu import merge
+from kvfold.kernels.gpu import prompt as triton_prompt
+from kvfold.kernels.gpu.tables import warps_for
 from kvfold.kernels.key_mean import padded_fast
-from kvfold.kernels.tiles import program
-from kvfold.kernels.triton_pages import warps_for
+from kvfold.kernels.layout import head_layout
 
 POINTERS = {
     "q_ptr": "*fp16", "q_scale_ptr": "*fp32", "anchor": "*u8", "table": "*i64", "state": "*i32", "raw_k": "*fp16",
@@ -45,7 +46,7 @@ def compile_pair(
     return compile_kernel(
         kernels._attention_kernel,
         {
-            "K": tuple(program(key_format, 32)), "V": tuple(program(value_format, 32)), "R": program(raw16(dim), 32).pieces,
+            "K": head_layout(key_format, 32), "V": head_layout(value_format, 32), "R": head_layout(raw16(dim), 32),
             "N": max(8, columns), "COLUMNS": columns, "GROUP": 4, "PROMPT": prompt, "MASKED": prompt, "CAP": cap,
             "SHIFT": cap > 0, "MEAN": mean, "STAGES": 4, "PREFETCH": False, "BLOCK": kernels.RAW_BLOCK, "INTERPRET": False,
         },
@@ -54,7 +55,7 @@ def compile_pair(
 
 def compile_merge(dim: int, block: int = 256, once: bool = True, shift: bool = False) -> None:
     compile_kernel(
-        kernels.merge_kernel,
+        merge._merge_kernel,
         {"DIM": dim, "CHANNELS": 16, "BLOCK": block, "ONCE": once, "AUX": True, "SHIFT": shift},
         num_warps=4,
     )
@@ -77,7 +78,7 @@ def main(name: str, prompt: bool) -> None:
         for pair in ("mixed keys", "2 bits"):
             compile_pair(*PAIRS[pair], prompt, mean=2 * padded_fast(PAIRS[pair][0].head_dim))
     elif name == "merge":
-        for block, once in ((kernels.MERGE_FEW, True), (kernels.MERGE_SLOTS, True), (kernels.MERGE_SLOTS, False)):
+        for block, once in ((merge.FEW_SLOTS, True), (merge.MANY_SLOTS, True), (merge.MANY_SLOTS, False)):
             compile_merge(64, block, once, shift=not once)
     elif name == "decode":
         compile_decode()

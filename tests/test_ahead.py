@@ -23,7 +23,7 @@ import json, torch
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels import catalogue
-from kvfold.kernels.build import jobs_of, target_of
+from kvfold.kernels.compile.build import jobs_of, target_of
 from kvfold.runtime.ahead import catalogue_kinds
 from kvfold.runtime.compile import Kind, launches_of
 def kind(key, value):

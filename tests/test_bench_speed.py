@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,14 +19,14 @@ from kvfold.compress.bench import model as bench_model
 from kvfold.compress.bench import prompt as bench_prompt
 from kvfold.compress.bench.cases import Shape, finer, held_rows, make_case, pair
 from kvfold.compress.bench.gate import GateCase, gate_cases, run_gate
+from kvfold.compress.bench.tools import copies_for, machine, measured_streams, median_ms
 from kvfold.compress.cli import main
 from kvfold.exports.account import Geometry, batch_nbytes
 from kvfold.exports.architectures import head_dim_of
 from kvfold.kernels.attention import packed_tokens
-from kvfold.kernels.bench_tools import copies_for, machine, measured_streams, median_ms
 from kvfold.kernels.formats import uniform
+from kvfold.kernels.gpu.read import SETTINGS, read_words
 from kvfold.kernels.pages import UNIT, page_address
-from kvfold.kernels.triton_read import SETTINGS, read_words
 from kvfold.runtime.cache import QuantizedKVCache
 
 CPU = torch.device("cpu")
@@ -137,13 +138,12 @@ def test_the_gate_covers_every_measured_format_and_other_heads():
 def test_the_gate_fails_on_a_wrong_output(monkeypatch, fault):
     real = bench_cases.attention
 
-    def wrong(queries, key_format, value_format, table, state, *args, **kwargs):
-        out = args[2]
+    def wrong(queries, cache, formats, out, *args, **kwargs):
         if fault == "nothing written":
             return out
         if fault == "one token":
-            state = state - torch.tensor([1, 0], dtype=torch.int32)
-        real(queries, key_format, value_format, table, state, *args, **kwargs)
+            cache = cache._replace(state=cache.state - torch.tensor([1, 0], dtype=torch.int32))
+        real(queries, cache, formats, out, *args, **kwargs)
         if fault == "scale":
             out *= 1.02
         if fault == "one head":
@@ -360,9 +360,9 @@ def test_prompt_command_prints_no_speed_if_the_gate_fails(kvfold, monkeypatch, f
 
     def broken(*args, **kwargs):
         if fault == "all":
-            return args[7]  # nothing written
-        if kwargs["together"]:  # a page is read twice
-            kwargs["together"] = [*kwargs["together"], kwargs["together"][0]._replace(end=1)]
+            return args[3]  # nothing written
+        if together := kwargs["prompt"].together:  # a page is read twice
+            kwargs["prompt"] = replace(kwargs["prompt"], together=[*together, together[0]._replace(end=1)])
         return real(*args, **kwargs)
 
     monkeypatch.setattr(bench_prompt, "attention", broken)

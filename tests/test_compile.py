@@ -19,8 +19,9 @@ from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format, uniform
 
 pytest.importorskip("triton")
-from kvfold.kernels import triton_attention, triton_encode
-from kvfold.kernels.launch import launch, noting
+from kvfold.kernels.compile.launch import launch, noting
+from kvfold.kernels.gpu import attention as triton_attention
+from kvfold.kernels.gpu import encode as triton_encode
 from kvfold.runtime import compile as compilation
 from kvfold.runtime import pages, triton
 from kvfold.runtime.policy import ladder
@@ -38,12 +39,12 @@ def calls(monkeypatch):
     read, lowered = [], []
     attend, lower = triton_attention.attention, triton_encode.lower_pages
 
-    def counted_attention(queries, key_format, value_format, *args, **options):
-        read.append((options.get("formats") or [(key_format, value_format)], queries.tokens))
-        return attend(queries, key_format, value_format, *args, **options)
+    def counted_attention(queries, cache, formats, *args, **options):
+        read.append((formats, queries.tokens))
+        return attend(queries, cache, formats, *args, **options)
 
     def counted_lower(sources, targets, old, new, **options):
-        lowered.append((tuple(old), tuple(new)))
+        lowered.append(((old.key, old.value), (new.key, new.value)))
         return lower(sources, targets, old, new, **options)
 
     for module in (triton, pages, triton_attention, triton_encode):

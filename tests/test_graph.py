@@ -26,7 +26,7 @@ from kvfold.runtime.policy import Progressive
 from kvfold.runtime.upload import Upload
 
 pytest.importorskip("triton")
-from kvfold.kernels.triton_append import LABELS
+from kvfold.kernels.gpu.append import LABELS
 from kvfold.runtime import triton as runtime_triton
 
 if torch.cuda.is_available():

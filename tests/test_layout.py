@@ -81,6 +81,24 @@ def test_kernels_is_no_package_of_its_own():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+def test_a_wheel_has_every_folder():
+    find = pytest.importorskip("setuptools").find_namespace_packages
+    wanted = {f"kvfold.{file.relative_to(ROOT).parent.as_posix().replace('/', '.')}" for file in FILES}
+    assert wanted <= set(find(str(ROOT / "src")))
+
+
+def test_what_runs_on_the_device_knows_nothing_of_what_launches_it():
+    for file in (ROOT / "kernels" / "gpu" / "device").glob("*.py"):
+        ours = {name for name in imported(parse(file)) if name.startswith("kvfold")}
+        assert all(name.startswith(("kvfold.kernels.gpu.device.", "kvfold.kernels.packing.")) for name in ours), file
+
+
+def test_the_reference_needs_no_triton():
+    for file in (ROOT / "kernels").glob("*.py"):
+        names = imported(parse(file))
+        assert not any(name.split(".")[0] == "triton" or name.startswith("kvfold.kernels.gpu") for name in names), file
+
+
 def test_links_lead_to_the_folders():
     for folder in FOLDERS:
         link = ROOT / "src" / "kvfold" / folder

@@ -11,7 +11,9 @@ from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import decode, encode
 
 triton = pytest.importorskip("triton")
-from kvfold.kernels import triton_attention as kernels  # noqa: E402
+from kvfold.kernels.gpu import attention as kernels  # noqa: E402
+from kvfold.kernels.gpu.queries import prepare_queries  # noqa: E402
+from kvfold.kernels.gpu.records import LogitOptions, PagedCache, Regions  # noqa: E402
 
 MIX = Format(((16, 16), (8, 8), (16, 4), (16, 2), (8, 0)))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,8 +72,11 @@ class Case:
                 self.raw_keys[b, :, slot], self.raw_values[b, :, slot] = raw[0][:, t], raw[1][:, t]
             self.rows.append((raw, read, count))
 
-    def options(self):
-        return {"sinks": self.sinks, "window": self.window, "page_tokens": self.page}
+    def regions(self, ring=0):
+        return Regions(self.sinks, self.window, self.page, ring)
+
+    def cache(self):
+        return PagedCache(self.table, self.state, self.raw_keys, self.raw_values)
 
     def expected(self, softcap=None, sliding=0, aux=None):
         """[B, 1, H, D] by `attend` over what is cached."""
@@ -90,12 +95,11 @@ class Case:
 
     def got(self, softcap=0.0, sliding=0, aux=None, **options):
         dim = self.query.shape[-1]
-        queries = kernels.prepare_queries(self.query, self.raw_keys.shape[1], dim**-0.5, softcap)
+        queries = prepare_queries(self.query, self.raw_keys.shape[1], dim**-0.5, softcap)
         out = torch.full((len(self.lengths), 1, self.query.shape[1], dim), float("nan"), device=DEVICE)
         return kernels.attention(
-            queries, self.key_format, self.value_format, self.table, self.state, self.raw_keys, self.raw_values,
-            out.to(self.query.dtype), ring=self.ring, softcap=softcap, sliding=sliding, aux=aux,
-            **self.options(), **options,
+            queries, self.cache(), [(self.key_format, self.value_format)], out.to(self.query.dtype),
+            self.regions(self.ring), LogitOptions(softcap, aux, sliding), **options,
         )  # fmt: skip
 
 
@@ -193,12 +197,10 @@ def prompt_case(pair, before, chunk, group, kv_heads=2, page=16, sinks=5, window
     tiles = [Tile(*raw, at, False), Tile(read[0][:, middle], read[1][:, middle], at[middle], True)]
     rows = torch.cat((at[: min(sinks, total)], at[sinks + packed :]))
     raw16s = [x[None, :, rows].contiguous() for x in raw]
-    options = {
-        "first_query": torch.tensor([before], dtype=torch.int32, device=DEVICE),
-        "packed_before": torch.tensor([packed], dtype=torch.int32, device=DEVICE), **case.options(),
-    }  # fmt: skip
+    cache = PagedCache(case.table, case.state, *raw16s)
+    prompt = kernels.Prompt(*(torch.tensor([x], dtype=torch.int32, device=DEVICE) for x in (before, packed)))
     together = (int(limit[0]) - sinks) // page
-    return case, query, (at[before:], limit, tiles), raw16s, options, together
+    return case, query, (at[before:], limit, tiles), cache, prompt, together
 
 
 @pytest.mark.parametrize("name", ["2 bits", "mixed keys", "ternary values", "16 and 8 bits"])
@@ -206,10 +208,10 @@ def prompt_case(pair, before, chunk, group, kv_heads=2, page=16, sinks=5, window
 def test_prompts_read_what_token_by_token_reads(name, before, chunk, group):
     pair = PAIRS[name]
     dim = pair[0].head_dim
-    case, query, (positions, limit, tiles), raw, options, _ = prompt_case(pair, before, chunk, group)
+    case, query, (positions, limit, tiles), cache, prompt, _ = prompt_case(pair, before, chunk, group)
     want = attend(query[0], positions, limit, tiles, sinks=5, scaling=dim**-0.5)
     out = torch.full((1, chunk, group * 2, dim), float("nan"), device=DEVICE)
-    kernels.attention(kernels.prepare_queries(query, 2, dim**-0.5), *pair, case.table, case.state, *raw, out, **options)
+    kernels.attention(prepare_queries(query, 2, dim**-0.5), cache, [pair], out, case.regions(), prompt=prompt)
     assert error(out[0].transpose(0, 1), want) < 1e-3
 
 
@@ -220,12 +222,12 @@ def test_prompts_read_what_token_by_token_reads(name, before, chunk, group):
 def test_prompts_read_all_sinks_however_many_blocks_they_fill(sinks, before, chunk, window):
     pair = PAIRS["2 bits"]
     dim = pair[0].head_dim
-    case, query, (positions, limit, tiles), raw, options, _ = prompt_case(
+    case, query, (positions, limit, tiles), cache, prompt, _ = prompt_case(
         pair, before, chunk, 2, sinks=sinks, window=window
     )
     want = attend(query[0], positions, limit, tiles, sinks=sinks, scaling=dim**-0.5)
     out = torch.full((1, chunk, 4, dim), float("nan"), device=DEVICE)
-    kernels.attention(kernels.prepare_queries(query, 2, dim**-0.5), *pair, case.table, case.state, *raw, out, **options)
+    kernels.attention(prepare_queries(query, 2, dim**-0.5), cache, [pair], out, case.regions(), prompt=prompt)
     assert error(out[0].transpose(0, 1), want) < 1e-3
 
 

@@ -13,10 +13,11 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from kvfold.kernels.triton_append import append_step, empty_queries
-from kvfold.kernels.triton_attention import prepare_queries
-from kvfold.kernels.triton_codec import from_e4m3, to_e4m3
-from kvfold.kernels.triton_encode import encode_pages, lower_pages
+from kvfold.kernels.gpu.append import append_step
+from kvfold.kernels.gpu.device.codec import from_e4m3, to_e4m3
+from kvfold.kernels.gpu.encode import encode_pages, lower_pages
+from kvfold.kernels.gpu.queries import empty_queries, prepare_queries
+from kvfold.kernels.gpu.records import KeyTransform, PagedCache, PageFormat, Regions
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 POISON = 0xA5
@@ -139,9 +140,9 @@ def test_pages_equal_the_reference(key_format, value_format, tokens):
     pages = Pages(3, heads * (key_format.nbytes(tokens) + value_format.nbytes(tokens)))
     sequences, first = [1, 0, 1], [0, tokens - 3, tokens + 5]
     encode_pages(
-        k, v, *formats, pages.addresses(), torch.tensor(sequences, dtype=torch.int32, device=DEVICE),
-        torch.tensor(first, dtype=torch.int32, device=DEVICE), page_tokens=tokens,
-        key_clip=clips[0].to(DEVICE), value_clip=clips[1].to(DEVICE),
+        k, v, PageFormat(*formats, *(clip.to(DEVICE) for clip in clips)), pages.addresses(),
+        torch.tensor(sequences, dtype=torch.int32, device=DEVICE), torch.tensor(first, dtype=torch.int32, device=DEVICE),
+        page_tokens=tokens,
     )  # fmt: skip
     for page, b, t in zip(pages.pages, sequences, first, strict=True):
         expected = reference(k[b, :, t : t + tokens], v[b, :, t : t + tokens], formats, clips)
@@ -158,7 +159,9 @@ def test_pages_of_a_ring_wrap_around():
             raw[:, :, t if t < sinks else sinks + (t - sinks) % ring] = x[:, :, t]
     pages = Pages(1, sum(f.nbytes(tokens) for f in formats))
     first = torch.tensor([sinks + tokens], dtype=torch.int32, device=DEVICE)
-    encode_pages(*rows, *formats, pages.addresses(), first * 0, first, page_tokens=tokens, sinks=sinks, ring=ring)
+    encode_pages(
+        *rows, PageFormat(*formats), pages.addresses(), first * 0, first, page_tokens=tokens, sinks=sinks, ring=ring
+    )  # fmt: skip
     part = slice(sinks + tokens, sinks + 2 * tokens)
     expected = reference(history[0][0, :, part], history[1][0, :, part], formats, (None, None))
     assert_page(pages.pages[0], expected, formats, 1, tokens)
@@ -191,8 +194,9 @@ def test_lowered_pages_equal_the_reference(old, new, tokens):
         source.copy_(reference(sign * k, sign * v, before, (None, None)))
     held = sources.room.clone()
     lower_pages(
-        sources.addresses(), pages.addresses(), before, after, num_kv_heads=heads, page_tokens=tokens, key_clip=clip
-    )
+        sources.addresses(), pages.addresses(), PageFormat(*before), PageFormat(*after, clip), num_kv_heads=heads,
+        page_tokens=tokens,
+    )  # fmt: skip
     for source, page in zip(sources.pages, pages.pages, strict=True):
         at = heads * old.nbytes(tokens)
         x = [
@@ -247,9 +251,8 @@ def test_steps_equal_the_reference(sinks, window, size, extra, dim, formats, mat
         before = pages.room.clone()
         held = state.clone()
         append_step(
-            k, v, q, *raw, table, state, queries, *([x] for x in formats), sinks=sinks, window=window, page_tokens=size,
-            scaling=0.3, matrix=spec.matrix, offset=spec.offset, query_matrix=inverse, key_clips=[spec.clip],
-            value_clips=[clip],
+            k, v, q, PagedCache(table, state, *raw), queries, [PageFormat(*formats, spec.clip, clip)],
+            Regions(sinks, window, size), scaling=0.3, transform=KeyTransform(spec.matrix, spec.offset, inverse),
         )  # fmt: skip
         assert torch.equal(state, held)
         z, saved = spec.apply(k, state[:, :1].long(), sinks), to_float16(v.float())
@@ -285,25 +288,20 @@ def test_steps_equal_the_reference(sinks, window, size, extra, dim, formats, mat
 def test_what_cannot_be_packed_is_refused():
     x = torch.zeros(1, 2, 16, 16, dtype=torch.float16, device=DEVICE)
     one = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    formats = (uniform(16, 4), uniform(16, 4))
+    fmt = PageFormat(uniform(16, 4), uniform(16, 4))
     with pytest.raises(KvfoldError, match="float16"):
-        encode_pages(x.float(), x.float(), *formats, one.long(), one, one, page_tokens=16)
+        encode_pages(x.float(), x.float(), fmt, one.long(), one, one, page_tokens=16)
     with pytest.raises(KvfoldError, match="clip"):
-        encode_pages(x, x, *formats, one.long(), one, one, page_tokens=16, key_clip=torch.ones(3, device=DEVICE))
+        clipped = fmt._replace(key_clip=torch.ones(3, device=DEVICE))
+        encode_pages(x, x, clipped, one.long(), one, one, page_tokens=16)
     with pytest.raises(KvfoldError, match="page_tokens=24"):
-        lower_pages(one.long(), one.long(), formats, formats, num_kv_heads=2, page_tokens=24)
+        lower_pages(one.long(), one.long(), fmt, fmt, num_kv_heads=2, page_tokens=24)
     with pytest.raises(KvfoldError, match="head_dim 32 and 16"):
-        lower_pages(one.long(), one.long(), formats, (formats[0], raw16(32)), num_kv_heads=2, page_tokens=16)
+        lower_pages(one.long(), one.long(), fmt, fmt._replace(value=raw16(32)), num_kv_heads=2, page_tokens=16)
     queries = empty_queries(1, 2, 2, 16, DEVICE)
     state = torch.zeros(1, 2, dtype=torch.int32, device=DEVICE)
-    step = (x[:, :, :1], x[:, :, :1], x[:, :, :1], x, x, one.long()[None], state, queries)
-    regions = {"sinks": 0, "window": 0, "page_tokens": 16, "scaling": 1.0}
-    with pytest.raises(KvfoldError, match=r"\[2, 1, 2, 1\]; give as many"):
-        append_step(*step, [formats[0]] * 2, [formats[1]], value_clips=[None], **regions)
+    step = (x[:, :, :1], x[:, :, :1], x[:, :, :1], PagedCache(one.long()[None], state, x, x), queries, [fmt])
     with pytest.raises(KvfoldError, match=r"torch.int64 \(1,\); give contiguous int32"):
-        append_step(*step, *([f] for f in formats), rungs=one.long(), **regions)
+        append_step(*step, Regions(0, 0, 16), scaling=1.0, rungs=one.long())
     with pytest.raises(KvfoldError, match="ring"):
-        append_step(
-            x[:, :, :1], x[:, :, :1], x[:, :, :1], x, x, one.long()[None], state, queries, *([f] for f in formats), sinks=4,
-            window=8, page_tokens=16, scaling=1.0,
-        )  # fmt: skip
+        append_step(*step, Regions(4, 8, 16), scaling=1.0)

@@ -11,7 +11,7 @@ from kvfold.runtime.cache import QuantizedKVCache
 from kvfold.runtime.marks import LEAD
 
 pytest.importorskip("triton")
-from kvfold.kernels.triton_append import UNMARKED, empty_marks, read_mark
+from kvfold.kernels.gpu.append import UNMARKED, empty_marks, read_mark
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS, DIM = 1, 16
@@ -198,7 +198,7 @@ def test_a_sliding_window_may_forbid_to_go_back():
 
 @pytest.mark.parametrize("number", [0, 1, 8, 700])
 def test_marks_name_what_they_were_made_of(number):
-    from kvfold.kernels.triton_append import LABELS
+    from kvfold.kernels.gpu.append import LABELS
 
     mark = 41 * LABELS.value + 2 * number
     assert read_mark(mark) == (41, number, "key") and read_mark(mark + 1) == (41, number, "value")

@@ -1,5 +1,7 @@
 """Pages that all queries of a prompt read together: decoding by kernel, and the same attention as token by token."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_triton_attention import DEVICE, PAIRS, error, prompt_case
@@ -10,9 +12,11 @@ from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import decode, encode
 
 pytest.importorskip("triton")
-from kvfold.kernels import triton_attention as kernels
-from kvfold.kernels import triton_prompt
-from kvfold.kernels.triton_prompt import PageRun, decode_pages, plain_attention
+from kvfold.kernels.gpu import attention as kernels
+from kvfold.kernels.gpu import prompt as triton_prompt
+from kvfold.kernels.gpu.prompt import PageRun, decode_pages, plain_attention
+from kvfold.kernels.gpu.queries import prepare_queries
+from kvfold.kernels.gpu.records import LogitOptions
 
 
 def pages_of(pair, count, heads, page, seed=0):
@@ -49,7 +53,7 @@ def test_pages_decode_to_what_the_reference_reads(name, page):
 def test_reading_pages_together_changes_nothing(name, before, chunk, group, sink_logits, monkeypatch):
     pair = PAIRS[name]
     dim = pair[0].head_dim
-    case, query, (positions, limit, tiles), raw, options, together = prompt_case(pair, before, chunk, group)
+    case, query, (positions, limit, tiles), cache, prompt, together = prompt_case(pair, before, chunk, group)
     assert together > 1
     monkeypatch.setattr(triton_prompt, "SCRATCH_NBYTES", 4 * 2 * dim * 32)  # two pages at a time
     aux = torch.linspace(-3, 3, group * 2, device=DEVICE) if sink_logits else None
@@ -57,8 +61,8 @@ def test_reading_pages_together_changes_nothing(name, before, chunk, group, sink
     for count in (1, together):
         out = torch.full((1, chunk, group * 2, dim), float("nan"), device=DEVICE)
         kernels.attention(
-            kernels.prepare_queries(query, 2, dim**-0.5), *pair, case.table, case.state, *raw, out, aux=aux,
-            together=[PageRun(*pair, 0, count)], **options,
+            prepare_queries(query, 2, dim**-0.5), cache, [pair], out, case.regions(), LogitOptions(sink_logits=aux),
+            prompt=replace(prompt, together=[PageRun(*pair, 0, count)]),
         )  # fmt: skip
         assert error(out[0].transpose(0, 1), want) < 1e-3
 
@@ -67,7 +71,7 @@ def test_runs_of_several_formats_are_read_together():
     """Two rungs, the second in 16 bits; all of the first and part of the second are read together."""
     dim, page, sinks = 64, 16, 5
     pairs = [PAIRS["mixed keys"], (raw16(dim), uniform(dim, 256, "fp16"))]
-    case, query, (positions, limit, tiles), raw, options, together = prompt_case(pairs[0], 150, 18, 2)
+    case, query, (positions, limit, tiles), cache, prompt, together = prompt_case(pairs[0], 150, 18, 2)
     count = case.rows[0][2]
     data, read = pages_of(pairs[1], count - 4, 2, page, seed=9)
     for i, block in enumerate(data):
@@ -82,8 +86,8 @@ def test_runs_of_several_formats_are_read_together():
         runs = [PageRun(*pairs[0], 0, min(end, 4)), *([PageRun(*pairs[1], 4, end)] if end > 4 else [])]
         out = torch.full((1, 18, 4, dim), float("nan"), device=DEVICE)
         kernels.attention(
-            kernels.prepare_queries(query, 2, dim**-0.5), *pairs[0], case.table, case.state, *raw, out, formats=pairs,
-            segments=segments, together=runs, **options,
+            prepare_queries(query, 2, dim**-0.5), cache._replace(segments=segments), pairs, out, case.regions(),
+            prompt=replace(prompt, together=runs),
         )  # fmt: skip
         assert error(out[0].transpose(0, 1), want) < 1e-3
 

@@ -2,21 +2,26 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from kvfold import KvfoldError
 from kvfold.kernels.attention import Tile, attend, packed_tokens
 from kvfold.kernels.formats import Format, raw16, uniform
-from kvfold.kernels.pages import decode_rungs, page_address
+from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import decode, encode
 
 pytest.importorskip("triton")
-from kvfold.kernels.triton_append import append_step, empty_queries
-from kvfold.kernels.triton_attention import attention, prepare_queries
-from kvfold.kernels.triton_encode import lower_pages
+from kvfold.kernels.gpu.append import append_step
+from kvfold.kernels.gpu.attention import Prompt, attention
+from kvfold.kernels.gpu.encode import lower_pages
+from kvfold.kernels.gpu.queries import empty_queries, prepare_queries
+from kvfold.kernels.gpu.records import LogitOptions, PagedCache, PageFormat, Regions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MIX = Format(((16, 16), (8, 8), (16, 4), (16, 2), (8, 0)))
@@ -28,6 +33,37 @@ LADDERS = {
     "two rungs": [(uniform(64, 4), uniform(64, 4)), RAW],
     "classes above classes": [(MIX, uniform(64, 4)), (Format(((40, 256), (24, 16))), uniform(64, 16, "e4m3", 32)), RAW],
 }
+
+
+def decode_rungs(
+    pages: Sequence[Tensor],
+    formats: Sequence[tuple[Format, Format]],
+    segments: Sequence[int],
+    num_kv_heads: int,
+    page_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of one sequence's pages of several formats, in plain torch: what the attention kernels' `formats` and
+    `segments` mean.
+
+    Args:
+        pages: uint8, [keys of all heads | values of all heads] each, in rising position.
+        formats: (key format, value format) of each of R rungs.
+        segments: R + 1 rising numbers; pages segments[r] … segments[r + 1] − 1 are of rung r. The first counts as 0, the
+            last as the number of pages, whatever they are.
+    Returns:
+        Two float32 [num_kv_heads, len(pages)·page_tokens, head_dim].
+    """
+    edges = [0, *segments[1:-1], len(pages)]
+    parts = []
+    for pair, (start, end) in zip(formats, pairwise(edges), strict=True):
+        split = num_kv_heads * pair[0].nbytes(page_tokens)
+        for page in pages[start:end]:
+            blocks = (page[:split], page[split:])
+            parts.append([decode(x.view(num_kv_heads, -1), f, page_tokens) for x, f in zip(blocks, pair, strict=True)])
+    if not parts:
+        empty = torch.zeros(num_kv_heads, 0, formats[0][0].head_dim, dtype=torch.float32)
+        return empty, empty
+    return torch.cat([keys for keys, _ in parts], 1), torch.cat([values for _, values in parts], 1)
 
 
 class Mixed:
@@ -83,14 +119,19 @@ class Mixed:
             out.append(attend(self.query[b], at[-1:], none, tiles, sinks=0, scaling=scaling, mask=mask, **options))
         return torch.stack(out).transpose(1, 2)
 
-    def got(self, sliding=0, softcap=0.0, **options):
+    def got(self, sliding=0, softcap=0.0, aux=None, **options):
         dim = self.query.shape[-1]
         out = torch.full((len(self.lengths), 1, self.query.shape[1], dim), float("nan"), device=DEVICE)
         return attention(
-            prepare_queries(self.query, self.kv_heads, dim**-0.5, softcap), *self.ladder[-1], self.table, self.state,
-            *self.raw, out, ring=self.ring, formats=self.ladder, segments=self.segments, sliding=sliding, softcap=softcap,
-            sinks=self.sinks, window=self.window, page_tokens=self.page, **options,
+            prepare_queries(self.query, self.kv_heads, dim**-0.5, softcap), self.cache(), self.ladder, out,
+            self.regions(), LogitOptions(softcap, aux, sliding), **options,
         )  # fmt: skip
+
+    def cache(self):
+        return PagedCache(self.table, self.state, *self.raw, self.segments)
+
+    def regions(self):
+        return Regions(self.sinks, self.window, self.page, self.ring)
 
 
 def error(got, expected):
@@ -139,11 +180,10 @@ def test_prompts(before, chunk, cut):
     want = attend(query[0], at[before:], limit, tiles, sinks=sinks, scaling=dim**-0.5)
     rows = torch.cat((at[:sinks], at[sinks + packed :]))
     out = torch.full((1, chunk, 4, dim), float("nan"), device=DEVICE)
+    cache = PagedCache(case.table, case.state, *(x[None, :, rows].contiguous() for x in raw), case.segments)
+    prompt = Prompt(*(torch.tensor([x], dtype=torch.int32, device=DEVICE) for x in (before, packed)))
     attention(
-        prepare_queries(query, 2, dim**-0.5), *ladder[-1], case.table, case.state, *(x[None, :, rows].contiguous() for x in raw),
-        out, first_query=torch.tensor([before], dtype=torch.int32, device=DEVICE),
-        packed_before=torch.tensor([packed], dtype=torch.int32, device=DEVICE), formats=ladder, segments=case.segments,
-        sinks=sinks, window=window, page_tokens=page,
+        prepare_queries(query, 2, dim**-0.5), cache, ladder, out, Regions(sinks, window, page), prompt=prompt
     )  # fmt: skip
     assert error(out[0].transpose(0, 1), want) < 1e-3
 
@@ -153,8 +193,8 @@ def test_steps_add_pages_to_the_last_rung_and_lowering_moves_the_cuts():
     ladder, dim, page = LADDERS["four rungs"], 64, 16
     case = Mixed(ladder, [5 + 24 + 4 * page + 13, 58], [[1, 2, 4], [0, 0, 1]])
     sizes = [2 * sum(f.nbytes(page) for f in pair) for pair in ladder]
+    formats = [PageFormat(*pair) for pair in ladder]
     queries = empty_queries(2, 4, 2, dim, torch.device(DEVICE))
-    regions = {"sinks": case.sinks, "window": case.window, "page_tokens": page}
     case.table = torch.cat((case.table, torch.zeros_like(case.table)), 1)
     for step in range(20):
         for b, (n, count) in enumerate(case.state.tolist()):
@@ -168,22 +208,11 @@ def test_steps_add_pages_to_the_last_rung_and_lowering_moves_the_cuts():
                 old = case.pages[b][at]
                 case.pages[b][at] = torch.full((sizes[rung],), 0xA5, dtype=torch.uint8, device=DEVICE)
                 places = [torch.tensor([page_address(x)], device=DEVICE) for x in (old, case.pages[b][at])]
-                lower_pages(*places, ladder[rung + 1], ladder[rung], num_kv_heads=2, page_tokens=page)
+                lower_pages(*places, formats[rung + 1], formats[rung], num_kv_heads=2, page_tokens=page)
                 case.table[b, at] = places[1]
                 case.segments[b, rung + 1] += 1
         keys, values, query = (torch.randn(2, heads, 1, dim, device=DEVICE) for heads in (2, 2, 4))
-        append_step(
-            keys,
-            values,
-            query,
-            *case.raw,
-            case.table,
-            case.state,
-            queries,
-            *zip(*ladder, strict=True),
-            scaling=0.125,
-            **regions,
-        )
+        append_step(keys, values, query, case.cache(), queries, formats, case.regions(), scaling=0.125)
         case.query = query
         case.rows = [
             [torch.cat((x, new[b].half()), 1) for x, new in zip(raw, (keys, values), strict=True)]
@@ -191,10 +220,7 @@ def test_steps_add_pages_to_the_last_rung_and_lowering_moves_the_cuts():
         ]
         case.lengths = [n + 1 for n in case.lengths]
         out = torch.full((2, 1, 4, dim), float("nan"), device=DEVICE)
-        attention(
-            queries, *ladder[-1], case.table, case.state, *case.raw, out, ring=case.ring, new=1, advance=True,
-            formats=ladder, segments=case.segments, **regions,
-        )  # fmt: skip
+        attention(queries, case.cache(), ladder, out, case.regions(), new=1, advance=True)
         assert error(out, case.expected()) < 1e-3
         assert case.state.tolist() == [[n, len(pages)] for n, pages in zip(case.lengths, case.pages, strict=True)]
     assert case.segments[:, 1:4].tolist() == [[1, 3, 5], [0, 1, 2]]

@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvfold.kernels.compile.launch import noting
 from kvfold.kernels.formats import raw16, uniform
-from kvfold.kernels.launch import noting
 
 pytest.importorskip("triton")
 from test_triton_encode import DEVICE, MIXED, POISON, Pages, assert_page, reference, rows_of
 
-from kvfold.kernels.triton_append import append_step, empty_queries
-from kvfold.kernels.triton_encode import encode_pages, lower_pages
-from kvfold.kernels.triton_prompt import decode_pages
+from kvfold.kernels.gpu.append import append_step
+from kvfold.kernels.gpu.encode import encode_pages, lower_pages
+from kvfold.kernels.gpu.prompt import decode_pages
+from kvfold.kernels.gpu.queries import empty_queries
+from kvfold.kernels.gpu.records import PagedCache, PageFormat, Regions
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -31,7 +33,7 @@ def test_the_device_chooses_the_rung_of_a_page(given):
         (None, torch.tensor([0.9, 0.8])), (torch.rand(heads, 2) * 0.2 + 0.8, None), (torch.ones(3), None),
         (torch.tensor([[0.7], [0.95]]), torch.rand(heads, 4) * 0.2 + 0.8),
     ]  # fmt: skip
-    formats, factors = zip(*pairs, strict=True), zip(*clips, strict=True)
+    factors = zip(*clips, strict=True)
     batch = len(pairs)
     raw = [rows_of(batch, heads, sinks + size, dim, seed) for seed in (0, 1)]
     largest = max(heads * sum(f.nbytes(size) for f in pair) for pair in pairs)
@@ -42,9 +44,9 @@ def test_the_device_chooses_the_rung_of_a_page(given):
     moved = [[None if clip is None else clip.to(DEVICE) for clip in side] for side in factors]
     moved[0][2] = None
     append_step(
-        *new, *raw, pages.addresses().view(batch, 1), state, empty_queries(batch, heads, heads, dim, DEVICE), *formats,
-        sinks=sinks, window=0, page_tokens=size, scaling=1.0, key_clips=moved[0], value_clips=moved[1],
-        rungs=rungs if given else None,
+        *new, PagedCache(pages.addresses().view(batch, 1), state, *raw), empty_queries(batch, heads, heads, dim, DEVICE),
+        [PageFormat(*pair, *own) for pair, own in zip(pairs, zip(*moved, strict=True), strict=True)],
+        Regions(sinks, 0, size), scaling=1.0, rungs=rungs if given else None,
     )  # fmt: skip
     for b, (page, rung) in enumerate(zip(pages.pages, rungs.tolist(), strict=True)):
         own = rung if given else batch - 1
@@ -64,13 +66,14 @@ def test_one_kernel_serves_all_formats(monkeypatch):
         clip = torch.ones(heads, device=DEVICE)
         places, factors = one.long(), torch.ones(heads, device=DEVICE)
         with noting() as launches:
-            encode_pages(x, x, key, value, places, one, one, page_tokens=size, value_clip=clip if dim == 64 else None)
-            lower_pages(places, places, (key, value), (key, value), num_kv_heads=heads, page_tokens=size)
+            fmt = PageFormat(key, value)
+            clipped = fmt._replace(value_clip=clip if dim == 64 else None)
+            encode_pages(x, x, clipped, places, one, one, page_tokens=size)
+            lower_pages(places, places, fmt, fmt, num_kv_heads=heads, page_tokens=size)
             decode_pages(places, key, value, factors, x[0], x[0], size)
             append_step(
-                x[:, :, :1], x[:, :, :1], x[:, :, :1], x, x, places[None], one.expand(2)[None].contiguous(),
-                empty_queries(1, heads, heads, dim, DEVICE), [key] * 2, [value] * 2, sinks=0, window=0, page_tokens=size,
-                scaling=1.0, rungs=one,
+                x[:, :, :1], x[:, :, :1], x[:, :, :1], PagedCache(places[None], one.expand(2)[None].contiguous(), x, x),
+                empty_queries(1, heads, heads, dim, DEVICE), [fmt] * 2, Regions(0, 0, size), scaling=1.0, rungs=one,
             )  # fmt: skip
         started.append(launches)
     for first, *others in zip(*started, strict=True):
@@ -86,10 +89,10 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kvfold.kernels.tables import table_length
-from kvfold.kernels.triton_append import _append_kernel
-from kvfold.kernels.triton_encode import _encode_kernel, _lower_kernel
-from kvfold.kernels.triton_prompt import _decode_kernel
+from kvfold.kernels.gpu.tables import table_length
+from kvfold.kernels.gpu.append import _append_kernel
+from kvfold.kernels.gpu.encode import _encode_kernel, _lower_kernel
+from kvfold.kernels.gpu.prompt import _decode_kernel
 
 FLOATS = {
     "k_clip", "v_clip", "q_scale", "q_shift", "matrix", "offset", "query_matrix", "coefficients", "bias", "spans", "steps",

@@ -9,9 +9,11 @@ from torch import Tensor
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, table_entries
 from kvfold.kernels.formats import Format, raw16, uniform
+from kvfold.kernels.gpu.attention import attention
+from kvfold.kernels.gpu.queries import prepare_queries
+from kvfold.kernels.gpu.records import PagedCache, Regions
 from kvfold.kernels.pages import UNIT, page_address
 from kvfold.kernels.quantizer import decode, encode
-from kvfold.kernels.triton_attention import attention, prepare_queries
 
 Pair = tuple[Format, Format]
 DISTINCT = 64  # pages of different content while timing; the others repeat them
@@ -98,6 +100,11 @@ def fill_pages(slab: Tensor, pages: Tensor) -> None:
         part.copy_(pages[: len(part)])
 
 
+def regions_of(geometry: Geometry) -> Regions:
+    """The regions of a cache whose 16-bit rows are a ring, as kernels take them."""
+    return Regions(geometry.sinks, geometry.window, geometry.page_tokens, geometry.ring)
+
+
 @dataclass
 class Case:
     """Packed caches of some sequences in `copies` copies, and one query for each head.
@@ -130,11 +137,11 @@ class Case:
 
     def attend(self, out: Tensor, queries, copy: int = 0, splits: int = 0) -> Tensor:
         """The kernel's output [B, 1, num_heads, head_dim]. `queries`: from `prepare`. `splits`: 0 chooses."""
-        g = self.geometry
-        return attention(
-            queries, *self.formats, self.tables[copy], self.states, self.raw_keys[copy], self.raw_values[copy], out,
-            sinks=g.sinks, window=g.window, page_tokens=g.page_tokens, ring=g.ring, splits=splits,
-        )  # fmt: skip
+        return attention(queries, self.cache(copy), [self.formats], out, regions_of(self.geometry), splits=splits)
+
+    def cache(self, copy: int = 0) -> PagedCache:
+        """One copy, as kernels take it."""
+        return PagedCache(self.tables[copy], self.states, self.raw_keys[copy], self.raw_values[copy])
 
     def prepare(self):
         """The query as the kernel reads it."""

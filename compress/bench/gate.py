@@ -6,14 +6,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.compress.bench.cases import PAIRS, Case, Pair, classes, finer, held_rows, make_case, random_pages
+from kvfold.compress.bench.cases import (
+    PAIRS,
+    Case,
+    Pair,
+    classes,
+    finer,
+    held_rows,
+    make_case,
+    random_pages,
+    regions_of,
+)
 from kvfold.exports.account import Geometry
 from kvfold.kernels.formats import raw16, uniform
+from kvfold.kernels.gpu.append import append_step
+from kvfold.kernels.gpu.attention import attention
+from kvfold.kernels.gpu.encode import lower_pages
+from kvfold.kernels.gpu.queries import Queries, empty_queries
+from kvfold.kernels.gpu.records import PagedCache, PageFormat
 from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import decode, encode
-from kvfold.kernels.triton_append import append_step, empty_queries
-from kvfold.kernels.triton_attention import Queries, attention
-from kvfold.kernels.triton_encode import lower_pages
 
 LARGEST_ERROR = {torch.float16: 2e-3, torch.bfloat16: 1e-2}  # ‖out − reference‖ / ‖reference‖ of any sequence and head
 LOWER_LIMIT = 0.01  # share by which the error of lowered pages may differ from the reference's
@@ -105,11 +117,9 @@ def rungs_error(geometry: Geometry, num_heads: int, lengths: list[int], device: 
         edges.append(cuts)
     out = torch.full((len(lengths), 1, num_heads, dim), torch.nan, dtype=torch.float16, device=device)
     poison(device)
-    attention(
-        base.prepare(), *ladder[-1], table, base.states, base.raw_keys[0], base.raw_values[0], out, sinks=g.sinks,
-        window=g.window, page_tokens=g.page_tokens, ring=g.ring, formats=ladder,
-        segments=torch.tensor(edges, dtype=torch.int32, device=device),
-    )  # fmt: skip
+    segments = torch.tensor(edges, dtype=torch.int32, device=device)
+    cache = PagedCache(table, base.states, base.raw_keys[0], base.raw_values[0], segments)
+    attention(base.prepare(), cache, ladder, out, regions_of(g))
     errors = []
     for b, cuts in enumerate(edges):
         sides: list[list[Tensor]] = [[], []]
@@ -165,24 +175,13 @@ def run_append(
     case: Case, keys: Tensor, values: Tensor, query: Tensor, state: Tensor, queries: Queries, options: dict[str, Any]
 ) -> None:
     """`append_step` on copy 0 of a case, whose lengths and pages are `state`'s."""
-    append_step(
-        keys,
-        values,
-        query,
-        case.raw_keys[0],
-        case.raw_values[0],
-        case.tables[0],
-        state,
-        queries,
-        *([fmt] for fmt in case.formats),
-        **options,
-    )
+    cache = case.cache()._replace(state=state)
+    append_step(keys, values, query, cache, queries, [PageFormat(*case.formats)], regions_of(case.geometry), **options)
 
 
 def append_options(geometry: Geometry) -> dict[str, Any]:
     """What `append_step` takes by name, without transforms."""
-    g = geometry
-    return {"sinks": g.sinks, "window": g.window, "page_tokens": g.page_tokens, "scaling": g.head_dim**-0.5}
+    return {"scaling": geometry.head_dim**-0.5}
 
 
 def lowering(geometry: Geometry, formats: Pair, pages: int, device: torch.device) -> tuple[Tensor, Tensor, tuple, dict]:
@@ -192,7 +191,7 @@ def lowering(geometry: Geometry, formats: Pair, pages: int, device: torch.device
     target = torch.empty(pages, sum(map(geometry.page_nbytes, formats)), dtype=torch.uint8, device=device)
     places = [torch.tensor([page_address(x) for x in pool], device=device) for pool in (source, target)]
     options = {"num_kv_heads": geometry.num_kv_heads, "page_tokens": geometry.page_tokens}
-    return source, target, (*places, old, formats), options
+    return source, target, (*places, PageFormat(*old), PageFormat(*formats)), options
 
 
 def lower_difference(geometry: Geometry, formats: Pair, device: torch.device) -> float:
@@ -204,7 +203,7 @@ def lower_difference(geometry: Geometry, formats: Pair, device: torch.device) ->
     g = geometry
     source, target, arguments, options = lowering(g, formats, 3, device)
     lower_pages(*arguments, **options)
-    old = arguments[2]
+    old = arguments[2][:2]
     splits = g.page_nbytes(old[0]), g.page_nbytes(formats[0])
     worst = 0.0
     for i, (coarse, fine) in enumerate(zip(formats, old, strict=True)):

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from kvfold.compress.bench.cases import DISTINCT, Case, Pair, Shape, make_case, pair
 from kvfold.compress.bench.gate import append_options, gate_cases, lowering, run_append, run_gate
-from kvfold.exports.account import Geometry, table_entries
-from kvfold.kernels.bench_tools import (
+from kvfold.compress.bench.tools import (
     copies_for,
     flex_call,
     flex_ms,
@@ -21,9 +20,11 @@ from kvfold.kernels.bench_tools import (
     random_kv,
     sdpa_ms,
 )
-from kvfold.kernels.triton_append import empty_queries
-from kvfold.kernels.triton_attention import pick_splits
-from kvfold.kernels.triton_encode import lower_pages
+from kvfold.exports.account import Geometry, table_entries
+from kvfold.kernels.gpu.attention import pick_splits
+from kvfold.kernels.gpu.encode import lower_pages
+from kvfold.kernels.gpu.queries import empty_queries
+from kvfold.kernels.gpu.records import KeyTransform
 
 LARGE = 131072  # tokens of a batch from which on the 16-bit kernel and FlexAttention are timed too
 WRITE_BATCH = 16  # sequences from which on appending and lowering are timed
@@ -177,7 +178,7 @@ def write_calls(case: Case, num_heads: int) -> list[Callable[[int], None]]:
         square = torch.randn(g.num_kv_heads, g.head_dim, g.head_dim, device=device)
         matrix = torch.linalg.qr(square).Q.contiguous()
         offset = torch.randn(g.num_kv_heads, g.head_dim, device=device)
-        options |= {"matrix": matrix, "offset": offset, "query_matrix": matrix.mT.contiguous()}
+        options |= {"transform": KeyTransform(matrix, offset, matrix.mT.contiguous())}
     pages = case.states[:, 1]
     packed = g.sinks + g.window + pages * g.page_tokens
 

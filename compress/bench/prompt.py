@@ -3,6 +3,7 @@
 import itertools
 import statistics
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from kvfold.compress.bench.gate import LARGEST_ERROR
 from kvfold.compress.bench.model import attach_formats, build_model, free_memory, layer_formats
 from kvfold.exports.account import Geometry
 from kvfold.kernels.attention import Tile, attend, packed_tokens
+from kvfold.kernels.gpu.attention import Prompt, attention
+from kvfold.kernels.gpu.prompt import PageRun
+from kvfold.kernels.gpu.queries import prepare_queries
+from kvfold.kernels.gpu.records import PagedCache, Regions
 from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import decode, encode
-from kvfold.kernels.triton_attention import attention, prepare_queries
-from kvfold.kernels.triton_prompt import PageRun
 from kvfold.runtime.cache import QuantizedKVCache
 
 REPEATS = 3
@@ -55,14 +58,16 @@ def prompt_error(
     want = attend(query[0], places[first:], limit, tiles, sinks=g.sinks, scaling=dim**-0.5)
     shared = packed_tokens(first + 1, g.sinks, g.window, g.page_tokens) // g.page_tokens
     out = torch.full((1, queries, num_heads, dim), torch.nan, dtype=torch.float16, device=device)
+    numbers = partial(torch.tensor, dtype=torch.int32, device=device)
+    runs = [PageRun(*formats, 0, shared)] if together and shared else []
     attention(
-        prepare_queries(query, g.num_kv_heads, dim**-0.5), *formats, table,
-        torch.tensor([[tokens, count]], dtype=torch.int32, device=device), raw[0][None], raw[1][None], out,
-        first_query=torch.tensor([first], dtype=torch.int32, device=device),
-        packed_before=torch.zeros(1, dtype=torch.int32, device=device),
-        together=[PageRun(*formats, 0, shared)] if together and shared else (),
-        sinks=g.sinks, window=g.window, page_tokens=g.page_tokens,
-    )  # fmt: skip
+        prepare_queries(query, g.num_kv_heads, dim**-0.5),
+        PagedCache(table, numbers([[tokens, count]]), raw[0][None], raw[1][None]),
+        [formats],
+        out,
+        Regions(g.sinks, g.window, g.page_tokens),
+        prompt=Prompt(numbers([first]), numbers([0]), runs),
+    )
     error = (out[0].transpose(0, 1).float() - want).norm(dim=(1, 2)) / want.norm(dim=(1, 2))
     return float(error.max())
 

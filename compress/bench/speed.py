@@ -13,7 +13,7 @@ import typer
 from kvfold.errors import KvfoldError
 
 if TYPE_CHECKING:  # torch is slow to import, and --help needs none
-    from kvfold.kernels.bench_tools import Stream
+    from kvfold.compress.bench.tools import Stream
 
 SHAPES = [
     *(f"32/{kv}x{batch}" for kv in (32, 8) for batch in ("1x131072", "16x32768")),
@@ -78,13 +78,13 @@ def kernel_command(
     from kvfold.compress.plan import pick_device
 
     target = pick_device(device)
-    from kvfold.kernels.triton_attention import INTERPRET
+    from kvfold.kernels.gpu.attention import INTERPRET
 
     if target.type != "cuda" and not INTERPRET:
         raise KvfoldError("`kvfold bench kernel` needs a CUDA device; to try the gate on a CPU set TRITON_INTERPRET=1.")
     from kvfold.compress.bench import kernel as bk
     from kvfold.compress.bench.cases import Shape, pair
-    from kvfold.kernels.bench_tools import machine, measured_streams
+    from kvfold.compress.bench.tools import machine, measured_streams
 
     names, sizes = split(formats), [Shape.parse(text) for text in split(shapes)]
     for name in names:
@@ -147,9 +147,9 @@ def prompt_command(
     from kvfold.compress.bench.cases import pair
     from kvfold.compress.bench.model import SHAPES, check_names
     from kvfold.compress.bench.prompt import gate, prompt_rows
+    from kvfold.compress.bench.tools import machine
     from kvfold.compress.plan import pick_device
-    from kvfold.kernels.bench_tools import machine
-    from kvfold.kernels.triton_attention import INTERPRET
+    from kvfold.kernels.gpu.attention import INTERPRET
 
     target, names = pick_device(device), split(formats)
     check_names(shape, names)
@@ -193,8 +193,8 @@ def decode_command(
     check_options(json_file, page_tokens, batch=batch, tokens=tokens)
     from kvfold.compress.bench.decode import chosen_baselines, decode_rows
     from kvfold.compress.bench.model import check_names
+    from kvfold.compress.bench.tools import machine, measured_streams
     from kvfold.compress.plan import pick_device
-    from kvfold.kernels.bench_tools import machine, measured_streams
 
     target = pick_device(device)
     names, kinds = split(formats), chosen_baselines(baselines)
@@ -238,8 +238,8 @@ def memory_command(
     from kvfold.compress.bench.decode import chosen_baselines
     from kvfold.compress.bench.memory import long_row, memory_rows
     from kvfold.compress.bench.model import check_names
+    from kvfold.compress.bench.tools import machine
     from kvfold.compress.plan import pick_device
-    from kvfold.kernels.bench_tools import machine
 
     target = pick_device(device)
     names, kinds = [name for name in split(formats) if name != "none"], chosen_baselines(baselines)

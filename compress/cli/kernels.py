@@ -28,7 +28,7 @@ def check_options(arch: str, dtype: str | None, policy: str) -> None:
     """
     from triton import knobs
 
-    from kvfold.kernels.build import CAPABILITIES
+    from kvfold.kernels.compile.build import CAPABILITIES
 
     if arch not in CAPABILITIES:
         raise KvfoldError(f"--arch '{arch}' is not one this version knows; use one of {', '.join(CAPABILITIES)}.")
@@ -46,10 +46,10 @@ def policies(policy: str) -> tuple[bool, ...]:
 
 
 def artifact_jobs(folders: list[Path], arch: str, dtype: str | None, policy: str) -> list[Any]:
-    """kernels.build.Job of every distinct kernel that artifacts need on an architecture."""
+    """kernels.compile.build.Job of every distinct kernel that artifacts need on an architecture."""
     import torch
 
-    from kvfold.kernels.build import CAPABILITIES, MULTIPROCESSORS, jobs_of, target_of
+    from kvfold.kernels.compile.build import CAPABILITIES, MULTIPROCESSORS, jobs_of, target_of
     from kvfold.runtime.compile import artifact_launches
 
     wanted = None if dtype is None else getattr(torch, dtype)
@@ -61,7 +61,7 @@ def artifact_jobs(folders: list[Path], arch: str, dtype: str | None, policy: str
 
 
 def catalogue_jobs(dims: list[int], heads: tuple[int, int], arch: str, dtype: str | None, policy: str) -> list[Any]:
-    """kernels.build.Job of the catalogue's pairs of formats, as the default recipe stores them.
+    """kernels.compile.build.Job of the catalogue's pairs of formats, as the default recipe stores them.
 
     Args:
         heads: query heads and KV heads, which kernels have as constants.
@@ -74,7 +74,7 @@ def catalogue_jobs(dims: list[int], heads: tuple[int, int], arch: str, dtype: st
     from kvfold.exports.account import Geometry
     from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
     from kvfold.kernels import catalogue
-    from kvfold.kernels.build import CAPABILITIES, MULTIPROCESSORS, jobs_of, target_of
+    from kvfold.kernels.compile.build import CAPABILITIES, MULTIPROCESSORS, jobs_of, target_of
     from kvfold.runtime.ahead import catalogue_kinds
     from kvfold.runtime.compile import Kind, launches_of
 
@@ -101,8 +101,8 @@ def list_command(
     as_json: JsonFlag = False,
 ) -> None:
     """Shows the kernels that an artifact needs, and which of them the cache folder has."""
-    from kvfold.kernels.build import is_built
-    from kvfold.kernels.kernel_cache import folder, install
+    from kvfold.kernels.compile.build import is_built
+    from kvfold.kernels.compile.kernel_cache import folder, install
 
     check_options(arch, dtype, policy)
     install()
@@ -138,8 +138,8 @@ def build_command(
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")] = None,
 ) -> None:
     """Compiles what the cache folder (TRITON_CACHE_DIR) lacks. The last line printed is the folder."""
-    from kvfold.kernels.build import Builder
-    from kvfold.kernels.kernel_cache import folder
+    from kvfold.kernels.compile.build import Builder
+    from kvfold.kernels.compile.kernel_cache import folder
 
     if not artifact and not catalogue:
         raise KvfoldError("Nothing says which kernels to compile; give --artifact DIR, once or more, or --catalogue.")

@@ -1,4 +1,5 @@
-"""The process of kernels.build that compiles: it forks one process for each kernel, and ends all of them when its caller is gone."""
+"""The process of kernels.compile.build that compiles: it forks one process for each kernel, and
+ends all of them when its caller is gone."""
 
 import gc
 import importlib
@@ -16,15 +17,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, compile
 from triton.runtime.cache import triton_key
 
-from kvfold.kernels import kernel_cache
-from kvfold.kernels.launch import settle
+from kvfold.kernels.compile import kernel_cache
+from kvfold.kernels.compile.launch import settle
 
 CACHE = -1  # in place of a job's number: the message is about the cache folder
 SEPARATOR = b"\0"
 
 
 def compile_job(job: tuple) -> None:
-    """Compiles one kernel, given as a kernels.build.Job's fields, and its launcher where Triton needs a compiler for that too."""
+    """Compiles one kernel, given as a kernels.compile.build.Job's fields, and its launcher where
+    Triton needs a compiler for that too."""
     module, name, signature, constants, attrs, options, target, _ = job
     function = getattr(importlib.import_module(module), name)
     found = compile(ASTSource(function, signature, constants, attrs), target=GPUTarget(*target), options=options)
@@ -32,7 +34,8 @@ def compile_job(job: tuple) -> None:
 
 
 def build_launcher(kernel: Any) -> None:
-    """Up to 3.6 Triton compiles a C function for each signature when it is first launched, half a second each; it needs CUDA's library."""
+    """Up to 3.6 Triton compiles a C function for each signature when it is first launched, half a
+    second each; it needs CUDA's library."""
     try:
         backends["nvidia"].driver().launcher_cls(kernel.src, kernel.metadata)
     except (
@@ -46,7 +49,7 @@ class Server:
 
     Args:
         limit: processes at a time.
-        jobs: fields of kernels.build.Job.
+        jobs: fields of kernels.compile.build.Job.
         reply: is told (number of a job, why it failed or "").
     """
 
@@ -99,7 +102,8 @@ def _run(job: tuple, writer: int) -> None:
 
 
 def main() -> None:
-    """Reads (limit, jobs) from stdin once, replies on stdout, and lives until stdin ends; then nothing of its session is left."""
+    """Reads (limit, jobs) from stdin once, replies on stdout, and lives until stdin ends; then
+    nothing of its session is left."""
     requests, replies = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
     quiet = os.open(os.devnull, os.O_RDWR)
     os.dup2(quiet, 0)

@@ -1,7 +1,8 @@
 """Kernels that write packed pages: from 16-bit rows, and from pages of a finer format.
 
-A page is [keys of all heads | values of all heads]; block tables and page lists hold addresses as `page_address` gives them.
-Bytes equal those of the reference, `quantizer.encode`. Runs under Triton's interpreter on a CPU too.
+A page is [keys of all heads | values of all heads]; block tables and page lists hold addresses as
+`page_address` gives them. Bytes equal those of the reference, `quantizer.encode`. Runs under
+Triton's interpreter on a CPU too.
 """
 
 import torch
@@ -10,13 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from kvfold.errors import KvfoldError
-from kvfold.kernels.formats import Format
-from kvfold.kernels.launch import launch
+from kvfold.kernels.compile.launch import launch
+from kvfold.kernels.gpu.clips import clip_strides
+from kvfold.kernels.gpu.device.codec import PackedBlock, RawRows, read_header
+from kvfold.kernels.gpu.device.columns import NBYTES
+from kvfold.kernels.gpu.device.pages import write_block
+from kvfold.kernels.gpu.records import PageFormat
+from kvfold.kernels.gpu.tables import format_tables, table_length, warps_for
 from kvfold.kernels.packing import FIELDS
 from kvfold.kernels.pages import anchor
-from kvfold.kernels.tables import format_tables, table_length
-from kvfold.kernels.triton_codec import NBYTES, read_header
-from kvfold.kernels.triton_pages import warps_for, write_block
 
 UNROLL: tl.constexpr = tl.constexpr(4)  # fields of 16-bit rows at a time
 
@@ -24,7 +27,8 @@ UNROLL: tl.constexpr = tl.constexpr(4)  # fields of 16-bit rows at a time
 # numbers that vary from call to call, or from format to format, must not each compile a kernel of their own
 @triton.jit(
     do_not_specialize=[
-        "k_clip_h", "k_clip_g", "v_clip_h", "v_clip_g", "table_length", "stride_b", "stride_h", "stride_t", "sinks", "ring",
+        "k_clip_h", "k_clip_g", "v_clip_h", "v_clip_g", "table_length", "stride_b", "stride_h", "stride_t",
+        "sinks", "ring",
     ],
     do_not_specialize_on_alignment=["pages", "sequences", "tokens", "keys", "values", "k_clip", "v_clip"],
 )  # fmt: skip
@@ -57,7 +61,7 @@ def _encode_kernel(
         clip_step = v_clip_g
     block += head * tl.load(table + NBYTES)
     src += tl.load(sequences + i).to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
-    write_block(block, table, clip, clip_step, clipped, (src, stride_t, start, end, ring), ROWS, False, UNROLL)
+    write_block(block, table, clip, clip_step, clipped, RawRows(src, stride_t, start, end, ring), ROWS, False, UNROLL)
 
 
 @triton.jit(
@@ -89,37 +93,18 @@ def _lower_kernel(
     old = table + 2 * table_length
     src += head * tl.load(old + NBYTES)
     block += head * tl.load(table + NBYTES)
-    write_block(block, table, clip, clip_step, clipped, (src, old, read_header(old)), ROWS, True, 1)
-
-
-def clip_strides(clip: Tensor | None, fmt: Format, heads: int) -> tuple[int, int]:
-    """Numbers from one head's first factor to the next one's, and from one group's to the next one's; (0, 0): there are none.
-
-    Raises:
-        KvfoldError: clip's shape fits neither [heads] nor [heads, groups].
-    """
-    if clip is None or fmt.params != "scale_min":
-        return 0, 0
-    if tuple(clip.shape) not in ((heads,), (heads, 1), (heads, fmt.num_groups)):
-        raise KvfoldError(
-            f"clip has shape {tuple(clip.shape)}; give one factor for each of {heads} heads, or for each head and group."
-        )
-    count = clip.numel() // heads
-    return count, int(count > 1)
+    write_block(block, table, clip, clip_step, clipped, PackedBlock(src, old, read_header(old)), ROWS, True, 1)
 
 
 def encode_pages(
     keys: Tensor,
     values: Tensor,
-    key_format: Format,
-    value_format: Format,
+    fmt: PageFormat,
     pages: Tensor,
     sequences: Tensor,
     tokens: Tensor,
     *,
     page_tokens: int,
-    key_clip: Tensor | None = None,
-    value_clip: Tensor | None = None,
     sinks: int = 0,
     ring: int = 0,
 ) -> None:
@@ -127,11 +112,11 @@ def encode_pages(
 
     Args:
         keys, values: float16 [B, Hkv, rows, head_dim], the same strides, the last one 1; keys in their stored basis.
+        fmt: of the pages.
         pages: int64 [n], addresses of the pages to be written (`page_address`).
         sequences: int32 [n], the sequence that each page belongs to.
         tokens: int32 [n], the first token of each page. Token t is row t, or with ring > 0 row
             sinks + (t − sinks) mod ring; a ring has room for a page.
-        key_clip, value_clip: float32 [Hkv] or [Hkv, groups], factors on (minimum, maximum); None for 1.
     Raises:
         KvfoldError: keys or values are not float16 or lie differently, or a clip has another shape.
     """
@@ -144,46 +129,58 @@ def encode_pages(
     heads = keys.shape[1]
     if not pages.numel():
         return
-    none = anchor(keys.device).view(torch.float32)  # a pointer of the right type that nothing reads
     launch(
-        _encode_kernel, (pages.numel(), heads, 2),
-        anchor(keys.device), pages, sequences, tokens, keys, values,
-        format_tables([[key_format, value_format]], page_tokens, keys.device),
-        key_clip if key_clip is not None else none, value_clip if value_clip is not None else none,
-        *clip_strides(key_clip, key_format, heads), *clip_strides(value_clip, value_format, heads),
-        table_length(keys.shape[3]), *keys.stride()[:3], sinks, ring,
-        ROWS=page_tokens // FIELDS, num_warps=warps_for(page_tokens), enable_fp_fusion=False,
-    )  # fmt: skip
+        _encode_kernel,
+        (pages.numel(), heads, 2),
+        anchor(keys.device),
+        pages,
+        sequences,
+        tokens,
+        keys,
+        values,
+        format_tables([[fmt.key, fmt.value]], page_tokens, keys.device),
+        *_clips(fmt, heads, keys.device),
+        table_length(keys.shape[3]),
+        *keys.stride()[:3],
+        sinks,
+        ring,
+        ROWS=page_tokens // FIELDS,
+        num_warps=warps_for(page_tokens),
+        enable_fp_fusion=False,
+    )
 
 
 def lower_pages(
-    sources: Tensor,
-    pages: Tensor,
-    old: tuple[Format, Format],
-    new: tuple[Format, Format],
-    *,
-    num_kv_heads: int,
-    page_tokens: int,
-    key_clip: Tensor | None = None,
-    value_clip: Tensor | None = None,
+    sources: Tensor, pages: Tensor, old: PageFormat, new: PageFormat, *, num_kv_heads: int, page_tokens: int
 ) -> None:
     """Re-quantises pages of one layer: decodes and encodes a field of rows at a time, without a 16-bit copy in memory.
 
     Args:
         sources, pages: int64 [n], addresses of the pages to be read and to be written; none may overlap.
-        old, new: (key format, value format) of the pages read and of the pages written, of one head_dim.
-        key_clip, value_clip: as in `encode_pages`.
+        old, new: of the pages read and of the pages written, of one head_dim; clips of `old` mean nothing.
     Raises:
         KvfoldError: a clip has another shape.
     """
     if not pages.numel():
         return
-    none = anchor(pages.device).view(torch.float32)
     launch(
-        _lower_kernel, (pages.numel(), num_kv_heads, 2),
-        anchor(pages.device), sources, pages, format_tables([new, old], page_tokens, pages.device),
-        key_clip if key_clip is not None else none, value_clip if value_clip is not None else none,
-        *clip_strides(key_clip, new[0], num_kv_heads), *clip_strides(value_clip, new[1], num_kv_heads),
-        table_length(new[0].head_dim),
-        ROWS=page_tokens // FIELDS, num_warps=warps_for(page_tokens), enable_fp_fusion=False,
-    )  # fmt: skip
+        _lower_kernel,
+        (pages.numel(), num_kv_heads, 2),
+        anchor(pages.device),
+        sources,
+        pages,
+        format_tables([[new.key, new.value], [old.key, old.value]], page_tokens, pages.device),
+        *_clips(new, num_kv_heads, pages.device),
+        table_length(new.key.head_dim),
+        ROWS=page_tokens // FIELDS,
+        num_warps=warps_for(page_tokens),
+        enable_fp_fusion=False,
+    )
+
+
+def _clips(fmt: PageFormat, heads: int, device: torch.device) -> tuple[Tensor | int, ...]:
+    """Clips of keys and values, and numbers from one head's first factor, and one group's, to the
+    next one's, of each."""
+    none = anchor(device).view(torch.float32)  # a pointer of the right type that nothing reads
+    clips = [none if clip is None else clip for clip in (fmt.key_clip, fmt.value_clip)]
+    return *clips, *clip_strides(fmt.key_clip, fmt.key, heads), *clip_strides(fmt.value_clip, fmt.value, heads)

@@ -3,9 +3,10 @@
 import triton
 import triton.language as tl
 
-from kvfold.kernels.triton_bits import count, pick
-from kvfold.kernels.triton_mean import raw_mean
-from kvfold.kernels.triton_packed import NEVER, soft_cap
+from kvfold.kernels.gpu.device.bits import count, pick
+from kvfold.kernels.gpu.device.constants import NEVER
+from kvfold.kernels.gpu.device.mean import raw_mean
+from kvfold.kernels.gpu.device.scores import soft_cap
 
 
 @triton.jit
@@ -18,7 +19,8 @@ def raw_rows(total_tokens, packed_end, sinks, ring):
 def raw_blocks(
     total_tokens, packed_end, sinks, ring, limit, last, BLOCK: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    """How many blocks of BLOCK rows the queries look at, and the number of the first of them behind the sinks' blocks, which come first."""
+    """How many blocks of BLOCK rows the queries look at, and the number of the first of them behind
+    the sinks' blocks, which come first."""
     rows = raw_rows(total_tokens, packed_end, sinks, ring)
     sink_blocks = (sinks + BLOCK - 1) // BLOCK
     first_block = sink_blocks
@@ -33,25 +35,25 @@ def raw_blocks(
 
 @triton.jit
 def raw_part(
-    q_ptr, q_scale, shift, k_ptr, v_ptr, token_stride, acc, top, total, begin, end, first_block,
+    q_ptr, q_scale, shift, k_ptr, v_ptr, token_stride, acc, m_i, l_i, begin, end, first_block,
     total_tokens, packed_end, sinks, ring, limit, lowest, last, coefficients, bias, spans, within,
-    R: tl.constexpr, P: tl.constexpr, dim: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    R: tl.constexpr, V: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
     MASKED: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
-    """Goes on with the attention of N query columns over blocks begin … end − 1, as `raw_blocks` counts them, of the 16-bit
-    rows: sinks, then either a ring (ring > 0 slots) or tokens in order.
+    """Goes on with the attention of N query columns over blocks begin … end − 1, as `raw_blocks`
+    counts them, of the 16-bit rows: sinks, then either a ring (ring > 0 slots) or tokens in order.
 
     Row r < sinks is token r. In a ring, slot r holds the newest token congruent to it; in order, row r ≥ sinks is token
     packed_end + r − sinks. Tokens from sinks to packed_end − 1 are packed and not here.
 
     Args:
-        acc, top, total: output runs [size, N], largest scores [N], sums of weights [N] so far.
+        acc, m_i, l_i: output runs [size, N], largest scores [N], sums of weights [N] so far.
         shift: [N], added to every logit with SHIFT.
         coefficients, bias, spans, within: as in `packed_part`, with MEAN.
-        R, P: runs of channels of keys and of `acc`.
+        R, V: HeadLayout of 16-bit keys, and of the values whose runs `acc` has.
     """
     n = tl.arange(0, N)
-    if (tl.program_id(0) | 1) != 0:  # always; as in triton_packed.py, for the compiler's time
+    if (tl.program_id(0) | 1) != 0:  # always; as in packed.py, for the compiler's time
         nought = tl.program_id(0) >> 31
         begin += nought
         end += nought
@@ -61,8 +63,8 @@ def raw_part(
         end = 0
         first_block = 0
     q = ()
-    for t in tl.static_range(count(R)):
-        q = q + (_raw_query(q_ptr, n, dim, pick(R, t)),)
+    for t in tl.static_range(count(R.key_runs)):
+        q = q + (_raw_query(q_ptr, n, R.head_dim, pick(R.key_runs, t)),)
     sink_blocks = (sinks + BLOCK - 1) // BLOCK
     if MEAN > 0:
         m = tl.arange(0, MEAN)
@@ -78,70 +80,59 @@ def raw_part(
         later = tl.where(ring > 0, newest - behind, packed_end + r - sinks)
         position = tl.where(r < sinks, r, later)
         exists = (r < rows) & (position < total_tokens) & ((position < sinks) | (position >= packed_end))
-        s = tl.zeros((BLOCK, N), tl.float32)
-        for t in tl.static_range(count(R)):
-            s = _raw_keys(k_ptr + r.to(tl.int64) * token_stride, exists, q[t], s, pick(R, t))
-        s = s * q_scale
+        qk = tl.zeros((BLOCK, N), tl.float32)
+        for t in tl.static_range(count(R.key_runs)):
+            qk = _raw_keys(k_ptr + r.to(tl.int64) * token_stride, exists, q[t], qk, pick(R.key_runs, t))
+        qk = qk * q_scale
         if MEAN > 0:
-            s += raw_mean(a, bias, spans, within, position - sinks, exists & (position >= sinks), n, N, MEAN)
+            qk += raw_mean(a, bias, spans, within, position - sinks, exists & (position >= sinks), n, N, MEAN)
         if SHIFT:
-            s += shift[None, :]
+            qk += shift[None, :]
         if CAP > 0:
-            s = soft_cap(s, CAP)
+            qk = soft_cap(qk, CAP)
         seen = exists[:, None] & (position[:, None] <= last[None, :])
         if MASKED:
             early = position < sinks
             seen = seen & (early[:, None] | (position[:, None] >= limit[None, :]))
             seen = seen & (position[:, None] >= lowest[None, :])
-        s = tl.where(seen, s, NEVER)
-        new_top = tl.maximum(top, tl.max(s, 0))
-        alpha = tl.exp2(top - new_top)
-        top = new_top
-        p = tl.where(seen, tl.exp2(s - new_top[None, :]), 0.0)
-        total = total * alpha + tl.sum(p, 0)
+        qk = tl.where(seen, qk, NEVER)
+        m_new = tl.maximum(m_i, tl.max(qk, 0))
+        alpha = tl.exp2(m_i - m_new)
+        m_i = m_new
+        p = tl.where(seen, tl.exp2(qk - m_new[None, :]), 0.0)
+        l_i = l_i * alpha + tl.sum(p, 0)
         p16 = p.to(tl.float16)
         new = ()
-        for t in tl.static_range(count(P)):
+        for t in tl.static_range(count(V.value_runs)):
             rescaled = acc[t] * alpha[None, :]
-            new = new + (_raw_values(v_ptr + r.to(tl.int64) * token_stride, exists, p16, rescaled, pick(P, t)),)
+            ptr = v_ptr + r.to(tl.int64) * token_stride
+            new = new + (_raw_values(ptr, exists, p16, rescaled, pick(V.value_runs, t)),)
         acc = new
-    return acc, top, total
+    return acc, m_i, l_i
 
 
 @triton.jit
-def _raw_query(q_ptr, n, dim, P: tl.constexpr):
-    start: tl.constexpr = pick(P, 0)
-    size: tl.constexpr = pick(P, 1)
-    valid: tl.constexpr = pick(P, 2)
-    c = tl.arange(0, size)
-    return tl.load(q_ptr + n[None, :] * dim + start + c[:, None], mask=(c < valid)[:, None], other=0.0)
+def _raw_query(q_ptr, n, dim, T: tl.constexpr):
+    c = tl.arange(0, T.size)
+    return tl.load(q_ptr + n[None, :] * dim + T.start + c[:, None], mask=(c < T.valid)[:, None], other=0.0)
 
 
 @triton.jit
-def _raw_keys(ptr, exists, q, s, P: tl.constexpr):
-    start: tl.constexpr = pick(P, 0)
-    size: tl.constexpr = pick(P, 1)
-    valid: tl.constexpr = pick(P, 2)
-    c = tl.arange(0, size)
-    k = tl.load(ptr[:, None] + start + c[None, :], mask=exists[:, None] & (c < valid)[None, :], other=0.0)
-    return tl.dot(k, q, s)
+def _raw_keys(ptr, exists, q, qk, T: tl.constexpr):
+    c = tl.arange(0, T.size)
+    k = tl.load(ptr[:, None] + T.start + c[None, :], mask=exists[:, None] & (c < T.valid)[None, :], other=0.0)
+    return tl.dot(k, q, qk)
 
 
 @triton.jit
-def _raw_values(ptr, exists, p, acc, P: tl.constexpr):
-    start: tl.constexpr = pick(P, 0)
-    size: tl.constexpr = pick(P, 1)
-    valid: tl.constexpr = pick(P, 2)
-    c = tl.arange(0, size)
-    v = tl.load(ptr[None, :] + start + c[:, None], mask=exists[None, :] & (c < valid)[:, None], other=0.0)
+def _raw_values(ptr, exists, p, acc, T: tl.constexpr):
+    c = tl.arange(0, T.size)
+    v = tl.load(ptr[None, :] + T.start + c[:, None], mask=exists[None, :] & (c < T.valid)[:, None], other=0.0)
     return tl.dot(v, p, acc)
 
 
 @triton.jit
-def store_part(o_ptr, columns, acc, P: tl.constexpr):
+def store_part(o_ptr, columns, acc, T: tl.constexpr):
     """Writes one run of a partial output to a row-major [N, head_dim]."""
-    start: tl.constexpr = pick(P, 0)
-    size: tl.constexpr = pick(P, 1)
-    valid: tl.constexpr = pick(P, 2)
-    c = tl.arange(0, size)
-    tl.store(o_ptr + start + c[:, None], acc, mask=(c < valid)[:, None] & columns[None, :])
+    c = tl.arange(0, T.size)
+    tl.store(o_ptr + T.start + c[:, None], acc, mask=(c < T.valid)[:, None] & columns[None, :])

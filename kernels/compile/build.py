@@ -1,5 +1,6 @@
-"""Compiles kernels that were noted down (launch.py) ahead of their first launch: in parallel processes, each kernel once, under the
-very key that Triton looks it up by. Needs no GPU. Knows no kernel by name."""
+"""Compiles kernels that were noted down (launch.py) ahead of their first launch: in parallel
+processes, each kernel once, under the very key that Triton looks it up by. Needs no GPU. Knows no
+kernel by name."""
 
 import hashlib
 import logging
@@ -23,8 +24,8 @@ from triton.compiler.compiler import ASTSource, get_cache_key, make_backend
 from triton.runtime import JITFunction, driver
 from triton.runtime.cache import get_cache_manager
 
-from kvfold.kernels import kernel_cache
-from kvfold.kernels.launch import Launch
+from kvfold.kernels.compile import kernel_cache
+from kvfold.kernels.compile.launch import Launch
 
 try:
     from triton._C.libtriton import get_cache_invalidating_env_vars
@@ -32,7 +33,7 @@ except ImportError:  # other releases have it elsewhere
     from triton.compiler.compiler import get_cache_invalidating_env_vars
 
 log = logging.getLogger("kvfold")
-START = "import sys; sys.path[:] = sys.argv[1:]; from kvfold.kernels.build_server import main; main()"
+START = "import sys; sys.path[:] = sys.argv[1:]; from kvfold.kernels.compile.build_server import main; main()"
 TICK = 1.0  # seconds between two looks at the clock
 CAPABILITIES = {"sm_80": 80, "sm_86": 86, "sm_89": 89, "sm_90": 90, "sm_100": 100, "sm_120": 120}
 MULTIPROCESSORS = {
@@ -60,7 +61,7 @@ class Job(NamedTuple):
     @property
     def label(self) -> str:
         """The kernel's name, and what tells it from others of that name: short constants, and the hash's beginning."""
-        function = _function(self)
+        function = function_of(self)
         constants = {function.arg_names[path[0]]: value for path, value in self.constants.items() if len(path) == 1}
         short = ", ".join(f"{k}={v}" for k, v in constants.items() if len(str(v)) < 12)
         return f"{self.name}[{self.hash[:8]}]({short})"
@@ -72,7 +73,8 @@ class Job(NamedTuple):
 
 
 class _Target:
-    """What JITFunction.run asks of a driver up to the point where it would compile: a driver of a device that may not be there."""
+    """What JITFunction.run asks of a driver up to the point where it would compile: a driver of a
+    device that may not be there."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -102,8 +104,9 @@ def target_of(device: torch.device | str) -> GPUTarget:
 def jobs_of(launches: Iterable[Launch], target: GPUTarget) -> list[Job]:
     """The distinct kernels of launches, as Triton tells them apart, those that may take longest first.
 
-    Each launch goes through JITFunction.run, so that signature, alignments, constants and key are Triton's own, and is caught where the
-    compiler would begin. Launches of Triton's interpreter compile to nothing.
+    Each launch goes through JITFunction.run, so that signature, alignments, constants and key are
+    Triton's own, and is caught where the compiler would begin. Launches of Triton's interpreter
+    compile to nothing.
     """
     backend = make_backend(target)
     env = get_cache_invalidating_env_vars()
@@ -141,7 +144,8 @@ def jobs_of(launches: Iterable[Launch], target: GPUTarget) -> list[Job]:
     return sorted(found.values(), key=lambda job: -job.weight)
 
 
-def _function(job: Job) -> Any:
+def function_of(job: Job) -> Any:
+    """The kernel itself, of a module that this process has imported."""
     return getattr(sys.modules[job.module], job.name)
 
 
@@ -156,11 +160,13 @@ def cores() -> int:
 
 
 class Builder:
-    """Processes that compile kernels while the caller does something else. A context manager: when it is left, none of them is alive.
+    """Processes that compile kernels while the caller does something else. A context manager: when
+    it is left, none of them is alive.
 
-    One process is started, which forks one for each kernel: a fork of a process without threads, device or data, so that starting
-    costs milliseconds and a compiler that crashes takes nothing with it. They are a session of their own, so that Ctrl-C reaches
-    the caller alone, which ends them; if it is killed, the end of its pipe tells the first process to end all.
+    One process is started, which forks one for each kernel: a fork of a process without threads,
+    device or data, so that starting costs milliseconds and a compiler that crashes takes nothing
+    with it. They are a session of their own, so that Ctrl-C reaches the caller alone, which ends
+    them; if it is killed, the end of its pipe tells the first process to end all.
 
     Args:
         jobs: processes that compile at a time; default: one a core.
@@ -270,7 +276,8 @@ class Builder:
 
 
 def preload(launches: Iterable[Launch]) -> None:
-    """Reads the compiled kernels of launches into this process, for the current device: what is then launched is looked up nowhere."""
+    """Reads the compiled kernels of launches into this process, for the current device: what is
+    then launched is looked up nowhere."""
     for launch in launches:
         if isinstance(launch.kernel, JITFunction):
             launch.kernel.run(*launch.args, grid=(1,), warmup=True, **launch.options)

@@ -1,4 +1,5 @@
-"""Timing on a device: medians of CUDA graph replays, the best stream of bytes, and the library attentions to compare with.
+"""Timing on a device: medians of CUDA graph replays, the best stream of bytes, and the library
+attentions to compare with.
 
 On a CPU the same functions time with perf_counter, so that the commands can be tried out where no GPU is; such figures
 say nothing about speed.
@@ -79,8 +80,9 @@ class Stream(NamedTuple):
 def measured_streams(device: torch.device, nbytes: int = 1 << 31) -> list[Stream]:
     """What the memory gives at the most, by several reads and copies: the best first, which figures are compared with.
 
-    Calls are timed in a row without a graph: a copy in a CUDA graph, a memcpy node, moves a third less than by itself. Two
-    buffers take turns, so that each call finds its own outside the L2 cache.
+    Calls are timed in a row without a graph: a copy in a CUDA graph, a memcpy node, moves a third
+    less than by itself. Two buffers take turns, so that each call finds its own outside the L2
+    cache.
 
     Args:
         nbytes: of each buffer; at least COLD times the L2 cache, else at most an eighth of the memory. 4 MiB on a CPU.
@@ -99,7 +101,7 @@ def measured_streams(device: torch.device, nbytes: int = 1 << 31) -> list[Stream
     calls["neg, read and written"] = 2 * nbytes, lambda i: torch.neg(data[i], out=target)
     calls["sum, read"] = nbytes, lambda i: data[i].sum()
     if device.type == "cuda":
-        from kvfold.kernels.triton_read import SETTINGS, Setting, read_words
+        from kvfold.kernels.gpu.read import SETTINGS, Setting, read_words
 
         words = data.view(torch.int32)
 
@@ -113,7 +115,8 @@ def measured_streams(device: torch.device, nbytes: int = 1 << 31) -> list[Stream
 
 
 def plain_ms(call: Callable[[int], object], device: torch.device) -> float:
-    """Milliseconds of one call, the median over runs of CALLS calls in a row that take turns with two copies of the data.
+    """Milliseconds of one call, the median over runs of CALLS calls in a row that take turns with
+    two copies of the data.
 
     The device must be busy for longer than the host takes to start a call.
     """
@@ -144,8 +147,8 @@ def sdpa_ms(query: Tensor, keys: Tensor, values: Tensor) -> float:
     """Milliseconds of one step of scaled_dot_product_attention with its flash backend (any backend on a CPU).
 
     Args:
-        query: [B, Hkv, G, head_dim]: the query heads of a KV head stand where tokens do, so that the backend reads each key
-            once; no mask is needed, since all of them see every key.
+        query: [B, Hkv, G, head_dim]: the query heads of a KV head stand where tokens do, so that
+            the backend reads each key once; no mask is needed, since all of them see every key.
         keys, values: [copies, B, Hkv, tokens, head_dim].
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -1,85 +1,21 @@
-"""What the logits of packed and of 16-bit keys get back for the rotating mean that was taken off them, for the Triton kernels.
+"""What the logits of packed and of 16-bit keys get back for the rotating mean that was taken off
+them, for the Triton kernels.
 
 key_mean.py defines the mean. Of a query column with coefficients c, in the units of its scores, a kernel reads
 
     A [2F, N]  Re c, then −Im c                B [2F, N]  −Im c, then −Re c            of the fast pairs
     bias [steps, N]                            Re Σ c_i·(turn of step m) of the slow pairs
 
-so that with the turn (cos, sin) of a span of 128 tokens C = cos·A + sin·B holds the coefficients turned there, and T·C is what
-the fast pairs add to each of its tokens. |q·m| may be in the hundreds, so C goes through the tensor cores in two float16 halves;
-T is float16 by definition. The bias is added in float32.
+so that with the turn (cos, sin) of a span of 128 tokens C = cos·A + sin·B holds the coefficients
+turned there, and T·C is what the fast pairs add to each of its tokens. |q·m| may be in the
+hundreds, so C goes through the tensor cores in two float16 halves; T is float16 by definition. The
+bias is added in float32.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from kvfold.kernels.key_mean import STEP, KernelTables, TurnTables, padded_fast
-from kvfold.kernels.triton_bits import pow2
-
-STEPS_BLOCK = 64  # steps of the slow pairs whose bias one program computes
-
-
-class MeanTerm(NamedTuple):
-    """The rotating mean's share in the logits of some queries.
-
-    Attributes:
-        coefficients: float32 [B, Hkv, query blocks, 2, 2·F, N], A and B.
-        bias: float32 [B, Hkv, query blocks, steps, N].
-        first_step: of `bias`.
-        tables: for the kernels.
-    """
-
-    coefficients: Tensor
-    bias: Tensor
-    first_step: int
-    tables: KernelTables
-
-
-class MeanOf(NamedTuple):
-    """The rotating mean of keys and the queries of a prompt that read them.
-
-    Attributes:
-        tables: of the frequencies.
-        offset: float32 [Hkv, D], mean of keys before RoPE.
-        query: [B, H, T, D], after RoPE.
-        first_step, end_step: steps of the slow pairs in which pages lie that the queries may read.
-    """
-
-    tables: TurnTables
-    offset: Tensor
-    query: Tensor
-    first_step: int
-    end_step: int
-
-
-def mean_term(mean: MeanOf, columns_of: Callable[[Tensor], Tensor], factor: float) -> MeanTerm:
-    """The term of a prompt's queries, in plain torch.
-
-    Args:
-        columns_of: lays [B, Hkv, group, T, n] out as query columns, float32 [B, Hkv, blocks, N, n].
-        factor: on logits.
-    """
-    tables, offset, query, first_step, end_step = mean
-    tables.reach(end_step * STEP + tables.sinks)
-    heads = len(offset)
-    c = tables.coefficients(offset, query) * factor
-    fast, slow = c[..., : tables.fast], c[..., tables.fast :]
-    padded = padded_fast(offset.shape[1])
-
-    def rows(*parts: Tensor) -> Tensor:
-        wide = torch.cat([torch.nn.functional.pad(x, (0, padded - tables.fast)) for x in parts], -1)
-        return columns_of(wide.unflatten(1, (heads, -1))).transpose(-1, -2)
-
-    both = torch.stack((rows(fast.real, -fast.imag), rows(-fast.imag, -fast.real)), 3)
-    turn = tables.steps[first_step:end_step]
-    bias = torch.cat((slow.real, -slow.imag), -1) @ torch.cat((turn.real, turn.imag), -1).mT
-    bias = columns_of(bias.unflatten(1, (heads, -1))).transpose(-1, -2)
-    return MeanTerm(both.contiguous(), bias.contiguous(), first_step, tables.kernel_tables)
+from kvfold.kernels.gpu.device.bits import pow2
 
 
 @triton.jit
@@ -108,7 +44,8 @@ def raw_mean(a, bias, spans, within, u, mask, n, N: tl.constexpr, ROWS: tl.const
     k = tl.arange(0, ROWS)
     span = tl.where(mask, u, 0) // 128
     place = tl.where(mask, u, 0) % 128
-    # kernels are not specialised on how the tables are aligned, and else a thread would load number by number, and of every row
+    # kernels are not specialised on how the tables are aligned, and else a thread would load number
+    # by number, and of every row
     at = tl.multiple_of(spans + span[:, None] * (2 * ROWS) + k[None, :], [1, 16])
     cos = tl.load(at)
     sin = tl.load(tl.multiple_of(at + ROWS, [1, 16]))

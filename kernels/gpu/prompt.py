@@ -1,9 +1,11 @@
 """What many queries of a prompt read of the pages together, through a library's attention.
 
-The split-K kernel unpacks a page again for every 16 columns of queries: right for a step, for a prompt most of its time. So where all queries
-of a call read the same first pages, those are decoded to float16 a bounded run at a time, scratch that the next run overwrites, and a
-library's FlashAttention goes over them without a mask. It gives the logarithm of its sum of weights too, so that runs are merged as the
-parts of split-K are. Runs under Triton's interpreter on a CPU too, with plain torch in the library's place.
+The split-K kernel unpacks a page again for every 16 columns of queries: right for a step, for a
+prompt most of its time. So where all queries of a call read the same first pages, those are decoded
+to float16 a bounded run at a time, scratch that the next run overwrites, and a library's
+FlashAttention goes over them without a mask. It gives the logarithm of its sum of weights too, so
+that runs are merged as the parts of split-K are. Runs under Triton's interpreter on a CPU too, with
+plain torch in the library's place.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,17 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvfold.kernels.compile.launch import launch
 from kvfold.kernels.formats import Format
-from kvfold.kernels.launch import launch
+from kvfold.kernels.gpu.device.codec import read_header, to_fp16
+from kvfold.kernels.gpu.device.columns import NBYTES
+from kvfold.kernels.gpu.device.constants import LOG2_E
+from kvfold.kernels.gpu.device.kinds import decode_elements
+from kvfold.kernels.gpu.device.tiles import TOKEN_TILE, tile_width
+from kvfold.kernels.gpu.tables import format_tables, table_length, warps_for
 from kvfold.kernels.packing import FIELDS
 from kvfold.kernels.pages import anchor
-from kvfold.kernels.tables import format_tables, table_length
-from kvfold.kernels.triton_codec import NBYTES, decode_elements, read_header, to_fp16
-from kvfold.kernels.triton_pages import TOKEN_TILE, tile_width, warps_for
 
 SCRATCH_NBYTES = 64 << 20  # of decoded keys and values at a time
 KEY_SCALE = 64.0  # decoded keys carry the softmax scale; times this they lie in float16's middle
-LOG2_E = 1.4426950408889634
 
 
 class PageRun(NamedTuple):
@@ -56,7 +60,7 @@ def _decode_kernel(anchor_ptr, pages, factors, keys, values, tables, table_lengt
         factor = 1.0
     block += head * tl.load(table + NBYTES)
     header = read_header(table)
-    dim = header[0]
+    dim = header.head_dim
     to += (head.to(tl.int64) * tl.num_programs(0) + i) * (tokens * dim)
     t = tl.arange(0, tokens)[:, None]
     for first in range(0, dim, width):
@@ -66,8 +70,14 @@ def _decode_kernel(anchor_ptr, pages, factors, keys, values, tables, table_lengt
 
 
 def decode_pages(
-    pages: Tensor, key_format: Format, value_format: Format, factors: Tensor, keys: Tensor, values: Tensor, page_tokens: int
-) -> None:  # fmt: skip
+    pages: Tensor,
+    key_format: Format,
+    value_format: Format,
+    factors: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    page_tokens: int,
+) -> None:
     """Decodes pages, in the order given.
 
     Args:
@@ -117,14 +127,15 @@ def read_together(
         table: int64 [entries], addresses of the sequence's pages.
         out: float32 [Hkv · query blocks, N, head_dim], a part of the outputs, with weights' sum 1; written.
         ml: float32 [Hkv · query blocks, 2, N], logarithms to base 2 of the sums of weights, and ones; written.
-        mean: what keys were stored without, if anything: (first entry, end) → float32 [Hkv, tokens, head_dim] in their stored basis.
+        mean: what keys were stored without, if anything: (first entry, end) → float32 [Hkv, tokens,
+            head_dim] in their stored basis.
     """
     heads, dim = query.shape[1], query.shape[-1]
     flat = query.view(1, heads, -1, dim)
     tokens = max(1, SCRATCH_NBYTES // (4 * heads * dim * page_tokens)) * page_tokens
     tokens = min(tokens, max(run.end - run.first for run in runs) * page_tokens)
     keys, values = (torch.empty(heads * tokens * dim, dtype=torch.float16, device=query.device) for _ in range(2))
-    factors = scale.view(heads) * (KEY_SCALE / LOG2_E)
+    factors = scale.view(heads) * (KEY_SCALE / LOG2_E.value)
     total = sums = None
     step = tokens // page_tokens
     for run in runs:
@@ -143,5 +154,5 @@ def read_together(
                 sums = torch.logaddexp(sums, part_sums)
     assert total is not None and sums is not None
     out.copy_(total.reshape(out.shape))
-    ml[:, 0] = sums.view(ml[:, 0].shape) * LOG2_E
+    ml[:, 0] = sums.view(ml[:, 0].shape) * LOG2_E.value
     ml[:, 1] = 1.0

@@ -1,8 +1,9 @@
 """The one way in which kernels are started: at once, or noted down so that they can be compiled ahead.
 
-Every host function of this package starts its kernels through `launch`. Inside `noting`, nothing runs: the host functions are
-called with tensors of the right types and shapes, and what they would have started is collected. What was collected is exactly
-what a model will start later, so compiling it (kernels/build.py) leaves nothing to be compiled at the first token.
+Every host function of this package starts its kernels through `launch`. Inside `noting`, nothing
+runs: the host functions are called with tensors of the right types and shapes, and what they would
+have started is collected. What was collected is exactly what a model will start later, so compiling
+it (build.py) leaves nothing to be compiled at the first token.
 """
 
 import threading
@@ -29,8 +30,9 @@ _settled: set[int] = set()
 def settle(kernel: Any) -> None:
     """Has Triton hash a kernel's functions before those that call them.
 
-    Triton keys a kernel by a hash that holds the constants of the functions it calls only if those were hashed before: left to itself,
-    what was launched earlier in a process decides where a kernel is looked up, and the next process may not find it.
+    Triton keys a kernel by a hash that holds the constants of the functions it calls only if those
+    were hashed before: left to itself, what was launched earlier in a process decides where a
+    kernel is looked up, and the next process may not find it.
     """
     if id(kernel) in _settled or not hasattr(type(kernel), "cache_key"):  # of the type: it is computed when asked for
         return
@@ -84,8 +86,9 @@ _streams = _Streams()
 
 
 class Branches:
-    """Kernels that don't wait for each other: while a CUDA graph is captured, what is launched inside `branch(i)` is a branch of the
-    graph, from where this was made to where `join` is called. Elsewhere everything runs in order, as the host is what takes its time.
+    """Kernels that don't wait for each other: while a CUDA graph is captured, what is launched
+    inside `branch(i)` is a branch of the graph, from where this was made to where `join` is called.
+    Elsewhere everything runs in order, as the host is what takes its time.
 
     Args:
         device: of the kernels.

@@ -1,8 +1,9 @@
 """Triton's folder of compiled kernels, where a fault of the folder costs time and nothing else.
 
-As Triton has it, a folder that can't be written (a container's image, a full disk) is an error of the first kernel that isn't there,
-and one that was filled under another path is as good as empty. Here what can't be written goes to a folder of this process in
-memory, a filled folder may be moved, and an entry that is not as long as it was written is compiled again.
+As Triton has it, a folder that can't be written (a container's image, a full disk) is an error of
+the first kernel that isn't there, and one that was filled under another path is as good as empty.
+Here what can't be written goes to a folder of this process in memory, a filled folder may be moved,
+and an entry that is not as long as it was written is compiled again.
 """
 
 import atexit
@@ -40,7 +41,8 @@ def folder() -> str:
 
 
 def spare() -> str:
-    """The folder, in memory where there is such a place, of what can't be kept; it goes with the process that asked first."""
+    """The folder, in memory where there is such a place, of what can't be kept; it goes with the
+    process that asked first."""
     if SPARE not in os.environ:
         place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         os.environ[SPARE] = tempfile.mkdtemp(prefix="kvfold-kernels-", dir=place)
@@ -141,5 +143,6 @@ def install() -> None:
     """Makes Triton keep its kernels through KernelCache in this process, unless it was told another way."""
     if knobs.cache.manager_class is None:
         knobs.cache.manager_class = KernelCache
-    # TorchInductor names a folder of its own when it first compiles, unless one is named: kernels would be looked up there from then on
+    # TorchInductor names a folder of its own when it first compiles, unless one is named: kernels
+    # would be looked up there from then on
     os.environ.setdefault("TRITON_CACHE_DIR", folder())

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvfold.kernels.launch import launch
+from kvfold.kernels.compile.launch import launch
 
 
 class Setting(NamedTuple):
@@ -45,7 +45,8 @@ SETTINGS = (
 
 @triton.jit(do_not_specialize=["blocks"])
 def _read_kernel(x, out, blocks, WORDS: tl.constexpr, STAGES: tl.constexpr):
-    """Grid: (programs,). XORs every programs-th block of WORDS int32 words and stores the result, so that no load can go."""
+    """Grid: (programs,). XORs every programs-th block of WORDS int32 words and stores the result,
+    so that no load can go."""
     word = tl.arange(0, WORDS)
     total = tl.zeros((WORDS,), tl.int32)
     for i in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=STAGES):

@@ -1,0 +1,1 @@
+"""Starting kernels, compiling them ahead, and keeping what was compiled."""
