@@ -21,9 +21,9 @@ from kvfold.exports.account import Geometry
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format, uniform
 from kvfold.pretrained import model_from_config
-from kvfold.runtime.attention import NAME
-from kvfold.runtime.cache import QuantizedKVCache
-from kvfold.runtime.policy import Progressive
+from kvfold.runtime.backends.transformers import NAME
+from kvfold.runtime.budget.ladder import Progressive
+from kvfold.runtime.cache.cache import QuantizedKVCache
 
 FILL = 1024  # tokens appended at a time
 # a processor's time, of all threads, leaves out what a step waits for on a busy machine

@@ -38,9 +38,9 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import logits_of
 from kvfold.exports.reader import Artifact, is_artifact, read_artifact, read_metadata
 from kvfold.pretrained import tokenizer_from_pretrained
-from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.budget.ladder import Progressive, Step
+from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.load import load_pretrained, plain_cache, progressive_policy
-from kvfold.runtime.policy import Progressive, Step
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 FLOOR, PAGES, LAYERS = RULES = ("floor", "progressive", "whole layers")

@@ -37,9 +37,9 @@ from kvfold.exports.account import Geometry
 from kvfold.exports.spec import LayerSpec
 from kvfold.kernels.formats import raw16
 from kvfold.pretrained import tokenizer_from_pretrained
-from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.budget.ladder import finer
+from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.load import load_pretrained, plain_cache
-from kvfold.runtime.policy import finer
 
 PLAIN, FLOOR, CACHES = "16", "floor", ("floor", "4", "8", "16")
 States = list[tuple[Tensor, Tensor]]  # of each layer, keys after RoPE and values [1, num_kv_heads, T, head_dim]

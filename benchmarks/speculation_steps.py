@@ -11,7 +11,7 @@ from kvfold.compress.bench_decode import packed_step_ms, wait
 from kvfold.compress.bench_model import fill_cache, free_memory
 from kvfold.exports.account import Geometry, cache_nbytes
 from kvfold.exports.spec import LayerSpec
-from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.load import plain_cache
 
 PLAIN = "16"

@@ -20,8 +20,8 @@ from kvfold.compress.bench_model import (
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, batch_nbytes
 from kvfold.exports.reader import Artifact
-from kvfold.runtime.cache import QuantizedKVCache
-from kvfold.runtime.graph import FUSE_AFTER, Decoding
+from kvfold.runtime.cache.cache import QuantizedKVCache
+from kvfold.runtime.generate.graph import FUSE_AFTER, Decoding
 
 ROOM = 128  # tokens that a cache takes besides those it is filled with
 STEPS = 32  # timed in a row: one page of every sequence comes due in between

@@ -15,7 +15,7 @@ from kvfold.exports.reader import Artifact
 from kvfold.exports.schema import CacheModel, CalibrationModel, Metadata
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.pretrained import model_from_config
-from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.load import attach, choose_triton
 
 MOST_TOKENS = 1 << 21  # positions that the models take

@@ -19,7 +19,7 @@ from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import decode, encode
 from kvfold.kernels.triton_attention import attention, prepare_queries
 from kvfold.kernels.triton_prompt import PageRun
-from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.cache.cache import QuantizedKVCache
 
 REPEATS = 3
 MANY_SINKS = 100  # more than one block of 16-bit rows: the gate's second number

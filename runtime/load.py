@@ -19,13 +19,13 @@ from kvfold.exports.reader import Artifact, read_artifact, read_metadata
 from kvfold.exports.schema import Metadata
 from kvfold.exports.units import parse_nbytes
 from kvfold.pretrained import is_out_of_memory, reason_of, stock_from_pretrained
-from kvfold.runtime.ahead import begin_ahead
-from kvfold.runtime.assisted import hook_assisted
-from kvfold.runtime.compile import begin_folder, compiling
-from kvfold.runtime.graph import Decoding, DecodingStep, decode_by
-from kvfold.runtime.options import HUB, check_names, device_of, device_of_map, dtype_of
-from kvfold.runtime.owner import Bound
-from kvfold.runtime.policy import Progressive
+from kvfold.runtime.budget.ladder import Progressive
+from kvfold.runtime.calls.options import HUB, check_names, device_of, device_of_map, dtype_of
+from kvfold.runtime.calls.owner import Bound
+from kvfold.runtime.generate.ahead import begin_ahead
+from kvfold.runtime.generate.assisted import hook_assisted
+from kvfold.runtime.generate.compile import begin_folder, compiling
+from kvfold.runtime.generate.graph import Decoding, DecodingStep, decode_by
 
 if TYPE_CHECKING:  # transformers' models take seconds to import: kernels are compiled meanwhile
     from transformers import PreTrainedModel
@@ -280,9 +280,9 @@ def attach(
     offload: bool = False,
 ) -> "PreTrainedModel":
     """Makes every forward pass of `model`, which has the artifact's weights, read a packed cache; see load_pretrained."""
-    from kvfold.runtime.attention import NAME
-    from kvfold.runtime.calls import Calls
-    from kvfold.runtime.gate import refuse_batching
+    from kvfold.runtime.backends.transformers import NAME
+    from kvfold.runtime.calls.gate import refuse_batching
+    from kvfold.runtime.calls.hooks import Calls
     from kvfold.runtime.save import save_artifact
 
     model.eval()

@@ -20,7 +20,7 @@ from kvfold.kernels.bench_tools import copies_for, machine, measured_streams, me
 from kvfold.kernels.formats import uniform
 from kvfold.kernels.pages import UNIT, page_address
 from kvfold.kernels.triton_read import SETTINGS, read_words
-from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.cache.cache import QuantizedKVCache
 
 CPU = torch.device("cpu")
 REGIONS = (3, 16, 16)  # sinks, window, page_tokens

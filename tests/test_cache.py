@@ -10,7 +10,7 @@ from kvfold.exports.account import Geometry, batch_nbytes, cache_nbytes
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format, raw16, uniform
 from kvfold.kernels.quantizer import round_trip, to_float16
-from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.cache.cache import QuantizedKVCache
 
 HEADS, DIM = 2, 16
 GEOMETRY = Geometry(HEADS, DIM, sinks=3, window=10, page_tokens=8)

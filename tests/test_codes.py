@@ -4,17 +4,17 @@ import pytest
 import torch
 
 import kvfold.kernels.codes as codes_module
-import kvfold.runtime.layer as layer_module
+import kvfold.runtime.cache.layer as layer_module
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.attention import Tile, attend
 from kvfold.kernels.codes import Codes, field_order
 from kvfold.kernels.formats import Format, raw16, uniform
 from kvfold.kernels.quantizer import decode, encode, load_param
-from kvfold.runtime.cache import QuantizedKVCache
-from kvfold.runtime.pages import lower, oldest, set_segments
-from kvfold.runtime.policy import Progressive
-from kvfold.runtime.sequences import PASSED
+from kvfold.runtime.budget.ladder import Progressive
+from kvfold.runtime.cache.cache import QuantizedKVCache
+from kvfold.runtime.cache.pages import lower, oldest, set_segments
+from kvfold.runtime.cache.sequences import PASSED
 
 LIMITS = ("CODE_TOKENS", "CODE_NBYTES", "BLOCK_ELEMENTS")
 

@@ -21,9 +21,10 @@ from kvfold.kernels.formats import Format, uniform
 pytest.importorskip("triton")
 from kvfold.kernels import triton_attention, triton_encode
 from kvfold.kernels.launch import launch, noting
-from kvfold.runtime import compile as compilation
-from kvfold.runtime import pages, triton
-from kvfold.runtime.policy import ladder
+from kvfold.runtime.backends import triton
+from kvfold.runtime.budget.ladder import ladder
+from kvfold.runtime.cache import pages
+from kvfold.runtime.generate import compile as compilation
 
 ROOT = Path(__file__).parent
 GEOMETRY = Geometry(num_kv_heads=1, head_dim=16, sinks=3, window=9, page_tokens=8)

@@ -12,11 +12,11 @@ from kvfold import runtime
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import load_recipe
 from kvfold.exports import account
-from kvfold.runtime import graph as graphs
 from kvfold.runtime import load
-from kvfold.runtime.graph import DecodingStep
-from kvfold.runtime.layer import PackedLayer
-from kvfold.runtime.view import Padding
+from kvfold.runtime.cache.layer import PackedLayer
+from kvfold.runtime.cache.view import Padding
+from kvfold.runtime.generate import graph as graphs
+from kvfold.runtime.generate.graph import DecodingStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 TEXT = "the cache of a long sequence holds keys and values for every token that was read before and after it all"

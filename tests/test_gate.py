@@ -17,9 +17,9 @@ from kvfold import KvfoldError, runtime
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import raw16
-from kvfold.runtime import masks
-from kvfold.runtime.cache import QuantizedKVCache
-from kvfold.runtime.lora import check_adapters
+from kvfold.runtime.cache.cache import QuantizedKVCache
+from kvfold.runtime.calls import masks
+from kvfold.runtime.calls.lora import check_adapters
 
 PATHS = ["reference", "kernels"]
 IDS = torch.randint(1, VOCAB, (1, 26), generator=torch.Generator().manual_seed(2))

@@ -20,14 +20,16 @@ from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels import pages
 from kvfold.kernels.formats import Format, raw16, uniform
 from kvfold.kernels.quantizer import to_float16
-from kvfold.runtime import graph, load, marks, steps
-from kvfold.runtime.pages import pack, unpack
-from kvfold.runtime.policy import Progressive
-from kvfold.runtime.upload import Upload
+from kvfold.runtime import load
+from kvfold.runtime.budget.ladder import Progressive
+from kvfold.runtime.cache import nan_check as marks
+from kvfold.runtime.cache.pages import pack, unpack
+from kvfold.runtime.cache.upload import Upload
+from kvfold.runtime.generate import graph, steps
 
 pytest.importorskip("triton")
 from kvfold.kernels.triton_append import LABELS
-from kvfold.runtime import triton as runtime_triton
+from kvfold.runtime.backends import triton as runtime_triton
 
 if torch.cuda.is_available():
     pytest.skip("test_cuda.py captures graphs", allow_module_level=True)

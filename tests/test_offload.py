@@ -18,10 +18,10 @@ from kvfold.errors import KVBudgetExceeded
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format, raw16, uniform
-from kvfold.runtime import calls
-from kvfold.runtime.branches import resident_nbytes
-from kvfold.runtime.cache import QuantizedKVCache
-from kvfold.runtime.pager import Pager, PagingPool
+from kvfold.runtime.cache.branches import resident_nbytes
+from kvfold.runtime.cache.cache import QuantizedKVCache
+from kvfold.runtime.cache.pager import Pager, PagingPool
+from kvfold.runtime.calls import hooks as calls
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS, DIM = 1, 8

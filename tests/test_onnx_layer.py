@@ -27,8 +27,8 @@ from kvfold.kernels.attention import attend_plain
 from kvfold.kernels.formats import Format, raw16, uniform
 from kvfold.kernels.key_mean import turn_tables
 from kvfold.kernels.quantizer import decode, encode
-from kvfold.runtime.layer import PackedLayer
-from kvfold.runtime.view import Padding
+from kvfold.runtime.cache.layer import PackedLayer
+from kvfold.runtime.cache.view import Padding
 
 HEADS, GROUP, DIM = 2, 2, 32
 QUERY_HEADS = HEADS * GROUP

@@ -19,13 +19,13 @@ from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec, clip_rows
 from kvfold.kernels.catalogue import HEAD_DIMS, key_formats, value_formats
 from kvfold.kernels.formats import Format, raw16, uniform
 from kvfold.kernels.quantizer import round_trip
-from kvfold.runtime import lower as lowering
-from kvfold.runtime.cache import QuantizedKVCache
-from kvfold.runtime.layer import PackedLayer
+from kvfold.runtime.budget import lower as lowering
+from kvfold.runtime.budget.ladder import Progressive, Step, distortion, finer, ladder
+from kvfold.runtime.cache.cache import QuantizedKVCache
+from kvfold.runtime.cache.layer import PackedLayer
+from kvfold.runtime.cache.pages import lower, oldest, set_segments
+from kvfold.runtime.cache.view import Padding
 from kvfold.runtime.load import plain_cache
-from kvfold.runtime.pages import lower, oldest, set_segments
-from kvfold.runtime.policy import Progressive, Step, distortion, finer, ladder
-from kvfold.runtime.view import Padding
 
 LOSSES = {"mixed": (0.02, 0.01), "ternary": (0.5, 0.1), "raw": (0.0, 0.0)}
 PAGE, ROWS = GEOMETRY.page_tokens, GEOMETRY.raw_rows

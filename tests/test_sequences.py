@@ -11,9 +11,9 @@ from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.attention import packed_tokens
 from kvfold.kernels.formats import Format, raw16, uniform
 from kvfold.kernels.quantizer import round_trip, to_float16
-from kvfold.runtime.branches import resident_nbytes
-from kvfold.runtime.cache import QuantizedKVCache
-from kvfold.runtime.sequences import PASSED
+from kvfold.runtime.cache.branches import resident_nbytes
+from kvfold.runtime.cache.cache import QuantizedKVCache
+from kvfold.runtime.cache.sequences import PASSED
 
 HEADS, DIM = 1, 8
 SPECS = {

@@ -7,8 +7,8 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format, raw16, uniform
-from kvfold.runtime.cache import QuantizedKVCache
-from kvfold.runtime.marks import LEAD
+from kvfold.runtime.cache.cache import QuantizedKVCache
+from kvfold.runtime.cache.nan_check import LEAD
 
 pytest.importorskip("triton")
 from kvfold.kernels.triton_append import UNMARKED, empty_marks, read_mark

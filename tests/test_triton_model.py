@@ -15,12 +15,12 @@ from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import ARCHITECTURES
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format, uniform
-from kvfold.runtime.attention import NAME
-from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.backends.transformers import NAME
+from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.load import choose_triton
 
 pytest.importorskip("triton")
-from kvfold.runtime import triton as runtime_triton
+from kvfold.runtime.backends import triton as runtime_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {**SHAPE, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}  # the interpreter is slow

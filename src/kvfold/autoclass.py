@@ -49,7 +49,7 @@ def wrap(module: ModuleType) -> None:
 
     @wraps(stock)
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        from kvfold.runtime.plugin import load_if_artifact
+        from kvfold.runtime.calls.plugin import load_if_artifact
 
         return load_if_artifact(stock.__get__(cls), pretrained_model_name_or_path, *args, **kwargs)
 

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from kvfold.errors import KVBudgetExceeded, KvfoldError
 from kvfold.exports.account import batch_nbytes
-from kvfold.runtime.ambient import neutrally
-from kvfold.runtime.sequences import PASSED
+from kvfold.runtime.cache.ambient import neutrally
+from kvfold.runtime.cache.sequences import PASSED
 
 if TYPE_CHECKING:
-    from kvfold.runtime.cache import QuantizedKVCache
+    from kvfold.runtime.cache.cache import QuantizedKVCache
 
 VERSION = 1
 FIELD = "kvfold_cache"

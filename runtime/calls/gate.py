@@ -16,9 +16,9 @@ from transformers import Cache
 from transformers.masking_utils import find_packed_sequence_indices
 
 from kvfold.errors import KvfoldError
-from kvfold.runtime.cache import QuantizedKVCache
-from kvfold.runtime.lora import check_adapters, moved_projections
-from kvfold.runtime.masks import Place, read_squares
+from kvfold.runtime.cache.cache import QuantizedKVCache
+from kvfold.runtime.calls.lora import check_adapters, moved_projections
+from kvfold.runtime.calls.masks import Place, read_squares
 
 log = logging.getLogger("kvfold")
 

@@ -24,11 +24,11 @@ import torch
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels import catalogue
 from kvfold.kernels.formats import RAW, Format
-from kvfold.runtime.compile import Kind, launches_of, read_kinds
+from kvfold.runtime.generate.compile import Kind, launches_of, read_kinds
 
 SWITCH = "KVFOLD_COMPILE_AHEAD"  # environment
 NICE = 19
-START = "import sys; sys.path[:] = sys.argv[2:]; from kvfold.runtime.ahead import main; main(sys.argv[1])"
+START = "import sys; sys.path[:] = sys.argv[2:]; from kvfold.runtime.generate.ahead import main; main(sys.argv[1])"
 _running: list[subprocess.Popen] = []
 
 

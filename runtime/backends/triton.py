@@ -18,13 +18,13 @@ from kvfold.kernels.triton_attention import attention, prepare_queries
 from kvfold.kernels.triton_encode import encode_pages, lower_pages
 from kvfold.kernels.triton_mean import MeanOf
 from kvfold.kernels.triton_prompt import PageRun
-from kvfold.runtime.marks import marks_of
-from kvfold.runtime.steps import due_rungs
-from kvfold.runtime.upload import on_device
+from kvfold.runtime.cache.nan_check import marks_of
+from kvfold.runtime.cache.upload import on_device
+from kvfold.runtime.generate.steps import due_rungs
 
 if TYPE_CHECKING:
-    from kvfold.runtime.layer import PackedLayer
-    from kvfold.runtime.view import LayerView, RowView
+    from kvfold.runtime.cache.layer import PackedLayer
+    from kvfold.runtime.cache.view import LayerView, RowView
 
 QUERY_CHUNK = 4096  # queries of a prompt at a time: what all of them read is decoded once
 LEAST_PACKED = 1024  # tokens in pages, and

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from kvfold.errors import KvfoldError
-from kvfold.runtime.upload import on_device
-from kvfold.runtime.view import Padding
+from kvfold.runtime.cache.upload import on_device
+from kvfold.runtime.cache.view import Padding
 
 if TYPE_CHECKING:
-    from kvfold.runtime.branches import Branches
+    from kvfold.runtime.cache.branches import Branches
 
 NAME = "marks"  # in Padding.scratch: like the queries' buffer, no part of what is cached
 ASKED = "asked marks"  # there too: a copy on its way to the host

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvfold.errors import KvfoldError
-from kvfold.runtime.upload import on_device
+from kvfold.runtime.cache.upload import on_device
 
 HIDDEN = -1e4  # an additive mask hides what it takes below this: e^-10000 is 0
 TAG = (

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kvfold.kernels.pages import page_address
-from kvfold.runtime.pool import PagePool
+from kvfold.runtime.cache.pool import PagePool
 
 CHUNK_PAGES = 16  # pages that are taken, and copied, together
 

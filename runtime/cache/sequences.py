@@ -9,11 +9,11 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import LayerSpec
 from kvfold.kernels.quantizer import to_float16
-from kvfold.runtime.pool import PASSED, PagePool
-from kvfold.runtime.view import Padding
+from kvfold.runtime.cache.pool import PASSED, PagePool
+from kvfold.runtime.cache.view import Padding
 
 if TYPE_CHECKING:
-    from kvfold.runtime.layer import PackedLayer
+    from kvfold.runtime.cache.layer import PackedLayer
 
 
 def slots_of(geometry: Geometry, positions: Tensor) -> Tensor:

@@ -4,12 +4,12 @@ from typing import TYPE_CHECKING, Any
 
 from kvfold.errors import KVBudgetExceeded
 from kvfold.exports.account import batch_nbytes, table_entries
-from kvfold.runtime.pages import lower, oldest
-from kvfold.runtime.policy import Plan
+from kvfold.runtime.budget.ladder import Plan
+from kvfold.runtime.cache.pages import lower, oldest
 
 if TYPE_CHECKING:
-    from kvfold.runtime.cache import QuantizedKVCache
-    from kvfold.runtime.layer import PackedLayer
+    from kvfold.runtime.cache.cache import QuantizedKVCache
+    from kvfold.runtime.cache.layer import PackedLayer
 
 GROUP_TOKENS = 1024  # re-quantised at a time while a prompt waits
 

@@ -100,8 +100,8 @@ def launches_of(
 
 
 def _walk(kind: Kind, geometry: Geometry, num_heads: int, dtype: torch.dtype, progressive: bool) -> None:
-    from kvfold.runtime.cache import QuantizedKVCache
-    from kvfold.runtime.policy import Progressive
+    from kvfold.runtime.budget.ladder import Progressive
+    from kvfold.runtime.cache.cache import QuantizedKVCache
 
     heads, dim, page = geometry.num_kv_heads, geometry.head_dim, geometry.page_tokens
     logits = torch.zeros(num_heads, dtype=dtype) if kind.sinks_logit else None

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from kvfold.exports.account import table_entries
-from kvfold.runtime.lower import check, floor_nbytes, prepare
-from kvfold.runtime.marks import asked_before, look_before_packing
-from kvfold.runtime.pages import set_segments
-from kvfold.runtime.upload import Upload
-from kvfold.runtime.view import Padding
+from kvfold.runtime.budget.lower import check, floor_nbytes, prepare
+from kvfold.runtime.cache.nan_check import asked_before, look_before_packing
+from kvfold.runtime.cache.pages import set_segments
+from kvfold.runtime.cache.upload import Upload
+from kvfold.runtime.cache.view import Padding
 
 if TYPE_CHECKING:
-    from kvfold.runtime.cache import QuantizedKVCache
-    from kvfold.runtime.layer import PackedLayer
+    from kvfold.runtime.cache.cache import QuantizedKVCache
+    from kvfold.runtime.cache.layer import PackedLayer
 
 NAME = "due rungs"  # in Padding.scratch: like the marks, no part of what is cached
 

@@ -7,14 +7,14 @@ from typing import Any
 from transformers.utils import ModelOutput
 
 from kvfold.errors import KvfoldError
-from kvfold.runtime.assisted import own_drafts
-from kvfold.runtime.cache import QuantizedKVCache
-from kvfold.runtime.gate import Gate
-from kvfold.runtime.lora import check_adapters
-from kvfold.runtime.lower import check
-from kvfold.runtime.masks import grown
-from kvfold.runtime.pager import Pager
-from kvfold.runtime.policy import Progressive
+from kvfold.runtime.budget.ladder import Progressive
+from kvfold.runtime.budget.lower import check
+from kvfold.runtime.cache.cache import QuantizedKVCache
+from kvfold.runtime.cache.pager import Pager
+from kvfold.runtime.calls.gate import Gate
+from kvfold.runtime.calls.lora import check_adapters
+from kvfold.runtime.calls.masks import grown
+from kvfold.runtime.generate.assisted import own_drafts
 
 log = logging.getLogger("kvfold")
 

@@ -8,10 +8,10 @@ from typing import Any, Self
 
 from kvfold.errors import KVBudgetExceeded, KvfoldError
 from kvfold.exports.account import RAW_NBYTES, Geometry
-from kvfold.runtime.ambient import neutrally
-from kvfold.runtime.lower import make_way
-from kvfold.runtime.marks import look
-from kvfold.runtime.view import Padding
+from kvfold.runtime.budget.lower import make_way
+from kvfold.runtime.cache.ambient import neutrally
+from kvfold.runtime.cache.nan_check import look
+from kvfold.runtime.cache.view import Padding
 
 
 class Branches:
@@ -165,8 +165,8 @@ class Branches:
 
     @neutrally
     def save(self, path: str | PathLike) -> None:
-        """Writes the cache to a file that `runtime.load_cache` restores; see runtime/prompt_cache.py."""
-        from kvfold.runtime.prompt_cache import save_cache
+        """Writes the cache to a file that `runtime.load_cache` restores; see runtime/cache/storage.py."""
+        from kvfold.runtime.cache.storage import save_cache
 
         self._refuse_policy("save")
         look(self)

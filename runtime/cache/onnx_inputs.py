@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from kvfold.errors import KvfoldError
-from kvfold.runtime.cache import QuantizedKVCache
-from kvfold.runtime.pool import PASSED
+from kvfold.runtime.cache.cache import QuantizedKVCache
+from kvfold.runtime.cache.pool import PASSED
 
 
 def onnx_inputs(cache: QuantizedKVCache) -> dict[str, np.ndarray]:

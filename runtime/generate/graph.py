@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvfold.errors import KvfoldError
-from kvfold.runtime.ambient import modes, neutral, no_gradient
-from kvfold.runtime.cache import QuantizedKVCache
-from kvfold.runtime.fused import fused
-from kvfold.runtime.owner import Bound, Owner
-from kvfold.runtime.steps import begin, due_rungs, finish, stepping
+from kvfold.runtime.cache.ambient import modes, neutral, no_gradient
+from kvfold.runtime.cache.cache import QuantizedKVCache
+from kvfold.runtime.calls.owner import Bound, Owner
+from kvfold.runtime.generate.fused import fused
+from kvfold.runtime.generate.steps import begin, due_rungs, finish, stepping
 
 log = logging.getLogger("kvfold")
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec, clip_rows
 from kvfold.kernels.codes import Codes, scratch
 from kvfold.kernels.quantizer import decode, encode
-from kvfold.runtime.upload import Upload
+from kvfold.runtime.cache.upload import Upload
 
 if TYPE_CHECKING:
-    from kvfold.runtime.layer import PackedLayer
+    from kvfold.runtime.cache.layer import PackedLayer
 
 
 def pack(keys: Tensor, values: Tensor, spec: LayerSpec, page_tokens: int) -> Tensor:
@@ -72,7 +72,7 @@ def write_pages(layer: "PackedLayer", ids: list[int], keys: Tensor, values: Tens
         rows = slice(start * size, (start + len(run)) * size)
         start += len(run)
         if layer.use_triton:
-            from kvfold.runtime.triton import store_pages
+            from kvfold.runtime.backends.triton import store_pages
 
             store_pages(layer, keys[:, rows], values[:, rows], run, layer.rungs[rung])
             continue
@@ -101,7 +101,7 @@ def lower(layer: "PackedLayer", ids: list[int]) -> None:
     rung = layer.pool.rung(ids[0])
     old, new = layer.pool.lower(ids)
     if layer.use_triton:
-        from kvfold.runtime import triton
+        from kvfold.runtime.backends import triton
 
         triton.lower(layer, old, new, layer.rungs[rung], layer.rungs[rung - 1])
     else:

@@ -12,15 +12,15 @@ from kvfold.exports.spec import LayerSpec
 from kvfold.kernels.attention import Tile, packed_tokens
 from kvfold.kernels.codes import field_order
 from kvfold.kernels.quantizer import to_float16
-from kvfold.runtime.ambient import neutrally
-from kvfold.runtime.marks import not_finite
-from kvfold.runtime.pager import Pager, PagingPool
-from kvfold.runtime.pages import read_codes, read_pages, set_segments, write_pages
-from kvfold.runtime.pool import PagePool
-from kvfold.runtime.sequences import PASSED, Sequences, slots_of
-from kvfold.runtime.steps import due_in, take_pages
-from kvfold.runtime.upload import on_device
-from kvfold.runtime.view import LayerView, Padding, RowView
+from kvfold.runtime.cache.ambient import neutrally
+from kvfold.runtime.cache.nan_check import not_finite
+from kvfold.runtime.cache.pager import Pager, PagingPool
+from kvfold.runtime.cache.pages import read_codes, read_pages, set_segments, write_pages
+from kvfold.runtime.cache.pool import PagePool
+from kvfold.runtime.cache.sequences import PASSED, Sequences, slots_of
+from kvfold.runtime.cache.upload import on_device
+from kvfold.runtime.cache.view import LayerView, Padding, RowView
+from kvfold.runtime.generate.steps import due_in, take_pages
 
 TILE_TOKENS = 1024  # packed tokens decoded at a time while attending
 CODE_TOKENS = 2**14  # packed tokens that one query attends to at a time, and the most bytes that are copied for that

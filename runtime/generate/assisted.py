@@ -4,8 +4,8 @@ import weakref
 from typing import Any
 
 from kvfold.errors import KvfoldError
-from kvfold.runtime.branches import Branches
-from kvfold.runtime.owner import Bound
+from kvfold.runtime.cache.branches import Branches
+from kvfold.runtime.calls.owner import Bound
 
 LOOKBEHIND = 16  # tokens beyond its drafts that an assistant takes back where tokenizers differ
 

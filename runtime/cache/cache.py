@@ -11,16 +11,16 @@ from transformers.cache_utils import Cache
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import LayerSpec
-from kvfold.runtime import marks
-from kvfold.runtime.ambient import neutral, neutrally
-from kvfold.runtime.branches import Branches
-from kvfold.runtime.layer import PackedLayer
-from kvfold.runtime.lower import check, make_room, prepare, push_out
-from kvfold.runtime.masks import read_columns, settle
-from kvfold.runtime.pager import Pager
-from kvfold.runtime.pages import set_segments
-from kvfold.runtime.policy import Progressive
-from kvfold.runtime.view import Padding
+from kvfold.runtime.budget.ladder import Progressive
+from kvfold.runtime.budget.lower import check, make_room, prepare, push_out
+from kvfold.runtime.cache import nan_check as marks
+from kvfold.runtime.cache.ambient import neutral, neutrally
+from kvfold.runtime.cache.branches import Branches
+from kvfold.runtime.cache.layer import PackedLayer
+from kvfold.runtime.cache.pager import Pager
+from kvfold.runtime.cache.pages import set_segments
+from kvfold.runtime.cache.view import Padding
+from kvfold.runtime.calls.masks import read_columns, settle
 
 log = logging.getLogger("kvfold")
 

@@ -8,8 +8,10 @@ import torch
 
 from kvfold.exports.reader import read_artifact, read_metadata
 from kvfold.pretrained import code_free
-from kvfold.runtime.ahead import begin_ahead
-from kvfold.runtime.compile import begin_folder, compiling
+from kvfold.runtime.calls.locate import locate
+from kvfold.runtime.calls.options import HUB, PASSED_ON, REFUSED, check_names, dtype_of
+from kvfold.runtime.generate.ahead import begin_ahead
+from kvfold.runtime.generate.compile import begin_folder, compiling
 from kvfold.runtime.load import (
     attach,
     check_complete,
@@ -19,8 +21,6 @@ from kvfold.runtime.load import (
     load_pretrained,
     resolve_artifact,
 )
-from kvfold.runtime.locate import locate
-from kvfold.runtime.options import HUB, PASSED_ON, REFUSED, check_names, dtype_of
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvfold.kernels.attention import KeyMean, attend
 
 if TYPE_CHECKING:
-    from kvfold.runtime.layer import PackedLayer
+    from kvfold.runtime.cache.layer import PackedLayer
 
 
 @dataclass
@@ -78,7 +78,7 @@ class LayerView:
         sliding: tokens that a query sees at the most, 0 for all; the mask says so too, kernels go by this.
         """
         if self.layer.use_triton and self.layer.padding.plain:
-            from kvfold.runtime.triton import attend_triton
+            from kvfold.runtime.backends.triton import attend_triton
 
             out = attend_triton(self, query, scaling, sliding, softcap, sinks_logit)
         else:
