@@ -2,8 +2,8 @@
 
 from kvfold import autoclass
 from kvfold.errors import KVBudgetExceeded, KvfoldError
+from kvfold.version import __version__
 
-__version__ = "0.1.0"
 __all__ = ["KVBudgetExceeded", "KvfoldError", "__version__"]
 
 autoclass.install()
