@@ -19,6 +19,7 @@ from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import decode, encode
 from kvfold.kernels.triton_attention import attention, prepare_queries
 from kvfold.kernels.triton_prompt import PageRun
+from kvfold.runtime.backends.choose import backend_of
 from kvfold.runtime.cache.cache import QuantizedKVCache
 
 REPEATS = 3
@@ -139,5 +140,9 @@ def prompt_rows(
     for name in names:
         formats = layer_formats(name, g.head_dim, model.config.num_hidden_layers)
         artifact, triton = attach_formats(model, formats, g)
-        add(name, read_ms(model, lambda a=artifact, t=triton: QuantizedKVCache(a.specs, g, None, t), ids, chunk), base)
+        add(
+            name,
+            read_ms(model, lambda a=artifact, t=triton: QuantizedKVCache(a.specs, g, None, backend_of(t)), ids, chunk),
+            base,
+        )
     return rows

@@ -19,13 +19,12 @@ from kvfold.exports.reader import Artifact, read_artifact, read_metadata
 from kvfold.exports.schema import Metadata
 from kvfold.exports.units import parse_nbytes
 from kvfold.pretrained import is_out_of_memory, reason_of, stock_from_pretrained
-from kvfold.runtime.budget.ladder import Progressive
+from kvfold.runtime.attachment import attach
+from kvfold.runtime.budget.choose import check_choice
+from kvfold.runtime.budget.ladder import Ladders
 from kvfold.runtime.calls.options import HUB, check_names, device_of, device_of_map, dtype_of
-from kvfold.runtime.calls.owner import Bound
 from kvfold.runtime.generate.ahead import begin_ahead
-from kvfold.runtime.generate.assisted import hook_assisted
 from kvfold.runtime.generate.compile import begin_folder, compiling
-from kvfold.runtime.generate.graph import Decoding, DecodingStep, decode_by
 
 if TYPE_CHECKING:  # transformers' models take seconds to import: kernels are compiled meanwhile
     from transformers import PreTrainedModel
@@ -116,20 +115,9 @@ def load_pretrained(
     if policy not in ("floor", "progressive"):
         raise KvfoldError(f"policy '{policy}' is not one this version knows; use 'floor' or 'progressive'.")
     progressive = policy == "progressive"
-    if progressive and kv_budget is None:
-        raise KvfoldError(
-            "policy='progressive' lowers pages as kv_budget fills, but there is none; give kv_budget='1GiB'."
-        )
+    check_choice(kv_budget is not None, progressive, offload)
     if cuda_graph not in (True, False, "auto"):
         raise KvfoldError(f"cuda_graph={cuda_graph!r} is not one this version knows; use 'auto', True or False.")
-    if offload and kv_budget is None:
-        raise KvfoldError(
-            "offload=True moves pages to host memory as kv_budget fills, but there is none; give kv_budget='1GiB'."
-        )
-    if offload and progressive:
-        raise KvfoldError(
-            "offload=True moves pages that stay as they are, but policy='progressive' lowers them; leave one of them out."
-        )
     if offload and cuda_graph is True:
         raise KvfoldError(
             "cuda_graph=True needs pages that stay where they are, but offload=True moves them; leave one of them out."
@@ -173,9 +161,16 @@ def load_pretrained(
     log.info("attention: %s on %s", "Triton kernels" if triton else "plain-torch reference", target)
     try:
         return attach(
-            model, artifact, budget, triton, cuda_graph, rollback=rollback, batch_invariant=batch_invariant, policy=ladders,
+            model,
+            artifact,
+            budget,
+            triton,
+            cuda_graph,
+            rollback=rollback,
+            batch_invariant=batch_invariant,
+            policy=ladders,
             offload=offload,
-        )  # fmt: skip
+        )
     finally:
         del model  # an exception that transformers caught may keep this frame, and with it the weights, until the next collection
 
@@ -211,10 +206,10 @@ def read_model(artifact: Artifact, dtype: torch.dtype | str, **placement: Any) -
     return model
 
 
-def progressive_policy(artifact: Artifact) -> Progressive:
-    """The progressive policy by an artifact's own predicted losses."""
+def progressive_policy(artifact: Artifact) -> Ladders:
+    """The ladders of the progressive policy by an artifact's own predicted losses."""
     losses = [(layer.key.predicted_loss, layer.value.predicted_loss) for layer in artifact.metadata.layers]
-    return Progressive(artifact.specs, losses, artifact.geometry)
+    return Ladders(artifact.specs, losses, artifact.geometry)
 
 
 def default_device() -> torch.device:
@@ -268,49 +263,8 @@ def interpreting() -> bool:
     return knobs.runtime.interpret
 
 
-def attach(
-    model: Any,
-    artifact: Artifact,
-    budget: int | None = None,
-    triton: bool = False,
-    cuda_graph: bool | str = "auto",
-    rollback: int = 0,
-    batch_invariant: bool = False,
-    policy: Progressive | None = None,
-    offload: bool = False,
-) -> "PreTrainedModel":
-    """Makes every forward pass of `model`, which has the artifact's weights, read a packed cache; see load_pretrained."""
-    from kvfold.runtime.backends.transformers import NAME
-    from kvfold.runtime.calls.gate import refuse_batching
-    from kvfold.runtime.calls.hooks import Calls
-    from kvfold.runtime.save import save_artifact
-
-    model.eval()
-    model.set_attn_implementation(NAME)
-    calls = Calls(artifact, budget, triton, rollback, batch_invariant, policy, offload)
-    model.kv_gate = calls.gate
-    model._prepare_cache_for_generation = Bound(calls.prepare_cache, model)
-    model._update_model_kwargs_for_generation = Bound(calls.update_kwargs, model)
-    model.init_continuous_batching = model.generate_batch = refuse_batching
-    model.named_modules = Bound(calls.named_modules, model)
-    hook_assisted(model)
-    model.new_kv_cache = Bound(calls.new_cache, model)
-    if cuda_graph and triton and not offload and model.device.type in DecodingStep.devices:
-        decode_by(model, Decoding(model, cuda_graph is True, calls.note_length))
-    model.save_pretrained = Bound(save_artifact, model)
-    model.base_model.kv_packed = True
-    model.base_model.register_forward_pre_hook(Bound(calls.before, model), with_kwargs=True)
-    model.base_model.register_forward_hook(calls.after, with_kwargs=True)
-    model.kv_artifact = artifact
-    model.kv_triton, model.kv_policy = triton, policy
-    return model
-
-
 @contextmanager
 def plain_cache(model: Any) -> Iterator[None]:
     """Plain forward passes of a loaded model keep transformers' own unquantised cache while this lasts."""
-    model.base_model.kv_packed = False
-    try:
+    with model.kv_attachment.plain():
         yield
-    finally:
-        model.base_model.kv_packed = True

@@ -23,7 +23,6 @@ from kvfold.kernels import triton_attention, triton_encode
 from kvfold.kernels.launch import launch, noting
 from kvfold.runtime.backends import triton
 from kvfold.runtime.budget.ladder import ladder
-from kvfold.runtime.cache import pages
 from kvfold.runtime.generate import compile as compilation
 
 ROOT = Path(__file__).parent
@@ -47,7 +46,7 @@ def calls(monkeypatch):
         lowered.append((tuple(old), tuple(new)))
         return lower(sources, targets, old, new, **options)
 
-    for module in (triton, pages, triton_attention, triton_encode):
+    for module in (triton, triton_attention, triton_encode):
         for name, function in (("attention", counted_attention), ("lower_pages", counted_lower)):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, function)

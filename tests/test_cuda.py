@@ -12,9 +12,10 @@ from kvfold import runtime
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import load_recipe
 from kvfold.exports import account
-from kvfold.runtime import load
+from kvfold.runtime import attachment
+from kvfold.runtime.backends.triton import TRITON
 from kvfold.runtime.cache.layer import PackedLayer
-from kvfold.runtime.cache.view import Padding
+from kvfold.runtime.cache.shared import SharedState
 from kvfold.runtime.generate import graph as graphs
 from kvfold.runtime.generate.graph import DecodingStep
 
@@ -95,7 +96,7 @@ def test_kernels_agree_with_the_reference(paths, dtype, tolerance):
         tolerance = max(tolerance, *map(relative, run("reference", torch.float16)[0], expected))
     assert max(map(relative, got, expected)) < tolerance
     for one, other in zip(cache.layers, got_cache.layers, strict=True):
-        assert one.state.tolist() == other.state.tolist()
+        assert one.table.state.tolist() == other.table.state.tolist()
 
 
 @torch.no_grad()
@@ -119,9 +120,9 @@ def test_a_graph_generates_what_the_kernels_generate(paths):
             ).values  # a near tie may be broken otherwise, and then all that follows is another text
             assert float((top[:, 0] - top[:, 1]).min()) < 1e-2
             break
-    states = [[layer.state.tolist() for layer in out.past_key_values.layers] for out in (plain, graph)]
+    states = [[layer.table.state.tolist() for layer in out.past_key_values.layers] for out in (plain, graph)]
     assert states[0] == states[1]
-    assert all(layer.length == [n for n, _ in layer.state.tolist()] for layer in graph.past_key_values.layers)
+    assert all(layer.lengths() == [n for n, _ in layer.table.state.tolist()] for layer in graph.past_key_values.layers)
 
 
 @torch.no_grad()
@@ -130,8 +131,8 @@ def test_a_sequences_bits_are_the_same_in_every_batch(paths):
     artifact = runtime.load_pretrained(paths, device="cuda", attention="triton", batch_invariant=True).kv_artifact
     spec, geometry = artifact.specs[0], artifact.geometry
     heads, dim, lengths = geometry.num_kv_heads, geometry.head_dim, [2777, 30011]
-    alone, both = (PackedLayer(spec, geometry, Padding([0] * n, True), 0, use_triton=True) for n in (1, 2))
-    both.padding.columns = [max(lengths) - n for n in lengths]
+    alone, both = (PackedLayer([spec], SharedState(geometry, [0] * n, True), 0, TRITON) for n in (1, 2))
+    both.shared.set_padding([max(lengths) - n for n in lengths])
     prompt = [torch.randn(2, heads, max(lengths), dim, device="cuda") for _ in "kv"]
     both.update(*prompt)
     alone.update(*(x[:1, :, max(lengths) - lengths[0] :] for x in prompt))
@@ -169,7 +170,7 @@ def test_a_value_that_is_not_finite_is_reported_before_it_is_packed(graph, tmp_p
     with pytest.raises(FloatingPointError, match=r"Layer 1 computed a value .* at position 66 of sequence 0"):
         for _ in range(16):
             step()
-    assert cache.get_seq_length() == 66 and [layer.state.tolist()[0][0] for layer in cache.layers] == [66] * 3
+    assert cache.get_seq_length() == 66 and [layer.table.state.tolist()[0][0] for layer in cache.layers] == [66] * 3
     logits = [step() for _ in range(40)][-1]
     assert relative(logits, model(input_ids=ids[:, :106]).logits[:, -1:]) < 0.05
 
@@ -184,7 +185,7 @@ def captures(monkeypatch):
             super().__init__(*args, **kwargs)
             made.append(self.reads)
 
-    monkeypatch.setattr(load, "Decoding", partial(graphs.Decoding, capture=Counted))
+    monkeypatch.setattr(attachment, "Decoding", partial(graphs.Decoding, capture=Counted))
     monkeypatch.setattr(graphs, "FUSE_AFTER", 10**9)
     return made
 
@@ -223,7 +224,11 @@ def test_a_plain_load_replays_and_captures_again_as_it_grows(invariant, paths, c
     assert got_sizes == sizes and other.graph is None
     assert max(map(relative, got, plain)) < 1e-3
     for one, two in zip(cache.layers, other.layers, strict=True):
-        assert one.state.tolist() == two.state.tolist() and one.length == two.length and one.passed == two.passed
+        assert (
+            one.table.state.tolist() == two.table.state.tolist()
+            and one.lengths() == two.lengths()
+            and one.passed == two.passed
+        )
     count = len(captures)
     model(input_ids=ids[:, :3], past_key_values=cache)  # another turn, in which no tensor is replaced
     for t in range(5):
@@ -245,11 +250,11 @@ def test_progressive_in_a_graph_lowers_what_the_reference_lowers(paths, captures
     assert max(got_sizes) <= budget
     assert waits(model) or (len(captures) >= 3 and isinstance(cache.graph, DecodingStep))
     expected, sizes, other_cache = decode(other, ids, 70)
-    assert got_sizes == sizes and sum(layer.pool.counts[0] for layer in cache.layers) > 0
+    assert got_sizes == sizes and sum(layer.table.pool.counts[0] for layer in cache.layers) > 0
     for one, two in zip(cache.layers, other_cache.layers, strict=True):
-        rungs = [[[layer.pool.rung(i) for i in row] for row in layer.pages] for layer in (one, two)]
-        assert rungs[0] == rungs[1] and one.state.tolist() == two.state.tolist()
-        assert torch.equal(one.segments, two.segments)
+        rungs = [[[layer.table.pool.rung(i) for i in row] for row in layer.table.pages()] for layer in (one, two)]
+        assert rungs[0] == rungs[1] and one.table.state.tolist() == two.table.state.tolist()
+        assert torch.equal(one.table.segments, two.table.segments)
     assert max(map(relative, got, expected)) < 5e-2
 
 

@@ -94,5 +94,5 @@ def test_a_copy_of_a_progressive_cache_goes_on_by_itself(quick, captured):
         steps = [model(input_ids=ids[:, t : t + 1], past_key_values=x).logits for x in (cache, twin)]
         assert torch.equal(*steps) and same(cache, twin) and twin.nbytes <= 14_000
     assert all(
-        layer.pool.rung(i) < len(layer.rungs) - 1 for layer in twin.layers for i in layer.pages[0][:1]
+        layer.table.pool.rung(i) < len(layer.rungs) - 1 for layer in twin.layers for i in layer.table.pages()[0][:1]
     )  # lowered

@@ -8,9 +8,9 @@ from transformers.masking_utils import sdpa_mask
 
 from kvfold.errors import KvfoldError
 from kvfold.kernels.attention import attend_plain
+from kvfold.runtime.backends.base import NAME
 from kvfold.runtime.cache.ambient import neutral, no_gradient
 from kvfold.runtime.cache.view import LayerView
-from kvfold.runtime.calls.gate import NAME
 
 
 def attention_forward(

@@ -1,4 +1,4 @@
-"""The progressive policy: pages start in 16 bits and go down a ladder of formats only as a byte budget fills.
+"""The ladders of formats that pages go down under the progressive policy, and the order in which they do.
 
 After PM-KVQ (arXiv 2505.18610), which lowers whole layers; here one page goes down at a time, the least harmful first.
 
@@ -14,7 +14,7 @@ else, so that a minimum and a scale of 16 bits are best (benchmarks/LOG.md has t
 in a small distortion, so a page on rung r costs L · ρ(r), with ρ the format's distortion as a part of the floor's: the mean over
 channels of MSE(levels on r) / MSE(levels on the floor) for a Gaussian source (kernels.formats.GAUSSIAN_MSE). Dividing by the
 floor's own takes each channel as important as its bits say: reverse water-filling makes the floor's errors equal. A step down
-costs ΔL·ρ for the bytes that it frees; `Progressive.order` sorts all steps of all layers by that ratio.
+costs ΔL·ρ for the bytes that it frees; `Ladders.order` sorts all steps of all layers by that ratio.
 """
 
 from collections.abc import Sequence
@@ -108,7 +108,7 @@ class Plan:
     fresh: list[list[int]]
 
 
-class Progressive:
+class Ladders:
     """The ladders of all layers and the order in which pages go down them.
 
     Args:

@@ -1,42 +1,49 @@
-"""One layer of the packed cache: a 16-bit buffer (sinks, then window) and pages, for each sequence of a batch."""
+"""One layer of the packed cache: a 16-bit window (sinks, then a ring) and pages, for each sequence of a batch."""
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby, pairwise
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvfold.exports.account import Geometry, table_entries
+from kvfold.errors import KvfoldError
+from kvfold.exports.account import Geometry
 from kvfold.exports.spec import LayerSpec
-from kvfold.kernels.attention import Tile, packed_tokens
-from kvfold.kernels.codes import field_order
+from kvfold.kernels.formats import Format
 from kvfold.kernels.quantizer import to_float16
+from kvfold.runtime.backends.base import Backend, LogitOptions, RowView, StepBackend
+from kvfold.runtime.backends.reference import REFERENCE
 from kvfold.runtime.cache.ambient import neutrally
 from kvfold.runtime.cache.nan_check import not_finite
-from kvfold.runtime.cache.pager import Pager, PagingPool
-from kvfold.runtime.cache.pages import read_codes, read_pages, set_segments, write_pages
+from kvfold.runtime.cache.page_table import PageTable, take_pages
 from kvfold.runtime.cache.pool import PagePool
-from kvfold.runtime.cache.sequences import PASSED, Sequences, slots_of
+from kvfold.runtime.cache.sequence import Count
+from kvfold.runtime.cache.sequence import Sequence as CachedSequence
+from kvfold.runtime.cache.shared import SharedState
+from kvfold.runtime.cache.store import LayerStore
 from kvfold.runtime.cache.upload import on_device
-from kvfold.runtime.cache.view import LayerView, Padding, RowView
-from kvfold.runtime.generate.steps import due_in, take_pages
+from kvfold.runtime.cache.view import DeferredView, LayerView, StoredView
+from kvfold.runtime.cache.window import RawWindow
 
-TILE_TOKENS = 1024  # packed tokens decoded at a time while attending
-CODE_TOKENS = 2**14  # packed tokens that one query attends to at a time, and the most bytes that are copied for that
-CODE_NBYTES = 2**21
+NewPool = Callable[[int, list[int], torch.device], PagePool]
 
 
-class PackedLayer(Sequences, CacheLayerMixin):
+def new_pool(layer_idx: int, sizes: list[int], device: torch.device) -> PagePool:
+    """A pool of pages that stay on the device; `sizes`: bytes of a page on each rung, floor first."""
+    return PagePool(sizes, device)
+
+
+class PackedLayer(CacheLayerMixin):
     """Packed keys and values of one layer.
 
     Args:
-        spec: formats and transforms, on any device; moved to the keys' device at first use.
-        geometry: sinks, window, page size and head shape.
-        padding: shared by all layers of the cache.
-        layer_idx: for messages.
-        use_triton: read and write by Triton kernels instead of plain torch.
-        rungs: what pages may be stored in, floor (`spec`) first; new pages go on the last one unless `due` says otherwise.
+        rungs: what pages may be stored in, floor first, on any device; moved to the keys' device at first use. New pages go on the
+            last one unless a policy plans otherwise.
+        shared: by all layers of the cache.
+        layer_idx: number of the layer.
+        backend: reads and writes the tensors.
+        new_pool: makes the pool of pages at first use.
     """
 
     is_croppable = True
@@ -44,99 +51,101 @@ class PackedLayer(Sequences, CacheLayerMixin):
 
     def __init__(
         self,
-        spec: LayerSpec,
-        geometry: Geometry,
-        padding: Padding,
+        rungs: Sequence[LayerSpec],
+        shared: SharedState,
         layer_idx: int,
-        use_triton: bool = False,
-        rungs: Sequence[LayerSpec] = (),
+        backend: Backend = REFERENCE,
+        new_pool: NewPool = new_pool,
     ) -> None:
         super().__init__()
-        self.rungs = list(rungs) or [spec]
-        self.due: list[list[int]] = []  # rungs of each sequence's next pages, oldest first; [] for the highest
-        self.spec, self.geometry, self.padding, self.layer_idx = spec, geometry, padding, layer_idx
-        self.use_triton = use_triton
-        self.sliding = geometry.sliding_of(layer_idx)
-        self.shares_pool = False  # with forks
-        self.bounds: list[list[int]] = []  # `segments` on the host
-        self._columns, self._length, self._counted = 0, [], padding.steps
-        self.pager: Pager | None = None  # where old pages may go to host memory
+        self.rungs, self.shared, self.layer_idx, self.backend = list(rungs), shared, layer_idx, backend
+        self.steps = backend if isinstance(backend, StepBackend) else None  # takes a decoding step in one go
+        self.sliding = shared.geometry.sliding_of(layer_idx)
+        self._new_pool, self._columns = new_pool, Count(shared.clock)
+        self._planned: list[list[int]] = []  # before there are sequences
+        self.held: LayerStore  # once there is anything
 
     @neutrally
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        g = self.geometry
+        g, batch = self.geometry, key_states.shape[0]
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.batch_size = key_states.shape[0]
         self.rungs = [rung.to(self.device) for rung in self.rungs]
-        self.spec = self.rungs[0]
         sizes = [g.pair_nbytes(r.key.format, r.value.format) for r in self.rungs]
-        if self.pager is None:
-            self.pool = PagePool(sizes, self.device)
-        else:
-            self.pool = PagingPool(sizes[0], self.device, self.pager, self.layer_idx)
-        self.moves = 0  # of the pool's, that the block table knows
-        shape = (self.batch_size, g.num_kv_heads, g.raw_rows, g.head_dim)
-        self.raw_keys = torch.empty(shape, dtype=torch.float16, device=self.device)
-        self.raw_values = torch.empty(shape, dtype=torch.float16, device=self.device)
-        # on the device for kernels, and on the host so that nothing waits for the device
-        self.state = torch.zeros(self.batch_size, 2, dtype=torch.int32, device=self.device)  # length, pages
-        self.block_table = torch.zeros(self.batch_size, 0, dtype=torch.int64, device=self.device)  # addresses
-        self.segments = torch.zeros(0, 0, dtype=torch.int32, device=self.device)  # see runtime.pages
-        self.length = [0] * self.batch_size
-        self.pages: list[list[int]] = [[] for _ in range(self.batch_size)]
-        self.passed = [0] * self.batch_size  # leading pages that are gone
-        # lowest token of the ring whose 16-bit row is there, unless the ring has come round since
-        self.oldest = [self.geometry.sinks] * self.batch_size
+        pool = self._new_pool(self.layer_idx, sizes, self.device)
+        sequences = [CachedSequence(self.shared.clock, g.sinks) for _ in range(batch)]
+        table = PageTable(pool, len(self.rungs), sequences, self.device)
+        table.plan(self._planned)
+        window = RawWindow(g, batch, self.device)
+        self.held = LayerStore(window, table, self.rungs, self.shared, self.layer_idx, self.backend)
+        self._columns.set(0)
         self.is_initialized = True
 
-    def enter(self, b: int, first: int, ids: list[int]) -> None:
-        """Writes pages into sequence b's block table from entry `first` on."""
-        if ids:
-            entries = on_device(self.pool.addresses(ids), torch.int64, self.device)
-            self.block_table[b, first : first + len(ids)] = entries
+    # -- what it is ----------------------------------------------------------------------------------------------------
 
-    def _set_state(self, b: int) -> None:
-        self.state[b] = on_device([self.length[b], len(self.pages[b])], torch.int32, self.device)
+    @property
+    def geometry(self) -> Geometry:
+        """Sinks, window, page size and head shape."""
+        return self.shared.geometry
 
-    # -- sizes ---------------------------------------------------------------------------------------------------------
+    @property
+    def spec(self) -> LayerSpec:
+        """The floor's formats and transforms."""
+        return self.rungs[0]
+
+    @property
+    def formats(self) -> tuple[Format, Format]:
+        """The floor's formats of keys and of values."""
+        return self.spec.key.format, self.spec.value.format
+
+    @property
+    def window(self) -> RawWindow:
+        """The 16-bit rows, once there are some."""
+        return self.held.window
+
+    @property
+    def table(self) -> PageTable:
+        """The sequences and their pages, once there are some."""
+        return self.held.table
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences, once there are some."""
+        return len(self.table.sequences)
+
+    @property
+    def columns(self) -> int:
+        """Tokens seen, padding included: what transformers calls the sequence length."""
+        return self._columns.value if self.is_initialized else 0
 
     def tensors(self) -> list[Tensor]:
         """Every tensor on the device that grows with the number of sequences or tokens."""
-        if not self.is_initialized:
-            return []
-        if not self.shares_pool:
-            return [*self.own_tensors(), *self.pool.tensors()]
-        return [*self.own_tensors(), *(self.pool.page(i) for i in sorted(self._own_pages()) if self.pool.on_device(i))]
+        return self.held.tensors() if self.is_initialized else []
 
     def own_tensors(self) -> list[Tensor]:
         """Every resident tensor but the pages."""
-        return [self.raw_keys, self.raw_values, self.state, self.block_table, self.segments]
-
-    def _own_pages(self) -> set[int]:
-        """Distinct pages of these sequences."""
-        return {i for ids in self.pages for i in ids if i != PASSED}
+        return self.held.own_tensors() if self.is_initialized else []
 
     @property
     def host_nbytes(self) -> int:
         """Bytes in host memory, whoever shares them."""
-        return self.pool.host_nbytes if self.is_initialized else 0
+        return self.table.pool.host_nbytes if self.is_initialized else 0
 
     @property
     def nbytes(self) -> int:
         """Resident bytes, on the device."""
-        if not self.is_initialized:
-            return 0
-        if self.shares_pool:
-            return sum(t.nbytes for t in self.tensors())
-        return sum(t.nbytes for t in self.own_tensors()) + self.pool.nbytes
+        return self.held.nbytes if self.is_initialized else 0
 
     def lengths(self) -> list[int]:
         """Tokens of each sequence, without padding."""
-        return list(self.length) if self.is_initialized else []
+        return [sequence.length for sequence in self.table.sequences] if self.is_initialized else []
+
+    def page_counts(self, batch_size: int) -> list[int]:
+        """Pages of each of `batch_size` sequences, those counted that are gone."""
+        return [len(s.pages) for s in self.held.table.sequences] if self.is_initialized else [0] * batch_size
 
     def num_pages(self) -> int:
         """Distinct resident pages."""
-        return len({i for ids in self.pages for i in ids} - {PASSED}) if self.is_initialized else 0
+        return len(self.table.own_pages()) if self.is_initialized else 0
 
     def get_seq_length(self) -> int:
         return self.columns
@@ -145,50 +154,106 @@ class PackedLayer(Sequences, CacheLayerMixin):
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.columns + (0 if self.padding.stepping else query_length), 0
+        return self.columns + (0 if self.shared.stepping else query_length), 0
+
+    def report(self) -> dict[str, Any]:
+        """See QuantizedKVCache.report."""
+        g, lengths = self.geometry, self.lengths()
+        seen = sum(min(n, self.sliding or n) for n in lengths)
+        elements = 2 * g.num_kv_heads * g.head_dim * seen
+        counts = [0] * len(self.rungs)
+        if self.is_initialized:  # a fork has one rung
+            counts = [self.num_pages()] if self.table.shares_pool else self.table.pool.counts
+        names = [f"K {rung.key.format} | V {rung.value.format}" for rung in self.rungs]
+        return {
+            "tokens": lengths,
+            "pages": dict(reversed(list(zip(names, counts, strict=True)))),
+            "bytes": self.nbytes,
+            "host_bytes": self.host_nbytes,
+            "effective_bits": 8 * (self.nbytes + self.host_nbytes) / elements if elements else 0.0,
+        }
 
     # -- append --------------------------------------------------------------------------------------------------------
 
     def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs
     ) -> tuple[LayerView, LayerView]:
-        """Appends keys (after RoPE) and values [B, num_kv_heads, T, head_dim] and returns the handle to attend with, twice.
+        """Takes keys (after RoPE) and values [B, num_kv_heads, T, head_dim] and returns the handle to attend with, twice.
+
+        What transformers calls so is two things here. `store` stores them now. A decoding step that the backend takes in one go is
+        deferred (`defer`): the host counts the token at once, and the tensors are written when the handle attends.
 
         Raises:
-            FloatingPointError: a key or value is NaN or infinite; nothing of this layer is stored. A decoding step by kernels
-                leaves that to the cache (runtime.marks).
+            FloatingPointError: a key or value is NaN or infinite; nothing of this layer is stored. A step that is deferred leaves that
+                to the cache (runtime.cache.nan_check).
         """
-        if self.padding.stepping:  # the host's part is done for all layers (runtime.steps)
-            shape = torch.Size((*key_states.shape[:2], self.columns, key_states.shape[3]))
-            view = LayerView(self, None, shape, key_states.dtype, key_states.device, (key_states, value_states))
+        if self.shared.stepping:  # the host's part is done for all layers (runtime.generate.steps)
+            view: LayerView = self._deferred(key_states, value_states, self.columns)
             return view, view
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.release_passed()
-        self.pool.written()
+        self.table.pool.written()
         tokens = key_states.shape[2]
-        pads = self.padding.columns or [0] * self.batch_size
+        pads = self.shared.pads(self.batch_size)
         skips = [min(max(pad - self.columns, 0), tokens) for pad in pads]
-        shape = torch.Size((*key_states.shape[:2], self.columns + tokens, key_states.shape[3]))
-        if self.use_triton and self.padding.plain and tokens == 1 and not any(skips):
-            take_pages([self], due_in(self))
-            self.length = [n + 1 for n in self.length]
-            self.columns += 1
-            view = LayerView(self, None, shape, key_states.dtype, key_states.device, (key_states, value_states))
-            return view, view
+        if self.steps is not None and self.shared.plain and tokens == 1 and not any(skips):
+            view = self.defer(key_states, value_states)
+        else:
+            view = self.store(key_states, value_states, skips, pads)
+        return view, view
+
+    def plan(self, rungs: list[list[int]]) -> None:
+        """Says which rungs each sequence's next pages are written on, oldest first; [] for the highest."""
+        if self.is_initialized:
+            self.table.plan(rungs)
+        else:
+            self._planned = rungs
+
+    def defer(self, key_states: Tensor, value_states: Tensor) -> DeferredView:
+        """The host's part of a decoding step of one token a sequence: counts it and makes room for the pages that come due. Nothing
+        is stored until the handle attends."""
+        take_pages([self.table], self.due())
+        for sequence in self.table.sequences:
+            sequence.set_length(sequence.length + 1)
+        self._columns.set(self.columns + 1)
+        return self._deferred(key_states, value_states, self.columns)
+
+    def _deferred(self, keys: Tensor, values: Tensor, columns: int) -> DeferredView:
+        shape = torch.Size((*keys.shape[:2], columns, keys.shape[3]))
+        return DeferredView(self, shape, keys.dtype, keys.device, new=(keys, values))
+
+    def due(self) -> list[int]:
+        """Sequences whose next token brings a page."""
+        g = self.geometry
+        return [b for b, s in enumerate(self.table.sequences) if g.num_pages(s.length + 1) > len(s.pages)]
+
+    def store(self, key_states: Tensor, value_states: Tensor, skips: list[int], pads: list[int]) -> StoredView:
+        """Stores keys and values.
+
+        Args:
+            skips: leading columns of each sequence that are padding, of these keys.
+            pads: the same of the whole sequence.
+        Raises:
+            FloatingPointError: a key or value is NaN or infinite; nothing is stored.
+        """
+        tokens, end = key_states.shape[2], self.columns + key_states.shape[2]
         self._check_finite(key_states, value_states, skips)
         positions = self._positions(tokens, skips) if self.spec.key.turns else None
-        keys = to_float16(self.spec.key.apply(key_states, positions, self.geometry.sinks, self.columns + tokens))
+        keys = to_float16(self.spec.key.apply(key_states, positions, self.geometry.sinks, end))
         values = to_float16(value_states.float())
-        rows = [self._append(b, keys[b, :, skip:], values[b, :, skip:], skip, pads[b]) for b, skip in enumerate(skips)]
-        self.columns += tokens
-        set_segments(self)
-        view = LayerView(self, rows, shape, key_states.dtype, key_states.device)
-        return view, view
+        rows = [
+            self.held.append(b, keys[b, :, skip:], values[b, :, skip:], skip, pad)
+            for b, (skip, pad) in enumerate(zip(skips, pads, strict=True))
+        ]
+        self._columns.set(end)
+        self.table.set_segments()
+        shape = torch.Size((*key_states.shape[:2], end, key_states.shape[3]))
+        return StoredView(self, shape, key_states.dtype, key_states.device, rows=rows)
 
     def _positions(self, tokens: int, skips: list[int]) -> Tensor:
         """Positions of the next columns, counted from each sequence's first token: int64 [B, tokens], 0 where padded."""
-        starts = [length - skip for length, skip in zip(self.length, skips, strict=True)]
+        starts = [length - skip for length, skip in zip(self.lengths(), skips, strict=True)]
         columns = torch.arange(tokens, device=self.device)
         return (columns + on_device(starts, torch.int64, self.device)[:, None]).clamp_min(0)
 
@@ -201,138 +266,135 @@ class PackedLayer(Sequences, CacheLayerMixin):
                 if len(bad):
                     raise not_finite(self.layer_idx, name, self.columns + skip + int(bad[0]), b)
 
-    def slots(self, start: int, end: int) -> Tensor:
-        """Rows of the 16-bit buffers that tokens start … end − 1 stand in, int64 [end − start]."""
-        return slots_of(self.geometry, torch.arange(start, max(start, end))).to(self.device, non_blocking=True)
-
-    def _append(self, b: int, keys: Tensor, values: Tensor, skip: int, pad: int) -> RowView:
-        """Appends keys in their stored basis and values, float16 [Hkv, n, D], to sequence b."""
-        g = self.geometry
-        length, pages = self.length[b], len(self.pages[b])
-        packed, new = pages * g.page_tokens, keys.shape[1]
-        total = length + new
-        packed_after = max(packed, packed_tokens(total, g.sinks, g.window, g.page_tokens))
-        raw = (self.raw_keys[b], self.raw_values[b])
-        sinks = min(g.sinks, length)
-        if new == 1:
-            for buffer, row in zip(raw, (keys, values), strict=True):
-                buffer[:, self.slots(length, total)] = row
-            if packed_after > packed:
-                first = g.sinks + packed % g.ring
-                page = slice(first, first + g.page_tokens)
-                self._store_pages(b, raw[0][:, page], raw[1][:, page])
-            sinks = min(g.sinks, total)
-            held = torch.cat((self.slots(0, sinks), self.slots(max(sinks, g.sinks + packed_after), total)))
-            view_keys, view_values = raw[0][:, held], raw[1][:, held]
-            view_packed = packed_after
-        else:  # a prompt or a chunk: its queries still read raw what this very call packs
-            held = torch.cat((self.slots(0, sinks), self.slots(max(sinks, g.sinks + packed), length)))
-            view_keys = torch.cat((raw[0][:, held], keys), 1)
-            view_values = torch.cat((raw[1][:, held], values), 1)
-            view_packed = packed
-            end = g.sinks + packed_after - packed
-            if packed_after > packed:
-                self._store_pages(b, view_keys[:, g.sinks : end], view_values[:, g.sinks : end])
-            # first new token whose row is kept: of the window, or what a crop of `rollback` tokens would bring back there
-            least = packed_tokens(max(0, total - g.rollback), g.sinks, g.window, g.page_tokens)
-            kept = max(length, g.sinks + least)
-            if kept > length:
-                self.oldest[b] = max(self.oldest[b], kept)
-            fresh = torch.cat((self.slots(length, min(g.sinks, total)), self.slots(kept, total)))
-            new_sinks = range(length, min(g.sinks, total))
-            source = torch.tensor([*new_sinks, *range(kept, total)], dtype=torch.int64) - length
-            source = source.to(self.device)
-            for buffer, row in zip(raw, (keys, values), strict=True):
-                buffer[:, fresh] = row[:, source]
-        self.length[b] = total
-        self._set_state(b)
-        device = keys.device
-        positions = torch.arange(length, total, device=device)
-        seen = positions + 1 - g.sinks - g.window
-        limit = g.sinks + (seen.clamp_min(0) // g.page_tokens * g.page_tokens).clamp_min(view_packed)
-        raw_positions = torch.arange(view_keys.shape[1], device=device)
-        raw_positions[g.sinks :] += view_packed
-        ids = list(self.pages[b])
-        return RowView(skip, pad, positions, limit, view_keys, view_values, raw_positions, ids, view_packed)
-
-    def _store_pages(self, b: int, keys: Tensor, values: Tensor) -> None:
-        """Packs whole pages of float16 [Hkv, n·page_tokens, D] behind the pages that sequence b has."""
-        most = self.pool.most
-        if most is not None:
-            for part in zip(*(x.split(most * self.geometry.page_tokens, 1) for x in (keys, values)), strict=True):
-                self._store_run(b, *part)
-        else:
-            self._store_run(b, keys, values)
-
-    def _store_run(self, b: int, keys: Tensor, values: Tensor) -> None:
-        """_store_pages for pages that may all wait for their bytes together."""
-        count = keys.shape[1] // self.geometry.page_tokens
-        first = len(self.pages[b])
-        rungs = self.due[b] if self.due else []
-        ids = [i for n in range(count) for i in self.pool.allocate(1, rungs[n] if rungs else -1)]
-        self._fit_table(max(first + count, *(len(ids) for ids in self.pages)))
-        self.enter(b, first, ids)
-        self.pages[b] += ids
-        write_pages(self, ids, keys, values)
-        self.pool.written()
-
-    def bring(self) -> None:
-        """Makes all pages readable by kernels, at the addresses that the block table has."""
-        self.pool.bring()
-        if self.moves != self.pool.moves:
-            self.moves = self.pool.moves
-            for b, (ids, passed) in enumerate(zip(self.pages, self.passed, strict=True)):
-                self.enter(b, passed, ids[passed:])
-
-    @neutrally
-    def _fit_table(self, entries: int) -> None:
-        """Gives the block table room for `entries` pages a sequence, in whole steps."""
-        entries = max(entries, *(len(ids) for ids in self.pages), 0)
-        room = table_entries(entries)
-        if room != self.block_table.shape[1]:
-            self.block_table = self.block_table.new_zeros(
-                self.batch_size, 0
-            )  # the old one goes before the new one comes
-            self.block_table = self.block_table.new_zeros(self.batch_size, room)
-            for b in range(self.batch_size):
-                self.enter(b, 0, self.pages[b])
-
     # -- read ----------------------------------------------------------------------------------------------------------
 
-    def read_pages(self, ids: list[int]) -> tuple[Tensor, Tensor]:
-        """Decodes pages: (keys, values), float32 [Hkv, len(ids)·page_tokens, D], keys in their stored basis."""
-        return read_pages(self, ids)
+    def attend(
+        self, rows: list[RowView], query: Tensor, scaling: float, options: LogitOptions, mask: Tensor | None
+    ) -> Tensor:
+        """Attention over what `store` stored; see Backend.attend."""
+        backend = self.backend if self.shared.plain or self.backend.reads_masks else REFERENCE
+        if backend.reads_addresses:
+            self.table.bring()
+        out = backend.attend(self.held.record(), rows, query, scaling, options, mask)
+        self.table.pool.written()
+        self.release_passed()
+        return out
 
-    def tiles(self, row: RowView):
-        """Yields what the queries of one sequence read, a tile at a time."""
-        g = self.geometry
-        raw = row.keys.shape[1]
-        # for a prompt the sinks come apart: later runs of raw tokens are then skipped by the queries that read them packed
-        cuts = [0, raw] if row.positions.numel() == 1 else [0, *range(min(g.sinks, raw), raw, TILE_TOKENS // 2), raw]
-        for start, end in pairwise(cuts):
-            part = slice(start, end)
-            yield Tile(row.keys[:, part], row.values[:, part], row.raw_positions[part], False)
-        unseen = 0  # pages behind the first query's sliding window, be they gone already or not
-        if self.sliding and row.positions.numel():
-            unseen = max(0, int(row.positions[0]) - self.sliding + 1 - g.sinks) // g.page_tokens
-        one = row.positions.numel() == 1
-        for start, ids in self._runs(row.pages, unseen, one):
-            first = g.sinks + start * g.page_tokens
-            positions = torch.arange(first, first + len(ids) * g.page_tokens, device=self.device)
-            if one:
-                yield Tile(*read_codes(self, ids), field_order(positions, g.page_tokens), True)
-            else:
-                yield Tile(*self.read_pages(ids), positions, True)
+    def append_and_attend(
+        self, keys: Tensor, values: Tensor, query: Tensor, scaling: float, options: LogitOptions
+    ) -> Tensor:
+        """Stores a step that was deferred and attends; see StepBackend.append_and_attend."""
+        assert self.steps is not None
+        if self.backend.reads_addresses:
+            self.table.bring()
+        marks = self.shared.marks.on(query.shape[0], query.device)
+        out = self.steps.append_and_attend(self.held.record(marks), keys, values, query, scaling, options)
+        if not self.shared.stepping:
+            self.table.pool.written()
+            self.release_passed()
+        return out
 
-    def _runs(self, pages: list[int], start: int, one: bool) -> Iterator[tuple[int, list[int]]]:
-        """Cuts the pages from number `start` on into tiles, of one rung each for one query: (first number, pages)."""
-        g = self.geometry
-        step = max(1, TILE_TOKENS // g.page_tokens)
-        if not one:
-            yield from ((i, pages[i : i + step]) for i in range(start, len(pages), step))
+    # -- pages come and go -------------------------------------------------------------------------------------------------
+
+    def release_passed(self) -> None:
+        """Frees pages that lie behind a sliding window of every query to come; called once the latest queries have attended."""
+        if self.sliding and self.is_initialized:
+            self.table.drop_passed(self.geometry, self.sliding)
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raises KvfoldError if a crop needs tokens that a sliding window has left behind."""
+        g, remove = self.geometry, self.removed(tokens_to_remove)
+        if not self.is_initialized or remove == 0:
             return
-        for _, run in groupby(range(start, len(pages)), lambda i: self.pool.rung(pages[i])):
-            held = list(run)
-            size = min(CODE_TOKENS // g.page_tokens, CODE_NBYTES // self.pool.sizes[self.pool.rung(pages[held[0]])])
-            for i in range(held[0], held[-1] + 1, max(1, size)):
-                yield i, pages[i : min(i + max(1, size), held[-1] + 1)]
+        for b, sequence in enumerate(self.table.sequences):
+            kept, gone = max(0, sequence.length - remove), g.sinks + sequence.passed * g.page_tokens
+            if sequence.passed and kept > g.sinks and kept - self.sliding + 1 < gone:
+                raise KvfoldError(
+                    f"A crop of sequence {b} to {kept} tokens needs some of the first {gone}, which the sliding window "
+                    f"of layer {self.layer_idx} ({self.sliding} tokens) has left behind; load with rollback={remove} or more."
+                )
+
+    def removed(self, tokens_to_remove: int) -> int:
+        """Columns that `crop` would remove."""
+        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.columns - tokens_to_remove)
+        return min(remove, self.columns)
+
+    def crop(self, tokens_to_remove: int, undo: bool = False) -> bool:
+        """Removes the last |n| tokens for n ≤ 0; for n > 0 keeps the first n columns.
+
+        To a length that is `rollback` below the longest so far, or less, that is as if the tokens had never come. Further
+        back, a page that is cut through goes back to the window with its quantised values, and whole pages stay pages.
+
+        Args:
+            undo: as if they had never come also without a rollback, where the 16-bit rows happen to be there still.
+        Returns:
+            whether the tokens that are left stand as if the others had never come.
+        Raises:
+            KvfoldError: what is left would need tokens that a sliding window has left behind; nothing is removed.
+        """
+        self.check_crop(tokens_to_remove)
+        remove = self.removed(tokens_to_remove)
+        if not self.is_initialized or remove == 0:
+            return True
+        exact = undo or self.geometry.rollback > 0
+        whole = [self.held.crop(b, remove, exact) for b in range(self.batch_size)]
+        self._columns.set(self.columns - remove)
+        self.table.fit()
+        return all(whole)
+
+    # -- whole sequences -----------------------------------------------------------------------------------------------
+
+    def extend_ring(self) -> None:
+        """Follows the cache's geometry, whose `rollback` has grown: what the ring holds moves to one of the new size."""
+        if self.is_initialized:
+            self.window.extend(self.geometry, self.table.sequences)
+
+    def reset(self) -> None:
+        """Forgets everything and frees it."""
+        if self.is_initialized:
+            self.table.close()
+            del self.held
+        self.is_initialized = False
+        self._columns.set(0)
+        self._planned = []
+
+    def copy(self, shared: SharedState, new_pool: NewPool, shares_pages: bool) -> "PackedLayer":
+        """A layer that goes on from here by itself: with the same pages, and 16-bit rows and tables of its own, or with all its own."""
+        other = PackedLayer(self.rungs, shared, self.layer_idx, self.backend, new_pool)
+        if self.is_initialized:
+            other.adopt(self.held.copy(shared, shares_pages), self.columns, self.dtype, self.device)
+        return other
+
+    def adopt(self, held: LayerStore, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Goes on with what is there already.
+
+        Args:
+            columns: tokens seen, padding included.
+            dtype, device: of keys as the model computes them.
+        """
+        self.held, self.dtype, self.device = held, dtype, device
+        self.is_initialized = True
+        self.count(columns)
+
+    def count(self, columns: int) -> None:
+        """Tokens seen, padding included, from here on."""
+        self._columns.set(columns)
+
+    def __reduce_ex__(self, protocol: object) -> str:
+        raise KvfoldError("A layer of a packed cache can't be copied by itself; copy the cache, or its fork(n).")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the sequences `indices`, int64 [n], in that order; an index may repeat. Pages are shared, not copied."""
+        if not self.is_initialized:
+            return
+        indices = torch.as_tensor(indices)
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        self.held.select(indices, self.device)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))

@@ -5,7 +5,7 @@ import torch
 
 from kvfold.errors import KvfoldError
 from kvfold.runtime.cache.cache import QuantizedKVCache
-from kvfold.runtime.cache.pool import PASSED
+from kvfold.runtime.cache.sequence import PASSED
 
 
 def onnx_inputs(cache: QuantizedKVCache) -> dict[str, np.ndarray]:
@@ -30,15 +30,16 @@ def onnx_inputs(cache: QuantizedKVCache) -> dict[str, np.ndarray]:
             raise KvfoldError(
                 "ONNX graphs read the artifact's formats only, and policy='progressive' has others; load with 'floor'."
             )
-        sinks, length, count = layer.geometry.sinks, lengths[0], len(layer.pages[0])
-        pages = torch.zeros(len(lengths), count, layer.pool.page_nbytes, dtype=torch.uint8, device=layer.device)
-        for row, ids in zip(pages, layer.pages, strict=True):
+        window, pool, ids_of = layer.window, layer.table.pool, layer.table.pages()
+        sinks, length, count = layer.geometry.sinks, lengths[0], len(ids_of[0])
+        pages = torch.zeros(len(lengths), count, pool.page_nbytes, dtype=torch.uint8, device=layer.device)
+        for row, ids in zip(pages, ids_of, strict=True):
             passed = ids.count(PASSED)
             if passed < count:
-                row[passed:] = layer.pool.load(ids[passed:])
+                row[passed:] = pool.load(ids[passed:])
         slots = torch.cat(
-            (layer.slots(0, min(sinks, length)), layer.slots(sinks + count * layer.geometry.page_tokens, length))
+            (window.slots(0, min(sinks, length)), window.slots(sinks + count * layer.geometry.page_tokens, length))
         )
-        tensors = {"pages": pages, "key_rows": layer.raw_keys[:, :, slots], "value_rows": layer.raw_values[:, :, slots]}
+        tensors = {"pages": pages, "key_rows": window.keys[:, :, slots], "value_rows": window.values[:, :, slots]}
         found |= {f"past.{i}.{name}": tensor.cpu().numpy() for name, tensor in tensors.items()}
     return found

@@ -38,7 +38,7 @@ class Pager:
         self.limit = 0  # bytes of pages and staging buffers on the device, see `admit`
         self.most = 1  # new pages that may wait for their bytes together
         self.pools: weakref.WeakValueDictionary[int, PagingPool] = weakref.WeakValueDictionary()  # by layer
-        self.fixed: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # bytes of caches besides pages
+        self._fixed: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # bytes of caches besides pages
         self.stages: list[list[Tensor]] = [[] for _ in range(buffers)]
         self.held: list[weakref.ref | None] = [None] * buffers  # whose pages each buffer has
         self.stream: torch.cuda.Stream | None = None
@@ -47,6 +47,10 @@ class Pager:
     def new(self) -> "Pager":
         """Another one of the same kind, for a cache that begins anew."""
         return Pager(self.sizes, self.chunk_pages, self.buffers)
+
+    def add(self, pool: "PagingPool") -> None:
+        """Moves the pages of this pool too."""
+        self.pools[pool.index] = pool
 
     # -- bytes ---------------------------------------------------------------------------------------------------------
 
@@ -93,15 +97,38 @@ class Pager:
             return out
         return min(out, sum((n + new) * self.sizes[i] for i, n in counts.items()))
 
-    def admit(self, cache: Any, fixed: int, budget: int, new: int = 0) -> None:
-        """Leaves `budget` less a cache's `fixed` bytes to pages and staging buffers, and makes room in it."""
-        self.fixed[cache] = fixed
-        self.limit = budget - max(self.fixed.values())
-        self.make_room(0)
+    def join(self, owner: Any, like: Any) -> None:
+        """The cache of policy `owner` shares pages from here on, and is as large as that of `like`."""
+        self._fixed[owner] = self._fixed.get(like, 0)
+
+    def leave(self, owner: Any) -> None:
+        """The cache of policy `owner` has no pages here any more."""
+        self._fixed.pop(owner, None)
+
+    def most_fixed(self, owner: Any, fixed: int) -> int:
+        """The most bytes besides pages of one cache, if that of `owner` has `fixed`."""
+        return max([fixed, *(nbytes for other, nbytes in self._fixed.items() if other is not owner)])
+
+    def reserve(self, owner: Any, fixed: int, budget: int) -> None:
+        """Leaves `budget` less the `fixed` bytes of the cache of `owner` to pages and staging buffers."""
+        self._fixed[owner] = fixed
+        self.limit = budget - max(self._fixed.values())
+
+    def admit(self, owner: Any, fixed: int, budget: int, new: int = 0) -> None:
+        """`reserve`, and makes room in what is left; `new`: pages that each layer is about to get."""
+        self.reserve(owner, fixed, budget)
+        self.push_out(0)
         on_device = self.allotted + new * sum(self.sizes) <= self.limit
         self.most = max(1, new if on_device else (self.limit - self.needed(new, 0)) // max(self.sizes))
 
-    def make_room(self, nbytes: int) -> bool:
+    def spare(self, nbytes: int) -> bool:
+        """`push_out`, which moves nothing if there would not be room with all pages in host memory."""
+        if self.allotted + nbytes <= self.limit:
+            return True
+        # with few layers to a buffer all pages in host memory may take more than some
+        return self.needed(0, 0) + nbytes <= self.limit and self.push_out(nbytes)
+
+    def push_out(self, nbytes: int) -> bool:
         """Moves pages to host memory until `nbytes` more fit on the device; False if there are none left to move.
 
         Pages go first, and the staging buffer grows when they are gone: at no instant is more on the device than `limit`.
@@ -177,7 +204,7 @@ class Pager:
         for i in sorted(pool.stale) if own else range(len(pool.chunks)):
             chunk = pool.chunks[i]
             self.stages[b][i][: chunk.numel()].copy_(chunk, non_blocking=True)
-        pool.stale.clear()
+        pool.copied()
         self.held[b] = weakref.ref(pool)
 
     def _wait(self, buffer: int) -> None:
@@ -207,13 +234,13 @@ class PagingPool(PagePool):
         self.resident: dict[int, None] = {}  # pages on the device, oldest first
         self.waiting: set[int] = set()  # of them, those without bytes yet
         self._moved: list[int] = []  # pages whose slots have no address yet
-        pager.pools[index] = self
+        pager.add(self)
 
     def allocate(self, count: int, rung: int = -1) -> list[int]:
         """As PagePool.allocate; they stay on the device until `written` says that their bytes are there."""
         ids = []
         for _ in range(count):
-            enough = self.pager.make_room(self.page_nbytes)
+            enough = self.pager.push_out(self.page_nbytes)
             assert enough  # the cache has seen that they fit
             ids += super().allocate(1, rung)
             self.resident[ids[-1]] = None
@@ -248,7 +275,12 @@ class PagingPool(PagePool):
         self.stale.add(slot // per)
         self._moved.append(number)
 
+    def copied(self) -> None:
+        """What has changed is in the staging buffer."""
+        self.stale.clear()
+
     def settle_addresses(self) -> None:
+        """Pages that were moved get the addresses of their slots."""
         for number in self._moved:
             if number in self.slots:
                 self._addresses[number] = page_address(self.pager.place(self, self.slots[number]))

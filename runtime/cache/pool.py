@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from kvfold.kernels.pages import page_address
-
-PASSED = -1  # in a list of pages: one that a sliding window has left behind and that is gone
+from kvfold.runtime.cache.sequence import PASSED
 
 
 class PagePool:
@@ -35,16 +34,20 @@ class PagePool:
     def duplicate(self, pages: Sequence[Sequence[int]]) -> "PagePool":
         """A pool with copies of the pages of some sequences, under the same numbers, each owned as often as it is listed."""
         other = PagePool(self.sizes, self.device)
-        for number in (i for ids in pages for i in ids if i != PASSED):
-            if number in other._pages:
-                other._owners[number] += 1
-                continue
-            rung = self._rungs[number]
-            other._place(number, rung, other._new(rung).copy_(self._pages[number]))
-            other._owners[number] = 1
-            other.counts[rung] += 1
-        other._free_ids = [i for i in range(max(other._pages, default=-1)) if i not in other._pages]
+        other._adopt([i for ids in pages for i in ids if i != PASSED], self)
         return other
+
+    def _adopt(self, ids: list[int], source: "PagePool") -> None:
+        """Copies another pool's pages to this one, which is empty; each has as many owners as it is listed times."""
+        for number in ids:
+            if number in self._pages:
+                self._owners[number] += 1
+                continue
+            rung = source._rungs[number]
+            self._place(number, rung, self._new(rung).copy_(source._pages[number]))
+            self._owners[number] = 1
+            self.counts[rung] += 1
+        self._free_ids = [i for i in range(max(self._pages, default=-1)) if i not in self._pages]
 
     @property
     def page_nbytes(self) -> int:

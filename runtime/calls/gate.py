@@ -16,13 +16,13 @@ from transformers import Cache
 from transformers.masking_utils import find_packed_sequence_indices
 
 from kvfold.errors import KvfoldError
+from kvfold.runtime.backends.base import NAME
 from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.calls.lora import check_adapters, moved_projections
 from kvfold.runtime.calls.masks import Place, read_squares
 
 log = logging.getLogger("kvfold")
 
-NAME = "kvfold"  # of the attention function
 HOW = "inside `with runtime.plain_cache(model):`"
 MARK = "kvfold_artifact"  # attribute of a cache that isn't packed: the artifact whose model fills it
 
@@ -66,7 +66,7 @@ class Gate:
         self.check_model(model)
         self.check_cache(cache, batch)
         cache.note_padding(mask, batch, 1)
-        return cache.padding.plain
+        return cache.shared.plain
 
     def check_model(self, model: Any) -> None:
         """What may have been done to a model since it was loaded.
@@ -181,11 +181,11 @@ class Gate:
         else:
             cache.note_padding(None, batch, count)
             seen = cache.get_seq_length()
-            pads = tuple(min(pad, seen) for pad in cache.padding.columns)
+            pads = tuple(min(pad, seen) for pad in cache.shared.padding)
             windows = tuple(layer.sliding for layer in cache.layers)
             kwargs["attention_mask"], plain = read_squares(mask, Place(seen, count, pads, windows), tokens.device)
-            cache.padding.plain = plain
-        if not cache.padding.plain and cache.layers[0].use_triton:
+            cache.shared.set_plain(plain)
+        if not cache.shared.plain and not cache.layers[0].backend.reads_masks:
             self.tell(
                 "mask", "attention_mask hides more than left padding, which the Triton kernels don't read; the plain-torch reference, "
                 "which is slower, computes such calls",

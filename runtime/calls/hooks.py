@@ -7,8 +7,8 @@ from typing import Any
 from transformers.utils import ModelOutput
 
 from kvfold.errors import KvfoldError
-from kvfold.runtime.budget.ladder import Progressive
-from kvfold.runtime.budget.lower import check
+from kvfold.runtime.backends.base import Backend
+from kvfold.runtime.budget.ladder import Ladders
 from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.cache.pager import Pager
 from kvfold.runtime.calls.gate import Gate
@@ -23,20 +23,28 @@ class Calls:
     """The hooks of one model; each gets the model as an argument, so that none keeps it alive.
 
     Args:
-        artifact, budget, triton, rollback, batch_invariant, policy, offload: as in load.attach.
+        artifact, budget, rollback, batch_invariant, offload: as in attachment.attach.
+        backend: of its caches.
+        ladders: of the progressive policy; None for floor.
     """
 
     def __init__(
         self,
         artifact: Any,
         budget: int | None,
-        triton: bool,
+        backend: Backend,
         rollback: int,
         batch_invariant: bool,
-        policy: Progressive | None,
+        ladders: Ladders | None,
         offload: bool,
     ) -> None:
-        self.artifact, self.budget, self.triton, self.policy, self.offload = artifact, budget, triton, policy, offload
+        self.artifact, self.budget, self.backend, self.ladders, self.offload = (
+            artifact,
+            budget,
+            backend,
+            ladders,
+            offload,
+        )
         self.batch_invariant = batch_invariant
         self.geometry = replace(artifact.geometry, rollback=rollback)
         self.covered = artifact.metadata.calibration.covered_positions
@@ -45,16 +53,24 @@ class Calls:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Calls":
         return self  # a copy of the model is of the same artifact
 
-    def new_cache(self, model: Any) -> QuantizedKVCache:
-        """An empty packed cache of this model."""
+    def new_cache(self, model: Any, ephemeral: bool = False) -> QuantizedKVCache:
+        """An empty packed cache of this model; `ephemeral`: for one forward pass with use_cache=False, and not returned."""
         away = None
         if self.offload:
             buffers = 2 if next(model.parameters()).device.type == "cuda" else 1
             away = Pager([self.geometry.pair_nbytes(*pair) for pair in self.artifact.formats], buffers=buffers)
-        cache = QuantizedKVCache(self.artifact.specs, self.geometry, self.budget, self.triton, self.policy, away)
-        cache.artifact, cache.tell = self.gate.digest, self.gate.tell
-        cache.padding.batch_invariant = self.batch_invariant
-        return cache
+        return QuantizedKVCache(
+            self.artifact.specs,
+            self.geometry,
+            self.budget,
+            self.backend,
+            self.ladders,
+            away,
+            batch_invariant=self.batch_invariant,
+            artifact=self.gate.digest,
+            ephemeral=ephemeral,
+            tell=self.gate.tell,
+        )
 
     def prepare_cache(
         self, model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -70,7 +86,7 @@ class Calls:
         if cache is not None:
             if not isinstance(cache, QuantizedKVCache):
                 self.gate.other_cache(cache, asked=not model.base_model.kv_packed)
-            cache._is_user_defined = True
+            cache._is_user_defined = True  # to generate, which then hands it back
         else:
             wanted = generation_config.cache_implementation
             stated = model.generation_config.cache_implementation  # generation_config.json may be the base model's
@@ -125,20 +141,20 @@ class Calls:
         if cache is not None and not isinstance(cache, QuantizedKVCache):
             self.gate.other_cache(cache, asked=not module.kv_packed)
             return (), kwargs
-        if cache is not None and cache.padding.stepping:
+        if cache is not None and cache.shared.stepping:
             return (), kwargs
         self.gate.check_model(module if model is None else model)
         self.gate.check_options(module, kwargs)
         if cache is None:
-            cache = kwargs["past_key_values"] = self.new_cache(module)
             wanted = kwargs.get("use_cache")
-            cache.lent = not (getattr(module.config, "use_cache", True) if wanted is None else wanted)
-            if cache.lent:
+            wanted = getattr(module.config, "use_cache", True) if wanted is None else wanted
+            cache = kwargs["past_key_values"] = self.new_cache(module, ephemeral=not wanted)
+            if cache.ephemeral:
                 self.gate.check_positions(kwargs, tokens.shape[0])
         self.gate.admit(cache, kwargs, tokens)
-        check(cache, tokens.shape[0], tokens.shape[1])
+        cache.policy.check(cache.layers, tokens.shape[0], tokens.shape[1])
         self.note_length(cache.get_seq_length() + tokens.shape[1])
-        if kwargs.get("position_ids") is None and any(cache.padding.columns):
+        if kwargs.get("position_ids") is None and any(cache.shared.padding):
             # generate counts positions from the first real token; a plain call must too, or a padded row's keys are
             # rotated, and so quantised, unlike the same row's alone
             kwargs["position_ids"] = cache.positions(tokens.shape[1], tokens.device)
@@ -146,6 +162,6 @@ class Calls:
 
     def after(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Without use_cache nobody may go on with the cache: generate would feed it the whole text again."""
-        if getattr(kwargs.get("past_key_values"), "lent", False) and isinstance(output, ModelOutput):
+        if getattr(kwargs.get("past_key_values"), "ephemeral", False) and isinstance(output, ModelOutput):
             return type(output)(**{**output, "past_key_values": None})
         return output

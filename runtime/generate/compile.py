@@ -13,7 +13,7 @@ import torch
 
 from kvfold.errors import KVBudgetExceeded, KvfoldError
 from kvfold.exports.account import Geometry
-from kvfold.exports.architectures import sliding_windows_of
+from kvfold.exports.architectures import ARCHITECTURES, sliding_windows_of
 from kvfold.exports.reader import read_metadata, tensor_shapes
 from kvfold.exports.schema import Metadata
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
@@ -70,7 +70,7 @@ def kinds_of(specs: Sequence[LayerSpec], config: Any) -> list[Kind]:
         shapes = tuple(None if tensor is None else tuple(tensor.shape) for tensor in tensors)
         name = (spec.key.format, spec.value.format, shapes, spec.key.turns, window > 0)
         if name not in found:
-            found[name] = Kind(spec, window, cap, text.model_type == "gpt_oss")
+            found[name] = Kind(spec, window, cap, ARCHITECTURES[text.model_type].sink_logits)
     return list(found.values())
 
 
@@ -100,20 +100,21 @@ def launches_of(
 
 
 def _walk(kind: Kind, geometry: Geometry, num_heads: int, dtype: torch.dtype, progressive: bool) -> None:
-    from kvfold.runtime.budget.ladder import Progressive
+    from kvfold.runtime.backends.triton import TRITON
+    from kvfold.runtime.budget.ladder import Ladders
     from kvfold.runtime.cache.cache import QuantizedKVCache
 
     heads, dim, page = geometry.num_kv_heads, geometry.head_dim, geometry.page_tokens
     logits = torch.zeros(num_heads, dtype=dtype) if kind.sinks_logit else None
     own = Geometry(heads, dim, geometry.sinks, geometry.window, page, (kind.sliding,) if kind.sliding else (), 0)
-    policy = Progressive([kind.spec], [(1.0, 1.0)], own) if progressive else None
+    ladders = Ladders([kind.spec], [(1.0, 1.0)], own) if progressive else None
     first = own.sinks + own.window + 2 * page
-    rungs = len(policy.rungs[0]) if policy else 1
+    rungs = len(ladders.rungs[0]) if ladders else 1
     prompts = [(1, 3), (1, first), *([] if progressive else [(2, first)])]
     if not kind.sliding:
         prompts.append((1, first + LEAST_CHUNK))
     for batch, tokens in prompts:
-        cache = QuantizedKVCache([kind.spec], own, AMPLE if progressive else None, use_triton=True, policy=policy)
+        cache = QuantizedKVCache([kind.spec], own, AMPLE if progressive else None, TRITON, ladders)
         longest = tokens >= LEAST_CHUNK
         # a page more at each rung, so that one of them comes due on the way down
         calls = [tokens, 1, *([page] * 2 * rungs if progressive else []), *([LEAST_CHUNK] if longest else []), 1]
@@ -126,14 +127,14 @@ def _walk(kind: Kind, geometry: Geometry, num_heads: int, dtype: torch.dtype, pr
                 break
             view.attend(query, dim**-0.5, None, kind.softcap, logits, kind.sliding)
             if progressive:
-                cache.budget = cache.nbytes  # so that what comes next sends pages down
+                cache.set_budget(cache.nbytes)  # so that what comes next sends pages down
         if tokens != first or batch != 1:
             continue
         layer, step = cache.layers[0], torch.zeros(1, heads, 1, dim, dtype=dtype)
-        cache.budget = None if not progressive else AMPLE
+        cache.set_budget(AMPLE if progressive else None)
         for context in CONTEXTS:
             view = cache.update(step, step, 0)[0]
-            layer.block_table = layer.block_table.new_zeros(1, context // page)
+            layer.table.reserve(context // page)
             view.attend(
                 torch.zeros(1, num_heads, 1, dim, dtype=dtype), dim**-0.5, None, kind.softcap, logits, kind.sliding
             )

@@ -24,11 +24,10 @@ from kvfold.runtime.cache.ambient import modes, neutral, no_gradient
 from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.calls.owner import Bound, Owner
 from kvfold.runtime.generate.fused import fused
-from kvfold.runtime.generate.steps import begin, due_rungs, finish, stepping
 
 log = logging.getLogger("kvfold")
 
-WARM = "warm"  # QuantizedKVCache.graph: one step has run on these tensors, the next may be captured
+WARM = "warm"  # HostSteps.captured: one step has run on these tensors, the next may be captured
 # steps of a model and a batch size before its norms, gates and RoPE are compiled: torch.compile takes seconds, which a short answer
 # must not wait for and a long one wins back
 FUSE_AFTER = 64
@@ -42,13 +41,13 @@ def reads(cache: QuantizedKVCache) -> list[tuple[int, torch.Size]]:
     """Where the tensors of a cache lie that a step of it reads or writes, pages aside."""
     found = []
     for layer in cache.layers:
-        there, _ = due_rungs(layer)
+        there, _ = layer.table.next_rungs()
         found += [*layer.own_tensors(), *([] if there is None else [there])]
     return [(x.data_ptr(), x.shape) for x in found]
 
 
 class DecodingStep:
-    """One step of a model on one cache, captured; `begin` has been called for it, and such a step must have run before.
+    """One step of a model on one cache, captured; `begin_step` has been called for it, and such a step must have run before.
 
     Capturing runs nothing and leaves the cache's host state alone.
 
@@ -84,7 +83,7 @@ class DecodingStep:
 
 def run(forward: Callable[..., Any], cache: QuantizedKVCache, ids: Tensor, positions: Tensor) -> Tensor:
     """The logits of a step whose host's part is done."""
-    with stepping(cache.padding):
+    with cache.step():
         return forward(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
 
 
@@ -126,33 +125,42 @@ class Decoding:
         if self.refused:
             return self.forward(*args, **kwargs)
         assert ids is not None
-        quiet = cache.quiet > 0
+        quiet = cache.steps.quiet > 0
         with neutral():
-            begun = begin(cache)
+            begun = cache.begin_step()
         if not begun:
             return self.forward(*args, **kwargs)
         if not quiet and self.notice is not None:
             self.notice(cache.layers[0].columns)
         positions = kwargs.get("position_ids")
         if positions is None:
-            positions = cache.layers[0].state[:, :1].long()
+            positions = cache.layers[0].table.state[:, :1].long()
         try:
             with torch.no_grad():
                 logits = self.logits(cache, ids, positions, quiet)
         except BaseException:
-            cache.torn, cache.graph = True, None  # some layers may have the token, and the host counts it for all
+            cache.steps.tear()
             raise
         with neutral():
-            finish(cache)
+            cache.finish_step()
         logits = no_gradient(logits, next(self.model.parameters()))
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    def as_forward(self) -> Bound:
+        """What takes the place of the model's `forward`; a copy of the model goes through its own `kv_decoding`."""
+
+        @functools.wraps(type(self.model).forward)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return self.kv_decoding(*args, **kwargs)
+
+        return Bound(forward, self.model)
 
     def fits(self, cache: QuantizedKVCache, ids: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether a call is a plain decoding step: one token a sequence, on a filled cache of kernels, and nothing else wanted."""
         first, config = cache.layers[0], self.model.config
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1 or len(args) > 1:
             return False
-        if not first.is_initialized or not first.use_triton or cache.pager is not None:
+        if not first.is_initialized or first.steps is None or cache.policy.moves_pages:
             return False
         if first.batch_size != len(ids) or ids.device != first.device or first.device.type not in self.capture.devices:
             return False
@@ -163,7 +171,7 @@ class Decoding:
             return False
         if (mask is not None and mask.dim() != 2) or (positions is not None and tuple(positions.shape) not in ((1, 1), (len(ids), 1))):  # fmt: skip
             return False
-        pads = cache.padding.columns
+        pads = cache.shared.padding
         if len(pads) != len(ids) or max(pads) >= first.columns:  # a sequence of which nothing has come yet
             return False
         if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
@@ -174,23 +182,26 @@ class Decoding:
 
     def logits(self, cache: QuantizedKVCache, ids: Tensor, positions: Tensor, quiet: bool) -> Tensor:
         """A step, replayed or as it is. `quiet`: nothing of the cache can have been replaced since the last one."""
-        step, batch = cache.graph, len(ids)
+        step, batch = cache.steps.captured, len(ids)
         fuse = self.steps[batch] >= FUSE_AFTER and os.environ.get("TORCHDYNAMO_DISABLE") != "1"
         if step is WARM:
-            step = cache.graph = self.captured(cache, batch, fuse)
-        elif step is not None and (step.fused != fuse or (not quiet and not self.holds(step, cache))):
-            step = cache.graph = None  # frees what it held before the step runs
+            step = self.captured(cache, batch, fuse)
+            cache.steps.keep(step, (fuse, self.weights()))
+        elif step is not None and (cache.steps.made_with[0] != fuse or (not quiet and not self.holds(step, cache))):
+            step = None
+            cache.steps.keep(None)  # frees what it held before the step runs
         if step is not None:
             self.steps[batch] += 1
             return step(ids, positions).clone()
         if self.insist or not (self.refused or self.hooked()):
-            cache.graph = WARM
+            cache.steps.keep(WARM)
         with fused(self.model) if fuse else nullcontext(), self.watched(cache):
             return run(self.forward, cache, ids, positions)
 
     def holds(self, step: Any, cache: QuantizedKVCache) -> bool:
         """Whether all that a captured step reads is where it was."""
-        return step.reads == reads(cache) and step.weights == self.weights() and (self.insist or not self.hooked())
+        there = step.reads == reads(cache) and cache.steps.made_with[1] == self.weights()
+        return there and (self.insist or not self.hooked())
 
     def weights(self) -> list[int]:
         """Where the model's weights lie."""
@@ -199,13 +210,11 @@ class Decoding:
     def captured(self, cache: QuantizedKVCache, batch: int, fuse: bool) -> Any:
         """A captured step; None, with a warning, where there can't be one: nothing was run, and the step runs as usual."""
         try:
-            step = self.capture(self.forward, cache, batch, fused(self.model) if fuse else None)
+            return self.capture(self.forward, cache, batch, fused(self.model) if fuse else None)
         except (RuntimeError, NotImplementedError) as error:
             self.refuse(str(error).splitlines()[0] if str(error) else type(error).__name__)
             recover(cache.layers[0].device)
             return None
-        step.fused, step.weights = fuse, self.weights()
-        return step
 
     def refuse(self, why: str) -> None:
         """From here on no step of this model is captured."""
@@ -230,7 +239,7 @@ class Decoding:
                 torch.cuda.set_sync_debug_mode(before)
         if any(WAITS in str(x.message) for x in found):
             self.refuse("its code waits for the device")
-            cache.graph = None
+            cache.steps.keep(None)
 
     def hooked(self) -> bool:
         """Whether somebody's hooks sit on the model's inner modules: a replay would not call them."""
@@ -242,17 +251,6 @@ class Decoding:
             if module not in own and any(not getattr(x, "__module__", "").startswith("transformers.") for x in hooks):
                 return True
         return False
-
-
-def decode_by(model: Any, decoding: Decoding) -> None:
-    """Makes calls of `model` go through `decoding`. A copy of the model goes through its own."""
-
-    @functools.wraps(type(model).forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.kv_decoding(*args, **kwargs)
-
-    model.kv_decoding = decoding
-    model.forward = Bound(forward, model)
 
 
 def recover(device: torch.device) -> None:
