@@ -19,7 +19,9 @@ from kvfold.runtime.save import save_artifact
 if TYPE_CHECKING:  # transformers' models take seconds to import: kernels are compiled meanwhile
     from transformers import PreTrainedModel
 
-ABSENT = object()
+
+class Absent:
+    """In place of what an attribute was before: it was not there. A class, as a copy of a model must find the same."""
 
 
 class Attachment:
@@ -90,7 +92,7 @@ class Attachment:
             hook.remove()
         for (on_base, name), value in reversed(self._before.items()):
             target = model.base_model if on_base else model
-            if value is ABSENT:
+            if value is Absent:
                 delattr(target, name)
             else:
                 setattr(target, name, value)
@@ -111,7 +113,7 @@ class Attachment:
         """Gives the model, or its base model, an attribute."""
         model = self.owner()
         target = model.base_model if on_base else model
-        self._before.setdefault((on_base, name), vars(target).get(name, ABSENT))
+        self._before.setdefault((on_base, name), vars(target).get(name, Absent))
         setattr(target, name, value)
 
 
