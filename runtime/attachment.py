@@ -14,6 +14,7 @@ from kvfold.runtime.calls.hooks import Calls
 from kvfold.runtime.calls.owner import Bound, Owner
 from kvfold.runtime.generate.assisted import get_candidate_generator
 from kvfold.runtime.generate.graph import Decoding, DecodingStep
+from kvfold.runtime.private_names import GENERATION, check
 from kvfold.runtime.save import save_artifact
 
 if TYPE_CHECKING:  # transformers' models take seconds to import: kernels are compiled meanwhile
@@ -43,7 +44,12 @@ class Attachment:
         self._hooks: list[Any] = []
 
     def attach(self, cuda_graph: bool | str) -> Any:
-        """Puts everything on the model; `cuda_graph` as in load_pretrained. Returns the model."""
+        """Puts everything on the model; `cuda_graph` as in load_pretrained. Returns the model.
+
+        Raises:
+            KvfoldError: this transformers has not the methods that are replaced.
+        """
+        check(GENERATION)
         model, calls = self.owner(), self.calls
         model.eval()
         model.set_attn_implementation(NAME)

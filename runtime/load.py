@@ -112,22 +112,8 @@ def load_pretrained(
         if both[1] is not None and both[3] is not None:
             raise TypeError(f"load_pretrained() got both {both[0]} and {both[2]}, which mean the same; give one.")
     dtype = dtype_of("torch_dtype", torch_dtype) if dtype is None else dtype_of("dtype", dtype)
-    if policy not in ("floor", "progressive"):
-        raise KvfoldError(f"policy '{policy}' is not one this version knows; use 'floor' or 'progressive'.")
+    check_values(kv_budget, policy, offload, attention, cuda_graph, rollback)
     progressive = policy == "progressive"
-    check_choice(kv_budget is not None, progressive, offload)
-    if cuda_graph not in (True, False, "auto"):
-        raise KvfoldError(f"cuda_graph={cuda_graph!r} is not one this version knows; use 'auto', True or False.")
-    if offload and cuda_graph is True:
-        raise KvfoldError(
-            "cuda_graph=True needs pages that stay where they are, but offload=True moves them; leave one of them out."
-        )
-    if attention not in ("auto", "reference", "triton"):
-        raise KvfoldError(
-            f"attention '{attention}' is not one this version knows; use 'auto', 'reference' or 'triton'."
-        )
-    if isinstance(rollback, bool) or not isinstance(rollback, int) or rollback < 0:
-        raise KvfoldError(f"rollback={rollback!r} is not a number of tokens; give 0 or more.")
     budget = None if kv_budget is None else parse_nbytes(kv_budget)
     target = device_of(device) if device is not None else default_device()
     if device_map is not None:
@@ -138,16 +124,9 @@ def load_pretrained(
     computed = dtype if isinstance(dtype, torch.dtype) else None
     kernels = begin_folder(folder, target, computed, progressive) if triton else None
     artifact = read_artifact(folder)
-    g = artifact.geometry
     ladders = progressive_policy(artifact) if progressive else None
-    if budget is not None:
-        least = batch_nbytes(replace(g, rollback=rollback), artifact.formats, [1])
-        if ladders is not None:
-            least = ladders.least_nbytes(g, g.sinks + g.window + g.page_tokens)
-        if budget < least:
-            raise KvfoldError(
-                f"kv_budget={kv_budget} is too small: sinks, window and one page take {least} bytes; give at least that."
-            )
+    if budget is not None and kv_budget is not None:
+        check_budget(budget, kv_budget, artifact, rollback, ladders)
     dtype = dtype or default_dtype(target)
     model = read_model(artifact, dtype or "auto")
     model = model.to(target)
@@ -173,6 +152,49 @@ def load_pretrained(
         )
     finally:
         del model  # an exception that transformers caught may keep this frame, and with it the weights, until the next collection
+
+
+def check_values(
+    kv_budget: int | str | None, policy: str, offload: bool, attention: str, cuda_graph: bool | str, rollback: int
+) -> None:
+    """Refuses values that options of load_pretrained don't have, and options that exclude each other.
+
+    Raises:
+        KvfoldError: naming the option.
+    """
+    if policy not in ("floor", "progressive"):
+        raise KvfoldError(f"policy '{policy}' is not one this version knows; use 'floor' or 'progressive'.")
+    check_choice(kv_budget is not None, policy == "progressive", offload)
+    if cuda_graph not in (True, False, "auto"):
+        raise KvfoldError(f"cuda_graph={cuda_graph!r} is not one this version knows; use 'auto', True or False.")
+    if offload and cuda_graph is True:
+        raise KvfoldError(
+            "cuda_graph=True needs pages that stay where they are, but offload=True moves them; leave one of them out."
+        )
+    if attention not in ("auto", "reference", "triton"):
+        raise KvfoldError(
+            f"attention '{attention}' is not one this version knows; use 'auto', 'reference' or 'triton'."
+        )
+    if isinstance(rollback, bool) or not isinstance(rollback, int) or rollback < 0:
+        raise KvfoldError(f"rollback={rollback!r} is not a number of tokens; give 0 or more.")
+
+
+def check_budget(budget: int, kv_budget: int | str, artifact: Artifact, rollback: int, ladders: Ladders | None) -> None:
+    """Refuses a budget that one page of one sequence would pass.
+
+    Args:
+        budget, kv_budget: in bytes, and as it was given.
+    Raises:
+        KvfoldError: it is too small.
+    """
+    g = artifact.geometry
+    least = batch_nbytes(replace(g, rollback=rollback), artifact.formats, [1])
+    if ladders is not None:
+        least = ladders.least_nbytes(g, g.sinks + g.window + g.page_tokens)
+    if budget < least:
+        raise KvfoldError(
+            f"kv_budget={kv_budget} is too small: sinks, window and one page take {least} bytes; give at least that."
+        )
 
 
 def read_model(artifact: Artifact, dtype: torch.dtype | str, **placement: Any) -> Any:

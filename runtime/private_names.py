@@ -5,6 +5,8 @@ import importlib
 import inspect
 from typing import NamedTuple
 
+from kvfold.errors import KvfoldError
+
 
 class PrivateName(NamedTuple):
     """A name that its library promises nothing of.
@@ -62,6 +64,17 @@ def is_there(name: PrivateName) -> bool:
         return name.name in inspect.getsource(owner) if name.in_source else hasattr(owner, name.name)  # type: ignore[arg-type]
     except (ImportError, AttributeError):
         return False
+
+
+def check(owner: str) -> None:
+    """Refuses a library that has not the names that kvfold replaces or calls there.
+
+    Raises:
+        KvfoldError: one is gone.
+    """
+    for name in PRIVATE_NAMES:
+        if name.owner == owner and not name.in_source and not is_there(name):
+            raise KvfoldError(report(name))
 
 
 def report(name: PrivateName) -> str:

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from test_layout import FILES, ROOT, parse, relative
 
-from kvfold.runtime.private_names import PRIVATE_NAMES, PrivateName, is_there, report
+from kvfold.errors import KvfoldError
+from kvfold.runtime import private_names
+from kvfold.runtime.private_names import GENERATION, PRIVATE_NAMES, PrivateName, check, is_there, report
 
 RUNTIME = [file for file in FILES if relative(file).startswith("runtime/")]
 NAMED_TUPLE = {"_replace", "_asdict", "_fields", "_make"}  # public by the standard library's word
@@ -25,6 +27,13 @@ def test_a_name_that_is_gone_is_told_with_what_it_was_for():
     assert "by which generate gets a packed cache" in report(gone) and "pin transformers" in report(gone)
     assert not is_there(PrivateName("transformers.no_such_module", "_x", "nothing"))
     assert not is_there(PrivateName("transformers.generation.utils", "_no_such_word_at_all", "nothing", True))
+
+
+def test_a_model_is_not_attached_where_a_method_is_gone(monkeypatch):
+    gone = PrivateName(GENERATION, "_was_renamed", "generate gets a packed cache")
+    monkeypatch.setattr(private_names, "PRIVATE_NAMES", (*PRIVATE_NAMES, gone))
+    with pytest.raises(KvfoldError, match=r"has no '_was_renamed' .*; find what took its place, or pin transformers"):
+        check(GENERATION)
 
 
 def private_names_in(file: Path) -> set[str]:
