@@ -45,7 +45,8 @@ def resolve_artifact(path_or_repo_id: str | Path, revision: str | None = None, *
         return Path(snapshot_download(str(path_or_repo_id), revision=revision, **hub_kwargs))
     except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise KvfoldError(
-            f"'{path_or_repo_id}' is neither a folder nor a Hub repository that can be reached ({type(error).__name__}); "
+            f"'{path_or_repo_id}' is neither a folder nor a Hub repository that can be reached "
+            f"({type(error).__name__}); "
             "give an artifact's folder or the id of one that was pushed."
         ) from error
 
@@ -74,28 +75,36 @@ def load_pretrained(
     Args:
         path_or_repo_id: an artifact's folder, or a Hub id.
         device: default: CUDA if there is one, else the CPU.
-        dtype: of weights and activations, a type or its name; "auto" is the checkpoint's own, and so is the default, but float32 on a
-            CPU, where decoding in bfloat16 is an order of magnitude slower.
+        dtype: of weights and activations, a type or its name; "auto" is the checkpoint's own, and
+            so is the default, but float32 on a CPU, where decoding in bfloat16 is an order of
+            magnitude slower.
         revision: of the Hub repository.
-        kv_budget: bytes ("1GiB" or an int) that a cache may never pass; KVBudgetExceeded is raised before it would. With offload,
-            bytes on the device.
-        policy: "floor" stores at the searched bit-widths at once; "progressive" starts in 16 bits and lowers pages, the least
-            harmful first, as kv_budget fills, between the steps of decoding.
-        offload: as kv_budget fills, the oldest pages go to host memory, packed as they are. Each step copies them in again, a layer
-            at a time, through a staging buffer (two on a GPU, so that one layer's are copied while another attends). The buffer must hold
-            a layer's, so that a budget reaches further by the number of layers at the most.
+        kv_budget: bytes ("1GiB" or an int) that a cache may never pass; KVBudgetExceeded is raised
+            before it would. With offload, bytes on the device.
+        policy: "floor" stores at the searched bit-widths at once; "progressive" starts in 16 bits
+            and lowers pages, the least harmful first, as kv_budget fills, between the steps of
+            decoding.
+        offload: as kv_budget fills, the oldest pages go to host memory, packed as they are. Each
+            step copies them in again, a layer at a time, through a staging buffer (two on a GPU, so
+            that one layer's are copied while another attends). The buffer must hold a layer's, so
+            that a budget reaches further by the number of layers at the most.
         attention: "reference" is plain torch on any device, "triton" the kernels; "auto" picks by device.
-        cuda_graph: "auto" replays one captured decoding step wherever that can be, so that decoding isn't bound by Python: on a GPU,
-            with the kernels and without offload, for steps of one token a sequence. Memory grows as without; each time the block
-            table has doubled the step is captured again. All else (beams, drafts, hidden states, a model whose code waits for the
-            device) runs as with False, by itself. A captured step calls no hooks of inner modules: where there are some, nothing is
-            captured. Long texts have the step's norms, gates and RoPE compiled by torch.compile, which takes seconds once
-            (TORCHDYNAMO_DISABLE=1 does without). True: an error instead where nothing can be captured; False: never.
-        rollback: tokens by which a cache may be cropped exactly, as if they had never come: their 16-bit rows are kept longer.
-            Assisted and prompt-lookup decoding see to that by themselves.
-        batch_invariant: attention gives a sequence the same bits in whatever batch it is decoded: the kernels divide its pages
-            by its own length alone, 1024 tokens to a program: too few programs for a short sequence alone, and more than fit at
-            once for a large batch. The model's matrix products remain their library's.
+        cuda_graph: "auto" replays one captured decoding step wherever that can be, so that decoding
+            isn't bound by Python: on a GPU, with the kernels and without offload, for steps of one
+            token a sequence. Memory grows as without; each time the block table has doubled the
+            step is captured again. All else (beams, drafts, hidden states, a model whose code waits
+            for the device) runs as with False, by itself. A captured step calls no hooks of inner
+            modules: where there are some, nothing is captured. Long texts have the step's norms,
+            gates and RoPE compiled by torch.compile, which takes seconds once
+            (TORCHDYNAMO_DISABLE=1 does without). True: an error instead where nothing can be
+            captured; False: never.
+        rollback: tokens by which a cache may be cropped exactly, as if they had never come: their
+            16-bit rows are kept longer. Assisted and prompt-lookup decoding see to that by
+            themselves.
+        batch_invariant: attention gives a sequence the same bits in whatever batch it is decoded:
+            the kernels divide its pages by its own length alone, 1024 tokens to a program: too few
+            programs for a short sequence alone, and more than fit at once for a large batch. The
+            model's matrix products remain their library's.
         torch_dtype, device_map: as transformers calls `dtype` and, where it names one device, `device`.
         trust_remote_code: taken for scripts that pass it to everything; an artifact has no code, and none is run.
         hub_kwargs: for huggingface_hub.snapshot_download, e.g. `token`, `cache_dir`, `local_files_only`.
@@ -151,7 +160,8 @@ def load_pretrained(
             offload=offload,
         )
     finally:
-        del model  # an exception that transformers caught may keep this frame, and with it the weights, until the next collection
+        # an exception that transformers caught may keep this frame, and with it the weights, until the next collection
+        del model
 
 
 def check_values(
@@ -218,10 +228,12 @@ def read_model(artifact: Artifact, dtype: torch.dtype | str, **placement: Any) -
     except Exception as error:  # a config.json whose fields have the right names can hold anything
         if is_out_of_memory(error):
             raise KvfoldError(
-                f"There is too little memory to load '{artifact.path}' ({reason_of(error)}); free some, or choose a smaller model."
+                f"There is too little memory to load '{artifact.path}' ({reason_of(error)}); free "
+                "some, or choose a smaller model."
             ) from error
         raise KvfoldError(
-            f"config.json and the weights in '{artifact.path}' make no model ({type(error).__name__}: {reason_of(error)}); write or "
+            f"config.json and the weights in '{artifact.path}' make no model "
+            f"({type(error).__name__}: {reason_of(error)}); write or "
             "download the artifact again."
         ) from error
     check_complete(info, artifact)
@@ -251,7 +263,8 @@ def check_complete(info: Any, artifact: Artifact) -> None:
     if other := sorted(info["mismatched_keys"], key=str):
         name = other[0][0] if isinstance(other[0], tuple) else other[0]
         raise KvfoldError(
-            f"The weight {name} in '{artifact.path}' has not the shape that config.json gives it; write or download the artifact again."
+            f"The weight {name} in '{artifact.path}' has not the shape that config.json gives it; "
+            "write or download the artifact again."
         )
 
 
@@ -279,7 +292,8 @@ def choose_triton(attention: str, device: torch.device, artifact: Artifact | Met
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter runs the kernels, on any device: TRITON_INTERPRET=1 was set before they were imported."""
+    """Whether Triton's interpreter runs the kernels, on any device: TRITON_INTERPRET=1 was set
+    before they were imported."""
     from triton import knobs
 
     return knobs.runtime.interpret

@@ -1,5 +1,5 @@
-"""Every private name of other libraries that kvfold relies on, so that a release which renames one is told of it by a test
-(tests/test_private_names.py) and not by a user."""
+"""Every private name of other libraries that kvfold relies on, so that a release which renames one
+is told of it by a test (tests/test_private_names.py) and not by a user."""
 
 import importlib
 import inspect
@@ -61,7 +61,9 @@ def is_there(name: PrivateName) -> bool:
     """Whether the installed library still has a name."""
     try:
         owner = find(name.owner)
-        return name.name in inspect.getsource(owner) if name.in_source else hasattr(owner, name.name)  # type: ignore[arg-type]
+        if name.in_source:
+            return name.name in inspect.getsource(owner)  # type: ignore[arg-type]
+        return hasattr(owner, name.name)
     except (ImportError, AttributeError):
         return False
 
@@ -81,6 +83,7 @@ def report(name: PrivateName) -> str:
     """The sentence that says what a name's loss means."""
     library = name.owner.partition(".")[0]
     return (
-        f"{name.owner} has no '{name.name}' in the installed {library}, by which {name.why}; find what took its place, or pin "
+        f"{name.owner} has no '{name.name}' in the installed {library}, by which {name.why}; find "
+        "what took its place, or pin "
         f"{library} below this release."
     )

@@ -24,14 +24,15 @@ OURS = {TENSORS_NAME, REPORT_NAME, "recipe.yaml"}  # never taken from what lies 
 
 
 def save_artifact(self: Any, save_directory: str | os.PathLike, is_main_process: bool = True, **options: Any) -> None:
-    """Writes the model as an artifact: the weights as they are now, and from the artifact that it was loaded from its formats,
-    transforms, recipe, tokenizer, card and report. Weights that were only widened to compute in are written in the type they had; a model
-    whose weights nobody changed gives back every file byte for byte.
+    """Writes the model as an artifact: the weights as they are now, and from the artifact that it
+    was loaded from its formats, transforms, recipe, tokenizer, card and report. Weights that were
+    only widened to compute in are written in the type they had; a model whose weights nobody
+    changed gives back every file byte for byte.
 
     Args:
         self: a model that kvfold loaded; the folder that it came from must still be there.
-        save_directory: what is there is replaced if it is an artifact. Else other files stay, also a tokenizer or a card that was
-            put there before.
+        save_directory: what is there is replaced if it is an artifact. Else other files stay, also
+            a tokenizer or a card that was put there before.
         options: of transformers' `save_pretrained`, e.g. `max_shard_size`.
     Raises:
         KvfoldError: the folder that the model came from is gone, or an option that would not give an artifact.
@@ -42,7 +43,8 @@ def save_artifact(self: Any, save_directory: str | os.PathLike, is_main_process:
     out = Path(save_directory).resolve()
     if options.pop("push_to_hub", False):
         raise KvfoldError(
-            f"save_pretrained writes a folder; publish it with `kvfold push {out.name} OWNER/NAME` instead of push_to_hub."
+            f"save_pretrained writes a folder; publish it with `kvfold push {out.name} "
+            "OWNER/NAME` instead of push_to_hub."
         )
     if out.is_file():
         raise KvfoldError(f"'{out}' is a file, but an artifact is a folder; choose another place.")
@@ -80,7 +82,8 @@ def save_artifact(self: Any, save_directory: str | os.PathLike, is_main_process:
 
 
 def _stored_state(model: Any, path: Path) -> tuple[dict[str, Tensor], bool]:
-    """The state dict, with each tensor in the type that the artifact stores it in if that loses nothing, and whether all are."""
+    """The state dict, with each tensor in the type that the artifact stores it in if that loses
+    nothing, and whether all are."""
     dtypes: dict[str, torch.dtype] = {}
     for file in sorted(path.glob("model*.safetensors")):
         with safe_open(file, "pt") as stored:

@@ -33,7 +33,8 @@ def at_address(address, nbytes):
 
 
 def plain_decode(layer, keys, values, query, scaling):
-    """A step of one layer as the kernels do it, reading and writing what lies on the device alone: state, tables, segments."""
+    """A step of one layer as the kernels do it, reading and writing what lies on the device alone:
+    state, tables, segments."""
     g, spec, marked = layer.geometry, layer.spec, layer.marks
     sliding = g.sliding_of(layer.layer_idx)
 

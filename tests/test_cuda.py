@@ -161,7 +161,7 @@ def test_a_value_that_is_not_finite_is_reported_before_it_is_packed(graph, tmp_p
     model(input_ids=ids[:, :61], past_key_values=cache)
     for _ in range(5):
         step()
-    assert isinstance(cache.graph, DecodingStep) == graph
+    assert isinstance(cache.steps.captured, DecodingStep) == graph
     weight = model.base_model.layers[1].self_attn.v_proj.weight
     whole = weight.clone()
     weight[0] = float("inf")
@@ -217,11 +217,13 @@ def test_a_plain_load_replays_and_captures_again_as_it_grows(invariant, paths, c
     monkeypatch.setattr(account, "LEAST_ENTRIES", 2)  # of tables that double early
     got, got_sizes, cache = decode(model, ids, 70, mask)
     if waits(model):
-        assert not captures and cache.graph is None
+        assert not captures and cache.steps.captured is None
     else:
-        assert len(captures) >= 4 and isinstance(cache.graph, DecodingStep)  # the first, and at 5, 9 and 17 pages
+        assert len(captures) >= 4 and isinstance(
+            cache.steps.captured, DecodingStep
+        )  # the first, and at 5, 9 and 17 pages
     plain, sizes, other = decode(other, ids, 70, mask)
-    assert got_sizes == sizes and other.graph is None
+    assert got_sizes == sizes and other.steps.captured is None
     assert max(map(relative, got, plain)) < 1e-3
     for one, two in zip(cache.layers, other.layers, strict=True):
         assert (
@@ -248,7 +250,7 @@ def test_progressive_in_a_graph_lowers_what_the_reference_lowers(paths, captures
     monkeypatch.setattr(account, "LEAST_ENTRIES", 2)
     got, got_sizes, cache = decode(model, ids, 70)
     assert max(got_sizes) <= budget
-    assert waits(model) or (len(captures) >= 3 and isinstance(cache.graph, DecodingStep))
+    assert waits(model) or (len(captures) >= 3 and isinstance(cache.steps.captured, DecodingStep))
     expected, sizes, other_cache = decode(other, ids, 70)
     assert got_sizes == sizes and sum(layer.table.pool.counts[0] for layer in cache.layers) > 0
     for one, two in zip(cache.layers, other_cache.layers, strict=True):
@@ -284,7 +286,7 @@ def test_a_model_that_goes_frees_its_graphs(paths):
     before = torch.cuda.memory_allocated()
     model = runtime.load_pretrained(paths, device="cuda", dtype=torch.float32)
     out = model.generate(ids, max_new_tokens=30, do_sample=False, return_dict_in_generate=True)
-    assert isinstance(out.past_key_values.graph, DecodingStep)
+    assert isinstance(out.past_key_values.steps.captured, DecodingStep)
     del model, out
     gc.collect()
     assert torch.cuda.memory_allocated() <= before + (1 << 20)

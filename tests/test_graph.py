@@ -234,12 +234,12 @@ def test_most_steps_are_quiet_and_a_turn_goes_on_with_the_same_graph(quick, capt
     decode(model, cache, ids[:, 30:64])
     assert len(captured) == 1 and captured[0].calls == 33 and sum(events) == 1 + 34 // 8 + 1
     assert copies == [LAYERS] * 5  # each: one entry of each layer, in one copy
-    step = cache.graph
+    step = cache.steps.captured
     model(input_ids=ids[:, 64:80], past_key_values=cache)
     decode(model, cache, ids[:, 80:])
-    assert cache.graph is step and len(captured) == 1 and captured[0].calls == 33 + 20
+    assert cache.steps.captured is step and len(captured) == 1 and captured[0].calls == 33 + 20
     cache.reset()
-    assert cache.graph is None
+    assert cache.steps.captured is None
 
 
 @torch.no_grad()
@@ -323,7 +323,7 @@ def test_what_a_replay_would_not_do_is_done_eagerly(quick, captured):
     seen = []
     hook = model.model.layers[0].mlp.register_forward_hook(lambda *args: seen.append(1))
     decode(model, cache, ids[:, 25:35])
-    assert len(seen) == 10 and captured[0].calls == calls[0] and cache.graph is None
+    assert len(seen) == 10 and captured[0].calls == calls[0] and cache.steps.captured is None
     hook.remove()
     decode(model, cache, ids[:, 35:40])
     assert len(seen) == 10 and len(captured) == 2 and captured[1].calls == 4
@@ -344,7 +344,7 @@ def test_forks_have_steps_of_their_own_and_copies_of_a_model_too(quick, captured
     (fork,) = cache.fork(1)
     logits = decode(model, fork, ids[:, 40:60]), decode(model, cache, ids[:, 40:60])
     assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True)) and same(cache, fork)
-    assert fork.graph is not cache.graph and {id(x.cache) for x in captured} == {id(cache), id(fork)}
+    assert fork.steps.captured is not cache.steps.captured and {id(x.cache) for x in captured} == {id(cache), id(fork)}
     twin = copy.deepcopy(model)
     assert twin.kv_decoding is not model.kv_decoding and twin.kv_decoding.model is twin
     twin.lm_head.weight.data.mul_(2)
@@ -380,7 +380,7 @@ def test_marks_are_asked_for_ahead_and_nothing_marked_is_packed(ahead, bad, quic
     """Pages come due with tokens 48 and 56: a bad one is reported with one of them, long before a window has passed over it."""
     monkeypatch.setattr(NanMarks, "lead", lambda marks, geometry: ahead)
     waits, real = [], NanMarks.look
-    monkeypatch.setattr(NanMarks, "look", lambda marks, columns: (waits.append(columns), real(marks, columns))[1])
+    monkeypatch.setattr(NanMarks, "look", lambda marks: (waits.append(1), real(marks))[1])
     model, ids = make(True), ids_of(2, 80)
     cache = model.new_kv_cache()
     model(ids[:, :26], past_key_values=cache)

@@ -1,9 +1,10 @@
 """What reads and writes the tensors of a layer: the contract of a backend.
 
-A backend gets tensors and records of them, never a layer or a cache, and keeps nothing from one call to the next but buffers in the
-workspace that it is given. Who owns the pages, how long sequences are and what a budget allows is settled before it is called. A
-backend of one's own is one class in one file with the four methods of `Backend`, or with one more those of `StepBackend`; `QuantizedKVCache` takes
-it as `backend`.
+A backend gets tensors and records of them, never a layer or a cache, and keeps nothing from one
+call to the next but buffers in the workspace that it is given. Who owns the pages, how long
+sequences are and what a budget allows is settled before it is called. A backend of one's own is one
+class in one file with the four methods of `Backend`, or with one more those of `StepBackend`;
+`QuantizedKVCache` takes it as `backend`.
 """
 
 from collections.abc import Sequence
@@ -128,8 +129,8 @@ class Backend(Protocol):
     """Reads and writes the tensors of layers.
 
     Attributes:
-        reads_masks: `attend` computes any mask; else calls with other masks than causal over what is not padding are the
-            reference's.
+        reads_masks: `attend` computes any mask; else calls with other masks than causal over what
+            is not padding are the reference's.
         reads_addresses: pages are found by the block table, so those in host memory must be brought before it attends.
     """
 
@@ -159,13 +160,15 @@ class Backend(Protocol):
         Args:
             rows: what each sequence's queries read.
             query: [B, num_heads, T, head_dim].
-            mask: bool [B, 1, T, columns] or None for plain causal over what is not padding; it says what `options.sliding` says too.
+            mask: bool [B, 1, T, columns] or None for plain causal over what is not padding; it says
+                what `options.sliding` says too.
         Returns:
             [B, num_heads, T, head_dim], float32 or the query's own type.
         """
 
     def write_pages(self, layer: LayerTensors, ids: list[int], keys: Tensor, values: Tensor) -> None:
-        """Packs float16 rows [num_kv_heads, len(ids)·page_tokens, head_dim], keys in their stored basis, into pages, of any rungs."""
+        """Packs float16 rows [num_kv_heads, len(ids)·page_tokens, head_dim], keys in their stored
+        basis, into pages, of any rungs."""
 
     def lower_pages(
         self, geometry: Geometry, old: list[Tensor], new: list[Tensor], source: LayerSpec, target: LayerSpec
@@ -175,14 +178,15 @@ class Backend(Protocol):
 
 @runtime_checkable
 class StepBackend(Backend, Protocol):
-    """A backend that takes a decoding step of one token a sequence in one go. A cache then defers the token: its `update` stores
-    nothing, and `append_and_attend` does."""
+    """A backend that takes a decoding step of one token a sequence in one go. A cache then defers
+    the token: its `update` stores nothing, and `append_and_attend` does."""
 
     def append_and_attend(
         self, layer: LayerTensors, keys: Tensor, values: Tensor, query: Tensor, scaling: float, options: LogitOptions
     ) -> Tensor:
-        """Stores one token of every sequence, packs the page that came due (its memory is there, and its block table entry), moves
-        `layer.state` on by the token and the page, and attends. The host is asked for nothing, as a CUDA graph needs.
+        """Stores one token of every sequence, packs the page that came due (its memory is there,
+        and its block table entry), moves `layer.state` on by the token and the page, and attends.
+        The host is asked for nothing, as a CUDA graph needs.
 
         Args:
             keys, values: [B, num_kv_heads, 1, head_dim], after RoPE.

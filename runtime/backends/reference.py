@@ -40,7 +40,8 @@ def unpack(data: Tensor, spec: LayerSpec, heads: int, page_tokens: int) -> tuple
 
 
 def read_pages(pages: Pages, ids: list[int], rungs: Sequence[LayerSpec], geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """Decodes pages of any rungs: (keys, values), float32 [Hkv, len(ids)·page_tokens, head_dim], keys in their stored basis."""
+    """Decodes pages of any rungs: (keys, values), float32 [Hkv, len(ids)·page_tokens, head_dim],
+    keys in their stored basis."""
     parts = []
     for rung, run in groupby(ids, pages.rung):
         parts.append(unpack(pages.load(list(run)), rungs[rung], geometry.num_kv_heads, geometry.page_tokens))

@@ -58,9 +58,16 @@ def attention_forward(
 
 
 def attend_stock(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None, softcap: float | None, s_aux: Tensor | None
-) -> Tensor:  # fmt: skip
-    """Attention over plain tensors with a soft-cap or sink logits, as `attend_plain`, but with masks that add to logits and differentiable."""
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    mask: Tensor | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """Attention over plain tensors with a soft-cap or sink logits, as `attend_plain`, but with
+    masks that add to logits and differentiable."""
     if not torch.is_grad_enabled() and (mask is None or mask.dtype == torch.bool):
         return attend_plain(query, key, value, scaling, mask, softcap, s_aux)
     groups = query.shape[1] // key.shape[1]

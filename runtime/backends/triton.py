@@ -120,7 +120,7 @@ class TritonKernels:
             out,
             ring=geometry.ring,
             new=1,
-            advance=True,  # this launch's last kernel moves `state` on by the token and the page: all has been read by then
+            advance=True,  # the last kernel moves `state` on by the token and the page: all was read by then
             batch_invariant=layer.batch_invariant,
             **_formats(layer),
             **_logits(options),
@@ -143,7 +143,8 @@ def _logits(options: LogitOptions) -> dict[str, Any]:
 
 
 def _formats(layer: LayerTensors, b: int | None = None) -> dict[str, Any]:
-    """What `attention` must know of pages that stand on several rungs, of all sequences or of b; {} where there is one."""
+    """What `attention` must know of pages that stand on several rungs, of all sequences or of b; {}
+    where there is one."""
     if len(layer.rungs) == 1:
         return {}
     segments = layer.segments if b is None else layer.segments[b : b + 1].clone()
@@ -254,7 +255,8 @@ def _stored_mean(key: KeySpec, geometry: Geometry, first: int, end: int) -> Tens
 
 
 def page_runs(layer: LayerTensors, row: RowView, position: int, rows: int) -> list[PageRun]:
-    """The pages that every query from `position` on reads, as runs of one rung; none where it would not pay to decode them.
+    """The pages that every query from `position` on reads, as runs of one rung; none where it would
+    not pay to decode them.
 
     Args:
         rows: queries times heads of a group.

@@ -54,7 +54,8 @@ class Policy(ABC):
 
     @abstractmethod
     def regroup(self, layers: Layers, sequences: int) -> None:
-        """Before a batch is put together anew from `sequences` of its own: a layer's 16-bit rows and tables then stand twice.
+        """Before a batch is put together anew from `sequences` of its own: a layer's 16-bit rows
+        and tables then stand twice.
 
         Raises:
             KVBudgetExceeded: they don't fit; nothing was changed.
@@ -69,7 +70,8 @@ class Policy(ABC):
         return True
 
     def hold(self, layers: Layers, lengths: Sequence[int], pages: int) -> int:
-        """Before a cache of sequences of these lengths, of `pages` distinct pages in one layer at the most, is restored: makes room.
+        """Before a cache of sequences of these lengths, of `pages` distinct pages in one layer at
+        the most, is restored: makes room.
 
         Returns:
             the bytes that it takes; if that is more than the budget, there is no room.
@@ -133,7 +135,8 @@ class Policy(ABC):
 
 
 def coming(layers: Layers, batch_size: int, tokens: int) -> tuple[list[int], list[int], list[int]]:
-    """Pages that each sequence has, its tokens once `tokens` columns have come, and the pages that it takes for them."""
+    """Pages that each sequence has, its tokens once `tokens` columns have come, and the pages that
+    it takes for them."""
     first = layers[0]
     lengths = first.lengths() or [0] * batch_size
     have = first.page_counts(batch_size)

@@ -25,7 +25,8 @@ def check_choice(has_budget: bool, progressive: bool, offload: bool) -> None:
         )
     if offload and progressive:
         raise KvfoldError(
-            "offload=True moves pages that stay as they are, but policy='progressive' lowers them; leave one of them out."
+            "offload=True moves pages that stay as they are, but policy='progressive' lowers "
+            "them; leave one of them out."
         )
 
 

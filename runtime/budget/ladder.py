@@ -2,19 +2,24 @@
 
 After PM-KVQ (arXiv 2505.18610), which lowers whole layers; here one page goes down at a time, the least harmful first.
 
-**Ladder.** Each layer has rungs, floor first: the searched formats, 4 bits, 8 bits, 16 bits, keys and values together. A rung that
-is hardly larger than the one below is left out. All rungs have the floor's basis, where channels of symmetric formats have unit
-variance but not one importance. At 4 bits a minimum and a scale of 8 bits serve all floors of the catalogue, so that one kernel a side
-does: that costs keys twice what the floor's own classes with the same number of bits more each would, which take half a bit more, and
-values nothing. Keys of other floors, which mostly come from before keys were stored without their rotating mean, have those
-classes: there it is five times. At 8 bits the rounding of parameters to e4m3 and the tails that a symmetric code cuts off outweigh all
-else, so that a minimum and a scale of 16 bits are best (benchmarks/LOG.md has the errors of attention that this was chosen by).
+**Ladder.** Each layer has rungs, floor first: the searched formats, 4 bits, 8 bits, 16 bits, keys
+and values together. A rung that is hardly larger than the one below is left out. All rungs have the
+floor's basis, where channels of symmetric formats have unit variance but not one importance. At 4
+bits a minimum and a scale of 8 bits serve all floors of the catalogue, so that one kernel a side
+does: that costs keys twice what the floor's own classes with the same number of bits more each
+would, which take half a bit more, and values nothing. Keys of other floors, which mostly come from
+before keys were stored without their rotating mean, have those classes: there it is five times. At
+8 bits the rounding of parameters to e4m3 and the tails that a symmetric code cuts off outweigh all
+else, so that a minimum and a scale of 16 bits are best (benchmarks/LOG.md has the errors of
+attention that this was chosen by).
 
-**Harm.** The artifact states the loss L of a layer's keys and of its values when all pages stand on the floor. Error is quadratic
-in a small distortion, so a page on rung r costs L · ρ(r), with ρ the format's distortion as a part of the floor's: the mean over
-channels of MSE(levels on r) / MSE(levels on the floor) for a Gaussian source (kernels.formats.GAUSSIAN_MSE). Dividing by the
-floor's own takes each channel as important as its bits say: reverse water-filling makes the floor's errors equal. A step down
-costs ΔL·ρ for the bytes that it frees; `Ladders.order` sorts all steps of all layers by that ratio.
+**Harm.** The artifact states the loss L of a layer's keys and of its values when all pages stand on
+the floor. Error is quadratic in a small distortion, so a page on rung r costs L · ρ(r), with ρ the
+format's distortion as a part of the floor's: the mean over channels of MSE(levels on r) /
+MSE(levels on the floor) for a Gaussian source (kernels.formats.GAUSSIAN_MSE). Dividing by the
+floor's own takes each channel as important as its bits say: reverse water-filling makes the floor's
+errors equal. A step down costs ΔL·ρ for the bytes that it frees; `Ladders.order` sorts all steps of
+all layers by that ratio.
 """
 
 from collections.abc import Sequence
@@ -45,7 +50,8 @@ def finer(floor: Format, bits: int) -> Format:
 
 
 def widened(floor: Format, bits: int) -> Format:
-    """Classes of symmetric codes with the same number of bits more, up to 8, the least that gives `bits` in the mean."""
+    """Classes of symmetric codes with the same number of bits more, up to 8, the least that gives
+    `bits` in the mean."""
     own = [(channels, sum(PLANE_WIDTHS[levels]) if levels != 3 else 2) for channels, levels in floor.classes]
     for more in range(9):
         wide = [(channels, min(w for w in WIDTHS if w >= min(width + more, 8))) for channels, width in own]
@@ -60,8 +66,8 @@ def widened(floor: Format, bits: int) -> Format:
 
 
 def ladder(spec: LayerSpec) -> tuple[LayerSpec, ...]:
-    """The rungs of a layer, floor first and 16 bits last. All are in the floor's basis, which only the floor carries; its clips go
-    with its own formats."""
+    """The rungs of a layer, floor first and 16 bits last. All are in the floor's basis, which only
+    the floor carries; its clips go with its own formats."""
     dim = spec.key.format.head_dim
     pairs = [(finer(spec.key.format, bits), finer(spec.value.format, bits)) for bits in CODE_BITS]
     rungs = [spec]

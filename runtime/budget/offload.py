@@ -1,4 +1,5 @@
-"""The offload policy: as the budget, then of bytes on the device, fills, the oldest pages go to host memory, packed as they are."""
+"""The offload policy: as the budget, then of bytes on the device, fills, the oldest pages go to
+host memory, packed as they are."""
 
 from collections.abc import Sequence
 

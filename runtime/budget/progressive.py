@@ -40,9 +40,10 @@ class Progressive(Policy):
         return floor_nbytes(layers, batch_size, coming(layers, batch_size, tokens)[2])
 
     def admit(self, layers: Layers, batch_size: int, tokens: int) -> bool:
-        """Lowers pages until the new ones fit, and plans which rungs those are written on. Steps that allocate nothing, as most do, lower
-        a few pages ahead (about one a layer), so that the next allocation does not stall; more only where the steps that are left
-        could not do it else."""
+        """Lowers pages until the new ones fit, and plans which rungs those are written on. Steps
+        that allocate nothing, as most do, lower a few pages ahead (about one a layer), so that the
+        next allocation does not stall; more only where the steps that are left could not do it
+        else."""
         self.check(layers, batch_size, tokens)
         g = layers[0].geometry
         have, total, due = coming(layers, batch_size, tokens)

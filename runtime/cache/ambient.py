@@ -1,7 +1,8 @@
 """What PyTorch's ambient modes would do to the cache, kept out: autograd, inference mode, autocast, a default device.
 
-A cache outlives the mode of whoever fills it: what is made in inference mode can't be written outside of it, what is recorded for
-autograd is kept alive and may not be written at all, and autocast rounds products that are meant in float32.
+A cache outlives the mode of whoever fills it: what is made in inference mode can't be written
+outside of it, what is recorded for autograd is kept alive and may not be written at all, and
+autocast rounds products that are meant in float32.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,7 +53,8 @@ def neutrally(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def modes(device: torch.device) -> bool:
-    """Whether a mode is on in which a model computes other numbers than without: a captured step must not be replayed in it."""
+    """Whether a mode is on in which a model computes other numbers than without: a captured step
+    must not be replayed in it."""
     return torch.is_autocast_enabled(device.type) or torch.get_default_dtype() != torch.float32
 
 
@@ -72,8 +74,8 @@ class NoGradient(torch.autograd.Function):
 
 
 def no_gradient(out: Tensor, *sources: Tensor) -> Tensor:
-    """`out`, computed from `sources` without autograd, so that a backward pass which reaches it raises KvfoldError instead of
-    leaving out a part of the gradient."""
+    """`out`, computed from `sources` without autograd, so that a backward pass which reaches it
+    raises KvfoldError instead of leaving out a part of the gradient."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in sources):
         return NoGradient.apply(out, *sources)
     return out

@@ -46,7 +46,8 @@ class QuantizedKVCache(Cache):
         budget: bytes that `nbytes` may never pass; None for no limit.
         backend: reads and writes the tensors (runtime.backends.base); plain torch by default.
         ladders: pages start in 16 bits and go down them as the budget fills; None stores at the searched bits at once.
-        offload: old pages go to host memory as the budget, then of bytes on the device, fills; None keeps all on the device.
+        offload: old pages go to host memory as the budget, then of bytes on the device, fills; None
+            keeps all on the device.
         batch_invariant: attention gives a sequence the same bits in any batch.
         artifact: digest of the artifact that the cache belongs to; None for a cache made by hand, which can't be saved.
         ephemeral: made for one forward pass with use_cache=False, and not returned.
@@ -98,11 +99,6 @@ class QuantizedKVCache(Cache):
         self.policy.set_budget(budget)
 
     @property
-    def graph(self) -> Any:
-        """A captured decoding step, if there is one (runtime.generate.graph)."""
-        return self.steps.captured
-
-    @property
     def formats(self) -> list[tuple[Format, Format]]:
         """(key format, value format) of each layer."""
         return [layer.formats for layer in self.layers]
@@ -114,8 +110,8 @@ class QuantizedKVCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Resident bytes: codes, parameters, sinks, window, block tables and lengths of every sequence. With offload, those on the
-        device, staging buffers included."""
+        """Resident bytes: codes, parameters, sinks, window, block tables and lengths of every
+        sequence. With offload, those on the device, staging buffers included."""
         return self.policy.nbytes(self.layers)
 
     @property
@@ -124,17 +120,20 @@ class QuantizedKVCache(Cache):
         return self.policy.host_nbytes
 
     def report(self) -> list[dict]:
-        """One dict a layer: tokens (of each sequence), pages by format (finest first), bytes (on the device, without the staging buffers
-        of offload), host_bytes, effective_bits (of both, ·8 / elements)."""
+        """One dict a layer: tokens (of each sequence), pages by format (finest first), bytes (on
+        the device, without the staging buffers of offload), host_bytes, effective_bits (of both, ·8
+        / elements)."""
         return [layer.report() for layer in self.layers]
 
     # -- a call comes --------------------------------------------------------------------------------------------------
 
     def note_padding(self, attention_mask: Tensor | None, batch_size: int, tokens: int | None = None) -> None:
-        """Learns each sequence's left padding, and whether anything else is hidden, before the forward pass that it belongs to.
+        """Learns each sequence's left padding, and whether anything else is hidden, before the
+        forward pass that it belongs to.
 
         Args:
-            attention_mask: [B, columns seen so far and new], 0 where hidden from all; None hides the padding that is known.
+            attention_mask: [B, columns seen so far and new], 0 where hidden from all; None hides
+                the padding that is known.
             batch_size: B.
             tokens: new columns; None for what the mask has beyond those seen.
         Raises:
@@ -148,13 +147,15 @@ class QuantizedKVCache(Cache):
         return self.shared.positions(self.get_seq_length(), tokens, device)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
-        """Takes one layer's keys and values and returns the handle to attend with, twice. They are stored now, or, in a decoding step by
-        kernels, when the handle attends; see PackedLayer.update.
+        """Takes one layer's keys and values and returns the handle to attend with, twice. They are
+        stored now, or, in a decoding step by kernels, when the handle attends; see
+        PackedLayer.update.
 
         Raises:
             KVBudgetExceeded: the tokens would take the whole cache past its budget; nothing is stored.
-            FloatingPointError: a key or value is NaN or infinite; what earlier layers have stored of the call is taken back. A
-                decoding step by kernels waits for nothing: its keys and values are reported before the next page is packed.
+            FloatingPointError: a key or value is NaN or infinite; what earlier layers have stored
+                of the call is taken back. A decoding step by kernels waits for nothing: its keys
+                and values are reported before the next page is packed.
         """
         if self.shared.stepping:  # all of this is done (runtime.generate.steps)
             return self.layers[layer_idx].update(key_states, value_states)
@@ -167,7 +168,7 @@ class QuantizedKVCache(Cache):
     def _update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         if layer_idx == 0:
             self.steps.disturb()
-            self.check_whole()
+            self.steps.check_whole(self.layers)
             self._check_marks_before(key_states.shape[2])
             self.policy.admit(self.layers, key_states.shape[0], key_states.shape[2])
         try:
@@ -179,8 +180,8 @@ class QuantizedKVCache(Cache):
     # -- a decoding step for all layers at once ------------------------------------------------------------------------
 
     def begin_step(self) -> bool:
-        """Before a decoding step of one token a sequence by kernels: all that the host does for it. False: it must be run a layer at a
-        time, by `update`.
+        """Before a decoding step of one token a sequence by kernels: all that the host does for it.
+        False: it must be run a layer at a time, by `update`.
 
         Raises:
             KVBudgetExceeded, FloatingPointError: as `update`, before anything has changed.
@@ -188,12 +189,13 @@ class QuantizedKVCache(Cache):
         if self.steps.quiet:
             self.steps.count_quiet(self.shared.clock)
             return True
-        self.check_whole()
+        self.steps.check_whole(self.layers)
         self._check_marks_before(1)
         return self.steps.begin(self.layers, self.policy)
 
     def step(self) -> AbstractContextManager[None]:
-        """While this lasts, `update` and attention leave the host's state alone: for a step that `begin_step` has prepared."""
+        """While this lasts, `update` and attention leave the host's state alone: for a step that
+        `begin_step` has prepared."""
         return self.shared.step()
 
     def finish_step(self) -> None:
@@ -213,10 +215,11 @@ class QuantizedKVCache(Cache):
         """Waits for the device and reports marks of all steps so far.
 
         Raises:
-            FloatingPointError: a key or value was NaN or infinite. The cache ends before the column that had it, as if nothing had come
-                since; if a sliding window has left behind what that takes, it must be reset.
+            FloatingPointError: a key or value was NaN or infinite. The cache ends before the column
+                that had it, as if nothing had come since; if a sliding window has left behind what
+                that takes, it must be reset.
         """
-        self._raise_marked(self.shared.marks.look(self.tokens))
+        self._raise_marked(self.shared.marks.look())
 
     def _raise_marked(self, found: list[Bad]) -> None:
         """Raises what `look` says if something is marked."""
@@ -258,8 +261,10 @@ class QuantizedKVCache(Cache):
         exact = [layer.crop(tokens_to_remove) for layer in self.layers]
         if not all(exact):
             self.tell(
-                "crop", "a crop by %d tokens went back behind a page: what stands there keeps its quantised values, and not the 16 bits "
-                "of the window; load with rollback=%d, or cache.extend_rollback(%d) before they come, for crops as if they had never come",
+                "crop", "a crop by %d tokens went back behind a page: what stands there keeps its "
+                "quantised values, and not the 16 bits "
+                "of the window; load with rollback=%d, or cache.extend_rollback(%d) before they "
+                "come, for crops as if they had never come",
                 removed, removed, removed,
             )  # fmt: skip
         self.shared.marks.unmark(self.layers[0].lengths())
@@ -267,21 +272,12 @@ class QuantizedKVCache(Cache):
 
     @neutrally
     def take_back(self, count: int, tokens: int) -> None:
-        """Removes the latest `tokens` tokens from the first `count` layers, after a call that failed in the next one."""
+        """Removes the latest `tokens` tokens from the first `count` layers, after a call that
+        failed in the next one."""
         self.steps.disturb()
         with suppress(KvfoldError):  # a sliding window forbids it: then check_whole refuses the cache
             for layer in self.layers[:count]:
                 layer.crop(-tokens, undo=True)
-
-    def check_whole(self) -> None:
-        """Raises KvfoldError if a call that failed has left layers of different lengths."""
-        found = {layer.columns for layer in self.layers if layer.columns}
-        if len(found) > 1 or self.steps.torn:
-            least = max(found) - 1 if self.steps.torn else min(found)
-            raise KvfoldError(
-                f"A call that failed left this cache with layers of {least} and of {max(found)} tokens; reset() it or "
-                "take a new one."
-            )
 
     @neutrally
     def extend_rollback(self, tokens: int) -> None:
@@ -341,7 +337,8 @@ class QuantizedKVCache(Cache):
 
     @neutrally
     def fork(self, count: int) -> "list[QuantizedKVCache]":
-        """`count` caches that go on from here, each by itself, and so does this one. Packed pages are shared, not copied.
+        """`count` caches that go on from here, each by itself, and so does this one. Packed pages
+        are shared, not copied.
 
         `nbytes` of each counts the pages that it reads, shared or not; `resident_nbytes` counts each page once.
         """
@@ -353,7 +350,8 @@ class QuantizedKVCache(Cache):
 
     @neutrally
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedKVCache":
-        """A cache that goes on from here by itself, with pages of its own; where pages may go to host memory, a fork, which shares them."""
+        """A cache that goes on from here by itself, with pages of its own; where pages may go to
+        host memory, a fork, which shares them."""
         if self.policy.moves_pages:
             (other,) = self.fork(1)
         else:
@@ -377,7 +375,8 @@ class QuantizedKVCache(Cache):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise KvfoldError(
-            "A packed cache can't be pickled, because its block tables are addresses; write it with cache.save(path) and read it with "
+            "A packed cache can't be pickled, because its block tables are addresses; write it "
+            "with cache.save(path) and read it with "
             "runtime.load_cache(path, model)."
         )
 

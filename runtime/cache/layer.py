@@ -15,11 +15,10 @@ from kvfold.kernels.quantizer import to_float16
 from kvfold.runtime.backends.base import Backend, LogitOptions, RowView, StepBackend
 from kvfold.runtime.backends.reference import REFERENCE
 from kvfold.runtime.cache.ambient import neutrally
-from kvfold.runtime.cache.nan_check import not_finite
+from kvfold.runtime.cache.nan_check import check_finite
 from kvfold.runtime.cache.page_table import PageTable, take_pages
 from kvfold.runtime.cache.pool import PagePool
-from kvfold.runtime.cache.sequence import Count
-from kvfold.runtime.cache.sequence import Sequence as CachedSequence
+from kvfold.runtime.cache.sequence import Count, new_sequences
 from kvfold.runtime.cache.shared import SharedState
 from kvfold.runtime.cache.store import LayerStore
 from kvfold.runtime.cache.upload import on_device
@@ -38,8 +37,8 @@ class PackedLayer(CacheLayerMixin):
     """Packed keys and values of one layer.
 
     Args:
-        rungs: what pages may be stored in, floor first, on any device; moved to the keys' device at first use. New pages go on the
-            last one unless a policy plans otherwise.
+        rungs: what pages may be stored in, floor first, on any device; moved to the keys' device at
+            first use. New pages go on the last one unless a policy plans otherwise.
         shared: by all layers of the cache.
         layer_idx: number of the layer.
         backend: reads and writes the tensors.
@@ -72,7 +71,7 @@ class PackedLayer(CacheLayerMixin):
         self.rungs = [rung.to(self.device) for rung in self.rungs]
         sizes = [g.pair_nbytes(r.key.format, r.value.format) for r in self.rungs]
         pool = self._new_pool(self.layer_idx, sizes, self.device)
-        sequences = [CachedSequence(self.shared.clock, g.sinks) for _ in range(batch)]
+        sequences = new_sequences(batch, self.shared.clock, g.sinks)
         table = PageTable(pool, len(self.rungs), sequences, self.device)
         table.plan(self._planned)
         window = RawWindow(g, batch, self.device)
@@ -178,14 +177,16 @@ class PackedLayer(CacheLayerMixin):
     def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs
     ) -> tuple[LayerView, LayerView]:
-        """Takes keys (after RoPE) and values [B, num_kv_heads, T, head_dim] and returns the handle to attend with, twice.
+        """Takes keys (after RoPE) and values [B, num_kv_heads, T, head_dim] and returns the handle
+        to attend with, twice.
 
-        What transformers calls so is two things here. `store` stores them now. A decoding step that the backend takes in one go is
-        deferred (`defer`): the host counts the token at once, and the tensors are written when the handle attends.
+        What transformers calls so is two things here. `store` stores them now. A decoding step that
+        the backend takes in one go is deferred (`defer`): the host counts the token at once, and
+        the tensors are written when the handle attends.
 
         Raises:
-            FloatingPointError: a key or value is NaN or infinite; nothing of this layer is stored. A step that is deferred leaves that
-                to the cache (runtime.cache.nan_check).
+            FloatingPointError: a key or value is NaN or infinite; nothing of this layer is stored.
+                A step that is deferred leaves that to the cache (runtime.cache.nan_check).
         """
         if self.shared.stepping:  # the host's part is done for all layers (runtime.generate.steps)
             view: LayerView = self._deferred(key_states, value_states, self.columns)
@@ -211,8 +212,8 @@ class PackedLayer(CacheLayerMixin):
             self._planned = rungs
 
     def defer(self, key_states: Tensor, value_states: Tensor) -> DeferredView:
-        """The host's part of a decoding step of one token a sequence: counts it and makes room for the pages that come due. Nothing
-        is stored until the handle attends."""
+        """The host's part of a decoding step of one token a sequence: counts it and makes room for
+        the pages that come due. Nothing is stored until the handle attends."""
         take_pages([self.table], self.due())
         for sequence in self.table.sequences:
             sequence.set_length(sequence.length + 1)
@@ -238,7 +239,7 @@ class PackedLayer(CacheLayerMixin):
             FloatingPointError: a key or value is NaN or infinite; nothing is stored.
         """
         tokens, end = key_states.shape[2], self.columns + key_states.shape[2]
-        self._check_finite(key_states, value_states, skips)
+        check_finite(self.layer_idx, key_states, value_states, self.columns, skips)
         positions = self._positions(tokens, skips) if self.spec.key.turns else None
         keys = to_float16(self.spec.key.apply(key_states, positions, self.geometry.sinks, end))
         values = to_float16(value_states.float())
@@ -252,19 +253,11 @@ class PackedLayer(CacheLayerMixin):
         return StoredView(self, shape, key_states.dtype, key_states.device, rows=rows)
 
     def _positions(self, tokens: int, skips: list[int]) -> Tensor:
-        """Positions of the next columns, counted from each sequence's first token: int64 [B, tokens], 0 where padded."""
+        """Positions of the next columns, counted from each sequence's first token: int64 [B,
+        tokens], 0 where padded."""
         starts = [length - skip for length, skip in zip(self.lengths(), skips, strict=True)]
         columns = torch.arange(tokens, device=self.device)
         return (columns + on_device(starts, torch.int64, self.device)[:, None]).clamp_min(0)
-
-    def _check_finite(self, keys: Tensor, values: Tensor, skips: list[int]) -> None:
-        for name, states in (("key", keys), ("value", values)):
-            if bool(torch.isfinite(states).all()):
-                continue
-            for b, skip in enumerate(skips):
-                bad = (~torch.isfinite(states[b, :, skip:])).any(-1).any(0).nonzero()
-                if len(bad):
-                    raise not_finite(self.layer_idx, name, self.columns + skip + int(bad[0]), b)
 
     # -- read ----------------------------------------------------------------------------------------------------------
 
@@ -294,10 +287,12 @@ class PackedLayer(CacheLayerMixin):
             self.release_passed()
         return out
 
-    # -- pages come and go -------------------------------------------------------------------------------------------------
+    # -- pages come and go
+    # -------------------------------------------------------------------------------------------------
 
     def release_passed(self) -> None:
-        """Frees pages that lie behind a sliding window of every query to come; called once the latest queries have attended."""
+        """Frees pages that lie behind a sliding window of every query to come; called once the
+        latest queries have attended."""
         if self.sliding and self.is_initialized:
             self.table.drop_passed(self.geometry, self.sliding)
 
@@ -311,7 +306,8 @@ class PackedLayer(CacheLayerMixin):
             if sequence.passed and kept > g.sinks and kept - self.sliding + 1 < gone:
                 raise KvfoldError(
                     f"A crop of sequence {b} to {kept} tokens needs some of the first {gone}, which the sliding window "
-                    f"of layer {self.layer_idx} ({self.sliding} tokens) has left behind; load with rollback={remove} or more."
+                    f"of layer {self.layer_idx} ({self.sliding} tokens) has left behind; load "
+                    f"with rollback={remove} or more."
                 )
 
     def removed(self, tokens_to_remove: int) -> int:
@@ -322,8 +318,9 @@ class PackedLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int, undo: bool = False) -> bool:
         """Removes the last |n| tokens for n ≤ 0; for n > 0 keeps the first n columns.
 
-        To a length that is `rollback` below the longest so far, or less, that is as if the tokens had never come. Further
-        back, a page that is cut through goes back to the window with its quantised values, and whole pages stay pages.
+        To a length that is `rollback` below the longest so far, or less, that is as if the tokens
+        had never come. Further back, a page that is cut through goes back to the window with its
+        quantised values, and whole pages stay pages.
 
         Args:
             undo: as if they had never come also without a rollback, where the 16-bit rows happen to be there still.
@@ -345,7 +342,8 @@ class PackedLayer(CacheLayerMixin):
     # -- whole sequences -----------------------------------------------------------------------------------------------
 
     def extend_ring(self) -> None:
-        """Follows the cache's geometry, whose `rollback` has grown: what the ring holds moves to one of the new size."""
+        """Follows the cache's geometry, whose `rollback` has grown: what the ring holds moves to
+        one of the new size."""
         if self.is_initialized:
             self.window.extend(self.geometry, self.table.sequences)
 
@@ -359,7 +357,8 @@ class PackedLayer(CacheLayerMixin):
         self._planned = []
 
     def copy(self, shared: SharedState, new_pool: NewPool, shares_pages: bool) -> "PackedLayer":
-        """A layer that goes on from here by itself: with the same pages, and 16-bit rows and tables of its own, or with all its own."""
+        """A layer that goes on from here by itself: with the same pages, and 16-bit rows and tables
+        of its own, or with all its own."""
         other = PackedLayer(self.rungs, shared, self.layer_idx, self.backend, new_pool)
         if self.is_initialized:
             other.adopt(self.held.copy(shared, shares_pages), self.columns, self.dtype, self.device)
@@ -384,7 +383,8 @@ class PackedLayer(CacheLayerMixin):
         raise KvfoldError("A layer of a packed cache can't be copied by itself; copy the cache, or its fork(n).")
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the sequences `indices`, int64 [n], in that order; an index may repeat. Pages are shared, not copied."""
+        """Keeps the sequences `indices`, int64 [n], in that order; an index may repeat. Pages are
+        shared, not copied."""
         if not self.is_initialized:
             return
         indices = torch.as_tensor(indices)

@@ -1,8 +1,10 @@
-"""Keys and values that are NaN or infinite in a decoding step. A kernel can't raise, so the one that appends a row notes the first bad
-(token, layer, key or value) of each sequence in a tensor on the device, and the host reads these marks before a page is packed.
+"""Keys and values that are NaN or infinite in a decoding step. A kernel can't raise, so the one
+that appends a row notes the first bad (token, layer, key or value) of each sequence in a tensor on
+the device, and the host reads these marks before a page is packed.
 
-A row is packed no sooner than a window after it came, so what is marked is reported before it reaches a page. Only without a
-window a page ends with the row of its own step: there the host looks once more, before the next step.
+A row is packed no sooner than a window after it came, so what is marked is reported before it
+reaches a page. Only without a window a page ends with the row of its own step: there the host looks
+once more, before the next step.
 """
 
 from collections.abc import Sequence
@@ -62,8 +64,9 @@ class NanMarks:
     def before_packing(self, geometry: Geometry, lengths: Sequence[int], tokens: int, columns: int) -> list[Bad]:
         """Sees to it that the host knows the marks of what the next `tokens` columns pack, and returns what is marked.
 
-        On a GPU it asks for them some steps before a page is due, if the window is that long, and reads the answer when the page is
-        due: by then the steps that it waits for are done. Without a window, and before a chunk, it is a `look`.
+        On a GPU it asks for them some steps before a page is due, if the window is that long, and
+        reads the answer when the page is due: by then the steps that it waits for are done. Without
+        a window, and before a chunk, it is a `look`.
 
         Args:
             lengths: tokens of each sequence so far.
@@ -82,10 +85,11 @@ class NanMarks:
                 self._ask(columns)
             return []
         ended = g.window == 0 and any(g.num_pages(n) > g.num_pages(max(0, n - 1)) for n in lengths)
-        return self.look(columns) if tokens > 1 or due or ended else []
+        return self.look() if tokens > 1 or due or ended else []
 
     def asked_before(self, geometry: Geometry, steps: int, columns: int) -> int:
-        """Of a page that comes due with the `steps`-th step from here: the number of the step before which the host looks or asks."""
+        """Of a page that comes due with the `steps`-th step from here: the number of the step
+        before which the host looks or asks."""
         if self.tensor is None:
             return steps
         ahead = self.lead(geometry)
@@ -93,8 +97,8 @@ class NanMarks:
             return steps
         return max(1, steps - ahead)
 
-    def look(self, columns: int) -> list[Bad]:
-        """Waits for the device and returns what is marked in all steps so far, of a cache of `columns` columns."""
+    def look(self) -> list[Bad]:
+        """Waits for the device and returns what is marked in all steps so far."""
         return [] if self.tensor is None else self._read(self.tensor)
 
     def _asked_within(self, columns: int, steps: int) -> bool:
@@ -112,10 +116,11 @@ class NanMarks:
         self._asked = _Asked(columns, host, event)
 
     def _answer(self, geometry: Geometry, columns: int) -> list[Bad]:
-        """Reads the copy, waiting for no step later than it; `look` if there is none, or one from before a row that is packed now."""
+        """Reads the copy, waiting for no step later than it; `look` if there is none, or one from
+        before a row that is packed now."""
         asked = self._asked
         if asked is None or not 0 <= columns + 1 - asked.columns <= geometry.window:
-            return self.look(columns)
+            return self.look()
         if asked.event is not None:
             asked.event.synchronize()
         return self._read(asked.host)
@@ -134,6 +139,24 @@ class NanMarks:
 
         ends = on_device([n * LABELS.value for n in lengths], torch.int64, self.tensor.device)
         self.tensor.masked_fill_(self.tensor >= ends, UNMARKED)
+
+
+def check_finite(layer_idx: int, keys: Tensor, values: Tensor, columns: int, skips: Sequence[int]) -> None:
+    """Refuses keys and values [B, num_kv_heads, T, head_dim] that are about to be stored.
+
+    Args:
+        columns: of the cache before them.
+        skips: leading columns of each sequence that are padding, which may hold anything.
+    Raises:
+        FloatingPointError: one is NaN or infinite.
+    """
+    for name, states in (("key", keys), ("value", values)):
+        if bool(torch.isfinite(states).all()):
+            continue
+        for b, skip in enumerate(skips):
+            bad = (~torch.isfinite(states[b, :, skip:])).any(-1).any(0).nonzero()
+            if len(bad):
+                raise not_finite(layer_idx, name, columns + skip + int(bad[0]), b)
 
 
 def not_finite(layer_idx: int, name: str, position: int, sequence: int, end: str = "") -> FloatingPointError:

@@ -14,10 +14,13 @@ def onnx_inputs(cache: QuantizedKVCache) -> dict[str, np.ndarray]:
     Args:
         cache: of B sequences of one length, with policy="floor".
     Returns:
-        For each layer I: past.I.pages, uint8 [B, pages, bytes of a page], zeros for pages that a sliding window has left behind;
-        past.I.key_rows and past.I.value_rows, float16 [B, num_kv_heads, R, head_dim]: the sinks and what is behind the last page.
+        For each layer I: past.I.pages, uint8 [B, pages, bytes of a page], zeros for pages that a
+            sliding window has left behind;
+        past.I.key_rows and past.I.value_rows, float16 [B, num_kv_heads, R, head_dim]: the sinks and
+        what is behind the last page.
     Raises:
-        KvfoldError: the cache is empty, its sequences differ in length, or its pages may have other formats than the artifact's.
+        KvfoldError: the cache is empty, its sequences differ in length, or its pages may have other
+            formats than the artifact's.
     """
     found: dict[str, np.ndarray] = {}
     for i, layer in enumerate(cache.layers):

@@ -1,4 +1,5 @@
-"""Which pages the sequences of a layer have: on the host their numbers in the pool, on the device their addresses, counts and rungs."""
+"""Which pages the sequences of a layer have: on the host their numbers in the pool, on the device
+their addresses, counts and rungs."""
 
 from bisect import bisect_left
 
@@ -26,8 +27,8 @@ class PageTable:
     Attributes:
         state: int32 [B, 2], tokens and pages of each sequence.
         block_table: int64 [B, entries], addresses of pages; 0 for one that is gone.
-        segments: int32 [B, rungs + 1], where pages have rungs: pages segments[b, r] … segments[b, r + 1] − 1 of sequence b stand
-            on rung r.
+        segments: int32 [B, rungs + 1], where pages have rungs: pages segments[b, r] … segments[b, r
+            + 1] − 1 of sequence b stand on rung r.
     """
 
     def __init__(
@@ -97,8 +98,8 @@ class PageTable:
                 self.enter(b, 0)
 
     def reserve(self, entries: int) -> None:
-        """Replaces the block table by an empty one with room for `entries` pages a sequence: for going through launches that aren't
-        made (runtime.generate.compile)."""
+        """Replaces the block table by an empty one with room for `entries` pages a sequence: for
+        going through launches that aren't made (runtime.generate.compile)."""
         self.block_table = self.block_table.new_zeros(len(self.sequences), entries)
 
     def bring(self) -> None:
@@ -127,8 +128,9 @@ class PageTable:
             news.send()
 
     def next_rungs(self) -> tuple[Tensor | None, list[int]]:
-        """The rung that the page which comes due next is written on, of each sequence: int32 [B] on the device, which stays where
-        it is, as a CUDA graph needs, and the same on the host. (None, []) where pages have one format. No part of what is cached."""
+        """The rung that the page which comes due next is written on, of each sequence: int32 [B] on
+        the device, which stays where it is, as a CUDA graph needs, and the same on the host. (None,
+        []) where pages have one format. No part of what is cached."""
         if self.rungs == 1:
             return None, []
         if self._next is None or len(self._next[1]) != len(self.sequences):
@@ -147,7 +149,8 @@ class PageTable:
         self._planned = bool(rungs)
 
     def append(self, b: int, count: int) -> list[int]:
-        """`count` new pages of sequence b, on the rungs that are planned for it; their bytes are the caller's to write."""
+        """`count` new pages of sequence b, on the rungs that are planned for it; their bytes are
+        the caller's to write."""
         sequence = self.sequences[b]
         first, due = len(sequence.pages), sequence.due
         ids = [i for n in range(count) for i in self.pool.allocate(1, due[n] if due else -1)]
@@ -157,8 +160,8 @@ class PageTable:
         return ids
 
     def take(self, due: list[int], news: Upload) -> None:
-        """Before a step by kernels: gives the sequences `due` a page, and the device, once `news` is sent, what it must know of that
-        and of what was lowered."""
+        """Before a step by kernels: gives the sequences `due` a page, and the device, once `news`
+        is sent, what it must know of that and of what was lowered."""
         for b in due:
             sequence = self.sequences[b]
             sequence.add(self.pool.allocate(1, sequence.due[0] if sequence.due else -1))
@@ -205,7 +208,8 @@ class PageTable:
         return list(found)
 
     def enter_lowered(self, ids: list[int], rung: int) -> None:
-        """Tells the device of pages that have come down from `rung`: a run in each sequence, the last of those now below it."""
+        """Tells the device of pages that have come down from `rung`: a run in each sequence, the
+        last of those now below it."""
         lowered = set(ids)
         for b, row in enumerate(self.pages()):
             end = bisect_left(row, rung, key=self.pool.rung)
@@ -217,7 +221,8 @@ class PageTable:
     # -- whole sequences -----------------------------------------------------------------------------------------------
 
     def select(self, chosen: list[int], index: Tensor) -> None:
-        """Keeps the sequences `chosen`, also given as int64 [n] on the device, in that order; one may repeat. Pages are shared."""
+        """Keeps the sequences `chosen`, also given as int64 [n] on the device, in that order; one
+        may repeat. Pages are shared."""
         for b in chosen:
             self.pool.share([i for i in self.sequences[b].pages if i != PASSED])
         self.release()

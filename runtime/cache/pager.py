@@ -1,13 +1,16 @@
-"""Old pages in host memory: they leave the device as they are, packed, and come back through a staging buffer that layers share.
+"""Old pages in host memory: they leave the device as they are, packed, and come back through a
+staging buffer that layers share.
 
-What a cache may hold on the device is its `kv_budget`. When a new page would pass it, the oldest page of the layer with the fewest
-pages in host memory moves there, pinned where the device is a GPU. Such a page has a slot, for good: its place in the layer's chunks
-of host memory is its place in the staging buffer, so its entry in a block table is written once and kernels never know. Before a
-layer attends, its chunks are copied into the buffer. With two buffers, of which layers take turns, the next layer's are copied
-meanwhile, on a stream of their own.
+What a cache may hold on the device is its `kv_budget`. When a new page would pass it, the oldest
+page of the layer with the fewest pages in host memory moves there, pinned where the device is a
+GPU. Such a page has a slot, for good: its place in the layer's chunks of host memory is its place
+in the staging buffer, so its entry in a block table is written once and kernels never know. Before
+a layer attends, its chunks are copied into the buffer. With two buffers, of which layers take
+turns, the next layer's are copied meanwhile, on a stream of their own.
 
-The buffer must hold the layer with the most pages in host memory, so a budget reaches about as many times further as there are layers to a
-buffer. Each step copies every page in host memory once: it is the link to the host that limits the speed.
+The buffer must hold the layer with the most pages in host memory, so a budget reaches about as many
+times further as there are layers to a buffer. Each step copies every page in host memory once: it
+is the link to the host that limits the speed.
 """
 
 import heapq
@@ -131,7 +134,8 @@ class Pager:
     def push_out(self, nbytes: int) -> bool:
         """Moves pages to host memory until `nbytes` more fit on the device; False if there are none left to move.
 
-        Pages go first, and the staging buffer grows when they are gone: at no instant is more on the device than `limit`.
+        Pages go first, and the staging buffer grows when they are gone: at no instant is more on
+        the device than `limit`.
         """
         pools = [pool for _, pool in sorted(self.pools.items())]
         resident = sum(pool.nbytes for pool in pools)
@@ -177,7 +181,8 @@ class Pager:
         return self.stages[pool.index % self.buffers][slot // self.chunk_pages][first : first + pool.page_nbytes]
 
     def bring(self, pool: "PagingPool") -> None:
-        """Makes a layer's pages in host memory readable in the staging buffer, until another layer of that buffer is brought."""
+        """Makes a layer's pages in host memory readable in the staging buffer, until another layer
+        of that buffer is brought."""
         self._wait(pool.index % self.buffers)
         self._copy(pool)
         if self.buffers > 1:

@@ -15,7 +15,8 @@ class PagePool:
     A page is a tensor of its own, so that growing copies nothing and moves nothing, and freeing returns memory.
 
     Args:
-        page_nbytes: bytes of a page, a multiple of 16; of one on each rung, floor first, where pages come in several formats.
+        page_nbytes: bytes of a page, a multiple of 16; of one on each rung, floor first, where
+            pages come in several formats.
         device: where pages live.
     """
 
@@ -32,7 +33,8 @@ class PagePool:
         self._free_ids: list[int] = []  # numbers of pages that were given back
 
     def duplicate(self, pages: Sequence[Sequence[int]]) -> "PagePool":
-        """A pool with copies of the pages of some sequences, under the same numbers, each owned as often as it is listed."""
+        """A pool with copies of the pages of some sequences, under the same numbers, each owned as
+        often as it is listed."""
         other = PagePool(self.sizes, self.device)
         other._adopt([i for ids in pages for i in ids if i != PASSED], self)
         return other
@@ -55,7 +57,8 @@ class PagePool:
         return self.sizes[-1]
 
     def allocate(self, count: int, rung: int = -1) -> list[int]:
-        """`count` new pages of undefined bytes on a rung, default the highest, with one owner each; returns their numbers."""
+        """`count` new pages of undefined bytes on a rung, default the highest, with one owner each;
+        returns their numbers."""
         rung %= len(self.sizes)
         ids = []
         for _ in range(count):
@@ -116,7 +119,8 @@ class PagePool:
         """Takes memory one rung down for pages of one rung. The numbers stay, and so do the owners.
 
         Returns:
-            (old, new): the bytes as they were, freed when the caller lets go of them, and the undefined bytes that replace them.
+            (old, new): the bytes as they were, freed when the caller lets go of them, and the
+            undefined bytes that replace them.
         """
         old = [self._pages[i] for i in ids]
         rung = self._rungs[ids[0]]

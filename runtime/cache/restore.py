@@ -24,7 +24,8 @@ def load_cache(path: str | PathLike, model: Any) -> QuantizedKVCache:
     digest = model.kv_artifact.metadata.digest
     if body["artifact"] != digest:
         raise KvfoldError(
-            f"'{path}' is a cache of another artifact ({str(body['artifact'])[:12]}…, this model's is {digest[:12]}…); load "
+            f"'{path}' is a cache of another artifact ({str(body['artifact'])[:12]}…, this "
+            f"model's is {digest[:12]}…); load "
             "the artifact that it was made with."
         )
     cache: QuantizedKVCache = model.new_kv_cache()
@@ -34,7 +35,8 @@ def load_cache(path: str | PathLike, model: Any) -> QuantizedKVCache:
         need = cache.policy.hold(cache.layers, body["layers"][0]["length"], pages)
         if need > cache.budget:
             raise KVBudgetExceeded(
-                f"The cache in '{path}' takes {need} bytes{cache.policy.stored}, but kv_budget is {cache.budget}; raise "
+                f"The cache in '{path}' takes {need} bytes{cache.policy.stored}, but kv_budget is "
+                f"{cache.budget}; raise "
                 "kv_budget."
             )
     cache.shared.set_padding(list(body["padding"]))

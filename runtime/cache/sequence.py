@@ -4,8 +4,9 @@ PASSED = -1  # in a list of pages: one that a sliding window has left behind and
 
 
 class Clock:
-    """Decoding steps that the host has prepared for all layers of a cache at once (runtime.generate.steps). What counts by a clock
-    grows with it and isn't touched in such a step."""
+    """Decoding steps that the host has prepared for all layers of a cache at once
+    (runtime.generate.steps). What counts by a clock grows with it and isn't touched in such a
+    step."""
 
     def __init__(self, steps: int = 0) -> None:
         self.steps = steps
@@ -97,3 +98,8 @@ class Sequence:
         other = Sequence(clock or self._tokens.clock, self.oldest)
         other.restore(self.length, self.oldest, list(self.pages))
         return other
+
+
+def new_sequences(count: int, clock: Clock, oldest: int) -> list[Sequence]:
+    """`count` empty sequences whose 16-bit rings begin with token `oldest`."""
+    return [Sequence(clock, oldest) for _ in range(count)]

@@ -24,8 +24,8 @@ class SharedState:
         batch_invariant: kernels divide a sequence's pages by its own length alone, not by the batch's.
 
     Attributes:
-        plain: the current call's mask hides left padding, the future and what lies behind a sliding window, and nothing else: what
-            kernels know. Other calls are the reference's.
+        plain: the current call's mask hides left padding, the future and what lies behind a sliding
+            window, and nothing else: what kernels know. Other calls are the reference's.
         clock: decoding steps that the host has prepared for all layers at once (runtime.generate.steps).
         stepping: such a step is being run, or captured: layers leave their host's state alone.
         marks: of keys and values that are NaN or infinite.
@@ -64,7 +64,8 @@ class SharedState:
         self.padding, self.plain = settle(columns, self.padding, seen)
 
     def positions(self, seen: int, tokens: int, device: torch.device) -> Tensor:
-        """Positions int64 [B, tokens] of the tokens after `seen` columns, counted from each sequence's first real one."""
+        """Positions int64 [B, tokens] of the tokens after `seen` columns, counted from each
+        sequence's first real one."""
         columns = torch.arange(tokens, device=device) + seen
         return (columns - torch.tensor(self.padding, device=device)[:, None]).clamp_min(0)
 

@@ -1,13 +1,15 @@
-"""A cache on disk: one safetensors file whose header's `kvfold_cache` is JSON. Restored, it goes on as if it had never stopped.
+"""A cache on disk: one safetensors file whose header's `kvfold_cache` is JSON. Restored, it goes on
+as if it had never stopped.
 
 Tensors of layer I, with R 16-bit rows and P distinct pages of all sequences together:
 
     layers.I.keys, layers.I.values    float16 [num_kv_heads, R, head_dim]: of each sequence its sinks, then its window
     layers.I.pages                    uint8 [P, page_nbytes]
 
-The JSON object: `version`; `artifact`, the digest of the artifact's kv_cache.json; `rollback`; `padding`, columns of each
-sequence; `layers`, of each layer `columns`, and of each sequence `length`, `oldest` (first token of the window that is
-there) and `pages` (rows of layers.I.pages, −1 where a sliding window has left one behind); `sha256` of all that.
+The JSON object: `version`; `artifact`, the digest of the artifact's kv_cache.json; `rollback`;
+`padding`, columns of each sequence; `layers`, of each layer `columns`, and of each sequence
+`length`, `oldest` (first token of the window that is there) and `pages` (rows of layers.I.pages, −1
+where a sliding window has left one behind); `sha256` of all that.
 """
 
 import hashlib
@@ -118,7 +120,8 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise KvfoldError(f"'{path}' is no cache of kvfold; give what `cache.save` wrote.")
     if body.get("version") != VERSION:
         raise KvfoldError(
-            f"'{path}' is a cache of version {body.get('version')!r}, but this kvfold reads {VERSION}; save the cache again."
+            f"'{path}' is a cache of version {body.get('version')!r}, but this kvfold reads "
+            f"{VERSION}; save the cache again."
         )
     digest = body.pop("sha256", None)
     if digest != _sha256(body, tensors):

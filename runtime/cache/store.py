@@ -50,9 +50,20 @@ class LayerStore:
         """The layer's tensors, for a backend."""
         window, table = self.window, self.table
         return LayerTensors(
-            self.layer_idx, self.shared.geometry, self.rungs, window.keys, window.values, table.state, table.block_table,
-            table.segments, table.next_rungs()[0], table.pool, self.shared.workspace, self.shared.batch_invariant, marks,
-        )  # fmt: skip
+            self.layer_idx,
+            self.shared.geometry,
+            self.rungs,
+            window.keys,
+            window.values,
+            table.state,
+            table.block_table,
+            table.segments,
+            table.next_rungs()[0],
+            table.pool,
+            self.shared.workspace,
+            self.shared.batch_invariant,
+            marks,
+        )
 
     def tensors(self) -> list[Tensor]:
         """Every resident tensor on the device."""
@@ -75,7 +86,8 @@ class LayerStore:
     # -- tokens come ---------------------------------------------------------------------------------------------------
 
     def append(self, b: int, keys: Tensor, values: Tensor, skip: int, pad: int) -> RowView:
-        """Appends keys in their stored basis and values, float16 [Hkv, n, D], to sequence b, and says what their queries read.
+        """Appends keys in their stored basis and values, float16 [Hkv, n, D], to sequence b, and
+        says what their queries read.
 
         Args:
             skip: leading columns of this call that are padding, left out here.
@@ -105,7 +117,8 @@ class LayerStore:
         return window.read(b, held), packed_after
 
     def _append_chunk(self, b: int, keys: Tensor, values: Tensor) -> tuple[tuple[Tensor, Tensor], int]:
-        """A prompt or a chunk, whose queries still read in 16 bits what this very call packs; returns as `_append_token`."""
+        """A prompt or a chunk, whose queries still read in 16 bits what this very call packs;
+        returns as `_append_token`."""
         g, window, sequence = self.geometry, self.window, self.table.sequences[b]
         length = sequence.length
         total = length + keys.shape[1]
@@ -129,7 +142,8 @@ class LayerStore:
         return (rows[0], rows[1]), packed
 
     def _grown(self, b: int, new: int, skip: int, pad: int, rows: tuple[Tensor, Tensor], packed: int) -> RowView:
-        """Counts sequence b's new tokens and says what their queries read: 16-bit rows, and the first `packed` tokens from pages."""
+        """Counts sequence b's new tokens and says what their queries read: 16-bit rows, and the
+        first `packed` tokens from pages."""
         g, sequence, (keys, values) = self.geometry, self.table.sequences[b], rows
         length, device = sequence.length, keys.device
         total = length + new
@@ -144,8 +158,8 @@ class LayerStore:
         return RowView(skip, pad, positions, limit, keys, values, raw_positions, ids, packed, total, sequence.passed)
 
     def _write_pages(self, b: int, keys: Tensor, values: Tensor) -> None:
-        """Packs whole pages of float16 [Hkv, n·page_tokens, D] behind the pages that sequence b has, as many at a time as may wait for
-        their bytes together."""
+        """Packs whole pages of float16 [Hkv, n·page_tokens, D] behind the pages that sequence b
+        has, as many at a time as may wait for their bytes together."""
         size, most = self.geometry.page_tokens, self.table.pool.most
         step = keys.shape[1] if most is None else most * size
         for part in zip(*(x.split(step, 1) for x in (keys, values)), strict=True):
@@ -169,7 +183,8 @@ class LayerStore:
     # -- tokens go -----------------------------------------------------------------------------------------------------
 
     def crop(self, b: int, remove: int, exact: bool) -> bool:
-        """Crops one sequence; whether no token that is left is quantised that would not be if the others had never come."""
+        """Crops one sequence; whether no token that is left is quantised that would not be if the
+        others had never come."""
         g, sequence = self.geometry, self.table.sequences[b]
         kept, pages = max(0, sequence.length - remove), len(sequence.pages)
         oldest = self.window.oldest(sequence)

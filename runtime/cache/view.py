@@ -1,4 +1,5 @@
-"""The handles that a layer of the packed cache gives transformers in place of keys and values; the attention function hands them back."""
+"""The handles that a layer of the packed cache gives transformers in place of keys and values; the
+attention function hands them back."""
 
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
@@ -74,7 +75,8 @@ class StoredView(LayerView):
 
 @dataclass
 class DeferredView(LayerView):
-    """The handle of a decoding step that is stored when it attends; `new`: its keys and values [B, num_kv_heads, 1, head_dim]."""
+    """The handle of a decoding step that is stored when it attends; `new`: its keys and values [B,
+    num_kv_heads, 1, head_dim]."""
 
     new: tuple[Tensor, Tensor] | None = None
 

@@ -70,7 +70,8 @@ class RawWindow:
         return max(g.sinks, sequence.oldest, sequence.length - g.ring)
 
     def extend(self, geometry: Geometry, sequences: Iterable[Sequence]) -> None:
-        """Goes on with a geometry that differs in `rollback` alone; what the ring holds moves to one of the new size."""
+        """Goes on with a geometry that differs in `rollback` alone; what the ring holds moves to
+        one of the new size."""
         old = self.geometry
         if old.ring == geometry.ring:
             self.geometry = geometry

@@ -1,10 +1,13 @@
-"""The one gate before attention: what a call brings (mask, positions, batch, cache, options) against what a packed cache computes.
+"""The one gate before attention: what a call brings (mask, positions, batch, cache, options)
+against what a packed cache computes.
 
-Each call goes one of four ways, the same for the reference and for kernels: by the path that was chosen, by the reference for this one
-call, with one warning, because kernels lack something; by a cache of transformers' own, with one warning; or it is refused with
-KvfoldError, before anything is stored. Never is something else computed in silence. docs/calls.md is the table of it.
+Each call goes one of four ways, the same for the reference and for kernels: by the path that was
+chosen, by the reference for this one call, with one warning, because kernels lack something; by a
+cache of transformers' own, with one warning; or it is refused with KvfoldError, before anything is
+stored. Never is something else computed in silence. docs/calls.md is the table of it.
 
-Nothing here waits for the device in a decoding step of `generate`: its masks grow by visible columns, and `grown` says so.
+Nothing here waits for the device in a decoding step of `generate`: its masks grow by visible
+columns, and `grown` says so.
 """
 
 import inspect
@@ -62,7 +65,8 @@ class Gate:
         return kwargs
 
     def step(self, model: Any, cache: QuantizedKVCache, mask: Tensor | None, batch: int) -> bool:
-        """The checks of a step that may be replayed, in which no hook is called: whether kernels read its mask [B, columns]."""
+        """The checks of a step that may be replayed, in which no hook is called: whether kernels
+        read its mask [B, columns]."""
         self.check_model(model)
         self.check_cache(cache, batch)
         cache.note_padding(mask, batch, 1)
@@ -95,13 +99,15 @@ class Gate:
         """
         if cache.artifact is not None and cache.artifact != self.digest:
             raise KvfoldError(
-                f"past_key_values is a cache of another artifact ({cache.artifact[:12]}…, this model's is {self.digest[:12]}…), "
+                f"past_key_values is a cache of another artifact ({cache.artifact[:12]}…, this "
+                f"model's is {self.digest[:12]}…), "
                 "whose keys and values stand in another basis; pass model.new_kv_cache()."
             )
         first = cache.layers[0]
         if first.is_initialized and first.batch_size != batch:
             raise KvfoldError(
-                f"This call has {batch} sequence(s), but past_key_values holds {first.batch_size}; make it as many with "
+                f"This call has {batch} sequence(s), but past_key_values holds "
+                f"{first.batch_size}; make it as many with "
                 f"cache.batch_repeat_interleave(n), or give each sequence a cache of its own with cache.fork(n)."
             )
 
@@ -116,15 +122,18 @@ class Gate:
         """
         if not isinstance(cache, Cache):
             raise KvfoldError(
-                f"past_key_values is a {type(cache).__name__}, but must be a cache; pass model.new_kv_cache() or leave it out."
+                f"past_key_values is a {type(cache).__name__}, but must be a cache; pass "
+                "model.new_kv_cache() or leave it out."
             )
         marked = getattr(cache, MARK, None)
         if marked is None and not cache.get_seq_length():
             setattr(cache, MARK, self.digest)
         elif marked != self.digest and not asked and moved_projections(self.artifact.specs):
             raise KvfoldError(
-                f"past_key_values ({type(cache).__name__}) holds {cache.get_seq_length()} tokens that this model has not computed (prefix "
-                "tuning, or another model's cache), but its keys and values stand in another basis; let this model read them."
+                f"past_key_values ({type(cache).__name__}) holds {cache.get_seq_length()} tokens "
+                "that this model has not computed (prefix "
+                "tuning, or another model's cache), but its keys and values stand in another "
+                "basis; let this model read them."
             )
         if not asked:
             self.tell(
@@ -140,7 +149,8 @@ class Gate:
         """
         if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
             raise KvfoldError(
-                "output_attentions=True asks for attention weights, which no packed cache forms; leave it out, or run the call "
+                "output_attentions=True asks for attention weights, which no packed cache forms; "
+                "leave it out, or run the call "
                 f"{HOW} after model.set_attn_implementation('eager')."
             )
         for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
@@ -160,7 +170,8 @@ class Gate:
             return
         if find_packed_sequence_indices(positions.expand(batch, -1)) is not None:
             raise KvfoldError(
-                "position_ids restart within a row, which packs several documents in it, but a packed cache holds one in each; give "
+                "position_ids restart within a row, which packs several documents in it, but a "
+                "packed cache holds one in each; give "
                 "each document a row of its own, left-padded, or a mask of four dimensions that keeps them apart."
             )
 
@@ -187,7 +198,8 @@ class Gate:
             cache.shared.set_plain(plain)
         if not cache.shared.plain and not cache.layers[0].backend.reads_masks:
             self.tell(
-                "mask", "attention_mask hides more than left padding, which the Triton kernels don't read; the plain-torch reference, "
+                "mask", "attention_mask hides more than left padding, which the Triton kernels "
+                "don't read; the plain-torch reference, "
                 "which is slower, computes such calls",
             )  # fmt: skip
 
@@ -199,5 +211,6 @@ def refuse_batching(*args: Any, **kwargs: Any) -> None:
         KvfoldError: always.
     """
     raise KvfoldError(
-        "generate_batch brings a paged 16-bit cache of its own and reads no packed one; call model.generate with a left-padded batch."
+        "generate_batch brings a paged 16-bit cache of its own and reads no packed one; call "
+        "model.generate with a left-padded batch."
     )

@@ -1,4 +1,5 @@
-"""What a loaded model does around every call: brings a packed cache where none is given, and sends the call through the gate."""
+"""What a loaded model does around every call: brings a packed cache where none is given, and sends
+the call through the gate."""
 
 import logging
 from dataclasses import replace
@@ -54,7 +55,8 @@ class Calls:
         return self  # a copy of the model is of the same artifact
 
     def new_cache(self, model: Any, ephemeral: bool = False) -> QuantizedKVCache:
-        """An empty packed cache of this model; `ephemeral`: for one forward pass with use_cache=False, and not returned."""
+        """An empty packed cache of this model; `ephemeral`: for one forward pass with
+        use_cache=False, and not returned."""
         away = None
         if self.offload:
             buffers = 2 if next(model.parameters()).device.type == "cuda" else 1
@@ -114,7 +116,8 @@ class Calls:
         return found
 
     def named_modules(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """nn.Module's own; an adapter that is merged into the weights before any call passes by here, and by nothing else."""
+        """nn.Module's own; an adapter that is merged into the weights before any call passes by
+        here, and by nothing else."""
         check_adapters(model, self.artifact)
         return type(model).named_modules(model, *args, **kwargs)
 
@@ -126,8 +129,8 @@ class Calls:
             )  # fmt: skip
 
     def before(self, model: Any, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Before the base model's forward pass. Without a cache it would make a stock one of 16 bits, and perplexity would measure
-        nothing."""
+        """Before the base model's forward pass. Without a cache it would make a stock one of 16
+        bits, and perplexity would measure nothing."""
         kwargs = self.gate.normal(module, args, kwargs)
         cache, tokens = kwargs.get("past_key_values"), kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens

@@ -1,7 +1,9 @@
-"""Whether what transformers is to load is an artifact, at the price of no request that transformers doesn't make itself.
+"""Whether what transformers is to load is an artifact, at the price of no request that transformers
+doesn't make itself.
 
-Of a repository on the Hub transformers first asks which commit a revision is. The same answer lists the repository's files; the commit is
-handed on, so that nobody asks twice. Where the Hub can't be reached the commit is known from the Hub's cache, and so are its files.
+Of a repository on the Hub transformers first asks which commit a revision is. The same answer lists
+the repository's files; the commit is handed on, so that nobody asks twice. Where the Hub can't be
+reached the commit is known from the Hub's cache, and so are its files.
 """
 
 from pathlib import Path

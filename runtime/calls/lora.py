@@ -9,7 +9,8 @@ FOLDED_KEYS = {"smooth"}  # transforms of keys that are folded into weights; oth
 
 
 def moved_projections(specs: Any) -> set[str]:
-    """Names of projections whose weights differ from the original model's by more than rounding; `specs`: one LayerSpec a layer."""
+    """Names of projections whose weights differ from the original model's by more than rounding;
+    `specs`: one LayerSpec a layer."""
     found: set[str] = set()
     if any(spec.value.transforms for spec in specs):
         found |= {"v_proj", "o_proj", "qkv_proj"}
@@ -21,8 +22,9 @@ def moved_projections(specs: Any) -> set[str]:
 def check_adapters(model: Any, artifact: Any) -> None:
     """Refuses adapters that were trained on another model and reach into projections that stand in another basis here.
 
-    PEFT keeps the configs of a model's adapters as its `peft_config`; each names the model that it was trained on. The basis itself is
-    not stored (exports/FORMAT.md), so factors for another one can't be moved to it.
+    PEFT keeps the configs of a model's adapters as its `peft_config`; each names the model that it
+    was trained on. The basis itself is not stored (exports/FORMAT.md), so factors for another one
+    can't be moved to it.
 
     Args:
         model: a causal language model that was loaded from `artifact`.
@@ -43,8 +45,10 @@ def check_adapters(model: Any, artifact: Any) -> None:
         held = {name for attribute in getattr(module, "adapter_layer_names", ()) for name in getattr(module, attribute)}
         for name in sorted(held & foreign.keys()):
             raise KvfoldError(
-                f"Adapter '{name}' changes {projection}, but was trained on '{foreign[name]}', and this artifact's {projection} stands in "
-                "another basis; merge it into the original (merge_and_unload) and compress that, or train one on the artifact."
+                f"Adapter '{name}' changes {projection}, but was trained on '{foreign[name]}', "
+                f"and this artifact's {projection} stands in "
+                "another basis; merge it into the original (merge_and_unload) and compress that, "
+                "or train one on the artifact."
             )
 
 

@@ -1,8 +1,9 @@
-"""What an attention mask asks for: left padding, which kernels know, holes, which the plain-torch reference can compute too, and the
-rest, which is refused.
+"""What an attention mask asks for: left padding, which kernels know, holes, which the plain-torch
+reference can compute too, and the rest, which is refused.
 
-Masks of transformers: two dimensions [B, columns seen and new], 0 where a column is hidden from all; four dimensions [B, 1, T, columns],
-True or 0 where a query may look; or a dict of the latter, one for each type of layer.
+Masks of transformers: two dimensions [B, columns seen and new], 0 where a column is hidden from
+all; four dimensions [B, 1, T, columns], True or 0 where a query may look; or a dict of the latter,
+one for each type of layer.
 """
 
 from collections.abc import Sequence
@@ -52,8 +53,8 @@ class Place:
 
 
 def read_columns(mask: Tensor, width: int) -> Columns:
-    """Reads a mask [B, n]; columns that it lacks are hidden, as to transformers. On a GPU this waits for the device, unless the mask
-    is one that `grown` knows."""
+    """Reads a mask [B, n]; columns that it lacks are hidden, as to transformers. On a GPU this
+    waits for the device, unless the mask is one that `grown` knows."""
     known, version = getattr(mask, TAG, (None, UNKNOWN))
     if known is not None and known.width == width and version == (MADE if mask.is_inference() else mask._version):
         return known
@@ -74,8 +75,8 @@ def grown(old: Any, new: Any) -> None:
 
 
 def note(mask: Tensor, columns: Columns, made: bool = False) -> Columns:
-    """Remembers what a mask says with the mask itself. Whether a tensor of inference mode is written later can't be known: one that
-    isn't `made` by generate is read each time."""
+    """Remembers what a mask says with the mask itself. Whether a tensor of inference mode is
+    written later can't be known: one that isn't `made` by generate is read each time."""
     version = (MADE if made else UNKNOWN) if mask.is_inference() else mask._version
     setattr(mask, TAG, (columns, version))
     return columns
@@ -86,7 +87,8 @@ def settle(columns: Columns, pads: Sequence[int], seen: int) -> tuple[list[int],
 
     Args:
         columns: of the mask.
-        pads: padding of each sequence as known so far; of one whose padding hasn't ended with the `seen` columns, at least that.
+        pads: padding of each sequence as known so far; of one whose padding hasn't ended with the
+            `seen` columns, at least that.
         seen: columns in the cache.
     Returns:
         (padding of each sequence, whether nothing but padding is hidden)
@@ -99,7 +101,8 @@ def settle(columns: Columns, pads: Sequence[int], seen: int) -> tuple[list[int],
         pad = lead if known == seen else known  # nothing has come yet
         if shown and lead < known:
             raise KvfoldError(
-                f"attention_mask shows column {lead} of sequence {b}, but an earlier mask said that its first {known} columns are "
+                f"attention_mask shows column {lead} of sequence {b}, but an earlier mask said "
+                f"that its first {known} columns are "
                 "padding, which is not cached; give every call of a cache a mask with the same left padding."
             )
         found.append(pad)
@@ -111,7 +114,8 @@ def read_squares(mask: Any, place: Place, device: torch.device) -> tuple[Any, bo
     """Checks masks of four dimensions, or a dict of them.
 
     Returns:
-        (the same as bool [B, 1, T, columns], whether nothing but padding, the future and what lies behind a window is hidden)
+        (the same as bool [B, 1, T, columns], whether nothing but padding, the future and what lies
+        behind a window is hidden)
     Raises:
         KvfoldError: not one of these; or a mask that hides less than a causal one, or more by adding to logits.
     """
@@ -137,17 +141,20 @@ def read_square(mask: Any, place: Place, windows: Sequence[int], device: torch.d
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise KvfoldError(
-            f"attention_mask is {shape}, but must be [B, columns], 0 where hidden, or {list(wanted)}, True where visible."
+            f"attention_mask is {shape}, but must be [B, columns], 0 where hidden, or "
+            f"{list(wanted)}, True where visible."
         )
     if mask.shape[1] != 1:
         raise KvfoldError(
-            f"attention_mask has {mask.shape[1]} heads, but a packed cache takes one mask for all heads; give {list(wanted)}."
+            f"attention_mask has {mask.shape[1]} heads, but a packed cache takes one mask for all "
+            f"heads; give {list(wanted)}."
         )
     if mask.shape[0] not in (1, batch) or mask.shape[2] not in (1, place.tokens) or mask.shape[3] != place.width:
         raise KvfoldError(f"attention_mask is {list(mask.shape)}, but this call needs {list(wanted)}; give that.")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise KvfoldError(
-            f"attention_mask of four dimensions is {mask.dtype}; give bool, True where visible, or 0 and -inf of a float type."
+            f"attention_mask of four dimensions is {mask.dtype}; give bool, True where visible, "
+            "or 0 and -inf of a float type."
         )
     mask = mask.to(device)
     visible = (mask if mask.dtype == torch.bool else mask == 0).expand(wanted)
@@ -166,23 +173,27 @@ def read_square(mask: Any, place: Place, windows: Sequence[int], device: torch.d
     flags = torch.stack(odd).tolist()
     if flags[0]:
         raise KvfoldError(
-            "attention_mask adds to logits, but a packed cache can only hide or show: 0 where visible, -inf (or below -10000) where not; "
+            "attention_mask adds to logits, but a packed cache can only hide or show: 0 where "
+            "visible, -inf (or below -10000) where not; "
             "run such a call inside `with runtime.plain_cache(model):`."
         )
     if flags[1]:
         raise KvfoldError(
-            "attention_mask shows a query tokens that come after it (a prefix that looks both ways), but a packed cache is causal; "
+            "attention_mask shows a query tokens that come after it (a prefix that looks both "
+            "ways), but a packed cache is causal; "
             "run such a call inside `with runtime.plain_cache(model):`."
         )
     if flags[2]:
         raise KvfoldError(
-            "attention_mask shows columns that an earlier mask said are padding, which is not cached; give every call of a cache a "
+            "attention_mask shows columns that an earlier mask said are padding, which is not "
+            "cached; give every call of a cache a "
             "mask with the same left padding."
         )
     for window, shown in zip(windows, flags[3::2], strict=True):
         if shown:
             raise KvfoldError(
-                f"attention_mask shows tokens behind the sliding window ({window} tokens) of some layers, whose cache has let them go; "
+                f"attention_mask shows tokens behind the sliding window ({window} tokens) of some "
+                "layers, whose cache has let them go; "
                 f"give a dict of masks, one for '{FULL}' and one for '{SLIDING}'."
             )
     return visible, not any(flags[4::2])

@@ -1,4 +1,5 @@
-"""What may be passed to `load_pretrained`, and to transformers' `from_pretrained` of an artifact: an option works or is refused by name."""
+"""What may be passed to `load_pretrained`, and to transformers' `from_pretrained` of an artifact:
+an option works or is refused by name."""
 
 import inspect
 from collections.abc import Iterable, Mapping
@@ -12,11 +13,13 @@ from kvfold.errors import KvfoldError
 
 HUB = frozenset(inspect.signature(snapshot_download).parameters) - {"repo_id", "repo_type", "revision", "dry_run"}
 PASSED_ON = {  # of from_pretrained, and mean there what they mean to transformers
-    "config", "generation_config", "dtype", "torch_dtype", "device_map", "output_loading_info", "max_memory", "offload_folder",
+    "config", "generation_config", "dtype", "torch_dtype", "device_map", "output_loading_info",
+    "max_memory", "offload_folder",
     "offload_buffers", "low_cpu_mem_usage", "weights_only", "tqdm_class", "proxies", "code_revision", "adapter_kwargs",
 }  # fmt: skip
 REFUSED = {  # options of transformers that would change what is computed, or whose effect kvfold would undo
-    "attn_implementation": "an artifact brings its own attention; load_pretrained's attention='reference' or 'triton' chooses",
+    "attn_implementation": "an artifact brings its own attention; load_pretrained's "
+    "attention='reference' or 'triton' chooses",
     "experts_implementation": "an artifact is computed as its family's own code does",
     "quantization_config": "the weights stay in 16 bits, it is the KV cache that is quantised",
     "load_in_8bit": "the weights stay in 16 bits, it is the KV cache that is quantised",
@@ -57,7 +60,8 @@ def check_names(function: str, given: Mapping[str, Any], known: Iterable[str], e
             raise TypeError(f"{function}() does not take {name}={value!r}: {REFUSED[name]}; leave it out.")
         if name in elsewhere:
             raise TypeError(
-                f"{function}() of an artifact does not take '{name}'; load it with kvfold's runtime.load_pretrained(…, {name}={value!r})."
+                f"{function}() of an artifact does not take '{name}'; load it with kvfold's "
+                f"runtime.load_pretrained(…, {name}={value!r})."
             )
         near = get_close_matches(name, known, 1, 0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"the options are {', '.join(known)}."
@@ -75,7 +79,8 @@ def dtype_of(name: str, value: Any) -> torch.dtype | str | None:
     found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
     if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
         raise KvfoldError(
-            f"{name}={value!r} is not a type that a model can compute in; give torch.bfloat16, torch.float16, torch.float32 or 'auto'."
+            f"{name}={value!r} is not a type that a model can compute in; give torch.bfloat16, "
+            "torch.float16, torch.float32 or 'auto'."
         )
     return found
 
@@ -105,13 +110,15 @@ def device_of_map(device_map: Any, default: torch.device) -> torch.device:
     if isinstance(device_map, str) and device_map in PLACEMENTS:
         if torch.cuda.device_count() > 1:
             raise TypeError(
-                f"load_pretrained() does not take device_map={device_map!r} where there are several GPUs: a model is put on one; "
+                f"load_pretrained() does not take device_map={device_map!r} where there are "
+                "several GPUs: a model is put on one; "
                 "give device='cuda:0', or use AutoModelForCausalLM.from_pretrained."
             )
         return default
     named = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
     if len({str(x) for x in named}) != 1:
         raise TypeError(
-            f"load_pretrained() does not take device_map={device_map!r}: a model is put on one device; give device='cuda:0'."
+            f"load_pretrained() does not take device_map={device_map!r}: a model is put on one "
+            "device; give device='cuda:0'."
         )
     return device_of(named[0], "device_map")

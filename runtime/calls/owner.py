@@ -1,4 +1,5 @@
-"""Methods and hooks of one model object that don't keep it alive: without reference cycles `del model` frees its weights at once."""
+"""Methods and hooks of one model object that don't keep it alive: without reference cycles `del
+model` frees its weights at once."""
 
 import inspect
 import weakref
@@ -21,8 +22,9 @@ class Owner:
 
 
 class Bound:
-    """`function` with a model as its first argument, as a method bound to it would be. A subclass with such a method would do, but its
-    name would end up in config.json when the model is saved."""
+    """`function` with a model as its first argument, as a method bound to it would be. A subclass
+    with such a method would do, but its name would end up in config.json when the model is
+    saved."""
 
     def __init__(self, function: Callable[..., Any], model: Any) -> None:
         self.function, self.owner = function, Owner(model)

@@ -27,12 +27,14 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_down
 
 @compiling()
 def load_if_artifact(stock: Callable[..., Any], name: Any, *args: Any, **kwargs: Any) -> Any:
-    """Loads a model as transformers would; if it is an artifact, validated and with its packed cache, as load_pretrained does.
+    """Loads a model as transformers would; if it is an artifact, validated and with its packed
+    cache, as load_pretrained does.
 
     Args:
         stock: transformers' own `from_pretrained`.
-        name, args, kwargs: what it was called with. Where neither `device_map` nor `dtype` is given, load_pretrained's defaults hold;
-            what is given means what it means to transformers.
+        name, args, kwargs: what it was called with. Where neither `device_map` nor `dtype` is
+            given, load_pretrained's defaults hold; what is given means what it means to
+            transformers.
     Raises:
         KvfoldError: a damaged artifact, or one that needs code of its own.
         TypeError: an option that an artifact can't follow.

@@ -1,9 +1,11 @@
 """Kernels of the catalogue's other pairs of formats, compiled behind an artifact's own while its process lives.
 
-An attention kernel is compiled for a pair of formats, and an artifact of other bits has others of the catalogue's short list
-(kernels/catalogue.py). Once a model is loaded, a process of the lowest priority compiles those that are missing, so that the next
-artifact finds them. It ends with the process that started it, at the latest, and what it has compiled by then is kept. A file beside the
-kernels says that all are there, so that later processes start nothing. KVFOLD_COMPILE_AHEAD=0 turns this off.
+An attention kernel is compiled for a pair of formats, and an artifact of other bits has others of
+the catalogue's short list (kernels/catalogue.py). Once a model is loaded, a process of the lowest
+priority compiles those that are missing, so that the next artifact finds them. It ends with the
+process that started it, at the latest, and what it has compiled by then is kept. A file beside the
+kernels says that all are there, so that later processes start nothing. KVFOLD_COMPILE_AHEAD=0 turns
+this off.
 """
 
 import hashlib
@@ -43,7 +45,8 @@ def templates(kinds: Iterable[Kind]) -> list[Kind]:
 
 
 def catalogue_kinds(kinds: Iterable[Kind]) -> list[Kind]:
-    """Layers like the given ones, but with each pair of the catalogue's list in turn; none for a head_dim that it does not have."""
+    """Layers like the given ones, but with each pair of the catalogue's list in turn; none for a
+    head_dim that it does not have."""
     return [
         kind._replace(spec=_with_formats(kind.spec, *pair))
         for kind in templates(kinds)
@@ -99,7 +102,8 @@ def wait() -> None:
 
 
 def stamp(task: dict[str, Any]) -> Path | None:
-    """The file that says that all kernels of a task were compiled from these sources; None where no layer has a pair of the catalogue."""
+    """The file that says that all kernels of a task were compiled from these sources; None where no
+    layer has a pair of the catalogue."""
     import triton
 
     from kvfold.kernels import kernel_cache

@@ -1,5 +1,5 @@
-"""Which kernels an artifact needs, found by going through a prompt and steps of its layers without running any, and compiled while the
-weights are read."""
+"""Which kernels an artifact needs, found by going through a prompt and steps of its layers without
+running any, and compiled while the weights are read."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -83,8 +83,9 @@ def launches_of(
     progressive: bool = False,
     multiprocessors: int = 132,
 ) -> list[Launch]:
-    """What layers of these kinds launch: in prompts, short and long, in a prompt that is continued, in decoding steps at any length, and
-    with the progressive policy with pages on every rung and on the way down. Nothing runs, and all tensors are on the CPU.
+    """What layers of these kinds launch: in prompts, short and long, in a prompt that is continued,
+    in decoding steps at any length, and with the progressive policy with pages on every rung and on
+    the way down. Nothing runs, and all tensors are on the CPU.
 
     Args:
         num_heads: query heads.
@@ -157,7 +158,8 @@ class Compilation:
             builder.build(self.jobs)
 
     def usable(self, required: bool) -> bool:
-        """Waits until the kernels are compiled and reads them into this process; False, with a warning, if one could not be compiled.
+        """Waits until the kernels are compiled and reads them into this process; False, with a
+        warning, if one could not be compiled.
 
         Raises:
             KvfoldError: it could not be, and `required` says that the kernels were asked for.
@@ -200,7 +202,8 @@ def begin(device: torch.device, find: Callable[[int], list[Launch]], jobs: int |
 
     Args:
         device: with Triton's interpreter the CPU: there is nothing to compile.
-        find: the launches, for a device of so many multiprocessors; called after the compiler's process was started, which then imports.
+        find: the launches, for a device of so many multiprocessors; called after the compiler's
+            process was started, which then imports.
         jobs: processes; default: one a core.
     """
     from kvfold.kernels.build import Builder
@@ -255,7 +258,8 @@ def artifact_launches(folder: Path, dtype: torch.dtype | None, progressive: bool
 
 
 def warm_up(model: Any, jobs: int | None = None) -> int:
-    """Compiles the kernels that `model`, from load_pretrained, will call, as load_pretrained does, and returns how many they are.
+    """Compiles the kernels that `model`, from load_pretrained, will call, as load_pretrained does,
+    and returns how many they are.
 
     Args:
         jobs: processes; default: one a core.

@@ -1,5 +1,5 @@
-"""The small operations of a captured step, compiled: norms, the gate of an MLP, RoPE. Run one by one they are most of a step's
-kernels, and each takes longer to start than to run."""
+"""The small operations of a captured step, compiled: norms, the gate of an MLP, RoPE. Run one by
+one they are most of a step's kernels, and each takes longer to start than to run."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -33,9 +33,11 @@ def fusible(module: nn.Module) -> bool:
 
 @contextmanager
 def fused(model: nn.Module) -> Iterator[None]:
-    """While this lasts, the model's small operations run compiled, and as they are where the compiler fails, with its warning.
+    """While this lasts, the model's small operations run compiled, and as they are where the
+    compiler fails, with its warning.
 
-    Compiling takes seconds the first time a batch size is seen and is kept on disk; with TORCHDYNAMO_DISABLE=1 nothing is compiled.
+    Compiling takes seconds the first time a batch size is seen and is kept on disk; with
+    TORCHDYNAMO_DISABLE=1 nothing is compiled.
     """
     changed = [module for module in model.modules() if fusible(module)]
     homes = {sys.modules[type(module).__module__] for module in model.modules()}

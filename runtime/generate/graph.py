@@ -1,9 +1,11 @@
 """Decoding by replaying one captured step: Python launches one graph a token instead of a thousand kernels.
 
-Everything that changes from step to step lives on the device: the token, the sequences' lengths, the block tables and the pages
-that they lead to. A page is a tensor of its own, entered between two replays; only where a tensor that the graph itself reads is
-replaced (a block table that grew, the 16-bit rows of another ring) the step is captured again. Before a capture one step runs as
-usual, and so compiles what must be compiled. After FUSE_AFTER steps of a model its small operations are compiled too.
+Everything that changes from step to step lives on the device: the token, the sequences' lengths,
+the block tables and the pages that they lead to. A page is a tensor of its own, entered between two
+replays; only where a tensor that the graph itself reads is replaced (a block table that grew, the
+16-bit rows of another ring) the step is captured again. Before a capture one step runs as usual,
+and so compiles what must be compiled. After FUSE_AFTER steps of a model its small operations are
+compiled too.
 """
 
 import functools
@@ -28,12 +30,19 @@ from kvfold.runtime.generate.fused import fused
 log = logging.getLogger("kvfold")
 
 WARM = "warm"  # HostSteps.captured: one step has run on these tensors, the next may be captured
-# steps of a model and a batch size before its norms, gates and RoPE are compiled: torch.compile takes seconds, which a short answer
-# must not wait for and a long one wins back
+# steps of a model and a batch size before its norms, gates and RoPE are compiled: torch.compile
+# takes seconds, which a short answer must not wait for and a long one wins back
 FUSE_AFTER = 64
 PLAIN = {
-    "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position", "logits_to_keep", "return_dict",
-}  # fmt: skip
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "cache_position",
+    "logits_to_keep",
+    "return_dict",
+}
 WAITS = "synchronizing CUDA operation"  # of PyTorch's warning
 
 
@@ -47,7 +56,8 @@ def reads(cache: QuantizedKVCache) -> list[tuple[int, torch.Size]]:
 
 
 class DecodingStep:
-    """One step of a model on one cache, captured; `begin_step` has been called for it, and such a step must have run before.
+    """One step of a model on one cache, captured; `begin_step` has been called for it, and such a
+    step must have run before.
 
     Capturing runs nothing and leaves the cache's host state alone.
 
@@ -74,7 +84,8 @@ class DecodingStep:
             self.logits = run(forward, cache, self.ids, self.positions)
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """The logits [B, 1, vocab_size] of the tokens ids [B, 1] at positions [B or 1, 1], valid until the next call."""
+        """The logits [B, 1, vocab_size] of the tokens ids [B, 1] at positions [B or 1, 1], valid
+        until the next call."""
         self.ids.copy_(ids)
         self.positions.copy_(positions)
         self.graph.replay()
@@ -156,7 +167,8 @@ class Decoding:
         return Bound(forward, self.model)
 
     def fits(self, cache: QuantizedKVCache, ids: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether a call is a plain decoding step: one token a sequence, on a filled cache of kernels, and nothing else wanted."""
+        """Whether a call is a plain decoding step: one token a sequence, on a filled cache of
+        kernels, and nothing else wanted."""
         first, config = cache.layers[0], self.model.config
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1 or len(args) > 1:
             return False
@@ -169,7 +181,9 @@ class Decoding:
         mask, positions, keep = (kwargs.get(name) for name in ("attention_mask", "position_ids", "logits_to_keep"))
         if kwargs.get("use_cache") is False or kwargs.get("return_dict") is False or isinstance(keep, Tensor):
             return False
-        if (mask is not None and mask.dim() != 2) or (positions is not None and tuple(positions.shape) not in ((1, 1), (len(ids), 1))):  # fmt: skip
+        if mask is not None and mask.dim() != 2:
+            return False
+        if positions is not None and tuple(positions.shape) not in ((1, 1), (len(ids), 1)):
             return False
         pads = cache.shared.padding
         if len(pads) != len(ids) or max(pads) >= first.columns:  # a sequence of which nothing has come yet
@@ -208,7 +222,8 @@ class Decoding:
         return [x.data_ptr() for x in self.model.parameters()]
 
     def captured(self, cache: QuantizedKVCache, batch: int, fuse: bool) -> Any:
-        """A captured step; None, with a warning, where there can't be one: nothing was run, and the step runs as usual."""
+        """A captured step; None, with a warning, where there can't be one: nothing was run, and the
+        step runs as usual."""
         try:
             return self.capture(self.forward, cache, batch, fused(self.model) if fuse else None)
         except (RuntimeError, NotImplementedError) as error:
@@ -224,7 +239,8 @@ class Decoding:
 
     @contextmanager
     def watched(self, cache: QuantizedKVCache) -> Iterator[None]:
-        """Learns, from the first step that runs as usual, whether the model's code waits for the device, which no capture survives."""
+        """Learns, from the first step that runs as usual, whether the model's code waits for the
+        device, which no capture survives."""
         if self.probed or cache.layers[0].device.type != "cuda":
             yield
             return
@@ -254,7 +270,8 @@ class Decoding:
 
 
 def recover(device: torch.device) -> None:
-    """After a capture that failed: one that succeeds takes PyTorch's random numbers out of the capturing state they were left in."""
+    """After a capture that failed: one that succeeds takes PyTorch's random numbers out of the
+    capturing state they were left in."""
     if device.type != "cuda":
         return
     torch.cuda.synchronize(device)

@@ -1,14 +1,16 @@
 """The host's part of a decoding step by kernels, done for all layers before any of them runs.
 
-All that changes from step to step lies on the device: lengths, pages and their addresses, which pages stand on which rung. The
-host adds what the step will need: where a page comes due, its memory and its entries, for all layers in one copy. Between two
-steps it may lower pages. Most steps need none of that, and of those the host only counts (`quiet`): then a captured step is
-replayed and nothing else happens.
+All that changes from step to step lies on the device: lengths, pages and their addresses, which
+pages stand on which rung. The host adds what the step will need: where a page comes due, its memory
+and its entries, for all layers in one copy. Between two steps it may lower pages. Most steps need
+none of that, and of those the host only counts (`quiet`): then a captured step is replayed and
+nothing else happens.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+from kvfold.errors import KvfoldError
 from kvfold.runtime.budget.base import Policy
 from kvfold.runtime.cache.layer import PackedLayer
 from kvfold.runtime.cache.page_table import take_pages
@@ -33,8 +35,8 @@ class HostSteps:
         self._settled: bool | None = None  # of the step that runs: whether pages will be lowered before the next one
 
     def begin(self, layers: Sequence[PackedLayer], policy: Policy) -> bool:
-        """Before a step of one token a sequence: all that the host does for it, once it has looked for NaN. False: it must be run a
-        layer at a time.
+        """Before a step of one token a sequence: all that the host does for it, once it has looked
+        for NaN. False: it must be run a layer at a time.
 
         Raises:
             KVBudgetExceeded: before anything has changed.
@@ -49,13 +51,24 @@ class HostSteps:
         self._settled = settled
         return True
 
+    def check_whole(self, layers: Sequence[PackedLayer]) -> None:
+        """Raises KvfoldError if a call that failed has left layers of different lengths."""
+        found = {layer.columns for layer in layers if layer.columns}
+        if len(found) > 1 or self.torn:
+            least = max(found) - 1 if self.torn else min(found)
+            raise KvfoldError(
+                f"A call that failed left this cache with layers of {least} and of {max(found)} tokens; reset() it or "
+                "take a new one."
+            )
+
     def count_quiet(self, clock: Clock) -> None:
         """`begin` of a quiet step, of which the host only counts."""
         self.quiet -= 1
         clock.tick()
 
     def finish(self, layers: Sequence[PackedLayer]) -> None:
-        """After a step has been given to the device: frees what it was the last to read, and finds out how many steps are quiet."""
+        """After a step has been given to the device: frees what it was the last to read, and finds
+        out how many steps are quiet."""
         if self._settled is None:
             return
         for layer in layers:
@@ -90,7 +103,8 @@ class HostSteps:
 
 
 def quiet_steps(layers: Sequence[PackedLayer]) -> int:
-    """Steps from here on before which no page comes due and no mark is to be asked for, and after which no page goes."""
+    """Steps from here on before which no page comes due and no mark is to be asked for, and after
+    which no page goes."""
     first, g = layers[0], layers[0].geometry
     if g.window == 0:  # the marks are looked at after a page as well
         return 0
