@@ -6,8 +6,8 @@ import torch
 
 from kvfold.kernels import pages
 from kvfold.kernels.quantizer import to_float16
-from kvfold.kernels.triton_append import LABELS
 from kvfold.runtime.backends.reference import Reference, pack, unpack
+from kvfold.runtime.backends.triton import LABELS
 from kvfold.runtime.cache.window import slots_of
 
 
