@@ -27,7 +27,7 @@ from kvfold.compress.tasks.task import Setting
 from kvfold.exports.architectures import logits_of
 from kvfold.exports.reader import read_artifact
 from kvfold.pretrained import tokenizer_from_pretrained
-from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.load import attach, default_device, plain_cache, stock_from_pretrained
 
 

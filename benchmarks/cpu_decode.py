@@ -21,9 +21,9 @@ from kvfold.exports.account import Geometry
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format, uniform
 from kvfold.pretrained import model_from_config
-from kvfold.runtime.attention import NAME
-from kvfold.runtime.cache import QuantizedKVCache
-from kvfold.runtime.policy import Progressive
+from kvfold.runtime.backends.transformers import NAME
+from kvfold.runtime.budget.ladder import Ladders
+from kvfold.runtime.cache.cache import QuantizedKVCache
 
 FILL = 1024  # tokens appended at a time
 # a processor's time, of all threads, leaves out what a step waits for on a busy machine
@@ -48,13 +48,13 @@ def caches_of(options: argparse.Namespace, tokens: int) -> dict[str, Any]:
     key = Format(((dim, 2**options.key_bits),))
     spec = LayerSpec(KeySpec(key, matrix=torch.eye(dim).repeat(options.kv_heads, 1, 1)), ValueSpec(uniform(dim, 2**options.value_bits)))  # fmt: skip
     specs, geometry = [spec] * options.layers, Geometry(options.kv_heads, dim, 4, 128, 32)
-    policy = Progressive(specs, [(1.0, 1.0)] * options.layers, geometry)
-    least = policy.least_nbytes(geometry, tokens + 2 * options.steps)
+    ladders = Ladders(specs, [(1.0, 1.0)] * options.layers, geometry)
+    least = ladders.least_nbytes(geometry, tokens + 2 * options.steps)
     budget = max(least, int(0.2 * 2 * geometry.elements(tokens, options.layers)))
     found = {
         PLAIN: DynamicCache(),
         FLOOR: QuantizedKVCache(specs, geometry),
-        PROGRESSIVE: QuantizedKVCache(specs, geometry, budget, policy=policy),
+        PROGRESSIVE: QuantizedKVCache(specs, geometry, budget, ladders=ladders),
     }
     for cache in found.values():
         generator = torch.Generator().manual_seed(1)

@@ -53,13 +53,13 @@ def first(artifact: str, policy: str, stay: bool) -> dict[str, Any]:
     parts = {"import": imported - begun, "load": loaded - imported, "token": done - loaded}
     found = {**parts, "total": done - begun, "id": token, "kernels_used": model.kv_triton}
     if stay:
-        from kvfold.runtime import ahead
+        from kvfold.runtime.generate import ahead
 
         ahead.wait()
         found["ahead"] = time.perf_counter() - done
     if model.kv_triton and torch.cuda.is_available():
         from kvfold.kernels.compile.build import jobs_of, target_of
-        from kvfold.runtime.compile import artifact_launches
+        from kvfold.runtime.generate.compile import artifact_launches
 
         count = torch.cuda.get_device_properties(model.device).multi_processor_count
         launches = artifact_launches(Path(artifact), None, policy == "progressive", count)

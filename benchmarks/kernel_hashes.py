@@ -30,7 +30,7 @@ from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.catalogue import named_keys, named_values
 from kvfold.kernels.compile.build import CAPABILITIES, Job, function_of, jobs_of
 from kvfold.kernels.formats import Format, raw16, uniform
-from kvfold.runtime.compile import Kind, launches_of
+from kvfold.runtime.generate.compile import Kind, launches_of
 
 HEADS, KV_HEADS, SINKS, WINDOW = 8, 2, 4, 40
 

@@ -26,7 +26,7 @@ from kvfold.kernels.catalogue import code_bits, key_formats
 from kvfold.kernels.formats import Format, uniform
 from kvfold.kernels.quantizer import round_trip, to_float16
 from kvfold.pretrained import tokenizer_from_pretrained
-from kvfold.runtime.policy import widened
+from kvfold.runtime.budget.ladder import widened
 
 
 def cut(floor: Format) -> Format | None:

@@ -57,7 +57,7 @@ class Meter(BaseStreamer):
     def mark(self) -> None:
         """Adds a line and prints it."""
         now, last = time.monotonic(), self.lines[-1]["tokens"] if self.lines else 0
-        rungs = [list(layer.pool.counts) for layer in self.cache.layers if layer.is_initialized]  # floor first
+        rungs = [list(layer.table.pool.counts) for layer in self.cache.layers if layer.is_initialized]  # floor first
         line = {
             "tokens": self.tokens,
             "nbytes": self.cache.nbytes,

@@ -38,16 +38,17 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import logits_of
 from kvfold.exports.reader import Artifact, is_artifact, read_artifact, read_metadata
 from kvfold.pretrained import tokenizer_from_pretrained
-from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.backends.choose import backend_of
+from kvfold.runtime.budget.ladder import Ladders, Step
+from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.load import load_pretrained, plain_cache, progressive_policy
-from kvfold.runtime.policy import Progressive, Step
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 FLOOR, PAGES, LAYERS = RULES = ("floor", "progressive", "whole layers")
 BINS = 16  # stretches of the text that a mean loss is shown of
 
 
-class WholeLayers(Progressive):
+class WholeLayers(Ladders):
     """PM-KVQ's rule: a layer goes down with all its pages once they pass its share of the budget, which is its part of the floor."""
 
     whole_layers = True
@@ -82,12 +83,12 @@ def new_cache(model: Any, rule: str, budget: int) -> Any:
     """An empty cache of one sequence."""
     artifact = model.kv_artifact
     if rule == FLOOR:
-        return QuantizedKVCache(artifact.specs, artifact.geometry, budget, model.kv_triton)
-    policy = progressive_policy(artifact)
+        return QuantizedKVCache(artifact.specs, artifact.geometry, budget, backend_of(model.kv_triton))
+    ladders = progressive_policy(artifact)
     if rule == LAYERS:
         losses = [(x.key.predicted_loss, x.value.predicted_loss) for x in artifact.metadata.layers]
-        policy = WholeLayers(artifact.specs, losses, artifact.geometry)
-    return QuantizedKVCache(artifact.specs, artifact.geometry, budget, policy=policy)
+        ladders = WholeLayers(artifact.specs, losses, artifact.geometry)
+    return QuantizedKVCache(artifact.specs, artifact.geometry, budget, ladders=ladders)
 
 
 @torch.inference_mode()
@@ -120,15 +121,15 @@ def losses_of(model: Any, ids: Tensor, rule: str, budget: int, chunk: int) -> di
         trace["bytes"].append(cache.nbytes)
         trace["bits"].append(page_bits(cache))
     seconds = time.monotonic() - begun
-    pages = [list(layer.pool.counts) for layer in cache.layers]  # by rung, floor first
+    pages = [list(layer.table.pool.counts) for layer in cache.layers]  # by rung, floor first
     return {**found, **trace, "peak_bytes": max(trace["bytes"]), "seconds": seconds, "pages": pages}
 
 
 def page_bits(cache: QuantizedKVCache) -> float:
     """Mean bits of an element in pages, parameters included; 16 while there are none."""
     g = cache.geometry
-    pages = sum(len(layer.pool) for layer in cache.layers)
-    nbytes = sum(layer.pool.nbytes for layer in cache.layers)
+    pages = sum(len(layer.table.pool) for layer in cache.layers)
+    nbytes = sum(layer.table.pool.nbytes for layer in cache.layers)
     return 8 * nbytes / (2 * pages * g.page_tokens * g.num_kv_heads * g.head_dim) if pages else 16.0
 
 

@@ -37,9 +37,10 @@ from kvfold.exports.account import Geometry
 from kvfold.exports.spec import LayerSpec
 from kvfold.kernels.formats import raw16
 from kvfold.pretrained import tokenizer_from_pretrained
-from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.backends.choose import backend_of
+from kvfold.runtime.budget.ladder import finer
+from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.load import load_pretrained, plain_cache
-from kvfold.runtime.policy import finer
 
 PLAIN, FLOOR, CACHES = "16", "floor", ("floor", "4", "8", "16")
 States = list[tuple[Tensor, Tensor]]  # of each layer, keys after RoPE and values [1, num_kv_heads, T, head_dim]
@@ -64,7 +65,9 @@ def greedy(model: Any, ids: Tensor, count: int, verifier: str) -> tuple[list[int
     artifact = model.kv_artifact
     cache: Any = DynamicCache(config=model.config)
     if verifier != PLAIN:
-        cache = QuantizedKVCache(specs_of(artifact.specs, verifier), artifact.geometry, None, model.kv_triton)
+        cache = QuantizedKVCache(
+            specs_of(artifact.specs, verifier), artifact.geometry, None, backend_of(model.kv_triton)
+        )
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in artifact.specs]
     update = cache.update
 
@@ -96,7 +99,7 @@ class Drafter:
     def __init__(self, model: Any, specs: list[LayerSpec], text: list[int], states: States, most: int) -> None:
         geometry = replace(model.kv_artifact.geometry, rollback=most)
         self.model, self.text, self.states, self.most = model, text, states, most
-        self.cache = QuantizedKVCache(specs, geometry, None, model.kv_triton)
+        self.cache = QuantizedKVCache(specs, geometry, None, backend_of(model.kv_triton))
 
     def accepted(self, position: int) -> int:
         """Drafts that are the verifier's own tokens, up to the first that is not, after text[: position + 1]."""

@@ -11,7 +11,8 @@ from kvfold.compress.bench.decode import packed_step_ms, wait
 from kvfold.compress.bench.model import fill_cache, free_memory
 from kvfold.exports.account import Geometry, cache_nbytes
 from kvfold.exports.spec import LayerSpec
-from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.backends.choose import backend_of
+from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.load import plain_cache
 
 PLAIN = "16"
@@ -34,7 +35,7 @@ def step_times(
             stand_in: Any = SimpleNamespace(specs=specs, geometry=geometry)
             found[name][1] = packed_step_ms(model, stand_in, 1, context, True)["ms"]
             free_memory(device)
-        held[name, True] = QuantizedKVCache(specs, geometry, None, model.kv_triton)
+        held[name, True] = QuantizedKVCache(specs, geometry, None, backend_of(model.kv_triton))
         fill_cache(held[name, True], 1, context, model.dtype, device)
         if name == PLAIN:
             held[name, False] = filled_plain(model, geometry, context)

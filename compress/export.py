@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from kvfold import __version__
 from kvfold.compress.models import ALIASES, Source, load_model
 from kvfold.compress.plan import Plan
 from kvfold.compress.progress import stage
@@ -38,6 +37,7 @@ from kvfold.exports.schema import (
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.exports.writer import write_artifact
 from kvfold.pretrained import reason_of, tokenizer_from_pretrained
+from kvfold.version import __version__
 
 ROUNDING_LIMIT = 1e-3  # nats of KL that rounding the fused weights may cost before they are written in float32
 

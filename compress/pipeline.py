@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 
-from kvfold import __version__
 from kvfold.compress.export import check_exportable, export
 from kvfold.compress.plan import Plan, make_plan, pick_device
 from kvfold.compress.recipe import Recipe
@@ -13,6 +12,7 @@ from kvfold.compress.work import Unfinished, fingerprint, model_fingerprint, wor
 from kvfold.errors import KvfoldError
 from kvfold.exports.place import check_output, resolve_output
 from kvfold.exports.reader import Artifact
+from kvfold.version import __version__
 
 
 def calibrated_by(plan: Plan, device: torch.device) -> dict:

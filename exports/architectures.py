@@ -21,6 +21,7 @@ class Architecture:
         rope_by_type: the rotary module is asked by layer type, e.g. another base for sliding layers.
         rope_halves: its tables hold each angle once, not once for each channel of a pair.
         sliding: layers that attend in a window of config.sliding_window tokens: "none", "all", or those that "layer_types" names.
+        sink_logits: a learned logit of each head joins the denominator of its softmax.
     """
 
     model_type: str
@@ -31,6 +32,7 @@ class Architecture:
     rope_by_type: bool = False
     rope_halves: bool = False
     sliding: Literal["none", "all", "layer_types"] = "none"
+    sink_logits: bool = False
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         layers = model.get_submodule(self.layers)
@@ -52,7 +54,7 @@ ARCHITECTURES = {
         Architecture("gemma3_text", qk_norm=True, norm_plus=1.0, rope_by_type=True, sliding="layer_types"),
         Architecture("phi3", sliding="all"),  # one qkv_proj
         Architecture("smollm3", sliding="layer_types"),  # layers without RoPE
-        Architecture("gpt_oss", rope_halves=True, sliding="layer_types"),  # a sink logit for each head
+        Architecture("gpt_oss", rope_halves=True, sliding="layer_types", sink_logits=True),
     )
 }
 

@@ -7,12 +7,12 @@ if __name__ == "runtime":  # the bare folder, imported from the repository root:
 
     _sys.modules[__name__] = _importlib.import_module("kvfold.runtime")
 else:
-    from kvfold.runtime.branches import resident_nbytes
-    from kvfold.runtime.cache import QuantizedKVCache
-    from kvfold.runtime.compile import warm_up
+    from kvfold.runtime.cache.cache import QuantizedKVCache
+    from kvfold.runtime.cache.onnx_inputs import onnx_inputs
+    from kvfold.runtime.cache.resident import resident_nbytes
+    from kvfold.runtime.cache.restore import load_cache
+    from kvfold.runtime.generate.compile import warm_up
     from kvfold.runtime.load import load_pretrained, plain_cache
-    from kvfold.runtime.onnx_inputs import onnx_inputs
-    from kvfold.runtime.prompt_cache import load_cache
 
     __all__ = [
         "QuantizedKVCache",

@@ -19,13 +19,12 @@ from kvfold.exports.reader import Artifact, read_artifact, read_metadata
 from kvfold.exports.schema import Metadata
 from kvfold.exports.units import parse_nbytes
 from kvfold.pretrained import is_out_of_memory, reason_of, stock_from_pretrained
-from kvfold.runtime.ahead import begin_ahead
-from kvfold.runtime.assisted import hook_assisted
-from kvfold.runtime.compile import begin_folder, compiling
-from kvfold.runtime.graph import Decoding, DecodingStep, decode_by
-from kvfold.runtime.options import HUB, check_names, device_of, device_of_map, dtype_of
-from kvfold.runtime.owner import Bound
-from kvfold.runtime.policy import Progressive
+from kvfold.runtime.attachment import attach
+from kvfold.runtime.budget.choose import check_choice
+from kvfold.runtime.budget.ladder import Ladders
+from kvfold.runtime.calls.options import HUB, check_names, device_of, device_of_map, dtype_of
+from kvfold.runtime.generate.ahead import begin_ahead
+from kvfold.runtime.generate.compile import begin_folder, compiling
 
 if TYPE_CHECKING:  # transformers' models take seconds to import: kernels are compiled meanwhile
     from transformers import PreTrainedModel
@@ -46,7 +45,8 @@ def resolve_artifact(path_or_repo_id: str | Path, revision: str | None = None, *
         return Path(snapshot_download(str(path_or_repo_id), revision=revision, **hub_kwargs))
     except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise KvfoldError(
-            f"'{path_or_repo_id}' is neither a folder nor a Hub repository that can be reached ({type(error).__name__}); "
+            f"'{path_or_repo_id}' is neither a folder nor a Hub repository that can be reached "
+            f"({type(error).__name__}); "
             "give an artifact's folder or the id of one that was pushed."
         ) from error
 
@@ -75,28 +75,36 @@ def load_pretrained(
     Args:
         path_or_repo_id: an artifact's folder, or a Hub id.
         device: default: CUDA if there is one, else the CPU.
-        dtype: of weights and activations, a type or its name; "auto" is the checkpoint's own, and so is the default, but float32 on a
-            CPU, where decoding in bfloat16 is an order of magnitude slower.
+        dtype: of weights and activations, a type or its name; "auto" is the checkpoint's own, and
+            so is the default, but float32 on a CPU, where decoding in bfloat16 is an order of
+            magnitude slower.
         revision: of the Hub repository.
-        kv_budget: bytes ("1GiB" or an int) that a cache may never pass; KVBudgetExceeded is raised before it would. With offload,
-            bytes on the device.
-        policy: "floor" stores at the searched bit-widths at once; "progressive" starts in 16 bits and lowers pages, the least
-            harmful first, as kv_budget fills, between the steps of decoding.
-        offload: as kv_budget fills, the oldest pages go to host memory, packed as they are. Each step copies them in again, a layer
-            at a time, through a staging buffer (two on a GPU, so that one layer's are copied while another attends). The buffer must hold
-            a layer's, so that a budget reaches further by the number of layers at the most.
+        kv_budget: bytes ("1GiB" or an int) that a cache may never pass; KVBudgetExceeded is raised
+            before it would. With offload, bytes on the device.
+        policy: "floor" stores at the searched bit-widths at once; "progressive" starts in 16 bits
+            and lowers pages, the least harmful first, as kv_budget fills, between the steps of
+            decoding.
+        offload: as kv_budget fills, the oldest pages go to host memory, packed as they are. Each
+            step copies them in again, a layer at a time, through a staging buffer (two on a GPU, so
+            that one layer's are copied while another attends). The buffer must hold a layer's, so
+            that a budget reaches further by the number of layers at the most.
         attention: "reference" is plain torch on any device, "triton" the kernels; "auto" picks by device.
-        cuda_graph: "auto" replays one captured decoding step wherever that can be, so that decoding isn't bound by Python: on a GPU,
-            with the kernels and without offload, for steps of one token a sequence. Memory grows as without; each time the block
-            table has doubled the step is captured again. All else (beams, drafts, hidden states, a model whose code waits for the
-            device) runs as with False, by itself. A captured step calls no hooks of inner modules: where there are some, nothing is
-            captured. Long texts have the step's norms, gates and RoPE compiled by torch.compile, which takes seconds once
-            (TORCHDYNAMO_DISABLE=1 does without). True: an error instead where nothing can be captured; False: never.
-        rollback: tokens by which a cache may be cropped exactly, as if they had never come: their 16-bit rows are kept longer.
-            Assisted and prompt-lookup decoding see to that by themselves.
-        batch_invariant: attention gives a sequence the same bits in whatever batch it is decoded: the kernels divide its pages
-            by its own length alone, 1024 tokens to a program: too few programs for a short sequence alone, and more than fit at
-            once for a large batch. The model's matrix products remain their library's.
+        cuda_graph: "auto" replays one captured decoding step wherever that can be, so that decoding
+            isn't bound by Python: on a GPU, with the kernels and without offload, for steps of one
+            token a sequence. Memory grows as without; each time the block table has doubled the
+            step is captured again. All else (beams, drafts, hidden states, a model whose code waits
+            for the device) runs as with False, by itself. A captured step calls no hooks of inner
+            modules: where there are some, nothing is captured. Long texts have the step's norms,
+            gates and RoPE compiled by torch.compile, which takes seconds once
+            (TORCHDYNAMO_DISABLE=1 does without). True: an error instead where nothing can be
+            captured; False: never.
+        rollback: tokens by which a cache may be cropped exactly, as if they had never come: their
+            16-bit rows are kept longer. Assisted and prompt-lookup decoding see to that by
+            themselves.
+        batch_invariant: attention gives a sequence the same bits in whatever batch it is decoded:
+            the kernels divide its pages by its own length alone, 1024 tokens to a program: too few
+            programs for a short sequence alone, and more than fit at once for a large batch. The
+            model's matrix products remain their library's.
         torch_dtype, device_map: as transformers calls `dtype` and, where it names one device, `device`.
         trust_remote_code: taken for scripts that pass it to everything; an artifact has no code, and none is run.
         hub_kwargs: for huggingface_hub.snapshot_download, e.g. `token`, `cache_dir`, `local_files_only`.
@@ -113,33 +121,8 @@ def load_pretrained(
         if both[1] is not None and both[3] is not None:
             raise TypeError(f"load_pretrained() got both {both[0]} and {both[2]}, which mean the same; give one.")
     dtype = dtype_of("torch_dtype", torch_dtype) if dtype is None else dtype_of("dtype", dtype)
-    if policy not in ("floor", "progressive"):
-        raise KvfoldError(f"policy '{policy}' is not one this version knows; use 'floor' or 'progressive'.")
+    check_values(kv_budget, policy, offload, attention, cuda_graph, rollback)
     progressive = policy == "progressive"
-    if progressive and kv_budget is None:
-        raise KvfoldError(
-            "policy='progressive' lowers pages as kv_budget fills, but there is none; give kv_budget='1GiB'."
-        )
-    if cuda_graph not in (True, False, "auto"):
-        raise KvfoldError(f"cuda_graph={cuda_graph!r} is not one this version knows; use 'auto', True or False.")
-    if offload and kv_budget is None:
-        raise KvfoldError(
-            "offload=True moves pages to host memory as kv_budget fills, but there is none; give kv_budget='1GiB'."
-        )
-    if offload and progressive:
-        raise KvfoldError(
-            "offload=True moves pages that stay as they are, but policy='progressive' lowers them; leave one of them out."
-        )
-    if offload and cuda_graph is True:
-        raise KvfoldError(
-            "cuda_graph=True needs pages that stay where they are, but offload=True moves them; leave one of them out."
-        )
-    if attention not in ("auto", "reference", "triton"):
-        raise KvfoldError(
-            f"attention '{attention}' is not one this version knows; use 'auto', 'reference' or 'triton'."
-        )
-    if isinstance(rollback, bool) or not isinstance(rollback, int) or rollback < 0:
-        raise KvfoldError(f"rollback={rollback!r} is not a number of tokens; give 0 or more.")
     budget = None if kv_budget is None else parse_nbytes(kv_budget)
     target = device_of(device) if device is not None else default_device()
     if device_map is not None:
@@ -150,16 +133,9 @@ def load_pretrained(
     computed = dtype if isinstance(dtype, torch.dtype) else None
     kernels = begin_folder(folder, target, computed, progressive) if triton else None
     artifact = read_artifact(folder)
-    g = artifact.geometry
     ladders = progressive_policy(artifact) if progressive else None
-    if budget is not None:
-        least = batch_nbytes(replace(g, rollback=rollback), artifact.formats, [1])
-        if ladders is not None:
-            least = ladders.least_nbytes(g, g.sinks + g.window + g.page_tokens)
-        if budget < least:
-            raise KvfoldError(
-                f"kv_budget={kv_budget} is too small: sinks, window and one page take {least} bytes; give at least that."
-            )
+    if budget is not None and kv_budget is not None:
+        check_budget(budget, kv_budget, artifact, rollback, ladders)
     dtype = dtype or default_dtype(target)
     model = read_model(artifact, dtype or "auto")
     model = model.to(target)
@@ -173,11 +149,62 @@ def load_pretrained(
     log.info("attention: %s on %s", "Triton kernels" if triton else "plain-torch reference", target)
     try:
         return attach(
-            model, artifact, budget, triton, cuda_graph, rollback=rollback, batch_invariant=batch_invariant, policy=ladders,
+            model,
+            artifact,
+            budget,
+            triton,
+            cuda_graph,
+            rollback=rollback,
+            batch_invariant=batch_invariant,
+            policy=ladders,
             offload=offload,
-        )  # fmt: skip
+        )
     finally:
-        del model  # an exception that transformers caught may keep this frame, and with it the weights, until the next collection
+        # an exception that transformers caught may keep this frame, and with it the weights, until the next collection
+        del model
+
+
+def check_values(
+    kv_budget: int | str | None, policy: str, offload: bool, attention: str, cuda_graph: bool | str, rollback: int
+) -> None:
+    """Refuses values that options of load_pretrained don't have, and options that exclude each other.
+
+    Raises:
+        KvfoldError: naming the option.
+    """
+    if policy not in ("floor", "progressive"):
+        raise KvfoldError(f"policy '{policy}' is not one this version knows; use 'floor' or 'progressive'.")
+    check_choice(kv_budget is not None, policy == "progressive", offload)
+    if cuda_graph not in (True, False, "auto"):
+        raise KvfoldError(f"cuda_graph={cuda_graph!r} is not one this version knows; use 'auto', True or False.")
+    if offload and cuda_graph is True:
+        raise KvfoldError(
+            "cuda_graph=True needs pages that stay where they are, but offload=True moves them; leave one of them out."
+        )
+    if attention not in ("auto", "reference", "triton"):
+        raise KvfoldError(
+            f"attention '{attention}' is not one this version knows; use 'auto', 'reference' or 'triton'."
+        )
+    if isinstance(rollback, bool) or not isinstance(rollback, int) or rollback < 0:
+        raise KvfoldError(f"rollback={rollback!r} is not a number of tokens; give 0 or more.")
+
+
+def check_budget(budget: int, kv_budget: int | str, artifact: Artifact, rollback: int, ladders: Ladders | None) -> None:
+    """Refuses a budget that one page of one sequence would pass.
+
+    Args:
+        budget, kv_budget: in bytes, and as it was given.
+    Raises:
+        KvfoldError: it is too small.
+    """
+    g = artifact.geometry
+    least = batch_nbytes(replace(g, rollback=rollback), artifact.formats, [1])
+    if ladders is not None:
+        least = ladders.least_nbytes(g, g.sinks + g.window + g.page_tokens)
+    if budget < least:
+        raise KvfoldError(
+            f"kv_budget={kv_budget} is too small: sinks, window and one page take {least} bytes; give at least that."
+        )
 
 
 def read_model(artifact: Artifact, dtype: torch.dtype | str, **placement: Any) -> Any:
@@ -201,20 +228,22 @@ def read_model(artifact: Artifact, dtype: torch.dtype | str, **placement: Any) -
     except Exception as error:  # a config.json whose fields have the right names can hold anything
         if is_out_of_memory(error):
             raise KvfoldError(
-                f"There is too little memory to load '{artifact.path}' ({reason_of(error)}); free some, or choose a smaller model."
+                f"There is too little memory to load '{artifact.path}' ({reason_of(error)}); free "
+                "some, or choose a smaller model."
             ) from error
         raise KvfoldError(
-            f"config.json and the weights in '{artifact.path}' make no model ({type(error).__name__}: {reason_of(error)}); write or "
+            f"config.json and the weights in '{artifact.path}' make no model "
+            f"({type(error).__name__}: {reason_of(error)}); write or "
             "download the artifact again."
         ) from error
     check_complete(info, artifact)
     return model
 
 
-def progressive_policy(artifact: Artifact) -> Progressive:
-    """The progressive policy by an artifact's own predicted losses."""
+def progressive_policy(artifact: Artifact) -> Ladders:
+    """The ladders of the progressive policy by an artifact's own predicted losses."""
     losses = [(layer.key.predicted_loss, layer.value.predicted_loss) for layer in artifact.metadata.layers]
-    return Progressive(artifact.specs, losses, artifact.geometry)
+    return Ladders(artifact.specs, losses, artifact.geometry)
 
 
 def default_device() -> torch.device:
@@ -234,7 +263,8 @@ def check_complete(info: Any, artifact: Artifact) -> None:
     if other := sorted(info["mismatched_keys"], key=str):
         name = other[0][0] if isinstance(other[0], tuple) else other[0]
         raise KvfoldError(
-            f"The weight {name} in '{artifact.path}' has not the shape that config.json gives it; write or download the artifact again."
+            f"The weight {name} in '{artifact.path}' has not the shape that config.json gives it; "
+            "write or download the artifact again."
         )
 
 
@@ -262,55 +292,15 @@ def choose_triton(attention: str, device: torch.device, artifact: Artifact | Met
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter runs the kernels, on any device: TRITON_INTERPRET=1 was set before they were imported."""
+    """Whether Triton's interpreter runs the kernels, on any device: TRITON_INTERPRET=1 was set
+    before they were imported."""
     from triton import knobs
 
     return knobs.runtime.interpret
 
 
-def attach(
-    model: Any,
-    artifact: Artifact,
-    budget: int | None = None,
-    triton: bool = False,
-    cuda_graph: bool | str = "auto",
-    rollback: int = 0,
-    batch_invariant: bool = False,
-    policy: Progressive | None = None,
-    offload: bool = False,
-) -> "PreTrainedModel":
-    """Makes every forward pass of `model`, which has the artifact's weights, read a packed cache; see load_pretrained."""
-    from kvfold.runtime.attention import NAME
-    from kvfold.runtime.calls import Calls
-    from kvfold.runtime.gate import refuse_batching
-    from kvfold.runtime.save import save_artifact
-
-    model.eval()
-    model.set_attn_implementation(NAME)
-    calls = Calls(artifact, budget, triton, rollback, batch_invariant, policy, offload)
-    model.kv_gate = calls.gate
-    model._prepare_cache_for_generation = Bound(calls.prepare_cache, model)
-    model._update_model_kwargs_for_generation = Bound(calls.update_kwargs, model)
-    model.init_continuous_batching = model.generate_batch = refuse_batching
-    model.named_modules = Bound(calls.named_modules, model)
-    hook_assisted(model)
-    model.new_kv_cache = Bound(calls.new_cache, model)
-    if cuda_graph and triton and not offload and model.device.type in DecodingStep.devices:
-        decode_by(model, Decoding(model, cuda_graph is True, calls.note_length))
-    model.save_pretrained = Bound(save_artifact, model)
-    model.base_model.kv_packed = True
-    model.base_model.register_forward_pre_hook(Bound(calls.before, model), with_kwargs=True)
-    model.base_model.register_forward_hook(calls.after, with_kwargs=True)
-    model.kv_artifact = artifact
-    model.kv_triton, model.kv_policy = triton, policy
-    return model
-
-
 @contextmanager
 def plain_cache(model: Any) -> Iterator[None]:
     """Plain forward passes of a loaded model keep transformers' own unquantised cache while this lasts."""
-    model.base_model.kv_packed = False
-    try:
+    with model.kv_attachment.plain():
         yield
-    finally:
-        model.base_model.kv_packed = True

@@ -23,9 +23,10 @@ OURS = {TENSORS_NAME, REPORT_NAME, "recipe.yaml"}  # never taken from what lies 
 
 
 def save_artifact(self: Any, save_directory: str | os.PathLike, is_main_process: bool = True, **options: Any) -> None:
-    """Writes the model as an artifact: the weights as they are now, and from the artifact that it was loaded from its formats,
-    transforms, recipe, tokenizer, card and report. Weights that were only widened to compute in are written in the type they had; a model
-    whose weights nobody changed gives back every file byte for byte.
+    """Writes the model as an artifact: the weights as they are now, and from the artifact that it
+    was loaded from its formats, transforms, recipe, tokenizer, card and report. Weights that were
+    only widened to compute in are written in the type they had; a model whose weights nobody
+    changed gives back every file byte for byte.
 
     Args:
         self: a model that kvfold loaded; the folder that it came from must still be there.
@@ -41,7 +42,8 @@ def save_artifact(self: Any, save_directory: str | os.PathLike, is_main_process:
     out = Path(save_directory).resolve()
     if options.pop("push_to_hub", False):
         raise KvfoldError(
-            f"save_pretrained writes a folder; publish it with `kvfold push {out.name} OWNER/NAME` instead of push_to_hub."
+            f"save_pretrained writes a folder; publish it with `kvfold push {out.name} "
+            "OWNER/NAME` instead of push_to_hub."
         )
     if out.is_file():
         raise KvfoldError(f"'{out}' is a file, but an artifact is a folder; choose another place.")
@@ -81,7 +83,8 @@ def save_artifact(self: Any, save_directory: str | os.PathLike, is_main_process:
 
 
 def _stored_state(model: Any, path: Path) -> tuple[dict[str, Tensor], bool]:
-    """The state dict, with each tensor in the type that the artifact stores it in if that loses nothing, and whether all are."""
+    """The state dict, with each tensor in the type that the artifact stores it in if that loses
+    nothing, and whether all are."""
     dtypes: dict[str, torch.dtype] = {}
     for file in sorted(path.glob("model*.safetensors")):
         with safe_open(file, "pt") as stored:

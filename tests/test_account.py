@@ -6,7 +6,7 @@ import torch
 from kvfold.exports.account import LEAST_ENTRIES, Geometry, batch_nbytes, cache_nbytes, payload_bits, stepped_nbytes
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format, raw16, uniform
-from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.cache.cache import QuantizedKVCache
 
 GEOMETRY = Geometry(num_kv_heads=2, head_dim=16, sinks=3, window=10, page_tokens=16)
 # bytes of a token and head: keys 4 + 2 + 1 scale = 7 and 32, values 4 of ternary codes (a byte of five and one of three

@@ -15,7 +15,7 @@ from kvfold import runtime
 
 pytest.importorskip("triton")
 from kvfold.kernels import catalogue
-from kvfold.runtime import ahead
+from kvfold.runtime.generate import ahead
 
 # an artifact of six pairs in one process, the catalogue by another artifact of one pair: keys of Triton's cache of both
 COVERED = """
@@ -24,8 +24,8 @@ from kvfold.exports.account import Geometry
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels import catalogue
 from kvfold.kernels.compile.build import jobs_of, target_of
-from kvfold.runtime.ahead import catalogue_kinds
-from kvfold.runtime.compile import Kind, launches_of
+from kvfold.runtime.generate.ahead import catalogue_kinds
+from kvfold.runtime.generate.compile import Kind, launches_of
 def kind(key, value):
     basis = dict(matrix=torch.eye(64).expand(2, 64, 64).contiguous(), offset=torch.ones(2, 64), frequencies=(1.0,)) if key.params != "none" else {}
     clip = torch.ones(2) if key.params == "scale_min" else None
@@ -77,7 +77,7 @@ def test_an_artifact_without_the_catalogues_pairs_starts_nothing(tiny_artifact, 
 MAIN = """
 import sys
 from pathlib import Path
-from kvfold.runtime import ahead
+from kvfold.runtime.generate import ahead
 ahead.catalogue_kinds = lambda kinds: list(kinds)[:1]
 ahead.stamp = lambda task: Path(sys.argv[2])
 ahead.main(sys.argv[1])

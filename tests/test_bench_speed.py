@@ -27,7 +27,7 @@ from kvfold.kernels.attention import packed_tokens
 from kvfold.kernels.formats import uniform
 from kvfold.kernels.gpu.read import SETTINGS, read_words
 from kvfold.kernels.pages import UNIT, page_address
-from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.cache.cache import QuantizedKVCache
 
 CPU = torch.device("cpu")
 REGIONS = (3, 16, 16)  # sinks, window, page_tokens
@@ -282,13 +282,13 @@ def test_a_filled_cache_is_what_its_lengths_say(name):
     assert cache.get_seq_length() == tokens and cache.formats == formats
     for layer in cache.layers:
         pages = g.num_pages(tokens)
-        assert layer.state.tolist() == [[tokens, pages]] * 2 and layer.length == [tokens] * 2
-        assert [len(ids) for ids in layer.pages] == [pages] * 2
+        assert layer.table.state.tolist() == [[tokens, pages]] * 2 and layer.lengths() == [tokens] * 2
+        assert [len(ids) for ids in layer.table.pages()] == [pages] * 2
         for b in range(2):
-            assert layer.block_table[b, :pages].tolist() == layer.pool.addresses(layer.pages[b])
-            for x in layer.read_pages(layer.pages[b]):
+            assert layer.table.block_table[b, :pages].tolist() == layer.table.pool.addresses(layer.table.pages()[b])
+            for x in layer.held.read_pages(layer.table.pages()[b]):
                 assert bool(x.isfinite().all()) and 0.2 < float(x.std()) < 2  # of unit normal keys and values
-        assert layer.raw_keys.isfinite().all() and layer.raw_values.isfinite().all()
+        assert layer.window.keys.isfinite().all() and layer.window.values.isfinite().all()
 
 
 @torch.no_grad()
@@ -304,7 +304,7 @@ def test_a_filled_cache_goes_on_like_one_that_was_read_in():
     for _ in range(20):
         logits = model(input_ids=torch.ones(2, 1, dtype=torch.long), past_key_values=cache).logits
     assert logits.shape == (2, 1, 128) and bool(logits.isfinite().all())
-    assert cache.layers[0].state.tolist() == [[70, g.num_pages(70)]] * 2 and g.num_pages(70) > g.num_pages(50)
+    assert cache.layers[0].table.state.tolist() == [[70, g.num_pages(70)]] * 2 and g.num_pages(70) > g.num_pages(50)
     assert cache.nbytes == batch_nbytes(g, formats, [70] * 2)
 
 

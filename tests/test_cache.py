@@ -10,7 +10,7 @@ from kvfold.exports.account import Geometry, batch_nbytes, cache_nbytes
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format, raw16, uniform
 from kvfold.kernels.quantizer import round_trip, to_float16
-from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.cache.cache import QuantizedKVCache
 
 HEADS, DIM = 2, 16
 GEOMETRY = Geometry(HEADS, DIM, sinks=3, window=10, page_tokens=8)
@@ -77,16 +77,16 @@ class PlainLists:
 
 def contents(layer, b):
     """(keys, values) float32 [Hkv, n, D] of sequence b in order, decoded."""
-    length, pages = layer.state[b].tolist()
+    length, pages = layer.table.state[b].tolist()
     g = layer.geometry
     first = max(g.sinks + pages * g.page_tokens, min(g.sinks, length))
-    slots = torch.cat((layer.slots(0, min(g.sinks, length)), layer.slots(first, length)))
+    slots = torch.cat((layer.window.slots(0, min(g.sinks, length)), layer.window.slots(first, length)))
     parts = []
-    assert pages == len(layer.pages[b]) and layer.block_table[b, :pages].tolist() == layer.pool.addresses(
-        layer.pages[b]
-    )
-    packed = layer.read_pages(layer.pages[b]) if pages else (None, None)
-    for raw, middle in ((layer.raw_keys, packed[0]), (layer.raw_values, packed[1])):
+    assert pages == len(layer.table.pages()[b]) and layer.table.block_table[
+        b, :pages
+    ].tolist() == layer.table.pool.addresses(layer.table.pages()[b])
+    packed = layer.held.read_pages(layer.table.pages()[b]) if pages else (None, None)
+    for raw, middle in ((layer.window.keys, packed[0]), (layer.window.values, packed[1])):
         rows = raw[b][:, slots].float()
         pieces = [rows[:, : g.sinks], *([middle] if middle is not None else []), rows[:, g.sinks :]]
         parts.append(torch.cat(pieces, 1))
@@ -105,7 +105,7 @@ def check(cache, lists):
             torch.testing.assert_close(keys, torch.stack([k.float() for k, _ in row], 1), rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(values, torch.stack([v.float() for _, v in row], 1), rtol=1e-6, atol=1e-6)
     assert cache.nbytes == sum(t.nbytes for t in layer.tensors())
-    used = {i for ids in layer.pages for i in ids}
+    used = {i for ids in layer.table.pages() for i in ids}
     assert layer.num_pages() == len(used)  # nothing leaks, nothing is missing
 
 

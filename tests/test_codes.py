@@ -4,17 +4,16 @@ import pytest
 import torch
 
 import kvfold.kernels.codes as codes_module
-import kvfold.runtime.layer as layer_module
+import kvfold.runtime.backends.reference as reference
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.attention import Tile, attend
 from kvfold.kernels.codes import Codes, field_order
 from kvfold.kernels.formats import Format, raw16, uniform
 from kvfold.kernels.quantizer import decode, encode, load_param
-from kvfold.runtime.cache import QuantizedKVCache
-from kvfold.runtime.pages import lower, oldest, set_segments
-from kvfold.runtime.policy import Progressive
-from kvfold.runtime.sequences import PASSED
+from kvfold.runtime.budget.ladder import Ladders
+from kvfold.runtime.cache.cache import QuantizedKVCache
+from kvfold.runtime.cache.sequence import PASSED
 
 LIMITS = ("CODE_TOKENS", "CODE_NBYTES", "BLOCK_ELEMENTS")
 
@@ -107,13 +106,13 @@ def test_attention_over_codes_is_attention_over_decoded_tokens(fmt, masked):
 @pytest.mark.parametrize("sliding", [0, 100], ids=["full", "sliding"])
 def test_a_step_of_a_layer_is_attention_over_its_decoded_pages(monkeypatch, sizes, sliding):
     """Pages on four rungs, cut into tiles and blocks of any size; the memory that is worked in outlives an inference mode."""
-    for where, name, size in zip((layer_module, layer_module, codes_module), LIMITS, sizes, strict=True):
+    for where, name, size in zip((reference, reference, codes_module), LIMITS, sizes, strict=True):
         monkeypatch.setattr(where, name, size)
     geometry = Geometry(2, 16, 3, 24, 8, sliding=(sliding,) if sliding else ())
     key = KeySpec(Format(((8, 16), (8, 4))), matrix=torch.eye(16).repeat(2, 1, 1) * 2, offset=torch.ones(2, 16))
     spec = LayerSpec(key, ValueSpec(uniform(16, 4, "e4m3", 8)))
-    policy = Progressive([spec], [(1.0, 1.0)], geometry)
-    cache = QuantizedKVCache([spec], geometry, 1 << 30, policy=policy)
+    ladders = Ladders([spec], [(1.0, 1.0)], geometry)
+    cache = QuantizedKVCache([spec], geometry, 1 << 30, ladders=ladders)
     layer = cache.layers[0]
     generator = torch.Generator().manual_seed(7)
 
@@ -122,9 +121,9 @@ def test_a_step_of_a_layer_is_attention_over_its_decoded_pages(monkeypatch, size
 
     cache.update(*states(190), 0)
     for rung, count in ((3, 24), (2, 16), (1, 8)):
-        lower(layer, oldest(layer, rung, count))
-    set_segments(layer)
-    assert [layer.pool.rung(i) for i in layer.pages[0]] == 4 * [0] + 4 * [1] + 4 * [2] + 8 * [3]
+        layer.held.lower(layer.table.oldest(rung, count))
+    layer.table.set_segments()
+    assert [layer.table.pool.rung(i) for i in layer.table.pages()[0]] == 4 * [0] + 4 * [1] + 4 * [2] + 8 * [3]
     for mode in (torch.inference_mode, torch.no_grad):
         with mode():
             view, _ = cache.update(*states(1), 0)
@@ -135,10 +134,10 @@ def test_a_step_of_a_layer_is_attention_over_its_decoded_pages(monkeypatch, size
                 gone = row.pages.count(PASSED)
                 at = torch.arange(3 + 8 * gone, 3 + 8 * len(row.pages))
                 tiles = [Tile(row.keys, row.values, row.raw_positions, False)]
-                tiles.append(Tile(*layer.read_pages(row.pages[gone:]), at, True))
+                tiles.append(Tile(*layer.held.read_pages(row.pages[gone:]), at, True))
                 q = key.apply_query(query[b])
                 want.append(attend(q, row.positions, row.limit, tiles, sinks=3, scaling=0.25, mask=mask[0, 0]))
-            found = view._attend_reference(query, 0.25, mask if sliding else None, None, None)
+            found = view.attend(query, 0.25, mask if sliding else None)
             assert relative(found, torch.stack(want).double()) <= 2e-6
 
 

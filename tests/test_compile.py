@@ -19,12 +19,11 @@ from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format, uniform
 
 pytest.importorskip("triton")
+from kvfold.kernels import triton_attention, triton_encode
 from kvfold.kernels.compile.launch import launch, noting
-from kvfold.kernels.gpu import attention as triton_attention
-from kvfold.kernels.gpu import encode as triton_encode
-from kvfold.runtime import compile as compilation
-from kvfold.runtime import pages, triton
-from kvfold.runtime.policy import ladder
+from kvfold.runtime.backends import triton
+from kvfold.runtime.budget.ladder import ladder
+from kvfold.runtime.generate import compile as compilation
 
 ROOT = Path(__file__).parent
 GEOMETRY = Geometry(num_kv_heads=1, head_dim=16, sinks=3, window=9, page_tokens=8)
@@ -47,7 +46,7 @@ def calls(monkeypatch):
         lowered.append(((old.key, old.value), (new.key, new.value)))
         return lower(sources, targets, old, new, **options)
 
-    for module in (triton, pages, triton_attention, triton_encode):
+    for module in (triton, triton_attention, triton_encode):
         for name, function in (("attention", counted_attention), ("lower_pages", counted_lower)):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, function)

@@ -12,11 +12,12 @@ from kvfold import runtime
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import load_recipe
 from kvfold.exports import account
-from kvfold.runtime import graph as graphs
-from kvfold.runtime import load
-from kvfold.runtime.graph import DecodingStep
-from kvfold.runtime.layer import PackedLayer
-from kvfold.runtime.view import Padding
+from kvfold.runtime import attachment
+from kvfold.runtime.backends.triton import TRITON
+from kvfold.runtime.cache.layer import PackedLayer
+from kvfold.runtime.cache.shared import SharedState
+from kvfold.runtime.generate import graph as graphs
+from kvfold.runtime.generate.graph import DecodingStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 TEXT = "the cache of a long sequence holds keys and values for every token that was read before and after it all"
@@ -95,7 +96,7 @@ def test_kernels_agree_with_the_reference(paths, dtype, tolerance):
         tolerance = max(tolerance, *map(relative, run("reference", torch.float16)[0], expected))
     assert max(map(relative, got, expected)) < tolerance
     for one, other in zip(cache.layers, got_cache.layers, strict=True):
-        assert one.state.tolist() == other.state.tolist()
+        assert one.table.state.tolist() == other.table.state.tolist()
 
 
 @torch.no_grad()
@@ -119,9 +120,9 @@ def test_a_graph_generates_what_the_kernels_generate(paths):
             ).values  # a near tie may be broken otherwise, and then all that follows is another text
             assert float((top[:, 0] - top[:, 1]).min()) < 1e-2
             break
-    states = [[layer.state.tolist() for layer in out.past_key_values.layers] for out in (plain, graph)]
+    states = [[layer.table.state.tolist() for layer in out.past_key_values.layers] for out in (plain, graph)]
     assert states[0] == states[1]
-    assert all(layer.length == [n for n, _ in layer.state.tolist()] for layer in graph.past_key_values.layers)
+    assert all(layer.lengths() == [n for n, _ in layer.table.state.tolist()] for layer in graph.past_key_values.layers)
 
 
 @torch.no_grad()
@@ -130,8 +131,8 @@ def test_a_sequences_bits_are_the_same_in_every_batch(paths):
     artifact = runtime.load_pretrained(paths, device="cuda", attention="triton", batch_invariant=True).kv_artifact
     spec, geometry = artifact.specs[0], artifact.geometry
     heads, dim, lengths = geometry.num_kv_heads, geometry.head_dim, [2777, 30011]
-    alone, both = (PackedLayer(spec, geometry, Padding([0] * n, True), 0, use_triton=True) for n in (1, 2))
-    both.padding.columns = [max(lengths) - n for n in lengths]
+    alone, both = (PackedLayer([spec], SharedState(geometry, [0] * n, True), 0, TRITON) for n in (1, 2))
+    both.shared.set_padding([max(lengths) - n for n in lengths])
     prompt = [torch.randn(2, heads, max(lengths), dim, device="cuda") for _ in "kv"]
     both.update(*prompt)
     alone.update(*(x[:1, :, max(lengths) - lengths[0] :] for x in prompt))
@@ -160,7 +161,7 @@ def test_a_value_that_is_not_finite_is_reported_before_it_is_packed(graph, tmp_p
     model(input_ids=ids[:, :61], past_key_values=cache)
     for _ in range(5):
         step()
-    assert isinstance(cache.graph, DecodingStep) == graph
+    assert isinstance(cache.steps.captured, DecodingStep) == graph
     weight = model.base_model.layers[1].self_attn.v_proj.weight
     whole = weight.clone()
     weight[0] = float("inf")
@@ -169,7 +170,7 @@ def test_a_value_that_is_not_finite_is_reported_before_it_is_packed(graph, tmp_p
     with pytest.raises(FloatingPointError, match=r"Layer 1 computed a value .* at position 66 of sequence 0"):
         for _ in range(16):
             step()
-    assert cache.get_seq_length() == 66 and [layer.state.tolist()[0][0] for layer in cache.layers] == [66] * 3
+    assert cache.get_seq_length() == 66 and [layer.table.state.tolist()[0][0] for layer in cache.layers] == [66] * 3
     logits = [step() for _ in range(40)][-1]
     assert relative(logits, model(input_ids=ids[:, :106]).logits[:, -1:]) < 0.05
 
@@ -184,7 +185,7 @@ def captures(monkeypatch):
             super().__init__(*args, **kwargs)
             made.append(self.reads)
 
-    monkeypatch.setattr(load, "Decoding", partial(graphs.Decoding, capture=Counted))
+    monkeypatch.setattr(attachment, "Decoding", partial(graphs.Decoding, capture=Counted))
     monkeypatch.setattr(graphs, "FUSE_AFTER", 10**9)
     return made
 
@@ -216,14 +217,16 @@ def test_a_plain_load_replays_and_captures_again_as_it_grows(invariant, paths, c
     monkeypatch.setattr(account, "LEAST_ENTRIES", 2)  # of tables that double early
     got, got_sizes, cache = decode(model, ids, 70, mask)
     if waits(model):
-        assert not captures and cache.graph is None
+        assert not captures and cache.steps.captured is None
     else:
-        assert len(captures) >= 4 and isinstance(cache.graph, DecodingStep)  # the first, and at 5, 9 and 17 pages
+        # the first, and at 5, 9 and 17 pages
+        assert len(captures) >= 4 and isinstance(cache.steps.captured, DecodingStep)
     plain, sizes, other = decode(other, ids, 70, mask)
-    assert got_sizes == sizes and other.graph is None
+    assert got_sizes == sizes and other.steps.captured is None
     assert max(map(relative, got, plain)) < 1e-3
     for one, two in zip(cache.layers, other.layers, strict=True):
-        assert one.state.tolist() == two.state.tolist() and one.length == two.length and one.passed == two.passed
+        assert one.table.state.tolist() == two.table.state.tolist() and one.lengths() == two.lengths()
+        assert [s.passed for s in one.table.sequences] == [s.passed for s in two.table.sequences]
     count = len(captures)
     model(input_ids=ids[:, :3], past_key_values=cache)  # another turn, in which no tensor is replaced
     for t in range(5):
@@ -243,13 +246,13 @@ def test_progressive_in_a_graph_lowers_what_the_reference_lowers(paths, captures
     monkeypatch.setattr(account, "LEAST_ENTRIES", 2)
     got, got_sizes, cache = decode(model, ids, 70)
     assert max(got_sizes) <= budget
-    assert waits(model) or (len(captures) >= 3 and isinstance(cache.graph, DecodingStep))
+    assert waits(model) or (len(captures) >= 3 and isinstance(cache.steps.captured, DecodingStep))
     expected, sizes, other_cache = decode(other, ids, 70)
-    assert got_sizes == sizes and sum(layer.pool.counts[0] for layer in cache.layers) > 0
+    assert got_sizes == sizes and sum(layer.table.pool.counts[0] for layer in cache.layers) > 0
     for one, two in zip(cache.layers, other_cache.layers, strict=True):
-        rungs = [[[layer.pool.rung(i) for i in row] for row in layer.pages] for layer in (one, two)]
-        assert rungs[0] == rungs[1] and one.state.tolist() == two.state.tolist()
-        assert torch.equal(one.segments, two.segments)
+        rungs = [[[layer.table.pool.rung(i) for i in row] for row in layer.table.pages()] for layer in (one, two)]
+        assert rungs[0] == rungs[1] and one.table.state.tolist() == two.table.state.tolist()
+        assert torch.equal(one.table.segments, two.table.segments)
     assert max(map(relative, got, expected)) < 5e-2
 
 
@@ -279,7 +282,7 @@ def test_a_model_that_goes_frees_its_graphs(paths):
     before = torch.cuda.memory_allocated()
     model = runtime.load_pretrained(paths, device="cuda", dtype=torch.float32)
     out = model.generate(ids, max_new_tokens=30, do_sample=False, return_dict_in_generate=True)
-    assert isinstance(out.past_key_values.graph, DecodingStep)
+    assert isinstance(out.past_key_values.steps.captured, DecodingStep)
     del model, out
     gc.collect()
     assert torch.cuda.memory_allocated() <= before + (1 << 20)

@@ -21,8 +21,8 @@ from kvfold.exports.architectures import architecture_of, logits_of
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.attention import Tile, attend, attend_plain
 from kvfold.kernels.formats import raw16
-from kvfold.runtime.attention import NAME
-from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.backends.transformers import NAME
+from kvfold.runtime.cache.cache import QuantizedKVCache
 
 HEADS, DIM = 2, 16
 GEOMETRY = Geometry(HEADS, DIM, sinks=3, window=10, page_tokens=16)

@@ -7,8 +7,8 @@ import torch
 from conftest import save_tiny
 from transformers import AutoModelForCausalLM
 
-from kvfold.runtime import fused as module
-from kvfold.runtime.fused import fused, fusible
+from kvfold.runtime.generate import fused as module
+from kvfold.runtime.generate.fused import fused, fusible
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from kvfold import KvfoldError, runtime
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import raw16
-from kvfold.runtime import masks
-from kvfold.runtime.cache import QuantizedKVCache
-from kvfold.runtime.lora import check_adapters
+from kvfold.runtime.cache.cache import QuantizedKVCache
+from kvfold.runtime.calls import masks
+from kvfold.runtime.calls.lora import check_adapters
 
 PATHS = ["reference", "kernels"]
 IDS = torch.randint(1, VOCAB, (1, 26), generator=torch.Generator().manual_seed(2))
@@ -44,13 +44,13 @@ def test_kernels_leave_a_mask_with_holes_to_the_reference_and_say_so_once(caplog
     mask = torch.ones(1, 10, dtype=torch.long)
     mask[:, 4:6] = 0
     cache = model(IDS[:, :10], attention_mask=mask).past_key_values
-    assert not cache.padding.plain
+    assert not cache.shared.plain
     mask = torch.cat((mask, torch.ones(1, 1, dtype=torch.long)), 1)
     model(IDS[:, :1], attention_mask=mask, past_key_values=cache)
     assert [text for text in warnings_of(caplog) if "Triton kernels don't read" in text] == warnings_of(caplog)
     assert len(warnings_of(caplog)) == 1
     model(IDS[:, :1], past_key_values=cache)
-    assert cache.padding.plain  # the next call is the kernels' again
+    assert cache.shared.plain  # the next call is the kernels' again
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def test_the_reference_reads_pages_of_kernels_and_they_go_on_with_its():
             columns = cache.get_seq_length() + end - start
             own = None if shown else mask[:, :columns]
             logits.append(model(IDS[:, start:end], attention_mask=own, past_key_values=cache).logits)
-        assert len(cache.layers[0].pages[0]) == 3
+        assert len(cache.layers[0].table.pages()[0]) == 3
         found.append(logits)
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, atol=0.03, rtol=0.01)
@@ -174,7 +174,7 @@ def test_a_copy_of_a_cache_has_pages_of_its_own(path):
     cache = model(IDS).past_key_values
     twin, shallow = copy.deepcopy(cache), copy.copy(cache)
     right = model(IDS[:, :1], past_key_values=twin).logits
-    pool, other = cache.layers[0].pool, shallow.layers[0].pool
+    pool, other = cache.layers[0].table.pool, shallow.layers[0].table.pool
     assert len(pool) and not {x.data_ptr() for x in pool.tensors()} & {x.data_ptr() for x in other.tensors()}
     assert shallow.nbytes == cache.nbytes == sum(x.nbytes for x in shallow.layers[0].tensors())
     cache.crop(3)
@@ -197,7 +197,7 @@ def test_a_copy_of_a_cache_whose_pages_may_go_to_host_memory_shares_them():
     model = packed_model("llama", window=6, budget=10_000, offload=True)
     cache = model(IDS).past_key_values
     twin = copy.deepcopy(cache)
-    assert twin.layers[0].pool is cache.layers[0].pool and twin.layers[0].shares_pool
+    assert twin.layers[0].table.pool is cache.layers[0].table.pool and twin.layers[0].table.shares_pool
     got = [model(IDS[:, :3], past_key_values=x).logits for x in (cache, twin)]
     assert torch.equal(*got)
 
@@ -254,9 +254,9 @@ def test_what_is_no_cache(call):
 
 def test_a_crop_behind_a_page_is_named_once_and_an_exact_one_is_not(caplog):
     def cropped(rollback, spec=SPEC):
-        cache = QuantizedKVCache([spec], Geometry(1, DIM, 3, 6, 8, rollback=rollback))
         told = []
-        cache.tell = lambda key, *args: told.append(key)
+        geometry = Geometry(1, DIM, 3, 6, 8, rollback=rollback)
+        cache = QuantizedKVCache([spec], geometry, tell=lambda key, *args: told.append(key))
         keys, values = torch.randn(2, 1, 1, 40, DIM, generator=torch.Generator().manual_seed(1))
         cache.note_padding(None, 1)
         cache.update(keys[:, :, :22], values[:, :, :22], 0)

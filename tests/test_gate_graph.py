@@ -89,10 +89,10 @@ def test_a_copy_of_a_progressive_cache_goes_on_by_itself(quick, captured):
     for t in range(70, 74):
         model(input_ids=ids[:, t : t + 1], past_key_values=cache)
     twin = copy.deepcopy(cache)
-    assert same(cache, twin) and twin.graph is None
+    assert same(cache, twin) and twin.steps.captured is None
     for t in range(74, 110):
         steps = [model(input_ids=ids[:, t : t + 1], past_key_values=x).logits for x in (cache, twin)]
         assert torch.equal(*steps) and same(cache, twin) and twin.nbytes <= 14_000
     assert all(
-        layer.pool.rung(i) < len(layer.rungs) - 1 for layer in twin.layers for i in layer.pages[0][:1]
+        layer.table.pool.rung(i) < len(layer.rungs) - 1 for layer in twin.layers for i in layer.table.pages()[0][:1]
     )  # lowered

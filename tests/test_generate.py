@@ -61,7 +61,7 @@ def test_a_plain_forward_reads_back_what_a_token_at_a_time_reads(precise):
     out = model(tokens)
     assert isinstance(out.past_key_values, runtime.QuantizedKVCache)
     packed, geometry = out.past_key_values, model.kv_artifact.geometry
-    assert [layer.state[0].tolist() for layer in packed.layers] == [[104, 9]] * 3
+    assert [layer.table.state[0].tolist() for layer in packed.layers] == [[104, 9]] * 3
     held = [
         9 - (104 - sliding + 1 - 3) // 8 if sliding else 9 for sliding in SLIDING.get(model.config.model_type, [0] * 3)
     ]
@@ -101,7 +101,10 @@ def test_left_padding_gives_each_row_what_it_gives_alone(model):
     for b, text in enumerate(texts):
         alone = model(ids(text))
         assert rms_ratio(out.logits[b, -len(text) :], alone.logits[0]) < 0.02
-        assert out.past_key_values.layers[1].state[b].tolist() == alone.past_key_values.layers[1].state[0].tolist()
+        assert (
+            out.past_key_values.layers[1].table.state[b].tolist()
+            == alone.past_key_values.layers[1].table.state[0].tolist()
+        )
     together = model.generate(**batch, max_new_tokens=6, do_sample=False)
     for b, text in enumerate(texts):
         alone = model.generate(ids(text), max_new_tokens=6, do_sample=False)

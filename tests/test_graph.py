@@ -2,7 +2,6 @@
 before one, and that nothing of it changes what comes out."""
 
 import copy
-import ctypes
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,17 +16,18 @@ from kvfold.errors import KVBudgetExceeded, KvfoldError
 from kvfold.exports import account
 from kvfold.exports.account import Geometry, batch_nbytes
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
-from kvfold.kernels import pages
 from kvfold.kernels.formats import Format, raw16, uniform
-from kvfold.kernels.quantizer import to_float16
-from kvfold.runtime import graph, load, marks, steps
-from kvfold.runtime.pages import pack, unpack
-from kvfold.runtime.policy import Progressive
-from kvfold.runtime.upload import Upload
+from kvfold.runtime import load
+from kvfold.runtime.budget.ladder import Ladders
+from kvfold.runtime.cache.cache import QuantizedKVCache
+from kvfold.runtime.cache.nan_check import NanMarks
+from kvfold.runtime.cache.upload import Upload
+from kvfold.runtime.generate import graph
 
 pytest.importorskip("triton")
-from kvfold.kernels.gpu.append import LABELS
-from kvfold.runtime import triton as runtime_triton
+from plain_steps import PlainSteps
+
+from kvfold.runtime.backends.triton import TritonKernels
 
 if torch.cuda.is_available():
     pytest.skip("test_cuda.py captures graphs", allow_module_level=True)
@@ -45,9 +45,16 @@ LOSSES = [(0.02, 0.01), (0.5, 0.1)]
 def host_state(cache):
     """What the host knows of a cache, but not when it was last asked."""
     layers = [
-        (x.columns, list(x.length), copy.deepcopy(x.pages), list(x.passed), dict(x.pool._rungs)) for x in cache.layers
+        (
+            x.columns,
+            list(x.lengths()),
+            copy.deepcopy(x.table.pages()),
+            [s.passed for s in x.table.sequences],
+            dict(x.table.pool._rungs),
+        )
+        for x in cache.layers
     ]
-    return layers, cache.padding.steps
+    return layers, cache.shared.clock.steps
 
 
 class Replayed:
@@ -77,70 +84,12 @@ class Replayed:
         return logits
 
 
-def at_address(address, nbytes):
-    """The bytes that a block table's entry leads to."""
-    start = address * 16 + pages.anchor(torch.device("cpu")).data_ptr()
-    return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(start), dtype=torch.uint8)
-
-
-def plain_decode(layer, keys, values, query, scaling):
-    """A step of one layer as the kernels do it, reading and writing what lies on the device alone: state, tables, segments."""
-    g, spec, marked = layer.geometry, layer.spec, marks.marks_of(layer.padding, len(query), layer.device)
-    queries, out = spec.key.apply_query(query), []
-    rows = to_float16(spec.key.apply(keys, layer.state[:, :1].long(), g.sinks)), to_float16(values.float())
-    for b, (length, count) in enumerate(layer.state.tolist()):
-        slot = layer.slots(length, length + 1)
-        for label, (raw, row, given) in enumerate(
-            zip((layer.raw_keys, layer.raw_values), rows, (keys, values), strict=True)
-        ):
-            raw[b, :, slot] = row[b]
-            if not given[b].isfinite().all():
-                marked[b] = min(int(marked[b]), length * LABELS.value + 2 * layer.layer_idx + label)
-        if g.num_pages(length + 1) > count:
-            rungs, _ = steps.due_rungs(layer)
-            rung = layer.rungs[-1 if rungs is None else int(rungs[b])]
-            first = g.sinks + count * g.page_tokens % g.ring
-            part = slice(first, first + g.page_tokens)
-            data = pack(layer.raw_keys[b][:, part], layer.raw_values[b][:, part], rung, g.page_tokens)[0]
-            at_address(int(layer.block_table[b, count]), len(data)).copy_(data)
-            count += 1
-        sinks = min(g.sinks, length + 1)
-        raw = torch.cat((layer.slots(0, sinks), layer.slots(g.sinks + count * g.page_tokens, length + 1)))
-        parts = [(layer.raw_keys[b][:, raw].float(), layer.raw_values[b][:, raw].float())]
-        for i in range(max(0, length + 1 - layer.sliding - g.sinks) // g.page_tokens if layer.sliding else 0, count):
-            rung = 0
-            if len(layer.rungs) > 1:
-                rung = sum(start <= i for start in layer.segments[b, 1:-1].tolist())
-            data = at_address(int(layer.block_table[b, i]), layer.pool.sizes[rung])
-            parts.append(unpack(data[None], layer.rungs[rung], g.num_kv_heads, g.page_tokens))
-        k, v = (torch.cat(x, 1) for x in zip(*parts, strict=True))
-        weights = (queries[b].float() @ k.mT * scaling).softmax(-1)
-        out.append(weights @ v)
-        layer.state[b] = torch.tensor([length + 1, count])
-    return torch.stack(out).to(query.dtype)
-
-
 @pytest.fixture
 def quick(monkeypatch):
     """Steps by `plain_decode` instead of interpreted kernels, prompts and lowering by the reference."""
 
-    def attend(view, query, scaling, sliding, softcap, sinks_logit):
-        if view.rows is None:
-            return plain_decode(view.layer, *view.new, query, scaling)
-        return view._attend_reference(query, scaling, None, softcap, sinks_logit)
-
-    def store(layer, keys, values, ids, spec):
-        for number, data in zip(ids, pack(keys, values, spec, layer.geometry.page_tokens), strict=True):
-            layer.pool.page(number).copy_(data)
-
-    def lower(layer, old, new, source, target):
-        g = layer.geometry
-        rows = unpack(torch.stack(old), source, g.num_kv_heads, g.page_tokens)
-        for page, data in zip(new, pack(*rows, target, g.page_tokens), strict=True):
-            page.copy_(data)
-
-    for name, function in (("attend_triton", attend), ("store_pages", store), ("lower", lower)):
-        monkeypatch.setattr(runtime_triton, name, function)
+    for name in ("append_and_attend", "attend", "write_pages", "lower_pages"):
+        monkeypatch.setattr(TritonKernels, name, getattr(PlainSteps, name))
     monkeypatch.setattr(graph, "FUSE_AFTER", 10**6)
     monkeypatch.setattr(account, "LEAST_ENTRIES", 2)  # so that a short text is captured several times
 
@@ -160,10 +109,10 @@ def make(on, *, budget=None, progressive=False, geometry=GEOMETRY, rollback=0, s
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, 0, 0.3)
-    policy = Progressive(specs, LOSSES, geometry) if progressive else None
+    policy = Ladders(specs, LOSSES, geometry) if progressive else None
     model = load.attach(model, plain_artifact(geometry, specs), budget, True, False, rollback, False, policy)
     if on:
-        graph.decode_by(model, graph.Decoding(model, capture=Replayed, **more))
+        model.kv_attachment.decode_by(graph.Decoding(model, capture=Replayed, **more))
     return model
 
 
@@ -180,16 +129,16 @@ def contents(cache):
     """Everything that a cache holds, sequence by sequence."""
     found = []
     for layer in cache.layers:
-        assert layer.length == layer.state[:, 0].tolist()
-        assert [len(ids) for ids in layer.pages] == layer.state[:, 1].tolist()
-        for b, length in enumerate(layer.length):
-            g, ids = layer.geometry, layer.pages[b]
-            assert layer.block_table[b, : len(ids)].tolist() == layer.pool.addresses(ids)
+        assert layer.lengths() == layer.table.state[:, 0].tolist()
+        assert [len(ids) for ids in layer.table.pages()] == layer.table.state[:, 1].tolist()
+        for b, length in enumerate(layer.lengths()):
+            g, ids = layer.geometry, layer.table.pages()[b]
+            assert layer.table.block_table[b, : len(ids)].tolist() == layer.table.pool.addresses(ids)
             first = max(min(g.sinks, length), g.sinks + len(ids) * g.page_tokens)
-            rows = torch.cat((layer.slots(0, min(g.sinks, length)), layer.slots(first, length)))
-            found += [layer.raw_keys[b][:, rows], layer.raw_values[b][:, rows]]
-            found += [layer.pool.page(i) for i in ids if i >= 0]
-            found.append(torch.tensor([layer.pool.rung(i) for i in ids if i >= 0]))
+            rows = torch.cat((layer.window.slots(0, min(g.sinks, length)), layer.window.slots(first, length)))
+            found += [layer.window.keys[b][:, rows], layer.window.values[b][:, rows]]
+            found += [layer.table.pool.page(i) for i in ids if i >= 0]
+            found.append(torch.tensor([layer.table.pool.rung(i) for i in ids if i >= 0]))
     return found
 
 
@@ -229,10 +178,10 @@ def test_replayed_steps_are_eager_steps_and_memory_grows(progressive, quick, cap
     assert all(torch.equal(a, b) for a, b in zip(logits, others, strict=True))
     assert sizes == other_sizes and same(cache, other)
     if progressive:
-        assert max(sizes) <= budget and all(layer.pool.counts[0] for layer in other.layers)
-        assert [x.segments.tolist() for x in cache.layers] == [x.segments.tolist() for x in other.layers]
+        assert max(sizes) <= budget and all(layer.table.pool.counts[0] for layer in other.layers)
+        assert [x.table.segments.tolist() for x in cache.layers] == [x.table.segments.tolist() for x in other.layers]
     else:
-        assert other.nbytes == batch_nbytes(GEOMETRY, other.formats, other.layers[0].length)
+        assert other.nbytes == batch_nbytes(GEOMETRY, other.formats, other.layers[0].lengths())
     assert len(captured) >= 4 and sum(x.calls for x in captured) > 110
 
 
@@ -278,19 +227,19 @@ def test_most_steps_are_quiet_and_a_turn_goes_on_with_the_same_graph(quick, capt
     monkeypatch.setattr(account, "LEAST_ENTRIES", 64)
     model, copies, events = make(True), [], []
     cache, ids = model.new_kv_cache(), ids_of(1, 100)
-    real_send, real_begin = Upload.send, graph.begin
+    real_send, real_begin = Upload.send, QuantizedKVCache.begin_step
     monkeypatch.setattr(Upload, "send", lambda self: (copies.append(len(self._news[torch.int64][0])), real_send(self)))
-    monkeypatch.setattr(graph, "begin", lambda c: (events.append(not c.quiet), real_begin(c))[1])
+    monkeypatch.setattr(QuantizedKVCache, "begin_step", lambda c: (events.append(not c.steps.quiet), real_begin(c))[1])
     model(ids[:, :30], past_key_values=cache)
     decode(model, cache, ids[:, 30:64])
     assert len(captured) == 1 and captured[0].calls == 33 and sum(events) == 1 + 34 // 8 + 1
     assert copies == [LAYERS] * 5  # each: one entry of each layer, in one copy
-    step = cache.graph
+    step = cache.steps.captured
     model(input_ids=ids[:, 64:80], past_key_values=cache)
     decode(model, cache, ids[:, 80:])
-    assert cache.graph is step and len(captured) == 1 and captured[0].calls == 33 + 20
+    assert cache.steps.captured is step and len(captured) == 1 and captured[0].calls == 33 + 20
     cache.reset()
-    assert cache.graph is None
+    assert cache.steps.captured is None
 
 
 @torch.no_grad()
@@ -304,9 +253,9 @@ def test_a_page_is_written_on_the_rung_that_the_budget_has_room_for(quick, captu
 
         def watch(c, rungs=rungs):
             assert c.nbytes <= c.budget
-            rungs |= {tuple(steps.due_rungs(layer)[1]) for layer in c.layers}
+            rungs |= {tuple(layer.table.next_rungs()[1]) for layer in c.layers}
             for layer in c.layers:
-                there, here = steps.due_rungs(layer)
+                there, here = layer.table.next_rungs()
                 assert there.tolist() == here
 
         with pytest.raises(KVBudgetExceeded):
@@ -329,14 +278,14 @@ def test_what_was_lowered_is_told_where_the_first_layer_has_one_rung(quick, capt
 
         def watch(c, moved=moved):
             layer = c.layers[1]
-            rungs = [[layer.pool.rung(i) for i in row] for row in layer.pages]
+            rungs = [[layer.table.pool.rung(i) for i in row] for row in layer.table.pages()]
             moved.append([sum(r < cut + 1 for r in row) for row in rungs for cut in range(len(layer.rungs) - 1)])
-            assert moved[-1] == [n for row in layer.segments[:, 1:-1].tolist() for n in row]
+            assert moved[-1] == [n for row in layer.table.segments[:, 1:-1].tolist() for n in row]
 
         runs.append((decode(model, cache, ids[:, 11:], watch), cache))
     (logits, cache), (others, other) = runs
     assert all(torch.equal(a, b) for a, b in zip(logits, others, strict=True)) and same(cache, other)
-    assert sum(cache.layers[1].pool.counts[:-1]) > 0 and len(cache.layers[0].rungs) == 1
+    assert sum(cache.layers[1].table.pool.counts[:-1]) > 0 and len(cache.layers[0].rungs) == 1
 
 
 @torch.no_grad()
@@ -374,7 +323,7 @@ def test_what_a_replay_would_not_do_is_done_eagerly(quick, captured):
     seen = []
     hook = model.model.layers[0].mlp.register_forward_hook(lambda *args: seen.append(1))
     decode(model, cache, ids[:, 25:35])
-    assert len(seen) == 10 and captured[0].calls == calls[0] and cache.graph is None
+    assert len(seen) == 10 and captured[0].calls == calls[0] and cache.steps.captured is None
     hook.remove()
     decode(model, cache, ids[:, 35:40])
     assert len(seen) == 10 and len(captured) == 2 and captured[1].calls == 4
@@ -395,7 +344,7 @@ def test_forks_have_steps_of_their_own_and_copies_of_a_model_too(quick, captured
     (fork,) = cache.fork(1)
     logits = decode(model, fork, ids[:, 40:60]), decode(model, cache, ids[:, 40:60])
     assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True)) and same(cache, fork)
-    assert fork.graph is not cache.graph and {id(x.cache) for x in captured} == {id(cache), id(fork)}
+    assert fork.steps.captured is not cache.steps.captured and {id(x.cache) for x in captured} == {id(cache), id(fork)}
     twin = copy.deepcopy(model)
     assert twin.kv_decoding is not model.kv_decoding and twin.kv_decoding.model is twin
     twin.lm_head.weight.data.mul_(2)
@@ -429,9 +378,9 @@ def test_a_step_that_fails_half_way_leaves_a_cache_that_says_so(quick, captured)
 @torch.no_grad()
 def test_marks_are_asked_for_ahead_and_nothing_marked_is_packed(ahead, bad, quick, captured, monkeypatch):
     """Pages come due with tokens 48 and 56: a bad one is reported with one of them, long before a window has passed over it."""
-    monkeypatch.setattr(marks, "lead", lambda cache: ahead)
-    waits, real = [], marks.look
-    monkeypatch.setattr(marks, "look", lambda cache: (waits.append(cache.tokens), real(cache)))
+    monkeypatch.setattr(NanMarks, "lead", lambda marks, geometry: ahead)
+    waits, real = [], NanMarks.look
+    monkeypatch.setattr(NanMarks, "look", lambda marks: (waits.append(1), real(marks))[1])
     model, ids = make(True), ids_of(2, 80)
     cache = model.new_kv_cache()
     model(ids[:, :26], past_key_values=cache)
@@ -445,7 +394,12 @@ def test_marks_are_asked_for_ahead_and_nothing_marked_is_packed(ahead, bad, quic
     with pytest.raises(FloatingPointError, match=rf"Layer 1 computed a value .* at position {bad} of sequence 0"):
         decode(model, cache, ids[:, bad + 1 : bad + 12])
     assert cache.get_seq_length() == bad
-    assert all(x.isfinite().all() for layer in cache.layers for b in range(2) for x in layer.read_pages(layer.pages[b]))
+    assert all(
+        x.isfinite().all()
+        for layer in cache.layers
+        for b in range(2)
+        for x in layer.held.read_pages(layer.table.pages()[b])
+    )
     decode(model, cache, ids[:, bad:])
     assert cache.get_seq_length() == 80
 
@@ -472,7 +426,9 @@ def test_pages_behind_a_sliding_window_go_as_they_do_without(budget, quick, capt
         assert cache.nbytes == batch_nbytes(geometry, cache.formats, lengths)
     assert runs[0][0] == runs[1][0] and runs[0][2] == runs[1][2] and sum(x.calls for x in captured) > 25
     for one, other in zip(runs[0][1].layers, runs[1][1].layers, strict=True):
-        assert one.passed == other.passed and one.state.tolist() == other.state.tolist()
+        assert [s.passed for s in one.table.sequences] == [
+            s.passed for s in other.table.sequences
+        ] and one.table.state.tolist() == other.table.state.tolist()
 
 
 @torch.no_grad()

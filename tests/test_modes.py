@@ -230,11 +230,13 @@ def test_forks_go_on_by_themselves_and_share_their_pages(family):
     before, pages = cache.nbytes, [layer.num_pages() for layer in cache.layers]
     forks = cache.fork(3)
     own = sum(
-        x.nbytes for layer in cache.layers for x in (layer.raw_keys, layer.raw_values, layer.state, layer.block_table)
+        x.nbytes
+        for layer in cache.layers
+        for x in (layer.window.keys, layer.window.values, layer.table.state, layer.table.block_table)
     )
     assert [fork.nbytes for fork in forks] == [before] * 3 and cache.nbytes == before
     assert runtime.resident_nbytes([cache, *forks]) == before + 3 * own
-    assert [len(layer.pool) for layer in cache.layers] == pages
+    assert [len(layer.table.pool) for layer in cache.layers] == pages
     ends = torch.randint(1, 128, (4, 2, 40), generator=torch.Generator().manual_seed(8))
     seen = torch.cat((mask, torch.ones(2, 40, dtype=torch.long)), 1)
     for part in (slice(0, 1), slice(1, 30), slice(30, 40)):  # in turns, so that one could disturb another
@@ -252,9 +254,9 @@ def test_forks_go_on_by_themselves_and_share_their_pages(family):
     forks[0].crop(2)
     forks[1].batch_select_indices(torch.tensor([1]))
     del outs, out
-    shared = {id(layer.pool) for x in (cache, *forks) for layer in x.layers}
+    shared = {id(layer.table.pool) for x in (cache, *forks) for layer in x.layers}
     assert len(shared) == LAYERS
-    pools = [layer.pool for layer in cache.layers]
+    pools = [layer.table.pool for layer in cache.layers]
     forks[2].reset()
     cache.reset()
     del forks, cache
@@ -355,7 +357,7 @@ def test_a_nan_is_reported_and_the_cache_goes_on(family):
     assert torch.equal(
         model(PROMPT[:, :1], past_key_values=cache).logits, model(PROMPT[:, :1], past_key_values=fresh).logits
     )
-    cache.layers[0].columns += 1
+    cache.layers[0].update(*torch.randn(2, 1, HEADS, 1, DIM))  # as a call does that fails after the first layer
     with pytest.raises(KvfoldError, match="layers of 76 and of 77 tokens"):
         model(PROMPT[:, :1], past_key_values=cache)
 

@@ -18,10 +18,10 @@ from kvfold.errors import KVBudgetExceeded
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format, raw16, uniform
-from kvfold.runtime import calls
-from kvfold.runtime.branches import resident_nbytes
-from kvfold.runtime.cache import QuantizedKVCache
-from kvfold.runtime.pager import Pager, PagingPool
+from kvfold.runtime.cache.cache import QuantizedKVCache
+from kvfold.runtime.cache.pager import Pager, PagingPool
+from kvfold.runtime.cache.resident import resident_nbytes
+from kvfold.runtime.calls import hooks as calls
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS, DIM = 1, 8
@@ -61,46 +61,49 @@ def append(caches, tokens, rows, generator, pads):
 def walked(cache):
     """Bytes on the device by a walk over tensors."""
     return sum(t.nbytes for layer in cache.layers for t in layer.tensors()) + sum(
-        t.nbytes for t in cache.pager.tensors()
+        t.nbytes for t in cache.policy.pager.tensors()
     )
 
 
 def check(plain, away):
     assert away.nbytes <= away.budget and away.nbytes == walked(away) == resident_nbytes([away])
-    chunks = {i: len(pool.chunks) for i, pool in away.pager.pools.items()}
-    assert away.pager.nbytes == away.pager.staging(chunks)
-    assert [t.numel() for stage in away.pager.stages for t in stage].count(0) == 0
+    chunks = {i: len(pool.chunks) for i, pool in away.policy.pager.pools.items()}
+    assert away.policy.pager.nbytes == away.policy.pager.staging(chunks)
+    assert [t.numel() for stage in away.policy.pager.stages for t in stage].count(0) == 0
     assert sum(row["host_bytes"] for row in away.report()) == away.host_nbytes
     for one, other in zip(plain.layers, away.layers, strict=True):
         assert one.lengths() == other.lengths() and one.columns == other.columns
         if not one.is_initialized:
             assert not other.is_initialized
             continue
-        assert one.state.tolist() == other.state.tolist() and one.oldest == other.oldest
-        pool = other.pool
+        assert one.table.state.tolist() == other.table.state.tolist()
+        assert [s.oldest for s in one.table.sequences] == [s.oldest for s in other.table.sequences]
+        pool = other.table.pool
         assert one.num_pages() == other.num_pages()
-        if not other.shares_pool:
-            assert set(pool.resident) | set(pool.slots) == {i for ids in other.pages for i in ids if i >= 0}
+        if not other.table.shares_pool:
+            assert set(pool.resident) | set(pool.slots) == {i for ids in other.table.pages() for i in ids if i >= 0}
         assert not set(pool.resident) & set(pool.slots) and len(set(pool.slots.values())) == len(pool.slots)
-        assert sorted([*pool.slots.values(), *pool.free]) == list(range(len(pool.chunks) * away.pager.chunk_pages))
-        other.bring()
-        for b, length in enumerate(one.length):
-            passed = one.passed[b]
-            ids = [layer.pages[b][passed:] for layer in (one, other)]
-            assert len(ids[0]) == len(ids[1]) and other.passed[b] == passed
+        assert sorted([*pool.slots.values(), *pool.free]) == list(
+            range(len(pool.chunks) * away.policy.pager.chunk_pages)
+        )
+        other.table.bring()
+        for b, length in enumerate(one.lengths()):
+            passed = one.table.sequences[b].passed
+            ids = [layer.table.pages()[b][passed:] for layer in (one, other)]
+            assert len(ids[0]) == len(ids[1]) and other.table.sequences[b].passed == passed
             for x, y in zip(*ids, strict=True):
-                assert torch.equal(one.pool.page(x), pool.page(y))
+                assert torch.equal(one.table.pool.page(x), pool.page(y))
             if ids[0]:
-                for x, y in zip(one.read_pages(ids[0]), other.read_pages(ids[1]), strict=True):
+                for x, y in zip(one.held.read_pages(ids[0]), other.held.read_pages(ids[1]), strict=True):
                     assert torch.equal(x, y)
             held = [
                 *range(min(one.geometry.sinks, length)),
-                *range(max(one.oldest[b], length - one.geometry.ring), length),
+                *range(max(one.table.sequences[b].oldest, length - one.geometry.ring), length),
             ]
-            slots = one.slots(0, length)[held]
-            assert torch.equal(one.raw_keys[b][:, slots], other.raw_keys[b][:, slots])
-            assert torch.equal(one.raw_values[b][:, slots], other.raw_values[b][:, slots])
-            entries = other.block_table[b, passed : len(other.pages[b])].tolist()
+            slots = one.window.slots(0, length)[held]
+            assert torch.equal(one.window.keys[b][:, slots], other.window.keys[b][:, slots])
+            assert torch.equal(one.window.values[b][:, slots], other.window.values[b][:, slots])
+            entries = other.table.block_table[b, passed : len(other.table.pages()[b])].tolist()
             assert entries == pool.addresses(ids[1])
 
 
@@ -366,7 +369,7 @@ def test_a_budget_that_even_host_memory_does_not_save(pair):
 def test_what_does_not_go_with_it_is_refused(path, options, message):
     with pytest.raises(KvfoldError, match=message):
         runtime.load_pretrained(path, offload=True, **options)
-    with pytest.raises(KvfoldError, match="so it needs kv_budget and policy='floor'"):
+    with pytest.raises(KvfoldError, match="as kv_budget fills, but there is none; give kv_budget"):
         QuantizedKVCache(SPECS, Geometry(HEADS, DIM, 3, 5, 8), offload=Pager([64]))
 
 
@@ -377,7 +380,7 @@ def test_memory_goes_with_the_cache(pair):
     gc.disable()
     try:
         cache = model(ids).past_key_values
-        left = [weakref.ref(x) for x in (cache.pager, cache.layers[0].pool, *cache.pager.tensors())]
+        left = [weakref.ref(x) for x in (cache.policy.pager, cache.layers[0].table.pool, *cache.policy.pager.tensors())]
         del cache
         assert len(left) > 2 and not any(ref() is not None for ref in left)  # no cycle keeps it until a collection
     finally:
@@ -389,13 +392,15 @@ def test_memory_goes_with_the_cache(pair):
 def test_kernels_read_what_was_brought(buffers):
     """Steps and a chunk of a ragged batch by the Triton kernels: block tables point into the staging buffers."""
     pytest.importorskip("triton")
+    from kvfold.runtime.backends.triton import TRITON
+
     geometry = Geometry(1, 16, 3, 5, 16)
     specs = [LayerSpec(KeySpec(uniform(16, 16)), ValueSpec(uniform(16, 4)))] * 4
     page = geometry.pair_nbytes(specs[0].key.format, specs[0].value.format)
     budget = 8 * geometry.table_nbytes(16) + (7 + 4 * buffers) * page
     caches = [
-        QuantizedKVCache(specs, geometry, use_triton=True),
-        QuantizedKVCache(specs, geometry, budget, True, offload=pager_of(geometry, specs, 2, buffers)),
+        QuantizedKVCache(specs, geometry, backend=TRITON),
+        QuantizedKVCache(specs, geometry, budget, TRITON, offload=pager_of(geometry, specs, 2, buffers)),
     ]
     generator = torch.Generator().manual_seed(3)
     start = 0
@@ -412,4 +417,4 @@ def test_kernels_read_what_was_brought(buffers):
                     outs.append(view.attend(query, 0.3, None))
             assert not outs or torch.equal(*outs)
             assert caches[1].nbytes <= budget
-    assert [len(ids) for ids in caches[1].layers[0].pages] == [3, 3] and caches[1].host_nbytes > 0
+    assert [len(ids) for ids in caches[1].layers[0].table.pages()] == [3, 3] and caches[1].host_nbytes > 0

@@ -99,7 +99,7 @@ def test_logits_and_cache_are_the_runtimes(folder, tiny_artifact):
         for i, layer in enumerate(out.past_key_values.layers):
             pages = cache[f"past.{i}.pages"].numpy()
             for b in range(2):
-                held = layer.pool.load(layer.pages[b]).numpy()
+                held = layer.table.pool.load(layer.table.pages()[b]).numpy()
                 assert pages[b].shape == held.shape
                 differ, size = differ + int((pages[b] != held).sum()), size + held.size
         assert differ < 0.01 * size

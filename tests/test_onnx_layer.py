@@ -27,8 +27,8 @@ from kvfold.kernels.attention import attend_plain
 from kvfold.kernels.formats import Format, raw16, uniform
 from kvfold.kernels.key_mean import turn_tables
 from kvfold.kernels.quantizer import decode, encode
-from kvfold.runtime.layer import PackedLayer
-from kvfold.runtime.view import Padding
+from kvfold.runtime.cache.layer import PackedLayer
+from kvfold.runtime.cache.shared import SharedState
 
 HEADS, GROUP, DIM = 2, 2, 32
 QUERY_HEADS = HEADS * GROUP
@@ -251,7 +251,7 @@ def test_layer_is_the_runtimes(case):
     for split in SPLITS.values():
         states = random_states(sum(split))
         got, cache = run_layer(sessions, empty(tensors), states, split, {"sink": sink.numpy()} if has_sink else {})
-        layer = PackedLayer(spec, geometry, Padding([]), 0)
+        layer = PackedLayer([spec], SharedState(geometry), 0)
         expected = []
         for first, end in pairwise(np.cumsum([0, *split])):
             query, key, value = (x[:, :, first:end] for x in states)
@@ -269,11 +269,11 @@ def test_layer_is_the_runtimes(case):
             *range(geometry.sinks + geometry.num_pages(tokens) * geometry.page_tokens, tokens),
         ]
         for b in range(2):
-            pages = layer.pool.load(layer.pages[b]).numpy()
+            pages = layer.table.pool.load(layer.table.pages()[b]).numpy()
             slots = torch.tensor(
                 [s if s < geometry.sinks else geometry.sinks + (s - geometry.sinks) % geometry.ring for s in held]
             )
-            rows = [raw[b][:, slots].numpy() for raw in (layer.raw_keys, layer.raw_values)]
+            rows = [raw[b][:, slots].numpy() for raw in (layer.window.keys, layer.window.values)]
             if spec.key.offset is None:
                 np.testing.assert_array_equal(cache["past.pages"][b], pages)
                 np.testing.assert_array_equal(cache["past.key_rows"][b], rows[0])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from kvfold import KvfoldError, runtime
-from kvfold.runtime.options import HUB, PASSED_ON, REFUSED
+from kvfold.runtime.calls.options import HUB, PASSED_ON, REFUSED
 
 IDS = torch.arange(20)[None]
 NAMES = set(inspect.signature(runtime.load_pretrained).parameters) | HUB

@@ -139,7 +139,7 @@ def test_a_sliding_window_stays_one(tmp_path, text_file, recipe_file):
         assert (
             [layer.num_pages() for layer in cache[0].layers]
             == [3] * 3
-            == [20 - layer.passed[0] for layer in cache[0].layers]
+            == [20 - layer.table.sequences[0].passed for layer in cache[0].layers]
         )
         last = [loaded(ids[:, -1:], past_key_values=c).logits for c in cache]
     assert torch.equal(*last)

@@ -181,7 +181,7 @@ print(type(model(torch.arange(150).remainder(128)[None]).past_key_values).__name
     [
         "import kvfold",
         "import kvfold.runtime",
-        "from transformers import AutoModelForCausalLM; import kvfold.runtime, kvfold.compress.cli, kvfold.runtime.plugin",
+        "from transformers import AutoModelForCausalLM; import kvfold.runtime, kvfold.compress.cli, kvfold.runtime.calls.plugin",
         "from kvfold.autoclass import stock_from_pretrained; stock_from_pretrained(sys.argv[1])",
         "from kvfold import runtime; runtime.load_pretrained(sys.argv[1])",
     ],

@@ -19,24 +19,24 @@ from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec, clip_rows
 from kvfold.kernels.catalogue import HEAD_DIMS, key_formats, value_formats
 from kvfold.kernels.formats import Format, raw16, uniform
 from kvfold.kernels.quantizer import round_trip
-from kvfold.runtime import lower as lowering
-from kvfold.runtime.cache import QuantizedKVCache
-from kvfold.runtime.layer import PackedLayer
+from kvfold.runtime.backends.choose import backend_of
+from kvfold.runtime.budget.ladder import Ladders, Step, distortion, finer, ladder
+from kvfold.runtime.cache.cache import QuantizedKVCache
+from kvfold.runtime.cache.layer import PackedLayer
+from kvfold.runtime.cache.shared import SharedState
+from kvfold.runtime.cache.store import LayerStore
 from kvfold.runtime.load import plain_cache
-from kvfold.runtime.pages import lower, oldest, set_segments
-from kvfold.runtime.policy import Progressive, Step, distortion, finer, ladder
-from kvfold.runtime.view import Padding
 
 LOSSES = {"mixed": (0.02, 0.01), "ternary": (0.5, 0.1), "raw": (0.0, 0.0)}
 PAGE, ROWS = GEOMETRY.page_tokens, GEOMETRY.raw_rows
 
 
 def policy_of(names, geometry=GEOMETRY):
-    return Progressive([SPECS[n] for n in names], [LOSSES[n] for n in names], geometry)
+    return Ladders([SPECS[n] for n in names], [LOSSES[n] for n in names], geometry)
 
 
 def make(names, budget):
-    return QuantizedKVCache([SPECS[n] for n in names], GEOMETRY, budget, policy=policy_of(names))
+    return QuantizedKVCache([SPECS[n] for n in names], GEOMETRY, budget, ladders=policy_of(names))
 
 
 def feed(cache, tokens, batch=1, generator=None):
@@ -163,7 +163,13 @@ class Watch(TorchDispatchMode):
         return page or rows or (x.dtype == torch.int64 and x.dim() == 2 and x.shape[1] % 16 == 0)
 
     def note(self):
-        small = sum(t.nbytes for c in self.caches for x in c.layers if x.is_initialized for t in (x.state, x.segments))
+        small = sum(
+            t.nbytes
+            for c in self.caches
+            for x in c.layers
+            if x.is_initialized
+            for t in (x.table.state, x.table.segments)
+        )
         self.peak = max(self.peak, small + sum(self.alive.values()))
 
 
@@ -179,7 +185,7 @@ def test_the_watch_sees_pages_and_copies():
         layer = cache.layers[0]
         assert watch.peak > cache.nbytes > before  # old and new rows for a moment
         watch.peak = 0
-        lower(layer, oldest(layer, 3, 1))
+        layer.held.lower(layer.table.oldest(3, 1))
         assert watch.peak == cache.nbytes + 1024
 
 
@@ -200,10 +206,10 @@ class ProgressiveLists(PlainLists):
         row[start : start + PAGE] = list(zip(*sides, strict=True))
 
     def lowered(self, layer, ids):
-        for b, own in enumerate(layer.pages):
+        for b, own in enumerate(layer.table.pages()):
             for page, number in enumerate(own):
                 if number in ids:
-                    self.requantise(b, page, layer.pool.rung(number) - 1)
+                    self.requantise(b, page, layer.table.pool.rung(number) - 1)
 
     def _pack(self, b):
         """Done by `settle`, which knows the new pages' rungs."""
@@ -212,7 +218,7 @@ class ProgressiveLists(PlainLists):
         for b, row in enumerate(self.rows):
             while len(row) - GEOMETRY.sinks - self.packed[b] - PAGE >= GEOMETRY.window:
                 page = self.packed[b] // PAGE
-                self.requantise(b, page, layer.pool.rung(layer.pages[b][page]))
+                self.requantise(b, page, layer.table.pool.rung(layer.table.pages()[b][page]))
                 self.packed[b] += PAGE
 
 
@@ -227,11 +233,11 @@ def check(cache, lists):
                 keys, values = contents(layer, b)
                 torch.testing.assert_close(keys, torch.stack([k.float() for k, _ in row], 1), rtol=1e-6, atol=1e-6)
                 torch.testing.assert_close(values, torch.stack([v.float() for _, v in row], 1), rtol=1e-6, atol=1e-6)
-            rungs = [layer.pool.rung(i) for i in layer.pages[b]]
+            rungs = [layer.table.pool.rung(i) for i in layer.table.pages()[b]]
             assert rungs == sorted(rungs)
             if len(layer.rungs) > 1:
-                assert layer.segments[b].tolist() == [*(sum(r < k for r in rungs) for k in range(len(layer.rungs))), len(rungs)]  # fmt: skip
-        assert sum(layer.pool.counts) == layer.num_pages() == len(layer.pool)
+                assert layer.table.segments[b].tolist() == [*(sum(r < k for r in rungs) for k in range(len(layer.rungs))), len(rungs)]  # fmt: skip
+        assert sum(layer.table.pool.counts) == layer.num_pages() == len(layer.table.pool)
     assert cache.nbytes == sum(t.nbytes for layer in cache.layers for t in layer.tensors())
     assert cache.budget is None or cache.nbytes <= cache.budget
 
@@ -265,11 +271,11 @@ operations = st.lists(
 def test_any_sequence_of_operations_equals_plain_lists_and_stays_in_the_budget(names, batch, budget, steps, seed):
     generator = torch.Generator().manual_seed(seed)
     cache = make(names, budget)
-    lists = [ProgressiveLists(SPECS[n], batch) for n in names]
+    lists, real_lower = [ProgressiveLists(SPECS[n], batch) for n in names], LayerStore.lower
 
-    def follow(layer, ids):
-        lists[layer.layer_idx].lowered(layer, ids)
-        lower(layer, ids)
+    def follow(held, ids):
+        lists[held.layer_idx].lowered(held, ids)
+        real_lower(held, ids)
 
     def append(tokens):
         rows = len(lists[0].rows)
@@ -284,7 +290,7 @@ def test_any_sequence_of_operations_equals_plain_lists_and_stays_in_the_budget(n
             own.append(keys, values)
             own.settle(layer)
 
-    with mock.patch.object(lowering, "lower", follow), Watch() as watch:
+    with mock.patch.object(LayerStore, "lower", follow), Watch() as watch:
         watch.caches.append(cache)
         for name, argument in [("append", 5), *steps]:
             rows = len(lists[0].rows)
@@ -323,11 +329,11 @@ def test_any_sequence_of_operations_equals_plain_lists_and_stays_in_the_budget(n
             elif name == "lower" and ready:
                 for layer in cache.layers:
                     for rung in range(1, len(layer.rungs)):
-                        if cache.nbytes + layer.pool.sizes[rung - 1] * argument <= budget and (
-                            ids := oldest(layer, rung, argument)
+                        if cache.nbytes + layer.table.pool.sizes[rung - 1] * argument <= budget and (
+                            ids := layer.table.oldest(rung, argument)
                         ):
-                            follow(layer, ids)
-                    set_segments(layer)
+                            follow(layer.held, ids)
+                    layer.table.set_segments()
             elif name == "reset":
                 cache.reset()
                 assert cache.nbytes == 0 and cache.get_seq_length() == 0
@@ -342,22 +348,22 @@ def test_shared_pages_are_lowered_once_for_all_owners():
     feed(cache, 60)
     cache.batch_repeat_interleave(3)
     layer = cache.layers[0]
-    ids = oldest(layer, 3, 2)
-    assert ids == layer.pages[0][:2]
-    lower(layer, ids)
-    set_segments(layer)
-    assert layer.pool.counts == [0, 0, 2, 3] and layer.num_pages() == 5
-    assert layer.segments.tolist() == [[0, 0, 0, 2, 5]] * 3
+    ids = layer.table.oldest(3, 2)
+    assert ids == layer.table.pages()[0][:2]
+    layer.held.lower(ids)
+    layer.table.set_segments()
+    assert layer.table.pool.counts == [0, 0, 2, 3] and layer.num_pages() == 5
+    assert layer.table.segments.tolist() == [[0, 0, 0, 2, 5]] * 3
     for b in range(3):
-        assert layer.block_table[b, :5].tolist() == layer.pool.addresses(layer.pages[b])
+        assert layer.table.block_table[b, :5].tolist() == layer.table.pool.addresses(layer.table.pages()[b])
 
 
 @pytest.mark.parametrize("batch, most", [(1, 2), (3, 5)])
 def test_a_step_of_decoding_lowers_a_page_a_layer_and_none_when_a_page_comes(monkeypatch, batch, most):
     """A batch of three, whose pages come due together every eight steps, needs more than that near the end."""
     cache = make(["mixed", "ternary"], 8_000 + 11_000 * batch)
-    calls, lowered = [], []
-    monkeypatch.setattr(lowering, "lower", lambda layer, ids: (calls.append(len(ids)), lower(layer, ids)))
+    calls, lowered, real_lower = [], [], LayerStore.lower
+    monkeypatch.setattr(LayerStore, "lower", lambda held, ids: (calls.append(len(ids)), real_lower(held, ids)))
     feed(cache, 20, batch)
     pages = cache.layers[0].num_pages()
     with pytest.raises(KVBudgetExceeded):
@@ -368,16 +374,16 @@ def test_a_step_of_decoding_lowers_a_page_a_layer_and_none_when_a_page_comes(mon
             pages = cache.layers[0].num_pages()
             lowered.append(sum(calls))
     assert 2 <= max(lowered) <= most and sum(lowered) > 20 * batch
-    assert sum(layer.pool.counts[0] for layer in cache.layers) > 10 * batch
+    assert sum(layer.table.pool.counts[0] for layer in cache.layers) > 10 * batch
 
 
 def test_a_long_prompt_is_written_on_the_rung_that_fits(monkeypatch):
     cache = make(["mixed", "ternary"], 24_000)
-    monkeypatch.setattr(lowering, "lower", None)
+    monkeypatch.setattr(LayerStore, "lower", None)
     feed(cache, 200)
     assert cache.nbytes <= 24_000
     for layer in cache.layers:
-        rungs = [layer.pool.rung(i) for i in layer.pages[0]]
+        rungs = [layer.table.pool.rung(i) for i in layer.table.pages()[0]]
         assert len(rungs) == 23 and rungs == sorted(rungs) and rungs[0] < 3
 
 
@@ -389,7 +395,7 @@ def test_all_the_budget_is_used_and_the_floor_is_reached_before_it_is_refused():
         feed(cache, 30)
         for _ in range(tokens - 30):
             feed(cache, 1)
-        assert cache.nbytes == cache.budget and all(sum(x.pool.counts[1:]) == 0 for x in cache.layers)
+        assert cache.nbytes == cache.budget and all(sum(x.table.pool.counts[1:]) == 0 for x in cache.layers)
         feed(cache, PAGE - 1)
         with pytest.raises(
             KVBudgetExceeded, match=rf"with all pages at the lowest bits, but kv_budget is {cache.budget}"
@@ -412,13 +418,13 @@ def test_a_ragged_batch_stays_in_the_budget():
             cache.update(*torch.randn(2, 3, HEADS, tokens, DIM), i)
         assert cache.nbytes == sum(t.nbytes for layer in cache.layers for t in layer.tensors()) <= cache.budget
         for layer in cache.layers:
-            for b, own in enumerate(layer.pages):
-                rungs = [layer.pool.rung(number) for number in own]
-                assert rungs == sorted(rungs) and layer.segments[b, -1] == len(own) == GEOMETRY.num_pages(
-                    layer.length[b]
+            for b, own in enumerate(layer.table.pages()):
+                rungs = [layer.table.pool.rung(number) for number in own]
+                assert rungs == sorted(rungs) and layer.table.segments[b, -1] == len(own) == GEOMETRY.num_pages(
+                    layer.lengths()[b]
                 )
     assert [layer.lengths() for layer in cache.layers] == [[n + 60 for n in lengths]] * 2
-    assert all(min(layer.pool.rung(i) for i in layer.pages[0]) < 3 for layer in cache.layers)
+    assert all(min(layer.table.pool.rung(i) for i in layer.table.pages()[0]) < 3 for layer in cache.layers)
 
 
 def test_the_report_adds_up():
@@ -527,19 +533,19 @@ def test_inspect_live_shows_a_cache_that_fills(tiny_artifact, capsys):
 def test_kernels_write_and_lower_pages_to_the_bytes_of_the_reference(name):
     geometry = Geometry(HEADS, DIM, sinks=3, window=10, page_tokens=16)
     rungs = ladder(SPECS[name])
-    layers = [PackedLayer(rungs[0], geometry, Padding([0, 0]), 0, triton, rungs) for triton in (False, True)]
+    layers = [PackedLayer(rungs, SharedState(geometry, [0, 0]), 0, backend_of(triton)) for triton in (False, True)]
     keys, values = torch.randn(2, 2, HEADS, 80, DIM)
     for layer in layers:
-        layer.due = [[0, 1, 2, 3], [1, 1, 3, 3]]
+        layer.plan([[0, 1, 2, 3], [1, 1, 3, 3]])
         layer.update(keys, values)
         for rung, count in ((3, 3), (2, 2), (1, 1)):
-            lower(layer, oldest(layer, rung, count))
+            layer.held.lower(layer.table.oldest(rung, count))
         for b in range(2):
-            assert [layer.pool.rung(i) for i in layer.pages[b]] == [0, 1, 1, 2]
-            assert layer.block_table[b, :4].tolist() == layer.pool.addresses(layer.pages[b])
+            assert [layer.table.pool.rung(i) for i in layer.table.pages()[b]] == [0, 1, 1, 2]
+            assert layer.table.block_table[b, :4].tolist() == layer.table.pool.addresses(layer.table.pages()[b])
     for b in range(2):
-        for ours, theirs in zip(*(layer.pages[b] for layer in layers), strict=True):
-            assert torch.equal(layers[0].pool.page(ours), layers[1].pool.page(theirs))
+        for ours, theirs in zip(*(layer.table.pages()[b] for layer in layers), strict=True):
+            assert torch.equal(layers[0].table.pool.page(ours), layers[1].table.pool.page(theirs))
 
 
 def test_a_floor_cache_does_not_grow_past_its_budget_by_repeating_sequences():
@@ -556,5 +562,5 @@ def test_a_floor_cache_does_not_grow_past_its_budget_by_repeating_sequences():
 
 
 def test_a_policy_needs_a_budget():
-    with pytest.raises(KvfoldError, match="so it needs a budget; give kv_budget"):
-        QuantizedKVCache([SPECS["mixed"]], GEOMETRY, policy=policy_of(["mixed"]))
+    with pytest.raises(KvfoldError, match="as kv_budget fills, but there is none; give kv_budget"):
+        QuantizedKVCache([SPECS["mixed"]], GEOMETRY, ladders=policy_of(["mixed"]))

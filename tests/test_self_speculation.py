@@ -11,7 +11,7 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, cache_nbytes
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format, raw16, uniform
-from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.load import load_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,9 +11,9 @@ from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.attention import packed_tokens
 from kvfold.kernels.formats import Format, raw16, uniform
 from kvfold.kernels.quantizer import round_trip, to_float16
-from kvfold.runtime.branches import resident_nbytes
-from kvfold.runtime.cache import QuantizedKVCache
-from kvfold.runtime.sequences import PASSED
+from kvfold.runtime.cache.cache import QuantizedKVCache
+from kvfold.runtime.cache.resident import resident_nbytes
+from kvfold.runtime.cache.sequence import PASSED
 
 HEADS, DIM = 1, 8
 SPECS = {
@@ -111,26 +111,32 @@ class Lists:
         assert layer.lengths() == [len(row) for row in self.rows]
         for b, row in enumerate(self.rows):
             count = row.packed // g.page_tokens
-            assert layer.state[b].tolist() == [len(row), count]
-            ids = layer.pages[b]
+            assert layer.table.state[b].tolist() == [len(row), count]
+            ids = layer.table.pages()[b]
             held = ids[row.passed :]
-            assert ids == [PASSED] * row.passed + held and PASSED not in held and layer.passed[b] == row.passed
-            assert layer.block_table[b, :count].tolist() == [0] * row.passed + layer.pool.addresses(held)
-            slots = torch.cat((layer.slots(0, min(g.sinks, len(row))), layer.slots(g.sinks + row.packed, len(row))))
+            assert (
+                ids == [PASSED] * row.passed + held
+                and PASSED not in held
+                and layer.table.sequences[b].passed == row.passed
+            )
+            assert layer.table.block_table[b, :count].tolist() == [0] * row.passed + layer.table.pool.addresses(held)
+            slots = torch.cat(
+                (layer.window.slots(0, min(g.sinks, len(row))), layer.window.slots(g.sinks + row.packed, len(row)))
+            )
             places = [*range(min(g.sinks, len(row))), *range(g.sinks + row.packed, len(row))]
-            assert torch.equal(layer.raw_keys[b][:, slots], row.rows[0][:, places])
-            assert torch.equal(layer.raw_values[b][:, slots], row.rows[1][:, places])
+            assert torch.equal(layer.window.keys[b][:, slots], row.rows[0][:, places])
+            assert torch.equal(layer.window.values[b][:, slots], row.rows[1][:, places])
             if held:
                 seen = slice(g.sinks + row.passed * g.page_tokens, g.sinks + row.packed)
                 for side, (found, spec) in enumerate(
-                    zip(layer.read_pages(held), (self.spec.key, self.spec.value), strict=True)
+                    zip(layer.held.read_pages(held), (self.spec.key, self.spec.value), strict=True)
                 ):
                     torch.testing.assert_close(found, quantised(row.rows[side, :, seen], spec), rtol=1e-6, atol=1e-6)
-        own = {i for ids in layer.pages for i in ids} - {PASSED}
+        own = {i for ids in layer.table.pages() for i in ids} - {PASSED}
         assert layer.num_pages() == len(own) and cache.nbytes == sum(t.nbytes for t in layer.tensors())
-        assert len(layer.pool) == len(own) or layer.shares_pool
+        assert len(layer.table.pool) == len(own) or layer.table.shares_pool
         # each sequence holds at the most what the account says of a sequence as long as it ever was
-        assert all(len(ids) - row.passed >= 0 for ids, row in zip(layer.pages, self.rows, strict=True))
+        assert all(len(ids) - row.passed >= 0 for ids, row in zip(layer.table.pages(), self.rows, strict=True))
 
 
 operations = st.lists(
@@ -230,9 +236,9 @@ def test_a_crop_of_any_size_leaves_each_token_raw_or_quantised(geometry, steps, 
             continue
         rows = rows[:, : max(0, rows.shape[1] - less)]
         g, length = layer.geometry, rows.shape[1]
-        first = min(g.sinks + len(layer.pages[0]) * g.page_tokens, max(length, g.sinks))
+        first = min(g.sinks + len(layer.table.pages()[0]) * g.page_tokens, max(length, g.sinks))
         held = [*range(min(g.sinks, length)), *range(first, length)]
-        found = layer.raw_keys[0][:, layer.slots(0, length)[held]]
+        found = layer.window.keys[0][:, layer.window.slots(0, length)[held]]
         true, coarse = rows[:, held].half(), to_float16(quantised(rows[:, held].half(), spec.key))
         again = to_float16(quantised(coarse, spec.key))  # cut through twice
         same = [(found - x).abs().amax(-1) < 1e-2 for x in (true, coarse, again)]
@@ -317,12 +323,12 @@ def test_a_crop_that_a_sliding_window_forbids_changes_nothing():
     for i in range(2):
         cache.update(*torch.randn(2, 1, HEADS, 100, DIM), i)
         cache.layers[i].release_passed()
-    before = [(layer.columns, layer.state.tolist(), layer.num_pages()) for layer in cache.layers]
+    before = [(layer.columns, layer.table.state.tolist(), layer.num_pages()) for layer in cache.layers]
     with pytest.raises(
         KvfoldError, match=r"to 80 tokens needs some of the first 67, .* layer 1 \(30 tokens\).* rollback=20"
     ):
         cache.crop(-20)
-    assert before == [(layer.columns, layer.state.tolist(), layer.num_pages()) for layer in cache.layers]
+    assert before == [(layer.columns, layer.table.state.tolist(), layer.num_pages()) for layer in cache.layers]
     cache.crop(-4)  # the window of the next query still begins behind what is gone
     assert cache.get_seq_length() == 96
     cache.crop(2)  # the sinks are always there
@@ -354,16 +360,16 @@ def test_a_longer_ring_keeps_to_the_budget():
     need = before + row * (
         2 * 16 + 27
     )  # 16 rows more in each of two layers, and one layer's 27 once more while they move
-    cache.budget = need - 1
+    cache.set_budget(need - 1)
     with pytest.raises(
         KvfoldError, match=f"rollback of 20 tokens needs a cache of {need} bytes, but kv_budget is {need - 1}"
     ):
         cache.extend_rollback(20)
     assert cache.nbytes == before and cache.geometry == geometry
-    cache.budget = need
+    cache.set_budget(need)
     cache.extend_rollback(20)
     assert cache.nbytes == before + row * 32 and cache.geometry.rollback == 20
-    state = [layer.raw_keys.nan_to_num() for layer in cache.layers]
+    state = [layer.window.keys.nan_to_num() for layer in cache.layers]
     cache.extend_rollback(20)
     cache.extend_rollback(3)
-    assert all(torch.equal(a, layer.raw_keys.nan_to_num()) for a, layer in zip(state, cache.layers, strict=True))
+    assert all(torch.equal(a, layer.window.keys.nan_to_num()) for a, layer in zip(state, cache.layers, strict=True))

@@ -7,11 +7,12 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format, raw16, uniform
-from kvfold.runtime.cache import QuantizedKVCache
-from kvfold.runtime.marks import LEAD
+from kvfold.runtime.cache.cache import QuantizedKVCache
+from kvfold.runtime.cache.nan_check import LEAD
 
 pytest.importorskip("triton")
 from kvfold.kernels.gpu.append import UNMARKED, empty_marks, read_mark
+from kvfold.runtime.backends.triton import TRITON
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS, DIM = 1, 16
@@ -28,7 +29,7 @@ class Feed:
     """A cache fed with random keys and values, the same for each seed; `bad` changes them before they go in."""
 
     def __init__(self, geometry=GEOMETRY, pads=(0,), specs=SPECS, seed=0, **options):
-        self.cache = QuantizedKVCache(specs, geometry, use_triton=True, **options)
+        self.cache = QuantizedKVCache(specs, geometry, backend=TRITON, **options)
         self.generator, self.pads = torch.Generator().manual_seed(seed), list(pads)
 
     def __call__(self, tokens, bad=None):
@@ -48,7 +49,7 @@ class Feed:
 
     def steps_to_a_page(self):
         """1 if the next step brings one."""
-        lengths = self.cache.layers[0].length
+        lengths = self.cache.layers[0].lengths()
         return next(i for i in range(1, 99) if any(GEOMETRY.num_pages(n + i) > GEOMETRY.num_pages(n) for n in lengths))
 
     def until_a_page_is_due(self):
@@ -60,14 +61,16 @@ class Feed:
 def same(one, other):
     """Whether two caches hold the same tokens, to the bit."""
     for a, b in zip(one.layers, other.layers, strict=True):
-        assert a.length == b.length and a.state.tolist() == b.state.tolist() and a.columns == b.columns
-        for s, length in enumerate(a.length):
-            pages = [[layer.pool.page(i) for i in layer.pages[s]] for layer in (a, b)]
+        assert (
+            a.lengths() == b.lengths() and a.table.state.tolist() == b.table.state.tolist() and a.columns == b.columns
+        )
+        for s, length in enumerate(a.lengths()):
+            pages = [[layer.table.pool.page(i) for i in layer.table.pages()[s]] for layer in (a, b)]
             assert len(pages[0]) == len(pages[1]) and all(torch.equal(x, y) for x, y in zip(*pages, strict=True))
             first = max(GEOMETRY.sinks, a.geometry.sinks + len(pages[0]) * a.geometry.page_tokens)
-            slots = [torch.cat((x.slots(0, min(3, length)), x.slots(first, length))) for x in (a, b)]
-            assert torch.equal(a.raw_keys[s][:, slots[0]], b.raw_keys[s][:, slots[1]])
-            assert torch.equal(a.raw_values[s][:, slots[0]], b.raw_values[s][:, slots[1]])
+            slots = [torch.cat((x.window.slots(0, min(3, length)), x.window.slots(first, length))) for x in (a, b)]
+            assert torch.equal(a.window.keys[s][:, slots[0]], b.window.keys[s][:, slots[1]])
+            assert torch.equal(a.window.values[s][:, slots[0]], b.window.values[s][:, slots[1]])
     return True
 
 
@@ -91,7 +94,7 @@ def test_it_is_reported_before_a_page_and_the_cache_goes_on(layer, name, number,
     feed.until_a_page_is_due()
     message = rf"Layer {layer} computed a {name} .* at position {start} of sequence {sequence}; it was not cached"
     for x in feed.cache.layers:
-        held = [x.read_pages(ids) for ids in x.pages if ids]
+        held = [x.held.read_pages(ids) for ids in x.table.pages() if ids]
         assert all(bool(side.isfinite().all()) for pair in held for side in pair)
     with pytest.raises(FloatingPointError, match=message):
         feed(1)
@@ -123,7 +126,7 @@ def test_without_a_window_it_is_reported_in_the_next_step():
     for one in (feed, twin):
         one(18)
     feed(1, (0, "value", 0, INF))  # the last row of a page
-    assert len(feed.cache.layers[0].pages[0]) == 1
+    assert len(feed.cache.layers[0].table.pages()[0]) == 1
     with pytest.raises(FloatingPointError, match=r"Layer 0 computed a value .* at position 18 of sequence 0"):
         feed(1)
     assert same(feed.cache, twin.cache)
@@ -140,7 +143,7 @@ def test_what_a_crop_takes_away_is_not_reported():
     feed.generator.manual_seed(5), twin.generator.manual_seed(5)
     for tokens in (9, 1):  # a page at 40
         feed(tokens), twin(tokens)
-    assert same(feed.cache, twin.cache) and len(feed.cache.layers[0].pages[0]) == 2
+    assert same(feed.cache, twin.cache) and len(feed.cache.layers[0].table.pages()[0]) == 2
     feed(1, (1, "key", 0, NAN))
     feed(1)
     feed.cache.crop(-1)  # what is left has it still
@@ -185,10 +188,10 @@ def test_reset_and_reuse():
 def test_a_sliding_window_may_forbid_to_go_back():
     feed = Feed(Geometry(HEADS, DIM, 3, 5, 16, (0, 24)))
     feed(40)
-    assert feed.cache.layers[1].passed == [0]
+    assert feed.cache.layers[1].table.sequences[0].passed == 0
     feed(1, (0, "value", 0, NAN))
     feed(1), feed(1)  # tokens 3 … 18 have passed
-    assert feed.cache.layers[1].passed == [1]
+    assert feed.cache.layers[1].table.sequences[0].passed == 1
     for _ in range(2):
         with pytest.raises(FloatingPointError, match=r"at position 40 of sequence 0; a sliding window .* reset\(\)"):
             feed(16)

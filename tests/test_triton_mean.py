@@ -6,7 +6,8 @@ import torch
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format, uniform
-from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.backends.choose import backend_of
+from kvfold.runtime.cache.cache import QuantizedKVCache
 
 pytest.importorskip("triton")
 
@@ -46,7 +47,7 @@ def test_kernels_add_what_keys_lack(case):
     dim, rotated, geometry, softcap, sink = CASES[case]
     spec = spec_of(dim, rotated, 6.0)
     generator = torch.Generator().manual_seed(1)
-    caches = [QuantizedKVCache([spec], geometry, use_triton=triton) for triton in (False, True)]
+    caches = [QuantizedKVCache([spec], geometry, backend=backend_of(triton)) for triton in (False, True)]
     mask = torch.ones(2, 400)
     mask[1, :7] = 0
     logits = torch.linspace(-1, 2, GROUP * HEADS) if sink else None
@@ -77,5 +78,5 @@ def test_kernels_add_what_keys_lack(case):
         start = end
     assert max(spread) > 50  # or the term would not show
     for one, two in zip(*(cache.layers for cache in caches), strict=True):
-        assert one.state.tolist() == two.state.tolist()
-        assert (one.raw_keys.float() - two.raw_keys.float()).nan_to_num().abs().max() < 2e-2
+        assert one.table.state.tolist() == two.table.state.tolist()
+        assert (one.window.keys.float() - two.window.keys.float()).nan_to_num().abs().max() < 2e-2

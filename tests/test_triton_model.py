@@ -15,12 +15,13 @@ from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import ARCHITECTURES
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format, uniform
-from kvfold.runtime.attention import NAME
-from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.backends.choose import backend_of
+from kvfold.runtime.backends.transformers import NAME
+from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.load import choose_triton
 
 pytest.importorskip("triton")
-from kvfold.runtime import triton as runtime_triton
+from kvfold.runtime.backends import triton as runtime_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {**SHAPE, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}  # the interpreter is slow
@@ -62,8 +63,8 @@ def test_logits_are_the_references(models):
         assert error(outs[1].logits, outs[0].logits) < 1e-2
         assert caches[0].nbytes == caches[1].nbytes
     for one, other in zip(*(cache.layers for cache in caches), strict=True):
-        assert one.state.tolist() == other.state.tolist() == [[75, 3]]
-        assert one.length == other.length == [75]
+        assert one.table.state.tolist() == other.table.state.tolist() == [[75, 3]]
+        assert one.lengths() == other.lengths() == [75]
 
 
 @torch.no_grad()
@@ -73,7 +74,7 @@ def test_more_sinks_than_a_block_of_rows_has(models):
     outs = []
     for model in models:
         geometry = replace(model.kv_artifact.geometry, sinks=40)
-        cache = QuantizedKVCache(model.kv_artifact.specs, geometry, use_triton=model.kv_triton)
+        cache = QuantizedKVCache(model.kv_artifact.specs, geometry, backend=backend_of(model.kv_triton))
         cut = batch.input_ids.shape[1] - 1
         first = model(batch.input_ids[:, :cut], attention_mask=batch.attention_mask[:, :cut], past_key_values=cache)
         last = model(batch.input_ids[:, cut:], attention_mask=batch.attention_mask, past_key_values=cache)
@@ -112,8 +113,8 @@ def test_pages_of_several_rungs_are_the_references(models, tmp_path):
         caches, start = [out.past_key_values for out in outs], end
         assert error(outs[1].logits, outs[0].logits) < 1e-2
         assert caches[0].nbytes == caches[1].nbytes <= 21_000
-        assert [x.pool.counts for x in caches[0].layers] == [x.pool.counts for x in caches[1].layers]
-        seen |= {tuple(layer.pool.counts) for layer in caches[1].layers}
+        assert [x.table.pool.counts for x in caches[0].layers] == [x.table.pool.counts for x in caches[1].layers]
+        seen |= {tuple(layer.table.pool.counts) for layer in caches[1].layers}
     assert any(sum(count > 0 for count in counts) > 1 for counts in seen)
 
 
@@ -181,7 +182,7 @@ def test_models_that_bend_their_logits(family, monkeypatch):
     specs, geometry = offset_specs(1, 16), Geometry(1, 16, 3, 24, 16)
     outs = []
     for triton in (False, True):
-        cache, parts = QuantizedKVCache(specs, geometry, use_triton=triton), []
+        cache, parts = QuantizedKVCache(specs, geometry, backend=backend_of(triton)), []
         for part in (slice(0, 70), slice(70, 75), *(slice(t, t + 1) for t in range(75, 83))):
             seen = mask[:, : part.stop]
             cache.note_padding(seen, 2)

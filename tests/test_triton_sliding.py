@@ -54,8 +54,8 @@ def test_logits_and_bytes_are_the_references(monkeypatch):
                     cache.crop(-5)
                 start = 97
         for layer in caches[1].layers:
-            passed = layer.passed[0]
-            assert passed == GEOMETRY.passed_pages(118, 40) > 1 and not layer.block_table[:, :passed].any()
-            assert layer.block_table[:, passed : len(layer.pages[0])].ne(0).all()
+            passed = layer.table.sequences[0].passed
+            assert passed == GEOMETRY.passed_pages(118, 40) > 1 and not layer.table.block_table[:, :passed].any()
+            assert layer.table.block_table[:, passed : len(layer.table.pages()[0])].ne(0).all()
     finally:
         memory.zero_()

@@ -20,8 +20,9 @@ from kvfold.compress.bench.model import (
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, batch_nbytes
 from kvfold.exports.reader import Artifact
-from kvfold.runtime.cache import QuantizedKVCache
-from kvfold.runtime.graph import FUSE_AFTER, Decoding
+from kvfold.runtime.backends.choose import backend_of
+from kvfold.runtime.cache.cache import QuantizedKVCache
+from kvfold.runtime.generate.graph import FUSE_AFTER, Decoding
 
 ROOM = 128  # tokens that a cache takes besides those it is filled with
 STEPS = 32  # timed in a row: one page of every sequence comes due in between
@@ -64,11 +65,11 @@ def packed_step_ms(model: Any, artifact: Artifact, batch: int, tokens: int, trit
         ms, cache_bytes (of `tokens` tokens, by the account) and resident_bytes (with those of the steps).
     """
     device, dtype = model.device, model.dtype
-    cache = QuantizedKVCache(artifact.specs, artifact.geometry, None, triton)
+    cache = QuantizedKVCache(artifact.specs, artifact.geometry, None, backend_of(triton))
     fill_cache(cache, batch, tokens, dtype, device)
 
     def plain(ids: Tensor) -> Tensor:
-        positions = cache.layers[0].state[:, :1].long()
+        positions = cache.layers[0].table.state[:, :1].long()
         return model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
 
     step = plain

@@ -15,7 +15,7 @@ from kvfold.exports.reader import Artifact
 from kvfold.exports.schema import CacheModel, CalibrationModel, Metadata
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.pretrained import model_from_config
-from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.load import attach, choose_triton
 
 MOST_TOKENS = 1 << 21  # positions that the models take
@@ -120,7 +120,7 @@ def fill_cache(cache: QuantizedKVCache, batch: int, tokens: int, dtype: torch.dt
     Pages are valid ones of random keys and values, repeated; lengths and pages are set on the device and on the host.
     """
     pages: dict[Pair, Tensor] = {}
-    cache.padding.columns = [0] * batch
+    cache.shared.set_padding([0] * batch)
     gc.disable()  # millions of pages, each a tensor, and no garbage
     try:
         for layer in cache.layers:
@@ -139,13 +139,14 @@ def _fill_layer(
     if formats not in pages:
         pages[formats] = random_pages(g, formats, DISTINCT, device)
     for b in range(batch):
-        layer.pages[b] = layer.pool.allocate(g.num_pages(tokens))
-    numbers = [number for ids in layer.pages for number in ids]
+        layer.table.append(b, g.num_pages(tokens))
+    numbers = [number for ids in layer.table.pages() for number in ids]
     for start in range(0, len(numbers), len(pages[formats])):
-        part = layer.pool.readable(numbers[start : start + len(pages[formats])])
+        part = layer.table.pool.readable(numbers[start : start + len(pages[formats])])
         torch._foreach_copy_(part, list(pages[formats][: len(part)]))
-    layer._fit_table(0)
-    layer.raw_keys.normal_()
-    layer.raw_values.normal_()
-    layer.columns, layer.length = tokens, [tokens] * batch
-    layer.state.copy_(torch.tensor([tokens, g.num_pages(tokens)], dtype=torch.int32))
+    layer.window.keys.normal_()
+    layer.window.values.normal_()
+    layer.count(tokens)
+    for b, sequence in enumerate(layer.table.sequences):
+        sequence.set_length(tokens)
+        layer.table.note_state(b)

@@ -22,7 +22,8 @@ from kvfold.kernels.gpu.queries import prepare_queries
 from kvfold.kernels.gpu.records import PagedCache, Regions
 from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import decode, encode
-from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.backends.choose import backend_of
+from kvfold.runtime.cache.cache import QuantizedKVCache
 
 REPEATS = 3
 MANY_SINKS = 100  # more than one block of 16-bit rows: the gate's second number
@@ -144,5 +145,9 @@ def prompt_rows(
     for name in names:
         formats = layer_formats(name, g.head_dim, model.config.num_hidden_layers)
         artifact, triton = attach_formats(model, formats, g)
-        add(name, read_ms(model, lambda a=artifact, t=triton: QuantizedKVCache(a.specs, g, None, t), ids, chunk), base)
+        add(
+            name,
+            read_ms(model, lambda a=artifact, t=triton: QuantizedKVCache(a.specs, g, None, backend_of(t)), ids, chunk),
+            base,
+        )
     return rows

@@ -50,7 +50,7 @@ def artifact_jobs(folders: list[Path], arch: str, dtype: str | None, policy: str
     import torch
 
     from kvfold.kernels.compile.build import CAPABILITIES, MULTIPROCESSORS, jobs_of, target_of
-    from kvfold.runtime.compile import artifact_launches
+    from kvfold.runtime.generate.compile import artifact_launches
 
     wanted = None if dtype is None else getattr(torch, dtype)
     count = MULTIPROCESSORS[CAPABILITIES[arch]]
@@ -75,8 +75,8 @@ def catalogue_jobs(dims: list[int], heads: tuple[int, int], arch: str, dtype: st
     from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
     from kvfold.kernels import catalogue
     from kvfold.kernels.compile.build import CAPABILITIES, MULTIPROCESSORS, jobs_of, target_of
-    from kvfold.runtime.ahead import catalogue_kinds
-    from kvfold.runtime.compile import Kind, launches_of
+    from kvfold.runtime.generate.ahead import catalogue_kinds
+    from kvfold.runtime.generate.compile import Kind, launches_of
 
     recipe, count, found = Recipe(), MULTIPROCESSORS[CAPABILITIES[arch]], []
     for dim in dims:

@@ -13,7 +13,7 @@ from kvfold.compress.progress import console
 from kvfold.errors import KVBudgetExceeded, KvfoldError
 from kvfold.exports.units import format_nbytes
 from kvfold.pretrained import tokenizer_from_pretrained
-from kvfold.runtime.cache import QuantizedKVCache
+from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.load import load_pretrained, resolve_artifact
 
 EVERY = 16  # generated tokens between two tables where there is no terminal

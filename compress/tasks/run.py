@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import transformers
 
-from kvfold import __version__
 from kvfold.compress.progress import progress, stage
 from kvfold.compress.tasks import TASKS
 from kvfold.compress.tasks.generator import CacheName, PairedGenerator, batches_of
@@ -25,6 +24,7 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.pretrained import tokenizer_from_pretrained
 from kvfold.runtime.load import load_pretrained, resolve_artifact
+from kvfold.version import __version__
 
 CACHES: tuple[CacheName, CacheName] = ("16bit", "packed")
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from kvfold import __version__
 from kvfold.exports.engines.folder import attention_names, write_engine_folder
 from kvfold.exports.reader import Artifact
+from kvfold.version import __version__
 
 KV_BITS = {"FP8": 8.0, "NVFP4": 4.5}  # payload bits an element: e4m3; e2m1 and an e4m3 scale for 16 elements
 SCHEMA_VERSION = 1

@@ -11,7 +11,6 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from kvfold import __version__
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import cache_nbytes
 from kvfold.exports.files import CARD_NAME
@@ -19,6 +18,7 @@ from kvfold.exports.page.licence import UNKNOWN, Licence, read_card
 from kvfold.exports.page.plots import BITS_NAME, MEMORY_NAME
 from kvfold.exports.schema import Metadata
 from kvfold.exports.units import format_nbytes
+from kvfold.version import __version__
 
 BUILT_IN = "built-in"  # compress/text.py's name of the text that the package ships
 TAGS = ["kvfold", "kv-cache", "quantized"]

@@ -9,7 +9,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kvfold import __version__
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import RAW_NBYTES, STATE_NBYTES, Geometry, cache_nbytes
 from kvfold.exports.files import REPORT_NAME
@@ -19,6 +18,7 @@ from kvfold.exports.schema import Metadata
 from kvfold.exports.scratch import write_whole
 from kvfold.exports.units import format_nbytes
 from kvfold.kernels.formats import Format
+from kvfold.version import __version__
 
 WIDTHS = {"wide": 545, "narrow": 340}  # of the two drawings of each chart: about a card's pixels, desktop and phone
 

@@ -6,6 +6,6 @@ Importing it changes nothing in transformers; `kvfold.register()` does, and `kvf
 from kvfold.autoclass import register, unregister
 from kvfold.errors import KVBudgetExceeded, KvfoldError
 from kvfold.pretrained import stock_from_pretrained
+from kvfold.version import __version__
 
-__version__ = "0.1.0"
 __all__ = ["KVBudgetExceeded", "KvfoldError", "__version__", "register", "stock_from_pretrained", "unregister"]

@@ -60,7 +60,7 @@ def wrap(module: ModuleType) -> None:
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         if not State.registered:
             return stock.__get__(cls)(pretrained_model_name_or_path, *args, **kwargs)
-        from kvfold.runtime.plugin import load_if_artifact
+        from kvfold.runtime.calls.plugin import load_if_artifact
 
         return load_if_artifact(stock.__get__(cls), pretrained_model_name_or_path, *args, **kwargs)
 

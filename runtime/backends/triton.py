@@ -1,0 +1,256 @@
+"""The Triton kernels as a backend. All calls of kernels' host functions are here."""
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from kvfold.exports.account import Geometry
+from kvfold.exports.spec import KeySpec, LayerSpec
+from kvfold.kernels.attention import packed_tokens
+from kvfold.kernels.formats import Format
+from kvfold.kernels.gpu import records
+from kvfold.kernels.gpu.append import LABELS, UNMARKED, append_step, empty_marks, read_mark
+from kvfold.kernels.gpu.attention import Prompt, attention
+from kvfold.kernels.gpu.encode import encode_pages, lower_pages
+from kvfold.kernels.gpu.mean import MeanOf
+from kvfold.kernels.gpu.prompt import PageRun
+from kvfold.kernels.gpu.queries import Queries, empty_queries, prepare_queries
+from kvfold.kernels.gpu.records import KeyTransform, PagedCache, PageFormat, Regions
+from kvfold.kernels.key_mean import STEP
+from kvfold.kernels.pages import page_address
+from kvfold.kernels.quantizer import to_float16
+from kvfold.runtime.backends.base import LayerTensors, LogitOptions, RowView
+from kvfold.runtime.backends.reference import runs_of
+from kvfold.runtime.cache.upload import on_device
+
+__all__ = ["LABELS", "UNMARKED", "TritonKernels", "empty_marks", "read_mark"]  # the marks are read by cache.nan_check
+
+QUERY_CHUNK = 4096  # queries of a prompt at a time: what all of them read is decoded once
+LEAST_PACKED = 1024  # tokens in pages, and
+LEAST_ROWS = 256  # queries times heads of a group, from which on decoding pays
+
+
+class TritonKernels:
+    """The backend of the Triton kernels, on a GPU or by Triton's interpreter."""
+
+    reads_masks = False
+    reads_addresses = True
+
+    def append(self, layer: LayerTensors, b: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        layer.raw_keys[b, :, slots] = keys
+        layer.raw_values[b, :, slots] = values
+
+    def write_pages(self, layer: LayerTensors, ids: list[int], keys: Tensor, values: Tensor) -> None:
+        for rung, run, rows in runs_of(layer, ids):
+            _encode(layer, keys[:, rows], values[:, rows], run, layer.rungs[rung])
+
+    def lower_pages(
+        self, geometry: Geometry, old: list[Tensor], new: list[Tensor], source: LayerSpec, target: LayerSpec
+    ) -> None:
+        addresses = [[page_address(page) for page in pages] for pages in (old, new)]
+        sources, pages = on_device(addresses, torch.int64, old[0].device)
+        lower_pages(
+            sources,
+            pages,
+            _page_format(source),
+            _page_format(target),
+            num_kv_heads=geometry.num_kv_heads,
+            page_tokens=geometry.page_tokens,
+        )
+
+    def attend(
+        self,
+        layer: LayerTensors,
+        rows: Sequence[RowView],
+        query: Tensor,
+        scaling: float,
+        options: LogitOptions,
+        mask: Tensor | None,
+    ) -> Tensor:
+        batch, heads, tokens, dim = query.shape
+        out = torch.empty(batch, tokens, heads, dim, dtype=query.dtype, device=query.device)
+        if any(row.skip for row in rows):
+            out.zero_()  # what padding attends to is read by nobody, but must be finite
+        for b, row in enumerate(rows):
+            if row.positions.numel():
+                queries = query[b : b + 1, :, row.skip :]
+                _prompt(layer, b, row, queries, out[b : b + 1, row.skip :], scaling, options)
+        return out.transpose(1, 2)
+
+    def append_and_attend(
+        self, layer: LayerTensors, keys: Tensor, values: Tensor, query: Tensor, scaling: float, options: LogitOptions
+    ) -> Tensor:
+        batch, heads, tokens, dim = query.shape
+        out = torch.empty(batch, tokens, heads, dim, dtype=query.dtype, device=query.device)
+        spec, geometry = layer.spec, layer.geometry
+        queries = _queries(layer, query, _shifted(spec.key, options))
+        segments = layer.segments if len(layer.rungs) > 1 else None
+        cache = PagedCache(layer.block_table, layer.state, layer.raw_keys, layer.raw_values, segments)
+        regions = _regions(geometry, geometry.ring)
+        append_step(
+            keys.contiguous(),
+            values.contiguous(),
+            query.contiguous(),
+            cache,
+            queries,
+            [_page_format(rung) for rung in layer.rungs],
+            regions,
+            scaling=scaling,
+            softcap=options.softcap or 0.0,
+            transform=KeyTransform(spec.key.matrix, spec.key.offset, spec.key.query_matrix),
+            rungs=layer.next_rungs,
+            marks=layer.marks,
+            layer=layer.layer_idx,
+        )
+        attention(
+            queries,
+            cache,
+            _formats(layer),
+            out,
+            regions,
+            _logits(options),
+            new=1,
+            advance=True,  # the last kernel moves `state` on by the token and the page: all was read by then
+            batch_invariant=layer.batch_invariant,
+        )
+        return out.transpose(1, 2)
+
+
+TRITON = TritonKernels()
+
+
+def _regions(geometry: Geometry, ring: int) -> Regions:
+    """The regions of a cache as kernels take them."""
+    return Regions(geometry.sinks, geometry.window, geometry.page_tokens, ring)
+
+
+def _logits(options: LogitOptions) -> records.LogitOptions:
+    """What a model does to its logits as kernels take it."""
+    return records.LogitOptions(options.softcap or 0.0, options.sinks_logit, options.sliding)
+
+
+def _formats(layer: LayerTensors) -> list[tuple[Format, Format]]:
+    """Of the pages of each rung."""
+    return [(rung.key.format, rung.value.format) for rung in layer.rungs]
+
+
+def _page_format(spec: LayerSpec) -> PageFormat:
+    """How pages of a rung are written."""
+    return PageFormat(spec.key.format, spec.value.format, spec.key.clip, spec.value.clip)
+
+
+def _shifted(key: KeySpec, options: LogitOptions) -> bool:
+    """Whether kernels must add what an offset of the keys takes off every logit, which a softmax alone does not see."""
+    return key.offset is not None and not key.turns and (options.softcap is not None or options.sinks_logit is not None)
+
+
+def _queries(layer: LayerTensors, query: Tensor, shifted: bool) -> Queries:
+    """Room for the queries of a step of [B, num_heads, 1, head_dim], which stays."""
+    key, g = layer.spec.key, layer.geometry
+    shape = (query.shape[0], query.shape[1], g.num_kv_heads, query.shape[3], query.device, shifted)
+    tokens = g.raw_rows + layer.block_table.shape[1] * g.page_tokens if key.turns else 0
+    name = (*shape, key.frequencies if key.turns else None, tokens)
+    kept = layer.workspace.queries
+    if name not in kept:
+        kept[name] = empty_queries(*shape, key.tables(g.sinks) if key.turns else None, tokens)
+    return kept[name]
+
+
+def _encode(layer: LayerTensors, keys: Tensor, values: Tensor, ids: list[int], spec: LayerSpec) -> None:
+    """Packs 16-bit rows [Hkv, len(ids)·page_tokens, head_dim] into pages of one rung, whose formats `spec` has."""
+    device, size = keys.device, layer.geometry.page_tokens
+    pages = on_device(layer.pages.addresses(ids), torch.int64, device)
+    tokens = torch.arange(len(ids), dtype=torch.int32, device=device) * size
+    encode_pages(
+        keys[None].contiguous(),
+        values[None].contiguous(),
+        _page_format(spec),
+        pages,
+        torch.zeros_like(tokens),
+        tokens,
+        page_tokens=size,
+    )
+
+
+def _prompt(
+    layer: LayerTensors, b: int, row: RowView, query: Tensor, out: Tensor, scaling: float, options: LogitOptions
+) -> None:
+    """The queries [1, num_heads, T, head_dim] of one sequence, whose keys and values were appended before."""
+    key, geometry, device = layer.spec.key, layer.geometry, query.device
+    before = torch.tensor([row.packed_before], dtype=torch.int32, device=device)
+    # of this sequence alone, whatever the batch has room for
+    table = layer.block_table[b : b + 1, : max(1, len(row.pages))]
+    # a copy: where it begins decides how it is aligned, and each alignment would compile a kernel of its own
+    state = layer.state[b : b + 1].clone()
+    keys, mean = row.keys, None
+    if key.turns:  # a prompt's kernel reads its 16-bit rows with their mean, and pages without
+        assert key.offset is not None
+        mean = partial(_stored_mean, key, geometry)
+        keys = to_float16(keys.float() + _stored(key, row.raw_positions, geometry.sinks, row.length))
+    segments = layer.segments[b : b + 1].clone() if len(layer.rungs) > 1 else None
+    cache = PagedCache(table, state, keys[None], row.values[None], segments)
+    for start in range(0, query.shape[2], QUERY_CHUNK):
+        chunk = query[:, :, start : start + QUERY_CHUNK]
+        position = row.length - query.shape[2] + start
+        first = torch.tensor([position], dtype=torch.int32, device=device)
+        shift = key.shift(chunk) if _shifted(key, options) else None
+        rows = chunk.shape[2] * chunk.shape[1] // geometry.num_kv_heads
+        bent = options.softcap or options.sliding
+        together = [] if bent else page_runs(layer, row, position, rows)
+        term = None
+        if key.turns:
+            assert key.offset is not None
+            first_page = together[-1].end if together else row.passed
+            packed = packed_tokens(row.length, geometry.sinks, geometry.window, geometry.page_tokens)
+            steps = first_page * geometry.page_tokens // STEP, max(packed, row.packed_before) // STEP + 1
+            term = MeanOf(key.tables(geometry.sinks), key.offset, chunk, *steps)
+        queries = prepare_queries(
+            key.apply_query(chunk), geometry.num_kv_heads, scaling, options.softcap or 0.0, shift, term
+        )
+        attention(
+            queries,
+            cache,
+            _formats(layer),
+            out[:, start : start + QUERY_CHUNK],
+            _regions(geometry, 0),
+            _logits(options),
+            prompt=Prompt(first, before, together, mean),
+        )
+
+
+def _stored(key: KeySpec, positions: Tensor, sinks: int, end: int) -> Tensor:
+    """The mean that keys at int64 positions [n], all below `end`, were stored without, in their stored basis: float32
+    [Hkv, n, head_dim]."""
+    mean = key.mean(positions, sinks, end)
+    assert mean is not None
+    return key.transform(mean)
+
+
+def _stored_mean(key: KeySpec, geometry: Geometry, first: int, end: int) -> Tensor:
+    """`_stored` of pages first … end − 1."""
+    assert key.offset is not None
+    tokens = torch.arange(first * geometry.page_tokens, end * geometry.page_tokens, device=key.offset.device)
+    return _stored(key, geometry.sinks + tokens, geometry.sinks, geometry.sinks + end * geometry.page_tokens)
+
+
+def page_runs(layer: LayerTensors, row: RowView, position: int, rows: int) -> list[PageRun]:
+    """The pages that every query from `position` on reads, as runs of one rung; none where it would
+    not pay to decode them.
+
+    Args:
+        rows: queries times heads of a group.
+    """
+    g = layer.geometry
+    count = max(row.packed_before, packed_tokens(position + 1, g.sinks, g.window, g.page_tokens)) // g.page_tokens
+    if count * g.page_tokens < LEAST_PACKED or rows < LEAST_ROWS:
+        return []
+    runs, first = [], 0
+    for rung, pages in groupby(row.pages[:count], layer.pages.rung):
+        end = first + len(list(pages))
+        spec = layer.rungs[rung]
+        runs.append(PageRun(spec.key.format, spec.value.format, first, end))
+        first = end
+    return runs

@@ -1,0 +1,1 @@
+"""What a byte budget means: the policies that make room in a cache, or refuse."""

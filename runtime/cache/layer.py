@@ -1,0 +1,400 @@
+"""One layer of the packed cache: a 16-bit window (sinks, then a ring) and pages, for each sequence of a batch."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from kvfold.errors import KvfoldError
+from kvfold.exports.account import Geometry
+from kvfold.exports.spec import LayerSpec
+from kvfold.kernels.formats import Format
+from kvfold.kernels.quantizer import to_float16
+from kvfold.runtime.backends.base import Backend, LogitOptions, RowView, StepBackend
+from kvfold.runtime.backends.reference import REFERENCE
+from kvfold.runtime.cache.ambient import neutrally
+from kvfold.runtime.cache.nan_check import check_finite
+from kvfold.runtime.cache.page_table import PageTable, take_pages
+from kvfold.runtime.cache.pool import PagePool
+from kvfold.runtime.cache.sequence import Count, new_sequences
+from kvfold.runtime.cache.shared import SharedState
+from kvfold.runtime.cache.store import LayerStore
+from kvfold.runtime.cache.upload import on_device
+from kvfold.runtime.cache.view import DeferredView, LayerView, StoredView
+from kvfold.runtime.cache.window import RawWindow
+
+NewPool = Callable[[int, list[int], torch.device], PagePool]
+
+
+def new_pool(layer_idx: int, sizes: list[int], device: torch.device) -> PagePool:
+    """A pool of pages that stay on the device; `sizes`: bytes of a page on each rung, floor first."""
+    return PagePool(sizes, device)
+
+
+class PackedLayer(CacheLayerMixin):
+    """Packed keys and values of one layer.
+
+    Args:
+        rungs: what pages may be stored in, floor first, on any device; moved to the keys' device at
+            first use. New pages go on the last one unless a policy plans otherwise.
+        shared: by all layers of the cache.
+        layer_idx: number of the layer.
+        backend: reads and writes the tensors.
+        new_pool: makes the pool of pages at first use.
+    """
+
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(
+        self,
+        rungs: Sequence[LayerSpec],
+        shared: SharedState,
+        layer_idx: int,
+        backend: Backend = REFERENCE,
+        new_pool: NewPool = new_pool,
+    ) -> None:
+        super().__init__()
+        self.rungs, self.shared, self.layer_idx, self.backend = list(rungs), shared, layer_idx, backend
+        self.steps = backend if isinstance(backend, StepBackend) else None  # takes a decoding step in one go
+        self.sliding = shared.geometry.sliding_of(layer_idx)
+        self._new_pool, self._columns = new_pool, Count(shared.clock)
+        self._planned: list[list[int]] = []  # before there are sequences
+        self.held: LayerStore  # once there is anything
+
+    @neutrally
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        g, batch = self.geometry, key_states.shape[0]
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.rungs = [rung.to(self.device) for rung in self.rungs]
+        sizes = [g.pair_nbytes(r.key.format, r.value.format) for r in self.rungs]
+        pool = self._new_pool(self.layer_idx, sizes, self.device)
+        sequences = new_sequences(batch, self.shared.clock, g.sinks)
+        table = PageTable(pool, len(self.rungs), sequences, self.device)
+        table.plan(self._planned)
+        window = RawWindow(g, batch, self.device)
+        self.held = LayerStore(window, table, self.rungs, self.shared, self.layer_idx, self.backend)
+        self._columns.set(0)
+        self.is_initialized = True
+
+    # -- what it is ----------------------------------------------------------------------------------------------------
+
+    @property
+    def geometry(self) -> Geometry:
+        """Sinks, window, page size and head shape."""
+        return self.shared.geometry
+
+    @property
+    def spec(self) -> LayerSpec:
+        """The floor's formats and transforms."""
+        return self.rungs[0]
+
+    @property
+    def formats(self) -> tuple[Format, Format]:
+        """The floor's formats of keys and of values."""
+        return self.spec.key.format, self.spec.value.format
+
+    @property
+    def window(self) -> RawWindow:
+        """The 16-bit rows, once there are some."""
+        return self.held.window
+
+    @property
+    def table(self) -> PageTable:
+        """The sequences and their pages, once there are some."""
+        return self.held.table
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences, once there are some."""
+        return len(self.table.sequences)
+
+    @property
+    def columns(self) -> int:
+        """Tokens seen, padding included: what transformers calls the sequence length."""
+        return self._columns.value if self.is_initialized else 0
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor on the device that grows with the number of sequences or tokens."""
+        return self.held.tensors() if self.is_initialized else []
+
+    def own_tensors(self) -> list[Tensor]:
+        """Every resident tensor but the pages."""
+        return self.held.own_tensors() if self.is_initialized else []
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes in host memory, whoever shares them."""
+        return self.table.pool.host_nbytes if self.is_initialized else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes, on the device."""
+        return self.held.nbytes if self.is_initialized else 0
+
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence, without padding."""
+        return [sequence.length for sequence in self.table.sequences] if self.is_initialized else []
+
+    def page_counts(self, batch_size: int) -> list[int]:
+        """Pages of each of `batch_size` sequences, those counted that are gone."""
+        return [len(s.pages) for s in self.held.table.sequences] if self.is_initialized else [0] * batch_size
+
+    def num_pages(self) -> int:
+        """Distinct resident pages."""
+        return len(self.table.own_pages()) if self.is_initialized else 0
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns + (0 if self.shared.stepping else query_length), 0
+
+    def report(self) -> dict[str, Any]:
+        """See QuantizedKVCache.report."""
+        g, lengths = self.geometry, self.lengths()
+        seen = sum(min(n, self.sliding or n) for n in lengths)
+        elements = 2 * g.num_kv_heads * g.head_dim * seen
+        counts = [0] * len(self.rungs)
+        if self.is_initialized:  # a fork has one rung
+            counts = [self.num_pages()] if self.table.shares_pool else self.table.pool.counts
+        names = [f"K {rung.key.format} | V {rung.value.format}" for rung in self.rungs]
+        return {
+            "tokens": lengths,
+            "pages": dict(reversed(list(zip(names, counts, strict=True)))),
+            "bytes": self.nbytes,
+            "host_bytes": self.host_nbytes,
+            "effective_bits": 8 * (self.nbytes + self.host_nbytes) / elements if elements else 0.0,
+        }
+
+    # -- append --------------------------------------------------------------------------------------------------------
+
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[LayerView, LayerView]:
+        """Takes keys (after RoPE) and values [B, num_kv_heads, T, head_dim] and returns the handle
+        to attend with, twice.
+
+        What transformers calls so is two things here. `store` stores them now. A decoding step that
+        the backend takes in one go is deferred (`defer`): the host counts the token at once, and
+        the tensors are written when the handle attends.
+
+        Raises:
+            FloatingPointError: a key or value is NaN or infinite; nothing of this layer is stored.
+                A step that is deferred leaves that to the cache (runtime.cache.nan_check).
+        """
+        if self.shared.stepping:  # the host's part is done for all layers (runtime.generate.steps)
+            view: LayerView = self._deferred(key_states, value_states, self.columns)
+            return view, view
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.release_passed()
+        self.table.pool.written()
+        tokens = key_states.shape[2]
+        pads = self.shared.pads(self.batch_size)
+        skips = [min(max(pad - self.columns, 0), tokens) for pad in pads]
+        if self.steps is not None and self.shared.plain and tokens == 1 and not any(skips):
+            view = self.defer(key_states, value_states)
+        else:
+            view = self.store(key_states, value_states, skips, pads)
+        return view, view
+
+    def plan(self, rungs: list[list[int]]) -> None:
+        """Says which rungs each sequence's next pages are written on, oldest first; [] for the highest."""
+        if self.is_initialized:
+            self.table.plan(rungs)
+        else:
+            self._planned = rungs
+
+    def defer(self, key_states: Tensor, value_states: Tensor) -> DeferredView:
+        """The host's part of a decoding step of one token a sequence: counts it and makes room for
+        the pages that come due. Nothing is stored until the handle attends."""
+        take_pages([self.table], self.due())
+        for sequence in self.table.sequences:
+            sequence.set_length(sequence.length + 1)
+        self._columns.set(self.columns + 1)
+        return self._deferred(key_states, value_states, self.columns)
+
+    def _deferred(self, keys: Tensor, values: Tensor, columns: int) -> DeferredView:
+        shape = torch.Size((*keys.shape[:2], columns, keys.shape[3]))
+        return DeferredView(self, shape, keys.dtype, keys.device, new=(keys, values))
+
+    def due(self) -> list[int]:
+        """Sequences whose next token brings a page."""
+        g = self.geometry
+        return [b for b, s in enumerate(self.table.sequences) if g.num_pages(s.length + 1) > len(s.pages)]
+
+    def store(self, key_states: Tensor, value_states: Tensor, skips: list[int], pads: list[int]) -> StoredView:
+        """Stores keys and values.
+
+        Args:
+            skips: leading columns of each sequence that are padding, of these keys.
+            pads: the same of the whole sequence.
+        Raises:
+            FloatingPointError: a key or value is NaN or infinite; nothing is stored.
+        """
+        tokens, end = key_states.shape[2], self.columns + key_states.shape[2]
+        check_finite(self.layer_idx, key_states, value_states, self.columns, skips)
+        positions = self._positions(tokens, skips) if self.spec.key.turns else None
+        keys = to_float16(self.spec.key.apply(key_states, positions, self.geometry.sinks, end))
+        values = to_float16(value_states.float())
+        rows = [
+            self.held.append(b, keys[b, :, skip:], values[b, :, skip:], skip, pad)
+            for b, (skip, pad) in enumerate(zip(skips, pads, strict=True))
+        ]
+        self._columns.set(end)
+        self.table.set_segments()
+        shape = torch.Size((*key_states.shape[:2], end, key_states.shape[3]))
+        return StoredView(self, shape, key_states.dtype, key_states.device, rows=rows)
+
+    def _positions(self, tokens: int, skips: list[int]) -> Tensor:
+        """Positions of the next columns, counted from each sequence's first token: int64 [B,
+        tokens], 0 where padded."""
+        starts = [length - skip for length, skip in zip(self.lengths(), skips, strict=True)]
+        columns = torch.arange(tokens, device=self.device)
+        return (columns + on_device(starts, torch.int64, self.device)[:, None]).clamp_min(0)
+
+    # -- read ----------------------------------------------------------------------------------------------------------
+
+    def attend(
+        self, rows: list[RowView], query: Tensor, scaling: float, options: LogitOptions, mask: Tensor | None
+    ) -> Tensor:
+        """Attention over what `store` stored; see Backend.attend."""
+        backend = self.backend if self.shared.plain or self.backend.reads_masks else REFERENCE
+        if backend.reads_addresses:
+            self.table.bring()
+        out = backend.attend(self.held.record(), rows, query, scaling, options, mask)
+        self.table.pool.written()
+        self.release_passed()
+        return out
+
+    def append_and_attend(
+        self, keys: Tensor, values: Tensor, query: Tensor, scaling: float, options: LogitOptions
+    ) -> Tensor:
+        """Stores a step that was deferred and attends; see StepBackend.append_and_attend."""
+        assert self.steps is not None
+        if self.backend.reads_addresses:
+            self.table.bring()
+        marks = self.shared.marks.on(query.shape[0], query.device)
+        out = self.steps.append_and_attend(self.held.record(marks), keys, values, query, scaling, options)
+        if not self.shared.stepping:
+            self.table.pool.written()
+            self.release_passed()
+        return out
+
+    # -- pages come and go
+    # -------------------------------------------------------------------------------------------------
+
+    def release_passed(self) -> None:
+        """Frees pages that lie behind a sliding window of every query to come; called once the
+        latest queries have attended."""
+        if self.sliding and self.is_initialized:
+            self.table.drop_passed(self.geometry, self.sliding)
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raises KvfoldError if a crop needs tokens that a sliding window has left behind."""
+        g, remove = self.geometry, self.removed(tokens_to_remove)
+        if not self.is_initialized or remove == 0:
+            return
+        for b, sequence in enumerate(self.table.sequences):
+            kept, gone = max(0, sequence.length - remove), g.sinks + sequence.passed * g.page_tokens
+            if sequence.passed and kept > g.sinks and kept - self.sliding + 1 < gone:
+                raise KvfoldError(
+                    f"A crop of sequence {b} to {kept} tokens needs some of the first {gone}, which the sliding window "
+                    f"of layer {self.layer_idx} ({self.sliding} tokens) has left behind; load "
+                    f"with rollback={remove} or more."
+                )
+
+    def removed(self, tokens_to_remove: int) -> int:
+        """Columns that `crop` would remove."""
+        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.columns - tokens_to_remove)
+        return min(remove, self.columns)
+
+    def crop(self, tokens_to_remove: int, undo: bool = False) -> bool:
+        """Removes the last |n| tokens for n ≤ 0; for n > 0 keeps the first n columns.
+
+        To a length that is `rollback` below the longest so far, or less, that is as if the tokens
+        had never come. Further back, a page that is cut through goes back to the window with its
+        quantised values, and whole pages stay pages.
+
+        Args:
+            undo: as if they had never come also without a rollback, where the 16-bit rows happen to be there still.
+        Returns:
+            whether the tokens that are left stand as if the others had never come.
+        Raises:
+            KvfoldError: what is left would need tokens that a sliding window has left behind; nothing is removed.
+        """
+        self.check_crop(tokens_to_remove)
+        remove = self.removed(tokens_to_remove)
+        if not self.is_initialized or remove == 0:
+            return True
+        exact = undo or self.geometry.rollback > 0
+        whole = [self.held.crop(b, remove, exact) for b in range(self.batch_size)]
+        self._columns.set(self.columns - remove)
+        self.table.fit()
+        return all(whole)
+
+    # -- whole sequences -----------------------------------------------------------------------------------------------
+
+    def extend_ring(self) -> None:
+        """Follows the cache's geometry, whose `rollback` has grown: what the ring holds moves to
+        one of the new size."""
+        if self.is_initialized:
+            self.window.extend(self.geometry, self.table.sequences)
+
+    def reset(self) -> None:
+        """Forgets everything and frees it."""
+        if self.is_initialized:
+            self.table.close()
+            del self.held
+        self.is_initialized = False
+        self._columns.set(0)
+        self._planned = []
+
+    def copy(self, shared: SharedState, new_pool: NewPool, shares_pages: bool) -> "PackedLayer":
+        """A layer that goes on from here by itself: with the same pages, and 16-bit rows and tables
+        of its own, or with all its own."""
+        other = PackedLayer(self.rungs, shared, self.layer_idx, self.backend, new_pool)
+        if self.is_initialized:
+            other.adopt(self.held.copy(shared, shares_pages), self.columns, self.dtype, self.device)
+        return other
+
+    def adopt(self, held: LayerStore, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Goes on with what is there already.
+
+        Args:
+            columns: tokens seen, padding included.
+            dtype, device: of keys as the model computes them.
+        """
+        self.held, self.dtype, self.device = held, dtype, device
+        self.is_initialized = True
+        self.count(columns)
+
+    def count(self, columns: int) -> None:
+        """Tokens seen, padding included, from here on."""
+        self._columns.set(columns)
+
+    def __reduce_ex__(self, protocol: object) -> str:
+        raise KvfoldError("A layer of a packed cache can't be copied by itself; copy the cache, or its fork(n).")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the sequences `indices`, int64 [n], in that order; an index may repeat. Pages are
+        shared, not copied."""
+        if not self.is_initialized:
+            return
+        indices = torch.as_tensor(indices)
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        self.held.select(indices, self.device)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))

@@ -1,0 +1,279 @@
+"""Which pages the sequences of a layer have: on the host their numbers in the pool, on the device
+their addresses, counts and rungs."""
+
+from bisect import bisect_left
+
+import torch
+from torch import Tensor
+
+from kvfold.exports.account import Geometry, table_entries
+from kvfold.runtime.cache.ambient import neutrally
+from kvfold.runtime.cache.pool import PagePool
+from kvfold.runtime.cache.sequence import PASSED, Clock, Sequence
+from kvfold.runtime.cache.upload import Upload, on_device
+
+
+class PageTable:
+    """The sequences of a layer and their pages. Along a sequence rungs never fall: old pages have the fewest bits.
+
+    Args:
+        pool: the pages.
+        rungs: how many formats a page may have.
+        sequences: of the batch.
+        device: where kernels read.
+        copy_of: a table of the same sequences, whose tensors are copied.
+        shares_pool: forks have the same pool.
+
+    Attributes:
+        state: int32 [B, 2], tokens and pages of each sequence.
+        block_table: int64 [B, entries], addresses of pages; 0 for one that is gone.
+        segments: int32 [B, rungs + 1], where pages have rungs: pages segments[b, r] … segments[b, r
+            + 1] − 1 of sequence b stand on rung r.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        rungs: int,
+        sequences: list[Sequence],
+        device: torch.device,
+        copy_of: "PageTable | None" = None,
+        shares_pool: bool = False,
+    ) -> None:
+        self.pool, self.rungs, self.sequences, self.device = pool, rungs, sequences, device
+        self.shares_pool = shares_pool
+        batch = len(sequences)
+        self._moves = 0  # of the pool's, that the block table knows
+        # on the device for kernels, and on the host so that nothing waits for the device
+        if copy_of is None:
+            self.state = torch.zeros(batch, 2, dtype=torch.int32, device=device)
+            self.block_table = torch.zeros(batch, 0, dtype=torch.int64, device=device)
+            self.segments = torch.zeros(0, 0, dtype=torch.int32, device=device)
+        else:
+            self.state, self.block_table, self.segments = (x.clone() for x in copy_of.tensors())
+            self._moves = copy_of._moves
+        self._bounds: list[list[int]] = []  # `segments` on the host
+        self._planned = False  # whether some sequence has a plan
+        self._next: tuple[Tensor, list[int]] | None = None  # see `next_rungs`
+
+    def tensors(self) -> list[Tensor]:
+        """Every resident tensor but the pages."""
+        return [self.state, self.block_table, self.segments]
+
+    def pages(self) -> list[list[int]]:
+        """The pages of every sequence, oldest first."""
+        return [sequence.pages for sequence in self.sequences]
+
+    def own_pages(self) -> set[int]:
+        """Distinct pages of these sequences."""
+        return {i for ids in self.pages() for i in ids if i != PASSED}
+
+    # -- what the device knows -----------------------------------------------------------------------------------------
+
+    def enter(self, b: int, first: int) -> None:
+        """Writes the pages of sequence b into its row of the block table, from page number `first` on."""
+        self._enter(b, first, self.sequences[b].pages[first:])
+
+    def _enter(self, b: int, first: int, ids: list[int]) -> None:
+        if ids:
+            self.block_table[b, first : first + len(ids)] = on_device(
+                self.pool.addresses(ids), torch.int64, self.device
+            )
+
+    def note_state(self, b: int) -> None:
+        """Tells the device how many tokens and pages sequence b has."""
+        sequence = self.sequences[b]
+        self.state[b] = on_device([sequence.length, len(sequence.pages)], torch.int32, self.device)
+
+    @neutrally
+    def fit(self, entries: int = 0) -> None:
+        """Gives the block table room for `entries` pages a sequence, or for those that there are, in whole steps."""
+        entries = max(entries, *(len(ids) for ids in self.pages()), 0)
+        room = table_entries(entries)
+        if room != self.block_table.shape[1]:
+            batch = len(self.sequences)
+            self.block_table = self.block_table.new_zeros(batch, 0)  # the old one goes before the new one comes
+            self.block_table = self.block_table.new_zeros(batch, room)
+            for b in range(batch):
+                self.enter(b, 0)
+
+    def reserve(self, entries: int) -> None:
+        """Replaces the block table by an empty one with room for `entries` pages a sequence: for
+        going through launches that aren't made (runtime.generate.compile)."""
+        self.block_table = self.block_table.new_zeros(len(self.sequences), entries)
+
+    def bring(self) -> None:
+        """Makes all pages readable by kernels, at the addresses that the block table has."""
+        self.pool.bring()
+        if self._moves != self.pool.moves:
+            self._moves = self.pool.moves
+            for b, sequence in enumerate(self.sequences):
+                self.enter(b, sequence.passed)
+
+    def set_segments(self, upload: Upload | None = None) -> None:
+        """Brings `segments` up to date, where pages have rungs. With `upload`, once that is sent."""
+        if self.rungs == 1:
+            return
+        rung = self.pool.rung
+        bounds = [[*(bisect_left(ids, r, key=rung) for r in range(self.rungs)), len(ids)] for ids in self.pages()]
+        if bounds == self._bounds and len(self.segments):
+            return
+        self._bounds = bounds
+        if len(self.segments) != len(self.sequences):
+            self.segments = self.segments.new_zeros(0)  # the old one goes before the new one comes
+            self.segments = self.segments.new_zeros(len(self.sequences), self.rungs + 1)
+        news = upload or Upload(self.device)
+        news.add(self.segments.view(-1), [start for row in bounds for start in row])
+        if upload is None:
+            news.send()
+
+    def next_rungs(self) -> tuple[Tensor | None, list[int]]:
+        """The rung that the page which comes due next is written on, of each sequence: int32 [B] on
+        the device, which stays where it is, as a CUDA graph needs, and the same on the host. (None,
+        []) where pages have one format. No part of what is cached."""
+        if self.rungs == 1:
+            return None, []
+        if self._next is None or len(self._next[1]) != len(self.sequences):
+            last, batch = self.rungs - 1, len(self.sequences)
+            there = torch.full((batch,), last, dtype=torch.int32, device=self.device)
+            self._next = there, [last] * batch
+        return self._next
+
+    # -- pages come, go and change -------------------------------------------------------------------------------------
+
+    def plan(self, rungs: list[list[int]]) -> None:
+        """Says which rungs each sequence's next pages are written on, oldest first; [] for the highest."""
+        if rungs or self._planned:
+            for b, sequence in enumerate(self.sequences):
+                sequence.plan(rungs[b] if rungs else [])
+        self._planned = bool(rungs)
+
+    def append(self, b: int, count: int) -> list[int]:
+        """`count` new pages of sequence b, on the rungs that are planned for it; their bytes are
+        the caller's to write."""
+        sequence = self.sequences[b]
+        first, due = len(sequence.pages), sequence.due
+        ids = [i for n in range(count) for i in self.pool.allocate(1, due[n] if due else -1)]
+        self.fit(max(first + count, *(len(row) for row in self.pages())))
+        self._enter(b, first, ids)
+        sequence.add(ids)
+        return ids
+
+    def take(self, due: list[int], news: Upload) -> None:
+        """Before a step by kernels: gives the sequences `due` a page, and the device, once `news`
+        is sent, what it must know of that and of what was lowered."""
+        for b in due:
+            sequence = self.sequences[b]
+            sequence.add(self.pool.allocate(1, sequence.due[0] if sequence.due else -1))
+        if due and table_entries(max(map(len, self.pages()))) != self.block_table.shape[1]:
+            self.fit()
+        else:
+            for b in due:
+                ids = self.sequences[b].pages
+                news.add(self.block_table[b, len(ids) - 1 : len(ids)], self.pool.addresses(ids[-1:]))
+        self.set_segments(news)
+        there, here = self.next_rungs()
+        wanted = [self.pool.rung(self.sequences[b].pages[-1]) if b in due else rung for b, rung in enumerate(here)]
+        if there is not None and wanted != here:
+            here[:] = wanted
+            news.add(there, wanted)
+
+    def drop(self, b: int, first: int) -> None:
+        """Takes all pages from number `first` on off sequence b."""
+        self.pool.release([i for i in self.sequences[b].cut(first) if i != PASSED])
+
+    def drop_passed(self, geometry: Geometry, sliding: int) -> None:
+        """Frees pages that lie behind a sliding window of every query to come.
+
+        Their block table entries become 0, which no kernel reads: it starts at the first visible page.
+        """
+        for b, sequence in enumerate(self.sequences):
+            first, passed = sequence.passed, geometry.passed_pages(sequence.length, sliding)
+            if passed > first:
+                self.pool.release(sequence.leave(passed))
+                self.block_table[b, first:passed] = 0
+
+    def oldest(self, rung: int, count: int) -> list[int]:
+        """Up to `count` pages of a rung, the oldest of all sequences first."""
+        rows = self.pages()
+        starts = [bisect_left(ids, rung, key=self.pool.rung) for ids in rows]
+        ends = [bisect_left(ids, rung + 1, key=self.pool.rung) for ids in rows]
+        found: dict[int, None] = {}  # a page may be several sequences'
+        for i in range(min(starts, default=0), max(ends, default=0)):
+            for ids, start, end in zip(rows, starts, ends, strict=True):
+                if start <= i < end and len(found) < count:
+                    found[ids[i]] = None
+            if len(found) == count:
+                break
+        return list(found)
+
+    def enter_lowered(self, ids: list[int], rung: int) -> None:
+        """Tells the device of pages that have come down from `rung`: a run in each sequence, the
+        last of those now below it."""
+        lowered = set(ids)
+        for b, row in enumerate(self.pages()):
+            end = bisect_left(row, rung, key=self.pool.rung)
+            start = end
+            while start and row[start - 1] in lowered:
+                start -= 1
+            self._enter(b, start, row[start:end])
+
+    # -- whole sequences -----------------------------------------------------------------------------------------------
+
+    def select(self, chosen: list[int], index: Tensor) -> None:
+        """Keeps the sequences `chosen`, also given as int64 [n] on the device, in that order; one
+        may repeat. Pages are shared."""
+        for b in chosen:
+            self.pool.share([i for i in self.sequences[b].pages if i != PASSED])
+        self.release()
+        self.state, self.block_table = self.state[index], self.block_table[index]
+        kept = [self.sequences[b] for b in chosen]
+        self.sequences = [sequence.copy() for sequence in kept]
+        if chosen:
+            self.fit()
+        else:
+            self.block_table = self.block_table[:, :0]
+
+    def release(self) -> None:
+        """Gives back the pages of all sequences."""
+        for ids in self.pages():
+            self.pool.release([i for i in ids if i != PASSED])
+
+    def fork(self, clock: Clock) -> "PageTable":
+        """A table that goes on from here by itself, with the same pages."""
+        for ids in self.pages():
+            self.pool.share([i for i in ids if i != PASSED])
+        self.shares_pool = True
+        other = self._copy(clock, self.pool, shares_pool=True)
+        other.fit()
+        return other
+
+    def duplicate(self, clock: Clock) -> "PageTable":
+        """A table that goes on from here by itself, with pages of its own."""
+        other = self._copy(clock, self.pool.duplicate(self.pages()))
+        for b, sequence in enumerate(other.sequences):
+            other.enter(b, sequence.passed)
+        return other
+
+    def _copy(self, clock: Clock, pool: PagePool, shares_pool: bool = False) -> "PageTable":
+        sequences = [sequence.copy(clock) for sequence in self.sequences]
+        return PageTable(pool, self.rungs, sequences, self.device, self, shares_pool)
+
+    def close(self) -> None:
+        """Gives back the pages of all sequences, and has none from here on."""
+        self.release()
+        self.sequences = []
+
+    def __del__(self) -> None:
+        if getattr(self, "shares_pool", False):
+            self.release()  # else they would stay for as long as any fork does
+
+
+def take_pages(tables: list[PageTable], due: list[int]) -> None:
+    """PageTable.take for several layers, whose news reach the device in one copy."""
+    if not due and all(table.rungs == 1 for table in tables):
+        return
+    news = Upload(tables[0].device)
+    for table in tables:
+        table.take(due, news)
+    news.send()

@@ -1,0 +1,1 @@
+"""Decoding: a step's host part, captured steps, compiled operations, drafts, and kernels compiled ahead."""
