@@ -19,8 +19,9 @@ from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format, uniform
 
 pytest.importorskip("triton")
-from kvfold.kernels import triton_attention, triton_encode
 from kvfold.kernels.compile.launch import launch, noting
+from kvfold.kernels.gpu import attention as triton_attention
+from kvfold.kernels.gpu import encode as triton_encode
 from kvfold.runtime.backends import triton
 from kvfold.runtime.budget.ladder import ladder
 from kvfold.runtime.generate import compile as compilation

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from test_modes import PACKED, left_padded, packed_model
 
 from kvfold import KvfoldError, runtime
-from kvfold.runtime import prompt_cache
+from kvfold.runtime.cache import storage
 
 
 def leaves(value, place=()):
@@ -30,7 +30,7 @@ def saved(tmp_path_factory):
     ids, mask = left_padded([90, 33, 2])
     with torch.no_grad():
         model(ids, attention_mask=mask).past_key_values.save(path)
-    return model, path, *prompt_cache._read(path)
+    return model, path, *storage.read_file(path)
 
 
 @torch.no_grad()
@@ -55,8 +55,8 @@ def test_a_cache_file_of_any_content_under_a_hash_that_fits(saved, tmp_path_fact
     elif change == "remove":
         del inner[last]
     file = tmp_path_factory.mktemp("other") / "other.kv"
-    header = json.dumps({**body, "sha256": prompt_cache._sha256(body, tensors)})
-    save_file(tensors, file, metadata={prompt_cache.FIELD: header})
+    header = json.dumps({**body, "sha256": storage._sha256(body, tensors)})
+    save_file(tensors, file, metadata={storage.FIELD: header})
     try:
         cache = runtime.load_cache(file, model)
     except KvfoldError as error:
@@ -94,7 +94,7 @@ def test_tensors_that_do_not_fit_a_cache_file(saved, tmp_path, fault):
         tensors[name] = {
             "one column": key[:, :1].clone(), "one head": key[:1].clone(), "float32": key.float(), "nan": bad
         }[fault]  # fmt: skip
-    header = json.dumps({**body, "sha256": prompt_cache._sha256(body, tensors)})
-    save_file(tensors, tmp_path / "x.kv", metadata={prompt_cache.FIELD: header})
+    header = json.dumps({**body, "sha256": storage._sha256(body, tensors)})
+    save_file(tensors, tmp_path / "x.kv", metadata={storage.FIELD: header})
     with pytest.raises(KvfoldError, match=r"describes no cache of this model: .*; save the cache again"):
         runtime.load_cache(tmp_path / "x.kv", model)
