@@ -9,7 +9,14 @@ from kvfold.compress.models.attention_hook import NAME
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import Recipe
 from kvfold.compress.search import conversations as module
-from kvfold.compress.search.conversations import ANSWER_TOKENS, PASSAGE_TOKENS, QUESTIONS, answer, ask, conversations
+from kvfold.compress.search.conversations import (
+    ANSWER_TOKENS,
+    PASSAGE_TOKENS,
+    QUESTIONS,
+    answer,
+    ask,
+    write_conversations,
+)
 
 
 def sequences(*lengths):
@@ -65,8 +72,8 @@ def test_answers_are_the_models_own_greedy_ones(model, monkeypatch):
 def test_a_resumed_run_reads_the_same_conversations(model, tmp_path, monkeypatch):
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
     texts = sequences(300, 260)
-    first = conversations(model, tokenizer(chat=True), texts, 3, 1024, 0, tmp_path)
-    again = conversations(None, None, [], 0, 0, 0, tmp_path)
+    first = write_conversations(model, tokenizer(chat=True), texts, 3, 1024, 0, tmp_path)
+    again = write_conversations(None, None, [], 0, 0, 0, tmp_path)
     assert len(first) == 3
     for (ids, prompt), (other, start) in zip(first, again, strict=True):
         assert torch.equal(ids, other) and prompt == start and ids.shape == (1, prompt + ANSWER_TOKENS)
@@ -74,9 +81,9 @@ def test_a_resumed_run_reads_the_same_conversations(model, tmp_path, monkeypatch
 
 def test_short_answers_and_long_prompts_are_left_out(model, tmp_path, monkeypatch):
     texts = sequences(300, 260)
-    assert conversations(model, tokenizer(chat=True), texts, 3, 300, 0, tmp_path) == []
+    assert write_conversations(model, tokenizer(chat=True), texts, 3, 300, 0, tmp_path) == []
     monkeypatch.setattr(module, "answer", lambda model, prompts: [[65] * n for n in (15, 16, 17)])
-    found = conversations(model, tokenizer(chat=True), texts, 3, 1024, 0, tmp_path)
+    found = write_conversations(model, tokenizer(chat=True), texts, 3, 1024, 0, tmp_path)
     assert [ids.shape[1] - prompt for ids, prompt in found] == [16, 17]
 
 

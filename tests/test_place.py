@@ -174,7 +174,7 @@ def test_what_came_there_meanwhile_stays_and_so_does_what_was_found(tmp_path, ti
             run(out)
     assert names(tmp_path) == ["tiny", "tiny.work"] and names(out) == ["thesis.tex"]
     shutil.rmtree(out)
-    monkeypatch.setattr("kvfold.compress.search.sensitivity.Probe.measure", None)  # nothing is measured again
+    monkeypatch.setattr("kvfold.compress.search.fisher.passage_losses", None)  # nothing is measured again
     run(out, resume=True)
     assert digest(out) == digest(tiny_artifact) and names(tmp_path) == ["tiny"]
 
@@ -278,7 +278,7 @@ def test_a_model_that_was_only_copied_is_the_same(tmp_path, tiny_folder, tiny_ar
 
 @pytest.mark.parametrize("damage", [b"", b"not this", None, "folder"])
 def test_what_is_damaged_is_computed_again(tmp_path, tiny_artifact, run, interrupted, damage):
-    for name in ("stats_001.safetensors", "sensitivity.json", "hidden.json", "stats_000.safetensors"):
+    for name in ("stats_001.safetensors", "fisher.json", "hidden.json", "stats_000.safetensors"):
         work = interrupted(tmp_path / "tiny")
         file = work / name
         if damage is None:

@@ -15,7 +15,7 @@ from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import Recipe, load_recipe, shipped_recipes
 from kvfold.compress.search import choose, sensitivity
 from kvfold.compress.search.candidates import CLIPS, best_clip, key_candidates, value_candidates
-from kvfold.compress.search.first_order import first_order, gradients
+from kvfold.compress.search.first_order import first_order_losses, gradients
 from kvfold.compress.search.sensitivity import Passage, Probe, extrapolate, packing_tap, probed
 from kvfold.compress.transforms import Request
 from kvfold.compress.transforms.smooth import pair_scale, smooth
@@ -261,7 +261,7 @@ def test_first_order_losses_are_the_sum_of_gradient_times_error(probe):
     stats, recipe = make_stats(), small("pm-kvq")
     keys = [key_candidates(stats, recipe, i, False, output_weight()) for i in range(3)]
     values = [value_candidates(stats, recipe, i) for i in range(3)]
-    losses = first_order(probe, ids, keys, values, Geometry(2, 16, 1, 24, 16))
+    losses = first_order_losses(probe, ids, keys, values, Geometry(2, 16, 1, 24, 16))
     assert [len(group) for group in losses[0]] == [4, 4, 4]
     expected = np.zeros((2, 3))
     for index, sequence in enumerate(ids):

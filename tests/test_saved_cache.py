@@ -62,7 +62,7 @@ def test_a_cache_file_of_any_content_under_a_hash_that_fits(saved, tmp_path_fact
     except KvfoldError as error:
         assert "\n" not in str(error)
         return
-    batch = len(cache.layers[0].length)
+    batch = len(cache.layers[0].lengths())
     mask = torch.ones(batch, cache.get_seq_length() + 1, dtype=torch.long)
     for b, pad in enumerate(cache.padding.columns):
         mask[b, :pad] = 0

@@ -19,8 +19,8 @@ from kvfold.compress.recipe import LEAST_WINDOW
 from kvfold.compress.search.allocate import Choice, allocate, least_nbytes
 from kvfold.compress.search.allocate_shared import allocate_shared
 from kvfold.compress.search.candidates import KeyCandidate, ValueCandidate, key_candidates, value_candidates
-from kvfold.compress.search.conversations import conversations
-from kvfold.compress.search.first_order import first_order
+from kvfold.compress.search.conversations import write_conversations
+from kvfold.compress.search.first_order import first_order_losses
 from kvfold.compress.search.fisher import fisher_losses
 from kvfold.compress.search.sensitivity import Passage, Probe, measured, packing_tap, sensitivities
 from kvfold.errors import KvfoldError
@@ -107,14 +107,14 @@ def measure(plan: Plan, work: Path, device: torch.device, statistics: Path | Non
     passages = [Passage(ids, s.stride) for ids in sequences]
     if s.method != "first-order" and s.conversations:
         most = plan.config.max_position_embeddings
-        asked = conversations(model, plan.tokenizer, plan.sequences, s.conversations, most, recipe.seed, work)
+        asked = write_conversations(model, plan.tokenizer, plan.sequences, s.conversations, most, recipe.seed, work)
         passages += [Passage(ids, start=prompt - 1) for ids, prompt in asked]
     probe = Probe(model, plan.arch, passages, early)
     fixed = plan.num_layers * geometry.fixed_nbytes(budget.at)
     packed = geometry.packed_elements(budget.at, plan.num_layers)
     target_bits = 8 * (budget.nbytes - fixed) / max(packed, 1)
     if s.method == "first-order":
-        losses = first_order(probe, sequences, keys, values, near)
+        losses = first_order_losses(probe, sequences, keys, values, near)
     else:
         if s.method == "kl":
             find = partial(measured, probe, keys=keys, values=values, geometry=near, work=work)

@@ -86,7 +86,7 @@ def answer(model: Any, prompts: list[list[int]]) -> list[list[int]]:
     return found
 
 
-def conversations(
+def write_conversations(
     model: Any, tokenizer: Any, sequences: list[Tensor], count: int, most: int, seed: int, work: Path
 ) -> list[tuple[Tensor, int]]:
     """Prompts with answers.

@@ -106,7 +106,7 @@ def _sum(products: Tensor, geometry: Geometry) -> float:
     return float(products[:, geometry.sinks :].abs().sum(dtype=torch.float64))
 
 
-def first_order(
+def first_order_losses(
     probe: Probe,
     sequences: list[Tensor],
     keys: list[list[KeyCandidate]],

@@ -27,7 +27,7 @@ from kvfold.compress.models.attention_hook import attend_as_usual, tapped
 from kvfold.compress.progress import progress
 from kvfold.compress.search.candidates import KeyCandidate, ValueCandidate
 from kvfold.compress.search.first_order import attend_whole
-from kvfold.compress.search.sensitivity import KL_BLOCK, Job, Probe, packed_attention, specs_of
+from kvfold.compress.search.sensitivity import KL_BLOCK, Job, Probe, check_finite_loss, packed_attention, specs_of
 from kvfold.compress.work import kept
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import logits_of
@@ -161,7 +161,9 @@ def fisher_losses(
     for index in progress(range(len(probe.passages)), "sensitivity", "passage"):
         if index < len(done):
             continue
-        done.append(passage_losses(probe, index, jobs, keys, values, geometry, count, seed))
+        losses = passage_losses(probe, index, jobs, keys, values, geometry, count, seed)
+        check_finite_loss(sum(losses.values()))
+        done.append(losses)
         scratch = path.with_suffix(".part")
         scratch.write_text(json.dumps(done))
         os.replace(scratch, path)

@@ -173,11 +173,7 @@ class Probe:
                 p = logits_of(self.model, base[rows]).log_softmax(-1) if self.base is None else self.base[i][rows]
                 total += float((p.exp() * (p - q)).sum())
             count += len(base)
-        if not math.isfinite(total):
-            raise KvfoldError(
-                "The model's logits are NaN or infinite on the calibration text, so no loss can be measured; check that its weights are "
-                "whole, or compute in float32 (--device cpu)."
-            )
+        check_finite_loss(total)
         return max(total / count, 0.0)
 
     def measure(self, layer: int, tap: Tap) -> float:
@@ -205,6 +201,15 @@ class Probe:
 
     def _whole_model(self) -> float:
         return self.kl([self.normed(i, runner.run_from(0, runner.embedded)) for i, runner in enumerate(self.runners)])
+
+
+def check_finite_loss(loss: float) -> None:
+    """Raises KvfoldError for a loss that is no number."""
+    if not math.isfinite(loss):
+        raise KvfoldError(
+            "The model's logits are NaN or infinite on the calibration text, so no loss can be measured; check that its "
+            "weights are whole, or compute in float32 (--device cpu)."
+        )
 
 
 def _keep(past: list[tuple[Tensor, Tensor]], early: int) -> Tap:
