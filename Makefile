@@ -13,7 +13,8 @@ READY := .venv/.ready
 # a word of the shell, whatever it holds
 quote = '$(subst ','\'',$(1))'
 
-.PHONY: help compress eval bench ablation domains test lint typecheck wheel clean
+# KVFOLD_TESTS=nightly make test ARGS="-m 'not real'" runs every case, and other random ones each time
+.PHONY: help compress eval bench ablation domains test mutations lint typecheck wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -42,6 +43,9 @@ domains: $(READY)  ## calibrate MODEL on one domain, test on the others
 
 test: $(READY)  ## run the tests
 	@$(BIN)/python -m pytest -n auto $(ARGS)
+
+mutations: $(READY)  ## break twenty delicate lines, one at a time: the tests must see each
+	@$(BIN)/python tests/mutations.py $(ARGS)
 
 lint: $(READY)  ## ruff
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,6 +1,7 @@
 """Tiny models and tokenizers built from literals: no network, no weights."""
 
 import os
+import re
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's module is imported
@@ -33,6 +35,18 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from kvfold.exports.architectures import ARCHITECTURES
+
+# KVFOLD_TESTS=nightly: other random cases each time, as many as each test states; else the same few each time
+NIGHTLY = os.environ.get("KVFOLD_TESTS") == "nightly"
+settings.register_profile("quick", derandomize=True)
+settings.register_profile("nightly")
+settings.load_profile("nightly" if NIGHTLY else "quick")
+
+
+def examples(count: int) -> int:
+    """How many of a test's `count` random cases are tried."""
+    return count if NIGHTLY else max(20, count // 6)
+
 
 pytest.register_assert_rewrite("real_artifact")  # helpers that assert
 torch.set_num_threads(1)  # test workers share the cores
@@ -193,3 +207,32 @@ def _poisoned_empty(monkeypatch):
         return tensor
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+# Cases that repeat what a quicker one beside them asserts, on other inputs: `make test ARGS="-m 'not real'"` runs them too.
+SLOW = re.compile(
+    r"test_triton_finite.py::test_it_is_reported_before_a_page_and_the_cache_goes_on\[(0-key-0-nan|1-value-1-inf)\]"
+    r"|test_offload.py::test_kernels_read_what_was_brought\[2\]"
+    r"|test_triton_mean.py::test_kernels_add_what_keys_lack\[pages of two steps\]"
+    r"|test_triton_attention.py::test_every_format\[(2 bits|mixed both|ternary keys, 3 bits|ternary 96|16 and 8 bits|groups)-8\]"
+    r"|test_triton_attention.py::test_every_format\[(ternary values|ternary 128|8 and 6 bits, 80|6 and 16 bits|wide)-32\]"
+    r"|test_triton_attention.py::test_every_format\[(mixed keys|ternary symmetric|4 and 5 bits, 96|wide|groups|ternary 96)-128\]"
+    r"|test_triton_attention.py::test_prompts_read_what_token_by_token_reads\[(0-70-1-16 and 8 bits|0-70-1-mixed keys|70-20-3-2 bits"
+    r"|70-20-3-ternary values|131-2-4-mixed keys|131-2-4-16 and 8 bits|20-19-2-2 bits|20-19-2-ternary values)\]"
+    r"|test_triton_attention.py::test_prompts_read_all_sinks_however_many_blocks_they_fill\[(33-140|64-60|64-140|100-60)-"
+    r"|test_optimum.py::test_same_words\[args[1-4]\]"
+    r"|test_modes.py::test_rows_of_a_left_padded_batch_are_each_row_alone\[options[12]-(qwen3|gemma2|phi3|gpt_oss)-raw\]"
+    r"|test_modes.py::test_rows_of_a_left_padded_batch_are_each_row_alone\[options1-(qwen3|phi3)-packed\]"
+    r"|test_ahead.py::test_another_artifacts_kernels_are_all_among_the_catalogues\[False\]"
+    r"|test_triton_encode.py::test_pages_equal_the_reference\[(64@1.6|128@1.6|48@1.6|8@1 48@5)"
+    r"|test_triton_encode.py::test_lowered_pages_equal_the_reference\[(16-40@8|64@4 asym g32|8@6 32@5|128@1.6)"
+    r"|test_triton_prompt.py::test_reading_pages_together_changes_nothing\[(2 bits|ternary values)"
+    r"|test_plugin.py::test_registering_is_enough\[(import transformers, kvfold|import kvfold, transformers|import kvfold; kvfold.unreg)"
+    r"|test_hub_push.py::test_status\[(429|418)-headers[12]-words[12]-(GET /api/models/|POST /api/repos/create)\]"
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if SLOW.search(item.nodeid):
+            item.add_marker(pytest.mark.slow)

@@ -4,6 +4,7 @@ import itertools
 import random
 
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ choice = st.builds(Choice, st.integers(1, 5000), st.floats(0, 1, allow_subnormal
 groups = st.lists(st.lists(choice, min_size=1, max_size=4), min_size=1, max_size=5)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(groups, st.floats(0, 1))
 def test_allocation_is_the_best_within_the_budget(found, share):
     least, most = least_nbytes(found), sum(max(c.nbytes for c in g) for g in found)
@@ -59,7 +60,7 @@ def shared_groups(draw):
     return found, names
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(shared_groups(), st.floats(0, 1), st.integers(1, 5))
 def test_few_kinds_are_the_best_few_within_the_budget(given_groups, share, limit):
     found, names = given_groups

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -124,7 +125,7 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(120), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(spec=st.sampled_from(sorted(SPECS)), batch=st.integers(1, 3), steps=operations, seed=st.integers(0, 2**16))
 def test_any_sequence_of_operations_equals_plain_lists(spec, batch, steps, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
@@ -47,7 +48,7 @@ def param_nbytes(fmt: Format) -> int:
 
 
 @given(any_format(), st.integers(0, 9), st.integers(0, 2**31))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150))
 def test_nbytes_is_the_length_of_what_encode_writes(fmt, rows, seed):
     tokens = 8 * rows
     x = torch.randn(2, tokens, fmt.head_dim, generator=torch.Generator().manual_seed(seed))
@@ -60,7 +61,7 @@ def test_nbytes_is_the_length_of_what_encode_writes(fmt, rows, seed):
 
 
 @given(any_format(), st.integers(0, 9))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150))
 def test_nbytes_by_counting_bits(fmt, rows):
     if fmt.classes[0][1] == 3:  # words of 16 bits by column: bytes in pairs, then what is left over
         whole, left = divmod(fmt.head_dim // 2, 5)
@@ -85,7 +86,7 @@ def test_bits_of_a_ternary_code(head_dim, bits):
 
 
 @given(any_format())
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150))
 def test_dict_round_trip(fmt):
     data = fmt.to_dict()
     assert sorted(data) == ["classes", "group_size", "param_dtype", "params"]

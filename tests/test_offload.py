@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import CONFIGS, SHAPE, TINY_RECIPE, char_tokenizer, save_tiny
+from conftest import CONFIGS, SHAPE, TINY_RECIPE, char_tokenizer, examples, save_tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
@@ -128,7 +128,7 @@ geometries = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(400), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     geometry=geometries, steps=operations, seed=st.integers(0, 2**16), room=st.integers(0, 2500),
     chunk_pages=st.sampled_from([1, 2, 3]), buffers=st.sampled_from([1, 2]), pads=st.sampled_from([[0], [0, 5]]),

@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cache import DIM, GEOMETRY, HEADS, SPECS, PlainLists, contents
@@ -261,7 +262,7 @@ operations = st.lists(
 
 
 @pytest.mark.parametrize("names", [["mixed"], ["ternary"], ["raw", "mixed"], ["mixed", "ternary"]], ids="+".join)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     batch=st.integers(1, 3),
     budget=st.integers(9_000, 120_000),

@@ -64,7 +64,7 @@ def test_a_cache_file_of_any_content_under_a_hash_that_fits(saved, tmp_path_fact
         return
     batch = len(cache.layers[0].lengths())
     mask = torch.ones(batch, cache.get_seq_length() + 1, dtype=torch.long)
-    for b, pad in enumerate(cache.padding.columns):
+    for b, pad in enumerate(cache.shared.padding):
         mask[b, :pad] = 0
     assert (
         model(torch.ones(batch, 1, dtype=torch.long), attention_mask=mask, past_key_values=cache)

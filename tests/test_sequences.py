@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -161,7 +162,7 @@ geometries = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=1700, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(1700), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     spec=st.sampled_from(sorted(SPECS)), geometry=geometries, steps=operations, seed=st.integers(0, 2**16),
     pads=st.sampled_from([[0], [0, 0], [0, 5, 2], [31, 0]]),
@@ -212,7 +213,7 @@ def test_any_sequence_of_operations_equals_the_tokens_put_in(spec, geometry, ste
         expected.check(other)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     geometry=geometries,
     steps=st.lists(st.tuples(st.integers(1, 120), st.integers(0, 120)), min_size=1, max_size=6),

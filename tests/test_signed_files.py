@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIGS
+from conftest import CONFIGS, examples
 from damaged import artifact, both_refuse, rehash, restate  # noqa: F401  (fixtures)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -231,7 +231,7 @@ ODD = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=list(HealthCheck))
 @given(field=st.sampled_from(sorted(FIELDS)), value=ODD, gone=st.booleans())
 def test_a_config_of_any_content_is_read_or_refused_in_a_sentence(artifact, field, value, gone):
     original = FIELDS if not gone else {k: v for k, v in FIELDS.items() if k != field}
