@@ -85,7 +85,7 @@ def measure(plan: Plan, work: Path, device: torch.device, statistics: Path | Non
         work: folder that holds what an interrupted run has finished.
         statistics: folder for the calibration's share of that; default: `work`.
     """
-    recipe, geometry, budget = plan.recipe, plan.geometry, plan.budget
+    recipe, geometry = plan.recipe, plan.geometry
     stage(
         f"reading {plan.source.name}: {plan.num_layers} layers, {len(plan.sequences)} × {plan.sequences[0].shape[1]} tokens of calibration text"
     )
@@ -110,9 +110,6 @@ def measure(plan: Plan, work: Path, device: torch.device, statistics: Path | Non
         asked = write_conversations(model, plan.tokenizer, plan.sequences, s.conversations, most, recipe.seed, work)
         passages += [Passage(ids, start=prompt - 1) for ids, prompt in asked]
     probe = Probe(model, plan.arch, passages, early)
-    fixed = plan.num_layers * geometry.fixed_nbytes(budget.at)
-    packed = geometry.packed_elements(budget.at, plan.num_layers)
-    target_bits = 8 * (budget.nbytes - fixed) / max(packed, 1)
     if s.method == "first-order":
         losses = first_order_losses(probe, sequences, keys, values, near)
     else:
@@ -129,8 +126,15 @@ def measure(plan: Plan, work: Path, device: torch.device, statistics: Path | Non
                 seed=recipe.seed,
                 work=work,
             )
-        losses = sensitivities(keys, values, target_bits, s.probes, find)
+        losses = sensitivities(keys, values, target_bits(plan), s.probes, find)
     return Measured(model, probe, near, keys, values, *losses)
+
+
+def target_bits(plan: Plan) -> float:
+    """Payload bits an element that the budget leaves for pages."""
+    fixed = plan.num_layers * plan.geometry.fixed_nbytes(plan.budget.at)
+    packed = plan.geometry.packed_elements(plan.budget.at, plan.num_layers)
+    return 8 * (plan.budget.nbytes - fixed) / max(packed, 1)
 
 
 def search(plan: Plan, work: Path, device: torch.device, statistics: Path | None = None) -> Found:
