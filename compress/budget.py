@@ -44,12 +44,14 @@ def parse_budget(
     if length:
         if not length.isdecimal() or int(length) < 1:
             raise KvfoldError(
-                f"Budget '{text}' has the length '{length}', which is no number of tokens; write for example 512MiB@32768."
+                f"Budget '{text}' has the length '{length}', which is no number of tokens; write for example "
+                "512MiB@32768."
             )
         at = int(length)
     if at > max_tokens:
         raise KvfoldError(
-            f"Budget '{text}' counts at {at} tokens, but the model's maximum is {max_tokens}; choose a length within it."
+            f"Budget '{text}' counts at {at} tokens, but the model's maximum is {max_tokens}; choose a length within "
+            "it."
         )
     elements = geometry.elements(at, num_layers)
     if length:
@@ -62,11 +64,13 @@ def parse_budget(
             bits = float("nan")
         if not bits > 0:
             raise KvfoldError(
-                f"Budget '{text}' is neither bits per element nor bytes at a length; write for example 2.5 or 512MiB@32768."
+                f"Budget '{text}' is neither bits per element nor bytes at a length; write for example 2.5 or "
+                "512MiB@32768."
             )
         nbytes = int(bits * elements // 8) if bits <= 16 else 0
     if bits > 16:
         raise KvfoldError(
-            f"Budget '{text}' is {bits:.4g} bits per element at {at} tokens, more than the 16 of an uncompressed cache; ask for less."
+            f"Budget '{text}' is {bits:.4g} bits per element at {at} tokens, more than the 16 of an uncompressed "
+            "cache; ask for less."
         )
     return Budget(text, at, nbytes)

@@ -1,8 +1,8 @@
 """Calibration: statistics of queries, keys and values, layer by layer, with interpolated positions.
 
-Positional interpolation (after PM-KVQ, 2505.18610): token t of an L-token sequence stands at position s·t, so that L tokens
-cover s·L positions. Only the rotation depends on the position, so a key that the model rotated to position t is rotated on
-by (s − 1)·t; the hidden states stay those of the plain text and no extra forward pass is needed.
+Positional interpolation (after PM-KVQ, 2505.18610): token t of an L-token sequence stands at position s·t, so that L
+tokens cover s·L positions. Only the rotation depends on the position, so a key that the model rotated to position t is
+rotated on by (s − 1)·t; the hidden states stay those of the plain text and no extra forward pass is needed.
 """
 
 import json
@@ -30,7 +30,8 @@ SKIP_TOKENS = 8  # first tokens of each sequence: the sinks stay in 16 bits and 
 
 @dataclass(frozen=True)
 class LayerStats:
-    """Statistics of one layer over all calibration tokens, per KV head; keys and queries after RoPE at spread positions.
+    """Statistics of one layer over all calibration tokens, per KV head; keys and queries after RoPE at spread
+    positions.
 
     Attributes:
         key_mean: float64 [Hkv, D].
@@ -39,7 +40,8 @@ class LayerStats:
         value_mean, value_cov: like the keys'.
         output_metric: float64 [Hkv, D, D], mean of W_oᵀ W_o over the group's query heads: ‖W_o Δv‖² = Δvᵀ G Δv.
         key_range, value_range: float64 [Hkv, 2, D], minimum and maximum of each channel.
-        key_sample, value_sample: float32 [Hkv, S, D], tokens drawn evenly from each sequence, one sequence after another.
+        key_sample, value_sample: float32 [Hkv, S, D], tokens drawn evenly from each sequence, one sequence after
+            another.
         query_sample: float32 [H, S, D], queries of the same tokens.
         sample_lengths: int64 [number of sequences], tokens drawn from each; they sum to S.
         scaling: float64 [], factor on the logits.
@@ -96,7 +98,8 @@ class _Accumulator:
         self.sums[name] = self.sums[name] + amount if name in self.sums else amount
 
     def add(self, query: Tensor, key: Tensor, unturned: Tensor, value: Tensor, places: Tensor, scaling: float) -> None:
-        """Of one sequence: query [H, T, D], key and value [Hkv, T, D]; key and query stand at int64 positions `places` [T].
+        """Of one sequence: query [H, T, D], key and value [Hkv, T, D]; key and query stand at int64 positions `places`
+        [T].
 
         unturned: the keys before RoPE.
         """
@@ -121,8 +124,8 @@ class _Accumulator:
     def _take_off(self, center: Tensor) -> None:
         """Sums over the keys without their rotating mean.
 
-        Positions are `step` apart, which may be a multiple of what the slow pairs' turn is held for: places within such a run are
-        taken from the token's number instead, so that all of them occur.
+        Positions are `step` apart, which may be a multiple of what the slow pairs' turn is held for: places within such
+        a run are taken from the token's number instead, so that all of them occur.
         """
         for key, places, drawn in self.keys:
             rest = key
@@ -153,8 +156,8 @@ class _Accumulator:
         for name, tensor in found.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise KvfoldError(
-                    f"Layer {self.layer} gives NaN or infinity ({name}) on the calibration text, so nothing can be fitted to it; "
-                    "check that the model's weights are whole, or calibrate in float32 (--device cpu)."
+                    f"Layer {self.layer} gives NaN or infinity ({name}) on the calibration text, so nothing can be "
+                    "fitted to it; check that the model's weights are whole, or calibrate in float32 (--device cpu)."
                 )
         return LayerStats(**{name: tensor.cpu() for name, tensor in found.items()})
 

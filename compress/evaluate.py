@@ -1,4 +1,5 @@
-"""What an artifact costs in quality: loss, KL and agreement against the 16-bit cache, teacher-forced through the packed cache."""
+"""What an artifact costs in quality: loss, KL and agreement against the 16-bit cache, teacher-forced through the packed
+cache."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ LOGIT_BLOCK = 128  # positions whose logits are in memory at a time
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one artifact on one text. Losses in nats per token; `dnll_se` and `kl_se` are standard errors over windows, None for one."""
+    """Figures of one artifact on one text. Losses in nats per token; `dnll_se` and `kl_se` are standard errors over
+    windows, None for one."""
 
     model: str
     artifact: str
@@ -59,7 +61,8 @@ def windows_of(tokenizer: Any, text: str, seq_len: int, first: int, count: int, 
     ]
     if not found:
         raise KvfoldError(
-            f"Text '{name}' has {len(ids)} tokens, too few for window {first} of {seq_len}; give a longer text or a smaller --seq-len."
+            f"Text '{name}' has {len(ids)} tokens, too few for window {first} of {seq_len}; give a longer text or a "
+            "smaller --seq-len."
         )
     return found
 
@@ -80,7 +83,8 @@ def compare(base_model: Any, model: Any, base: Tensor, other: Tensor, targets: T
 
 
 def figures(rows: list[Tensor]) -> dict[str, Any]:
-    """The losses of an Evaluation from one tensor [nll 16-bit, nll, KL, agreement] a window, each a mean over its tokens."""
+    """The losses of an Evaluation from one tensor [nll 16-bit, nll, KL, agreement] a window, each a mean over its
+    tokens."""
     table = torch.stack(rows)
     mean = table.mean(0)
     errors: list[float | None] = [None, None]

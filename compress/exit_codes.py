@@ -86,6 +86,7 @@ def _is_broken_pipe(error: BaseException) -> bool:
 
 
 def _flush() -> None:
-    """Writes out what was printed, so that a full disk behind stdout is an error and no message of the interpreter's."""
+    """Writes out what was printed, so that a full disk behind stdout is an error and no message of the
+    interpreter's."""
     if sys.stdout is not None:
         sys.stdout.flush()

@@ -70,21 +70,24 @@ def export(plan: Plan, found: Found, out: Path) -> Artifact:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Writes a tokenizer as files that lie side by side: several named chat templates would be a folder of their own, so they go into
-    tokenizer_config.json. What code it could be loaded with instead (auto_map) is left out, for an artifact has none."""
+    """Writes a tokenizer as files that lie side by side: several named chat templates would be a folder of their own,
+    so they go into tokenizer_config.json. What code it could be loaded with instead (auto_map) is left out, for an
+    artifact has none."""
     tokenizer.init_kwargs.pop("auto_map", None)
     tokenizer.save_pretrained(folder, save_jinja_files=not isinstance(tokenizer.chat_template, dict))
 
 
 def own_cache(file: Path) -> None:
-    """Takes another cache's name out of generation_config.json: an artifact brings its own packed cache, beside which there is none.
+    """Takes another cache's name out of generation_config.json: an artifact brings its own packed cache, beside which
+    there is none.
 
     In the file, because transformers writes a config that was changed only if nothing else in it is amiss.
     """
     fields = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if fields.get("cache_implementation") not in (None, "dynamic"):
         stage(
-            f"leaving out cache_implementation '{fields.pop('cache_implementation')}': the artifact brings its own cache"
+            f"leaving out cache_implementation '{fields.pop('cache_implementation')}': the artifact brings its own "
+            "cache"
         )
         file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -109,13 +112,13 @@ def check_exportable(plan: Plan, work: Path) -> None:
                 if full_disk(error):  # the caller's to tell
                     raise
                 raise KvfoldError(
-                    f"The {what} of '{plan.source.name}' cannot be written again ({type(error).__name__}: {reason_of(error)}), so no "
-                    "artifact could be made; correct the model's files."
+                    f"The {what} of '{plan.source.name}' cannot be written again ({type(error).__name__}: "
+                    f"{reason_of(error)}), so no artifact could be made; correct the model's files."
                 ) from error
         if stray := [p.name for p in folder.iterdir() if not p.is_file()]:
             raise KvfoldError(
-                f"The tokenizer of '{plan.source.name}' writes the folder {stray[0]}, but an artifact's files lie side by side; give one "
-                "whose files do."
+                f"The tokenizer of '{plan.source.name}' writes the folder {stray[0]}, but an artifact's files lie side "
+                "by side; give one whose files do."
             )
         tokenizer_from_pretrained(folder)
     for text in base_of(plan.source).licence.texts:
@@ -163,8 +166,14 @@ def _metadata(plan: Plan, found: Found, specs: list[LayerSpec], dtype: torch.dty
     return Metadata(
         format_version=MEAN_VERSION,
         cache=CacheModel(
-            num_layers=plan.num_layers, num_heads=plan.config.num_attention_heads, num_kv_heads=g.num_kv_heads, head_dim=g.head_dim,
-            sinks=g.sinks, window=g.window, page_tokens=g.page_tokens, **({"sliding": list(g.sliding)} if g.sliding else {}),
+            num_layers=plan.num_layers,
+            num_heads=plan.config.num_attention_heads,
+            num_kv_heads=g.num_kv_heads,
+            head_dim=g.head_dim,
+            sinks=g.sinks,
+            window=g.window,
+            page_tokens=g.page_tokens,
+            **({"sliding": list(g.sliding)} if g.sliding else {}),
         ),
         layers=[
             LayerModel(key=side(spec.key, layer.key_loss), value=side(spec.value, layer.value_loss))
@@ -172,16 +181,36 @@ def _metadata(plan: Plan, found: Found, specs: list[LayerSpec], dtype: torch.dty
         ],
         budget=BudgetModel(request=plan.budget.request, at=at, bytes=plan.budget.nbytes),
         account=AccountModel(
-            at=at, bytes=nbytes, bytes_16bit=2 * elements, page_bytes=pages, raw_bytes=raw, table_bytes=nbytes - pages - raw,
-            bytes_at={str(n): cache_nbytes(g, formats, n) for n in lengths}, effective_bits=8 * nbytes / elements, payload_bits=payload_bits(formats),
+            at=at,
+            bytes=nbytes,
+            bytes_16bit=2 * elements,
+            page_bytes=pages,
+            raw_bytes=raw,
+            table_bytes=nbytes - pages - raw,
+            bytes_at={str(n): cache_nbytes(g, formats, n) for n in lengths},
+            effective_bits=8 * nbytes / elements,
+            payload_bits=payload_bits(formats),
         ),
         calibration=CalibrationModel(
-            source=plan.text_name, num_sequences=len(plan.sequences), seq_len=plan.sequences[0].shape[1], seed=plan.recipe.seed,
-            spread=plan.spread, covered_positions=plan.spread * plan.sequences[0].shape[1], kl=found.kl,
+            source=plan.text_name,
+            num_sequences=len(plan.sequences),
+            seq_len=plan.sequences[0].shape[1],
+            seed=plan.recipe.seed,
+            spread=plan.spread,
+            covered_positions=plan.spread * plan.sequences[0].shape[1],
+            kl=found.kl,
         ),
         provenance=ProvenanceModel(
-            model=plan.source.name, revision=plan.source.revision, rounding_kl=found.rounding_kl, fused_dtype=str(dtype).removeprefix("torch."),
-            libraries={"kvfold": __version__, "python": platform.python_version(), "torch": version("torch"), "transformers": version("transformers")},
+            model=plan.source.name,
+            revision=plan.source.revision,
+            rounding_kl=found.rounding_kl,
+            fused_dtype=str(dtype).removeprefix("torch."),
+            libraries={
+                "kvfold": __version__,
+                "python": platform.python_version(),
+                "torch": version("torch"),
+                "transformers": version("transformers"),
+            },
         ),
         files={},
-    )  # fmt: skip
+    )

@@ -27,7 +27,8 @@ def _rows(attention: Any, side: str, num_kv_heads: int, head_dim: int) -> tuple[
 
 
 def _multiply_rows(attention: Any, side: str, matrix: Tensor, fused: dict[str, Tensor]) -> None:
-    """Multiplies a side's rows, weight and bias, by matrix [Hkv, D, D] from the left, for each head of a group; into `fused`."""
+    """Multiplies a side's rows, weight and bias, by matrix [Hkv, D, D] from the left, for each head of a group; into
+    `fused`."""
     heads, dim = matrix.shape[:2]
     name, rows = _rows(attention, side, heads, dim)
     projection = getattr(attention, name)

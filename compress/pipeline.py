@@ -56,7 +56,8 @@ def compress(
         device: "auto", "cpu", "cuda", ….
         context: tokens at which plain bits count.
         resume: go on with what an interrupted run of the same options left.
-        statistics: folder that keeps the calibration for later runs on the same model and text, whatever else they choose.
+        statistics: folder that keeps the calibration for later runs on the same model and text, whatever else they
+            choose.
     Raises:
         KvfoldError: any bad input, in one sentence; nothing is left behind.
     """

@@ -82,8 +82,8 @@ def make_plan(model: str, budget: str, calib: str | None, recipe: Recipe, contex
     arch = architecture_of(config)
     if recipe.key.transform == "smooth" and rotary_dim_of(config) != head_dim_of(config):
         raise KvfoldError(
-            f"key.transform 'smooth' scales the pairs that RoPE rotates, but '{source.name}' rotates {rotary_dim_of(config)} of "
-            f"{head_dim_of(config)} channels; choose another key.transform in the recipe."
+            f"key.transform 'smooth' scales the pairs that RoPE rotates, but '{source.name}' rotates "
+            f"{rotary_dim_of(config)} of {head_dim_of(config)} channels; choose another key.transform in the recipe."
         )
     shape = num_kv_heads_of(config), head_dim_of(config)
     geometry = Geometry(*shape, recipe.sinks, recipe.least_window, recipe.page_tokens, sliding_windows_of(config))
@@ -108,7 +108,8 @@ def make_plan(model: str, budget: str, calib: str | None, recipe: Recipe, contex
 
 
 def longest_window(geometry: Geometry, budget: Budget, least: list[tuple[Format, Format]]) -> int:
-    """Tokens of the window that the budget pays for: its own times a power of two, a WINDOW_SHAREth of the budget at the most.
+    """Tokens of the window that the budget pays for: its own times a power of two, a WINDOW_SHAREth of the budget at
+    the most.
 
     At equal bytes a longer window is worth more than the bits it takes from the pages, up to a quarter and more of them
     (benchmarks/LOG.md); an eighth leaves the pages, which all that lies further back depends on, most of theirs.
@@ -129,7 +130,8 @@ def longest_window(geometry: Geometry, budget: Budget, least: list[tuple[Format,
 
 
 def graded_steps(spread: int, count: int) -> list[int]:
-    """`count` steps between positions that rise geometrically from 1 to `spread`; for a single sequence, `spread` itself."""
+    """`count` steps between positions that rise geometrically from 1 to `spread`; for a single sequence, `spread`
+    itself."""
     return [round(spread ** (i / (count - 1))) for i in range(count)] if count > 1 else [spread]
 
 
@@ -142,8 +144,8 @@ def check_ids(sequences: list[Tensor], config: Any, name: str) -> None:
     largest, size = max(int(ids.max()) for ids in sequences), config.get_text_config().vocab_size
     if largest >= size:
         raise KvfoldError(
-            f"The tokenizer of '{name}' gives the token {largest}, but the model's vocab_size is {size}; put the model's own tokenizer "
-            "files there."
+            f"The tokenizer of '{name}' gives the token {largest}, but the model's vocab_size is {size}; put the "
+            "model's own tokenizer files there."
         )
 
 
@@ -157,10 +159,10 @@ def check_reach(budget: Budget, geometry: Geometry, num_layers: int, least: int)
         bits = ceil(8000 * least / geometry.elements(budget.at, num_layers)) / 1000
         if bits > 16:
             raise KvfoldError(
-                f"Budget '{budget.request}' counts at {budget.at} tokens, where the 16-bit sinks, window and first page alone are "
-                f"more than an uncompressed cache ({least} bytes); choose a longer context."
+                f"Budget '{budget.request}' counts at {budget.at} tokens, where the 16-bit sinks, window and first "
+                f"page alone are more than an uncompressed cache ({least} bytes); choose a longer context."
             )
         raise KvfoldError(
-            f"Budget '{budget.request}' is {budget.nbytes} bytes at {budget.at} tokens, out of reach: the smallest cache of this model takes "
-            f"{least} bytes; ask for at least {bits} bits or {least}B@{budget.at}."
+            f"Budget '{budget.request}' is {budget.nbytes} bytes at {budget.at} tokens, out of reach: the smallest "
+            f"cache of this model takes {least} bytes; ask for at least {bits} bits or {least}B@{budget.at}."
         )

@@ -20,7 +20,8 @@ def progress(items: Iterable[T], desc: str, unit: str, initial: int = 0, total: 
 
 
 def print_anything() -> None:
-    """Has stdout and stderr show as an escape what their encoding lacks, as in the locale C; a path's own bytes stay what they are."""
+    """Has stdout and stderr show as an escape what their encoding lacks, as in the locale C; a path's own bytes stay
+    what they are."""
 
     def escape(error: UnicodeError) -> tuple[bytes, int]:
         assert isinstance(error, UnicodeEncodeError)

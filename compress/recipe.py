@@ -1,7 +1,8 @@
 """A recipe: every choice of the pipeline as data. `recipe.yaml` in an artifact is the resolved recipe.
 
 Recipes that ship are the YAML files of compress/recipes; a name stands for its file, and absent keys take the values of
-`best`. A side that offers a single format is fixed: then nothing is searched, and the budget only has to be large enough.
+`best`. A side that offers a single format is fixed: then nothing is searched, and the budget only has to be large
+enough.
 """
 
 from importlib.resources import files
@@ -185,11 +186,11 @@ class CalibrationRecipe(_Strict):
     Attributes:
         num_sequences, seq_len: sequences and tokens of each.
         texts: the built-in text's documents; sequences, and so probes, are taken from them in turn.
-        general: where a text is given, take every second sequence from the built-in text all the same, so that a narrow text
-            does not make a cache that is poor at everything else.
+        general: where a text is given, take every second sequence from the built-in text all the same, so that a narrow
+            text does not make a cache that is poor at everything else.
         spread: the step between positions; 0 covers the budget's context.
-        graded: the sequences' steps rise geometrically from 1 to `spread`, so that short contexts count as well as long ones;
-            else every sequence has that step, as in PM-KVQ.
+        graded: the sequences' steps rise geometrically from 1 to `spread`, so that short contexts count as well as long
+            ones; else every sequence has that step, as in PM-KVQ.
         sample_tokens: tokens kept whole, of all sequences together.
     """
 
@@ -206,14 +207,15 @@ class SensitivityRecipe(_Strict):
     """How a choice's loss is found.
 
     Attributes:
-        method: "kl", measured by a forward pass for each probe (search/sensitivity.py); "fisher", the same to second order, by backward
-            passes for all probes together (search/fisher.py); "first-order", Σ|g·Δ| (search/first_order.py).
+        method: "kl", measured by a forward pass for each probe (search/sensitivity.py); "fisher", the same to second
+            order, by backward passes for all probes together (search/fisher.py); "first-order", Σ|g·Δ|
+            (search/first_order.py).
         num_sequences, seq_len: of the probes.
         stride: every how many positions the KL is taken.
         directions: backward passes of each sequence, for "fisher".
         probes: formats of a side that are measured.
-        conversations: questions about the calibration text, the model's answers to which are probed too (conversations.py); where
-            the tokenizer has a chat template.
+        conversations: questions about the calibration text, the model's answers to which are probed too
+            (conversations.py); where the tokenizer has a chat template.
     """
 
     method: Literal["kl", "fisher", "first-order"] = "fisher"
@@ -226,16 +228,18 @@ class SensitivityRecipe(_Strict):
 
 
 class Recipe(_Strict):
-    """All choices. Tokens are counted in `sinks`, `window` and `page_tokens`; `tied`: K and V of a layer get one format.
+    """All choices. Tokens are counted in `sinks`, `window` and `page_tokens`; `tied`: K and V of a layer get one
+    format.
 
-    A window of "auto" is as long as an eighth of the budget pays for (plan.py): next words hang on the last few hundred tokens most.
+    A window of "auto" is as long as an eighth of the budget pays for (plan.py): next words hang on the last few hundred
+    tokens most.
 
     Attributes:
-        catalogue: take mixed formats from kernels/catalogue.py, where it has the head_dim, so that one set of kernels serves all
-            artifacts; else every layer makes its own cuts.
-        pairs: different (key format, value format) pairs that the layers may have together, each of which needs kernels of its
-            own; 0 for no limit. It binds where all layers choose from the same formats, not where they make their own cuts. With a limit
-            they come from the catalogue's list, where a recipe offers all of it.
+        catalogue: take mixed formats from kernels/catalogue.py, where it has the head_dim, so that one set of kernels
+            serves all artifacts; else every layer makes its own cuts.
+        pairs: different (key format, value format) pairs that the layers may have together, each of which needs kernels
+            of its own; 0 for no limit. It binds where all layers choose from the same formats, not where they make
+            their own cuts. With a limit they come from the catalogue's list, where a recipe offers all of it.
     """
 
     sinks: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 64
@@ -289,7 +293,8 @@ def load_recipe(recipe: str | Path | None = None, seed: int | None = None) -> Re
     """Reads a recipe.
 
     Args:
-        recipe: name of one that ships, or the path of a YAML file; None for the default. Absent keys keep their defaults.
+        recipe: name of one that ships, or the path of a YAML file; None for the default. Absent keys keep their
+            defaults.
         seed: overrides the recipe's.
     Raises:
         KvfoldError: no such recipe, not YAML, an unknown key or a value out of range.

@@ -1,4 +1,5 @@
-"""Reading a recipe's YAML without guessing: what YAML 1.1 or pydantic would quietly take for something else is an error."""
+"""Reading a recipe's YAML without guessing: what YAML 1.1 or pydantic would quietly take for something else is an
+error."""
 
 from difflib import get_close_matches
 from typing import Any

@@ -37,8 +37,8 @@ def read_documents(source: str | None, default: tuple[str, ...] = BUILT_IN) -> t
     """The name and documents of a text source.
 
     Args:
-        source: path of a UTF-8 text file; a `datasets` id as ID, ID:CONFIG or ID:CONFIG:SPLIT, or the folder of a dataset;
-            None for the built-in text.
+        source: path of a UTF-8 text file; a `datasets` id as ID, ID:CONFIG or ID:CONFIG:SPLIT, or the folder of a
+            dataset; None for the built-in text.
         default: files of the package that make up the built-in text.
     Raises:
         KvfoldError: no such file or dataset, not text, or empty.
@@ -108,7 +108,8 @@ def prefix_ids(tokenizer: Any) -> list[int]:
 def calibration_sequences(
     tokenizer: Any, source: str | None, recipe: CalibrationRecipe, most: int, seed: int
 ) -> tuple[str, list[Tensor]]:
-    """What a model is calibrated on: the given text, every second sequence from the built-in one, or the built-in text alone.
+    """What a model is calibrated on: the given text, every second sequence from the built-in one, or the built-in text
+    alone.
 
     Args:
         source: as in read_documents.
@@ -149,8 +150,8 @@ def sample_sequences(
     distinct = len(set().union(*tokens))
     if distinct < LEAST_DISTINCT:
         raise KvfoldError(
-            f"Text '{name}' holds {distinct} different tokens, from which nothing can be learned; give ordinary text (at least "
-            f"{LEAST_DISTINCT} different ones)."
+            f"Text '{name}' holds {distinct} different tokens, from which nothing can be learned; give ordinary text "
+            f"(at least {LEAST_DISTINCT} different ones)."
         )
     size = min(seq_len - len(prefix), longest)
     rng = random.Random(seed)

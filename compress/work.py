@@ -1,6 +1,7 @@
 """The work folder beside an artifact in the making: what an interrupted run has finished, for `--resume`.
 
-One run at a time writes there: its mark is locked while it lasts, and the system gives the lock back however the run ends.
+One run at a time writes there: its mark is locked while it lasts, and the system gives the lock back however the run
+ends.
 """
 
 import errno
@@ -42,8 +43,8 @@ def fingerprint(parts: dict) -> str:
 
 
 def model_fingerprint(path: Path) -> dict[str, str]:
-    """Name → sha256 of each file of a checkpoint that anything is computed from, whatever its time and size say: weights,
-    config.json, generation config, tokenizer, chat templates."""
+    """Name → sha256 of each file of a checkpoint that anything is computed from, whatever its time and size say:
+    weights, config.json, generation config, tokenizer, chat templates."""
     if (path / WEIGHTS).is_file() or not (path / INDEX).is_file():
         weights = {WEIGHTS}
     else:
@@ -58,7 +59,8 @@ def model_fingerprint(path: Path) -> dict[str, str]:
 
 
 def kept(path: Path, read: Callable[[Path], Any], default: Any = None) -> Any:
-    """What an earlier run left in a file; `default` where it is not there or can't be read: it is computed again then."""
+    """What an earlier run left in a file; `default` where it is not there or can't be read: it is computed again
+    then."""
     try:
         return read(path)
     except FileNotFoundError:
@@ -95,7 +97,8 @@ def _lock(mark: Path, out: Path) -> int:
 
 
 def _is_ours(work: Path) -> bool:
-    """Whether a folder is empty, or holds the mark of a run, which a crash may have cut short; an empty one is all that is there then."""
+    """Whether a folder is empty, or holds the mark of a run, which a crash may have cut short; an empty one is all that
+    is there then."""
     if work.is_symlink() or not work.is_dir():
         return False
     names = {path.name for path in work.iterdir()}
@@ -149,8 +152,8 @@ def work_folder(out: Path, key: str, resume: bool) -> Iterator[Path]:
         key: fingerprint of everything that the intermediate results depend on.
         resume: keep what an interrupted run has left there, instead of emptying the folder.
     Raises:
-        KvfoldError: `resume` finds another run's folder (its fingerprint differs); a run that still lasts has the folder;
-            it was not made by kvfold; or the disk is full.
+        KvfoldError: `resume` finds another run's folder (its fingerprint differs); a run that still lasts has the
+            folder; it was not made by kvfold; or the disk is full.
     """
     made = [parent for parent in out.absolute().parents if not parent.exists()]  # innermost first
     work = out.with_name(out.name + ".work")

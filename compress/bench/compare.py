@@ -1,7 +1,7 @@
 """Artifacts and rivals on one text under one protocol, a row at a time, each saved as soon as it is there.
 
-Artifacts run through the real packed cache, rivals through the arrays that they store (protocol.py). The reference is the
-original model, unquantised, for both.
+Artifacts run through the real packed cache, rivals through the arrays that they store (protocol.py). The reference is
+the original model, unquantised, for both.
 """
 
 import json
@@ -66,7 +66,8 @@ class Comparison:
         self.config = read_config(self.source.path)
         if not 2 <= s.seq_len <= self.config.max_position_embeddings:
             raise KvfoldError(
-                f"--seq-len {s.seq_len} is not between 2 and the model's maximum of {self.config.max_position_embeddings}."
+                f"--seq-len {s.seq_len} is not between 2 and the model's maximum of "
+                f"{self.config.max_position_embeddings}."
             )
         self.tokenizer = tokenizer_from_pretrained(self.source.path)
         self.text_name, documents = read_documents(s.text)
@@ -173,11 +174,20 @@ class Comparison:
         sides = [side for layer in metadata.layers for side in (layer.key, layer.value)]
         transforms = sorted({transform for side in sides for transform in side.transforms})
         self._add(
-            begun, name=name, kind="artifact", source=", ".join(transforms), digest=digest, sinks=geometry.sinks,
-            window=geometry.window, page_tokens=geometry.page_tokens, payload_bits=found["payload_bits"],
-            bits_at={str(n): 8 * cache_nbytes(geometry, formats, n) / geometry.elements(n, len(formats)) for n in LENGTHS},
+            begun,
+            name=name,
+            kind="artifact",
+            source=", ".join(transforms),
+            digest=digest,
+            sinks=geometry.sinks,
+            window=geometry.window,
+            page_tokens=geometry.page_tokens,
+            payload_bits=found["payload_bits"],
+            bits_at={
+                str(n): 8 * cache_nbytes(geometry, formats, n) / geometry.elements(n, len(formats)) for n in LENGTHS
+            },
             **{field: found[field] for field in FIGURES},
-        )  # fmt: skip
+        )
 
     # -- rivals --------------------------------------------------------------------------------------------------------
 

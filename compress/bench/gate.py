@@ -1,4 +1,5 @@
-"""The correctness gate of `kvfold bench kernel`: kernels against float32 on the same codes. If it fails, no speed counts."""
+"""The correctness gate of `kvfold bench kernel`: kernels against float32 on the same codes. If it fails, no speed
+counts."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +78,8 @@ def poison(device: torch.device) -> None:
 def run_gate(
     case: GateCase, sinks: int, window: int, page_tokens: int, tokens: int, device: torch.device, seed: int
 ) -> list[tuple[str, float, float]]:
-    """Checks one case with fresh random inputs: (what, error, largest error allowed) of each check; NaN errors fail too."""
+    """Checks one case with fresh random inputs: (what, error, largest error allowed) of each check; NaN errors fail
+    too."""
     torch.manual_seed(seed)
     heads, kv_heads = case.heads
     geometry = Geometry(kv_heads, case.formats[0].head_dim, sinks, window, page_tokens)
@@ -100,9 +102,11 @@ def run_gate(
 
 
 def rungs_error(geometry: Geometry, num_heads: int, lengths: list[int], device: torch.device) -> float:
-    """Largest relative error of any sequence and head where pages are of four formats, as the progressive policy leaves them.
+    """Largest relative error of any sequence and head where pages are of four formats, as the progressive policy leaves
+    them.
 
-    Sequence b has its pages cut at other places than the others, one rung of sequence 0 being empty; all rungs share sinks and window.
+    Sequence b has its pages cut at other places than the others, one rung of sequence 0 being empty; all rungs share
+    sinks and window.
     """
     g, dim = geometry, geometry.head_dim
     ladder = [PAIRS["best"](dim), PAIRS["k4v4"](dim), (uniform(dim, 256, "fp16"),) * 2, (raw16(dim),) * 2]
@@ -148,7 +152,8 @@ def worst_error(case: Case, out: Tensor) -> float:
 
 
 def append_difference(geometry: Geometry, case: GateCase, device: torch.device) -> float:
-    """Share of bytes that differ from the reference's where one step appends a token and packs the page that came due."""
+    """Share of bytes that differ from the reference's where one step appends a token and packs the page that came
+    due."""
     g = geometry
     heads, kv_heads = case.heads
     lengths = [g.sinks + g.window + (pages + 1) * g.page_tokens - 1 for pages in (2, 0)]
@@ -197,8 +202,8 @@ def lowering(geometry: Geometry, formats: Pair, pages: int, device: torch.device
 def lower_difference(geometry: Geometry, formats: Pair, device: torch.device) -> float:
     """By what share the error of lowered pages differs from that of the reference's.
 
-    Not bytes: what a finer grid holds lies often half-way between two levels of the coarser one, and such a tie may go either
-    way with the last bit of a division.
+    Not bytes: what a finer grid holds lies often half-way between two levels of the coarser one, and such a tie may go
+    either way with the last bit of a division.
     """
     g = geometry
     source, target, arguments, options = lowering(g, formats, 3, device)

@@ -57,14 +57,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Baseline:
-    """Milliseconds of 16-bit attention of one shape; a text says why there is no figure, None that none was asked for."""
+    """Milliseconds of 16-bit attention of one shape; a text says why there is no figure, None that none was asked
+    for."""
 
     sdpa: float
     flex: float | str | None
     own: float | None
 
 
-# -- compiling in advance ------------------------------------------------------------------------------------------------
+# -- compiling in advance ----------------------------------------------------------------------------------------------
 
 
 def warm_attention(settings: Settings, formats: Pair, heads: tuple[int, int], splits: int, writes: bool) -> None:
@@ -122,7 +123,7 @@ def prepare(settings: Settings, names: list[str], shapes: list[Shape]) -> list[t
     return [check for checks in results[:gates] for check in checks]
 
 
-# -- timing --------------------------------------------------------------------------------------------------------------
+# -- timing ------------------------------------------------------------------------------------------------------------
 
 
 def is_large(shape: Shape) -> bool:
@@ -165,7 +166,8 @@ def attention_ms(settings: Settings, name: str, shape: Shape) -> tuple[float, Ca
 
 
 def write_calls(case: Case, num_heads: int) -> list[Callable[[int], None]]:
-    """Calls that append a token to every sequence, without and with a page that comes due, and that lower a page of each.
+    """Calls that append a token to every sequence, without and with a page that comes due, and that lower a page of
+    each.
 
     Keys of one scale a token go through a matrix and an offset first, as artifacts store them.
     """
@@ -197,7 +199,8 @@ def write_calls(case: Case, num_heads: int) -> list[Callable[[int], None]]:
 
 
 def measure_writes(settings: Settings, case: Case, shape: Shape) -> tuple[float, float]:
-    """Milliseconds a step of appending and packing, and of lowering one page of each sequence a page's worth of steps."""
+    """Milliseconds a step of appending and packing, and of lowering one page of each sequence a page's worth of
+    steps."""
     idle, due, lower = (median_ms(call, settings.device) for call in write_calls(case, shape.num_heads))
     steps = case.geometry.page_tokens
     return ((steps - 1) * idle + due) / steps, lower / steps
@@ -209,8 +212,9 @@ def measure(settings: Settings, name: str, shape: Shape, baseline: Baseline, str
     Args:
         stream: bytes a second of the best stream.
     Returns:
-        format, shape, ms, packed_bytes, bytes_per_s, share_of_best_stream, ratios `sdpa`, `own16` and `flex` (None or a reason where
-        there is none), `append` and `lower` as shares of ms (None below a batch of WRITE_BATCH), and all milliseconds.
+        format, shape, ms, packed_bytes, bytes_per_s, share_of_best_stream, ratios `sdpa`, `own16` and `flex` (None or a
+        reason where there is none), `append` and `lower` as shares of ms (None below a batch of WRITE_BATCH), and all
+        milliseconds.
     """
     ms, case = attention_ms(settings, name, shape)
     rate = case.packed_nbytes / ms * 1e3

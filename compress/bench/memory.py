@@ -53,8 +53,8 @@ def memory_rows(
     Args:
         limit: bytes that a cache may take; 0: what the device has.
     Returns:
-        cache, shape, tokens, batch (0, and no ms, where not even one sequence fits), ms, tokens_per_s, and for packed caches
-        `ratio` to the best 16-bit row.
+        cache, shape, tokens, batch (0, and no ms, where not even one sequence fits), ms, tokens_per_s, and for packed
+        caches `ratio` to the best 16-bit row.
     """
     model = build_model(shape, device)
     config = model.config

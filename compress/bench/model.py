@@ -83,8 +83,8 @@ def layer_formats(name: str, head_dim: int, layers: int) -> list[Pair]:
 
 
 def make_artifact(config: Any, geometry: Geometry, formats: list[Pair]) -> Artifact:
-    """What `attach` needs of an artifact, without files: keys of one scale a token get a matrix and an offset, values a clip,
-    as the search would give them."""
+    """What `attach` needs of an artifact, without files: keys of one scale a token get a matrix and an offset, values a
+    clip, as the search would give them."""
     heads, dim = geometry.num_kv_heads, geometry.head_dim
     specs = []
     for k, v in formats:

@@ -1,4 +1,5 @@
-"""`kvfold bench prompt`: a prompt read into the packed cache against transformers' 16-bit cache, after the correctness gate."""
+"""`kvfold bench prompt`: a prompt read into the packed cache against transformers' 16-bit cache, after the correctness
+gate."""
 
 import itertools
 import statistics
@@ -32,8 +33,8 @@ MANY_SINKS = 100  # more than one block of 16-bit rows: the gate's second number
 def prompt_error(
     geometry: Geometry, formats: Pair, num_heads: int, tokens: int, queries: int, together: bool, device: torch.device
 ) -> float:
-    """Largest relative error of any head, kernels against float32 on the same codes: the last `queries` of `tokens` tokens of a
-    sequence, all of it in one call, in float16.
+    """Largest relative error of any head, kernels against float32 on the same codes: the last `queries` of `tokens`
+    tokens of a sequence, all of it in one call, in float16.
 
     Args:
         together: read what all queries share as a run, at once; else by the kernel alone.
@@ -89,7 +90,8 @@ def gate(
 
 @torch.no_grad()
 def read_ms(model: Any, make_cache: Any, ids: Tensor, chunk: int) -> tuple[float, int | None]:
-    """(milliseconds until the last token's logits, the median of REPEATS; peak bytes beyond what was allocated before)."""
+    """(milliseconds until the last token's logits, the median of REPEATS; peak bytes beyond what was allocated
+    before)."""
     device = ids.device
 
     def run() -> float:
@@ -116,13 +118,19 @@ def read_ms(model: Any, make_cache: Any, ids: Tensor, chunk: int) -> tuple[float
 
 
 def prompt_rows(
-    shape: str, tokens: int, chunk: int, names: list[str], baseline: bool, regions: tuple[int, int, int], device: torch.device
-) -> list[dict[str, Any]]:  # fmt: skip
+    shape: str,
+    tokens: int,
+    chunk: int,
+    names: list[str],
+    baseline: bool,
+    regions: tuple[int, int, int],
+    device: torch.device,
+) -> list[dict[str, Any]]:
     """Times a prompt of one sequence, one row a format, the baseline (DynamicCache, sdpa, the same chunks) first.
 
     Returns:
-        cache (a format or "dynamic"), shape, tokens, chunk, ms, tokens_per_s, peak_bytes beyond the weights (None on a CPU), and
-        `ratio`, the baseline's ms over this row's (None without one).
+        cache (a format or "dynamic"), shape, tokens, chunk, ms, tokens_per_s, peak_bytes beyond the weights (None on a
+        CPU), and `ratio`, the baseline's ms over this row's (None without one).
     """
     model = build_model(shape, device)
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=device)
@@ -133,10 +141,16 @@ def prompt_rows(
         ratio = None if base is None else base / ms
         rows.append(
             {
-                "cache": name, "shape": shape, "tokens": tokens, "chunk": chunk, "ms": ms, "tokens_per_s": tokens / ms * 1e3,
-                "peak_bytes": peak, "ratio": ratio,
+                "cache": name,
+                "shape": shape,
+                "tokens": tokens,
+                "chunk": chunk,
+                "ms": ms,
+                "tokens_per_s": tokens / ms * 1e3,
+                "peak_bytes": peak,
+                "ratio": ratio,
             }
-        )  # fmt: skip
+        )
 
     if baseline:
         add("dynamic", read_ms(model, lambda: DynamicCache(config=model.config), ids, chunk), None)

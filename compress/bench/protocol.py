@@ -1,7 +1,8 @@
-"""The protocol that all rows of a comparison share, for rivals: what is in 16 bits, what is stored, and how it is counted.
+"""The protocol that all rows of a comparison share, for rivals: what is in 16 bits, what is stored, and how it is
+counted.
 
-Teacher-forced windows; the first N tokens and the last W in 16 bits; a page leaves the window as a whole, and a query reads
-everything behind it as it is stored. This is kernels/attention.py's rule, through `attend` itself.
+Teacher-forced windows; the first N tokens and the last W in 16 bits; a page leaves the window as a whole, and a query
+reads everything behind it as it is stored. This is kernels/attention.py's rule, through `attend` itself.
 """
 
 import torch

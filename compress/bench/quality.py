@@ -51,7 +51,8 @@ def quality_command(
         bool, typer.Option("--resume", help="Keep the rows that are there and add what is missing.")
     ] = False,
 ) -> None:
-    """Compares artifacts and rivals: perplexity, KL and top-1 at their bits. Writes quality.json, .md, .png and .svg."""
+    """Compares artifacts and rivals: perplexity, KL and top-1 at their bits.
+    Writes quality.json, .md, .png and .svg."""
     import torch
 
     from kvfold.compress.bench import compare, report

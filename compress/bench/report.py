@@ -19,9 +19,11 @@ def markdown(result: dict[str, Any]) -> str:
     lengths = [f"{n // 1024}K" for n in LENGTHS]
     first = result["first_window"]
     lines = [
-        f"## {result['model']} on {result['text']}: windows {first} to {first + result['windows'] - 1} of {result['seq_len']} tokens",
+        f"## {result['model']} on {result['text']}: windows {first} to {first + result['windows'] - 1} "
+        f"of {result['seq_len']} tokens",
         "",
-        "| cache | payload bits | " + " | ".join(f"bits at {n}" for n in lengths) + " | 16-bit tokens | perplexity | ΔNLL | KL | top-1 |",
+        "| cache | payload bits | " + " | ".join(f"bits at {n}" for n in lengths)
+        + " | 16-bit tokens | perplexity | ΔNLL | KL | top-1 |",
         "|---|" + "---|" * (len(lengths) + 6),
     ]  # fmt: skip
     rows = sorted(result["rows"], key=lambda row: (round(row["payload_bits"]), row["kl"]))
@@ -32,15 +34,16 @@ def markdown(result: dict[str, Any]) -> str:
         digits = _kl_digits(row["kl"])
         bits = " | ".join(f"{row['bits_at'][str(n)]:.3f}" for n in LENGTHS)
         lines.append(
-            f"| {bold}{row['name']}{bold} | {row['payload_bits']:.3f} | {bits} | {row['sinks']} + {row['window']} + ≤{row['page_tokens'] - 1} "
-            f"| {row['ppl']:.3f} | {row['dnll']:+.{digits}f}{_error(row['dnll_se'], digits)} "
+            f"| {bold}{row['name']}{bold} | {row['payload_bits']:.3f} | {bits} | {row['sinks']} + {row['window']} + "
+            f"≤{row['page_tokens'] - 1} | {row['ppl']:.3f} | {row['dnll']:+.{digits}f}{_error(row['dnll_se'], digits)} "
             f"| {row['kl']:.{digits}f}{_error(row['kl_se'], digits)} | {row['top1_agreement']:.3f} |"
         )
     lines += [
         "",
-        f"Computed in {result['dtype']}. Nats per token, ± standard error over windows; KL and top-1 against the original model with an "
-        "unquantised cache. Payload: codes and all scales and minima of what lies behind the window. Bits at a length: everything resident for "
-        "one sequence, with sinks, window, the open page and tables. 16-bit tokens: sinks + window + what a page still waits for.",
+        f"Computed in {result['dtype']}. Nats per token, ± standard error over windows; KL and top-1 against the "
+        "original model with an unquantised cache. Payload: codes and all scales and minima of what lies behind the "
+        "window. Bits at a length: everything resident for one sequence, with sinks, window, the open page and tables. "
+        "16-bit tokens: sinks + window + what a page still waits for.",
         "",
     ]
     sources = {row["name"].rsplit(" ", 1)[0]: row["source"] for row in rows if row["kind"] == "rival"}

@@ -1,4 +1,5 @@
-"""What benchmarks that make and measure many artifacts share: rows that outlive an interrupted run, budgets by payload."""
+"""What benchmarks that make and measure many artifacts share: rows that outlive an interrupted run, budgets by
+payload."""
 
 import json
 import os
@@ -19,12 +20,14 @@ from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import head_dim_of, num_kv_heads_of, sliding_windows_of
 from kvfold.exports.scratch import write_whole
 
-SINKS = 5  # tokens in 16 bits at a sequence's beginning, as SKVQ has them (arXiv 2405.06219): the same in all rows of all tables
+# tokens in 16 bits at a sequence's beginning, as SKVQ has them (arXiv 2405.06219): the same in all rows of all tables
+SINKS = 5
 CONTEXT = 32768  # tokens at which budgets count, or the model's maximum
 
 
 class Rows:
-    """Finished rows by name, in a JSON file that is rewritten whole after each; a run with the same options goes on there.
+    """Finished rows by name, in a JSON file that is rewritten whole after each; a run with the same options goes on
+    there.
 
     Args:
         path: of the file.
@@ -47,7 +50,8 @@ class Rows:
 
 
 def side_by_side(work: Callable, tasks: dict[str, tuple], jobs: int) -> Iterator[tuple[str, Any]]:
-    """(name, work(*arguments)) of every task as it is done: one after another, or in `jobs` processes that share the GPUs out."""
+    """(name, work(*arguments)) of every task as it is done: one after another, or in `jobs` processes that share the
+    GPUs out."""
     if jobs == 1:
         for name, arguments in tasks.items():
             yield name, work(*arguments)
@@ -80,7 +84,8 @@ def folder_of(out: Path, jobs: int) -> Path:
 
 
 def comparable(recipe: Recipe) -> Recipe:
-    """A recipe with no more sinks and no longer a window than the tables' other rows have; by default an artifact keeps more."""
+    """A recipe with no more sinks and no longer a window than the tables' other rows have; by default an artifact keeps
+    more."""
     return recipe.model_copy(update={"sinks": min(recipe.sinks, SINKS), "window": recipe.least_window})
 
 
@@ -95,7 +100,8 @@ def geometry_of(model: str, recipe: Recipe) -> tuple[Geometry, int, int]:
 def budget_for_payload(model: str, recipe: Recipe, bits: float) -> str:
     """The budget in bytes that leaves `bits` of payload for every packed element, whatever sinks and window take.
 
-    Where layers slide it counts at the shortest window: all layers then hold as much, and the payload is the mean of the layers'.
+    Where layers slide it counts at the shortest window: all layers then hold as much, and the payload is the mean of
+    the layers'.
     """
     geometry, layers, at = geometry_of(model, recipe)
     at = min([at, *(window for window in geometry.sliding if window)])
@@ -104,7 +110,8 @@ def budget_for_payload(model: str, recipe: Recipe, bits: float) -> str:
 
 
 def make(model: str, recipe: Recipe, bits: float, out: Path, device: str, calib: str | None = None) -> dict:
-    """Compresses at a payload; the calibration is kept beside `out` for runs that share it. Returns the artifact's figures."""
+    """Compresses at a payload; the calibration is kept beside `out` for runs that share it. Returns the artifact's
+    figures."""
     budget = budget_for_payload(model, recipe, bits)
     c = recipe.calibration
     if not c.spread:  # the whole context, wherever the budget counts

@@ -1,4 +1,5 @@
-"""`kvfold bench kernel | prompt | decode | memory`: speed and memory, each against 16-bit caches in the same run on one machine."""
+"""`kvfold bench kernel | prompt | decode | memory`: speed and memory, each against 16-bit caches in the same run on one
+machine."""
 
 import json
 import os
@@ -73,7 +74,8 @@ def kernel_command(
     device: DeviceOption = "auto",
     json_file: JsonOption = None,
 ) -> None:
-    """Times decode attention over packed pages, after checking it; prints no speed and exits with 1 if the check fails."""
+    """Times decode attention over packed pages, after checking it;
+    prints no speed and exits with 1 if the check fails."""
     check_options(json_file, page_tokens, **{"gate-tokens": gate_tokens})
     from kvfold.compress.plan import pick_device
 
@@ -210,8 +212,8 @@ def decode_command(
         )
         ratio = "" if row["ratio"] is None else f" {row['ratio']:.2f}× faster than the better;"
         print(
-            f"{row['format']} {shape} {batch}x{tokens}: {row['ms']:.2f} ms a step, {row['over_floor']:.2f}× the floor of "
-            f"{row['floor_ms']:.2f} ms;{ratio} {others or 'no baseline'} | {describe(where)}"
+            f"{row['format']} {shape} {batch}x{tokens}: {row['ms']:.2f} ms a step, {row['over_floor']:.2f}× the floor "
+            f"of {row['floor_ms']:.2f} ms;{ratio} {others or 'no baseline'} | {describe(where)}"
         )
     write_json(json_file, {"machine": where, "streams": [s._asdict() for s in streams], "rows": rows})
 
@@ -231,7 +233,8 @@ def memory_command(
     device: DeviceOption = "auto",
     json_file: JsonOption = None,
 ) -> None:
-    """Finds the largest batch that really runs in 16 bits and packed, with its tokens a second; and runs one long sequence."""
+    """Finds the largest batch that really runs in 16 bits and packed, with its tokens a second;
+    and runs one long sequence."""
     check_options(json_file, page_tokens, tokens=tokens)
     import torch
 
@@ -264,8 +267,8 @@ def memory_command(
     write_json(json_file, result | {"long": long})
     peak = "" if long["peak_bytes"] is None else f", peak {long['peak_bytes'] / 1e9:.2f} GB"
     print(
-        f"{long_format} {long_shape} 1x{long_tokens}: {long['ms']:.2f} ms a token, cache {long['cache_bytes'] / 1e9:.2f} GB, "
-        f"weights {long['weights_bytes'] / 1e9:.2f} GB{peak} | {describe(where)}"
+        f"{long_format} {long_shape} 1x{long_tokens}: {long['ms']:.2f} ms a token, cache "
+        f"{long['cache_bytes'] / 1e9:.2f} GB, weights {long['weights_bytes'] / 1e9:.2f} GB{peak} | {describe(where)}"
     )
 
 

@@ -104,21 +104,28 @@ def print_table(metadata: Metadata, at: int | None = None) -> None:
         k, v = layer["key"], layer["value"]
         loss = k["predicted_loss"] + v["predicted_loss"]
         table.add_row(
-            str(layer["layer"]), k["format"], f"{k['payload_bits']:.3f}", v["format"], f"{v['payload_bits']:.3f}", f"{k['bytes'] + v['bytes']:,}", f"{loss:.2e}"
-        )  # fmt: skip
+            str(layer["layer"]),
+            k["format"],
+            f"{k['payload_bits']:.3f}",
+            v["format"],
+            f"{v['payload_bits']:.3f}",
+            f"{k['bytes'] + v['bytes']:,}",
+            f"{loss:.2e}",
+        )
     console().print(table)
     total = sum(layer[side]["predicted_loss"] for layer in info["layers"] for side in ("key", "value"))
     near = f" behind {LEAST_WINDOW} of them" if info["window"] > LEAST_WINDOW else ""
     print(
         f"{format_nbytes(info['bytes'])} ({info['bytes']} bytes) instead of {format_nbytes(info['bytes_16bit'])}: "
         f"{info['effective_bits']:.3f} effective bits, {info['payload_bits']:.3f} in pages; "
-        f"{info['sinks']} sinks and a window of {info['window']} tokens in 16 bits; KL on calibration text {info['kl']:.4f} nats{near} "
-        f"(predictions, each layer alone, add up to {total:.4f}); "
+        f"{info['sinks']} sinks and a window of {info['window']} tokens in 16 bits; KL on calibration text "
+        f"{info['kl']:.4f} nats{near} (predictions, each layer alone, add up to {total:.4f}); "
         f"calibrated for positions up to {info['covered_positions']}."
     )
     kernels = info["kernels"]
     print(
-        f"Kernels: {kernels['pairs']} pairs of formats, {kernels['key_formats']} of keys and {kernels['value_formats']} of values (K / V × layers):"
+        f"Kernels: {kernels['pairs']} pairs of formats, {kernels['key_formats']} of keys and "
+        f"{kernels['value_formats']} of values (K / V × layers):"
     )
     for (k, v), layers in Counter(metadata.formats).most_common():
         print(f"  {k} / {v} × {layers}")
@@ -220,7 +227,8 @@ def validate_command(
         tokenizer_from_pretrained(artifact)
     print(
         printable(
-            f"{artifact} is a valid artifact of {found.metadata.provenance.model}, format_version {found.metadata.format_version}."
+            f"{artifact} is a valid artifact of {found.metadata.provenance.model}, format_version "
+            f"{found.metadata.format_version}."
         )
     )
 
@@ -259,8 +267,9 @@ def eval_command(
         bool,
         typer.Option(
             "--run-code",
-            help="Tasks: allow humaneval to run the model's programs, in a process of their own with limits and what fences the system has. "
-            "That stops accidents; it is no wall against a program that means harm, so run it in a container.",
+            help="Tasks: allow humaneval to run the model's programs, in a process of their own with limits and what "
+            "fences the system has. That stops accidents; it is no wall against a program that means harm, so run it "
+            "in a container.",
         ),
     ] = False,
     draws: Annotated[int, typer.Option(min=1, help="Tasks: answers sampled for each prompt.")] = 1,
@@ -286,8 +295,9 @@ def eval_command(
         raise KvfoldError(f"--json '{json_file}' lies in a folder that does not exist; make it or choose another file.")
     if tasks is not None:
         report = run_tasks(
-            artifact, tasks, data=task_data, limit=limit, batch_size=batch_size, time_limit=time_limit, run_code=run_code, draws=draws,
-            temperature=temperature, context=context, text=text, seed=seed, samples=samples, resume=resume, device=pick_device(device), attention=attention,
+            artifact, tasks, data=task_data, limit=limit, batch_size=batch_size, time_limit=time_limit,
+            run_code=run_code, draws=draws, temperature=temperature, context=context, text=text, seed=seed,
+            samples=samples, resume=resume, device=pick_device(device), attention=attention,
         )  # fmt: skip
         if json_file:  # first: stdout may be closed or full
             json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -311,8 +321,14 @@ def eval_command(
         table.add_column(column, justify="right", no_wrap=True)
     table.add_row("16-bit", "16", "16", f"{e.nll_16bit:.4f}", f"{e.ppl_16bit:.3f}", "", "")
     table.add_row(
-        "packed", f"{e.effective_bits:.3f}", f"{e.payload_bits:.3f}", f"{e.dnll:+.4f}{with_error(e.dnll_se)}", f"{e.ppl:.3f}", f"{e.kl:.4f}{with_error(e.kl_se)}", f"{e.top1_agreement:.4f}"
-    )  # fmt: skip
+        "packed",
+        f"{e.effective_bits:.3f}",
+        f"{e.payload_bits:.3f}",
+        f"{e.dnll:+.4f}{with_error(e.dnll_se)}",
+        f"{e.ppl:.3f}",
+        f"{e.kl:.4f}{with_error(e.kl_se)}",
+        f"{e.top1_agreement:.4f}",
+    )
     console().print(table)
 
 
@@ -337,7 +353,8 @@ app.command("push")(push_command)
 
 
 def main(args: list[str] | None = None, prog: str = "kvfold") -> None:
-    """Runs the command line: exit code 0 done, 2 wrong usage or input (one line), 1 failure, 130 interrupted (one line).
+    """Runs the command line: exit code 0 done, 2 wrong usage or input (one line), 1 failure, 130 interrupted (one
+    line).
 
     Args:
         args: what stands after the command's name; default: of this process.

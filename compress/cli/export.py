@@ -47,7 +47,8 @@ def modelopt_command(
     calib: CalibOption = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Plain weights with a per-layer map of FP8 and NVFP4 caches, for engines that read Model Optimizer's checkpoints."""
+    """Plain weights with a per-layer map of FP8 and NVFP4 caches,
+    for engines that read Model Optimizer's checkpoints."""
     from kvfold.compress.plan import pick_device
     from kvfold.compress.targets.engines import export_modelopt
 

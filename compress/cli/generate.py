@@ -47,6 +47,7 @@ def generate(
     tokens = cache.get_seq_length()
     elements = cache.geometry.elements(tokens, len(cache.layers))
     print(
-        f"kvfold: {tokens} tokens in a cache of {format_nbytes(cache.nbytes)}, {8 * cache.nbytes / elements:.2f} bits per element",
+        f"kvfold: {tokens} tokens in a cache of {format_nbytes(cache.nbytes)}, "
+        f"{8 * cache.nbytes / elements:.2f} bits per element",
         file=sys.stderr,
     )

@@ -145,7 +145,8 @@ def build_command(
         raise KvfoldError("Nothing says which kernels to compile; give --artifact DIR, once or more, or --catalogue.")
     if catalogue and (heads % kv_heads or not all(part.strip().isdecimal() for part in head_dim.split(","))):
         raise KvfoldError(
-            f"--head-dim {head_dim} must be numbers, and --heads {heads} a multiple of --kv-heads {kv_heads}; change them."
+            f"--head-dim {head_dim} must be numbers, and --heads {heads} a multiple of --kv-heads {kv_heads}; change "
+            "them."
         )
     check_options(arch, dtype, policy)
     with Builder(jobs) as builder:

@@ -1,4 +1,5 @@
-"""MODEL: an alias, a local .gguf, a local checkpoint folder, or a Hub id, turned into a folder that transformers loads."""
+"""MODEL: an alias, a local .gguf, a local checkpoint folder, or a Hub id, turned into a folder that transformers
+loads."""
 
 import json
 import struct
@@ -55,7 +56,8 @@ def resolve_model(model: str, revision: str | None = None) -> Source:
         source = Source(path, path.resolve().name)
     elif path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise KvfoldError(
-            f"Model '{model}' is not a checkpoint folder; give a folder, a .gguf, a Hub id or an alias ({', '.join(ALIASES)})."
+            f"Model '{model}' is not a checkpoint folder; give a folder, a .gguf, a Hub id or an alias "
+            f"({', '.join(ALIASES)})."
         )
     else:
         source = _from_hub(model, revision)
@@ -77,8 +79,8 @@ def _from_hub(repo_id: str, revision: str | None) -> Source:
         path = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise KvfoldError(
-            f"Model '{repo_id}' is neither an alias ({', '.join(ALIASES)}), a folder, a .gguf nor a Hub id that can be reached "
-            f"({type(error).__name__}); check the spelling and the network."
+            f"Model '{repo_id}' is neither an alias ({', '.join(ALIASES)}), a folder, a .gguf nor a Hub id that can be "
+            f"reached ({type(error).__name__}); check the spelling and the network."
         ) from error
     try:
         commit = model_info(repo_id, revision=revision).sha
@@ -110,7 +112,8 @@ def read_config(path: Path) -> Any:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Checks a checkpoint folder before anything expensive: family, files, and each safetensors header against its size.
+    """Checks a checkpoint folder before anything expensive: family, files, and each safetensors header against its
+    size.
 
     Raises:
         KvfoldError: what is wrong, by name.
@@ -121,8 +124,8 @@ def check_checkpoint(path: Path) -> None:
     if quantised := getattr(config, "quantization_config", None):
         stated = quantised if isinstance(quantised, dict) else vars(quantised)
         raise KvfoldError(
-            f"The weights in '{path}' are quantised ({stated.get('quant_method', 'by an unknown method')}), so nothing can be folded into them; "
-            "give the model in bfloat16, float16 or float32."
+            f"The weights in '{path}' are quantised ({stated.get('quant_method', 'by an unknown method')}), so nothing "
+            "can be folded into them; give the model in bfloat16, float16 or float32."
         )
     if is_artifact(path):
         raise KvfoldError(f"'{path}' is already compressed by kvfold; give the original model.")
@@ -152,13 +155,14 @@ def _check_safetensors(file: Path) -> None:
         raise KvfoldError(f"'{file}' is not a readable safetensors file; download it again.") from None
     if 8 + length + end != size:
         raise KvfoldError(
-            f"'{file}' is truncated: its header describes {8 + length + end} bytes, the file has {size}; download it again."
+            f"'{file}' is truncated: its header describes {8 + length + end} bytes, the file has {size}; download it "
+            "again."
         )
     for name, dtype in sorted(dtypes.items()):
         if name.endswith(("weight", "bias", "proj")) and dtype not in DTYPES:
             raise KvfoldError(
-                f"The tensor {name} in '{file}' is {dtype}, quantised without a quantization_config that says how; give the model in "
-                "bfloat16, float16 or float32."
+                f"The tensor {name} in '{file}' is {dtype}, quantised without a quantization_config that says how; "
+                "give the model in bfloat16, float16 or float32."
             )
 
 
@@ -184,11 +188,12 @@ def load_model(path: Path, dtype: torch.dtype | str, device: torch.device, atten
     except Exception as error:  # what transformers raises for files of any content
         if is_out_of_memory(error):
             raise KvfoldError(
-                f"There is too little memory to load '{path}' ({reason_of(error)}); free some, or choose a smaller model."
+                f"There is too little memory to load '{path}' ({reason_of(error)}); free some, or choose a smaller "
+                "model."
             ) from error
         raise KvfoldError(
-            f"The files in '{path}' make no model ({type(error).__name__}: {reason_of(error)}); give a checkpoint whose weights fit its "
-            "config.json and generation_config.json."
+            f"The files in '{path}' make no model ({type(error).__name__}: {reason_of(error)}); give a checkpoint "
+            "whose weights fit its config.json and generation_config.json."
         ) from error
     model, report = loaded
     for kind, what in (("mismatched_keys", "of the wrong shape"), ("missing_keys", "missing")):

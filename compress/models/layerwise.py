@@ -47,7 +47,8 @@ class LayerRunner:
         return first[0], calls
 
     def run(self, index: int, hidden_states: Tensor, first: int = 0) -> Tensor:
-        """Layer `index` on hidden states [B, T − first, hidden_size] of the positions from `first` on → the next layer's.
+        """Layer `index` on hidden states [B, T − first, hidden_size] of the positions from `first` on → the next
+        layer's.
 
         With first > 0 the layer's attention must be tapped by what knows the keys and values before.
         """
@@ -67,8 +68,8 @@ class LayerRunner:
 
 
 def _from(given: Any, first: int, tokens: int) -> Any:
-    """What a layer is called with, of the positions from `first` on: rows of masks [B, 1, T, T], rotary tables and positions
-    [B, T, …], positions [T]; anything else as it is."""
+    """What a layer is called with, of the positions from `first` on: rows of masks [B, 1, T, T], rotary tables and
+    positions [B, T, …], positions [T]; anything else as it is."""
     if isinstance(given, tuple):
         return tuple(_from(x, first, tokens) for x in given)
     if not isinstance(given, Tensor):

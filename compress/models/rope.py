@@ -1,8 +1,9 @@
 """What RoPE turns a layer's queries and keys by, read from the model's own rotary module.
 
-A family may have one table for all layers, a table for each type of layer (Gemma 3: another base in sliding layers), tables
-that change with the length (long-rope), factors that only a part of a head's channels take, or layers without RoPE. A turn is
-a complex number e^{iθ} for each pair of channels (i, i + n/2) of the n that are rotated, so turns combine by multiplication.
+A family may have one table for all layers, a table for each type of layer (Gemma 3: another base in sliding layers),
+tables that change with the length (long-rope), factors that only a part of a head's channels take, or layers without
+RoPE. A turn is a complex number e^{iθ} for each pair of channels (i, i + n/2) of the n that are rotated, so turns
+combine by multiplication.
 """
 
 from typing import Any
@@ -17,8 +18,8 @@ def turns(model: Any, arch: Architecture, layer: int, positions: Tensor) -> Tens
     """The turns of one layer at `positions`, int64 [B, T], of one sequence.
 
     Returns:
-        complex64 [B, T, n/2] of modulus 1 (a factor on the tables, as long-rope has, is left out); None for a layer without
-        RoPE.
+        complex64 [B, T, n/2] of modulus 1 (a factor on the tables, as long-rope has, is left out); None for a layer
+        without RoPE.
     """
     attention = arch.attention_modules(model)[layer]
     if not getattr(attention, "use_rope", True):
@@ -35,7 +36,8 @@ def frequencies(model: Any, arch: Architecture, layer: int, last: int) -> Tensor
     """Angular frequencies ω of a layer's RoPE, float32 [n/2], radians a token; None for a layer without RoPE.
 
     Args:
-        last: the highest position that will be used: a table that changes with the length is asked for with that one in.
+        last: the highest position that will be used: a table that changes with the length is asked for with that one
+            in.
     """
     device = next(model.parameters()).device
     found = turns(model, arch, layer, torch.tensor([[0, 1, max(1, last)]], device=device))

@@ -1,4 +1,5 @@
-"""Whether the numbers in a config make a model at all, before one is built from them: a million layers take minutes to be refused."""
+"""Whether the numbers in a config make a model at all, before one is built from them: a million layers take minutes to
+be refused."""
 
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,11 @@ def check_shape(config: Any, path: Path) -> None:
     ):
         if not isinstance(value, int) or not 1 <= value <= most:
             raise KvfoldError(
-                f"The config of '{path}' has {name} {value!r}, but there must be 1 to {most}; give the checkpoint's own config.json."
+                f"The config of '{path}' has {name} {value!r}, but there must be 1 to {most}; give the checkpoint's "
+                "own config.json."
             )
     if heads % kv_heads:
         raise KvfoldError(
-            f"The config of '{path}' has {heads} attention heads for {kv_heads} KV heads, which don't share them evenly; give the "
-            "checkpoint's own config.json."
+            f"The config of '{path}' has {heads} attention heads for {kv_heads} KV heads, which don't share them "
+            "evenly; give the checkpoint's own config.json."
         )

@@ -87,7 +87,8 @@ def measure(plan: Plan, work: Path, device: torch.device, statistics: Path | Non
     """
     recipe, geometry = plan.recipe, plan.geometry
     stage(
-        f"reading {plan.source.name}: {plan.num_layers} layers, {len(plan.sequences)} × {plan.sequences[0].shape[1]} tokens of calibration text"
+        f"reading {plan.source.name}: {plan.num_layers} layers, {len(plan.sequences)} × {plan.sequences[0].shape[1]} "
+        "tokens of calibration text"
     )
     model = load_model(plan.source.path, _compute_dtype(plan, device), device, TAP)
     check_finite(model, plan.source.name)
@@ -159,7 +160,8 @@ def search(plan: Plan, work: Path, device: torch.device, statistics: Path | None
 
 @torch.no_grad()
 def check_finite(model: Any, name: str) -> None:
-    """Refuses weights that are no numbers. Rows of an embedding that no text uses may be anything, where they aren't the head's too.
+    """Refuses weights that are no numbers. Rows of an embedding that no text uses may be anything, where they aren't
+    the head's too.
 
     Raises:
         KvfoldError: naming the first.
@@ -169,7 +171,8 @@ def check_finite(model: Any, name: str) -> None:
         apart = embedding is not head and embedding is not None and tensor.data_ptr() == embedding.data_ptr()
         if tensor.is_floating_point() and not apart and not bool(torch.isfinite(tensor).all()):
             raise KvfoldError(
-                f"The weight {key} of '{name}' holds NaN or infinity, so nothing can be measured with it; give weights that are whole."
+                f"The weight {key} of '{name}' holds NaN or infinity, so nothing can be measured with it; give weights "
+                "that are whole."
             )
 
 
@@ -216,8 +219,8 @@ def choose(
 
 
 def _places(plan: Plan, keys: list[Format], values: list[Format]) -> list[tuple[int, int]]:
-    """The (key, value) candidates of a layer that may go together: those of the catalogue's list of pairs, where the recipe offers all of
-    them and limits pairs at all; else any two."""
+    """The (key, value) candidates of a layer that may go together: those of the catalogue's list of pairs, where the
+    recipe offers all of them and limits pairs at all; else any two."""
     recipe, every = plan.recipe, list(product(range(len(keys)), range(len(values))))
     if recipe.tied:
         return [(i, i) for i in range(len(keys))]

@@ -1,8 +1,8 @@
 """The allocation: one format for each layer's keys and values, least predicted loss under a byte budget, by MILP.
 
 Variables x[g, c] ∈ {0, 1} choose candidate c in group g (a layer's keys or values); Σ_c x[g, c] = 1 for each g and
-Σ bytes[g, c]·x[g, c] ≤ budget; the objective is Σ loss[g, c]·x[g, c] (the integer program of PM-KVQ, 2505.18610, with keys and
-values apart and every byte counted).
+Σ bytes[g, c]·x[g, c] ≤ budget; the objective is Σ loss[g, c]·x[g, c] (the integer program of PM-KVQ, 2505.18610, with
+keys and values apart and every byte counted).
 """
 
 from dataclasses import dataclass

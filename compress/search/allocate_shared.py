@@ -1,7 +1,8 @@
-"""The allocation with a limit on how many different kinds of choices all groups use together: kernels are compiled for each kind.
+"""The allocation with a limit on how many different kinds of choices all groups use together: kernels are compiled for
+each kind.
 
-A group is a layer, a kind a pair of formats (or one format for both), and its bytes and losses are the two sides' sums. With y[g, p]
-whether group g takes kind p, and u[p] whether p is used at all:
+A group is a layer, a kind a pair of formats (or one format for both), and its bytes and losses are the two sides' sums.
+With y[g, p] whether group g takes kind p, and u[p] whether p is used at all:
 
     min Σ loss·y,   Σ_p y[g, p] = 1,   y[g, p] ≤ u[p],   Σ_p u[p] ≤ limit,   Σ bytes·y ≤ budget
 
@@ -9,9 +10,9 @@ that is a k-median problem with a knapsack. Given prices v[g] of groups and λ o
 
     Σ_g v[g] − λ·budget + Σ of the `limit` least ρ[p],   ρ[p] = Σ_g min(0, loss[g, p] + λ·bytes[g, p] − v[g])
 
-as tight as the linear program's and a matrix operation each. Subgradient steps raise it; an exchange of kinds finds a good
-allocation; kinds that the bound shows to be in no better one are dropped (hundreds go, some tens stay), and the integer program
-settles the rest. Nothing depends on time or chance, so a result is the same on any machine.
+as tight as the linear program's and a matrix operation each. Subgradient steps raise it; an exchange of kinds finds a
+good allocation; kinds that the bound shows to be in no better one are dropped (hundreds go, some tens stay), and the
+integer program settles the rest. Nothing depends on time or chance, so a result is the same on any machine.
 """
 
 from collections.abc import Hashable, Sequence
@@ -95,8 +96,8 @@ class _Problem:
         return float(self.loss[self.rows, found].sum())
 
     def within(self, used: np.ndarray) -> tuple[np.ndarray | None, float]:
-        """(kind of each group, λ): the least loss of `used` kinds at the smallest price of a byte whose choice fits; None if even the
-        smallest does not, or a group has none of them."""
+        """(kind of each group, λ): the least loss of `used` kinds at the smallest price of a byte whose choice fits;
+        None if even the smallest does not, or a group has none of them."""
 
         def at(price: float) -> np.ndarray:
             cells = self.priced(price)[:, used]
@@ -275,6 +276,6 @@ def _milp(problem: _Problem, cells: np.ndarray) -> np.ndarray | None:
 
 def _out_of_reach(problem: _Problem) -> KvfoldError:
     return KvfoldError(
-        f"No allocation of at most {problem.limit} different pairs of formats fits {problem.budget} bytes; raise the recipe's "
-        "pairs (0: no limit) or give a larger budget."
+        f"No allocation of at most {problem.limit} different pairs of formats fits {problem.budget} bytes; raise the "
+        "recipe's pairs (0: no limit) or give a larger budget."
     )

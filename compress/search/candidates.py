@@ -1,4 +1,5 @@
-"""What the search chooses from: for each layer, formats of keys and of values, with their transforms and measured error."""
+"""What the search chooses from: for each layer, formats of keys and of values, with their transforms and measured
+error."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -55,8 +56,8 @@ def is_raw(fmt: Format) -> bool:
 
 
 def best_clip(x: Tensor, fmt: Format, metric: Tensor) -> Tensor:
-    """The clip of each group with the least squared error, the other groups left as they are (after SKVQ, 2405.06219, which
-    takes the error of the attention's output; here a metric stands for it).
+    """The clip of each group with the least squared error, the other groups left as they are (after SKVQ, 2405.06219,
+    which takes the error of the attention's output; here a metric stands for it).
 
     Args:
         x: float32 [Hkv, S, D]; fmt: a "scale_min" format of G groups; metric: float64 [Hkv, D, D].

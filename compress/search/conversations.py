@@ -1,8 +1,9 @@
 """Conversations that a chat model is probed on: questions about passages of the calibration text, and its own answers.
 
-What a model writes in answer to a question hangs on a few of the question's words, which stand in pages by then, and on other layers than
-plain text does, whose next words follow mostly from the last ones (benchmarks/LOG.md). So a model whose tokenizer has a chat template is
-probed on both; the answers are its own, greedy and unquantised, and only they count.
+What a model writes in answer to a question hangs on a few of the question's words, which stand in pages by then, and on
+other layers than plain text does, whose next words follow mostly from the last ones (benchmarks/LOG.md). So a model
+whose tokenizer has a chat template is probed on both; the answers are its own, greedy and unquantised, and only they
+count.
 """
 
 import os
@@ -34,7 +35,8 @@ QUESTIONS = (
 
 
 def ask(tokenizer: Any, sequences: list[Tensor], count: int, seed: int) -> list[list[int]]:
-    """Token ids of `count` prompts, one user turn each: a passage of the sequences in turn, and a question before or after it.
+    """Token ids of `count` prompts, one user turn each: a passage of the sequences in turn, and a question before or
+    after it.
 
     Args:
         tokenizer: with or without a chat template; [] without.

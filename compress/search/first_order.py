@@ -1,7 +1,8 @@
-"""PM-KVQ's sensitivities (2505.18610): to first order, quantising x to x + Δ changes the loss by at most Σ|g·Δ|, g = ∂L/∂x.
+"""PM-KVQ's sensitivities (2505.18610): to first order, quantising x to x + Δ changes the loss by at most Σ|g·Δ|, g =
+∂L/∂x.
 
-L is the mean cross-entropy of the next token. One backward pass a sequence gives g for every layer's keys (after RoPE) and
-values; then a candidate costs one trip through its own quantiser and no further pass. Δ is taken in the model's own
+L is the mean cross-entropy of the next token. One backward pass a sequence gives g for every layer's keys (after RoPE)
+and values; then a candidate costs one trip through its own quantiser and no further pass. Δ is taken in the model's own
 coordinates, of all tokens but the sinks. The backward pass keeps every layer's activations, so this needs more memory
 than measuring the KL, and a hundredth of the time.
 """

@@ -4,13 +4,15 @@ A change Δo of a layer's attention output changes the logits by J·Δo to first
 
     KL ≈ ½ · Δoᵀ·F·Δo,  F = Σ_s J_sᵀ (diag(p_s) − p_s·p_sᵀ) J_s,
 
-F being the Fisher information of the output at o, p_s the probabilities at position s. F is never formed: with ξ of random signs,
-u_s = √p_s ∘ ξ − p_s·(√p_sᵀξ) has the covariance diag(p_s) − p_s·p_sᵀ, so that G = Σ_s J_sᵀ·u_s, one backward pass for all layers
-and positions, has E[(G·Δo)²] = Δoᵀ·F·Δo. The errors of the KV heads of a layer are rounding errors of different numbers, which add up in
-squares: E[(G·Δo)²] is the sum over KV heads of E[(G_h·Δo_h)²], and that estimate is as many times less noisy.
+F being the Fisher information of the output at o, p_s the probabilities at position s. F is never formed: with ξ of
+random signs, u_s = √p_s ∘ ξ − p_s·(√p_sᵀξ) has the covariance diag(p_s) − p_s·p_sᵀ, so that G = Σ_s J_sᵀ·u_s, one
+backward pass for all layers and positions, has E[(G·Δo)²] = Δoᵀ·F·Δo. The errors of the KV heads of a layer are
+rounding errors of different numbers, which add up in squares: E[(G·Δo)²] is the sum over KV heads of E[(G_h·Δo_h)²],
+and that estimate is as many times less noisy.
 
-Δo of a candidate takes that layer's attention alone, through packed bytes as in sensitivity.py. Layers are run again one at a time from
-stored hidden states, so that one layer's activations are in memory, and only positions that read pages are run at all.
+Δo of a candidate takes that layer's attention alone, through packed bytes as in sensitivity.py. Layers are run again
+one at a time from stored hidden states, so that one layer's activations are in memory, and only positions that read
+pages are run at all.
 """
 
 import json
@@ -96,7 +98,8 @@ def passage_losses(
     count: int,
     seed: int,
 ) -> dict[str, float]:
-    """½·Σ_h (G_h·Δo_h)² of one of the probe's passages, mean over `count` directions, in nats summed over its positions."""
+    """½·Σ_h (G_h·Δo_h)² of one of the probe's passages, mean over `count` directions, in nats summed over its
+    positions."""
     found: dict[str, float] = {}
     first = probe.early[index]
     gradient: Tensor | None = None  # [count, 1, n, hidden_size] by a layer's output

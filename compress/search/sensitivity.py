@@ -1,15 +1,16 @@
 """How much each layer's keys or values matter: the KL that quantising them alone costs, measured on the real model.
 
-One probe quantises one side of one layer through packed bytes, sinks and window (of 128 tokens at the most) left in 16 bits,
-and runs the rest of the model as it is. It is cheap because
+One probe quantises one side of one layer through packed bytes, sinks and window (of 128 tokens at the most) left in 16
+bits, and runs the rest of the model as it is. It is cheap because
 - a probe starts at its layer from stored hidden states, so that it costs half a forward pass on average;
 - one format of each kind of a side is probed, not all: KL is quadratic in a small error, so that of another format
   follows from the two formats' distortions, which are measured on calibration tokens without the model (kinds are
   measured apart, because symmetric and minimum-maximum codes spend equal distortions on different tokens);
 - the layers' losses add up (the artifact states how well), so that choices need no probing together;
-- the first tokens, which read no page, are as they were in every layer: behind the probed layer only the others are computed,
-  with the first ones' keys and values as they were;
-- logits are compared at every `stride`-th position of plain text only, with the baseline's probabilities kept where they fit BASE_NBYTES.
+- the first tokens, which read no page, are as they were in every layer: behind the probed layer only the others are
+  computed, with the first ones' keys and values as they were;
+- logits are compared at every `stride`-th position of plain text only, with the baseline's probabilities kept where
+  they fit BASE_NBYTES.
 With L layers and n probed formats a layer that is n·L/2 forward passes a sequence, less those first tokens. It runs in
 float32, because in bfloat16 the rounding of the rest of the model alone is as large as one layer's KL.
 """
@@ -101,7 +102,8 @@ def packed_attention(
     tiles += [Tile(cached_k[:, a:b], cached_v[:, a:b], positions[a:b], True) for a, b in pairwise(packed_cuts)]
     out = attend(
         query, asked, limit, tiles,
-        sinks=geometry.sinks, scaling=scaling, mask=mask, softcap=softcap, sinks_logit=sinks_logit, shift=shift, mean=mean,
+        sinks=geometry.sinks, scaling=scaling, mask=mask, softcap=softcap, sinks_logit=sinks_logit, shift=shift,
+        mean=mean,
     )  # fmt: skip
     if value_matrix is not None:
         inverse = torch.linalg.inv(value_matrix.double()).float()
@@ -156,14 +158,15 @@ class Probe:
         self.base = [logits_of(model, x).log_softmax(-1) for x in self.final] if small else None
 
     def normed(self, index: int, hidden: Tensor, first: int = 0) -> Tensor:
-        """[n, hidden_size] at the positions of a passage that count, of its last layer's states [1, T − first, hidden_size]."""
+        """[n, hidden_size] at the positions of a passage that count, of its last layer's states [1, T − first,
+        hidden_size]."""
         passage = self.passages[index]
         skipped = max(0, -(-(first - passage.start) // passage.stride))
         return self.model.base_model.norm(hidden[0, passage.start + skipped * passage.stride - first :: passage.stride])
 
     def kl(self, finals: list[Tensor]) -> float:
-        """Mean KL(baseline ‖ probe) in nats over the positions that count; `finals`: normed hidden states [n, hidden_size], of the
-        last n of them where they are fewer: the others are taken to be the baseline's."""
+        """Mean KL(baseline ‖ probe) in nats over the positions that count; `finals`: normed hidden states [n,
+        hidden_size], of the last n of them where they are fewer: the others are taken to be the baseline's."""
         total, count = 0.0, 0
         for i, (base, other) in enumerate(zip(self.final, finals, strict=True)):
             first = len(base) - len(other)
@@ -207,8 +210,8 @@ def check_finite_loss(loss: float) -> None:
     """Raises KvfoldError for a loss that is no number."""
     if not math.isfinite(loss):
         raise KvfoldError(
-            "The model's logits are NaN or infinite on the calibration text, so no loss can be measured; check that its "
-            "weights are whole, or compute in float32 (--device cpu)."
+            "The model's logits are NaN or infinite on the calibration text, so no loss can be measured; check that "
+            "its weights are whole, or compute in float32 (--device cpu)."
         )
 
 
@@ -257,8 +260,9 @@ def packing_tap(
 
 
 def probed(group: Sequence[Candidate], bits: float, count: int) -> list[int]:
-    """Which candidates of a side are measured: of each kind of parameters, `count` quantised ones, spread over SPREAD_BITS
-    around `bits` of payload. A kind that has nothing within NEAR_BITS is not measured, unless no kind has."""
+    """Which candidates of a side are measured: of each kind of parameters, `count` quantised ones, spread over
+    SPREAD_BITS around `bits` of payload. A kind that has nothing within NEAR_BITS is not measured, unless no kind
+    has."""
     offsets = [SPREAD_BITS * (2 * i / (count - 1) - 1) for i in range(count)] if count > 1 else [0.0]
     distance = {i: c.spec.format.payload_bits - bits for i, c in enumerate(group) if not is_raw(c.spec.format)}
     kinds: dict[str, list[int]] = {}
@@ -278,8 +282,9 @@ def extrapolate(group: Sequence[Candidate], measured: dict[int, float]) -> list[
     Args:
         measured: index of a candidate → its loss.
     Returns:
-        Loss of each candidate: its distortion times loss / distortion of the measured ones of its kind (of any, if none of
-        its kind was), whose logarithm is interpolated over the logarithm of the distortion, and constant beyond them.
+        Loss of each candidate: its distortion times loss / distortion of the measured ones of its kind (of any, if none
+        of its kind was), whose logarithm is interpolated over the logarithm of the distortion, and constant beyond
+        them.
     """
 
     def known(kind: str | None) -> list[tuple[float, float]]:

@@ -24,8 +24,8 @@ from kvfold.exports.engines.modelopt import KV_BITS, write_modelopt
 from kvfold.exports.reader import Artifact, read_artifact
 from kvfold.pretrained import tokenizer_from_pretrained
 
-# RoPE turns a pair of channels; |(a, b)| ≤ √2·max(|a|, |b|), so this much room keeps every position within range, whichever
-# channels are paired. A float format doesn't mind: its precision is relative.
+# RoPE turns a pair of channels; |(a, b)| ≤ √2·max(|a|, |b|), so this much room keeps every position within range,
+# whichever channels are paired. A float format doesn't mind: its precision is relative.
 KEY_HEADROOM = 2.0**0.5
 NUM_SEQUENCES, SEQ_LEN = 4, 2048  # of calibration text for ranges
 PROBE_LEN, PROBE_STRIDE = 1024, 4  # of the text on which layers are probed
@@ -33,7 +33,8 @@ PROBE_LEN, PROBE_STRIDE = 1024, 4  # of the text on which layers are probed
 
 @dataclass(frozen=True)
 class Ranges:
-    """Largest magnitude of each layer's keys (after RoPE) and values over all calibration tokens, float32 [layers, Hkv]."""
+    """Largest magnitude of each layer's keys (after RoPE) and values over all calibration tokens, float32 [layers,
+    Hkv]."""
 
     key: Tensor
     value: Tensor
@@ -48,7 +49,8 @@ class Ranges:
 
 
 def measure_ranges(model: Any, arch: Architecture, sequences: list[Tensor]) -> Ranges:
-    """Runs the model layer by layer and notes the largest keys and values; first tokens count, as engines store them too.
+    """Runs the model layer by layer and notes the largest keys and values; first tokens count, as engines store them
+    too.
 
     Args:
         model: loaded with attention tap.NAME.
@@ -93,7 +95,8 @@ def export_compressed_tensors(
         strategy: "tensor" or "attn_head".
         calib: text source, None for the built-in text.
     Raises:
-        KvfoldError: an invalid artifact, a place that can't be written, a missing package, a family that can't be expressed.
+        KvfoldError: an invalid artifact, a place that can't be written, a missing package, a family that can't be
+            expressed.
     """
     artifact = read_artifact(artifact_dir)
     check_engine_folder(artifact, out)
@@ -154,8 +157,8 @@ def export_modelopt(
 ) -> KVMap:
     """Writes the artifact's weights with a per-layer map of FP8 and NVFP4 caches.
 
-    Each layer is put into each format alone, keys and values together, and the KL of the model's output is measured; then all
-    are chosen together under the mean of `bits`.
+    Each layer is put into each format alone, keys and values together, and the KL of the model's output is measured;
+    then all are chosen together under the mean of `bits`.
 
     Args:
         bits: mean payload bits, 4.5 to 8; None for the artifact's, raised to 4.5 where it has fewer.
@@ -171,8 +174,8 @@ def export_modelopt(
     if cache.head_dim % FP4_BLOCK:
         family = read_config(artifact.path).model_type
         raise KvfoldError(
-            f"head_dim {cache.head_dim} of this '{family}' model is not a multiple of {FP4_BLOCK}, which NVFP4's blocks need; "
-            "use `kvfold export compressed-tensors`."
+            f"head_dim {cache.head_dim} of this '{family}' model is not a multiple of {FP4_BLOCK}, which NVFP4's "
+            "blocks need; use `kvfold export compressed-tensors`."
         )
     model, arch, sequences = _prepare(artifact, calib, device)
     with torch.inference_mode():

@@ -65,8 +65,8 @@ def check_onnx(artifact: Artifact, form: str, bits: int | None) -> None:
     for table in tables:
         if table.get("rope_type") in CHANGING_ROPE:
             raise KvfoldError(
-                f"This '{family}' model cannot be expressed in ONNX: its RoPE is of type '{table['rope_type']}', whose table changes "
-                "with the length; export a model with a fixed table."
+                f"This '{family}' model cannot be expressed in ONNX: its RoPE is of type '{table['rope_type']}', whose "
+                "table changes with the length; export a model with a fixed table."
             )
     if form == "gqa" and bits == 4 and artifact.metadata.cache.head_dim % 2:
         raise KvfoldError(
@@ -166,8 +166,10 @@ def _card(artifact: Artifact, form: str, bits: float) -> str:
         "16bit": "float16",
     }
     return (
-        f'---\nbase_model: "{model}"\nbase_model_relation: quantized\nlibrary_name: onnx\n---\n# {model} in ONNX, with its KV cache in '
-        f"{'16 bits' if form == '16bit' else 'few bits'}\n\nThe cache is stored as {kinds[form]}. `prefill.onnx` takes any number of tokens, "
-        "`decode.onnx` one; both read `weights.bin`. Outputs `present.…` are the next call's inputs `past.…`; at the start these have zero in "
-        "every free dimension but the batch. Sequences of a batch are equally long. `kvfold.exports.onnx.runner.OnnxRunner` shows it.\n"
+        f'---\nbase_model: "{model}"\nbase_model_relation: quantized\nlibrary_name: onnx\n---\n'
+        f"# {model} in ONNX, with its KV cache in "
+        f"{'16 bits' if form == '16bit' else 'few bits'}\n\nThe cache is stored as {kinds[form]}. `prefill.onnx` takes "
+        "any number of tokens, `decode.onnx` one; both read `weights.bin`. Outputs `present.…` are the next call's "
+        "inputs `past.…`; at the start these have zero in every free dimension but the batch. Sequences of a batch are "
+        "equally long. `kvfold.exports.onnx.runner.OnnxRunner` shows it.\n"
     )

@@ -52,8 +52,8 @@ def calibrate_codecs(
     Args:
         model: loaded with attention tap.NAME.
         sequences: int64 [1, T] each.
-        spread: distance between the positions of neighbouring tokens: key channels that RoPE turns slowly show their range
-            only over a long context (see calibrate.py).
+        spread: distance between the positions of neighbouring tokens: key channels that RoPE turns slowly show their
+            range only over a long context (see calibrate.py).
     """
     device = next(model.parameters()).device
     runners = [LayerRunner(model, arch, ids.to(device)) for ids in sequences]
@@ -73,7 +73,8 @@ def calibrate_codecs(
 
         with tapped(attention, tap):
             hidden = [runner.run(i, h) for runner, h in zip(runners, hidden, strict=True)]
-        # a soft-cap and a sink logit see the shift of logits that an offset of keys makes; with the latter weights don't sum to 1
+        # a soft-cap and a sink logit see the shift of logits that an offset of keys makes; with the latter weights
+        # don't sum to 1
         key = fit_codec(torch.cat(seen["key"], 1).cpu(), bits, centred=not seen_by)
         value = fit_codec(torch.cat(seen["value"], 1).cpu(), bits, centred="sinks_logit" not in seen_by)
         found.append((key, value))

@@ -38,7 +38,8 @@ def read_rows(
         for name in fields:
             if not isinstance(row, dict) or not isinstance(row.get(name), str):
                 raise KvfoldError(
-                    f"Row {i} of '{source}' has no text '{name}'; every row needs {', '.join(fields)}: give the task's own data."
+                    f"Row {i} of '{source}' has no text '{name}'; every row needs {', '.join(fields)}: give the task's "
+                    "own data."
                 )
     if not rows:
         raise KvfoldError(f"--task-data '{source}' has no rows; give a file with one JSON object a line.")
@@ -56,7 +57,8 @@ def _read_lines(path: Path, limit: int | None) -> list[Any]:
                     rows.append(json.loads(line))
     except (UnicodeDecodeError, json.JSONDecodeError, gzip.BadGzipFile, EOFError) as error:
         raise KvfoldError(
-            f"'{path}' is no JSON-lines file ({type(error).__name__} after {len(rows)} rows); give one JSON object a line."
+            f"'{path}' is no JSON-lines file ({type(error).__name__} after {len(rows)} rows); give one JSON object a "
+            "line."
         ) from error
     return rows
 
@@ -68,7 +70,8 @@ def _read_dataset(source: str, limit: int | None) -> list[Any]:
         from datasets import load_dataset
     except ImportError:
         raise KvfoldError(
-            f"'{source}' is no file, and the package `datasets`, which could fetch it, is not installed; give --task-data a file or a folder."
+            f"'{source}' is no file, and the package `datasets`, which could fetch it, is not installed; give "
+            "--task-data a file or a folder."
         ) from None
     try:
         rows = load_dataset(name, config or None, split=split or "test")

@@ -95,11 +95,18 @@ class PairedGenerator:
         place, longest = self.model.device, ids.shape[1]
         # the model's own generation config may ask for sampling or a repetition penalty
         config = GenerationConfig(
-            do_sample=self.temperature > 0, num_beams=1, repetition_penalty=1.0, temperature=self.temperature or 1.0, top_p=1.0,
-            top_k=0 if self.temperature else 50, no_repeat_ngram_size=0,
-            max_new_tokens=max_new_tokens, pad_token_id=self.pad, eos_token_id=self.ends or None,
+            do_sample=self.temperature > 0,
+            num_beams=1,
+            repetition_penalty=1.0,
+            temperature=self.temperature or 1.0,
+            top_p=1.0,
+            top_k=0 if self.temperature else 50,
+            no_repeat_ngram_size=0,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=self.pad,
+            eos_token_id=self.ends or None,
             prefill_chunk_size=PREFILL_CHUNK if longest > PREFILL_CHUNK else None,
-        )  # fmt: skip
+        )
         criteria = StoppingCriteriaList([StopTexts(self.tokenizer, stops, longest)] if stops else [])
         inputs = {"input_ids": ids.to(place), "attention_mask": mask.to(place)}
         with torch.inference_mode():
@@ -117,7 +124,8 @@ class PairedGenerator:
 
 
 def batches_of(prompts: Sequence[Prompt], batch_size: int, new_tokens: int) -> list[list[Prompt]]:
-    """Prompts of like length together: at most `batch_size`, and at most BATCH_TOKENS columns unless one alone passes them."""
+    """Prompts of like length together: at most `batch_size`, and at most BATCH_TOKENS columns unless one alone passes
+    them."""
     batches: list[list[Prompt]] = []
     for prompt in sorted(prompts, key=lambda p: (len(p.ids), p.id)):
         columns = len(prompt.ids) + new_tokens

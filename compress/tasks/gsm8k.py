@@ -13,20 +13,24 @@ NUMBER = re.compile(r"(?:(?<![\w)])-\s?\$?)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(
 
 # Chain of thought (Wei et al. 2022, arXiv 2201.11903) with examples of our own: none is from the dataset.
 EXAMPLES = (
-    ("A baker fills 6 trays with 12 rolls each. He sells 45 rolls in the morning and 18 in the afternoon. How many rolls are left?",
+    ("A baker fills 6 trays with 12 rolls each. He sells 45 rolls in the morning and 18 in the afternoon. "
+     "How many rolls are left?",
      "He bakes 6 * 12 = 72 rolls. He sells 45 + 18 = 63 of them. So 72 - 63 = 9 rolls are left. The answer is 9."),
     ("A train ticket costs $14 and a child's ticket half as much. What do two adults and three children pay together?",
-     "A child's ticket costs 14 / 2 = 7 dollars. The adults pay 2 * 14 = 28 dollars and the children 3 * 7 = 21 dollars. "
-     "Together that is 28 + 21 = 49 dollars. The answer is 49."),
-    ("Lena reads 20 pages a day for 9 days and then 35 pages a day until she has finished a book of 355 pages. How many days does she read in all?",
+     "A child's ticket costs 14 / 2 = 7 dollars. The adults pay 2 * 14 = 28 dollars and the children "
+     "3 * 7 = 21 dollars. Together that is 28 + 21 = 49 dollars. The answer is 49."),
+    ("Lena reads 20 pages a day for 9 days and then 35 pages a day until she has finished a book of 355 pages. "
+     "How many days does she read in all?",
      "In the first 9 days she reads 20 * 9 = 180 pages. 355 - 180 = 175 pages remain, which take 175 / 35 = 5 days. "
      "In all she reads 9 + 5 = 14 days. The answer is 14."),
-    ("A tank holds 240 litres. It is three quarters full when 35 litres are taken out and 12 litres are poured in. How many litres does it hold now?",
-     "Three quarters of 240 are 240 * 3 / 4 = 180 litres. Taking 35 out leaves 180 - 35 = 145, and pouring 12 in makes 145 + 12 = 157 litres. "
-     "The answer is 157."),
-    ("Omar saves $60 a month. After 8 months he buys a bicycle that costs $400, with a discount of 15%. How much money has he left?",
-     "He has saved 60 * 8 = 480 dollars. The discount is 400 * 15 / 100 = 60 dollars, so the bicycle costs 400 - 60 = 340 dollars. "
-     "He has 480 - 340 = 140 dollars left. The answer is 140."),
+    ("A tank holds 240 litres. It is three quarters full when 35 litres are taken out and 12 litres are poured in. "
+     "How many litres does it hold now?",
+     "Three quarters of 240 are 240 * 3 / 4 = 180 litres. Taking 35 out leaves 180 - 35 = 145, "
+     "and pouring 12 in makes 145 + 12 = 157 litres. The answer is 157."),
+    ("Omar saves $60 a month. After 8 months he buys a bicycle that costs $400, with a discount of 15%. "
+     "How much money has he left?",
+     "He has saved 60 * 8 = 480 dollars. The discount is 400 * 15 / 100 = 60 dollars, so the bicycle costs "
+     "400 - 60 = 340 dollars. He has 480 - 340 = 140 dollars left. The answer is 140."),
 )  # fmt: skip
 
 
@@ -52,7 +56,8 @@ def prompts(setting: Setting) -> list[Prompt]:
     shots = next((n for n in range(len(EXAMPLES), -1, -1) if len(encode(setting, longest, n)) <= room), None)
     if shots is None:
         raise KvfoldError(
-            f"The longest GSM8K question and {TASK.max_new_tokens} tokens of answer pass the context of {setting.context}; give a larger --context."
+            f"The longest GSM8K question and {TASK.max_new_tokens} tokens of answer pass the context of "
+            f"{setting.context}; give a larger --context."
         )
     made = []
     for i, row in enumerate(rows):

@@ -1,11 +1,13 @@
 """Runs one program under limits, as a process of its own: `python -I guard.py PROGRAM NBYTES SECONDS FILE_NBYTES`.
 
-A token comes in on stdin, and goes out on stdout if the program ran to its end: no way of ending the process, and nothing that is printed,
-says so by itself. It must not import anything of the package: nothing but this folder and the standard library is there.
+A token comes in on stdin, and goes out on stdout if the program ran to its end: no way of ending the process, and
+nothing that is printed, says so by itself. It must not import anything of the package: nothing but this folder and the
+standard library is there.
 
-Three fences, each where the system has it: audit hooks of Python, what Linux refuses a process (walls.py), and the namespaces that
-sandbox.py starts this file in. They stop accidents and what a model writes without thinking. They are no wall against a program that means
-harm: it may read what this user may read, and one that looks for the token through its own interpreter, or redefines its tests, passes.
+Three fences, each where the system has it: audit hooks of Python, what Linux refuses a process (walls.py), and the
+namespaces that sandbox.py starts this file in. They stop accidents and what a model writes without thinking. They are
+no wall against a program that means harm: it may read what this user may read, and one that looks for the token through
+its own interpreter, or redefines its tests, passes.
 """
 
 import os
@@ -19,12 +21,13 @@ from typing import Any, NoReturn
 
 EXITED = 3
 BLOCKED = {
-    "fcntl.ioctl", "gc.get_objects", "gc.get_referents", "gc.get_referrers", "os.chflags", "os.chmod", "os.chown", "os.exec", "os.fork",
-    "os.forkpty", "os.kill", "os.killpg", "os.lchmod", "os.link", "os.mkdir", "os.posix_spawn", "os.remove", "os.removexattr", "os.rename",
-    "os.rmdir", "os.setxattr", "os.spawn", "os.startfile", "os.symlink", "os.system", "os.truncate", "os.utime", "pty.spawn",
-    "resource.prlimit", "resource.setrlimit", "shutil.rmtree", "signal.pthread_kill", "socket.bind", "socket.connect",
-    "socket.getaddrinfo", "socket.gethostbyaddr", "socket.gethostbyname", "socket.sendmsg", "socket.sendto", "subprocess.Popen",
-    "sys._current_exceptions", "sys._current_frames",
+    "fcntl.ioctl", "gc.get_objects", "gc.get_referents", "gc.get_referrers", "os.chflags", "os.chmod", "os.chown",
+    "os.exec", "os.fork", "os.forkpty", "os.kill", "os.killpg", "os.lchmod", "os.link", "os.mkdir", "os.posix_spawn",
+    "os.remove", "os.removexattr", "os.rename", "os.rmdir", "os.setxattr", "os.spawn", "os.startfile", "os.symlink",
+    "os.system", "os.truncate", "os.utime", "pty.spawn", "resource.prlimit", "resource.setrlimit", "shutil.rmtree",
+    "signal.pthread_kill", "socket.bind", "socket.connect", "socket.getaddrinfo", "socket.gethostbyaddr",
+    "socket.gethostbyname", "socket.sendmsg", "socket.sendto", "subprocess.Popen", "sys._current_exceptions",
+    "sys._current_frames",
 }  # fmt: skip
 # call C by themselves, past every event; and what makes processes for subprocess and multiprocessing
 BLOCKED_MODULES = {
@@ -39,8 +42,8 @@ BLOCKED_MODULES = {
 }
 # raise no event
 UNSEEN = (
-    "chroot", "mkfifo", "mknod", "pidfd_open", "posix_openpt", "pidfd_send_signal", "sched_setaffinity", "sched_setparam",
-    "sched_setscheduler", "setns", "setpgid", "setpgrp", "setpriority", "setsid", "unshare",
+    "chroot", "mkfifo", "mknod", "pidfd_open", "posix_openpt", "pidfd_send_signal", "sched_setaffinity",
+    "sched_setparam", "sched_setscheduler", "setns", "setpgid", "setpgrp", "setpriority", "setsid", "unshare",
 )  # fmt: skip
 
 
@@ -112,7 +115,8 @@ def watch(folder: str) -> None:
 
 
 def supervise(child: int) -> NoReturn:
-    """Waits for the program's process and ends as it did, or with 128 + its signal: the first process of a namespace can't end by one."""
+    """Waits for the program's process and ends as it did, or with 128 + its signal: the first process of a namespace
+    can't end by one."""
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os._exit(code if code >= 0 else 128 - code)
 

@@ -1,4 +1,5 @@
-"""HumanEval (Chen et al. 2021, arXiv 2107.03374): a function completed from its docstring, judged by running its tests."""
+"""HumanEval (Chen et al. 2021, arXiv 2107.03374): a function completed from its docstring, judged by running its
+tests."""
 
 from kvfold.compress.tasks.data import read_rows
 from kvfold.compress.tasks.sandbox import run_program
@@ -15,17 +16,22 @@ STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```")
 def encode(setting: Setting, stub: str) -> list[int]:
     """Tokens of a function's head and docstring, to be continued with its body.
 
-    A chat model is asked for the function and its answer begins with the head, so both kinds of model write only a body. The head ends with a
-    line break: without it the model must begin in the middle of what is one token in most of its texts, and hardly knows how (LOG.md).
+    A chat model is asked for the function and its answer begins with the head, so both kinds of model write only a
+    body. The head ends with a line break: without it the model must begin in the middle of what is one token in most of
+    its texts, and hardly knows how (LOG.md).
     """
     if setting.tokenizer.chat_template:
-        ask = f"Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{stub}\n```"
+        ask = (
+            "Complete this Python function. Answer with the whole function in one code block.\n\n"
+            f"```python\n{stub}\n```"
+        )
         return chat_ids(setting.tokenizer, (), ask, answer=f"```python\n{stub}\n")
     return plain_ids(setting.tokenizer, f"{stub}\n")
 
 
 def prompts(setting: Setting) -> list[Prompt]:
-    """The first problems. White space after the docstring is one line break: the body's first token is its indentation."""
+    """The first problems. White space after the docstring is one line break: the body's first token is its
+    indentation."""
     made = []
     for row in read_rows(setting.data or DEFAULT, FILES, FIELDS, setting.limit):
         stub = row["prompt"].rstrip()
@@ -34,8 +40,8 @@ def prompts(setting: Setting) -> list[Prompt]:
         )
         if len(prompt.ids) + TASK.max_new_tokens > setting.context:
             raise KvfoldError(
-                f"{prompt.id} has {len(prompt.ids)} tokens, and {TASK.max_new_tokens} of answer pass the context of {setting.context}; "
-                "give a larger --context."
+                f"{prompt.id} has {len(prompt.ids)} tokens, and {TASK.max_new_tokens} of answer pass the context of "
+                f"{setting.context}; give a larger --context."
             )
         made.append(prompt)
     return made

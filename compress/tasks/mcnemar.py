@@ -63,8 +63,8 @@ def compare(first: list[bool], second: list[bool]) -> Paired:
 def compare_draws(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]]) -> Paired:
     """As `compare`, of several drawn answers to each question.
 
-    Answers to one question are not independent, so a question counts as the difference of its shares of right answers; p is of a
-    permutation test that flips the signs of those (RESAMPLES of them, seeded).
+    Answers to one question are not independent, so a question counts as the difference of its shares of right answers;
+    p is of a permutation test that flips the signs of those (RESAMPLES of them, seeded).
 
     Args:
         first, second: answers of each question, as many of one as of the other.

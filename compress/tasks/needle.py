@@ -13,8 +13,9 @@ COUNT = 100  # prompts without a limit
 DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8)
 LEAST = 256  # tokens of the shortest prompt
 CITIES = (
-    "Amsterdam", "Bogota", "Cairo", "Dakar", "Edinburgh", "Florence", "Geneva", "Hanoi", "Istanbul", "Jakarta", "Kyoto", "Lisbon", "Marseille",
-    "Nairobi", "Oslo", "Prague", "Quito", "Riga", "Seville", "Tunis", "Utrecht", "Vienna", "Warsaw", "Zagreb",
+    "Amsterdam", "Bogota", "Cairo", "Dakar", "Edinburgh", "Florence", "Geneva", "Hanoi", "Istanbul", "Jakarta", "Kyoto",
+    "Lisbon", "Marseille", "Nairobi", "Oslo", "Prague", "Quito", "Riga", "Seville", "Tunis", "Utrecht", "Vienna",
+    "Warsaw", "Zagreb",
 )  # fmt: skip
 LEAD = "Remember the number that is hidden in this text."
 
@@ -40,8 +41,8 @@ def grid(setting: Setting, new_tokens: int, count: int = COUNT) -> list[tuple[in
 
 
 def sentences(text: str) -> list[str]:
-    """A text cut behind full stops, question and exclamation marks; what has digits, a question's label or no end is left
-    out, so that the needle is the only number and the only question is the last one."""
+    """A text cut behind full stops, question and exclamation marks; what has digits, a question's label or no end is
+    left out, so that the needle is the only number and the only question is the last one."""
     pieces = (" ".join(s.split()) for s in re.split(r"(?<=[.!?])\s+|\n\n+", text))
     return [s for s in pieces if re.fullmatch(r"[A-Z][^\d{}=_]*[.!?]", s) and not re.search(r"Question:|Answer", s)]
 

@@ -6,10 +6,18 @@ from kvfold.compress.tasks import TASKS
 from kvfold.errors import KvfoldError
 
 TASK_OPTIONS = {
-    "limit": "how many prompts of a task", "batch_size": "prompts at a time", "task_data": "a task's data", "time_limit": "when tasks stop",
-    "run_code": "running what a task wrote", "context": "how long a task's prompts are", "samples": "where answers go", "resume": "going on with a task",
-    "seed": "a task's random numbers", "draws": "how many answers a prompt gets", "temperature": "how answers are sampled",
-}  # fmt: skip
+    "limit": "how many prompts of a task",
+    "batch_size": "prompts at a time",
+    "task_data": "a task's data",
+    "time_limit": "when tasks stop",
+    "run_code": "running what a task wrote",
+    "context": "how long a task's prompts are",
+    "samples": "where answers go",
+    "resume": "going on with a task",
+    "seed": "a task's random numbers",
+    "draws": "how many answers a prompt gets",
+    "temperature": "how answers are sampled",
+}
 NOT_WITH_TASKS = {"against", "windows", "first_window", "seq_len"}
 
 

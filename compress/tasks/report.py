@@ -16,7 +16,8 @@ from kvfold.kernels.formats import Format
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task's figures over the prompts that both caches answered; accuracies are shares of 1, points percentage points."""
+    """One task's figures over the prompts that both caches answered; accuracies are shares of 1, points percentage
+    points."""
 
     task: str
     prompts: int  # that there are
@@ -101,7 +102,8 @@ def summarise(
 def print_tasks(report: dict[str, Any]) -> None:
     """The table of `kvfold eval --tasks`, on stdout."""
     table = Table(
-        title=f"{report['artifact']}: packed cache ({report['payload_bits']:.3f} payload bits) against {report['dtype']}, paired",
+        title=f"{report['artifact']}: packed cache ({report['payload_bits']:.3f} payload bits) "
+        f"against {report['dtype']}, paired",
         title_justify="left",
     )
     for column in (
@@ -122,9 +124,18 @@ def print_tasks(report: dict[str, Any]) -> None:
     for r in report["tasks"]:
         error = "" if r["points_se"] is None else f" ± {r['points_se']:.2f}"
         table.add_row(
-            r["task"], f"{r['pairs']}/{r['prompts'] * report['draws']}", f"{r['accuracy_16bit']:.3f}", f"{r['accuracy']:.3f}", f"{r['points']:+.2f}{error}",
-            str(r["lost"]), str(r["gained"]), f"{r['p']:.3f}", f"{r['same_text']:.2f}", f"{r['prompt_tokens']:.0f}", f"{r['packed_share']:.2f}",
+            r["task"],
+            f"{r['pairs']}/{r['prompts'] * report['draws']}",
+            f"{r['accuracy_16bit']:.3f}",
+            f"{r['accuracy']:.3f}",
+            f"{r['points']:+.2f}{error}",
+            str(r["lost"]),
+            str(r["gained"]),
+            f"{r['p']:.3f}",
+            f"{r['same_text']:.2f}",
+            f"{r['prompt_tokens']:.0f}",
+            f"{r['packed_share']:.2f}",
             f"{r['effective_bits']:.2f}",
-        )  # fmt: skip
+        )
     console(140).print(table)
     print(f"Answers, one prompt a line: {report['samples']}")

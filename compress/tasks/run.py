@@ -1,4 +1,5 @@
-"""`kvfold eval --tasks`: accuracy by generation through the packed cache and through the 16-bit cache, on the same prompts."""
+"""`kvfold eval --tasks`: accuracy by generation through the packed cache and through the 16-bit cache, on the same
+prompts."""
 
 import hashlib
 import os
@@ -97,10 +98,13 @@ class TaskRunner:
                 "prompt_tokens": len(prompt.ids),
                 "facts": {k: v for k, v in prompt.facts.items() if not isinstance(v, str) or len(v) < 100},
                 "packed_share": packed_share(self.geometry, len(prompt.ids), texts["packed"][row][1]),
-                **{cache: self._side(*texts[cache][row], judged[row, texts[cache][row][0]], seconds[cache]) for cache in CACHES},
+                **{
+                    cache: self._side(*texts[cache][row], judged[row, texts[cache][row][0]], seconds[cache])
+                    for cache in CACHES
+                },
             }
             for row, prompt in enumerate(batch)
-        ]  # fmt: skip
+        ]
 
     @staticmethod
     def _side(text: str, new_tokens: int, judged: Judgement, seconds: float) -> dict[str, Any]:
@@ -141,14 +145,17 @@ def run_tasks(
         data: file, folder or datasets id of the task that reads one.
         limit: prompts of each task at the most.
         time_limit: seconds from now in which all tasks should be done; what is left is shared between the tasks left.
-        draws, temperature: answers sampled for each prompt; 0 is greedy text, of which a second one would say nothing new.
+        draws, temperature: answers sampled for each prompt; 0 is greedy text, of which a second one would say nothing
+            new.
         context: tokens of prompt and answer at the most; default and limit: the model's maximum.
         text: haystack, a file or datasets id; default: the held-out text that the package ships.
         samples: folder of the answers, one JSON-lines file a task; default artifacts/NAME.tasks.
         resume: go on with the answers that are there.
-        device, dtype, attention: as in load_pretrained. On a CPU, by default, the "16-bit" cache is float32: a stricter reference.
+        device, dtype, attention: as in load_pretrained. On a CPU, by default, the "16-bit" cache is float32: a stricter
+            reference.
     Returns:
-        {model, artifact, device, dtype, batch_size, payload_bits, context, seed, draws, temperature, samples, tasks: [TaskResult as a dict]}
+        {model, artifact, device, dtype, batch_size, payload_bits, context, seed, draws, temperature, samples, tasks:
+        [TaskResult as a dict]}
     """
     begun = time.monotonic()
     wanted = parse_tasks(names, data, run_code)

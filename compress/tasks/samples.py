@@ -16,7 +16,8 @@ class Samples:
         key: what answers depend on besides the prompt: artifact, device, dtype, versions.
         resume: go on with what the file has; otherwise it begins anew.
     Raises:
-        KvfoldError: to be resumed, but the answers come from another artifact, device or version, or it is no such file.
+        KvfoldError: to be resumed, but the answers come from another artifact, device or version, or it is no such
+            file.
     """
 
     def __init__(self, path: Path, key: dict[str, Any], resume: bool) -> None:
@@ -45,7 +46,8 @@ class Samples:
         if header != key:
             names = sorted(n for n in header.keys() | key.keys() if header.get(n) != key.get(n))
             raise KvfoldError(
-                f"'{self.path}' belongs to a run with another {', '.join(names)}; repeat that run's options or drop --resume."
+                f"'{self.path}' belongs to a run with another {', '.join(names)}; repeat that run's options or drop "
+                "--resume."
             )
         if rest or not whole:  # a line was cut off by the end of that run
             self._write([key, *self.records.values()], "w")

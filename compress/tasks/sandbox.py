@@ -35,7 +35,8 @@ class Outcome:
 
 @functools.cache
 def namespaces() -> tuple[str, ...]:
-    """The command (util-linux' `unshare`) that starts another one in namespaces of its own; empty where this system has or allows none."""
+    """The command (util-linux' `unshare`) that starts another one in namespaces of its own; empty where this system has
+    or allows none."""
     command = shutil.which("unshare") if sys.platform == "linux" else None
     if command is None:
         return ()
@@ -52,8 +53,8 @@ def run_program(program: str, timeout: float = TIMEOUT, nbytes: int = NBYTES) ->
     """Runs Python source with `python -I` in an empty folder, without input, environment or inherited files.
 
     Args:
-        program: source; it passes if it ends without an exception and does not exit by itself. What says so is a token that nobody can
-            guess, so neither an exit code nor anything that is printed does.
+        program: source; it passes if it ends without an exception and does not exit by itself. What says so is a token
+            that nobody can guess, so neither an exit code nor anything that is printed does.
         timeout: seconds of wall clock; CPU time is limited to the next whole second above.
         nbytes: of address space.
     """

@@ -104,7 +104,8 @@ def chat_ids(tokenizer: Any, turns: Sequence[tuple[str, str]], user: str, answer
 
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text to continue, for models without a chat template; a BOS token comes first if the tokenizer adds one."""
+    """Tokens of a text to continue, for models without a chat template; a BOS token comes first if the tokenizer adds
+    one."""
     return list(tokenizer(text, verbose=False).input_ids)
 
 

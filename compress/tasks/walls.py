@@ -1,7 +1,8 @@
-"""What Linux itself refuses a process from now on, whatever runs in it: writing outside a folder (Landlock), and other processes,
-connections, mounts (seccomp). `guard.py` runs it by its path, so it imports the standard library only.
+"""What Linux itself refuses a process from now on, whatever runs in it: writing outside a folder (Landlock), and other
+processes, connections, mounts (seccomp). `guard.py` runs it by its path, so it imports the standard library only.
 
-Both are one-way, need no rights, and are inherited. Where the kernel or the machine's architecture has one of them not, the other is put up.
+Both are one-way, need no rights, and are inherited. Where the kernel or the machine's architecture has one of them not,
+the other is put up.
 """
 
 import ctypes
@@ -18,17 +19,19 @@ NONE = 1 << 20  # no call has that number
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of CALLS, AUDIT_ARCH
 # numbers of system calls on x86_64 and aarch64; NONE where the machine has it not
 CALLS = {
-    "clone": (56, 220), "clone3": (435, 435), "fork": (57, NONE), "vfork": (58, NONE), "execve": (59, 221), "execveat": (322, 281),
-    "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
-    "pidfd_send_signal": (424, 424), "pidfd_open": (434, 434), "pidfd_getfd": (438, 438), "ptrace": (101, 117),
-    "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "prlimit64": (302, 261), "setpriority": (141, 140),
-    "sched_setparam": (142, 118), "sched_setscheduler": (144, 119), "sched_setaffinity": (203, 122), "sched_setattr": (314, 274),
-    "setsid": (112, 157), "setpgid": (109, 154), "socket": (41, 198), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201),
-    "io_uring_setup": (425, 425), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51),
-    "unshare": (272, 97), "setns": (308, 268), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
-    "fsmount": (432, 432), "mount_setattr": (442, 442), "open_by_handle_at": (304, 265), "bpf": (321, 280),
-    "perf_event_open": (298, 241), "userfaultfd": (323, 282), "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
-    "init_module": (175, 105), "finit_module": (313, 273), "kexec_load": (246, 104), "reboot": (169, 142), "swapon": (167, 224),
+    "clone": (56, 220), "clone3": (435, 435), "fork": (57, NONE), "vfork": (58, NONE), "execve": (59, 221),
+    "execveat": (322, 281), "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424), "pidfd_open": (434, 434),
+    "pidfd_getfd": (438, 438), "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
+    "prlimit64": (302, 261), "setpriority": (141, 140), "sched_setparam": (142, 118), "sched_setscheduler": (144, 119),
+    "sched_setaffinity": (203, 122), "sched_setattr": (314, 274), "setsid": (112, 157), "setpgid": (109, 154),
+    "socket": (41, 198), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201), "io_uring_setup": (425, 425),
+    "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "unshare": (272, 97),
+    "setns": (308, 268), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430), "fsmount": (432, 432),
+    "mount_setattr": (442, 442), "open_by_handle_at": (304, 265), "bpf": (321, 280), "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282), "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
+    "init_module": (175, 105), "finit_module": (313, 273), "kexec_load": (246, 104), "reboot": (169, 142),
+    "swapon": (167, 224),
 }  # fmt: skip
 
 

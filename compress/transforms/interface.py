@@ -1,7 +1,8 @@
 """What a transform is: statistics of one layer in, a basis out.
 
-A basis B stores x as z = online·(fused·x − m), m the offset or, with frequencies, the offset turned to x's position. The fused part goes into the weights, the online part and the offset
-are applied when a token arrives, and whoever reads z takes the inverse: o_proj for values, the query for keys.
+A basis B stores x as z = online·(fused·x − m), m the offset or, with frequencies, the offset turned to x's position.
+The fused part goes into the weights, the online part and the offset are applied when a token arrives, and whoever reads
+z takes the inverse: o_proj for values, the query for keys.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Channel reordering (after SKVQ, 2405.06219): channels with like ranges share a group.
 
-Channels are clustered by their (minimum, maximum) over the calibration tokens with k-means, one cluster for each group, and
-laid out cluster after cluster. SKVQ lets clusters of any size span all heads; here a group is a contiguous run of
+Channels are clustered by their (minimum, maximum) over the calibration tokens with k-means, one cluster for each group,
+and laid out cluster after cluster. SKVQ lets clusters of any size span all heads; here a group is a contiguous run of
 `group_size` channels of one head, so a cluster that is larger runs on into the next group.
 """
 

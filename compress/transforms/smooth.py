@@ -1,8 +1,8 @@
 """Pair-shared smoothing of keys (PM-KVQ, 2505.18610): k_i / s_i and q_i · s_i with s equal inside each RoPE pair.
 
-s_i = max(|k_i|, |k_{i+D/2}|)^α over calibration tokens at interpolated positions. α comes from a grid of 21 values in [0, 1]
-by the error of the attention's output, ‖(softmax(q kᵀ) v − softmax(q k̂ᵀ) v̂) W_oᵀ‖², with keys and values that go through
-the quantiser. The attention is that among the sampled tokens of each calibration sequence, causal.
+s_i = max(|k_i|, |k_{i+D/2}|)^α over calibration tokens at interpolated positions. α comes from a grid of 21 values in
+[0, 1] by the error of the attention's output, ‖(softmax(q kᵀ) v − softmax(q k̂ᵀ) v̂) W_oᵀ‖², with keys and values that
+go through the quantiser. The attention is that among the sampled tokens of each calibration sequence, causal.
 """
 
 import torch

@@ -1,20 +1,21 @@
-"""Keys and values in the whitened eigenbasis of the metric that their error is felt in, with bits by reverse water-filling.
+"""Keys and values in the whitened eigenbasis of the metric that their error is felt in, with bits by reverse
+water-filling.
 
 With Σ_q = E[q qᵀ], W = Σ_q^½ and W Σ_k W = U Λ Uᵀ (λ falling), the error of a logit is the plain squared error of
-z = Uᵀ W (k − m_t), whose channels have variances λ. Channels are cut into contiguous classes; class c of n channels with
-L levels costs D(L)·(Σ_{i∈c} √λ_i)²/n once it is half-whitened, which is the smallest that one shared scale allows:
+z = Uᵀ W (k − m_t), whose channels have variances λ. Channels are cut into contiguous classes; class c of n channels
+with L levels costs D(L)·(Σ_{i∈c} √λ_i)²/n once it is half-whitened, which is the smallest that one shared scale allows:
 M_c = H_n Λ_c^(−¼), H_n orthogonal and mixing. So M = blockdiag(M_c) Uᵀ W. Rows are then divided by their calibrated
 standard deviation, so that the quantiser sees unit variance and one scale a token serves all channels.
 
-For values the metric is G = mean W_oᵀ W_o in the place of Σ_q, M is fused into v_proj and o_proj, and there is no offset, so
-Σ_v = E[v vᵀ] is not centred: tokens with small values often draw the most attention, and their error must stay in
-proportion to their own norm.
+For values the metric is G = mean W_oᵀ W_o in the place of Σ_q, M is fused into v_proj and o_proj, and there is no
+offset, so Σ_v = E[v vᵀ] is not centred: tokens with small values often draw the most attention, and their error must
+stay in proportion to their own norm.
 
-m_t is the rotating mean of keys, their mean before RoPE turned to the key's position (kernels/key_mean.py), and Σ_k the second moment
-of what it leaves; in a layer without RoPE m_t = μ = E[k].
+m_t is the rotating mean of keys, their mean before RoPE turned to the key's position (kernels/key_mean.py), and Σ_k the
+second moment of what it leaves; in a layer without RoPE m_t = μ = E[k].
 
-Four parts of the keys' can be left out, to see what each is worth: "metric" (W = I: the keys' own eigenbasis), "mixing" (H_n = I),
-"rotation" (m_t = μ, the mean after RoPE, in every layer) and "offset" (m_t = 0, and Σ_k not centred).
+Four parts of the keys' can be left out, to see what each is worth: "metric" (W = I: the keys' own eigenbasis), "mixing"
+(H_n = I), "rotation" (m_t = μ, the mean after RoPE, in every layer) and "offset" (m_t = 0, and Σ_k not centred).
 """
 
 import itertools
@@ -71,7 +72,8 @@ def whitened(stats: LayerStats, without: tuple[str, ...] = ()) -> tuple[Tensor, 
 
 @cache
 def compositions(head_dim: int) -> np.ndarray:
-    """All ways to cut head_dim channels into the classes of CLASS_LEVELS: int [cuts, classes] channels, in a fixed order."""
+    """All ways to cut head_dim channels into the classes of CLASS_LEVELS: int [cuts, classes] channels, in a fixed
+    order."""
     unit = 8
     parts = len(CLASS_LEVELS) - 1
     while np.prod([(head_dim // unit + i) / i for i in range(1, parts + 1)]) > MAX_COMPOSITIONS:
@@ -138,7 +140,8 @@ def water_fill(variances: Tensor, mean_bits: tuple[float, ...]) -> list[Format]:
 def half_whitened(
     moment: Tensor, metric: Tensor | None, request: Request, eigen: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """M for one format, float64 [Hkv, D, D]; for a format of one class it is the balanced basis. eigen: of `eigenbasis`, if known."""
+    """M for one format, float64 [Hkv, D, D]; for a format of one class it is the balanced basis. eigen: of
+    `eigenbasis`, if known."""
     assert request.fmt is not None
     basis, variances = eigen or eigenbasis(moment, metric)
     quarter = regularised(variances) ** -0.25

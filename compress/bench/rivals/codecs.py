@@ -1,8 +1,9 @@
-"""What rivals are made of: codecs that turn one side of one layer, float32 [Hkv, T, D], into the arrays that a cache would keep.
+"""What rivals are made of: codecs that turn one side of one layer, float32 [Hkv, T, D], into the arrays that a cache
+would keep.
 
-`encode` returns every array in its stored type (codes bit-packed in uint8, parameters in float16 or float8), and `decode`
-reads nothing else, so the size of a rival is the size of these arrays. Only static tables (rotations, orders, clips, grids)
-stay outside, as they do for our own artifacts: they are paid once a model, not once a token.
+`encode` returns every array in its stored type (codes bit-packed in uint8, parameters in float16 or float8), and
+`decode` reads nothing else, so the size of a rival is the size of these arrays. Only static tables (rotations, orders,
+clips, grids) stay outside, as they do for our own artifacts: they are paid once a model, not once a token.
 """
 
 from collections.abc import Callable
@@ -63,7 +64,8 @@ def store(x: Tensor, kind: ParamType) -> Tensor:
 
 @dataclass(frozen=True)
 class Affine:
-    """Asymmetric round-to-nearest in groups of the last axis: x̂ = m + s·c, m = clip·min, s = clip·(max − min)/(2^bits − 1).
+    """Asymmetric round-to-nearest in groups of the last axis: x̂ = m + s·c, m = clip·min, s = clip·(max − min)/(2^bits
+    − 1).
 
     Attributes:
         group: neighbours that share (m, s).
@@ -144,7 +146,8 @@ class Channelwise:
 
 @dataclass(frozen=True)
 class Rotated:
-    """A codec in an orthogonal basis. `matrix`: [Hkv, D, D] or [D, D]; None for a Hadamard with random signs, seed 0."""
+    """A codec in an orthogonal basis. `matrix`: [Hkv, D, D] or [D, D]; None for a Hadamard with random signs, seed
+    0."""
 
     inner: Codec
     matrix: Tensor | None = None
@@ -162,7 +165,8 @@ class Rotated:
 
 
 def hadamard(head_dim: int) -> Tensor:
-    """Orthogonal float64 [D, D]: Hadamard with random signs, seed 0 (a random orthogonal matrix if D is no power of 2)."""
+    """Orthogonal float64 [D, D]: Hadamard with random signs, seed 0 (a random orthogonal matrix if D is no power of
+    2)."""
     return mixing_matrix(head_dim, torch.Generator().manual_seed(0))
 
 

@@ -5,7 +5,8 @@ from kvfold.compress.bench.rivals.codecs import PARAM_BITS, Affine, Channelwise,
 
 
 class KIVI(Rival):
-    """Key parameters in float16 for a block of 128 tokens, value parameters in e4m3 for a head: b + 32/128 and b + 16/D bits.
+    """Key parameters in float16 for a block of 128 tokens, value parameters in e4m3 for a head: b + 32/128 and b + 16/D
+    bits.
 
     The paper's own setting, groups of 32 and float16 everywhere, is `KIVI32`, at b + 1 bits.
     """

@@ -1,4 +1,5 @@
-"""KVarN-like (2606.03458): Hadamard, then a tile's tokens and channels brought to unit variance in turn, then round to nearest."""
+"""KVarN-like (2606.03458): Hadamard, then a tile's tokens and channels brought to unit variance in turn, then round to
+nearest."""
 
 from dataclasses import dataclass
 
@@ -10,7 +11,8 @@ from kvfold.compress.bench.rivals.codecs import Affine, Codec, Rotated, Stored, 
 
 TILE = 128  # tokens
 STEPS = 16
-# Factor on a normalised tile's range, for it is nearly Gaussian: the least squared error in steps of 0.05, groups of 64 and 128
+# Factor on a normalised tile's range, for it is nearly Gaussian: the least squared error in steps of 0.05, groups of 64
+# and 128
 CUT = {2: 0.65, 3: 0.85, 4: 0.95}
 
 
@@ -48,7 +50,8 @@ class Normalised:
         kept = tokens if keys else channels
         # tokens · c and channels / c are the same tile: about 1, what is kept neither saturates nor vanishes in e4m3
         kept = store(kept / kept.log().mean((-2, -1), keepdim=True).exp(), "e4m3")
-        # divided by what is kept, not by what was rounded: else the rounding would scale the whole number, offset and all
+        # divided by what is kept, not by what was rounded: else the rounding would scale the whole number, offset and
+        # all
         factor = torch.where(kept.float() > 0, kept.float(), 1.0)
         rest = tiles / factor
         return *self.inner.encode(rest.mT if keys else rest), kept
@@ -60,12 +63,16 @@ class Normalised:
 
 
 class KVarN(Rival):
-    """Keys per channel, values per token, in tiles of 128 tokens. A key channel's minimum and scale are float16, as its offset
-    can dwarf its range; all else is e4m3. K: b + 32/128 + 8/D bits, V: b + 16/D + 8/128. Tuned: KVarN spans the whole range, which at 2 bits wastes half of the
-    levels on a Gaussian's ends; a constant factor on the range needs no calibration.
+    """Keys per channel, values per token, in tiles of 128 tokens. A key channel's minimum and scale are float16, as its
+    offset can dwarf its range; all else is e4m3. K: b + 32/128 + 8/D bits, V: b + 16/D + 8/128. Tuned: KVarN spans the
+    whole range, which at 2 bits wastes half of the levels on a Gaussian's ends; a constant factor on the range needs no
+    calibration.
     """
 
-    source = "KVarN-like (2606.03458): Hadamard, 16 Sinkhorn steps on 128-token tiles, K per channel, V per token; range cut to suit a Gaussian"
+    source = (
+        "KVarN-like (2606.03458): Hadamard, 16 Sinkhorn steps on 128-token tiles, K per channel, V per token; "
+        "range cut to suit a Gaussian"
+    )
     block_tokens = TILE
 
     def __init__(self, bits: int, head_dim: int) -> None:

@@ -1,4 +1,5 @@
-"""OSCAR-like (2605.17757): keys rotated into the queries' eigenbasis, values into their own, then Hadamard and a clip."""
+"""OSCAR-like (2605.17757): keys rotated into the queries' eigenbasis, values into their own, then Hadamard and a
+clip."""
 
 import torch
 from torch import Tensor

@@ -12,8 +12,8 @@ from kvfold.compress.calibrate import LayerStats
 
 
 def cluster(sample: Tensor, group: int) -> list[Tensor]:
-    """The channels of all heads in groups of like ones: k-means on (minimum, maximum) over tokens, as many groups as there are
-    runs of `group` channels. A cluster of any size is a group, so a few outliers may have one to themselves.
+    """The channels of all heads in groups of like ones: k-means on (minimum, maximum) over tokens, as many groups as
+    there are runs of `group` channels. A cluster of any size is a group, so a few outliers may have one to themselves.
 
     Args:
         sample: float32 [Hkv, S, D].
@@ -69,9 +69,13 @@ class Reordered:
 
 
 class SKVQ(Rival):
-    """Groups cross the heads of a layer, as in SKVQ; keys after RoPE; the clip of a group has the least squared error."""
+    """Groups cross the heads of a layer, as in SKVQ; keys after RoPE; the clip of a group has the least squared
+    error."""
 
-    source = "SKVQ (2405.06219): reorder, clip search, e4m3 parameters; as many groups as heads hold runs of 128, keys after RoPE"
+    source = (
+        "SKVQ (2405.06219): reorder, clip search, e4m3 parameters; as many groups as heads hold runs of 128, "
+        "keys after RoPE"
+    )
     needs = "plain"
 
     def calibrate(self, stats: LayerStats) -> None:

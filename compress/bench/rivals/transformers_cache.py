@@ -1,7 +1,9 @@
-"""transformers' QuantizedCache with its quanto and HQQ backends: their own quantisers, under the window rule of this comparison.
+"""transformers' QuantizedCache with its quanto and HQQ backends: their own quantisers, under the window rule of this
+comparison.
 
-Used as is, that cache reads a whole prompt unquantised and then quantises everything at once whenever its residual fills, so
-a teacher-forced pass would measure nothing. Here its layer's `_quantize` and `_dequantize` are called on what left the window.
+Used as is, that cache reads a whole prompt unquantised and then quantises everything at once whenever its residual
+fills, so a teacher-forced pass would measure nothing. Here its layer's `_quantize` and `_dequantize` are called on what
+left the window.
 """
 
 from importlib.util import find_spec
@@ -19,7 +21,8 @@ GROUP = 64  # transformers' default, contiguous elements
 
 
 class Backend:
-    """A codec that hands float16 to a transformers cache layer. The library's object is what it decodes; `encode` lists its arrays."""
+    """A codec that hands float16 to a transformers cache layer. The library's object is what it decodes; `encode` lists
+    its arrays."""
 
     def __init__(self, layer: Any, axis: int) -> None:
         self.layer, self.axis = layer, axis

@@ -1,4 +1,5 @@
-"""TurboQuant-like (2504.19874): a random rotation makes channels nearly Gaussian, then the Lloyd-Max grid of a Gaussian."""
+"""TurboQuant-like (2504.19874): a random rotation makes channels nearly Gaussian, then the Lloyd-Max grid of a
+Gaussian."""
 
 import itertools
 from functools import cache
@@ -13,7 +14,8 @@ from kvfold.compress.bench.rivals.codecs import Grid, Rotated, group_of
 
 @cache
 def lloyd_max(bits: int) -> Tensor:
-    """The 2^bits points with the least squared error for a standard Gaussian, float32, rising (S. P. Lloyd, 1957; J. Max, 1960).
+    """The 2^bits points with the least squared error for a standard Gaussian, float32, rising (S. P. Lloyd, 1957; J.
+    Max, 1960).
 
     Each point is the mean of its cell, each border halfway between two points: iterated until nothing moves.
     """
