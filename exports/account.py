@@ -1,16 +1,17 @@
-"""The byte account of a cache: what the allocator budgets, the artifact states and `cache.nbytes` must equal to the byte.
+"""The byte account of a cache: what the allocator budgets,
+the artifact states and `cache.nbytes` must equal to the byte.
 
 One sequence of L tokens in one layer holds, resident:
 
-    raw rows     (sinks + ring) × num_kv_heads × head_dim × 2 (K, V) × 2 bytes, allocated whole; ring: room for the window
-                 and one open page, in whole pages
-    pages        packed_tokens(L) / page_tokens × num_kv_heads × (key format + value format bytes of a page); in a layer with
-                 a sliding window less those that no later query sees
+    raw rows     (sinks + ring) × num_kv_heads × head_dim × 2 (K, V) × 2 bytes, allocated whole; ring: room for the
+                 window and one open page, in whole pages
+    pages        packed_tokens(L) / page_tokens × num_kv_heads × (key format + value format bytes of a page); in a layer
+                 with a sliding window less those that no later query sees
     block table  8 bytes an entry, LEAST_ENTRIES or a power of two above; pages that are gone keep their entry
     state        8 bytes: length and number of pages
 
-Where pages come in several formats ("rungs", policy="progressive"), each page has the bytes of its own, and to each sequence and
-layer belong, besides, the boundaries between runs of pages of one rung:
+Where pages come in several formats ("rungs", policy="progressive"), each page has the bytes of its own, and to each
+sequence and layer belong, besides, the boundaries between runs of pages of one rung:
 
     segments     (rungs + 1) × 4 bytes
 """
@@ -40,7 +41,8 @@ class Geometry:
     Attributes:
         num_kv_heads, head_dim: KV heads of the model, and channels of one.
         sinks, window, page_tokens: in tokens.
-        sliding: for each layer the tokens that a query sees at the most, itself included, 0 for all; empty if no layer slides.
+        sliding: for each layer the tokens that a query sees at the most, itself included, 0 for all;
+            empty if no layer slides.
         rollback: tokens by which a sequence may be cropped as if they had never come; the ring is that much longer.
     """
 
@@ -54,8 +56,8 @@ class Geometry:
 
     @property
     def ring(self) -> int:
-        """Slots of the window, the page that fills behind it and `rollback` more tokens, a multiple of page_tokens: a page's
-        rows lie in a run."""
+        """Slots of the window, the page that fills behind it and `rollback` more tokens, a multiple of page_tokens: a
+        page's rows lie in a run."""
         return -(-(self.window + self.page_tokens + self.rollback) // self.page_tokens) * self.page_tokens
 
     @property
@@ -68,7 +70,8 @@ class Geometry:
         return self.sliding[layer] if self.sliding else 0
 
     def num_pages(self, tokens: int) -> int:
-        """Pages of one sequence of `tokens` tokens in one layer, those that a sliding window has left behind included."""
+        """Pages of one sequence of `tokens` tokens in one layer,
+        those that a sliding window has left behind included."""
         return packed_tokens(tokens, self.sinks, self.window, self.page_tokens) // self.page_tokens
 
     def passed_pages(self, tokens: int, sliding: int) -> int:
@@ -84,7 +87,8 @@ class Geometry:
         return self.num_pages(tokens) - self.passed_pages(tokens, sliding)
 
     def table_nbytes(self, entries: int) -> int:
-        """Bytes of one layer and sequence besides pages, where the block table has so many entries: raw rows, table, state."""
+        """Bytes of one layer and sequence besides pages, where the block table has so many entries: raw rows,
+        table, state."""
         return (
             self.raw_rows * self.num_kv_heads * self.head_dim * 2 * RAW_NBYTES + entries * ENTRY_NBYTES + STATE_NBYTES
         )
@@ -134,7 +138,8 @@ def cache_nbytes(geometry: Geometry, formats: Sequence[tuple[Format, Format]], t
 
 
 def stepped_nbytes(geometry: Geometry, formats: Sequence[tuple[Format, Format]], tokens: int) -> int:
-    """What `cache_nbytes` was in artifacts of before block tables doubled: theirs grew by LEAST_ENTRIES entries at a time."""
+    """What `cache_nbytes` was in artifacts of before block tables doubled:
+    theirs grew by LEAST_ENTRIES entries at a time."""
     pages = geometry.num_pages(tokens)
     entries = -(-pages // LEAST_ENTRIES) * LEAST_ENTRIES
     fewer = (table_entries(pages) - entries) * ENTRY_NBYTES * len(formats)
@@ -150,8 +155,8 @@ def batch_nbytes(
 
     Args:
         lengths: tokens of each sequence, without padding.
-        new: 0: between two calls of the model. Else the most that is resident in the call that brings the last `new` tokens:
-            the layer whose turn it is keeps what the first of their queries sees until all have attended.
+        new: 0: between two calls of the model. Else the most that is resident in the call that brings the last `new`
+            tokens: the layer whose turn it is keeps what the first of their queries sees until all have attended.
     """
     longest = max(lengths)
     total = len(formats) * len(lengths) * geometry.fixed_nbytes(longest) if longest else 0

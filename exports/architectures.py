@@ -20,7 +20,8 @@ class Architecture:
         norm_plus: what a norm adds to its stored weight before it multiplies: 1 in Gemma's (1 + w).
         rope_by_type: the rotary module is asked by layer type, e.g. another base for sliding layers.
         rope_halves: its tables hold each angle once, not once for each channel of a pair.
-        sliding: layers that attend in a window of config.sliding_window tokens: "none", "all", or those that "layer_types" names.
+        sliding: layers that attend in a window of config.sliding_window tokens: "none", "all", or those that
+            "layer_types" names.
         sink_logits: a learned logit of each head joins the denominator of its softmax.
     """
 

@@ -1,7 +1,8 @@
-"""Which files of an artifact's folder a loader reads: each is listed in kv_cache.json, regular, of the hash that is stated, and, where it
-holds weights, whole. What a loader would read and nobody signed is refused.
+"""Which files of an artifact's folder a loader reads: each is listed in kv_cache.json, regular, of the hash that is
+stated, and, where it holds weights, whole. What a loader would read and nobody signed is refused.
 
-A file may be a link, as in the Hub's cache: what counts is the content, which is hashed, and that its name lies in the folder.
+A file may be a link, as in the Hub's cache: what counts is the content, which is hashed,
+and that its name lies in the folder.
 """
 
 import hashlib
@@ -22,9 +23,9 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CODE = {".py", ".bin", ".pt", ".pth", ".ckpt", ".pkl"}  # runs, or is unpickled
 READ_SUFFIXES = {*CODE, ".safetensors", ".h5", ".msgpack", ".gguf", ".jinja", ".model", ".tiktoken"}
 READ_NAMES = {
-    "config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "processor_config.json",
-    "preprocessor_config.json", "additional_chat_templates", "custom_generate",
+    "config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.json",
+    "processor_config.json", "preprocessor_config.json", "additional_chat_templates", "custom_generate",
 }  # fmt: skip
 LONGEST_NAME = 255  # bytes, of most file systems
 
@@ -91,11 +92,13 @@ def _check_name(name: str) -> None:
         or len(name.encode()) > LONGEST_NAME
     ):
         raise KvfoldError(
-            f"{METADATA_NAME} lists the file '{name[:LONGEST_NAME]}', but an artifact's files lie side by side, with plain names; {AGAIN}."
+            f"{METADATA_NAME} lists the file '{name[:LONGEST_NAME]}', but an artifact's files lie side by side, with "
+            f"plain names; {AGAIN}."
         )
     if Path(name).suffix in CODE:
         raise KvfoldError(
-            f"{METADATA_NAME} lists {name}, but an artifact holds no code and no pickle; write it again without that file."
+            f"{METADATA_NAME} lists {name}, but an artifact holds no code and no pickle; "
+            "write it again without that file."
         )
 
 
@@ -149,8 +152,8 @@ def _keys(file: Path) -> set[str]:
 
 
 def signed_files(path: Path, files: Mapping[str, str]) -> dict[str, str]:
-    """What kv_cache.json should list after an edit: the hashes of the files as they are now. One that is gone is left out, one that
-    a loader reads is added, unless it is code, or weights that no index names.
+    """What kv_cache.json should list after an edit: the hashes of the files as they are now. One that is gone is left
+    out, one that a loader reads is added, unless it is code, or weights that no index names.
 
     Args:
         files: what it lists.

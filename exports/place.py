@@ -1,7 +1,8 @@
-"""Where an artifact or an export goes: found out once, checked before anything is computed, and taken by rename when all is written.
+"""Where an artifact or an export goes: found out once, checked before anything is computed,
+and taken by rename when all is written.
 
-A link is followed, so that what it leads to is written and the link stays. A folder that something is mounted on can't be renamed onto,
-so it is refused at once, and not after the search.
+A link is followed, so that what it leads to is written and the link stays. A folder that something is mounted on can't
+be renamed onto, so it is refused at once, and not after the search.
 """
 
 import errno
@@ -69,8 +70,8 @@ def refuse_mount(place: Path, out: Path) -> None:
     """
     if is_mount(place):
         raise KvfoldError(
-            f"Output '{out}' is a mount point, which no finished folder can be renamed onto; choose a folder inside it, for example "
-            f"'{out / 'artifact'}'."
+            f"Output '{out}' is a mount point, which no finished folder can be renamed onto; choose a folder inside "
+            f"it, for example '{out / 'artifact'}'."
         )
 
 
@@ -96,8 +97,8 @@ def check_output(out: Path, need_nbytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < need_nbytes:
         raise KvfoldError(
-            f"Output '{out}' needs {format_nbytes(need_nbytes)} of disk space while it is made, but {format_nbytes(free)} are free; "
-            "free some or choose another --out."
+            f"Output '{out}' needs {format_nbytes(need_nbytes)} of disk space while it is made, but "
+            f"{format_nbytes(free)} are free; free some or choose another --out."
         )
 
 
@@ -117,19 +118,19 @@ def check_free(place: Path, out: Path) -> None:
         foreign = foreign_names(place, read_metadata(place).files)
     except KvfoldError as error:
         raise KvfoldError(
-            f"Output '{out}' exists, and which of its files are an artifact's can't be told ({str(error).rstrip('.')}); remove it or choose "
-            "another --out."
+            f"Output '{out}' exists, and which of its files are an artifact's can't be told "
+            f"({str(error).rstrip('.')}); remove it or choose another --out."
         ) from None
     if foreign:
         raise KvfoldError(
-            f"Output '{out}' is an artifact that would be replaced whole, but it holds '{foreign[0]}', which kvfold did not write; move "
-            "that away or choose another --out."
+            f"Output '{out}' is an artifact that would be replaced whole, but it holds '{foreign[0]}', which kvfold "
+            "did not write; move that away or choose another --out."
         )
 
 
 def full_disk(error: BaseException) -> str | None:
-    """What ran out, if an error says that no more can be written; safetensors and tokenizers raise their own kinds, with the system's
-    number in the text."""
+    """What ran out, if an error says that no more can be written; safetensors and tokenizers raise their own kinds,
+    with the system's number in the text."""
     if isinstance(error, OSError):
         return FULL.get(error.errno or 0)
     return next((words for number, words in FULL.items() if f"(os error {number})" in str(error)), None)
@@ -137,7 +138,8 @@ def full_disk(error: BaseException) -> str | None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out`, to be filled; it becomes `out`, which must not exist or be empty, when the block ends well.
+    """An empty folder beside `out`, to be filled; it becomes `out`, which must not exist or be empty,
+    when the block ends well.
 
     Raises:
         KvfoldError: the disk filled up; nothing is left behind.

@@ -20,7 +20,8 @@ from kvfold.kernels.formats import Format
 from kvfold.pretrained import config_from_pretrained, reason_of
 
 __all__ = [
-    "Artifact", "check_artifact", "file_sha256", "is_artifact", "read_artifact", "read_metadata", "tensor_shapes", "update_artifact",
+    "Artifact", "check_artifact", "file_sha256", "is_artifact", "read_artifact", "read_metadata", "tensor_shapes",
+    "update_artifact",
 ]  # fmt: skip
 MOST_NBYTES = 16 << 20  # of kv_cache.json; a thousand layers take a tenth
 MOST_OFFSET = 2.0**64  # its square is finite in float32
@@ -114,7 +115,8 @@ def update_artifact(path: Path) -> list[str]:
             write_whole(path / METADATA_NAME, lambda scratch: scratch.write_text(text, encoding="utf-8"))
         except OSError as error:
             raise KvfoldError(
-                f"'{path / METADATA_NAME}' cannot be written ({error.strerror}); sign a copy of the artifact that you may write to."
+                f"'{path / METADATA_NAME}' cannot be written ({error.strerror}); "
+                "sign a copy of the artifact that you may write to."
             ) from None
     return changed
 
@@ -142,7 +144,8 @@ def _check_config(path: Path, metadata: Metadata) -> None:
 
 
 def tensor_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that kv_cache.safetensors must hold, all float32; −1 is any number up to head_dim / 2."""
+    """Name and shape of every tensor that kv_cache.safetensors must hold, all float32;
+    −1 is any number up to head_dim / 2."""
     heads, dim = metadata.cache.num_kv_heads, metadata.cache.head_dim
 
     def shape(name: str, groups: int) -> tuple[int, ...]:
@@ -164,8 +167,8 @@ def _fits(tensor: Tensor, shape: tuple[int, ...], head_dim: int) -> bool:
 
 
 def has_inverse(matrix: Tensor) -> bool:
-    """Whether float32 holds an inverse of each matrix [heads, dim, dim] that undoes it: one that float64 finds may be infinite there, or
-    too coarse."""
+    """Whether float32 holds an inverse of each matrix [heads, dim, dim] that undoes it: one that float64 finds may be
+    infinite there, or too coarse."""
     found = torch.linalg.inv_ex(matrix.double())
     inverse = found.inverse.float().double()
     if bool(found.info.any()) or not bool(torch.isfinite(inverse).all()):

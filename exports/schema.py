@@ -86,7 +86,8 @@ class CacheModel(Strict):
 
 
 class AccountModel(Strict):
-    """Bytes of one sequence of `at` tokens, everything resident counted (exports/account.py); `bytes_at`: of other lengths."""
+    """Bytes of one sequence of `at` tokens, everything resident counted (exports/account.py);
+    `bytes_at`: of other lengths."""
 
     at: Positive
     bytes: Positive
@@ -149,7 +150,8 @@ class Metadata(Strict):
             len(self.cache.sliding) != self.cache.num_layers or not any(self.cache.sliding)
         ):
             raise ValueError(
-                f"format_version {SLIDING_VERSION} needs cache.sliding, one window for each of {self.cache.num_layers} layers"
+                f"format_version {SLIDING_VERSION} needs cache.sliding, "
+                f"one window for each of {self.cache.num_layers} layers"
             )
         if (
             self.format_version == MEAN_VERSION
@@ -219,7 +221,8 @@ def parse_metadata(text: str, name: str = METADATA_NAME) -> Metadata:
     """Reads kv_cache.json.
 
     Raises:
-        KvfoldError: not JSON, another format_version, an unknown or missing field, a value out of range, a wrong digest.
+        KvfoldError: not JSON, another format_version, an unknown or missing field, a value out of range,
+            a wrong digest.
     """
     try:
         data = json.loads(text, object_pairs_hook=_once)
@@ -231,8 +234,8 @@ def parse_metadata(text: str, name: str = METADATA_NAME) -> Metadata:
     version = data.get("format_version") if isinstance(data, dict) else None
     if version not in (FORMAT_VERSION, SLIDING_VERSION, MEAN_VERSION):
         raise KvfoldError(
-            f"{name} has format_version {version!r}, but this kvfold reads {FORMAT_VERSION} to {MEAN_VERSION}; use the kvfold "
-            "that wrote it."
+            f"{name} has format_version {version!r}, but this kvfold reads {FORMAT_VERSION} to {MEAN_VERSION}; use the "
+            "kvfold that wrote it."
         )
     digest = data.pop("digest", None)
     try:

@@ -11,7 +11,8 @@ from kvfold.kernels.key_mean import TurnTables, turn_tables
 
 
 def clip_rows(clip: Tensor | None) -> Tensor | None:
-    """A spec's clip as `encode` wants it, for blocks [..., num_kv_heads, T, head_dim]: [num_kv_heads, 1, groups or 1]."""
+    """A spec's clip as `encode` wants it, for blocks [..., num_kv_heads, T, head_dim]:
+    [num_kv_heads, 1, groups or 1]."""
     return None if clip is None else clip.reshape(len(clip), 1, -1)
 
 
@@ -23,13 +24,14 @@ class KeySpec:
         format: of one KV head.
         transforms: names of the transforms applied, for people.
         matrix: float32 [num_kv_heads, head_dim, head_dim], M; None for the identity.
-        offset: float32 [num_kv_heads, head_dim]; None for zero. With `frequencies` it is the mean of keys before RoPE, and m_t is
-            that mean turned to the key's position (kernels/key_mean.py): a logit lacks q·m_t, which the reader adds. Without, it
-            is the mean after RoPE and m_t = μ for all keys: a shift of every logit of a query, so softmax does not see it; only a
-            soft-cap or a sink logit needs it back (`shift`).
+        offset: float32 [num_kv_heads, head_dim]; None for zero. With `frequencies` it is the mean of keys before RoPE,
+            and m_t is that mean turned to the key's position (kernels/key_mean.py): a logit lacks q·m_t, which the
+            reader adds. Without, it is the mean after RoPE and m_t = μ for all keys: a shift of every logit of a query,
+            so softmax does not see it; only a soft-cap or a sink logit needs it back (`shift`).
         clip: float32 [num_kv_heads], or [num_kv_heads, groups] where the format has more than one group: factor on
             (minimum, maximum) of "scale_min" formats; None for 1.
-        frequencies: RoPE's angular frequencies ω, of the pairs (i, i + n/2), radians a token; None where keys don't turn.
+        frequencies: RoPE's angular frequencies ω, of the pairs (i, i + n/2), radians a token;
+            None where keys don't turn.
     """
 
     format: Format
@@ -55,8 +57,9 @@ class KeySpec:
         return turn_tables(self.frequencies, self.offset.shape[1], sinks, self.offset.device)
 
     def mean(self, positions: Tensor | None, sinks: int, end: int | None = None) -> Tensor | None:
-        """m_t of keys at int64 positions [..., T], which only a mean that turns needs: float32 [..., num_kv_heads, T or 1, head_dim];
-        None for zero. end: a number that all positions are below, if the host knows one."""
+        """m_t of keys at int64 positions [..., T], which only a mean that turns needs: float32
+        [..., num_kv_heads, T or 1, head_dim]; None for zero. end: a number that all positions are below,
+        if the host knows one."""
         if self.offset is None:
             return None
         if not self.turns:
@@ -69,8 +72,8 @@ class KeySpec:
 
         Args:
             keys: [..., num_kv_heads, T, head_dim].
-            positions: int64 [T], or [B, T] where sequences differ, tokens counted from each sequence's first; None will do where the
-                mean does not turn.
+            positions: int64 [T], or [B, T] where sequences differ, tokens counted from each sequence's first; None will
+                do where the mean does not turn.
             sinks: first tokens of a sequence, which have no mean taken off.
             end: as in `mean`.
         """
@@ -90,7 +93,8 @@ class KeySpec:
         return (grouped @ self.query_matrix[:, None]).flatten(-4, -3)
 
     def shift(self, queries: Tensor) -> Tensor | None:
-        """q·μ of queries after RoPE [..., num_heads, T, head_dim] → float32 [..., num_heads, T]; None without a constant μ."""
+        """q·μ of queries after RoPE [..., num_heads, T, head_dim] → float32 [..., num_heads, T];
+        None without a constant μ."""
         if self.offset is None or self.turns:
             return None
         offset = self.offset.repeat_interleave(queries.shape[-3] // len(self.offset), 0)

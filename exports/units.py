@@ -25,7 +25,8 @@ def parse_nbytes(value: int | str) -> int:
 
 
 def printable(text: str) -> str:
-    """A text for a terminal: what would move its cursor, change its colours or can't be encoded is shown as an escape."""
+    """A text for a terminal: what would move its cursor,
+    change its colours or can't be encoded is shown as an escape."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

@@ -1,4 +1,5 @@
-"""Writes an artifact: beside its place, checked by reading it back, then renamed, so that it is there whole or not at all."""
+"""Writes an artifact: beside its place, checked by reading it back, then renamed,
+so that it is there whole or not at all."""
 
 import shutil
 from collections.abc import Callable

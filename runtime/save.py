@@ -30,8 +30,8 @@ def save_artifact(self: Any, save_directory: str | os.PathLike, is_main_process:
 
     Args:
         self: a model that kvfold loaded; the folder that it came from must still be there.
-        save_directory: an artifact there is replaced. Other files stay; where there is no artifact, also a tokenizer or a card that
-            was put there before.
+        save_directory: an artifact there is replaced. Other files stay; where there is no artifact, also a tokenizer or
+            a card that was put there before.
         options: of transformers' `save_pretrained`, e.g. `max_shard_size`.
     Raises:
         KvfoldError: the folder that the model came from is gone, or an option that would not give an artifact.

@@ -1,8 +1,8 @@
 """The artifact's weights as a compressed-tensors checkpoint with a calibrated fp8 KV cache, for vLLM and SGLang.
 
-Only the cache is quantised: the weights are plain. `quantization_config` in config.json is that project's own object with a
-`kv_cache_scheme`; the scales are tensors `model.layers.N.self_attn.k_scale` and `.v_scale`, so that an engine stores
-e4m3(k / k_scale). Strategy "tensor" has one scale a layer and side, "attn_head" one for each KV head.
+Only the cache is quantised: the weights are plain. `quantization_config` in config.json is that project's own object
+with a `kv_cache_scheme`; the scales are tensors `model.layers.N.self_attn.k_scale` and `.v_scale`, so that an engine
+stores e4m3(k / k_scale). Strategy "tensor" has one scale a layer and side, "attn_head" one for each KV head.
 """
 
 import importlib.util
@@ -73,7 +73,7 @@ def write_compressed_tensors(
     }
     each = "layer" if strategy == "tensor" else "KV head"
     about = (
-        f"Plain weights and a compressed-tensors `kv_cache_scheme`: a static fp8 scale for each {each}'s keys and values, made by kvfold. "
-        "`vllm serve FOLDER` reads it."
+        f"Plain weights and a compressed-tensors `kv_cache_scheme`: a static fp8 scale for each {each}'s keys and "
+        "values, made by kvfold. `vllm serve FOLDER` reads it."
     )
     write_engine_folder(artifact, out, scales, config, {}, about)

@@ -1,4 +1,5 @@
-"""A checkpoint folder for an engine: the artifact's plain weights, byte for byte, with scales of the engine's own KV cache."""
+"""A checkpoint folder for an engine: the artifact's plain weights, byte for byte,
+with scales of the engine's own KV cache."""
 
 import json
 import shutil
@@ -43,8 +44,9 @@ def attention_names(artifact: Artifact) -> list[str]:
     arch = architecture_of(config)
     if (arch.layers, arch.attention) != ("model.layers", "self_attn"):
         raise KvfoldError(
-            f"Model family '{arch.model_type}' cannot be expressed: engines look for scales at model.layers.N.self_attn, "
-            f"this family keeps its attention at {arch.layers}.N.{arch.attention}; export another family."
+            f"Model family '{arch.model_type}' cannot be expressed: engines look for scales at "
+            f"model.layers.N.self_attn, this family keeps its attention at {arch.layers}.N.{arch.attention}; "
+            "export another family."
         )
     return [f"{arch.layers}.{i}.{arch.attention}" for i in range(artifact.metadata.cache.num_layers)]
 
@@ -80,7 +82,8 @@ def write_engine_folder(
             _dump(scratch / name, data)
         model = artifact.metadata.provenance.model
         (scratch / "README.md").write_text(
-            f"---\nbase_model: {json.dumps(model)}\nbase_model_relation: quantized\n---\n# {model} with a calibrated KV cache\n\n{about}\n",
+            f"---\nbase_model: {json.dumps(model)}\nbase_model_relation: quantized\n---\n# {model} with a calibrated "
+            f"KV cache\n\n{about}\n",
             encoding="utf-8",
         )
 

@@ -1,8 +1,8 @@
 """The artifact's weights as a Model Optimizer checkpoint whose layers keep their KV cache in FP8 or NVFP4.
 
-hf_quant_config.json carries `kv_cache_quantized_layers`, schema version 1: attention module → `quant_algo` of its keys and
-values, the same for both. Scales are `model.layers.N.self_attn.k_proj.k_scale` and `.v_proj.v_scale`, absmax / 448 for both
-formats: NVFP4's second-level scale is a sixth of that.
+hf_quant_config.json carries `kv_cache_quantized_layers`, schema version 1: attention module → `quant_algo` of its keys
+and values, the same for both. Scales are `model.layers.N.self_attn.k_proj.k_scale` and `.v_proj.v_scale`, absmax / 448
+for both formats: NVFP4's second-level scale is a sixth of that.
 """
 
 from collections.abc import Sequence
@@ -78,8 +78,8 @@ def write_modelopt(
         for side, values in (("k", key_scales), ("v", value_scales))
     }
     about = (
-        f"Plain weights and a Model Optimizer `{QUANT_CONFIG_NAME}`: {algos.count('FP8')} layers keep their KV cache in FP8, "
-        f"{algos.count('NVFP4')} in NVFP4, with static scales, chosen by kvfold. Engines that read "
+        f"Plain weights and a Model Optimizer `{QUANT_CONFIG_NAME}`: {algos.count('FP8')} layers keep their KV cache "
+        f"in FP8, {algos.count('NVFP4')} in NVFP4, with static scales, chosen by kvfold. Engines that read "
         f"`kv_cache_quantized_layers` (schema version {SCHEMA_VERSION}) use it."
     )
     write_engine_folder(artifact, out, scales, embedded_config(config), {QUANT_CONFIG_NAME: config}, about)

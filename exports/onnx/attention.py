@@ -1,5 +1,5 @@
-"""One layer of the packed cache as ONNX nodes: append, pack what leaves the window, attend. See kernels/attention.py for the rule
-of who reads what, and FORMAT.md for the bytes of a page.
+"""One layer of the packed cache as ONNX nodes: append, pack what leaves the window, attend. See kernels/attention.py
+for the rule of who reads what, and FORMAT.md for the bytes of a page.
 
 The cache of a layer is three tensors, all sequences of a batch equally long:
 
@@ -95,8 +95,8 @@ class PackedAttention:
         """Nodes of one layer.
 
         Args:
-            tensors: query [B, H, T, D], key and value [B, Hkv, T, D], float32; the layer's cache; a sink logit for each head
-                where the model has them, [H].
+            tensors: query [B, H, T, D], key and value [B, Hkv, T, D], float32; the layer's cache; a sink logit for each
+                head where the model has them, [H].
         Returns:
             The nodes, and (output [B, T, H, D], the cache with the new tokens in it).
         """
@@ -153,8 +153,8 @@ class PackedAttention:
     def _take_mean(
         self, g: Graph, call: Call, spec: KeySpec, query: str, key: str, sinks_logit: str | None
     ) -> tuple[str, str | None]:
-        """(keys without their mean, what every logit of the scaled queries [B, Hkv, G·T, D] lacks of it; None where softmax
-        doesn't see that)."""
+        """(keys without their mean, what every logit of the scaled queries [B, Hkv, G·T, D] lacks of it; None where
+        softmax doesn't see that)."""
         assert self.sizes and spec.offset is not None
         if spec.frequencies is not None:
             if spec.frequencies not in self.means:
@@ -276,7 +276,8 @@ class PackedAttention:
     # -- who sees what -------------------------------------------------------------------------------------------------
 
     def _visible(self, g: Graph, call: Call, logits: str, packed: bool) -> str:
-        """Logits with −inf where a query doesn't look. A single token looks at everything but what slid out of its window."""
+        """Logits with −inf where a query doesn't look.
+        A single token looks at everything but what slid out of its window."""
         assert self.sizes
         if self.single and not call.sliding:
             return logits

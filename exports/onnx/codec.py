@@ -1,13 +1,15 @@
 """The page codec as ONNX nodes: `kernels.quantizer` byte for byte, where a runtime has no code of ours.
 
-Decoding looks bytes up in tables: one Gather turns a byte into the numbers of all tokens or codes in it, so nothing is shifted
-or masked. Bytes are transposed before they are looked up, while they are still few, to rows of channels with tokens along them:
+Decoding looks bytes up in tables: one Gather turns a byte into the numbers of all tokens or codes in it, so nothing is
+shifted or masked. Bytes are transposed before they are looked up, while they are still few,
+to rows of channels with tokens along them:
 
     keys or values    float32 [B, Hkv, coded channels, n·P]
 
-Within a page tokens stand in the order that needs no further move (`Side.tokens`), which is the order of words (FORMAT.md)
-where no plane has 4 bits. Attention doesn't mind the order of tokens, as long as weights follow it (`to_words`, `from_words`).
-Scales stay apart and multiply scores or weights, one number a token and group in place of one a channel.
+Within a page tokens stand in the order that needs no further move (`Side.tokens`), which is the order of words
+(FORMAT.md) where no plane has 4 bits. Attention doesn't mind the order of tokens, as long as weights follow it
+(`to_words`, `from_words`). Scales stay apart and multiply scores or weights,
+one number a token and group in place of one a channel.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
-"""Encodes pages in ONNX nodes, byte for byte as `kernels.quantizer.encode` does, with no operation that a runtime might lack: codes are
-float32 until the last cast, since numbers below 256 are exact there, and bits of e4m3 and float16 come from comparisons, for want of
-a bit cast.
+"""Encodes pages in ONNX nodes, byte for byte as `kernels.quantizer.encode` does, with no operation that a runtime might
+lack: codes are float32 until the last cast, since numbers below 256 are exact there, and bits of e4m3 and float16 come
+from comparisons, for want of a bit cast.
 """
 
 import numpy as np
@@ -105,7 +105,8 @@ def _e4m3_bytes(side: Side, g: Graph, x: str) -> str:
 
 
 def _float16_bytes(side: Side, g: Graph, x: str) -> str:
-    """float32 → the two bytes of its float16, saturating: uint8 [..., 2]. Arithmetic on exact numbers, for want of a bit cast."""
+    """float32 → the two bytes of its float16, saturating: uint8 [..., 2]. Arithmetic on exact numbers,
+    for want of a bit cast."""
     x = g.cast(g.half(x), FLOAT)
     size = g.op("Abs", x)
     bounds = g.array(2.0 ** np.arange(-14, 16))
@@ -137,7 +138,8 @@ def _pack_plane(side: Side, g: Graph, codes: str, n: int, width: int) -> str:
 
 
 def _pack_trits(side: Side, g: Graph, codes: str, n: int) -> list[str]:
-    """Codes [B, Hkv, n, P, channels] → the parts of a ternary plane, uint8 [B, Hkv, n, bytes]; see packing.pack_trits."""
+    """Codes [B, Hkv, n, P, channels] → the parts of a ternary plane, uint8 [B, Hkv, n, bytes];
+    see packing.pack_trits."""
     rows, tiles = side.rows, n // TRIT_CHANNELS
     whole, left = trit_parts(n)
     fields = g.reshape(codes, 0, 0, 0, FIELDS, rows, tiles, TRIT_CHANNELS)

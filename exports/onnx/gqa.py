@@ -1,8 +1,9 @@
 """A uniform int8 or int4 cache that onnxruntime's GroupQueryAttention (domain com.microsoft) reads and writes itself.
 
-With a static scale s and offset μ of each channel, a key is stored as clamp(round((k − μ) / s)), −128 … 127 or −8 … 7. The operator
-knows no offsets: keys and values are shifted before it. A shift of all keys by μ adds the same to every logit of a query, which
-softmax doesn't see; values' is added to the output, since weights sum to 1. int4 codes plus 8 lie two to a byte, the even channel low.
+With a static scale s and offset μ of each channel, a key is stored as clamp(round((k − μ) / s)), −128 … 127 or −8 … 7.
+The operator knows no offsets: keys and values are shifted before it. A shift of all keys by μ adds the same to every
+logit of a query, which softmax doesn't see; values' is added to the output, since weights sum to 1. int4 codes plus 8
+lie two to a byte, the even channel low.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
-"""Writes nodes of an ONNX graph. Operators of the standard domain at opset 21, so that any runtime of that opset runs them."""
+"""Writes nodes of an ONNX graph. Operators of the standard domain at opset 21,
+so that any runtime of that opset runs them."""
 
 from collections.abc import Sequence
 from typing import Any

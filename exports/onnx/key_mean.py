@@ -1,7 +1,8 @@
 """The rotating mean of keys (kernels/key_mean.py) as ONNX nodes: taken off keys that are written, given back to logits.
 
-Complex tensors are pairs of names, (real, imaginary); pairs of channels stand with the fastest first. A turn e^{jω(start + unit·n)}
-is the product of two looked-up ones: cosines of many thousand radians are wrong in float32, and not all runtimes have float64.
+Complex tensors are pairs of names, (real, imaginary); pairs of channels stand with the fastest first. A turn
+e^{jω(start + unit·n)} is the product of two looked-up ones: cosines of many thousand radians are wrong in float32, and
+not all runtimes have float64.
 """
 
 import numpy as np

@@ -3,8 +3,8 @@
     runner = OnnxRunner("smollm2-onnx")
     for token in runner.generate([[504, 1536, 28]], max_new_tokens=32): ...
 
-Both graphs take token ids and a cache and give logits and the longer cache; what a call's outputs name "present.…", the next
-call's inputs name "past.…". An empty cache has zero in every free dimension but the batch.
+Both graphs take token ids and a cache and give logits and the longer cache; what a call's outputs name "present.…", the
+next call's inputs name "past.…". An empty cache has zero in every free dimension but the batch.
 """
 
 import json

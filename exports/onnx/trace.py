@@ -1,5 +1,5 @@
-"""Traces a transformers model around its cache: everything but attention becomes ONNX nodes by `torch.onnx.export`, and each
-attention becomes one node of the domain "kvfold", for the writer of a form to put its own nodes in place of it."""
+"""Traces a transformers model around its cache: everything but attention becomes ONNX nodes by `torch.onnx.export`, and
+each attention becomes one node of the domain "kvfold", for the writer of a form to put its own nodes in place of it."""
 
 import contextlib
 import io
@@ -122,7 +122,8 @@ def trace(model: Any, tensors: Sequence[Sequence[CacheTensor]], page_tokens: int
 
     Args:
         model: a causal LM with attention `NAME`, float32, in eval mode.
-        tensors: the cache, by layer. Where the first of a layer has three dimensions, it holds pages of `page_tokens` tokens.
+        tensors: the cache, by layer. Where the first of a layer has three dimensions,
+            it holds pages of `page_tokens` tokens.
     Raises:
         KvfoldError: the model computes something that ONNX has no nodes for.
     """
@@ -152,8 +153,8 @@ def trace(model: Any, tensors: Sequence[Sequence[CacheTensor]], page_tokens: int
     except Exception as error:  # the exporter wraps whatever it meets
         reason = _root(error)
         raise KvfoldError(
-            f"Model family '{model.config.model_type}' cannot be expressed in ONNX: its forward pass can't be traced ({reason}); "
-            "export a model of another family."
+            f"Model family '{model.config.model_type}' cannot be expressed in ONNX: its forward pass can't be traced "
+            f"({reason}); export a model of another family."
         ) from error
     assert program is not None
     calls, _recorder.cache, _recorder.present = list(_recorder.calls), [], []

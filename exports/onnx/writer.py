@@ -118,8 +118,10 @@ def _assemble(
         nodes += [helper.make_node("Identity", [a], [b]) for a, b in zip(names, node.output, strict=True) if b]
     tokens = 1 if single else "tokens"
     inputs = [
-        _value_info("input_ids", INT64, ["batch", tokens]), _value_info("logits_at", INT64, ["kept"]), *_renamed(tensors, "past")
-    ]  # fmt: skip
+        _value_info("input_ids", INT64, ["batch", tokens]),
+        _value_info("logits_at", INT64, ["kept"]),
+        *_renamed(tensors, "past"),
+    ]
     outputs = [_value_info("logits", TensorProto.FLOAT, ["batch", "kept", vocab]), *_renamed(tensors, "present")]
     made = helper.make_graph(nodes, "decode" if single else "prefill", inputs, outputs)
     opsets = [helper.make_opsetid("", OPSET)]

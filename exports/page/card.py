@@ -28,8 +28,9 @@ LENGTHS = 5  # rows of the memory table
 
 # what the figures of `kvfold eval … --json` must be
 FIGURES = {
-    "model": str, "text": str, "windows": int, "first_window": int, "seq_len": int, "effective_bits": float, "payload_bits": float,
-    "ppl_16bit": float, "ppl": float, "kl": float, "top1_agreement": float,
+    "model": str, "text": str, "windows": int, "first_window": int, "seq_len": int,
+    "effective_bits": float, "payload_bits": float, "ppl_16bit": float, "ppl": float,
+    "kl": float, "top1_agreement": float,
 }  # fmt: skip
 
 
@@ -91,7 +92,8 @@ def model_card(metadata: Metadata, name: str, base: Base) -> str:
 
 
 def published_card(text: str, metadata: Metadata, repo_id: str, results: Sequence[dict[str, Any]]) -> str:
-    """A card as it goes to the Hub: its commands name the repository, its figures are `results`. What people wrote stays.
+    """A card as it goes to the Hub: its commands name the repository, its figures are `results`.
+    What people wrote stays.
 
     Args:
         text: README.md of the artifact.
@@ -132,8 +134,8 @@ def read_results(file: Path, metadata: Metadata) -> dict[str, Any]:
     stated = (found["effective_bits"], found["payload_bits"])
     if max(abs(a - b) for a, b in zip(stated, (bits, metadata.account.payload_bits), strict=True)) > 1e-9:
         raise KvfoldError(
-            f"Results '{file}' are of another artifact: {stated[0]:.4f} effective bits at {tokens} tokens, but this one has {bits:.4f}; "
-            "measure it with `kvfold eval`."
+            f"Results '{file}' are of another artifact: {stated[0]:.4f} effective bits at {tokens} tokens, but this "
+            f"one has {bits:.4f}; measure it with `kvfold eval`."
         )
     return found
 

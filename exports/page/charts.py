@@ -1,7 +1,7 @@
 """Where the marks of report.html's charts stand: plain numbers in the units of an SVG viewBox; the template draws them.
 
-Every chart is laid out for a given width, so that the report can hold one drawing for a desktop and one for a phone: text in
-an SVG that is merely scaled down can't be read.
+Every chart is laid out for a given width, so that the report can hold one drawing for a desktop and one for a phone:
+text in an SVG that is merely scaled down can't be read.
 """
 
 import math

@@ -1,9 +1,9 @@
 """`push_to_hub`: an artifact as one commit on the Hub, validated before it goes and compared after it went.
 
-One `create_commit` carries the whole folder. That is what `upload_folder` itself does without Xet, but with Xet it cuts large folders
-into several commits, as `upload_large_folder` always did, and a reader in between would get half an artifact. Nothing of resuming is
-lost: large files travel before the commit, by content, and a second run sends only those (with Xet: only those chunks) that the Hub
-does not hold yet.
+One `create_commit` carries the whole folder. That is what `upload_folder` itself does without Xet, but with Xet it cuts
+large folders into several commits, as `upload_large_folder` always did, and a reader in between would get half an
+artifact. Nothing of resuming is lost: large files travel before the commit, by content, and a second run sends only
+those (with Xet: only those chunks) that the Hub does not hold yet.
 """
 
 import hashlib
@@ -72,8 +72,8 @@ def push_to_hub(
         allow_restricted_licence: the caller knows that the base model's licence lets them do this.
         results: files of `kvfold eval … --json FILE`, put into the card's table and its `model-index`.
     Raises:
-        KvfoldError: the artifact is not valid, its licence is not known to allow it, `repo_id` holds something else, or the Hub
-            refuses; nothing is uploaded then, unless the sentence says otherwise.
+        KvfoldError: the artifact is not valid, its licence is not known to allow it, `repo_id` holds something else, or
+            the Hub refuses; nothing is uploaded then, unless the sentence says otherwise.
     """
     artifact = read_artifact(path)
     card = _card(artifact, repo_id, [read_results(Path(file), artifact.metadata) for file in results])
@@ -94,7 +94,10 @@ def push_to_hub(
             done = api.create_commit(
                 repo_id,
                 operations,
-                commit_message=f"{artifact.metadata.provenance.model} with a KV cache of {artifact.metadata.account.effective_bits:.2f} bits",
+                commit_message=(
+                    f"{artifact.metadata.provenance.model} with a KV cache of "
+                    f"{artifact.metadata.account.effective_bits:.2f} bits"
+                ),
                 revision=branch,
                 parent_commit=parent,
             )
@@ -163,7 +166,8 @@ def _check_content(api: HfApi, repo_id: str, commit: str, remote: dict[str, Repo
     if METADATA_NAME not in remote:
         first = sorted(remote.keys() - OWN_FILES)[0]
         raise KvfoldError(
-            f"Repository '{repo_id}' already holds {first}, and no artifact; choose another REPO_ID, or empty it yourself."
+            f"Repository '{repo_id}' already holds {first}, and no artifact; choose another REPO_ID, "
+            "or empty it yourself."
         )
     there = _remote_metadata(api, repo_id, commit)
     model = metadata.provenance.model
@@ -193,7 +197,8 @@ def _check_upload(api: HfApi, repo_id: str, commit: str, artifact: Artifact, car
             remote[name], artifact.path / name, artifact.metadata.files.get(name), content
         ):
             raise KvfoldError(
-                f"{name} in commit {commit} of '{repo_id}' is not what '{artifact.path}' held when it was validated; push again."
+                f"{name} in commit {commit} of '{repo_id}' is not what '{artifact.path}' held when it was validated; "
+                "push again."
             )
     if _remote_metadata(api, repo_id, commit) != artifact.metadata:
         raise KvfoldError(f"{METADATA_NAME} in commit {commit} of '{repo_id}' differs from the local one; push again.")
@@ -204,7 +209,8 @@ def _hashed(artifact: Artifact) -> list[str]:
 
 
 def _same(remote: RepoFile, file: Path, sha256: str | None, content: bytes | None) -> bool:
-    """Whether a file on the Hub has the content that was validated; small ones are known by git's hash, large ones by SHA-256."""
+    """Whether a file on the Hub has the content that was validated; small ones are known by git's hash,
+    large ones by SHA-256."""
     if remote.lfs is not None:
         return remote.lfs.sha256 == (
             sha256 or (hashlib.sha256(content).hexdigest() if content is not None else file_sha256(file))
@@ -224,7 +230,8 @@ def _one_sentence(repo_id: str, branch: str) -> Iterator[None]:
         raise
     except LocalTokenNotFoundError:
         raise KvfoldError(
-            f"No token of the Hub was found, so nothing can be pushed to '{repo_id}'; run `hf auth login` or set HF_TOKEN."
+            f"No token of the Hub was found, so nothing can be pushed to '{repo_id}'; "
+            "run `hf auth login` or set HF_TOKEN."
         ) from None
     except HFValidationError as error:
         raise KvfoldError(f"REPO_ID '{repo_id}' is not valid ({_line(error)}); write OWNER/NAME.") from None
@@ -273,7 +280,10 @@ def _line(error: BaseException) -> str:
 def _status_sentence(answer: Any, repo_id: str, branch: str) -> str:
     status = answer.status_code
     if status == 401:
-        return f"The Hub does not accept the token that was to push to '{repo_id}' (401); run `hf auth login` or set HF_TOKEN to a valid one."
+        return (
+            f"The Hub does not accept the token that was to push to '{repo_id}' (401); run `hf auth login` or set "
+            "HF_TOKEN to a valid one."
+        )
     if status == 403:
         return f"The token has no right to write to '{repo_id}' (403); use one with write access, or another REPO_ID."
     if status == 404:
@@ -284,7 +294,10 @@ def _status_sentence(answer: Any, repo_id: str, branch: str) -> str:
         return f"Someone else has written to '{repo_id}' meanwhile (412); look at it, then push again."
     if status == 429:
         wait = answer.headers.get("Retry-After")
-        return f"The Hub limits the rate of requests (429); push to '{repo_id}' again {f'in {wait} seconds' if wait else 'later'}."
+        return (
+            f"The Hub limits the rate of requests (429); push to '{repo_id}' again "
+            f"{f'in {wait} seconds' if wait else 'later'}."
+        )
     said = answer.headers.get("X-Error-Message")
     fix = "try again later" if status >= 500 else "correct that and push again"
     return f"The Hub answered {status} while pushing to '{repo_id}'{f' ({said})' if said else ''}; {fix}."

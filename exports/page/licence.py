@@ -1,4 +1,5 @@
-"""The licence of a base model: found in its folder, carried over into the artifact, asked about before it is published."""
+"""The licence of a base model: found in its folder, carried over into the artifact,
+asked about before it is published."""
 
 import json
 import re
@@ -16,10 +17,10 @@ LARGEST = 1 << 20  # bytes; no licence is longer
 
 # Hub identifiers of licences that let anyone pass on a changed copy. Everything else is asked about.
 REDISTRIBUTABLE = re.compile(
-    r"apache-2\.0|mit|isc|zlib|unlicense|wtfpl|ncsa|ms-pl|postgresql|bsl-1\.0|afl-3\.0|artistic-2\.0|osl-3\.0|ecl-2\.0|epl-[12]\.0"
-    r"|eupl-1\.[12]|mpl-2\.0|lppl-1\.3c|bsd(-[23]-clause(-clear)?)?|(a|l)?gpl(-[23]\.[01])?|cc0-1\.0|cc-by(-nc)?(-sa)?-[234]\.[05]|cc"
-    r"|pddl|odc-by|odbl|cdla-permissive-[12]\.0|cdla-sharing-1\.0|openrail(\+\+)?|creativeml-openrail-m|bigcode-openrail-m"
-    r"|bigscience-openrail-m|bigscience-bloom-rail-1\.0"
+    r"apache-2\.0|mit|isc|zlib|unlicense|wtfpl|ncsa|ms-pl|postgresql|bsl-1\.0|afl-3\.0|artistic-2\.0|osl-3\.0"
+    r"|ecl-2\.0|epl-[12]\.0|eupl-1\.[12]|mpl-2\.0|lppl-1\.3c|bsd(-[23]-clause(-clear)?)?|(a|l)?gpl(-[23]\.[01])?"
+    r"|cc0-1\.0|cc-by(-nc)?(-sa)?-[234]\.[05]|cc|pddl|odc-by|odbl|cdla-permissive-[12]\.0|cdla-sharing-1\.0"
+    r"|openrail(\+\+)?|creativeml-openrail-m|bigcode-openrail-m|bigscience-openrail-m|bigscience-bloom-rail-1\.0"
 )
 NO_DERIVATIVES = re.compile(r"cc-by(-nc)?-nd-\d\.\d")
 
@@ -53,7 +54,8 @@ class Licence:
 
 
 def find_licence(folder: Path) -> Licence:
-    """The licence of the checkpoint in a folder: what its model card says, else its config, else the wording of its licence file."""
+    """The licence of the checkpoint in a folder: what its model card says, else its config,
+    else the wording of its licence file."""
     texts = tuple(sorted({p for pattern in TEXTS for p in folder.glob(pattern) if _is_text(p)}))
     card = card_fields(folder / "README.md")
     if isinstance(card.get("license"), str):
@@ -115,7 +117,8 @@ def check_redistributable(licence_id: Any, model: str, card: Path) -> None:
         "forbids sharing changed versions" if NO_DERIVATIVES.fullmatch(found) else "has terms of its own for sharing"
     )
     raise KvfoldError(
-        f"The licence '{found}' of the base model '{model}' {fault}; read it, and say --i-know if you may redistribute the model."
+        f"The licence '{found}' of the base model '{model}' {fault}; read it, "
+        "and say --i-know if you may redistribute the model."
     )
 
 

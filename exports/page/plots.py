@@ -13,7 +13,8 @@ POINTS = 64  # of each line in the memory plot
 
 
 def draw_plots(folder: Path, metadata: Metadata) -> None:
-    """Writes bits.png (payload bits of each layer's keys and values) and memory.png (bytes against tokens) into a folder."""
+    """Writes bits.png (payload bits of each layer's keys and values) and memory.png (bytes against tokens) into a
+    folder."""
     _save(folder / BITS_NAME, _bits(metadata))
     _save(folder / MEMORY_NAME, _memory(metadata))
 
@@ -39,7 +40,13 @@ def _bits(metadata: Metadata) -> Any:
         color=KEY_COLOUR,
         label="keys",
     )
-    axes.bar([i + 0.2 for i in layers], [layer.value.payload_bits for layer in metadata.layers], 0.4, color=VALUE_COLOUR, label="values")  # fmt: skip
+    axes.bar(
+        [i + 0.2 for i in layers],
+        [layer.value.payload_bits for layer in metadata.layers],
+        0.4,
+        color=VALUE_COLOUR,
+        label="values",
+    )
     axes.set(xlabel="layer", ylabel="bits per element in pages", xlim=(-0.8, len(layers) - 0.2))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(ncols=2, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)

@@ -1,4 +1,5 @@
-"""report.html: what an artifact is, in plots: one page that needs nothing else and is the same for the same artifact."""
+"""report.html: what an artifact is, in plots:
+one page that needs nothing else and is the same for the same artifact."""
 
 import json
 import math
@@ -26,8 +27,8 @@ WIDTHS = {"wide": 545, "narrow": 340}  # of the two drawings of each chart: abou
 class Result(BaseModel):
     """One measured row: KL in nats per token to the 16-bit cache at `payload_bits`. Other fields of a row are ignored.
 
-    `name` defaults to the artifact's, as `kvfold eval --json` writes it; effective_bits, kl_se, text, windows and seq_len are
-    shown where they are given.
+    `name` defaults to the artifact's, as `kvfold eval --json` writes it; effective_bits, kl_se, text, windows and
+    seq_len are shown where they are given.
     """
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
@@ -44,8 +45,8 @@ class Result(BaseModel):
 
 
 def read_results(path: Path) -> list[Result]:
-    """Measured rows of a JSON file: one object of `kvfold eval --json`, a list of such, or a benchmark's object with `rows`,
-    whose own text, windows and seq_len hold for every row.
+    """Measured rows of a JSON file: one object of `kvfold eval --json`, a list of such, or a benchmark's object with
+    `rows`, whose own text, windows and seq_len hold for every row.
 
     Raises:
         KvfoldError: no such file, not JSON, or a row without payload_bits, kl and a name.
@@ -76,7 +77,8 @@ def read_results(path: Path) -> list[Result]:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"]) or "the whole"
             raise KvfoldError(
-                f"Row {i} of --results '{path}' is not valid at {place}: {first['msg']}; a row needs payload_bits, kl and name."
+                f"Row {i} of --results '{path}' is not valid at {place}: {first['msg']}; a row needs payload_bits, "
+                "kl and name."
             ) from None
     return found
 
@@ -158,15 +160,21 @@ def report_html(metadata: Metadata, results: Sequence[Result] = ()) -> str:
     rows: list[dict[str, Any]] = [
         {
             "layer": i,
-            "key": str(formats[i][0]), "key_bits": k.payload_bits, "key_loss": k.predicted_loss, "key_transforms": ", ".join(k.transforms),
-            "value": str(formats[i][1]), "value_bits": v.payload_bits, "value_loss": v.predicted_loss, "value_transforms": ", ".join(v.transforms),
+            "key": str(formats[i][0]),
+            "key_bits": k.payload_bits,
+            "key_loss": k.predicted_loss,
+            "key_transforms": ", ".join(k.transforms),
+            "value": str(formats[i][1]),
+            "value_bits": v.payload_bits,
+            "value_loss": v.predicted_loss,
+            "value_transforms": ", ".join(v.transforms),
             "bytes": sum(
                 metadata.geometry.side_nbytes(fmt, metadata.account.at, metadata.geometry.sliding_of(i))
                 for fmt in formats[i]
             ),
         }
         for i, (k, v) in enumerate(sides)
-    ]  # fmt: skip
+    ]
     bits = {"K": [r["key_bits"] for r in rows], "V": [r["value_bits"] for r in rows]}
     loss = {"K": [r["key_loss"] for r in rows], "V": [r["value_loss"] for r in rows]}
     bit_tips = [f"layer {r['layer']}: K {r['key_bits']:.3f} bits, V {r['value_bits']:.3f} bits" for r in rows]

@@ -31,7 +31,8 @@ from kvfold.kernels.catalogue import key_formats, value_formats
 from kvfold.kernels.formats import GAUSSIAN_MSE, PLANE_WIDTHS, RAW, Format, raw16, uniform
 
 CODE_BITS = (4, 8)  # of the rungs between the floor and 16 bits
-WORTH = 1.125  # how many times larger a rung must be than the one below, or it is left out: to lower it would free too little
+# how many times larger a rung must be than the one below, or it is left out: to lower it would free too little
+WORTH = 1.125
 WIDTHS = {sum(widths): levels for levels, widths in PLANE_WIDTHS.items() if levels not in (3, RAW)}  # bits → levels
 
 

@@ -1,4 +1,5 @@
-"""A cache as the inputs of the ONNX graphs (exports/onnx/ONNX.md), so that onnxruntime goes on where this runtime is."""
+"""A cache as the inputs of the ONNX graphs (exports/onnx/ONNX.md),
+so that onnxruntime goes on where this runtime is."""
 
 import numpy as np
 import torch

@@ -1,4 +1,5 @@
-"""What a cache file states, checked against the model before anything is made of it: its hash fits whatever somebody has written."""
+"""What a cache file states, checked against the model before anything is made of it:
+its hash fits whatever somebody has written."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace

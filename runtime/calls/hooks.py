@@ -125,8 +125,10 @@ class Calls:
         """Says once that a text is longer than what the artifact was calibrated for."""
         if tokens > self.covered:
             self.gate.tell(
-                "length", "this artifact was calibrated for positions up to %d; past that quality falls off", self.covered
-            )  # fmt: skip
+                "length",
+                "this artifact was calibrated for positions up to %d; past that quality falls off",
+                self.covered,
+            )
 
     def before(self, model: Any, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before the base model's forward pass. Without a cache it would make a stock one of 16

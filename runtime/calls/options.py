@@ -110,8 +110,9 @@ def device_of_map(device_map: Any, default: torch.device) -> torch.device:
     if isinstance(device_map, str) and device_map in PLACEMENTS:
         if torch.cuda.device_count() > 1:
             raise TypeError(
-                f"load_pretrained() does not take device_map={device_map!r} where there are several GPUs: a model is put on one; "
-                "give device='cuda:0', or call kvfold.register() and use AutoModelForCausalLM.from_pretrained."
+                f"load_pretrained() does not take device_map={device_map!r} where there are several GPUs: a model is "
+                "put on one; give device='cuda:0', or call kvfold.register() and use "
+                "AutoModelForCausalLM.from_pretrained."
             )
         return default
     named = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]

@@ -14,7 +14,8 @@ def main(args: list[str] | None = None, prog: str = "kvfold") -> None:
     )  # else a job in the background, which is not to hear it, or someone else's handler
     if mine:
         signal.signal(signal.SIGINT, _leave)
-    # read when OpenMP is loaded: threads that spin while they wait make a machine with other work on it some thirty times slower
+    # read when OpenMP is loaded: threads that spin while they wait make a machine with other work on it some thirty
+    # times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from kvfold.compress.cli import main as run
 
@@ -28,7 +29,8 @@ def main(args: list[str] | None = None, prog: str = "kvfold") -> None:
 
 
 def _leave(number: int, frame: Any) -> None:
-    """Ends the process at once: nothing is under way yet, and an exception could come out of an import as another one."""
+    """Ends the process at once: nothing is under way yet,
+    and an exception could come out of an import as another one."""
     print("kvfold: interrupted.", file=sys.stderr, flush=True)
     os._exit(130)
 

@@ -1,8 +1,8 @@
 """The one door to transformers' Auto classes: Python code that a model's folder carries never runs.
 
-Left alone, transformers asks on the terminal whether to run what `auto_map` in config.json or tokenizer_config.json names, and one `y`
-in a pipe runs it. Here the answer is always no: a family or tokenizer that transformers knows loads as ever, any other is refused in a
-sentence. A test sees to it that no other file calls the Auto classes.
+Left alone, transformers asks on the terminal whether to run what `auto_map` in config.json or tokenizer_config.json
+names, and one `y` in a pipe runs it. Here the answer is always no: a family or tokenizer that transformers knows loads
+as ever, any other is refused in a sentence. A test sees to it that no other file calls the Auto classes.
 """
 
 import json
@@ -23,7 +23,8 @@ def config_from_pretrained(path: str | Path, **options: Any) -> Any:
     """`AutoConfig.from_pretrained` of a folder.
 
     Raises:
-        KvfoldError: it can't be read, makes no sense, or needs code of its own. What a GGUF raises is the caller's to tell.
+        KvfoldError: it can't be read, makes no sense, or needs code of its own.
+            What a GGUF raises is the caller's to tell.
     """
     from transformers import AutoConfig
 
@@ -44,7 +45,8 @@ def tokenizer_from_pretrained(path: str | Path, **options: Any) -> Any:
     """`AutoTokenizer.from_pretrained` of a folder.
 
     Raises:
-        KvfoldError: none is there, it can't be loaded, or it needs code of its own. What a GGUF raises is the caller's to tell.
+        KvfoldError: none is there, it can't be loaded, or it needs code of its own.
+            What a GGUF raises is the caller's to tell.
     """
     from transformers import AutoTokenizer
 
@@ -55,14 +57,15 @@ def tokenizer_from_pretrained(path: str | Path, **options: Any) -> Any:
         if "gguf_file" in options:
             raise
         raise KvfoldError(
-            f"'{path}' holds no tokenizer that can be loaded ({type(error).__name__}: {reason_of(error)}); put the model's tokenizer "
-            "files there."
+            f"'{path}' holds no tokenizer that can be loaded ({type(error).__name__}: {reason_of(error)}); put the "
+            "model's tokenizer files there."
         ) from error
 
 
 def stock_from_pretrained(path: str | Path, **options: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained` as transformers has it, whether or not `kvfold.register()` holds: of an artifact, the plain
-    model with a 16-bit cache, for instance to compare with `kvfold.runtime.load_pretrained`'s in one process.
+    """`AutoModelForCausalLM.from_pretrained` as transformers has it, whether or not `kvfold.register()` holds: of an
+    artifact, the plain model with a 16-bit cache, for instance to compare with `kvfold.runtime.load_pretrained`'s in
+    one process.
 
     Args:
         path: a folder, or a repository of the Hub.
@@ -105,13 +108,14 @@ def refuse_code(path: str | Path, file: str, error: Exception) -> None:
     if "trust_remote_code" not in str(error):
         return
     raise KvfoldError(
-        f"'{path}' needs Python code of its own (auto_map in its {file}), which kvfold never runs; give a model whose family and "
-        "tokenizer transformers itself knows."
+        f"'{path}' needs Python code of its own (auto_map in its {file}), which kvfold never runs; give a model whose "
+        "family and tokenizer transformers itself knows."
     ) from error
 
 
 def check_fields(path: str | Path) -> None:
-    """Refuses a config.json that names a kernel of the Hub, which transformers would fetch and run, or so many labels that it would hang.
+    """Refuses a config.json that names a kernel of the Hub, which transformers would fetch and run,
+    or so many labels that it would hang.
 
     Raises:
         KvfoldError: it does.
@@ -133,8 +137,8 @@ def check_fields(path: str | Path) -> None:
             for key in (name, f"_{name}", f"_{name}_internal"):
                 if "/" in str(part.get(key) or ""):
                     raise KvfoldError(
-                        f"config.json in '{path}' asks for the kernel '{part[key]}' of the Hub ({key}), which is code that kvfold "
-                        "never runs; remove that field."
+                        f"config.json in '{path}' asks for the kernel '{part[key]}' of the Hub ({key}), which is code "
+                        "that kvfold never runs; remove that field."
                     )
 
 

@@ -1,11 +1,12 @@
 """`optimum-cli kvfold …`: kvfold's own command line under optimum's.
 
-No `__init__.py` here: `optimum` is a namespace package, to which every distribution may add files. Where optimum itself is not
-installed, these folders make transformers' `is_optimum_available()` true; what it then imports from optimum is missing all the same.
+No `__init__.py` here: `optimum` is a namespace package, to which every distribution may add files. Where optimum itself
+is not installed, these folders make transformers' `is_optimum_available()` true; what it then imports from optimum is
+missing all the same.
 
-Nothing else of optimum is used. Its data helpers for calibration (optimum.gptq.data) give lists of single sequences collated with
-padding, the first thousand rows of WikiText-2 only, and WikiText-2's test split under the name "validation"; kvfold calibrates on
-unpadded sequences from any text or dataset, and measures on that test split.
+Nothing else of optimum is used. Its data helpers for calibration (optimum.gptq.data) give lists of single sequences
+collated with padding, the first thousand rows of WikiText-2 only, and WikiText-2's test split under the name
+"validation"; kvfold calibrates on unpadded sequences from any text or dataset, and measures on that test split.
 """
 
 import argparse
@@ -35,6 +36,6 @@ def _run(args: list[str]) -> None:
     main(args, prog="optimum-cli kvfold")
 
 
-# An iterator, so that it is taken once: optimum reads it for each folder on the path that holds this file, and a checkout beside an
-# installed kvfold makes two.
+# An iterator, so that it is taken once: optimum reads it for each folder on the path that holds this file, and a
+# checkout beside an installed kvfold makes two.
 REGISTER_COMMANDS = iter([KvfoldCommand])
