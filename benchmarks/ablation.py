@@ -1,10 +1,11 @@
 """Takes the ingredients out of the recipe `best` one at a time, at equal payload bits, through the packed cache.
 
-usage: python benchmarks/ablation.py [MODEL …] [--bits 2.25] [--text FILE|DATASET] [--windows 8] [--rows NAME,…] [--jobs 1]
+usage: python benchmarks/ablation.py [MODEL …] [--bits 2.25] [--text FILE|DATASET] [--windows 8] [--rows NAME,…]
+                                     [--jobs 1]
 
 Every row is a real artifact, compressed anew and measured on each window alone; rows that calibrate alike share their
-statistics. Prints Markdown, and writes Markdown and JSON, after each row; run again, it goes on where it stopped. --jobs makes so many rows at a
-time, the GPUs shared out between them.
+statistics. Prints Markdown, and writes Markdown and JSON, after each row; run again, it goes on where it stopped.
+--jobs makes so many rows at a time, the GPUs shared out between them.
 """
 
 import argparse
@@ -119,8 +120,10 @@ def table(rows: dict[str, dict]) -> str:
         rest = [a - b for a, b in zip(row["kl"], rows["best"]["kl"], strict=True)] if "best" in rows else [0.0]
         difference = mean_and_error(rest)
         lines.append(
-            f"| {name} | {row['payload_bits']:.3f} | {row['key_bits']:.3f} | {row['value_bits']:.3f} | {loss[0]:+.4f} ± {loss[1]:.4f} "
-            f"| {kl[0]:.4f} ± {kl[1]:.4f} | {difference[0]:+.4f} ± {difference[1]:.4f} | {mean_and_error(row['top1'])[0]:.3f} | {row['seconds']:.0f} |"
+            f"| {name} | {row['payload_bits']:.3f} | {row['key_bits']:.3f} | {row['value_bits']:.3f} "
+            f"| {loss[0]:+.4f} ± {loss[1]:.4f} "
+            f"| {kl[0]:.4f} ± {kl[1]:.4f} | {difference[0]:+.4f} ± {difference[1]:.4f} "
+            f"| {mean_and_error(row['top1'])[0]:.3f} | {row['seconds']:.0f} |"
         )
     return "\n".join(lines) + "\n"
 

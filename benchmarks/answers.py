@@ -1,12 +1,14 @@
 """What a cache costs on a task's answers, and what keeping more of a prompt's beginning in 16 bits is worth there.
 
-    python benchmarks/answers.py DIR --samples TASKS/humaneval.jsonl --task-data FOLDER [--task humaneval] [--sinks 5,32,64] [--prompts 16]
-                                     [--least 200] [--most 0]
-    python benchmarks/answers.py DIR --generate --task-data FOLDER [--sinks 64] [--batch-size 41] [--dtype bfloat16] [--limit N] [--out FOLDER]
+    python benchmarks/answers.py DIR --samples TASKS/humaneval.jsonl --task-data FOLDER [--task humaneval]
+                                     [--sinks 5,32,64] [--prompts 16] [--least 200] [--most 0]
+    python benchmarks/answers.py DIR --generate --task-data FOLDER [--sinks 64] [--batch-size 41]
+                                     [--dtype bfloat16] [--limit N] [--out FOLDER]
 
-The first reads the answers that `kvfold eval DIR --tasks humaneval` wrote with the 16-bit cache, takes right ones after prompts of `least`
-tokens or more, evenly, and prints the KL to the 16-bit cache over them, teacher-forced. The second runs the task itself, executing what the
-model writes. `--sinks` reads one artifact with several numbers of sinks: formats stay the artifact's; default: its own number.
+The first reads the answers that `kvfold eval DIR --tasks humaneval` wrote with the 16-bit cache, takes right ones after
+prompts of `least` tokens or more, evenly, and prints the KL to the 16-bit cache over them, teacher-forced. The second
+runs the task itself, executing what the model writes. `--sinks` reads one artifact with several numbers of sinks:
+formats stay the artifact's; default: its own number.
 """
 
 import argparse
@@ -110,7 +112,8 @@ def main() -> None:
             top.append(float((ours.argmax(-1) == true.argmax(-1)).float().mean()))
         mean, error = mean_and_error(kl)
         print(
-            f"{sinks} sinks: KL {mean:.4f} ± {error:.4f}, first token {mean_and_error(first)[0]:.3f}, top-1 {mean_and_error(top)[0]:.3f}",
+            f"{sinks} sinks: KL {mean:.4f} ± {error:.4f}, "
+            f"first token {mean_and_error(first)[0]:.3f}, top-1 {mean_and_error(top)[0]:.3f}",
             flush=True,
         )
 

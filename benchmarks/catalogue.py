@@ -1,16 +1,19 @@
-"""Chooses the cuts of kernels/catalogue.py by the spectra of real models, and says what they cost against each layer's own.
+"""Chooses the cuts of kernels/catalogue.py by the spectra of real models, and says what they cost against each layer's
+own.
 
-usage: python benchmarks/catalogue.py MODEL [MODEL …] [--head-dims 64,80,96,128,256] [--cuts 2] [--out artifacts/catalogue]
+usage: python benchmarks/catalogue.py MODEL [MODEL …] [--head-dims 64,80,96,128,256] [--cuts 2]
+                                      [--out artifacts/catalogue]
 
-Every model is calibrated as `kvfold compress` does it (kept in --out, so that a second run takes seconds). A cut's distortion in a
-layer counts as a part of the layer's own best at the same mean bits, which reverse water-filling finds; for each mean number of
-bits the cuts are those with the least mean logarithm of that ratio, each layer taking the better one. Models count alike; where
-some have the head_dim, the others, whose sorted spectra λ(i/D) are interpolated to it, count FOREIGN as much. Among cuts within SLACK
-of the best that with the fewest planes is taken: a kernel unrolls them.
+Every model is calibrated as `kvfold compress` does it (kept in --out, so that a second run takes seconds). A cut's
+distortion in a layer counts as a part of the layer's own best at the same mean bits, which reverse water-filling finds;
+for each mean number of bits the cuts are those with the least mean logarithm of that ratio, each layer taking the
+better one. Models count alike; where some have the head_dim, the others, whose sorted spectra λ(i/D) are interpolated
+to it, count FOREIGN as much. Among cuts within SLACK of the best that with the fewest planes is taken: a kernel unrolls
+them.
 
-Prints the table's lines, and for each mean number of bits and model the mean and the worst layer's ratio. Only head_dims of the given
-models are measured; for the others these figures are those of interpolated spectra, and are marked so. With --check nothing is
-chosen: the ratios are those of the catalogue as it is.
+Prints the table's lines, and for each mean number of bits and model the mean and the worst layer's ratio. Only
+head_dims of the given models are measured; for the others these figures are those of interpolated spectra, and are
+marked so. With --check nothing is chosen: the ratios are those of the catalogue as it is.
 """
 
 import argparse

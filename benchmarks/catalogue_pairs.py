@@ -3,13 +3,15 @@
 usage: python benchmarks/catalogue_pairs.py MODEL [MODEL …] [--bits 2.25] [--size 48] [--limit 8] [--losses] [--check]
                                             [--device auto] [--out artifacts/catalogue]
 
-An attention kernel is compiled for a pair (key format, value format). All pairs of the catalogue's formats are many hundred, so an
-artifact of other bits would find none of its own compiled; from a short list that all head_dims share it finds them.
+An attention kernel is compiled for a pair (key format, value format). All pairs of the catalogue's formats are many
+hundred, so an artifact of other bits would find none of its own compiled; from a short list that all head_dims share it
+finds them.
 
-Every model's losses are measured as `kvfold compress` does it, around --bits of payload, and kept in --out (--losses stops there). At each
-of BUDGETS the search's own allocation takes the best CHOSEN of all pairs for each model; the list has the --size pairs that the most layers
-take so, the smallest pair with the fewest channels left out, and those of the ladder. --check judges the catalogue's own list instead.
-Prints, for each model and budget, the loss over that of any number of all pairs: with at most --limit of the list, and of all.
+Every model's losses are measured as `kvfold compress` does it, around --bits of payload, and kept in --out (--losses
+stops there). At each of BUDGETS the search's own allocation takes the best CHOSEN of all pairs for each model; the list
+has the --size pairs that the most layers take so, the smallest pair with the fewest channels left out, and those of the
+ladder. --check judges the catalogue's own list instead. Prints, for each model and budget, the loss over that of any
+number of all pairs: with at most --limit of the list, and of all.
 """
 
 import argparse
@@ -40,7 +42,8 @@ UNIT = 1 << 20  # bytes of a bit, where whole numbers are asked for
 
 @dataclass(frozen=True)
 class Table:
-    """One model's losses of every pair: float64 [layers, pairs], with the pairs' payload bits, keys and values together: [pairs]."""
+    """One model's losses of every pair: float64 [layers, pairs], with the pairs' payload bits, keys and values
+    together: [pairs]."""
 
     model: str
     names: list[str]
@@ -49,7 +52,8 @@ class Table:
 
 
 def losses_of(model: str, bits: float, device: str, out: Path) -> dict:
-    """Losses of every format of each layer's keys and values, by the catalogue's names; read where an earlier run left them."""
+    """Losses of every format of each layer's keys and values, by the catalogue's names; read where an earlier run left
+    them."""
     recipe = comparable(Recipe())
     plan, target = make_plan(model, budget_for_payload(model, recipe, bits), None, recipe, None), pick_device(device)
     path = out / f"losses-{Path(model).name}-{bits:g}.json"

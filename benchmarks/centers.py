@@ -1,10 +1,11 @@
-"""What it is worth to take a pair's rotating mean off keys only where that helps (compress/centers.py): measured distortion of logits.
+"""What it is worth to take a pair's rotating mean off keys only where that helps (compress/centers.py): measured
+distortion of logits.
 
 usage: python benchmarks/centers.py MODEL [--layers 0,1,5] [--out artifacts/centers]
 
-The model is calibrated as `kvfold compress` does it (kept in --out). For each layer the keys' candidates are made three times: with the mean
-that does not turn, with the whole rotating mean, and with the pairs that are chosen. A number is the geometric mean, over the mixed
-formats of 1 to 3.5 bits of payload, of one distortion over another.
+The model is calibrated as `kvfold compress` does it (kept in --out). For each layer the keys' candidates are made three
+times: with the mean that does not turn, with the whole rotating mean, and with the pairs that are chosen. A number is
+the geometric mean, over the mixed formats of 1 to 3.5 bits of payload, of one distortion over another.
 """
 
 import argparse
@@ -55,7 +56,8 @@ def main() -> None:
         stats = calibrate(model, plan.arch, plan.sequences, plan.steps, recipe.calibration.sample_tokens, work)
         layers = [int(x) for x in options.layers.split(",")] if options.layers else range(len(stats))
         print(
-            "| layer | whole rotating mean over a plain one | chosen over whole | chosen over plain |\n|---|---|---|---|"
+            "| layer | whole rotating mean over a plain one | chosen over whole | chosen over plain |\n"
+            "|---|---|---|---|"
         )
         rows = []
         for i in layers:

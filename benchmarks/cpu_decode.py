@@ -1,11 +1,13 @@
-"""Decoding time a token against the number of cached tokens: the plain-torch reference and transformers' DynamicCache, in one run.
+"""Decoding time a token against the number of cached tokens: the plain-torch reference and transformers' DynamicCache,
+in one run.
 
 usage: python benchmarks/cpu_decode.py [--tokens 1024,2048,4096,8192,16384] [--key-bits 4] [--value-bits 2] [--steps 12]
-                                       [--layers 4] [--heads 8] [--kv-heads 2] [--head-dim 64] [--threads 1] [--dtype float32]
-                                       [--clock wall] [--json FILE]
+                                       [--layers 4] [--heads 8] [--kv-heads 2] [--head-dim 64] [--threads 1]
+                                       [--dtype float32] [--clock wall] [--json FILE]
 
-A random model of the shape given; caches are filled with random keys and values, then steps of all caches take turns, so that
-other load on the machine falls on all of them alike. Prints the fastest of the steps, and how each grows from the first length on.
+A random model of the shape given; caches are filled with random keys and values, then steps of all caches take turns,
+so that other load on the machine falls on all of them alike. Prints the fastest of the steps, and how each grows from
+the first length on.
 """
 
 import argparse
@@ -36,9 +38,15 @@ def build(options: argparse.Namespace) -> Any:
     torch.manual_seed(0)
     width = options.heads * options.head_dim
     config = LlamaConfig(
-        hidden_size=width, intermediate_size=3 * width, num_hidden_layers=options.layers, num_attention_heads=options.heads,
-        num_key_value_heads=options.kv_heads, head_dim=options.head_dim, vocab_size=1024, max_position_embeddings=1 << 20,
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.kv_heads,
+        head_dim=options.head_dim,
+        vocab_size=1024,
+        max_position_embeddings=1 << 20,
+    )
     return model_from_config(config, attn_implementation=NAME).to(getattr(torch, options.dtype)).eval()
 
 
@@ -46,7 +54,10 @@ def caches_of(options: argparse.Namespace, tokens: int) -> dict[str, Any]:
     """Filled caches by name; the progressive one has a fifth of 16 bits."""
     dim = options.head_dim
     key = Format(((dim, 2**options.key_bits),))
-    spec = LayerSpec(KeySpec(key, matrix=torch.eye(dim).repeat(options.kv_heads, 1, 1)), ValueSpec(uniform(dim, 2**options.value_bits)))  # fmt: skip
+    spec = LayerSpec(
+        KeySpec(key, matrix=torch.eye(dim).repeat(options.kv_heads, 1, 1)),
+        ValueSpec(uniform(dim, 2**options.value_bits)),
+    )
     specs, geometry = [spec] * options.layers, Geometry(options.kv_heads, dim, 4, 128, 32)
     ladders = Ladders(specs, [(1.0, 1.0)] * options.layers, geometry)
     least = ladders.least_nbytes(geometry, tokens + 2 * options.steps)

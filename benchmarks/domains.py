@@ -1,10 +1,13 @@
 """Calibrates on one domain and tests on the others: KL at equal payload bits, through the packed cache.
 
-usage: python benchmarks/domains.py [MODEL] [--domain NAME=CALIBRATION,TEST …] [--bits 2.25] [--windows 4] [--seq-len 512] [--alone] [--jobs 1]
+usage: python benchmarks/domains.py [MODEL] [--domain NAME=CALIBRATION,TEST …] [--bits 2.25] [--windows 4]
+                                    [--seq-len 512] [--alone] [--jobs 1]
 
-Without --domain the built-in texts are calibrated on, and the tests are the held-out text's maths, drama and prose, and a module of Python's
-standard library. A row is a calibration, a column a test; "all" is the built-in text as a whole. A text that is given is joined by the
-built-in one, as `kvfold compress --calib` does; with --alone it is all that is calibrated on. --jobs makes so many rows at a time, the GPUs shared out between them. Goes on where an interrupted run stopped.
+Without --domain the built-in texts are calibrated on, and the tests are the held-out text's maths, drama and prose, and
+a module of Python's standard library. A row is a calibration, a column a test; "all" is the built-in text as a whole. A
+text that is given is joined by the built-in one, as `kvfold compress --calib` does; with --alone it is all that is
+calibrated on. --jobs makes so many rows at a time, the GPUs shared out between them. Goes on where an interrupted run
+stopped.
 """
 
 import argparse

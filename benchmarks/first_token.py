@@ -1,12 +1,14 @@
-"""The time to the first token, from nothing: fresh processes, an empty folder of kernels; and what a step takes afterwards. Needs a GPU.
+"""The time to the first token, from nothing: fresh processes, an empty folder of kernels; and what a step takes
+afterwards. Needs a GPU.
 
 usage: python benchmarks/first_token.py ARTIFACT [SECOND] [--cores N] [--policy progressive] [--no-steady] [--json FILE]
        python benchmarks/first_token.py --random 28,12,2,128 [--bits 2.3] [--keep FOLDER]
 
-Every row of the first table is a process of its own. The first finds an empty TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR, temporary
-folders that go at the end; "again" finds what it left. Where there is a SECOND artifact, of other bits and the same head_dim, the first
-process lives on until the catalogue's other kernels are compiled behind it, as a process does that answers more than once; SECOND finds
-those too, and is compared with itself once more. --random makes an artifact of a Llama with so many layers, heads, KV heads and channels a head and random
+Every row of the first table is a process of its own. The first finds an empty TRITON_CACHE_DIR and
+TORCHINDUCTOR_CACHE_DIR, temporary folders that go at the end; "again" finds what it left. Where there is a SECOND
+artifact, of other bits and the same head_dim, the first process lives on until the catalogue's other kernels are
+compiled behind it, as a process does that answers more than once; SECOND finds those too, and is compared with itself
+once more. --random makes an artifact of a Llama with so many layers, heads, KV heads and channels a head and random
 weights, which is not timed; --keep keeps it for later runs.
 """
 
@@ -33,7 +35,8 @@ LIMITS |= {"ms a step over StaticCache": 1.2, "progressive over floor at the sam
 
 
 def first(artifact: str, policy: str, stay: bool) -> dict[str, Any]:
-    """Seconds of importing, loading and the first token, in this process; with `stay` also until the catalogue's other kernels are there."""
+    """Seconds of importing, loading and the first token, in this process; with `stay` also until the catalogue's other
+    kernels are there."""
     begun = time.perf_counter()
     import torch
     import transformers  # noqa: F401
@@ -106,13 +109,20 @@ def decode(model: Any, tokens: int, **options: Any) -> tuple[float, Any]:
     )
     clock = Clock()
     out = model.generate(
-        ids, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False, streamer=clock, return_dict_in_generate=True, **options
-    )  # fmt: skip
+        ids,
+        max_new_tokens=STEPS,
+        min_new_tokens=STEPS,
+        do_sample=False,
+        streamer=clock,
+        return_dict_in_generate=True,
+        **options,
+    )
     return clock.step_ms, out.past_key_values
 
 
 def steady(artifact: str) -> dict[str, Any]:
-    """Milliseconds a step of plain `load_pretrained` and `generate`, of the progressive policy, and of transformers' StaticCache."""
+    """Milliseconds a step of plain `load_pretrained` and `generate`, of the progressive policy, and of transformers'
+    StaticCache."""
     import torch
 
     from kvfold import runtime

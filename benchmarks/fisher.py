@@ -2,8 +2,8 @@
 
 usage: python benchmarks/fisher.py MODEL [--budget 2.5] [--layers 0,3,12] [--directions 8] [--work DIR]
 
-For the candidates that a search of the default recipe measures, of the layers named: both losses in nats, their ratio, and the
-seconds that each way took. --work keeps the calibration and all losses for another call.
+For the candidates that a search of the default recipe measures, of the layers named: both losses in nats, their ratio,
+and the seconds that each way took. --work keeps the calibration and all losses for another call.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Does a step fitted to each class and head beat the Gaussian optimum? Fits on half of the calibration sample, judges on the other.
+"""Does a step fitted to each class and head beat the Gaussian optimum? Fits on half of the calibration sample, judges
+on the other.
 
 usage: python benchmarks/fitted_step.py [MODEL]
 """

@@ -1,8 +1,8 @@
 """What transforms folded into the weights buy other engines' caches: KL with FP8 and NVFP4 keys and values, emulated.
 
-Every token is stored, sinks and latest included, as vLLM and TensorRT-LLM do; scales are static, one a layer and side ("tensor")
-or one a KV head ("head"), calibrated on the built-in text after the transform is folded in. The reference is the original
-weights with an unquantised cache; all is computed in float32. Prints one Markdown table.
+Every token is stored, sinks and latest included, as vLLM and TensorRT-LLM do; scales are static, one a layer and side
+("tensor") or one a KV head ("head"), calibrated on the built-in text after the transform is folded in. The reference is
+the original weights with an unquantised cache; all is computed in float32. Prints one Markdown table.
 
 usage: python benchmarks/fp8_smoothing.py [MODEL] [--text FILE|DATASET] [--windows 3] [--seq-len 1024] [--json FILE]
 """

@@ -2,8 +2,8 @@
 
 usage: python benchmarks/instructions.py [--prompt] [--mean] [k2v2|mixed|catalogue|k2v1.6|k4v4 …]
 
-A loop is a run of code that a branch jumps back over and that holds no other; the first that multiplies matrices is the one over packed
-tokens, of which a pass covers 128 of one KV head. Spills are its loads and stores of local memory.
+A loop is a run of code that a branch jumps back over and that holds no other; the first that multiplies matrices is the
+one over packed tokens, of which a pass covers 128 of one KV head. Spills are its loads and stores of local memory.
 """
 
 import argparse
@@ -70,7 +70,8 @@ def main() -> None:
     options = parser.parse_args()
     mean = 2 * padded_fast(DIM) if options.mean else 0
     print(
-        "| formats | instructions in the loop | a token | spills | registers | most frequent |\n|---|---|---|---|---|---|"
+        "| formats | instructions in the loop | a token | spills | registers | most frequent |\n"
+        "|---|---|---|---|---|---|"
     )
     for name in options.pairs or PAIRS:
         if name not in PAIRS:

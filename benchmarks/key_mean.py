@@ -1,11 +1,12 @@
-"""What taking the rotating mean off keys saves, and what its cheaper forms would: distortion at equal bits, against a constant mean.
+"""What taking the rotating mean off keys saves, and what its cheaper forms would: distortion at equal bits, against a
+constant mean.
 
 python benchmarks/key_mean.py MODEL [--bits 2.0] [--steps 1,2,4]
 
-For each layer the keys of some calibration text, at interpolated positions, lose a mean: none turned (the mean after RoPE, as format
-version 1 had it); R(t)·b exactly; held for runs of 4, 32 or 128 tokens; and as kernels/key_mean.py defines it. What is left goes
-through the search's own water-filling in the queries' metric. A number is the best distortion at that many bits divided by that with
-the constant mean; the last row is the geometric mean over layers.
+For each layer the keys of some calibration text, at interpolated positions, lose a mean: none turned (the mean after
+RoPE, as format version 1 had it); R(t)·b exactly; held for runs of 4, 32 or 128 tokens; and as kernels/key_mean.py
+defines it. What is left goes through the search's own water-filling in the queries' metric. A number is the best
+distortion at that many bits divided by that with the constant mean; the last row is the geometric mean over layers.
 """
 
 import argparse
@@ -33,7 +34,8 @@ RUNS = (1, 4, 32, 128)  # tokens that a mean is held for
 
 
 def least_distortion(moment: Tensor, metric: Tensor, bits: float) -> float:
-    """Of the best cut into classes with `bits` code bits in the mean: float64 [Hkv, D, D] moments of keys and queries."""
+    """Of the best cut into classes with `bits` code bits in the mean: float64 [Hkv, D, D] moments of keys and
+    queries."""
     variances = eigenbasis(moment, metric)[1]
     sizes = compositions(variances.shape[-1])
     width = np.array([sum(PLANE_WIDTHS[n]) for n in CLASS_LEVELS])

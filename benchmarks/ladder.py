@@ -2,9 +2,9 @@
 
 usage: python benchmarks/ladder.py DIR [--text FILE|DATASET] [--tokens 1024]
 
-Keys or values of every layer go through the packed bytes of one format; the figure is the squared error of what the attention adds to
-the residual stream over its own square, mean and largest of the layers. Formats that follow a floor's classes are given for the
-layers whose floor has classes.
+Keys or values of every layer go through the packed bytes of one format; the figure is the squared error of what the
+attention adds to the residual stream over its own square, mean and largest of the layers. Formats that follow a floor's
+classes are given for the layers whose floor has classes.
 """
 
 import argparse

@@ -1,6 +1,8 @@
-"""EleutherAI's lm-evaluation-harness on an artifact, through its HFLM wrapper: the packed cache, and the same weights in stock transformers.
+"""EleutherAI's lm-evaluation-harness on an artifact, through its HFLM wrapper: the packed cache, and the same weights
+in stock transformers.
 
-usage: python benchmarks/lm_eval_run.py DIR --tasks arc_easy,gsm8k [--limit N] [--include-path FOLDER] [--cache both] [--json FILE]
+usage: python benchmarks/lm_eval_run.py DIR --tasks arc_easy,gsm8k [--limit N] [--include-path FOLDER] [--cache both]
+                                        [--json FILE]
 
 Needs the extra `lm-eval` (`pip install 'kvfold[lm-eval]'`); its tasks fetch their data with `datasets`.
 """

@@ -1,10 +1,11 @@
 """One long generation under a budget: finishes, or says where not; bytes, pages by rung and time as it goes.
 
-    python benchmarks/long_generation.py DIR [--tokens 16384] [--share 0.2] [--policy progressive] [--prompt TEXT] [--seed 0]
-                                             [--dtype bfloat16] [--device auto] [--attention auto] [--json FILE]
+    python benchmarks/long_generation.py DIR [--tokens 16384] [--share 0.2] [--policy progressive] [--prompt TEXT]
+                                             [--seed 0] [--dtype bfloat16] [--device auto] [--attention auto]
+                                             [--json FILE]
 
-`model.generate` continues the prompt to `tokens` tokens in all, sampled with a seed, no token ending it. The budget is a share of what
-16 bits take for them. After every token the cache's resident bytes are compared with it.
+`model.generate` continues the prompt to `tokens` tokens in all, sampled with a seed, no token ending it. The budget is
+a share of what 16 bits take for them. After every token the cache's resident bytes are compared with it.
 """
 
 import argparse
@@ -110,7 +111,8 @@ def main() -> None:
     text = tokenizer.decode(out[0], skip_special_tokens=True)
     distinct = len(set(itertools.pairwise(out[0].tolist()))) / (out.shape[1] - 1)
     print(
-        f"\n{out.shape[1]} tokens in {seconds:.0f} s, at most {meter.most} of {budget} bytes; distinct pairs {distinct:.3f}"
+        f"\n{out.shape[1]} tokens in {seconds:.0f} s, at most {meter.most} of {budget} bytes; "
+        f"distinct pairs {distinct:.3f}"
     )
     print(f"end: …{text[-200:]!r}")
     if args.json:

@@ -1,8 +1,10 @@
 """Old pages in host memory: bytes on the device and there, time of a decoding step, and whether logits keep their bits.
 
-    python benchmarks/offload.py DIR [--tokens 2048] [--steps 8] [--share 0.5] [--device cpu] [--text TEXT] [--json FILE]
+    python benchmarks/offload.py DIR [--tokens 2048] [--steps 8] [--share 0.5] [--device cpu] [--text TEXT]
+                                 [--json FILE]
 
-A text of `tokens` tokens is read, then `steps` more; once with the whole cache on the device, once with a budget of `share` of its bytes.
+A text of `tokens` tokens is read, then `steps` more; once with the whole cache on the device, once with a budget of
+`share` of its bytes.
 """
 
 import argparse

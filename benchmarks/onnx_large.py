@@ -1,8 +1,10 @@
-"""The ONNX export of a model whose weights pass 2 GB, where a graph can't hold them itself: does it load, and give the runtime's logits?
+"""The ONNX export of a model whose weights pass 2 GB, where a graph can't hold them itself: does it load, and give the
+runtime's logits?
 
     python benchmarks/onnx_large.py [--vocab 270000] [--hidden 4096] [--layers 2] [--json FILE]
 
-Weights are random, of a Llama with one large matrix of embeddings; the artifact has pages of 8 bits. Takes some seven times the weights in memory.
+Weights are random, of a Llama with one large matrix of embeddings; the artifact has pages of 8 bits. Takes some seven
+times the weights in memory.
 """
 
 import argparse
@@ -26,14 +28,18 @@ from kvfold.exports.onnx.runner import OnnxRunner
 from kvfold.pretrained import model_from_config
 
 SIDE = "{transform: none, levels: [256], clip: false}"
-RECIPE = f"key: {SIDE}\nvalue: {SIDE}\nwindow: 32\npage_tokens: 16\ncalibration: {{num_sequences: 1, seq_len: 256, sample_tokens: 128}}\n"
+RECIPE = (
+    f"key: {SIDE}\nvalue: {SIDE}\nwindow: 32\npage_tokens: 16\n"
+    f"calibration: {{num_sequences: 1, seq_len: 256, sample_tokens: 128}}\n"
+)
 PROMPT, NEW = 150, 6  # tokens
 
 
 def save_model(folder: Path, vocab: int, hidden: int, layers: int) -> None:
     """A random checkpoint in bfloat16, with a tokenizer of one token a character."""
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=hidden // 2, num_hidden_layers=layers, num_attention_heads=hidden // 128,
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=hidden // 2, num_hidden_layers=layers,
+        num_attention_heads=hidden // 128,
         num_key_value_heads=max(1, hidden // 512), head_dim=128, max_position_embeddings=4096, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
@@ -51,7 +57,8 @@ def kvfold(*args: object) -> None:
 
 
 def reference(artifact: Path, ids: torch.Tensor) -> tuple[list[int], np.ndarray]:
-    """(greedy tokens [NEW], logits before each of them and after the last [NEW + 1, 1, vocab]) by kvfold's own runtime."""
+    """(greedy tokens [NEW], logits before each of them and after the last [NEW + 1, 1, vocab]) by kvfold's own
+    runtime."""
     model: Any = runtime.load_pretrained(artifact, device="cpu", dtype=torch.float32)
     tokens, logits = [], []
     with torch.inference_mode():
@@ -91,13 +98,17 @@ def main() -> None:
             found, cache = runner(np.array([[token]]), cache)
             error.append(float(np.abs(found[:, 0] - logits).max()))
         report = {
-            "graph_bytes": {p.name: p.stat().st_size for p in sorted(graphs.iterdir()) if p.suffix in (".onnx", ".bin")},
-            "export_s": round(seconds, 1), "largest_logit_error": max(error), "rms_logit": float(np.sqrt(np.square(wanted).mean())),
+            "graph_bytes": {
+                p.name: p.stat().st_size for p in sorted(graphs.iterdir()) if p.suffix in (".onnx", ".bin")
+            },
+            "export_s": round(seconds, 1),
+            "largest_logit_error": max(error),
+            "rms_logit": float(np.sqrt(np.square(wanted).mean())),
             "peak_memory_bytes": {
                 name: resource.getrusage(who).ru_maxrss * 1024
                 for name, who in (("compress, export", resource.RUSAGE_CHILDREN), ("run", resource.RUSAGE_SELF))
             },
-        }  # fmt: skip
+        }
     print(json.dumps(report))
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -1,11 +1,14 @@
-"""The ONNX graphs of an artifact beside the same model's with a 16-bit cache: sizes, tokens/s, and how far from the runtime.
+"""The ONNX graphs of an artifact beside the same model's with a 16-bit cache: sizes, tokens/s, and how far from the
+runtime.
 
-    python benchmarks/onnx_speed.py DIR [--forms packed,gqa8,gqa4,16bit] [--prompt 512] [--new 64] [--threads 2] [--graphs FOLDER]
+    python benchmarks/onnx_speed.py DIR [--forms packed,gqa8,gqa4,16bit] [--prompt 512] [--new 64] [--threads 2]
+                                    [--graphs FOLDER]
 
-The prompt is the beginning of the held-out text. `packed` is compared with kvfold's own reference on the same tokens: logits of the
-prompt read in one go and of every token generated after it, fed with the reference's tokens, and the greedy text; once on the cache that
-the graphs made themselves, where a last bit of a key may turn a code, and once on the runtime's own bytes. Beside it stands how far
-the runtime is from itself when it reads the prompt in two parts. Every form's KL is to the 16-bit graph on the prompt.
+The prompt is the beginning of the held-out text. `packed` is compared with kvfold's own reference on the same tokens:
+logits of the prompt read in one go and of every token generated after it, fed with the reference's tokens, and the
+greedy text; once on the cache that the graphs made themselves, where a last bit of a key may turn a code, and once on
+the runtime's own bytes. Beside it stands how far the runtime is from itself when it reads the prompt in two parts.
+Every form's KL is to the 16-bit graph on the prompt.
 """
 
 import argparse
@@ -79,10 +82,13 @@ def measure(runner: OnnxRunner, ids: np.ndarray, tokens: np.ndarray) -> dict[str
         seconds.append(time.perf_counter() - started)
         later.append(logits[0, 0].copy())
     return {
-        "prompt": prompt[0].copy(), "later": np.array(later), "prefill_tokens_s": prefill, "decode_tokens_s": 1 / float(np.median(seconds)),
+        "prompt": prompt[0].copy(),
+        "later": np.array(later),
+        "prefill_tokens_s": prefill,
+        "decode_tokens_s": 1 / float(np.median(seconds)),
         "fastest_tokens_s": 1 / min(seconds),
         "cache_bytes": nbytes(cache),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -120,10 +126,15 @@ def main() -> None:
             plain = log_softmax(found["16bit"]["prompt"])
             kl = float((np.exp(plain) * (plain - log_softmax(got["prompt"]))).sum(-1).mean())
             row = {
-                "form": name, "graph_bytes": {p: (folder / p).stat().st_size for p in PARTS}, "load_s": round(loading, 1),
-                "prefill_tokens_s": round(got["prefill_tokens_s"], 1), "decode_tokens_s": round(got["decode_tokens_s"], 2), "fastest_tokens_s": round(got["fastest_tokens_s"], 2),
-                "cache_bytes": got["cache_bytes"], "kl_to_16bit": kl,
-            }  # fmt: skip
+                "form": name,
+                "graph_bytes": {p: (folder / p).stat().st_size for p in PARTS},
+                "load_s": round(loading, 1),
+                "prefill_tokens_s": round(got["prefill_tokens_s"], 1),
+                "decode_tokens_s": round(got["decode_tokens_s"], 2),
+                "fastest_tokens_s": round(got["fastest_tokens_s"], 2),
+                "cache_bytes": got["cache_bytes"],
+                "kl_to_16bit": kl,
+            }
             if name == "packed":
                 text = [int(t[0]) for t in runner.generate(ids, args.new)]
                 steps = [
@@ -132,13 +143,28 @@ def main() -> None:
                 shared = [np.abs(x[0, 0] - y) for x, y in zip(steps, ref.later, strict=True)]
                 apart = np.abs(got["later"] - ref.later)
                 row |= {
-                    "logit_error_on_the_runtimes_cache": {"max": float(np.max(shared)), "median_of_max": float(np.median([x.max() for x in shared]))},
-                    "logit_error_on_its_own": {"prompt_max": float(np.abs(got["prompt"] - ref.prompt).max()), "decode_max": float(apart.max()), "median_of_max": float(np.median(apart.max(-1)))},
-                    "worst_token": {"place": int(apart.max(-1).argmax()), "id": int(ref.tokens[apart.max(-1).argmax()]), "error_on_the_runtimes_cache": float(shared[apart.max(-1).argmax()].max())},
+                    "logit_error_on_the_runtimes_cache": {
+                        "max": float(np.max(shared)),
+                        "median_of_max": float(np.median([x.max() for x in shared])),
+                    },
+                    "logit_error_on_its_own": {
+                        "prompt_max": float(np.abs(got["prompt"] - ref.prompt).max()),
+                        "decode_max": float(apart.max()),
+                        "median_of_max": float(np.median(apart.max(-1))),
+                    },
+                    "worst_token": {
+                        "place": int(apart.max(-1).argmax()),
+                        "id": int(ref.tokens[apart.max(-1).argmax()]),
+                        "error_on_the_runtimes_cache": float(shared[apart.max(-1).argmax()].max()),
+                    },
                     "runtime_in_two_parts_max": ref.spread,
-                    "same_greedy_token_on_reference_tokens": int((got["later"].argmax(-1) == ref.later.argmax(-1)).sum()),
-                    "greedy_tokens_until_another": next((i for i, (a, b) in enumerate(zip(text, ref.tokens, strict=True)) if a != b), len(text)),
-                }  # fmt: skip
+                    "same_greedy_token_on_reference_tokens": int(
+                        (got["later"].argmax(-1) == ref.later.argmax(-1)).sum()
+                    ),
+                    "greedy_tokens_until_another": next(
+                        (i for i, (a, b) in enumerate(zip(text, ref.tokens, strict=True)) if a != b), len(text)
+                    ),
+                }
             rows.append(row)
             print(json.dumps(row), flush=True)
             del runner

@@ -1,18 +1,22 @@
-"""Loss by position at equal peak bytes: pages lowered as memory fills, against the searched bits at once, and whole layers.
+"""Loss by position at equal peak bytes: pages lowered as memory fills, against the searched bits at once, and whole
+layers.
 
 usage: python benchmarks/progressive.py MODEL_OR_DIR [--tokens 4096] [--share S] [--text FILE|DATASET] [--windows 1]
                                         [--chunk 128] [--device auto] [--out artifacts/progressive]
 
-The budget is a share of the 16-bit cache of so many tokens. A model is compressed so that its floor takes just that at the end, by
-default a fifth; for an artifact the default is what its own floor takes at the end. Text is teacher-forced in chunks through one cache of each rule, and
-beside it through an unquantised cache in 16 bits (float32 on a CPU), without a budget:
+The budget is a share of the 16-bit cache of so many tokens. A model is compressed so that its floor takes just that at
+the end, by default a fifth; for an artifact the default is what its own floor takes at the end. Text is teacher-forced
+in chunks through one cache of each rule, and beside it through an unquantised cache in 16 bits (float32 on a CPU),
+without a budget:
 
     floor         every page at the searched bits at once
     progressive   pages go down one at a time, the least harmful first
-    whole layers  PM-KVQ's rule (arXiv 2505.18610) on the same ladders: all pages of a layer, keys and values, go down together when
-                  the layer passes its own share of the budget, and new pages start where their layer stands
+    whole layers  PM-KVQ's rule (arXiv 2505.18610) on the same ladders: all pages of a layer, keys and values, go down
+                  together when the layer passes its own share of the budget, and new pages start where their layer
+                  stands
 
-Prints Markdown; writes Markdown, JSON and a plot after each row. Run again with the same options, it goes on where it stopped.
+Prints Markdown; writes Markdown, JSON and a plot after each row. Run again with the same options, it goes on where it
+stopped.
 """
 
 import argparse
@@ -49,7 +53,8 @@ BINS = 16  # stretches of the text that a mean loss is shown of
 
 
 class WholeLayers(Ladders):
-    """PM-KVQ's rule: a layer goes down with all its pages once they pass its share of the budget, which is its part of the floor."""
+    """PM-KVQ's rule: a layer goes down with all its pages once they pass its share of the budget, which is its part of
+    the floor."""
 
     whole_layers = True
 
@@ -74,7 +79,8 @@ def budget_of(artifact: Artifact, tokens: int, share: float | None) -> int:
     budget = int(share * 2 * artifact.geometry.elements(tokens, len(artifact.specs)))
     if least > budget:
         raise KvfoldError(
-            f"The floor of '{artifact.path}' takes {least} bytes at {tokens} tokens, more than the budget of {budget}; raise --share."
+            f"The floor of '{artifact.path}' takes {least} bytes at {tokens} tokens, "
+            f"more than the budget of {budget}; raise --share."
         )
     return budget
 
@@ -96,8 +102,10 @@ def losses_of(model: Any, ids: Tensor, rule: str, budget: int, chunk: int) -> di
     """Teacher-forced losses of ids [1, T] under a rule.
 
     Returns:
-        nll, plain_nll, kl: of every token but the first; plain_nll is the unquantised cache's, kl from it to the rule's, in nats;
-        positions, bytes, bits: of the cache after each chunk (bits: mean of an element in pages); peak_bytes, seconds (both caches').
+        nll, plain_nll, kl: of every token but the first; plain_nll is the unquantised cache's, kl from it to the
+            rule's, in nats;
+        positions, bytes, bits: of the cache after each chunk (bits: mean of an element in pages); peak_bytes, seconds
+            (both caches').
     """
     cache, plain = new_cache(model, rule, budget), DynamicCache(config=model.config)
     begun = time.monotonic()
@@ -134,7 +142,8 @@ def page_bits(cache: QuantizedKVCache) -> float:
 
 
 def means(rows: dict[str, Any], rule: str, windows: int, part: slice, what: str) -> tuple[float, float]:
-    """Mean over a stretch of all windows of "kl", or of "loss" over the unquantised cache's, and its standard error over blocks of 64 tokens."""
+    """Mean over a stretch of all windows of "kl", or of "loss" over the unquantised cache's, and its standard error
+    over blocks of 64 tokens."""
     blocks: list[float] = []
     for window in range(windows):
         row = rows[f"{rule}, {window}"]
@@ -145,12 +154,16 @@ def means(rows: dict[str, Any], rule: str, windows: int, part: slice, what: str)
 
 
 def table(rows: dict[str, Any], windows: int, budget: int, tokens: int) -> str:
-    """Markdown: KL to the unquantised cache and loss over its loss by quarters of the text, peak bytes and bits of the pages at the end."""
+    """Markdown: KL to the unquantised cache and loss over its loss by quarters of the text, peak bytes and bits of the
+    pages at the end."""
     size = tokens - 1
     parts = [slice(size * i // 4, size * (i + 1) // 4) for i in range(4)] + [slice(0, size)]
     heads = [f"tokens {q.start}–{q.stop}" for q in parts[:-1]]
     lines = [
-        f"Budget {budget} bytes. Nats per token, ± standard error over blocks of 64 tokens; Δloss is over the unquantised cache's.",
+        (
+            f"Budget {budget} bytes. Nats per token, ± standard error over blocks of 64 tokens; "
+            "Δloss is over the unquantised cache's."
+        ),
         "",
         f"| rule | peak bytes | bits in pages at the end | | {' | '.join(heads)} | all |",
         "|---" * (len(heads) + 5) + "|",
@@ -168,7 +181,8 @@ def table(rows: dict[str, Any], windows: int, budget: int, tokens: int) -> str:
 
 
 def draw(path: Path, rows: dict[str, Any], windows: int, budget: int, tokens: int) -> None:
-    """KL to the unquantised cache, loss over its loss, bits of the pages and resident bytes, by position; nothing without matplotlib."""
+    """KL to the unquantised cache, loss over its loss, bits of the pages and resident bytes, by position; nothing
+    without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -201,7 +215,8 @@ def draw(path: Path, rows: dict[str, Any], windows: int, budget: int, tokens: in
 
 
 def artifact_for(model: str, tokens: int, share: float, out: Path, device: str) -> Path:
-    """The artifact to measure: the given one, or one whose floor takes what the budget leaves beside the ladders' own bytes."""
+    """The artifact to measure: the given one, or one whose floor takes what the budget leaves beside the ladders' own
+    bytes."""
     if is_artifact(Path(model)):
         return Path(model)
     folder = out / f"{Path(model).name}-{share:g}-at-{tokens}"
@@ -239,7 +254,8 @@ def main() -> None:
     model: Any = load_pretrained(path, device=device)
     if options.tokens > model.config.max_position_embeddings:
         raise KvfoldError(
-            f"--tokens {options.tokens} is more than the model's {model.config.max_position_embeddings} positions; ask for fewer."
+            f"--tokens {options.tokens} is more than the model's "
+            f"{model.config.max_position_embeddings} positions; ask for fewer."
         )
     tokenizer = tokenizer_from_pretrained(path)
     name, documents = read_documents(options.text)

@@ -1,17 +1,21 @@
-"""Would self-speculation pay: greedy drafts on coarse pages, verified on fine ones, both of one cache (after QuantSpec, 2502.10424)?
+"""Would self-speculation pay: greedy drafts on coarse pages, verified on fine ones, both of one cache (after QuantSpec,
+2502.10424)?
 
-usage: python benchmarks/self_speculation.py DIR [--tokens 48] [--draft floor] [--verifiers 16,8] [--gamma 1,2,4,8] [--text FILE|DATASET]
-                                             [--prompt 1024] [--prompts 4] [--context 8192] [--shape NAME] [--device auto] [--json FILE]
+usage: python benchmarks/self_speculation.py DIR [--tokens 48] [--draft floor] [--verifiers 16,8] [--gamma 1,2,4,8]
+                                             [--text FILE|DATASET] [--prompt 1024] [--prompts 4] [--context 8192]
+                                             [--shape NAME] [--device auto] [--json FILE]
 
-A cache holds one precision a page, so the scheme is put together from its parts. What is drafted: the verifier writes greedily after each
-prompt; at every place where a round of the scheme would begin, the drafter, whose pages were packed from the verifier's own keys and
-values, drafts from there and is compared. What it takes: steps of both on caches of random keys and values of --context tokens. A round
-of γ is γ drafter steps of one token and a verifier step of γ + 1, and gives the accepted drafts and one token more.
+A cache holds one precision a page, so the scheme is put together from its parts. What is drafted: the verifier writes
+greedily after each prompt; at every place where a round of the scheme would begin, the drafter, whose pages were packed
+from the verifier's own keys and values, drafts from there and is compared. What it takes: steps of both on caches of
+random keys and values of --context tokens. A round of γ is γ drafter steps of one token and a verifier step of γ + 1,
+and gives the accepted drafts and one token more.
 
-Caches are named by the bits of their pages, `16` being transformers' own (for the time also 16-bit pages, the faster counts), `floor` the
-searched formats, 8 and 4 the progressive policy's rungs. --shape times the random model of that shape of `kvfold bench decode` instead,
-with --format as its floor. With Triton on a GPU a step of one token is a replayed graph; a longer one is not, so the last column
-says what would be had if verification took no longer than a step of one token.
+Caches are named by the bits of their pages, `16` being transformers' own (for the time also 16-bit pages, the faster
+counts), `floor` the searched formats, 8 and 4 the progressive policy's rungs. --shape times the random model of that
+shape of `kvfold bench decode` instead, with --format as its floor. With Triton on a GPU a step of one token is a
+replayed graph; a longer one is not, so the last column says what would be had if verification took no longer than a
+step of one token.
 """
 
 import argparse
@@ -186,9 +190,13 @@ def table(result: dict[str, Any]) -> str:
     lines = []
     for context, times in result["times"].items():
         lines += [
-            f"{context} cached tokens. Plain {draft}: {1e3 / times[draft][1]:.1f} tokens/s, {result['bytes'][context][draft] / 2**20:.1f} MiB.",
+            (
+                f"{context} cached tokens. Plain {draft}: {1e3 / times[draft][1]:.1f} tokens/s, "
+                f"{result['bytes'][context][draft] / 2**20:.1f} MiB."
+            ),
             "",
-            "| verifier | γ | accepted | tokens a round | ms: draft step, verify, round | tokens/s | × verifier | × plain drafter "
+            "| verifier | γ | accepted | tokens a round | ms: draft step, verify, round "
+            "| tokens/s | × verifier | × plain drafter "
             "| MiB | × verifier, were verification one token's step |",
             "|---" * 10 + "|",
         ]
@@ -197,7 +205,8 @@ def table(result: dict[str, Any]) -> str:
             plain = times[verifier][1]
             over = times[draft][1] / plain
             lines.append(
-                f"| {verifier} | plain | | 1 | {plain:.1f} | {1e3 / plain:.1f} | 1 | {over:.2f} | {size[verifier] / 2**20:.1f} | |"
+                f"| {verifier} | plain | | 1 | {plain:.1f} | {1e3 / plain:.1f} "
+                f"| 1 | {over:.2f} | {size[verifier] / 2**20:.1f} | |"
             )
             for gamma, row in rows.items():
                 share, a_round = (
@@ -206,7 +215,8 @@ def table(result: dict[str, Any]) -> str:
                 lines.append(
                     f"| {verifier} | {gamma} | {share[0]:.3f} ± {share[1]:.3f} | {a_round[0]:.2f} ± {a_round[1]:.2f} "
                     f"| {times[draft][1]:.1f}, {times[verifier][gamma + 1]:.1f}, {row['ms_a_round']:.1f} "
-                    f"| {row['tokens_a_second']:.1f} | {row['over_verifier']:.2f} ± {row['over_verifier_error']:.2f} | {row['over_draft']:.2f} "
+                    f"| {row['tokens_a_second']:.1f} | {row['over_verifier']:.2f} ± {row['over_verifier_error']:.2f} "
+                    f"| {row['over_draft']:.2f} "
                     f"| {size[f'{draft} and {verifier}'] / 2**20:.1f} | {row['over_verifier_bound']:.2f} |"
                 )
         lines.append("")

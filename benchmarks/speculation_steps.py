@@ -1,4 +1,5 @@
-"""Time of a model's steps of one and of more tokens on full caches, and the bytes of these; for benchmarks/self_speculation.py."""
+"""Time of a model's steps of one and of more tokens on full caches, and the bytes of these; for
+benchmarks/self_speculation.py."""
 
 import time
 from types import SimpleNamespace
@@ -20,12 +21,18 @@ PLAIN = "16"
 
 @torch.inference_mode()
 def step_times(
-    model: Any, caches: dict[str, list[LayerSpec]], geometry: Geometry, context: int, lengths: dict[str, list[int]], repeats: int
-) -> dict[str, dict[int, float]]:  # fmt: skip
-    """Milliseconds of steps on caches of `context` tokens, by name and by number of new tokens; the fastest of `repeats`.
+    model: Any,
+    caches: dict[str, list[LayerSpec]],
+    geometry: Geometry,
+    context: int,
+    lengths: dict[str, list[int]],
+    repeats: int,
+) -> dict[str, dict[int, float]]:
+    """Milliseconds of steps on caches of `context` tokens, by name and by number of new tokens; the fastest of
+    `repeats`.
 
-    Steps of all caches take turns, so that other load on the machine falls on all alike. "16" is the faster of transformers'
-    own cache and of 16-bit pages. One token's step is a replayed graph where kernels run on a GPU.
+    Steps of all caches take turns, so that other load on the machine falls on all alike. "16" is the faster of
+    transformers' own cache and of 16-bit pages. One token's step is a replayed graph where kernels run on a GPU.
     """
     device = model.device
     found: dict[str, dict[int, float]] = {name: {} for name in caches}
@@ -58,7 +65,8 @@ def filled_plain(model: Any, geometry: Geometry, context: int) -> DynamicCache:
 
 
 def one_step(model: Any, cache: Any, count: int, packed: bool) -> float:
-    """Milliseconds of a step of `count` tokens; of one thread on a CPU the processor's, which a busy machine adds less to."""
+    """Milliseconds of a step of `count` tokens; of one thread on a CPU the processor's, which a busy machine adds less
+    to."""
     clock = time.process_time if model.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     ids = torch.zeros(1, count, dtype=torch.long, device=model.device)
     wait(model.device)

@@ -2,8 +2,8 @@
 
 usage: python benchmarks/targets.py [NAME=MODEL …] [--rows PART,…] [--text FILE|DATASET] [--device auto]
 
-NAME is smollm2, qwen or gemma, MODEL where its checkpoint is (Hub id, folder, .gguf or alias). Prints Markdown, and writes
-Markdown and JSON, after each row; run again, it goes on where it stopped.
+NAME is smollm2, qwen or gemma, MODEL where its checkpoint is (Hub id, folder, .gguf or alias). Prints Markdown, and
+writes Markdown and JSON, after each row; run again, it goes on where it stopped.
 """
 
 import argparse
@@ -25,7 +25,8 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One aim: `windows` windows of `seq_len` tokens from window `first` on, at `bits` of payload, KL at most `aim` nats."""
+    """One aim: `windows` windows of `seq_len` tokens from window `first` on, at `bits` of payload, KL at most `aim`
+    nats."""
 
     model: str
     bits: float

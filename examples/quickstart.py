@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     cache = out.past_key_values  # a runtime.QuantizedKVCache, which is a transformers Cache
     packed = sum(sum(layer["pages"].values()) for layer in cache.report())
     print(
-        f"{cache.get_seq_length()} tokens take {cache.nbytes:,} bytes; {packed} pages are packed, the rest is in 16 bits."
+        f"{cache.get_seq_length()} tokens take {cache.nbytes:,} bytes; "
+        f"{packed} pages are packed, the rest is in 16 bits."
     )
     account = model.kv_artifact.metadata.account  # first and latest tokens are never packed: long texts gain most
     print(f"{account.at} tokens would take {account.bytes:,} bytes, and {account.bytes_16bit:,} in 16 bits.")

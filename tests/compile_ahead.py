@@ -1,4 +1,5 @@
-"""What tests/test_compile.py runs in processes of their own, with the compiler: small kernels, for a device that is not there."""
+"""What tests/test_compile.py runs in processes of their own, with the compiler: small kernels, for a device that is not
+there."""
 
 import errno
 import json  # noqa: F401 - for the code that imports all of this
@@ -60,7 +61,8 @@ def endless(out_ptr, SIZE: tl.constexpr):
 
 
 def launches(reverse: bool = False) -> list:
-    """Every way in which arguments decide of a kernel: an alignment, a stride of 1, of 16 and of neither, constants of any kind."""
+    """Every way in which arguments decide of a kernel: an alignment, a stride of 1, of 16 and of neither, constants of
+    any kind."""
     x = torch.empty(256, dtype=torch.float16)
     out = torch.empty(256)
     with noting() as noted:
@@ -73,7 +75,8 @@ def launches(reverse: bool = False) -> list:
 
 
 def build(reverse: bool = False, twice: bool = False, broken: bool = False, endless: bool = False) -> dict:
-    """Compiles them; with `broken` also one that does not compile and one whose compiler crashes, with `endless` one that never ends."""
+    """Compiles them; with `broken` also one that does not compile and one whose compiler crashes, with `endless` one
+    that never ends."""
     noted = launches(reverse=reverse)
     out = torch.empty(256)
     with noting() as more:
@@ -103,7 +106,8 @@ def build(reverse: bool = False, twice: bool = False, broken: bool = False, endl
 
 
 class Device:
-    """A driver up to where a kernel would be loaded; its tensors lie as an allocator of a device lays them, in units of 512 bytes."""
+    """A driver up to where a kernel would be loaded; its tensors lie as an allocator of a device lays them, in units of
+    512 bytes."""
 
     def get_current_target(self):
         return TARGET
@@ -126,7 +130,8 @@ class Tensor:
 
 
 def launch_as_on_a_device() -> dict:
-    """The kernels that launches with tensors of a device look up, through JITFunction.run, and whether each is found on disk."""
+    """The kernels that launches with tensors of a device look up, through JITFunction.run, and whether each is found on
+    disk."""
     found: dict[str, bool] = {}
     kernel_cache.install()
     knobs.compilation.listener = lambda *, metadata, cache_hit, **more: found.setdefault(metadata["hash"], cache_hit)

@@ -1,6 +1,8 @@
-"""Compiles the attention kernels of pairs of formats for sm_90; a process of its own, because the interpreter is off here.
+"""Compiles the attention kernels of pairs of formats for sm_90; a process of its own, because the interpreter is off
+here.
 
-usage: python tests/compile_kernels.py PROMPT PAIR …, where PAIR may be "cap" (soft-cap), "mean", "merge" or "decode" (of pages)
+usage: python tests/compile_kernels.py PROMPT PAIR …, where PAIR may be "cap" (soft-cap), "mean", "merge" or
+                                       "decode" (of pages)
 """
 
 import os
@@ -23,8 +25,9 @@ from kvfold.kernels.layout import head_layout
 
 POINTERS = {
     "q_ptr": "*fp16", "q_scale_ptr": "*fp32", "anchor": "*u8", "table": "*i64", "state": "*i32", "raw_k": "*fp16",
-    "raw_v": "*fp16", "o_ptr": "*fp32", "ml_ptr": "*fp32", "first_query": "*i32", "packed_before": "*i32", "out": "*bf16",
-    "aux": "*fp32", "q_shift_ptr": "*fp32", "mean_ptr": "*fp32", "bias_ptr": "*fp32", "spans": "*fp32", "within": "*fp16", "segments": "*i32", "anchor_ptr": "*u8", "pages": "*i64", "factors": "*fp32",
+    "raw_v": "*fp16", "o_ptr": "*fp32", "ml_ptr": "*fp32", "first_query": "*i32", "packed_before": "*i32",
+    "out": "*bf16", "aux": "*fp32", "q_shift_ptr": "*fp32", "mean_ptr": "*fp32", "bias_ptr": "*fp32", "spans": "*fp32",
+    "within": "*fp16", "segments": "*i32", "anchor_ptr": "*u8", "pages": "*i64", "factors": "*fp32",
     "keys": "*fp16", "values": "*fp16", "tables": "*i32",
 }  # fmt: skip
 
@@ -48,7 +51,8 @@ def compile_pair(
         {
             "K": head_layout(key_format, 32), "V": head_layout(value_format, 32), "R": head_layout(raw16(dim), 32),
             "N": max(8, columns), "COLUMNS": columns, "GROUP": 4, "PROMPT": prompt, "MASKED": prompt, "CAP": cap,
-            "SHIFT": cap > 0, "MEAN": mean, "STAGES": 4, "PREFETCH": False, "BLOCK": kernels.RAW_BLOCK, "INTERPRET": False,
+            "SHIFT": cap > 0, "MEAN": mean, "STAGES": 4, "PREFETCH": False, "BLOCK": kernels.RAW_BLOCK,
+            "INTERPRET": False,
         },
     )  # fmt: skip
 

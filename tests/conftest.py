@@ -53,7 +53,8 @@ torch.set_num_threads(1)  # test workers share the cores
 
 SHAPE = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048, "bos_token_id": None, "eos_token_id": None,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048, "bos_token_id": None,
+    "eos_token_id": None,
 }  # fmt: skip
 FULL, SLIDING = "full_attention", "sliding_attention"
 CONFIGS = {
@@ -68,7 +69,8 @@ CONFIGS = {
     ),
     "gemma3_text": lambda: Gemma3TextConfig(
         **SHAPE, sliding_window=40, layer_types=[SLIDING, FULL, SLIDING], query_pre_attn_scalar=24, pad_token_id=0,
-        rope_parameters={FULL: {"rope_type": "default", "rope_theta": 1e6}, SLIDING: {"rope_type": "default", "rope_theta": 1e3}},
+        rope_parameters={FULL: {"rope_type": "default", "rope_theta": 1e6},
+                         SLIDING: {"rope_type": "default", "rope_theta": 1e3}},
     ),
     "phi3": lambda: Phi3Config(**SHAPE, sliding_window=60, pad_token_id=0),
     "smollm3": lambda: SmolLM3Config(
@@ -79,8 +81,8 @@ CONFIGS = {
         **SHAPE, sliding_window=40, layer_types=[SLIDING, FULL, SLIDING], pad_token_id=0,
         num_local_experts=2, num_experts_per_tok=2,  # a choice of experts would amplify rounding
         rope_parameters={  # the default's own, for SHAPE's number of positions
-            "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
-            "original_max_position_embeddings": 64,
+            "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+            "truncate": False, "original_max_position_embeddings": 64,
         },
     ),
 }  # fmt: skip
@@ -88,7 +90,8 @@ FAMILIES = sorted(CONFIGS)
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, attention: str | None = None):
-    """A random model whose attention isn't flat: weights large enough that heads look at few tokens, biases not zero."""
+    """A random model whose attention isn't flat: weights large enough that heads look at few tokens, biases not
+    zero."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32, attn_implementation=attention)
     plus = ARCHITECTURES[family].norm_plus
@@ -209,25 +212,33 @@ def _poisoned_empty(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-# Cases that repeat what a quicker one beside them asserts, on other inputs: `make test ARGS="-m 'not real'"` runs them too.
+# Cases that repeat what a quicker one beside them asserts, on other inputs: `make test ARGS="-m 'not real'"` runs them
+# too.
 SLOW = re.compile(
     r"test_triton_finite.py::test_it_is_reported_before_a_page_and_the_cache_goes_on\[(0-key-0-nan|1-value-1-inf)\]"
     r"|test_offload.py::test_kernels_read_what_was_brought\[2\]"
     r"|test_triton_mean.py::test_kernels_add_what_keys_lack\[pages of two steps\]"
-    r"|test_triton_attention.py::test_every_format\[(2 bits|mixed both|ternary keys, 3 bits|ternary 96|16 and 8 bits|groups)-8\]"
-    r"|test_triton_attention.py::test_every_format\[(ternary values|ternary 128|8 and 6 bits, 80|6 and 16 bits|wide)-32\]"
-    r"|test_triton_attention.py::test_every_format\[(mixed keys|ternary symmetric|4 and 5 bits, 96|wide|groups|ternary 96)-128\]"
-    r"|test_triton_attention.py::test_prompts_read_what_token_by_token_reads\[(0-70-1-16 and 8 bits|0-70-1-mixed keys|70-20-3-2 bits"
-    r"|70-20-3-ternary values|131-2-4-mixed keys|131-2-4-16 and 8 bits|20-19-2-2 bits|20-19-2-ternary values)\]"
-    r"|test_triton_attention.py::test_prompts_read_all_sinks_however_many_blocks_they_fill\[(33-140|64-60|64-140|100-60)-"
+    r"|test_triton_attention.py::test_every_format\[(2 bits|mixed both"
+    r"|ternary keys, 3 bits|ternary 96|16 and 8 bits|groups)-8\]"
+    r"|test_triton_attention.py::test_every_format\[(ternary values|ternary 128"
+    r"|8 and 6 bits, 80|6 and 16 bits|wide)-32\]"
+    r"|test_triton_attention.py::test_every_format\[(mixed keys|ternary symmetric"
+    r"|4 and 5 bits, 96|wide|groups|ternary 96)-128\]"
+    r"|test_triton_attention.py::test_prompts_read_what_token_by_token_reads\[(0-70-1-16 and 8 bits|0-70-1-mixed keys"
+    r"|70-20-3-2 bits|70-20-3-ternary values|131-2-4-mixed keys|131-2-4-16 and 8 bits|20-19-2-2 bits"
+    r"|20-19-2-ternary values)\]"
+    r"|test_triton_attention.py::test_prompts_read_all_sinks_however_many_blocks_they_fill\["
+    r"(33-140|64-60|64-140|100-60)-"
     r"|test_optimum.py::test_same_words\[args[1-4]\]"
-    r"|test_modes.py::test_rows_of_a_left_padded_batch_are_each_row_alone\[options[12]-(qwen3|gemma2|phi3|gpt_oss)-raw\]"
+    r"|test_modes.py::test_rows_of_a_left_padded_batch_are_each_row_alone\["
+    r"options[12]-(qwen3|gemma2|phi3|gpt_oss)-raw\]"
     r"|test_modes.py::test_rows_of_a_left_padded_batch_are_each_row_alone\[options1-(qwen3|phi3)-packed\]"
     r"|test_ahead.py::test_another_artifacts_kernels_are_all_among_the_catalogues\[False\]"
     r"|test_triton_encode.py::test_pages_equal_the_reference\[(64@1.6|128@1.6|48@1.6|8@1 48@5)"
     r"|test_triton_encode.py::test_lowered_pages_equal_the_reference\[(16-40@8|64@4 asym g32|8@6 32@5|128@1.6)"
     r"|test_triton_prompt.py::test_reading_pages_together_changes_nothing\[(2 bits|ternary values)"
-    r"|test_plugin.py::test_registering_is_enough\[(import transformers, kvfold|import kvfold, transformers|import kvfold; kvfold.unreg)"
+    r"|test_plugin.py::test_registering_is_enough\[(import transformers, kvfold"
+    r"|import kvfold, transformers|import kvfold; kvfold.unreg)"
     r"|test_hub_push.py::test_status\[(429|418)-headers[12]-words[12]-(GET /api/models/|POST /api/repos/create)\]"
 )
 

@@ -1,5 +1,5 @@
-"""Sessions of calls on one cache, drawn by hypothesis and run on several models side by side: transformers' own 16-bit cache says what
-is right, as long as everything stays within the 16-bit window."""
+"""Sessions of calls on one cache, drawn by hypothesis and run on several models side by side: transformers' own 16-bit
+cache says what is right, as long as everything stays within the 16-bit window."""
 
 import copy
 from contextlib import ExitStack, contextmanager
@@ -28,8 +28,8 @@ MOST = {
 }
 LOWEST = torch.finfo(torch.float32).min
 SHAPE = {
-    "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": DIM,
-    "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
+    "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "head_dim": DIM, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
 }  # fmt: skip
 FULL, SLIDES = "full_attention", "sliding_attention"
 CONFIGS = {
@@ -45,13 +45,17 @@ CONFIGS = {
 GENERATOR = torch.Generator().manual_seed(3)
 SPEC = LayerSpec(
     KeySpec(
-        Format(((8, 64), (8, 16))), ("whiten",), torch.linalg.qr(torch.randn(1, DIM, DIM, generator=GENERATOR))[0].contiguous(),
-        torch.randn(1, DIM, generator=GENERATOR), frequencies=tuple(0.3**i for i in range(DIM // 2)),
+        Format(((8, 64), (8, 16))),
+        ("whiten",),
+        torch.linalg.qr(torch.randn(1, DIM, DIM, generator=GENERATOR))[0].contiguous(),
+        torch.randn(1, DIM, generator=GENERATOR),
+        frequencies=tuple(0.3**i for i in range(DIM // 2)),
     ),
     ValueSpec(uniform(DIM, 16), ("whiten", "scale")),
-)  # fmt: skip
+)
 
-# norms behind Gemma's attention and MLP make much of a rounding: there keys and values are rounded in the model's own basis
+# norms behind Gemma's attention and MLP make much of a rounding: there keys and values are rounded in the model's own
+# basis
 PLAIN = LayerSpec(KeySpec(uniform(DIM, 16)), ValueSpec(uniform(DIM, 16), ("scale",)))
 SPECS = {"llama": SPEC, "gemma2": PLAIN}
 
@@ -103,19 +107,24 @@ REFUSED = (
 MODES = ("no_grad", "no_grad", "no_grad", "inference", "inference", "grad", "grad", "bfloat16", "bfloat16", "autocast")
 CHANGES = ("deepcopy", "copied before", "fork", "reorder", "select", "repeat", "crop")
 calls = st.tuples(
-    st.sampled_from((*SUPPORTED, *SUPPORTED, *REFUSED)), st.sampled_from((1, 1, 2, 5)), st.sampled_from(MODES), st.integers(0, 99)
-)  # fmt: skip
+    st.sampled_from((*SUPPORTED, *SUPPORTED, *REFUSED)),
+    st.sampled_from((1, 1, 2, 5)),
+    st.sampled_from(MODES),
+    st.integers(0, 99),
+)
 changes = st.tuples(st.sampled_from(CHANGES), st.integers(0, 99))
 sessions = st.fixed_dictionaries(
     {
         "batch": st.sampled_from((1, 2, 2, 3)),
-        "first": st.tuples(st.sampled_from(("none", "2d", "left", "left", "right", "hole", "documents", "additive")), st.integers(3, 9)),
+        "first": st.tuples(
+            st.sampled_from(("none", "2d", "left", "left", "right", "hole", "documents", "additive")), st.integers(3, 9)
+        ),
         "mode": st.sampled_from(MODES),
         "positions": st.sampled_from(("none", "count", "shift")),
         "steps": st.lists(st.one_of(calls, calls, changes), min_size=1, max_size=5),
         "seed": st.integers(0, 999),
     }
-)  # fmt: skip
+)
 
 
 @contextmanager
@@ -169,7 +178,7 @@ class Session:
                 self.call(kind, tokens, mode)
         return self.count
 
-    # -- masks -----------------------------------------------------------------------------------------------------------
+    # -- masks ---------------------------------------------------------------------------------------------------------
 
     def visible(self, tokens):
         """bool [B, columns] that are not hidden, with `tokens` new ones that are visible."""
@@ -253,7 +262,7 @@ class Session:
         narrow = mask & near if mask.dtype == torch.bool else mask.masked_fill(~near, LOWEST)
         return {FULL: mask, SLIDES: narrow}, False
 
-    # -- calls -----------------------------------------------------------------------------------------------------------
+    # -- calls ---------------------------------------------------------------------------------------------------------
 
     def call(self, kind, tokens, mode):
         """One call on all models: the same logits, or a refusal by all packed ones."""

@@ -10,7 +10,8 @@ import pytest
 from hub_artifact import set_licence
 from hub_server import OWNER, Hub
 
-# one process imports everything once and forks for each command: huggingface_hub reads its environment when it is imported
+# one process imports everything once and forks for each command: huggingface_hub reads its environment when it is
+# imported
 SERVE = """
 import json, os, sys
 import kvfold.exports.page.hub, kvfold.compress.evaluate

@@ -1,6 +1,7 @@
 """A Hub in this process: the HTTP protocol that huggingface_hub speaks, on 127.0.0.1, with faults to order.
 
-Repositories hold branches, commits and files; large files go through Git LFS (batch, PUT, verify), small ones through the commit.
+Repositories hold branches, commits and files; large files go through Git LFS (batch, PUT, verify), small ones through
+the commit.
 """
 
 import base64

@@ -2,8 +2,8 @@
 
 usage: make mutations [ARGS="NUMBER …"], or python tests/mutations.py [NUMBER …]
 
-Prints one line for each and ends with 1 if a broken line passed. Lines are found by their text, so a line that is rewritten has to be
-rewritten here too: a text that is not there once is an error.
+Prints one line for each and ends with 1 if a broken line passed. Lines are found by their text, so a line that is
+rewritten has to be rewritten here too: a text that is not there once is an error.
 """
 
 import os
@@ -35,30 +35,46 @@ class Mutation(NamedTuple):
 
 MUTATIONS = (
     # packing: shifts and bytes
-    Mutation("kernels/packing.py", "(high << shift).bitwise_or_(low)", "(low << shift).bitwise_or_(high)", "test_packing.py"),
-    Mutation("kernels/packing.py", "torch.stack((data & 15, data >> 4), -4)", "torch.stack((data >> 4, data & 15), -4)", "test_packing.py"),
+    Mutation("kernels/packing.py", "(high << shift).bitwise_or_(low)", "(low << shift).bitwise_or_(high)",
+             "test_packing.py"),
+    Mutation("kernels/packing.py", "torch.stack((data & 15, data >> 4), -4)", "torch.stack((data >> 4, data & 15), -4)",
+             "test_packing.py"),
     Mutation("kernels/packing.py", "* 256 + 242) // 243", "* 256 + 241) // 243", "test_packing.py"),
-    Mutation("kernels/packing.py", "(0 < left <= 2) * -(-rows // 4)", "(0 < left <= 2) * (rows // 4)", "test_packing.py"),
-    Mutation("kernels/quantizer.py", "(own >> plane.shift) & (2**plane.width - 1)", "own & (2**plane.width - 1)", "test_quantizer.py"),
+    Mutation("kernels/packing.py", "(0 < left <= 2) * -(-rows // 4)", "(0 < left <= 2) * (rows // 4)",
+             "test_packing.py"),
+    Mutation("kernels/quantizer.py", "(own >> plane.shift) & (2**plane.width - 1)", "own & (2**plane.width - 1)",
+             "test_quantizer.py"),
     # scales, levels, clip, saturation
     Mutation("kernels/quantizer.py", "* steps) + levels / 2", "* steps) + (levels - 1) / 2", "test_quantizer.py"),
     Mutation("kernels/quantizer.py", "top = fmt.classes[0][1] - 1", "top = fmt.classes[0][1] - 2", "test_quantizer.py"),
-    Mutation("kernels/quantizer.py", "low, high = low * clip, high * clip", "low, high = low * clip, high", "test_quantizer.py"),
-    Mutation("kernels/quantizer.py", "return x.clamp(-FP16_MAX, FP16_MAX).to(torch.float16)", "return x.to(torch.float16)", "test_quantizer.py"),
+    Mutation("kernels/quantizer.py", "low, high = low * clip, high * clip", "low, high = low * clip, high",
+             "test_quantizer.py"),
+    Mutation("kernels/quantizer.py", "return x.clamp(-FP16_MAX, FP16_MAX).to(torch.float16)",
+             "return x.to(torch.float16)", "test_quantizer.py"),
     # who reads what: page counts and limits
-    Mutation("kernels/attention.py", "max(0, seq_len - sinks - window) // page_tokens", "max(0, seq_len - sinks - window + 1) // page_tokens", "test_account.py test_cache.py"),
+    Mutation("kernels/attention.py", "max(0, seq_len - sinks - window) // page_tokens",
+             "max(0, seq_len - sinks - window + 1) // page_tokens", "test_account.py test_cache.py"),
     Mutation("kernels/attention.py", "(tile.positions >= limit)", "(tile.positions > limit)", "test_attention.py"),
-    Mutation("kernels/attention.py", "tile.positions <= positions[rows, None]", "tile.positions < positions[rows, None]", "test_attention.py"),
-    Mutation("exports/account.py", "least - sliding + 1 - self.sinks", "least - sliding + 2 - self.sinks", "test_sequences.py test_cache.py test_account.py"),
-    Mutation("exports/account.py", "1 << (pages - 1).bit_length()", "1 << pages.bit_length()", "test_account.py test_cache.py"),
+    Mutation("kernels/attention.py", "tile.positions <= positions[rows, None]",
+             "tile.positions < positions[rows, None]", "test_attention.py"),
+    Mutation("exports/account.py", "least - sliding + 1 - self.sinks", "least - sliding + 2 - self.sinks",
+             "test_sequences.py test_cache.py test_account.py"),
+    Mutation("exports/account.py", "1 << (pages - 1).bit_length()", "1 << pages.bit_length()",
+             "test_account.py test_cache.py"),
     # ring slots
-    Mutation("runtime/cache/window.py", "(positions - sinks) % geometry.ring", "(positions - sinks) % (geometry.ring - geometry.page_tokens)", "test_cache.py test_sequences.py"),
-    Mutation("runtime/cache/window.py", "sequence.length - g.ring)", "sequence.length - g.ring - 1)", "test_sequences.py test_cache.py"),
-    Mutation("exports/account.py", "self.window + self.page_tokens + self.rollback)", "self.window + self.page_tokens)", "test_sequences.py test_cache.py"),
+    Mutation("runtime/cache/window.py", "(positions - sinks) % geometry.ring",
+             "(positions - sinks) % (geometry.ring - geometry.page_tokens)", "test_cache.py test_sequences.py"),
+    Mutation("runtime/cache/window.py", "sequence.length - g.ring)", "sequence.length - g.ring - 1)",
+             "test_sequences.py test_cache.py"),
+    Mutation("exports/account.py", "self.window + self.page_tokens + self.rollback)", "self.window + self.page_tokens)",
+             "test_sequences.py test_cache.py"),
     # kernels
-    Mutation("kernels/gpu/append.py", "sinks + tl.maximum(token - sinks, 0) % ring", "sinks + tl.maximum(token - sinks + 1, 0) % ring", "test_triton_encode.py"),
-    Mutation("kernels/gpu/merge.py", "tl.maximum(length - sinks - window, 0) // page_tokens", "tl.maximum(length - sinks - window + 1, 0) // page_tokens", "test_triton_encode.py test_triton_model.py"),
-    Mutation("kernels/gpu/device/raw.py", "position[:, None] >= limit[None, :]", "position[:, None] > limit[None, :]", "test_triton_attention.py"),
+    Mutation("kernels/gpu/append.py", "sinks + tl.maximum(token - sinks, 0) % ring",
+             "sinks + tl.maximum(token - sinks + 1, 0) % ring", "test_triton_encode.py"),
+    Mutation("kernels/gpu/merge.py", "tl.maximum(length - sinks - window, 0) // page_tokens",
+             "tl.maximum(length - sinks - window + 1, 0) // page_tokens", "test_triton_encode.py test_triton_model.py"),
+    Mutation("kernels/gpu/device/raw.py", "position[:, None] >= limit[None, :]", "position[:, None] > limit[None, :]",
+             "test_triton_attention.py"),
 )  # fmt: skip
 
 
@@ -77,7 +93,8 @@ def survives(mutation: Mutation, folder: Path) -> bool:
     text = path.read_text(encoding="utf-8")
     if text.count(mutation.before) != 1:
         raise SystemExit(
-            f"{mutation.file} has {text.count(mutation.before)} times '{mutation.before}'; write down the line as it is."
+            f"{mutation.file} has {text.count(mutation.before)} times '{mutation.before}'; "
+            "write down the line as it is."
         )
     path.write_text(text.replace(mutation.before, mutation.after), encoding="utf-8")
     tests = [str(tree / "tests" / name) for name in mutation.tests.split()]

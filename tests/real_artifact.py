@@ -66,8 +66,9 @@ def padded(tokens: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def in_16_bit_pages(artifact: Path, page_tokens: int = 32) -> Any:
-    """The artifact's weights on a cache whose pages hold 16 bits. In pages of few bits, a sum that is rounded otherwise, as in a
-    batch of another size, turns codes now and then, and a near tie in the logits can go the other way."""
+    """The artifact's weights on a cache whose pages hold 16 bits. In pages of few bits, a sum that is rounded
+    otherwise, as in a batch of another size, turns codes now and then, and a near tie in the logits can go the other
+    way."""
     stored = read_artifact(artifact)
     dim = stored.geometry.head_dim
     specs = [LayerSpec(KeySpec(raw16(dim)), ValueSpec(raw16(dim)))] * len(stored.specs)

@@ -1,5 +1,5 @@
-"""The catalogue's kernels, compiled behind those of the first artifact: they are the ones that the next artifact asks for, and the process
-that compiles them ends with its caller."""
+"""The catalogue's kernels, compiled behind those of the first artifact: they are the ones that the next artifact asks
+for, and the process that compiles them ends with its caller."""
 
 import json
 import os
@@ -27,16 +27,19 @@ from kvfold.kernels.compile.build import jobs_of, target_of
 from kvfold.runtime.generate.ahead import catalogue_kinds
 from kvfold.runtime.generate.compile import Kind, launches_of
 def kind(key, value):
-    basis = dict(matrix=torch.eye(64).expand(2, 64, 64).contiguous(), offset=torch.ones(2, 64), frequencies=(1.0,)) if key.params != "none" else {}
+    basis = dict(matrix=torch.eye(64).expand(2, 64, 64).contiguous(), offset=torch.ones(2, 64), frequencies=(1.0,)) \
+if key.params != "none" else {}
     clip = torch.ones(2) if key.params == "scale_min" else None
     return Kind(LayerSpec(KeySpec(key, clip=clip, **basis), ValueSpec(value)), 0, None, False)
 geometry = Geometry(2, 64, 64, 128, 32)
 def hashes(kinds):
-    return {job.hash: job.name for job in jobs_of(launches_of(kinds, geometry, 8, torch.bfloat16, PROGRESSIVE), target_of("sm_90"))}
+    return {job.hash: job.name for job in \
+jobs_of(launches_of(kinds, geometry, 8, torch.bfloat16, PROGRESSIVE), target_of("sm_90"))}
 pairs = catalogue.pairs(64)
 first, second = hashes([kind(*pairs[3])]), hashes([kind(*pair) for pair in pairs[-4:]])
 listed = hashes(catalogue_kinds([kind(*pairs[3])]))
-print(json.dumps([len(second), [name for x, name in second.items() if x not in listed], [n for x, n in first.items() if x not in listed]]))
+print(json.dumps([len(second), [name for x, name in second.items() if x not in listed], \
+[n for x, n in first.items() if x not in listed]]))
 """
 
 

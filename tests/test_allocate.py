@@ -84,7 +84,8 @@ def test_few_kinds_are_the_best_few_within_the_budget(given_groups, share, limit
 
 
 def real_size(layers, seed=0):
-    """Pairs of 17 key and 14 value formats, as a search finds them: distortion falls fourfold a bit, layers differ in weight."""
+    """Pairs of 17 key and 14 value formats, as a search finds them: distortion falls fourfold a bit, layers differ in
+    weight."""
     rng = random.Random(seed)
     keys, values = [0.9 + i / 4 for i in range(17)], [0.6 + i / 3 for i in range(14)]
     found = []

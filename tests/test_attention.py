@@ -1,4 +1,5 @@
-"""Reference attention against a plain float64 softmax that picks, for each query and position, the raw or the packed token."""
+"""Reference attention against a plain float64 softmax that picks, for each query and position, the raw or the packed
+token."""
 
 import math
 

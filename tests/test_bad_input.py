@@ -151,7 +151,10 @@ def test_smallest_budget_named_is_the_smallest_that_works(refused, kvfold, tmp_p
 # -- text, recipe, device
 
 
-@pytest.mark.parametrize(("content", "word"), [(b"", "empty"), (b" \n\t\n", "empty"), (b"x" * 255, "255 tokens"), (b"\xff\xfe\x00" * 999, "UTF-8")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [(b"", "empty"), (b" \n\t\n", "empty"), (b"x" * 255, "255 tokens"), (b"\xff\xfe\x00" * 999, "UTF-8")],
+)
 def test_text(refused, tmp_path, content, word):
     (tmp_path / "some.txt").write_bytes(content)
     refused("some.txt", word, calib=tmp_path / "some.txt")
@@ -165,11 +168,15 @@ def test_text_that_is_not_there(refused, calib):
 @pytest.mark.parametrize(
     ("content", "word"),
     [("windw: 3", "windw"), ("key: {bit: [1]}", "key.bit"), ("page_tokens: 12", "page_tokens"), ("sinks: -1", "sinks"),
-     ("windw: 3", "did you mean 'window'?"), ("sensitivity: {probe: 3}", "'probes'"), ("calibration: {xyzzy: 3}", "seq_len"),
-     ("sinks: true", "true"), ("sinks: '3'", "without quotes"), ("window: '24'", "without quotes"), ("sinks: 1:30", "1:30"),
-     ("key: {levels: [4, '16']}", "'16'"), ("key: {clip: 'yes'}", "key.clip"), ("sinks: 3\nsinks: 4", "'sinks' is there twice"), ("[]", "mapping"),
-     ("[" * 5000, "YAML"), ("sensitivity: {probes: 1000000000}", "probes"), (f"seed: {10**29}", "seed"), (f"sinks: {10**12}", "sinks"),
-     (f"calibration: {{spread: {10**24}}}", "spread"), ("page_tokens: 10000", "page_tokens"), ("tied: 1", "neither true nor false"),
+     ("windw: 3", "did you mean 'window'?"), ("sensitivity: {probe: 3}", "'probes'"),
+     ("calibration: {xyzzy: 3}", "seq_len"),
+     ("sinks: true", "true"), ("sinks: '3'", "without quotes"), ("window: '24'", "without quotes"),
+     ("sinks: 1:30", "1:30"), ("key: {levels: [4, '16']}", "'16'"), ("key: {clip: 'yes'}", "key.clip"),
+     ("sinks: 3\nsinks: 4", "'sinks' is there twice"), ("[]", "mapping"),
+     ("[" * 5000, "YAML"), ("sensitivity: {probes: 1000000000}", "probes"), (f"seed: {10**29}", "seed"),
+     (f"sinks: {10**12}", "sinks"),
+     (f"calibration: {{spread: {10**24}}}", "spread"), ("page_tokens: 10000", "page_tokens"),
+     ("tied: 1", "neither true nor false"),
      ("a: [", "YAML"), ("- 1", "mapping"), ("key: {transform: magic}", "key.transform"), (None, "cannot be read")],
 )  # fmt: skip
 def test_recipe(refused, tmp_path, content, word):
@@ -244,7 +251,8 @@ def test_disk_that_fills_up(refused, monkeypatch, error):
     ("args", "word"),
     [(["compress"], "model"), (["compress", "m", "--bugdet=2"], "--bugdet"), (["compress", "m", "--seed=x"], "--seed"),
      (["compress", "m", "--seed=-1"], "--seed"), (["compress", "m", "n"], "(n)"), (["frobnicate"], "frobnicate"),
-     (["compress", "m", "--budget"], "--budget"), (["eval", "a", "--windows=0"], "--windows"), (["generate", "a"], "--prompt"),
+     (["compress", "m", "--budget"], "--budget"), (["eval", "a", "--windows=0"], "--windows"),
+     (["generate", "a"], "--prompt"),
      (["inspect", "no-such-folder"], "no-such-folder"), (["validate", "no-such-folder"], "no-such-folder"),
      (["eval", "no/such/folder"], "no/such/folder"), (["generate", "no/such/folder", "--prompt=a"], "no/such/folder")],
 )  # fmt: skip
@@ -254,7 +262,9 @@ def test_usage(kvfold, args, word):
 
 @pytest.mark.parametrize("args", [["compress", "smollm9-1b"], ["compress", "--frobnicate"]])
 def test_as_a_process(tmp_path, args):
-    done = subprocess.run([sys.executable, "-m", "kvfold.compress.cli", *args], cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "kvfold.compress.cli", *args], cwd=tmp_path, capture_output=True, text=True
+    )
     check_refusal(done.returncode, done.stdout, done.stderr, args[1])
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,5 @@
-"""`kvfold bench kernel | prompt | decode | memory` on tiny shapes: the gate, the figures' arithmetic, caches that only look full."""
+"""`kvfold bench kernel | prompt | decode | memory` on tiny shapes: the gate, the figures' arithmetic, caches that only
+look full."""
 
 import json
 import sys
@@ -65,7 +66,7 @@ def gate(case: GateCase = GATE, tokens: int = 75, seed: int = 0) -> dict[str, bo
     return {name: error <= most for name, error, most in run_gate(case, *REGIONS, tokens, CPU, seed)}
 
 
-# -- cases and the gate --------------------------------------------------------------------------------------------------
+# -- cases and the gate ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sinks, window, page_tokens", [(3, 16, 16), (0, 5, 16), (5, 0, 32)])
@@ -161,7 +162,7 @@ def test_the_gate_fails_where_nothing_was_written(monkeypatch, name):
     assert [check for check, good in passed.items() if not good] == [f"tiny, {name.split('_')[0]}"]
 
 
-# -- kvfold bench kernel -------------------------------------------------------------------------------------------------
+# -- kvfold bench kernel -----------------------------------------------------------------------------------------------
 
 
 def test_kernel_command(kvfold, small_gate, monkeypatch, tmp_path):
@@ -266,7 +267,7 @@ def test_wrong_options(kvfold, args, words):
     assert code == 2 and out == "" and words in err and len(err.splitlines()) == 1
 
 
-# -- whole models --------------------------------------------------------------------------------------------------------
+# -- whole models ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["k2v2", "best", "k2v1.6", "16"])
@@ -374,7 +375,8 @@ def test_prompt_command_prints_no_speed_if_the_gate_fails(kvfold, monkeypatch, f
 def test_decode_command(kvfold, tmp_path):
     file = tmp_path / "d.json"
     code, out, err = kvfold(
-        "decode", "--shape", "tiny", "--tokens", 60, "--batch", 2, "--formats", "k2v2,best", "--baselines", "eager", *SMALL, "--json", file
+        "decode", "--shape", "tiny", "--tokens", 60, "--batch", 2, "--formats", "k2v2,best", "--baselines", "eager",
+        *SMALL, "--json", file
     )  # fmt: skip
     assert code == 0, err
     found = json.loads(file.read_text())

@@ -1,4 +1,5 @@
-"""The ablation and the domains command on a tiny model: every row is a real artifact, and a run goes on where it stopped."""
+"""The ablation and the domains command on a tiny model: every row is a real artifact, and a run goes on where it
+stopped."""
 
 import json
 import os

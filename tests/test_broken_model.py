@@ -23,9 +23,15 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize(
     "name",
-    ["lm_head.weight", "model.norm.weight", "model.layers.2.mlp.down_proj.weight", "model.layers.0.input_layernorm.weight",
-     "model.layers.1.self_attn.k_proj.weight", "model.layers.2.self_attn.o_proj.weight"],
-)  # fmt: skip
+    [
+        "lm_head.weight",
+        "model.norm.weight",
+        "model.layers.2.mlp.down_proj.weight",
+        "model.layers.0.input_layernorm.weight",
+        "model.layers.1.self_attn.k_proj.weight",
+        "model.layers.2.self_attn.o_proj.weight",
+    ],
+)
 def test_a_weight_that_is_no_number(refused, checkpoint, monkeypatch, name, value):
     monkeypatch.setattr("kvfold.compress.search.calibrate", None)  # refused before anything is computed
     tensors = load_file(checkpoint / "model.safetensors")
@@ -59,9 +65,13 @@ def test_finite_weights_whose_logits_are_not(refused, checkpoint):
 
 @pytest.mark.parametrize(
     ("fields", "words"),
-    [({"num_hidden_layers": 0}, ["num_hidden_layers 0", "1 to 1000"]), ({"num_hidden_layers": 10**7}, ["num_hidden_layers 10000000"]),
-     ({"num_key_value_heads": 3}, ["4 attention heads for 3"]), ({"num_key_value_heads": 0}, ["num_key_value_heads"])],
-)  # fmt: skip
+    [
+        ({"num_hidden_layers": 0}, ["num_hidden_layers 0", "1 to 1000"]),
+        ({"num_hidden_layers": 10**7}, ["num_hidden_layers 10000000"]),
+        ({"num_key_value_heads": 3}, ["4 attention heads for 3"]),
+        ({"num_key_value_heads": 0}, ["num_key_value_heads"]),
+    ],
+)
 def test_numbers_of_layers_and_heads(refused, checkpoint, fields, words):
     refused(*words, model=edit_config(checkpoint, **fields))
 

@@ -37,7 +37,8 @@ SPECS = {
 
 
 def quantised(x, spec):
-    """One token as the cache holds it in a page: float32 [Hkv, D]. Parameters are per token, so a page changes nothing."""
+    """One token as the cache holds it in a page: float32 [Hkv, D]. Parameters are per token, so a page changes
+    nothing."""
     return round_trip(x[:, None].float(), spec.format, None if spec.clip is None else spec.clip[:, None, None])[:, 0]
 
 

@@ -85,7 +85,8 @@ def test_may_be_passed_on(tmp_path, licence):
 
 @pytest.mark.parametrize(
     "licence",
-    [None, "", "unknown", 3, ["mit"], "MIT", "gemma", "llama2", "llama3.1", "other", "cc-by-nd-4.0", "cc-by-nc-nd-4.0", "mit-0", "apple-amlr"],
+    [None, "", "unknown", 3, ["mit"], "MIT", "gemma", "llama2", "llama3.1", "other", "cc-by-nd-4.0", "cc-by-nc-nd-4.0",
+     "mit-0", "apple-amlr"],
 )  # fmt: skip
 def test_is_asked_about(tmp_path, licence):
     with pytest.raises(KvfoldError, match="--i-know"):
@@ -141,7 +142,8 @@ def test_what_people_wrote_stays(metadata):
 
 def test_a_card_without_the_marks_gets_the_table_at_its_end(metadata):
     figures = {
-        "model": "tiny-llama", "text": "a text.txt", "windows": 2, "first_window": 1, "seq_len": 256, "effective_bits": 4.5,
+        "model": "tiny-llama", "text": "a text.txt", "windows": 2, "first_window": 1, "seq_len": 256,
+        "effective_bits": 4.5,
         "payload_bits": 3.0, "ppl_16bit": 20.0, "ppl": 21.0, "kl": 0.0125, "kl_se": None, "top1_agreement": 0.75,
     }  # fmt: skip
     card = published_card(

@@ -72,7 +72,8 @@ def stats_keys():
 
 
 def test_a_mean_that_few_tokens_lack_is_left_in_where_they_are():
-    """Head 0 has none of these tokens and loses its whole mean; head 1 keeps that of its fastest pairs, and loses that of pair 40."""
+    """Head 0 has none of these tokens and loses its whole mean; head 1 keeps that of its fastest pairs, and loses that
+    of pair 40."""
     formats = key_formats(DIM)
     plain, mixed = (best_center(stats_of(x), formats, Request(None, 0, 1)) for x in (0.0, 0.04))
     assert bool((plain.center != 0).all())

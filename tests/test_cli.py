@@ -22,7 +22,8 @@ from kvfold.exports.schema import dump_metadata
 SIDE = {"format", "payload_bits", "transforms"}
 INSPECT = {"format_version", "at", "bytes", "effective_bits", "payload_bits", "layers"}
 EVAL = {
-    "model", "artifact", "text", "windows", "seq_len", "effective_bits", "payload_bits", "nll_16bit", "nll", "dnll", "dnll_se", "kl", "top1_agreement",
+    "model", "artifact", "text", "windows", "seq_len", "effective_bits", "payload_bits", "nll_16bit", "nll", "dnll",
+    "dnll_se", "kl", "top1_agreement",
 }  # fmt: skip
 
 
@@ -137,7 +138,9 @@ def test_compress_json_is_one_object(kvfold, tmp_path, tiny_folder, text_file, r
     assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["seed"] == 7
 
 
-def test_default_output_is_named_after_model_and_budget(kvfold, tmp_path, monkeypatch, tiny_folder, text_file, recipe_file):  # fmt: skip
+def test_default_output_is_named_after_model_and_budget(
+    kvfold, tmp_path, monkeypatch, tiny_folder, text_file, recipe_file
+):
     monkeypatch.chdir(tmp_path)
     out, _ = kvfold("compress", tiny_folder, "--budget", "200KiB@1024", "--calib", text_file, "--recipe", recipe_file)
     assert out.splitlines()[-1] == "artifacts/tiny-llama-200KiB-at-1024"
@@ -206,7 +209,8 @@ def renamed(folder, model: str):
     "name", ["a [/bold] b", "[v2] [red]x[/red]", "\x1b[31mred\x1b[0m", "two\nlines", "\u202eright to left", "模型 é"]
 )
 def test_names_are_printed_as_they_are(kvfold, tmp_path, tiny_artifact, name):
-    """No markup is read out of them, and nothing reaches the terminal that would move its cursor or change its colours."""
+    """No markup is read out of them, and nothing reaches the terminal that would move its cursor or change its
+    colours."""
     folder = renamed(shutil.copytree(tiny_artifact, tmp_path / "artifact"), name)
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
     assert kvfold("inspect", folder)[0].splitlines()[0].startswith(f"{shown}: one sequence of ")

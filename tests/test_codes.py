@@ -32,7 +32,8 @@ FORMATS = [
 
 
 def pages_of(fmt, pages, heads, page_tokens, seed=0):
-    """Packed pages uint8 [pages, heads, nbytes], and what they decode to, float32 [heads, pages·page_tokens, head_dim]."""
+    """Packed pages uint8 [pages, heads, nbytes], and what they decode to, float32 [heads, pages·page_tokens,
+    head_dim]."""
     x = torch.randn(pages, heads, page_tokens, fmt.head_dim, generator=torch.Generator().manual_seed(seed)) + 0.3
     packed = encode(x, fmt)
     return packed, decode(packed, fmt, page_tokens).transpose(0, 1).flatten(1, 2)
@@ -61,7 +62,8 @@ def test_products_are_those_of_the_decoded_tokens(fmt, page_tokens):
 
 
 def test_integers_are_exact():
-    """With a scale of a power of two, no step and integer queries nothing rounds: products are equal to the last bit."""
+    """With a scale of a power of two, no step and integer queries nothing rounds: products are equal to the last
+    bit."""
     fmt = uniform(16, 16, "fp16", 8)
     codes = torch.randint(0, 16, (2, 2, 16, 16), generator=torch.Generator().manual_seed(2)).float()
     codes[..., ::8], codes[..., 1::8] = 0, 15  # both ends in every group: minimum -4, scale 1/2
@@ -105,7 +107,8 @@ def test_attention_over_codes_is_attention_over_decoded_tokens(fmt, masked):
 @pytest.mark.parametrize("sizes", [(2**14, 2**21, 2**18), (16, 2**21, 1), (2**14, 2000, 2**9)], ids=str)
 @pytest.mark.parametrize("sliding", [0, 100], ids=["full", "sliding"])
 def test_a_step_of_a_layer_is_attention_over_its_decoded_pages(monkeypatch, sizes, sliding):
-    """Pages on four rungs, cut into tiles and blocks of any size; the memory that is worked in outlives an inference mode."""
+    """Pages on four rungs, cut into tiles and blocks of any size; the memory that is worked in outlives an inference
+    mode."""
     for where, name, size in zip((reference, reference, codes_module), LIMITS, sizes, strict=True):
         monkeypatch.setattr(where, name, size)
     geometry = Geometry(2, 16, 3, 24, 8, sliding=(sliding,) if sliding else ())

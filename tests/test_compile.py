@@ -1,5 +1,5 @@
-"""What load_pretrained compiles ahead: the right kernels, under the key by which they are looked up, in processes that leave nothing
-behind; and what happens where that goes wrong."""
+"""What load_pretrained compiles ahead: the right kernels, under the key by which they are looked up, in processes that
+leave nothing behind; and what happens where that goes wrong."""
 
 import json
 import os
@@ -101,7 +101,7 @@ def test_the_files_alone_say_what_a_model_launches(tiny_artifact):
     assert [x.options for x in found] == [x.options for x in given]
 
 
-# -- with the compiler, in processes of their own: here kernels are the interpreter's -------------------------------------
+# -- with the compiler, in processes of their own: here kernels are the interpreter's ----------------------------------
 
 
 def python(code: str, cache: Path, **env: str) -> subprocess.CompletedProcess:
@@ -124,7 +124,8 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 def test_kernels_are_found_under_the_key_they_are_looked_up_by(tmp_path):
-    """Compiled ahead, then asked for as a launch asks, in a process whose kernels were hashed in another order: nothing is compiled."""
+    """Compiled ahead, then asked for as a launch asks, in a process whose kernels were hashed in another order: nothing
+    is compiled."""
     first = json.loads(python("print(json.dumps(build()))", tmp_path).stdout)
     assert first["compiled"] == first["count"] > 1 and not first["failed"]
     again = json.loads(python("print(json.dumps(build(reverse=True)))", tmp_path).stdout)
@@ -192,9 +193,13 @@ def test_nothing_is_left_when_the_caller_ends(tmp_path, number):
     heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code = heard + "from compile_ahead import *\nbuild(endless=True)"
     with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         text=True,
-    ) as caller:  # fmt: skip
+    ) as caller:
         server = int(caller.stdout.readline())
         while len(members(server)) < 2:  # the server and a compiler
             time.sleep(0.05)

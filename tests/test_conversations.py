@@ -91,10 +91,13 @@ def test_the_search_probes_them(tmp_path, text_file):
     """The same model and text, with a chat template and without: other losses. And all the same with none asked for."""
     recipe = Recipe.model_validate(
         {
-            "window": 24, "page_tokens": 8, "sinks": 3, "calibration": {"num_sequences": 2, "seq_len": 256, "sample_tokens": 128},
+            "window": 24,
+            "page_tokens": 8,
+            "sinks": 3,
+            "calibration": {"num_sequences": 2, "seq_len": 256, "sample_tokens": 128},
             "sensitivity": {"num_sequences": 1, "seq_len": 192, "conversations": 2},
         }
-    )  # fmt: skip
+    )
     none = recipe.model_copy(update={"sensitivity": recipe.sensitivity.model_copy(update={"conversations": 0})})
     source = save_tiny(tmp_path / "model")
 

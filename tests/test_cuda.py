@@ -66,7 +66,8 @@ def relative(got, expected):
 def test_kernels_agree_with_the_reference(paths, dtype, tolerance):
     """A ragged batch padded on the left: prompt, steps in which pages come due, a chunk, steps.
 
-    Kernels multiply in float16. Where a model of this size makes more of that than the tolerance, all of it in float16 is the bound.
+    Kernels multiply in float16. Where a model of this size makes more of that than the tolerance, all of it in float16
+    is the bound.
     """
     ids = torch.randint(1, 128, (2, 97), generator=torch.Generator().manual_seed(4)).cuda()
     mask = torch.ones_like(ids)
@@ -201,7 +202,8 @@ def decode(model, ids, prompt, batch_mask=None):
 
 
 def waits(model):
-    """Whether a model's own code waits for the device, so that no step of it can be captured: experts in some releases of transformers."""
+    """Whether a model's own code waits for the device, so that no step of it can be captured: experts in some releases
+    of transformers."""
     return bool(model.kv_decoding.refused) and model.config.model_type == "gpt_oss"
 
 
@@ -258,7 +260,8 @@ def test_progressive_in_a_graph_lowers_what_the_reference_lowers(paths, captures
 
 @torch.no_grad()
 def test_a_model_that_waits_for_the_device_goes_on_by_itself(paths, caplog):
-    """Sampling, whose random numbers a capture that failed would have left in disorder; and so where only the capture finds out."""
+    """Sampling, whose random numbers a capture that failed would have left in disorder; and so where only the capture
+    finds out."""
     ids = torch.randint(1, 128, (1, 60), generator=torch.Generator().manual_seed(4)).cuda()
     for probed in (False, True):
         model = runtime.load_pretrained(paths, device="cuda", dtype=torch.float32)

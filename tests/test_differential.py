@@ -1,5 +1,5 @@
-"""Every kind of call that reaches attention: transformers on its 16-bit cache, the reference and the kernels give the same logits, or
-the packed ones refuse it in a sentence."""
+"""Every kind of call that reaches attention: transformers on its 16-bit cache, the reference and the kernels give the
+same logits, or the packed ones refuse it in a sentence."""
 
 from functools import cache
 
@@ -9,8 +9,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 # without shrinking, which would take minutes: a session that fails is printed as it was drawn
 QUIET = {
-    "deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None, "phases": [Phase.generate],
-}  # fmt: skip
+    "deadline": None,
+    "suppress_health_check": list(HealthCheck),
+    "derandomize": True,
+    "database": None,
+    "phases": [Phase.generate],
+}
 
 
 @cache

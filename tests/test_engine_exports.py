@@ -164,7 +164,8 @@ def test_per_head_scales_reach_the_tensors_scale(ct_folders):
 @pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
 @torch.no_grad()
 def test_stock_transformers_loads_it(ct_folders, tiny_artifact, strategy):
-    """The artifact's logits with the cache's quantisation switched off; with it on, those of our emulation, by its own code."""
+    """The artifact's logits with the cache's quantisation switched off; with it on, those of our emulation, by its own
+    code."""
     folder, ids = ct_folders / strategy, some_ids()
     model, artifact_model = stock(folder), stock(tiny_artifact)
     tensors = all_tensors(folder)

@@ -1,4 +1,5 @@
-"""What families have of their own: soft-caps, sink logits, sliding windows, RoPE bases; each against transformers' eager attention."""
+"""What families have of their own: soft-caps, sink logits, sliding windows, RoPE bases; each against transformers'
+eager attention."""
 
 import math
 import sys
@@ -39,7 +40,8 @@ def eager_logits(family, ids, **inputs):
 
 
 def raw_specs(offset: str):
-    """Formats that keep every number, float16 rounding aside, and a mean of keys, constant or turning, that the logits must not show."""
+    """Formats that keep every number, float16 rounding aside, and a mean of keys, constant or turning, that the logits
+    must not show."""
     generator = torch.Generator().manual_seed(8)
     mu = torch.randn(HEADS, DIM, generator=generator) if offset else None
     matrix = torch.linalg.qr(torch.randn(HEADS, DIM, DIM, generator=generator))[0] if offset else None
@@ -107,7 +109,8 @@ def test_one_layers_packed_attention_is_eager(family, offset):
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_packed_model_is_eager_but_for_float16(family):
-    """Every keyword that a family's attention gets reaches the pages: a prompt, then single tokens, padded on the left."""
+    """Every keyword that a family's attention gets reaches the pages: a prompt, then single tokens, padded on the
+    left."""
     mask = torch.ones_like(IDS)
     mask[1, :13] = 0
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
@@ -207,9 +210,11 @@ def test_each_layer_has_its_own_rope_base():
     for layer, base in enumerate((1e3, 1e6, 1e3)):
         angle = positions[:, None].double() * base ** (-torch.arange(0, DIM, 2).double() / DIM)
         torch.testing.assert_close(
-            angles(model, "gemma3_text", layer, positions).to(torch.complex128), torch.polar(torch.ones_like(angle), angle),
-            rtol=0, atol=1e-4,
-        )  # fmt: skip
+            angles(model, "gemma3_text", layer, positions).to(torch.complex128),
+            torch.polar(torch.ones_like(angle), angle),
+            rtol=0,
+            atol=1e-4,
+        )
 
 
 def test_a_layer_without_rope_is_not_turned():

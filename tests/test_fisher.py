@@ -1,4 +1,5 @@
-"""Losses to second order: the quadratic form is the Fisher information's, and small losses are those that a forward pass measures."""
+"""Losses to second order: the quadratic form is the Fisher information's, and small losses are those that a forward
+pass measures."""
 
 import pytest
 import torch

@@ -79,7 +79,8 @@ def test_nbytes_by_counting_bits(fmt, rows):
 
 @pytest.mark.parametrize(("head_dim", "bits"), [(16, 2), (32, 1.75), (64, 1.625), (80, 1.6), (96, 5 / 3), (128, 1.625)])
 def test_bits_of_a_ternary_code(head_dim, bits):
-    """What is left over takes four or eight bits a row and column, and four rows share a word: nothing is empty at 32."""
+    """What is left over takes four or eight bits a row and column, and four rows share a word: nothing is empty at
+    32."""
     fmt = uniform(head_dim, 3)
     assert fmt.payload_bits == pytest.approx(bits + 16 / head_dim)
     assert fmt.nbytes(64) == 2 * fmt.nbytes(32)

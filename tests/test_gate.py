@@ -1,4 +1,5 @@
-"""What reaches attention, one case each: what falls back, what is refused, what is said once, and what a model and a cache leave behind."""
+"""What reaches attention, one case each: what falls back, what is refused, what is said once, and what a model and a
+cache leave behind."""
 
 import copy
 import gc
@@ -35,7 +36,7 @@ def warnings_of(caplog):
     return [x.getMessage() for x in caplog.records if x.name == "kvfold" and x.levelno == logging.WARNING]
 
 
-# -- masks -----------------------------------------------------------------------------------------------------------------
+# -- masks -------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -164,7 +165,7 @@ def test_a_mask_that_was_written_is_read_again():
     assert not hasattr(other, masks.TAG)
 
 
-# -- caches ----------------------------------------------------------------------------------------------------------------
+# -- caches ------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -243,8 +244,14 @@ def test_a_cache_that_is_not_packed_is_named_once(caplog):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("call", [lambda model, cache: model(IDS, past_key_values=cache), lambda model, cache: model.generate(
-    IDS, past_key_values=cache, max_new_tokens=2, pad_token_id=0)], ids=["call", "generate"])  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, cache: model(IDS, past_key_values=cache),
+        lambda model, cache: model.generate(IDS, past_key_values=cache, max_new_tokens=2, pad_token_id=0),
+    ],
+    ids=["call", "generate"],
+)
 def test_what_is_no_cache(call):
     model = model_on("reference")
     call(model, ())
@@ -276,7 +283,7 @@ def test_a_crop_behind_a_page_is_named_once_and_an_exact_one_is_not(caplog):
     assert len(warnings_of(caplog)) == 1 and "rollback=9" in warnings_of(caplog)[0]
 
 
-# -- options ---------------------------------------------------------------------------------------------------------------
+# -- options -----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -341,7 +348,7 @@ def test_an_adapter_of_the_original_is_refused_before_it_is_used_or_merged():
     check_adapters(model, SimpleNamespace(specs=[plain], path="tiny", metadata=None))  # nothing stands in another basis
 
 
-# -- what is left behind ---------------------------------------------------------------------------------------------------
+# -- what is left behind -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -45,8 +45,8 @@ def rms_ratio(a, b):
 
 @pytest.fixture
 def precise(model):
-    """(the model in float64, how far apart two orders of its sums may be). In float32 a random model amplifies what lies on a quantiser's
-    edge; gpt-oss's experts know no float64, and are compared in the mean."""
+    """(the model in float64, how far apart two orders of its sums may be). In float32 a random model amplifies what
+    lies on a quantiser's edge; gpt-oss's experts know no float64, and are compared in the mean."""
     if model.config.model_type == "gpt_oss":
         yield model, 0.02
         return

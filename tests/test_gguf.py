@@ -207,7 +207,8 @@ def test_a_name_in_capitals(tmp_path):
 @given(noise=st.binary(min_size=1, max_size=12), shift=st.integers(0, 40))
 @example(noise=b"\x03", shift=4)  # head counts that don't divide: transformers says so in three lines
 def test_damaged_fields(tmp_path, field, noise, shift):
-    """Bytes behind a field's name replaced: it is read as something else, or refused in a sentence that names the file."""
+    """Bytes behind a field's name replaced: it is read as something else, or refused in a sentence that names the
+    file."""
     whole = tmp_path / "whole.gguf"
     if not whole.exists():
         write_gguf(whole, torch.float16)

@@ -1,5 +1,5 @@
-"""Decoding by a captured step, with the kernels run as they are in place of a replay: when a step is captured, what the host does
-before one, and that nothing of it changes what comes out."""
+"""Decoding by a captured step, with the kernels run as they are in place of a replay: when a step is captured, what the
+host does before one, and that nothing of it changes what comes out."""
 
 import copy
 import logging
@@ -160,7 +160,8 @@ def decode(model, cache, ids, watch=None):
 @pytest.mark.parametrize("progressive", [False, True])
 @torch.no_grad()
 def test_replayed_steps_are_eager_steps_and_memory_grows(progressive, quick, captured):
-    """Tokens, bytes, states and every page, over several captures, a crop, a chunk and a turn more; the budget holds after every step."""
+    """Tokens, bytes, states and every page, over several captures, a crop, a chunk and a turn more; the budget holds
+    after every step."""
     ids, budget = ids_of(2, 170), 14_000 if progressive else None
     runs = []
     for on in (False, True):
@@ -244,7 +245,8 @@ def test_most_steps_are_quiet_and_a_turn_goes_on_with_the_same_graph(quick, capt
 
 @torch.no_grad()
 def test_a_page_is_written_on_the_rung_that_the_budget_has_room_for(quick, captured):
-    """In a budget where the floor is all that fits: replayed steps put pages on lower rungs at once, and end where eager ones do."""
+    """In a budget where the floor is all that fits: replayed steps put pages on lower rungs at once, and end where
+    eager ones do."""
     ids, runs = ids_of(2, 150), []
     for on in (False, True):
         model = make(on, budget=9_000, progressive=True)
@@ -268,7 +270,8 @@ def test_a_page_is_written_on_the_rung_that_the_budget_has_room_for(quick, captu
 
 @torch.no_grad()
 def test_what_was_lowered_is_told_where_the_first_layer_has_one_rung(quick, captured):
-    """As where sliding layers stay in 16 bits: the device must know of pages of a later layer that went down in a step without a new page."""
+    """As where sliding layers stay in 16 bits: the device must know of pages of a later layer that went down in a step
+    without a new page."""
     ids, runs = ids_of(2, 130), []
     specs = [LayerSpec(KeySpec(raw16(DIM)), ValueSpec(raw16(DIM))), SPECS[0]]
     for on in (False, True):
@@ -377,7 +380,8 @@ def test_a_step_that_fails_half_way_leaves_a_cache_that_says_so(quick, captured)
 @pytest.mark.parametrize("bad", [40, 47, 48, 49])
 @torch.no_grad()
 def test_marks_are_asked_for_ahead_and_nothing_marked_is_packed(ahead, bad, quick, captured, monkeypatch):
-    """Pages come due with tokens 48 and 56: a bad one is reported with one of them, long before a window has passed over it."""
+    """Pages come due with tokens 48 and 56: a bad one is reported with one of them, long before a window has passed
+    over it."""
     monkeypatch.setattr(NanMarks, "lead", lambda marks, geometry: ahead)
     waits, real = [], NanMarks.look
     monkeypatch.setattr(NanMarks, "look", lambda marks: (waits.append(1), real(marks))[1])
@@ -455,7 +459,8 @@ def test_small_operations_are_compiled_once_a_text_is_long(quick, captured, monk
 
 @torch.no_grad()
 def test_the_kernels_themselves_take_the_pages_that_the_host_gives(captured, monkeypatch):
-    """Interpreted, and so slow: a few steps over two captures and pages of two rungs, against steps that Python runs."""
+    """Interpreted, and so slow: a few steps over two captures and pages of two rungs, against steps that Python
+    runs."""
     monkeypatch.setattr(account, "LEAST_ENTRIES", 2)
     ids, runs = ids_of(1, 29), []
     for on in (False, True):

@@ -66,7 +66,10 @@ def test_every_figure_of_the_card_comes_from_the_command_beside_it(client, push,
     code, out, err = client(*command.split(), "--json", results.parent / "again.json")
     assert code == 0, err
     again = json.loads((results.parent / "again.json").read_text())
-    row = f"{again['ppl_16bit']:.3f} → {again['ppl']:.3f} | {again['kl']:.4f} ± {again['kl_se']:.4f} | {again['top1_agreement']:.4f} |"
+    row = (
+        f"{again['ppl_16bit']:.3f} → {again['ppl']:.3f} "
+        f"| {again['kl']:.4f} ± {again['kl_se']:.4f} | {again['top1_agreement']:.4f} |"
+    )
     assert row in card
     info = json.loads(client("inspect", "someone/small", "--json")[1])
     assert (

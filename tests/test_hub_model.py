@@ -1,4 +1,5 @@
-"""MODEL as a Hub id and an artifact loaded by Hub id, against a local server that speaks the Hub's download protocol."""
+"""MODEL as a Hub id and an artifact loaded by Hub id, against a local server that speaks the Hub's download
+protocol."""
 
 import json
 import subprocess
@@ -35,7 +36,10 @@ def test_a_hub_id_is_fetched_and_its_revision_stated(hub, tmp_path, text_file, r
 
 
 def test_an_artifact_loads_by_its_hub_id_and_then_offline(hub):
-    code = "from kvfold import runtime; m = runtime.load_pretrained('someone/small', device='cpu'); print(len(m.kv_artifact.specs))"
+    code = (
+        "from kvfold import runtime; "
+        "m = runtime.load_pretrained('someone/small', device='cpu'); print(len(m.kv_artifact.specs))"
+    )
     for environment in (hub, {**hub, "HF_HUB_OFFLINE": "1"}):
         done = run(environment, "-c", code)
         assert (done.returncode, done.stdout.strip()) == (0, "3"), done.stderr

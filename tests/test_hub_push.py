@@ -124,9 +124,15 @@ def test_no_artifact(refused, hub, tiny_folder):
 
 @pytest.mark.parametrize(
     ("licence", "words"),
-    [(None, ["unknown", "README.md"]), ("unknown", ["unknown", "README.md"]), ("gemma", ["'gemma'", "terms of its own"]),
-     ("llama3.2", ["'llama3.2'", "terms of its own"]), ("other", ["'other'"]), ("cc-by-nd-4.0", ["'cc-by-nd-4.0'", "forbids"])],
-)  # fmt: skip
+    [
+        (None, ["unknown", "README.md"]),
+        ("unknown", ["unknown", "README.md"]),
+        ("gemma", ["'gemma'", "terms of its own"]),
+        ("llama3.2", ["'llama3.2'", "terms of its own"]),
+        ("other", ["'other'"]),
+        ("cc-by-nd-4.0", ["'cc-by-nd-4.0'", "forbids"]),
+    ],
+)
 def test_licence(refused, push, hub, artifact, licence, words):
     set_licence(artifact, licence)
     refused("tiny-llama", "--i-know", *words)
@@ -186,7 +192,14 @@ def test_private_over_a_public_one(refused, push, hub):
 
 
 @pytest.mark.parametrize("place", ["GET /api/whoami", "GET /api/models/", "POST /api/repos/create", "POST .*/commit/"])
-@pytest.mark.parametrize(("status", "headers", "words"), [(404, {}, ["404"]), (429, {"Retry_After": "30"}, ["429", "30 seconds"]), (418, {"X_Error_Message": "tea"}, ["418", "tea"])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("status", "headers", "words"),
+    [
+        (404, {}, ["404"]),
+        (429, {"Retry_After": "30"}, ["429", "30 seconds"]),
+        (418, {"X_Error_Message": "tea"}, ["418", "tea"]),
+    ],
+)
 def test_status(client, hub, artifact, place, status, headers, words):
     """Whatever the Hub answers, wherever: one sentence. 404 of the repository alone is no error, it is made then."""
     hub.faults.append(Fault(place, answer(status, **headers), times=99))

@@ -18,9 +18,14 @@ RESUME = "kvfold: interrupted; run the same command with --resume to go on.\n"
 def start(*args: object) -> subprocess.Popen:
     """A process that hears SIGINT, as one in a terminal does."""
     return subprocess.Popen(
-        [*START, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [*START, *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:

@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "runtime": {"runtime", "exports", "kernels"},
 }
 LOADERS = {  # commands that run an artifact
-    "compress/bench/decode.py", "compress/bench/model.py", "compress/bench/prompt.py", "compress/cli/__init__.py", "compress/cli/kernels.py", "compress/evaluate.py", "compress/cli/generate.py",
+    "compress/bench/decode.py", "compress/bench/model.py", "compress/bench/prompt.py", "compress/cli/__init__.py",
+    "compress/cli/kernels.py", "compress/evaluate.py", "compress/cli/generate.py",
     "compress/cli/live.py", "compress/tasks/generator.py", "compress/tasks/run.py",
 }  # fmt: skip
 MOST_LINES = 400
@@ -104,7 +105,8 @@ def imports_of(file: Path, modules: set[str]) -> set[str]:
     """Modules of the product that a file imports anywhere: at its top, inside functions, and for types alone."""
     found = set()
     for name in imported(parse(file)):
-        # `from kvfold.runtime import load` is the module load, and `from kvfold.errors import KvfoldError` is kvfold.errors
+        # `from kvfold.runtime import load` is the module load, and `from kvfold.errors import KvfoldError` is
+        # kvfold.errors
         found |= {name} & modules or {name.rpartition(".")[0]} & modules
     return found - {module_name(file)}
 
@@ -180,7 +182,8 @@ SOURCES = sorted({*FILES, *(ROOT / "src").rglob("*.py"), *(ROOT / "benchmarks").
 
 
 def doors_of(tree: ast.Module) -> list[str]:
-    """What in a module could load a model's own code: Auto classes, pipelines, dynamic modules, classes' `from_pretrained`."""
+    """What in a module could load a model's own code: Auto classes, pipelines, dynamic modules, classes'
+    `from_pretrained`."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("transformers", "optimum", "peft")):
@@ -213,9 +216,15 @@ def test_the_door_itself_never_trusts_code():
 
 @pytest.mark.parametrize(
     "code",
-    ["from transformers import AutoConfig", "from transformers import pipeline", "transformers.AutoModelForCausalLM",
-     "LlamaForCausalLM.from_pretrained(x)", "f(x, trust_remote_code=flag)", "from transformers.models.auto.modeling_auto import AutoModel"],
-)  # fmt: skip
+    [
+        "from transformers import AutoConfig",
+        "from transformers import pipeline",
+        "transformers.AutoModelForCausalLM",
+        "LlamaForCausalLM.from_pretrained(x)",
+        "f(x, trust_remote_code=flag)",
+        "from transformers.models.auto.modeling_auto import AutoModel",
+    ],
+)
 def test_that_test_sees(code):
     assert doors_of(ast.parse(code))
 
@@ -252,7 +261,8 @@ def install_fake(folder: Path, version: str) -> Path:
 
 @pytest.mark.parametrize("version", ["in range", "0.0.1"])
 def test_beside_an_installed_kernels_package(tmp_path, version):
-    """In transformers' range of versions its models import a dozen names from `kernels`, out of it they leave it alone."""
+    """In transformers' range of versions its models import a dozen names from `kernels`, out of it they leave it
+    alone."""
     inside = version == "in range"
     if inside:
         from transformers.utils import import_utils

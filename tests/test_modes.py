@@ -1,4 +1,5 @@
-"""Every way of generating, against transformers' own 16-bit cache where pages keep 16 bits, and else against plain decoding."""
+"""Every way of generating, against transformers' own 16-bit cache where pages keep 16 bits, and else against plain
+decoding."""
 
 from types import SimpleNamespace
 
@@ -85,7 +86,8 @@ def test_pages_of_16_bits_generate_what_transformers_generates(family):
 @pytest.mark.parametrize("spec", [RAW, PACKED], ids=["raw", "packed"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
 def test_assisted_text_is_greedy_text(family, spec):
-    """Drafts from a smaller 16-bit model, from a packed one, and from the prompt; hardly any is right, so crops are many."""
+    """Drafts from a smaller 16-bit model, from a packed one, and from the prompt; hardly any is right, so crops are
+    many."""
     model = packed_model(family, spec)
     greedy = text(model, **GREEDY)
     assert torch.equal(text(model, prompt_lookup_num_tokens=20, max_matching_ngram_size=1, **GREEDY), greedy)

@@ -21,8 +21,10 @@ print(sys.argv[1:])
 
 @pytest.mark.parametrize(
     ("model", "budget", "name"),
-    [("smollm2-135m", "2.5", "smollm2-135m-2.5"), ("owner/name", "2.5", "name-2.5"), ("./x/", "2.5", "x-2.5"), ("a/x.gguf", "3", "x-3"),
-     ("x.GGUF", "3", "x-3"), ("a b/c d", "512MiB@32768", "c d-512MiB-at-32768"), ("x", "../4", "x-..-4"), ("it's", "3", "it's-3")],
+    [("smollm2-135m", "2.5", "smollm2-135m-2.5"), ("owner/name", "2.5", "name-2.5"), ("./x/", "2.5", "x-2.5"),
+     ("a/x.gguf", "3", "x-3"),
+     ("x.GGUF", "3", "x-3"), ("a b/c d", "512MiB@32768", "c d-512MiB-at-32768"), ("x", "../4", "x-..-4"),
+     ("it's", "3", "it's-3")],
 )  # fmt: skip
 def test_names(model, budget, name):
     assert default_output(model, budget) == Path("artifacts") / name

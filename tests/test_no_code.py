@@ -1,4 +1,5 @@
-"""Python that a model or an artifact carries never runs, whatever is answered to a prompt; what doesn't need it loads all the same."""
+"""Python that a model or an artifact carries never runs, whatever is answered to a prompt; what doesn't need it loads
+all the same."""
 
 import json
 import shutil

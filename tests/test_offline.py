@@ -1,4 +1,5 @@
-"""After `kvfold.register()`, transformers asks the Hub for nothing that it doesn't ask for anyway, online and where there is no network."""
+"""After `kvfold.register()`, transformers asks the Hub for nothing that it doesn't ask for anyway, online and where
+there is no network."""
 
 import json
 import subprocess
@@ -7,7 +8,8 @@ import sys
 import pytest
 from hub_server import Hub
 
-# what is loaded, by which requests, and whether with a packed cache: by transformers' method as kvfold wraps it, and as it is
+# what is loaded, by which requests, and whether with a packed cache: by transformers' method as kvfold wraps it, and as
+# it is
 LOAD = """
 import json, sys
 import kvfold

@@ -1,4 +1,5 @@
-"""Pages in host memory: whatever is done, the cache equals one that keeps all pages on the device, to the bit, within its budget."""
+"""Pages in host memory: whatever is done, the cache equals one that keeps all pages on the device, to the bit, within
+its budget."""
 
 import functools
 import gc
@@ -123,9 +124,15 @@ operations = st.lists(
     max_size=9,
 )
 geometries = st.builds(
-    lambda sinks, window, page, sliding, rollback: Geometry(HEADS, DIM, sinks, window, page, (0, sliding, 0, 0, 0), rollback),
-    st.sampled_from([0, 3]), st.sampled_from([0, 5, 10]), st.sampled_from([8, 16]), st.sampled_from([0, 19]), st.sampled_from([0, 7]),
-)  # fmt: skip
+    lambda sinks, window, page, sliding, rollback: Geometry(
+        HEADS, DIM, sinks, window, page, (0, sliding, 0, 0, 0), rollback
+    ),
+    st.sampled_from([0, 3]),
+    st.sampled_from([0, 5, 10]),
+    st.sampled_from([8, 16]),
+    st.sampled_from([0, 19]),
+    st.sampled_from([0, 7]),
+)
 
 
 @settings(max_examples=examples(400), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -70,7 +70,8 @@ def logits_in_parts(runner, ids, split):
 
 
 def test_round_trip(folder, tiny_artifact):
-    """compress → export onnx → onnxruntime: the runtime's text, over several pages; every file is where it is looked for."""
+    """compress → export onnx → onnxruntime: the runtime's text, over several pages; every file is where it is looked
+    for."""
     model = runtime.load_pretrained(tiny_artifact, device="cpu")
     expected = model.generate(IDS, max_new_tokens=64, do_sample=False)[0, IDS.shape[1] :].tolist()
     runner = OnnxRunner(folder, threads=1)
@@ -81,7 +82,8 @@ def test_round_trip(folder, tiny_artifact):
 
 
 def test_logits_and_cache_are_the_runtimes(folder, tiny_artifact):
-    """A batch, as one prompt, and as a prompt, tokens and a chunk; the cache takes the bytes that the account states."""
+    """A batch, as one prompt, and as a prompt, tokens and a chunk; the cache takes the bytes that the account
+    states."""
     artifact = read_artifact(tiny_artifact)
     assert all(spec.key.turns for spec in artifact.specs)
     geometry, formats = artifact.metadata.geometry, artifact.metadata.formats
@@ -110,7 +112,8 @@ def test_logits_and_cache_are_the_runtimes(folder, tiny_artifact):
 
 @pytest.mark.parametrize("tokens", [2, 26, 90])  # not all sinks, no page yet, several pages
 def test_goes_on_with_the_runtimes_own_cache(folder, tiny_artifact, tokens):
-    """Pages are the same bytes: those of the runtime are continued here, and give its next logits to a rounding error."""
+    """Pages are the same bytes: those of the runtime are continued here, and give its next logits to a rounding
+    error."""
     ids = torch.cat((IDS, IDS.flip(1)))[:, : tokens + 1]
     model = runtime.load_pretrained(tiny_artifact, device="cpu")
     runner = OnnxRunner(folder, threads=1)
@@ -207,7 +210,8 @@ def test_weights_beyond_4_gib(tmp_path):
 
 @pytest.mark.parametrize("family,sliding,softcap", [("gemma2", [0, 40, 0], 4.0), ("gpt_oss", [40, 0, 40], None)])
 def test_what_a_family_hands_to_its_attention(tmp_path, family, sliding, softcap):
-    """Soft-caps, sliding windows and sink logits: transformers' logits with keys and values in 16 bits, over more tokens than a window."""
+    """Soft-caps, sliding windows and sink logits: transformers' logits with keys and values in 16 bits, over more
+    tokens than a window."""
     model = tiny_model(family, attention=TAP)
     ids = torch.cat((IDS, IDS.flip(1)))
 

@@ -37,7 +37,8 @@ value_info = helper.make_tensor_value_info
 
 @pytest.fixture(autouse=True)
 def _denormals():
-    """The command line flushes them, and other tests run it in this process; a row of zeros is coded by dividing by one."""
+    """The command line flushes them, and other tests run it in this process; a row of zeros is coded by dividing by
+    one."""
     torch.set_flush_denormal(False)
 
 
@@ -54,9 +55,11 @@ def session(nodes, constants, inputs, outputs, contrib=False):
 # -- pages
 
 FORMATS = [
-    raw16(DIM), uniform(DIM, 2), uniform(DIM, 3), uniform(DIM, 4, "e4m3", 8), uniform(DIM, 8), uniform(DIM, 16, "fp16", 16),
-    uniform(DIM, 32), uniform(DIM, 64), uniform(DIM, 256, "fp16"), Format(((DIM, 3),)), Format(((DIM, 256),), "scale", "fp16"),
-    Format(((8, 16), (24, 4))), Format(((8, 64), (8, 2), (16, 0))), Format(((8, 0), (8, 8), (8, 0), (8, 32))), Format(((DIM, 2),)),
+    raw16(DIM), uniform(DIM, 2), uniform(DIM, 3), uniform(DIM, 4, "e4m3", 8), uniform(DIM, 8),
+    uniform(DIM, 16, "fp16", 16), uniform(DIM, 32), uniform(DIM, 64), uniform(DIM, 256, "fp16"), Format(((DIM, 3),)),
+    Format(((DIM, 256),), "scale", "fp16"),
+    Format(((8, 16), (24, 4))), Format(((8, 64), (8, 2), (16, 0))), Format(((8, 0), (8, 8), (8, 0), (8, 32))),
+    Format(((DIM, 2),)),
 ]  # fmt: skip
 # trits of 16, 48 and 64 channels leave 3, 4 and 2 codes over
 WIDE = [Format(((n, 3),), params, "e4m3") for n in (16, 48, 64) for params in ("scale", "scale_min")]
@@ -86,8 +89,11 @@ def test_pages_byte_for_byte(fmt, page):
     factor = None if clip is None else g.array(clip.numpy().reshape(HEADS, 1, 1, -1))
     packed = encode_nodes(side, g, "x", factor)
     run = session(
-        g.nodes, g.constants, [value_info("x", FLOAT16, ["b", HEADS, "t", dim])], [value_info(packed, UINT8, ["b", "n", "y"])]
-    )  # fmt: skip
+        g.nodes,
+        g.constants,
+        [value_info("x", FLOAT16, ["b", HEADS, "t", dim])],
+        [value_info(packed, UINT8, ["b", "n", "y"])],
+    )
     (got,) = run.run(None, {"x": x.numpy()})
     np.testing.assert_array_equal(got, expected.flatten(2).numpy())
 
@@ -226,8 +232,8 @@ def empty(tensors, batch=2):
 
 
 def assert_close_but_for_turned_codes(got, expected, product):
-    """Within 2e-3; with a matrix, whose products another processor rounds otherwise, a code may turn: then one number in 5000 may
-    be 4e-3 off."""
+    """Within 2e-3; with a matrix, whose products another processor rounds otherwise, a code may turn: then one number
+    in 5000 may be 4e-3 off."""
     if product:
         off = (got - expected).abs() > 2e-3 + 2e-3 * expected.abs()
         assert int(off.sum()) <= got.numel() // 5000
@@ -237,8 +243,8 @@ def assert_close_but_for_turned_codes(got, expected, product):
 
 @pytest.mark.parametrize("case", CASES)
 def test_layer_is_the_runtimes(case):
-    """Whatever the split into calls: the runtime's output, its 16-bit rows and its pages, byte for byte where keys have neither
-    matrix nor mean (a product's last bit depends on the library that computes it)."""
+    """Whatever the split into calls: the runtime's output, its 16-bit rows and its pages, byte for byte where keys have
+    neither matrix nor mean (a product's last bit depends on the library that computes it)."""
     spec, sizes, softcap, sliding, has_sink = CASES[case]
     geometry = Geometry(HEADS, DIM, *sizes)
     call = Call(0, QUERY_HEADS, 0.3, softcap, sliding)

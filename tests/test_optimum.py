@@ -42,7 +42,10 @@ def test_same_figures(tiny_artifact):
 def test_optimum_lists_it_and_its_own_commands_stay():
     listed = run(OPTIMUM_CLI, "--help")
     assert "kvfold" in listed.stdout and "export" in listed.stdout and listed.returncode == 0
-    code = f"import sys, runpy; sys.argv = ['optimum-cli', 'env', '--help']; runpy.run_module({OPTIMUM_CLI[2]!r}, run_name='__main__')"
+    code = (
+        "import sys, runpy; sys.argv = ['optimum-cli', 'env', '--help']; "
+        f"runpy.run_module({OPTIMUM_CLI[2]!r}, run_name='__main__')"
+    )
     probe = (
         f"import atexit, sys; atexit.register(lambda: print('LOADED', 'kvfold.compress.cli' in sys.modules)); {code}"
     )

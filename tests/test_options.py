@@ -24,8 +24,8 @@ def where(request, tiny_artifact):
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("kv_buget", "kv_budget"), ("polcy", "policy"), ("dtpye", "dtype"), ("cuda_grahp", "cuda_graph"), ("local_file_only", "local_files_only"),
-     ("devcie", "device"), ("tokens", "token"), ("attn", "attention")],
+    [("kv_buget", "kv_budget"), ("polcy", "policy"), ("dtpye", "dtype"), ("cuda_grahp", "cuda_graph"),
+     ("local_file_only", "local_files_only"), ("devcie", "device"), ("tokens", "token"), ("attn", "attention")],
 )  # fmt: skip
 def test_a_misspelt_option_is_named_with_the_right_one(where, name, meant):
     with pytest.raises(TypeError, match=rf"'{name}'; did you mean '{meant}'\?") as error:
@@ -70,8 +70,10 @@ def test_what_load_pretrained_alone_has(registered, tiny_artifact, name):
 @pytest.mark.parametrize(
     ("options", "dtype"),
     [({}, torch.float32), ({"dtype": "bfloat16"}, torch.bfloat16), ({"torch_dtype": torch.bfloat16}, torch.bfloat16),
-     ({"torch_dtype": "float16"}, torch.float16), ({"dtype": "auto"}, torch.bfloat16), ({"dtype": "torch.float32"}, torch.float32),
-     ({"device_map": "cpu"}, torch.float32), ({"device_map": {"": "cpu"}}, torch.float32), ({"device_map": torch.device("cpu")}, torch.float32),
+     ({"torch_dtype": "float16"}, torch.float16), ({"dtype": "auto"}, torch.bfloat16),
+     ({"dtype": "torch.float32"}, torch.float32),
+     ({"device_map": "cpu"}, torch.float32), ({"device_map": {"": "cpu"}}, torch.float32),
+     ({"device_map": torch.device("cpu")}, torch.float32),
      ({"device_map": {"model.layers.0": "cpu", "lm_head": "cpu"}, "torch_dtype": "bfloat16"}, torch.bfloat16),
      ({"trust_remote_code": True, "token": None, "local_files_only": True, "cache_dir": None}, torch.float32)],
 )  # fmt: skip
@@ -85,11 +87,14 @@ def test_what_transformers_calls_otherwise_works(tiny_artifact, options, dtype):
 
 @pytest.mark.parametrize(
     ("options", "error", "words"),
-    [({"dtype": "bfloat61"}, KvfoldError, "dtype='bfloat61'"), ({"torch_dtype": torch.int8}, KvfoldError, "torch_dtype=torch.int8"),
+    [({"dtype": "bfloat61"}, KvfoldError, "dtype='bfloat61'"),
+     ({"torch_dtype": torch.int8}, KvfoldError, "torch_dtype=torch.int8"),
      ({"dtype": "load"}, KvfoldError, "dtype='load'"), ({"dtype": 16}, KvfoldError, "dtype=16"),
-     ({"device": "cuda:77"}, KvfoldError, "device='cuda:77'"), ({"device": "nonsense"}, KvfoldError, "device='nonsense'"),
-     ({"device": "meta"}, KvfoldError, "device='meta'"), ({"device_map": "nonsense"}, KvfoldError, "device_map='nonsense'"),
-     ({"device_map": {"a": "cpu", "b": "cuda:0"}}, TypeError, "one device"), ({"dtype": "auto", "torch_dtype": "auto"}, TypeError, "both dtype and torch_dtype"),
+     ({"device": "cuda:77"}, KvfoldError, "device='cuda:77'"),
+     ({"device": "nonsense"}, KvfoldError, "device='nonsense'"), ({"device": "meta"}, KvfoldError, "device='meta'"),
+     ({"device_map": "nonsense"}, KvfoldError, "device_map='nonsense'"),
+     ({"device_map": {"a": "cpu", "b": "cuda:0"}}, TypeError, "one device"),
+     ({"dtype": "auto", "torch_dtype": "auto"}, TypeError, "both dtype and torch_dtype"),
      ({"device": "cpu", "device_map": "cpu"}, TypeError, "both device and device_map")],
 )  # fmt: skip
 def test_values_that_are_none(tiny_artifact, options, error, words):

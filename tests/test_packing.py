@@ -124,7 +124,8 @@ def test_golden_bytes_of_planes():
     assert bytes(pack_plane(two, 2).tolist()).hex() == "e4e439394e4e9393" * 2
     # the low bits of those, channels 0 and 4 in a word: 0, 1, 0, 1, … of both: 00 11 00 11
     assert bytes(pack_plane(two & 1, 1).tolist()).hex() == "cccc3333cccc3333"
-    # token t's code of channel j is t + j; word 0 of the first row, from the low bits: 0, 2, 1, 3; of the second 4, 6, 5, 7
+    # token t's code of channel j is t + j; word 0 of the first row, from the low bits: 0, 2, 1, 3; of the second 4, 6,
+    # 5, 7
     four = pack_plane(tokens + channels, 4).tolist()
     assert bytes(four[:16]).hex() == "2031" + "3142" + "4253" + "5364" + "6475" + "7586" + "8697" + "97a8"
     assert bytes(four[16:]).hex() == "6475" + "7586" + "8697" + "97a8" + "a8b9" + "b9ca" + "cadb" + "dbec"
@@ -134,7 +135,8 @@ def test_golden_bytes_of_trits():
     # one row; the codes of column u by field, 2 0 1 1 2 | 2 1 0, and the same with 1 and 2 exchanged in odd columns
     even, odd = [2, 0, 1, 1, 2, 2, 1, 0], [1, 0, 2, 2, 1, 1, 2, 0]
     codes = torch.tensor([[odd[f] if u % 2 else even[f] for u in range(16)] for f in range(8)], dtype=torch.uint8)
-    # 2·81 + 9 + 3 + 2 = 176, ceil(256·176/243) = 186; 2 + 1·4 = 6; 81 + 18 + 6 + 1 = 106, ceil(256·106/243) = 112; 1 + 2·4 = 9
+    # 2·81 + 9 + 3 + 2 = 176, ceil(256·176/243) = 186; 2 + 1·4 = 6; 81 + 18 + 6 + 1 = 106, ceil(256·106/243) = 112; 1 +
+    # 2·4 = 9
     assert pack_trits(codes).tolist() == [186, 6, 112, 9] * 8
     assert torch.equal(unpack_trits(torch.tensor([186, 6, 112, 9] * 8, dtype=torch.uint8), 8, 16), codes)
 

@@ -91,7 +91,8 @@ def test_every_transform_on_every_family(family, key, value, tmp_path, text_file
     source = save_tiny(tmp_path / "model", family)
     recipe = recipe_with(
         tmp_path,
-        f"key: {{transform: {key}, group_size: {8 if key == 'reorder' else 0}}}\nvalue: {{transform: {value}, group_size: {8 if value == 'reorder' else 0}}}\n",
+        f"key: {{transform: {key}, group_size: {8 if key == 'reorder' else 0}}}\n"
+        f"value: {{transform: {value}, group_size: {8 if value == 'reorder' else 0}}}\n",
     )
     budget = "9.0" if key == "reorder" else "7.0"  # small groups: two bits go to parameters
     context = None

@@ -72,7 +72,8 @@ assert not any(name.partition(".")[0] == "kvfold" for name in sys.modules)
 
 
 def test_a_stock_environment_computes_the_original(tmp_path, text_file, recipe_file):
-    """Keys are transformed where they are written, values in float32 weights: rounding of the last bits is all that is left."""
+    """Keys are transformed where they are written, values in float32 weights: rounding of the last bits is all that is
+    left."""
     pairs = []
     for family in FAMILIES:
         pairs += [save_tiny(tmp_path / family, family, torch.float32), tmp_path / f"{family}-out"]
@@ -108,8 +109,8 @@ def test_a_stock_environment_saves_a_plain_checkpoint(tmp_path, tiny_artifact):
 
 @pytest.mark.parametrize("key", ["none", "smooth", "reorder", "whiten"])
 def test_no_form_needs_a_model_type_of_its_own(tmp_path, tiny_folder, text_file, recipe_file, key):
-    """What would be misread elsewhere must not call itself a llama. Nothing of the kind is made: the config is the original's,
-    and the weights that an order of channels would have to be folded into are the original's too."""
+    """What would be misread elsewhere must not call itself a llama. Nothing of the kind is made: the config is the
+    original's, and the weights that an order of channels would have to be folded into are the original's too."""
     from safetensors.torch import load_file
 
     recipe = tmp_path / "recipe.yaml"
@@ -144,7 +145,8 @@ from transformers import AutoModelForCausalLM
 import torch
 ids = torch.arange(150).remainder(128)[None]
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-print(type(model(ids).past_key_values).__name__, model.generate(ids, max_new_tokens=16, do_sample=False)[0].tolist(), sep="|")
+print(type(model(ids).past_key_values).__name__, \
+model.generate(ids, max_new_tokens=16, do_sample=False)[0].tolist(), sep="|")
 print(type(AutoModelForCausalLM.from_pretrained(sys.argv[2])(ids).past_key_values).__name__)
 kvfold.unregister()
 print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])(ids).past_key_values).__name__)
@@ -171,7 +173,8 @@ import torch
 assert AutoModelForCausalLM.from_pretrained.__func__.__module__.startswith("transformers.")
 assert not hasattr(AutoModelForCausalLM.from_pretrained.__func__, "kvfold_stock")
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-print(type(model(torch.arange(150).remainder(128)[None]).past_key_values).__name__, model.dtype, hasattr(model, "kv_artifact"))
+print(type(model(torch.arange(150).remainder(128)[None]).past_key_values).__name__, \
+model.dtype, hasattr(model, "kv_artifact"))
 """
 
 
@@ -181,7 +184,10 @@ print(type(model(torch.arange(150).remainder(128)[None]).past_key_values).__name
     [
         "import kvfold",
         "import kvfold.runtime",
-        "from transformers import AutoModelForCausalLM; import kvfold.runtime, kvfold.compress.cli, kvfold.runtime.calls.plugin",
+        (
+            "from transformers import AutoModelForCausalLM; "
+            "import kvfold.runtime, kvfold.compress.cli, kvfold.runtime.calls.plugin"
+        ),
         "from kvfold.autoclass import stock_from_pretrained; stock_from_pretrained(sys.argv[1])",
         "from kvfold import runtime; runtime.load_pretrained(sys.argv[1])",
     ],

@@ -1,4 +1,5 @@
-"""The progressive policy: ladders, the order of lowering, a budget that is never passed at any instant, and plain lists."""
+"""The progressive policy: ladders, the order of lowering, a budget that is never passed at any instant, and plain
+lists."""
 
 import json
 import weakref
@@ -140,8 +141,8 @@ def test_a_plan_by_hand():
 class Watch(TorchDispatchMode):
     """Counts the bytes of the cache's tensors that are alive, at every moment that a new one appears.
 
-    A cache's tensors are told from those of the computation by their shapes: pages, 16-bit rows, block tables. A new tensor's
-    bytes count together with those of all that still live.
+    A cache's tensors are told from those of the computation by their shapes: pages, 16-bit rows, block tables. A new
+    tensor's bytes count together with those of all that still live.
     """
 
     def __init__(self):
@@ -237,7 +238,10 @@ def check(cache, lists):
             rungs = [layer.table.pool.rung(i) for i in layer.table.pages()[b]]
             assert rungs == sorted(rungs)
             if len(layer.rungs) > 1:
-                assert layer.table.segments[b].tolist() == [*(sum(r < k for r in rungs) for k in range(len(layer.rungs))), len(rungs)]  # fmt: skip
+                assert layer.table.segments[b].tolist() == [
+                    *(sum(r < k for r in rungs) for k in range(len(layer.rungs))),
+                    len(rungs),
+                ]
         assert sum(layer.table.pool.counts) == layer.num_pages() == len(layer.table.pool)
     assert cache.nbytes == sum(t.nbytes for layer in cache.layers for t in layer.tensors())
     assert cache.budget is None or cache.nbytes <= cache.budget
@@ -310,7 +314,11 @@ def test_any_sequence_of_operations_equals_plain_lists_and_stays_in_the_budget(n
                     own.crop(max(0, len(own.rows[0]) - argument))
                 cache.crop(argument)
             elif name in ("select", "reorder", "repeat") and ready:
-                indices = [i % rows for i in argument] if name != "repeat" else [i for i in range(rows) for _ in range(argument)]  # fmt: skip
+                indices = (
+                    [i % rows for i in argument]
+                    if name != "repeat"
+                    else [i for i in range(rows) for _ in range(argument)]
+                )
                 if name == "reorder":
                     indices = indices[:rows]
                 if len(indices) > 6 or (name == "reorder" and len(indices) != rows):
@@ -477,7 +485,9 @@ def test_options_that_do_not_go_together_are_refused(tiny_artifact, options, mes
 
 
 def test_the_least_budget_is_named_and_works(tiny_artifact):
-    with pytest.raises(KvfoldError, match=r"kv_budget=9KiB is too small: sinks, window and one page take \d+ bytes") as error:  # fmt: skip
+    with pytest.raises(
+        KvfoldError, match=r"kv_budget=9KiB is too small: sinks, window and one page take \d+ bytes"
+    ) as error:
         runtime.load_pretrained(tiny_artifact, device="cpu", policy="progressive", kv_budget="9KiB")
     least = int(str(error.value).split("take ")[1].split()[0])
     with pytest.raises(KvfoldError, match=f"take {least} bytes"):
@@ -517,7 +527,8 @@ def test_generation_under_a_budget(tiny_artifact):
 
 def test_inspect_live_shows_a_cache_that_fills(tiny_artifact, capsys):
     with pytest.raises(SystemExit) as done:
-        main(["inspect", str(tiny_artifact), "--live", "--policy", "progressive", "--kv-budget", "40KiB", "--max-new-tokens", "150", "--device", "cpu"])  # fmt: skip
+        main(["inspect", str(tiny_artifact), "--live", "--policy", "progressive", "--kv-budget", "40KiB",
+              "--max-new-tokens", "150", "--device", "cpu"])  # fmt: skip
     shown = capsys.readouterr().out
     assert not done.value.code and shown.count("pages by format") == 11  # 150 / 16 rounded up, and the end
     assert "168 tokens" in shown and " of 40.00 KiB" in shown and "K 16 | V 16" in shown

@@ -17,7 +17,8 @@ MIXED = [
     Format(((8, 0), (8, 256), (32, 4))),
 ]
 SCALE_MIN = [uniform(64, n, t, g) for n, t, g in ((2, "fp16", 0), (3, "e4m3", 16), (4, "e4m3", 0), (8, "fp16", 8),
-                                                  (16, "e4m3", 32), (32, "fp16", 0), (64, "fp16", 64), (256, "fp16", 16))]  # fmt: skip
+                                                  (16, "e4m3", 32), (32, "fp16", 0), (64, "fp16", 64),
+                                                  (256, "fp16", 16))]  # fmt: skip
 TERNARY = [uniform(n, 3) for n in (16, 32, 80, 96, 128)]  # every number of codes left over
 ALL = [*SCALE, *MIXED, *SCALE_MIN, *TERNARY, raw16(24)]
 

@@ -29,7 +29,8 @@ print(model.generate(ids, max_new_tokens=16, do_sample=False)[0].tolist())
 
 
 def test_measured_pushed_and_loaded_by_its_name(real_artifact, tmp_path):
-    """compress → eval → push → load by id → the same text; the card's figures are what its command prints, from the Hub too."""
+    """compress → eval → push → load by id → the same text; the card's figures are what its command prints, from the Hub
+    too."""
     from huggingface_hub import ModelCard
 
     results = tmp_path / "results.json"
@@ -87,7 +88,8 @@ def graphs(real_artifact, tmp_path_factory):
 @needs_onnx
 @torch.no_grad()
 def test_onnxruntime_goes_on_where_the_runtime_is(real_artifact, graphs):
-    """On the runtime's own pages the graph gives its next logits: a key that float16 rounds to the other side may move them a little."""
+    """On the runtime's own pages the graph gives its next logits: a key that float16 rounds to the other side may move
+    them a little."""
     from kvfold.exports.onnx.runner import OnnxRunner
 
     model, runner = runtime.load_pretrained(real_artifact, device="cpu"), OnnxRunner(graphs)
@@ -109,7 +111,8 @@ def test_onnxruntime_goes_on_where_the_runtime_is(real_artifact, graphs):
 @needs_onnx
 @torch.no_grad()
 def test_onnxruntime_writes_the_runtimes_text(real_artifact, tmp_path):
-    """compress → export onnx → onnxruntime, in pages of 8 bits, where a code that is rounded the other way is a small matter."""
+    """compress → export onnx → onnxruntime, in pages of 8 bits, where a code that is rounded the other way is a small
+    matter."""
     from kvfold.exports.onnx.runner import OnnxRunner
 
     recipe = tmp_path / "eight.yaml"

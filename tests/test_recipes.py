@@ -302,7 +302,8 @@ def test_tied_allocation_is_the_integer_programs_optimum(share):
 
 
 def chosen_pairs(pairs, own=False):
-    """(pairs of the layers, loss) of a choice for 8 layers of 4 formats a side; `own`: every layer has one more of its own."""
+    """(pairs of the layers, loss) of a choice for 8 layers of 4 formats a side; `own`: every layer has one more of its
+    own."""
     geometry, rng = Geometry(2, 64, 1, 24, 16), np.random.default_rng(1)
     formats = [uniform(64, n) for n in (4, 8, 16, 32)]
     layers = []
@@ -349,7 +350,10 @@ def test_pm_kvq_ties_keys_and_values_and_covers_the_context(tmp_path, text_file)
     assert all(k == v and (k.param_dtype, k.group_size) == ("fp16", 0) for k, v in metadata.formats)
     assert {n for k, _ in metadata.formats for _, n in k.classes} <= {4, 16, 256, 65536}
     assert all(not layer.key.tensors for layer in metadata.layers)  # the pair scale is in the weights, no clip
-    assert evaluate(str(artifact.path), against=str(source), text=str(text_file), windows=2, seq_len=160, device="cpu").kl < 0.2  # fmt: skip
+    assert (
+        evaluate(str(artifact.path), against=str(source), text=str(text_file), windows=2, seq_len=160, device="cpu").kl
+        < 0.2
+    )
 
 
 # -- losses from a few probes

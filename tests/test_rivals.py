@@ -178,7 +178,8 @@ def test_lloyd_max_points_are_the_means_of_their_cells(bits):
 
 def test_normal_float_4_has_its_published_points():
     published = [
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334,
         -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ]  # fmt: skip
@@ -253,7 +254,8 @@ def test_kvarn_does_not_care_for_the_size_of_a_token():
 
 
 def test_kvarn_keeps_factors_that_e4m3_can_hold():
-    """They are known but for a constant, which must not push those that are kept out of its range, to zero or to its end."""
+    """They are known but for a constant, which must not push those that are kept out of its range, to zero or to its
+    end."""
     rng = torch.Generator().manual_seed(0)
     sizes = torch.randn(2, 1, 64, generator=rng).exp() * torch.randn(2, 256, 1, generator=rng).exp()
     x = 0.3 * torch.randn(2, 256, 64, generator=rng) * sizes

@@ -86,8 +86,10 @@ def test_a_process_left_behind_is_ended(folders, tmp_path, monkeypatch, spaces):
     if spaces and not sandbox.namespaces():
         pytest.skip("no namespaces here")
     guard = tmp_path / "guard.py"
-    guard.write_text(f"import os, sys, time\nif os.fork() == 0:\n    {'os.setsid()' if spaces else ''}\n    time.sleep(60)\n"
-                     "os.write(1, sys.stdin.buffer.read())")  # fmt: skip
+    guard.write_text(
+        f"import os, sys, time\nif os.fork() == 0:\n    {'os.setsid()' if spaces else ''}\n    time.sleep(60)\n"
+        "os.write(1, sys.stdin.buffer.read())"
+    )
     if not spaces:
         monkeypatch.setattr(sandbox, "namespaces", lambda: ())
     monkeypatch.setattr(sandbox, "GUARD", guard)
@@ -122,7 +124,10 @@ def test_printing_without_end_fills_nothing(folders):
         "io.FileIO(os.fsencode(target), 'w')",
         "os.open(pathlib.Path(target), os.O_CREAT | os.O_WRONLY)",
         "open(type('Lie', (str,), {'startswith': lambda *_: True, '__str__': lambda _: 'a'})(target), 'w')",
-        "os.open(os.path.basename(target), os.O_CREAT | os.O_WRONLY, dir_fd=os.open(os.path.dirname(target), os.O_RDONLY))",
+        (
+            "os.open(os.path.basename(target), os.O_CREAT | os.O_WRONLY, "
+            "dir_fd=os.open(os.path.dirname(target), os.O_RDONLY))"
+        ),
         "sqlite3.connect(target).execute('create table t(x)')",
         "os.mkfifo(target)",
         "os.utime(existing, (0, 0))",
@@ -220,10 +225,18 @@ def test_a_verdict_is_not_faked(fake, end):
     assert not run_program(f"import os, sys\n{FAKES[fake]}\n{end}").passed
 
 
-@pytest.mark.parametrize("program", ["", "import atexit, os; atexit.register(os._exit, 1)", "import threading, time; threading.Thread(target=time.sleep, args=(60,)).start()",
-                                     "import numpy; assert numpy.zeros(3).sum() == 0", "import pickle\nclass A: pass\nassert pickle.loads(pickle.dumps(A()))",
-                                     "import asyncio\nasync def f(): return 1\nassert asyncio.run(f()) == 1",
-                                     "import __main__; assert __name__ == '__main__' and __main__.__file__.endswith('program.py')"])  # fmt: skip
+@pytest.mark.parametrize(
+    "program",
+    [
+        "",
+        "import atexit, os; atexit.register(os._exit, 1)",
+        "import threading, time; threading.Thread(target=time.sleep, args=(60,)).start()",
+        "import numpy; assert numpy.zeros(3).sum() == 0",
+        "import pickle\nclass A: pass\nassert pickle.loads(pickle.dumps(A()))",
+        "import asyncio\nasync def f(): return 1\nassert asyncio.run(f()) == 1",
+        "import __main__; assert __name__ == '__main__' and __main__.__file__.endswith('program.py')",
+    ],
+)
 def test_what_a_program_may_do(program):
     assert run_program(program) == sandbox.Outcome(True, "passed")
 

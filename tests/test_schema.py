@@ -41,7 +41,8 @@ FIELDS = {
         "effective_bits": 12.160493827160494, "payload_bits": 6.375,
     },
     "calibration": {
-        "source": "Prosa für Tests", "num_sequences": 2, "seq_len": 256, "seed": 0, "spread": 8, "covered_positions": 2048, "kl": 0.0625,
+        "source": "Prosa für Tests", "num_sequences": 2, "seq_len": 256, "seed": 0, "spread": 8,
+        "covered_positions": 2048, "kl": 0.0625,
     },
     "provenance": {
         "model": "tiny", "revision": None, "libraries": {"kvfold": "0.1.0", "torch": "2.11.0"}, "rounding_kl": 2.5e-07,
@@ -180,8 +181,13 @@ def test_wrong_fields_are_refused_in_one_line(path, value, message):
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [('"bytes": 15760', '"bytes": 15761'), ('"model": "tiny"', '"model": "tinz"'), ('"seed": 0', '"seed": 1'), ("0000", "0001")],
-)  # fmt: skip
+    [
+        ('"bytes": 15760', '"bytes": 15761'),
+        ('"model": "tiny"', '"model": "tinz"'),
+        ('"seed": 0', '"seed": 1'),
+        ("0000", "0001"),
+    ],
+)
 def test_a_flipped_character_shows(old, new):
     text = dump_metadata(Metadata.model_validate(FIELDS))
     assert old in text

@@ -62,12 +62,17 @@ def killed(source: Path, out: Path, moment: str) -> None:
 
 @pytest.fixture
 def neighbours(tmp_path):
-    """Folders of somebody's beside `out`, whose names kvfold might have thought of; gives a check that they are as they were."""
+    """Folders of somebody's beside `out`, whose names kvfold might have thought of; gives a check that they are as they
+    were."""
     fitting = json.dumps({"made_by": "kvfold", "for": "other"})
     for name, mark in {
-        "out.partial": None, "out.old": None, "out.part-abcdefgh": None, "out.part-": "{}", "out.part-01234567": fitting,
+        "out.partial": None,
+        "out.old": None,
+        "out.part-abcdefgh": None,
+        "out.part-": "{}",
+        "out.part-01234567": fitting,
         "output.part-01234567": json.dumps({"made_by": "kvfold", "for": "output"}),
-    }.items():  # fmt: skip
+    }.items():
         for inner in (".", NEW, OLD):
             (tmp_path / name / inner).mkdir(parents=True, exist_ok=True)
             (tmp_path / name / inner / "thesis.tex").write_text("irreplaceable")

@@ -1,4 +1,5 @@
-"""benchmarks/self_speculation.py on a tiny artifact: rounds counted exactly, an identical drafter never wrong, every figure in its place."""
+"""benchmarks/self_speculation.py on a tiny artifact: rounds counted exactly, an identical drafter never wrong, every
+figure in its place."""
 
 import json
 import sys
@@ -65,7 +66,8 @@ def test_an_identical_drafter_is_never_wrong(benchmarks, model, name):
 
 
 def test_drafts_are_those_of_a_cache_made_anew(benchmarks, model):
-    """The drafter goes back and on in one cache; at each place a new cache of the verifier's keys and values drafts the same."""
+    """The drafter goes back and on in one cache; at each place a new cache of the verifier's keys and values drafts the
+    same."""
     from self_speculation import Drafter, greedy
 
     ids = torch.randint(128, (1, 70), generator=torch.Generator().manual_seed(5))

@@ -1,4 +1,5 @@
-"""Random operations on a layer of the packed cache against the tokens that were put in: sliding windows, exact crops, padding."""
+"""Random operations on a layer of the packed cache against the tokens that were put in: sliding windows, exact crops,
+padding."""
 
 import pytest
 import torch
@@ -220,7 +221,8 @@ def test_any_sequence_of_operations_equals_the_tokens_put_in(spec, geometry, ste
     longer=st.integers(0, 60),
 )
 def test_a_crop_of_any_size_leaves_each_token_raw_or_quantised(geometry, steps, longer):
-    """However far back a crop goes, what is left is the tokens themselves, at worst quantised: never a row of another."""
+    """However far back a crop goes, what is left is the tokens themselves, at worst quantised: never a row of
+    another."""
     spec, cache = SPECS["scale"], QuantizedKVCache([SPECS["scale"]], geometry)
     layer, generator = cache.layers[0], torch.Generator().manual_seed(longer)
     rows = torch.zeros(HEADS, 0, DIM)

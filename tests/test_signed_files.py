@@ -1,4 +1,5 @@
-"""Every file that a loader reads is listed, hashed, whole and inside the folder; after an edit an artifact can be signed again."""
+"""Every file that a loader reads is listed, hashed, whole and inside the folder; after an edit an artifact can be
+signed again."""
 
 import json
 import shutil
@@ -95,7 +96,8 @@ def test_shards_that_the_index_should_not_name(artifact, both_refuse, tmp_path):
     both_refuse(INDEX, "not a readable index")
 
 
-UNSIGNED = ["pytorch_model.bin", "pytorch_model.bin.index.json", INDEX, "adapter_config.json", "adapter_model.safetensors", "modeling_own.py",
+UNSIGNED = ["pytorch_model.bin", "pytorch_model.bin.index.json", INDEX, "adapter_config.json",
+            "adapter_model.safetensors", "modeling_own.py",
             "chat_template.jinja", "special_tokens_map.json", "model.gguf"]  # fmt: skip
 
 
@@ -159,9 +161,15 @@ def raw(artifact: Path, **account) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["[" * 100_000, '{"a":' * 100_000, '{"format_version": 3, "a": ' + "9" * 5000 + "}", '{"format_version": "\\ud800"}', '{"format_version": 3, "\\ud800": 1}'],
+    [
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        '{"format_version": 3, "a": ' + "9" * 5000 + "}",
+        '{"format_version": "\\ud800"}',
+        '{"format_version": 3, "\\ud800": 1}',
+    ],
     ids=["lists", "objects", "digits", "surrogate", "surrogate key"],
-)  # fmt: skip
+)
 def test_json_that_breaks_readers(artifact, both_refuse, text):
     (artifact / METADATA_NAME).write_text(text)
     both_refuse(METADATA_NAME)
@@ -173,7 +181,16 @@ def test_json_without_end(artifact, both_refuse):
     both_refuse(METADATA_NAME, "MiB")
 
 
-@pytest.mark.parametrize("account", [{"bytes_at": {"9" * 5000: 1}}, {"bytes_at": {"0": 1}}, {"at": 10**400}, {"bytes": 1 << 63}, {"bytes_at": {str(n): 1 for n in range(1, 100)}}])  # fmt: skip
+@pytest.mark.parametrize(
+    "account",
+    [
+        {"bytes_at": {"9" * 5000: 1}},
+        {"bytes_at": {"0": 1}},
+        {"at": 10**400},
+        {"bytes": 1 << 63},
+        {"bytes_at": {str(n): 1 for n in range(1, 100)}},
+    ],
+)
 def test_numbers_beyond_reason(artifact, both_refuse, account):
     raw(artifact, **account)
     both_refuse(METADATA_NAME)

@@ -38,7 +38,10 @@ calibration: {num_sequences: 2, seq_len: 256, sample_tokens: 128}
 sensitivity: {num_sequences: 1, seq_len: 192}
 """
 ROOT = Path(__file__).resolve().parent.parent
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 TEXT = data_text(HELD_OUT)
 
 
@@ -71,7 +74,7 @@ def model(artifact):
     return runtime.load_pretrained(artifact, device="cpu")
 
 
-# -- pieces --------------------------------------------------------------------------------------------------------------
+# -- pieces ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -156,7 +159,7 @@ def test_batches_are_of_like_length_and_bounded():
     assert batches_of([Prompt("p", [1] * 2 * BATCH_TOKENS)], 3, 10) == [[Prompt("p", [1] * 2 * BATCH_TOKENS)]]
 
 
-# -- prompts -------------------------------------------------------------------------------------------------------------
+# -- prompts -----------------------------------------------------------------------------------------------------------
 
 
 def setting(**options) -> Setting:
@@ -284,7 +287,7 @@ def test_humaneval_prompts_and_programs(tmp_path):
         humaneval.prompts(setting(data=str(tmp_path), context=320))
 
 
-# -- data ----------------------------------------------------------------------------------------------------------------
+# -- data --------------------------------------------------------------------------------------------------------------
 
 
 def test_rows_of_a_file_a_folder_and_a_gz(tmp_path):
@@ -327,7 +330,7 @@ def test_data_that_is_not_there_is_refused(tmp_path, monkeypatch):
         gsm8k.prompts(setting(data=str(path)))
 
 
-# -- generation ----------------------------------------------------------------------------------------------------------
+# -- generation --------------------------------------------------------------------------------------------------------
 
 
 def test_draws_of_one_question_count_as_one_difference():
@@ -514,7 +517,7 @@ def test_answers_of_another_run_are_refused(tmp_path):
         Samples(path / "below", {}, resume=False)
 
 
-# -- the command ---------------------------------------------------------------------------------------------------------
+# -- the command -------------------------------------------------------------------------------------------------------
 
 
 def kvfold(monkeypatch, capsys, *args) -> tuple[int, str, str]:

@@ -44,8 +44,10 @@ def make_stats(head_dim=16, heads=2, seed=0, tokens=600, kind="plain"):
         return torch.stack((x.amin(1), x.amax(1)), 1).double()
 
     return LayerStats(
-        keys.double().mean(1), cov(keys), queries.double().mT @ queries.double() / tokens, values.double().mean(1), cov(values),
-        wo.mT @ wo, span(keys), span(values), keys, values, queries, torch.tensor([tokens // 2, tokens - tokens // 2]), torch.tensor(head_dim**-0.5),
+        keys.double().mean(1), cov(keys), queries.double().mT @ queries.double() / tokens, values.double().mean(1),
+        cov(values),
+        wo.mT @ wo, span(keys), span(values), keys, values, queries, torch.tensor([tokens // 2, tokens - tokens // 2]),
+        torch.tensor(head_dim**-0.5),
         torch.empty(0), keys.double().mean(1), cov(keys), cov(keys), keys - keys.mean(1, keepdim=True),
     )  # fmt: skip
 
@@ -211,7 +213,8 @@ def test_regularised_matrices_have_a_bounded_condition():
 @pytest.mark.parametrize("dtype, limit", [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("kind", ["plain", "dead", "rank", "channel"])
 def test_online_matrices_survive_sixteen_bits(dtype, limit, kind):
-    """M and M⁻¹ rounded to 16 bits: the logits move by a part of their own spread, far less than two bits a key move them."""
+    """M and M⁻¹ rounded to 16 bits: the logits move by a part of their own spread, far less than two bits a key move
+    them."""
     stats = make_stats(kind=kind)
     for candidate in key_candidates(stats, Recipe(), 0, False):
         spec = candidate.spec
@@ -237,7 +240,8 @@ def test_whitening_beats_plain_uniform_keys_at_equal_bits():
 
 
 def test_more_bits_never_measure_worse_by_much():
-    """Of a layer's own cuts: each is the best of its size. The catalogue's second cut of a size may be for other spectra."""
+    """Of a layer's own cuts: each is the best of its size. The catalogue's second cut of a size may be for other
+    spectra."""
     stats, own = make_stats(head_dim=64), Recipe.model_validate({"catalogue": False})
     for group in (key_candidates(stats, own, 0, False), value_candidates(stats, own, 0)):
         for kind in ("scale", "scale_min"):
@@ -250,7 +254,8 @@ def test_more_bits_never_measure_worse_by_much():
 
 @pytest.mark.parametrize(("head_dim", "least"), [(24, 4), (40, 4), (48, 3)])
 def test_heads_that_ternary_codes_do_not_fit(head_dim, least):
-    """Ternary codes take 16 channels at a time; other heads start at four levels, and the plan's lower bound says so."""
+    """Ternary codes take 16 channels at a time; other heads start at four levels, and the plan's lower bound says
+    so."""
     stats = make_stats(head_dim=head_dim)
     recipe = Recipe.model_validate({"key": {"transform": "none"}, "value": {"transform": "rotate"}})
     for group, side in (

@@ -1,4 +1,5 @@
-"""Attention kernels against plain torch on the same packed bytes: every format, ragged batches, prompts; compiled for a GPU."""
+"""Attention kernels against plain torch on the same packed bytes: every format, ragged batches, prompts; compiled for a
+GPU."""
 
 from copy import copy
 
@@ -217,7 +218,8 @@ def test_prompts_read_what_token_by_token_reads(name, before, chunk, group):
 
 @pytest.mark.parametrize(
     ("sinks", "before", "chunk", "window"),
-    [(0, 40, 20, 24), (31, 40, 20, 24), (33, 0, 45, 24), (33, 140, 20, 24), (64, 0, 72, 100), (64, 60, 44, 24), (64, 140, 20, 24), (100, 60, 3, 24), (100, 140, 20, 24)],
+    [(0, 40, 20, 24), (31, 40, 20, 24), (33, 0, 45, 24), (33, 140, 20, 24), (64, 0, 72, 100), (64, 60, 44, 24),
+     (64, 140, 20, 24), (100, 60, 3, 24), (100, 140, 20, 24)],
 )  # fmt: skip
 def test_prompts_read_all_sinks_however_many_blocks_they_fill(sinks, before, chunk, window):
     pair = PAIRS["2 bits"]
@@ -241,7 +243,8 @@ def test_steps_read_all_sinks_however_many_blocks_they_fill(sinks, length):
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
 @pytest.mark.parametrize("prompt", [False, True])
 def test_compiles_for_a_gpu(prompt):
-    """The interpreter lets through what the compiler refuses. Every kind of plane, in a step or a prompt: a pair takes seconds."""
+    """The interpreter lets through what the compiler refuses. Every kind of plane, in a step or a prompt: a pair takes
+    seconds."""
     import subprocess
     import sys
     from pathlib import Path

@@ -81,9 +81,9 @@ def reference(k, v, formats, clips) -> torch.Tensor:
 
 
 def assert_page(page: torch.Tensor, expected: torch.Tensor, formats, heads: int, tokens: int) -> None:
-    """Equal bytes. A root mean square may be summed in another order and then, where it lies between two numbers of its type,
-    be rounded the other way: one token in a hundred may, in "scale" formats, with every value within a step. The minimum of
-    −0 and 0 has the sign of the one that was looked at first."""
+    """Equal bytes. A root mean square may be summed in another order and then, where it lies between two numbers of its
+    type, be rounded the other way: one token in a hundred may, in "scale" formats, with every value within a step. The
+    minimum of −0 and 0 has the sign of the one that was looked at first."""
     page = page.cpu()
     start = 0
     for fmt in formats:
@@ -140,10 +140,14 @@ def test_pages_equal_the_reference(key_format, value_format, tokens):
     pages = Pages(3, heads * (key_format.nbytes(tokens) + value_format.nbytes(tokens)))
     sequences, first = [1, 0, 1], [0, tokens - 3, tokens + 5]
     encode_pages(
-        k, v, PageFormat(*formats, *(clip.to(DEVICE) for clip in clips)), pages.addresses(),
-        torch.tensor(sequences, dtype=torch.int32, device=DEVICE), torch.tensor(first, dtype=torch.int32, device=DEVICE),
+        k,
+        v,
+        PageFormat(*formats, *(clip.to(DEVICE) for clip in clips)),
+        pages.addresses(),
+        torch.tensor(sequences, dtype=torch.int32, device=DEVICE),
+        torch.tensor(first, dtype=torch.int32, device=DEVICE),
         page_tokens=tokens,
-    )  # fmt: skip
+    )
     for page, b, t in zip(pages.pages, sequences, first, strict=True):
         expected = reference(k[b, :, t : t + tokens], v[b, :, t : t + tokens], formats, clips)
         assert_page(page, expected, formats, heads, tokens)

@@ -1,4 +1,5 @@
-"""NaN and infinity in a decoding step by kernels: marked on the device, reported by the host before they reach a page."""
+"""NaN and infinity in a decoding step by kernels: marked on the device, reported by the host before they reach a
+page."""
 
 import pytest
 import torch

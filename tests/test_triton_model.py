@@ -1,4 +1,5 @@
-"""A whole model with `attention="triton"` against the plain-torch reference, under the interpreter where there is no GPU."""
+"""A whole model with `attention="triton"` against the plain-torch reference, under the interpreter where there is no
+GPU."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -168,7 +169,8 @@ def offset_specs(heads, dim):
 @torch.no_grad()
 @pytest.mark.parametrize("family", BENT)
 def test_models_that_bend_their_logits(family, monkeypatch):
-    """A soft-cap and sink logits see what an offset takes off the keys: prompt, chunk and steps, a padded row, windows."""
+    """A soft-cap and sink logits see what an offset takes off the keys: prompt, chunk and steps, a padded row,
+    windows."""
     monkeypatch.setitem(CONFIGS, family, lambda: BENT[family])
     model = tiny_model(family).to(DEVICE)
     model.set_attn_implementation(NAME)

@@ -48,8 +48,13 @@ def test_pages_decode_to_what_the_reference_reads(name, page):
 
 @pytest.mark.parametrize(
     ("name", "before", "chunk", "group", "sink_logits"),
-    [("2 bits", 131, 19, 1, True), ("mixed keys", 60, 37, 4, False), ("ternary values", 101, 5, 7, True), ("4 and 5 bits, 96", 80, 20, 3, False)],
-)  # fmt: skip
+    [
+        ("2 bits", 131, 19, 1, True),
+        ("mixed keys", 60, 37, 4, False),
+        ("ternary values", 101, 5, 7, True),
+        ("4 and 5 bits, 96", 80, 20, 3, False),
+    ],
+)
 def test_reading_pages_together_changes_nothing(name, before, chunk, group, sink_logits, monkeypatch):
     pair = PAIRS[name]
     dim = pair[0].head_dim

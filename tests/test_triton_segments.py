@@ -1,4 +1,5 @@
-"""Pages of different formats in one call: the kernels against plain torch on the same bytes, from 16 bits down to the floor."""
+"""Pages of different formats in one call: the kernels against plain torch on the same bytes, from 16 bits down to the
+floor."""
 
 import subprocess
 import sys
@@ -42,14 +43,14 @@ def decode_rungs(
     num_kv_heads: int,
     page_tokens: int,
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values of one sequence's pages of several formats, in plain torch: what the attention kernels' `formats` and
-    `segments` mean.
+    """Keys and values of one sequence's pages of several formats, in plain torch: what the attention kernels' `formats`
+    and `segments` mean.
 
     Args:
         pages: uint8, [keys of all heads | values of all heads] each, in rising position.
         formats: (key format, value format) of each of R rungs.
-        segments: R + 1 rising numbers; pages segments[r] … segments[r + 1] − 1 are of rung r. The first counts as 0, the
-            last as the number of pages, whatever they are.
+        segments: R + 1 rising numbers; pages segments[r] … segments[r + 1] − 1 are of rung r. The first counts as 0,
+            the last as the number of pages, whatever they are.
     Returns:
         Two float32 [num_kv_heads, len(pages)·page_tokens, head_dim].
     """

@@ -1,4 +1,5 @@
-"""Kernels on layers whose sliding window has left pages behind: their block table entries are 0, and nobody reads them."""
+"""Kernels on layers whose sliding window has left pages behind: their block table entries are 0, and nobody reads
+them."""
 
 from types import SimpleNamespace
 

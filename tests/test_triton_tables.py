@@ -23,7 +23,8 @@ from kvfold.kernels.gpu.records import PagedCache, PageFormat, Regions
 
 @pytest.mark.parametrize("given", [True, False])
 def test_the_device_chooses_the_rung_of_a_page(given):
-    """The page that comes due has the formats that `rungs` names when the step runs, clips included; without it the last ones."""
+    """The page that comes due has the formats that `rungs` names when the step runs, clips included; without it the
+    last ones."""
     heads, dim, size, sinks = 2, 64, 16, 1
     pairs = [
         (MIXED, uniform(dim, 3)), (uniform(dim, 4, "e4m3", 32), uniform(dim, 16, "fp16")), (raw16(dim), raw16(dim)),
@@ -44,10 +45,14 @@ def test_the_device_chooses_the_rung_of_a_page(given):
     moved = [[None if clip is None else clip.to(DEVICE) for clip in side] for side in factors]
     moved[0][2] = None
     append_step(
-        *new, PagedCache(pages.addresses().view(batch, 1), state, *raw), empty_queries(batch, heads, heads, dim, DEVICE),
+        *new,
+        PagedCache(pages.addresses().view(batch, 1), state, *raw),
+        empty_queries(batch, heads, heads, dim, DEVICE),
         [PageFormat(*pair, *own) for pair, own in zip(pairs, zip(*moved, strict=True), strict=True)],
-        Regions(sinks, 0, size), scaling=1.0, rungs=rungs if given else None,
-    )  # fmt: skip
+        Regions(sinks, 0, size),
+        scaling=1.0,
+        rungs=rungs if given else None,
+    )
     for b, (page, rung) in enumerate(zip(pages.pages, rungs.tolist(), strict=True)):
         own = rung if given else batch - 1
         expected = reference(raw[0][b, :, sinks:], raw[1][b, :, sinks:], pairs[own], clips[own])
@@ -60,7 +65,11 @@ def test_one_kernel_serves_all_formats(monkeypatch):
     """What is started differs in tensors and numbers that no kernel is compiled for."""
     heads, size = 2, 32
     started = []
-    for dim, key, value in [(64, MIXED, uniform(64, 3)), (64, uniform(64, 4, "fp16", 16), raw16(64)), (128, uniform(128, 3), uniform(128, 256))]:  # fmt: skip
+    for dim, key, value in [
+        (64, MIXED, uniform(64, 3)),
+        (64, uniform(64, 4, "fp16", 16), raw16(64)),
+        (128, uniform(128, 3), uniform(128, 256)),
+    ]:
         x = torch.zeros(1, heads, size, dim, dtype=torch.float16, device=DEVICE)
         one = torch.zeros(1, dtype=torch.int32, device=DEVICE)
         clip = torch.ones(heads, device=DEVICE)
@@ -95,7 +104,8 @@ from kvfold.kernels.gpu.encode import _encode_kernel, _lower_kernel
 from kvfold.kernels.gpu.prompt import _decode_kernel
 
 FLOATS = {
-    "k_clip", "v_clip", "q_scale", "q_shift", "matrix", "offset", "query_matrix", "coefficients", "bias", "spans", "steps",
+    "k_clip", "v_clip", "q_scale", "q_shift", "matrix", "offset", "query_matrix", "coefficients", "bias", \
+"spans", "steps",
 }
 INTS = {"sequences", "tokens", "state", "tables", "formats", "rungs", "pairs", "channels"}
 
@@ -123,14 +133,16 @@ compile(_encode_kernel, ROWS=4)
 compile(_lower_kernel, ROWS=2)
 compile(_decode_kernel, ROWS=16)
 for matrix, mean in ((False, 0), (True, 0), (True, 32)):
-    compile(_append_kernel, DIM=96, ROWS=2, TABLE=table_length(96), MATRIX=matrix, OFFSET=matrix, SHIFT=matrix and not mean,
+    compile(_append_kernel, DIM=96, ROWS=2, TABLE=table_length(96), MATRIX=matrix, OFFSET=matrix, \
+SHIFT=matrix and not mean,
             MARKS=matrix, GROUP=3, N=8, TOP=7, MEAN=mean, BIAS=64)
 print("compiled")
 """
 
 
 def test_kernels_compile_for_a_gpu(tmp_path):
-    """The interpreter lets through what the compiler does not: variables that change type, shapes that are no constants."""
+    """The interpreter lets through what the compiler does not: variables that change type, shapes that are no
+    constants."""
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     file = tmp_path / "compile_kernels.py"
     file.write_text(COMPILE)
