@@ -244,6 +244,8 @@ SLOW = re.compile(
 
 
 def pytest_collection_modifyitems(items):
+    """Marks what is slow, and has the kernels' tests, which are the longest, begin: no worker is left with them at the end."""
+    items.sort(key=lambda item: not item.path.name.startswith("test_triton"))
     for item in items:
         if SLOW.search(item.nodeid):
             item.add_marker(pytest.mark.slow)
