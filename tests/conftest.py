@@ -244,7 +244,7 @@ SLOW = re.compile(
 
 
 def pytest_collection_modifyitems(items):
-    """Marks what is slow, and has the kernels' tests, which are the longest, begin: no worker is left with them at the end."""
+    """Marks what is slow; the kernels' tests, which are the longest, begin, so that no worker is left with them."""
     items.sort(key=lambda item: not item.path.name.startswith("test_triton"))
     for item in items:
         if SLOW.search(item.nodeid):
