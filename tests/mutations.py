@@ -65,7 +65,7 @@ MUTATIONS = (
     Mutation("runtime/cache/window.py", "(positions - sinks) % geometry.ring",
              "(positions - sinks) % (geometry.ring - geometry.page_tokens)", "test_cache.py test_sequences.py"),
     Mutation("runtime/cache/window.py", "sequence.length - g.ring)", "sequence.length - g.ring - 1)",
-             "test_sequences.py test_cache.py"),
+             "test_window.py test_sequences.py test_cache.py"),
     Mutation("exports/account.py", "self.window + self.page_tokens + self.rollback)", "self.window + self.page_tokens)",
              "test_sequences.py test_cache.py"),
     # kernels
