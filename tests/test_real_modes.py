@@ -31,13 +31,17 @@ def test_a_left_padded_batch_writes_what_each_row_writes_alone(real_artifact, pr
 def test_a_batch_moves_logits_by_far_less_than_quantisation(real_artifact, prompts):
     model = runtime.load_pretrained(real_artifact, device="cpu")
     ids, mask = prompts
+    g = model.kv_artifact.geometry
+    assert g.num_pages(LENGTHS[1]) > 1 and not g.num_pages(LENGTHS[3])
     together = model(ids, attention_mask=mask).logits
     for b, n in enumerate(LENGTHS):
         row = ids[b : b + 1, -n:]
         alone = model(row).logits[0]
         with plain_cache(model):
             unquantised = model(row).logits[0]
-        assert rms(together[b, -n:] - alone) < 0.3 * rms(unquantised - alone) + 1e-3
+        # a row without pages differs from 16 bits by how its own 16 bits are rounded, and from itself in a batch likewise
+        most = 0.3 if g.num_pages(n) else 1.5
+        assert rms(together[b, -n:] - alone) <= most * rms(unquantised - alone)
 
 
 @torch.no_grad()
