@@ -39,7 +39,8 @@ def test_a_batch_moves_logits_by_far_less_than_quantisation(real_artifact, promp
         alone = model(row).logits[0]
         with plain_cache(model):
             unquantised = model(row).logits[0]
-        # without pages a row differs from 16 bits by how its own 16 bits are rounded, and in a batch from itself likewise
+        # without pages a row differs from 16 bits by how its own 16 bits are rounded,
+        # and from itself in a batch likewise
         most = 0.3 if g.num_pages(n) else 1.5
         assert rms(together[b, -n:] - alone) <= most * rms(unquantised - alone)
 
