@@ -254,7 +254,11 @@ def tried(name, call):
     print(name, errno.errorcode.get(number, number))
 tried("write inside", lambda: os.close(os.open(folder + "/a", os.O_CREAT | os.O_WRONLY)))
 tried("rename inside", lambda: os.rename(folder + "/a", folder + "/b"))
-tried("thread", lambda: __import__("threading").Thread(target=print, args=("in a thread",)).start())
+def thread():
+    one = __import__("threading").Thread(target=print, args=("in a thread",))
+    one.start()
+    one.join()  # before the next line is printed: lines of two threads may mix
+tried("thread", thread)
 tried("signal to itself", lambda: os.kill(os.getpid(), 0))
 tried("fork", lambda: libc.fork())
 tried("vfork", lambda: libc.syscall(58 if os.uname().machine == "x86_64" else 1 << 19))
