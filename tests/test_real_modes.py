@@ -28,21 +28,25 @@ def test_a_left_padded_batch_writes_what_each_row_writes_alone(real_artifact, pr
 
 
 @torch.no_grad()
-def test_a_batch_moves_logits_by_far_less_than_quantisation(real_artifact, prompts):
-    model = runtime.load_pretrained(real_artifact, device="cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_batch_moves_logits_by_far_less_than_quantisation(real_artifact, prompts, dtype):
+    """In float64 any row, with nothing added to the bound. In float32 a row that has no page differs from 16 bits by how
+    its own 16 bits are rounded, and from itself in a batch likewise: there rows with pages are judged."""
+    model = runtime.load_pretrained(real_artifact, device="cpu", dtype=dtype)
     ids, mask = prompts
-    g = model.kv_artifact.geometry
-    assert g.num_pages(LENGTHS[1]) > 1 and not g.num_pages(LENGTHS[3])
+    pages = [model.kv_artifact.geometry.num_pages(n) for n in LENGTHS]
+    assert pages[0] > pages[1] > 1 and not pages[3]
     together = model(ids, attention_mask=mask).logits
     for b, n in enumerate(LENGTHS):
         row = ids[b : b + 1, -n:]
         alone = model(row).logits[0]
         with plain_cache(model):
             unquantised = model(row).logits[0]
-        # without pages a row differs from 16 bits by how its own 16 bits are rounded,
-        # and from itself in a batch likewise
-        most = 0.3 if g.num_pages(n) else 1.5
-        assert rms(together[b, -n:] - alone) <= most * rms(unquantised - alone)
+        moved, quantised = rms(together[b, -n:] - alone), rms(unquantised - alone)
+        if dtype == torch.float64:
+            assert moved < 0.3 * quantised
+        elif pages[b]:
+            assert moved < 0.3 * quantised + 1e-3
 
 
 @torch.no_grad()
