@@ -30,8 +30,8 @@ def test_a_left_padded_batch_writes_what_each_row_writes_alone(real_artifact, pr
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_batch_moves_logits_by_far_less_than_quantisation(real_artifact, prompts, dtype):
-    """In float64 any row, with nothing added to the bound. In float32 a row that has no page differs from 16 bits by how
-    its own 16 bits are rounded, and from itself in a batch likewise: there rows with pages are judged."""
+    """In float64 any row, with nothing added to the bound. In float32 a row that has no page differs from 16 bits by
+    how its own 16 bits are rounded, and from itself in a batch likewise: there rows with pages are judged."""
     model = runtime.load_pretrained(real_artifact, device="cpu", dtype=dtype)
     ids, mask = prompts
     pages = [model.kv_artifact.geometry.num_pages(n) for n in LENGTHS]
