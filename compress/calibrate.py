@@ -6,7 +6,6 @@ rotated on by (s − 1)·t; the hidden states stay those of the plain text and n
 """
 
 import json
-import os
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from kvfold.compress.progress import progress
 from kvfold.compress.work import kept
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import Architecture, head_dim_of, num_kv_heads_of
+from kvfold.exports.scratch import write_whole
 from kvfold.kernels.key_mean import STEP, turn_tables
 
 SKIP_TOKENS = 8  # first tokens of each sequence: the sinks stay in 16 bits and are outliers
@@ -73,9 +73,8 @@ class LayerStats:
 
     def save(self, path: Path) -> None:
         """Writes all fields; the file appears complete."""
-        scratch = path.with_suffix(".part")
-        save_file({f.name: getattr(self, f.name).contiguous().cpu() for f in fields(self)}, scratch)
-        os.replace(scratch, path)
+        found = {f.name: getattr(self, f.name).contiguous().cpu() for f in fields(self)}
+        write_whole(path, lambda scratch: save_file(found, scratch))
 
     @classmethod
     def load(cls, path: Path) -> "LayerStats":
@@ -230,7 +229,5 @@ def calibrate(
 def _save_hidden(work: Path, layer: int, hidden: list[Tensor]) -> None:
     """Keeps the input of `layer` and forgets the one before; hidden.json names the file that is complete."""
     save_file({str(i): h.contiguous().cpu() for i, h in enumerate(hidden)}, work / f"hidden_{layer:03d}.safetensors")
-    scratch = work / "hidden.part"
-    scratch.write_text(json.dumps({"layer": layer}))
-    os.replace(scratch, work / "hidden.json")
+    write_whole(work / "hidden.json", lambda scratch: scratch.write_text(json.dumps({"layer": layer})))
     (work / f"hidden_{layer - 1:03d}.safetensors").unlink(missing_ok=True)

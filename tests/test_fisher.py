@@ -119,7 +119,7 @@ def test_gradients_are_those_of_the_whole_model(monkeypatch, tmp_path):
         for gradients in by_out:
             products = (gradients[layer] * error)[0, EARLY:].unflatten(1, (2, 2)).sum((0, 2, 3))
             total += float(products.double().square().sum()) / 4
-        assert rows[f"{side}.{layer}.{c}"] == pytest.approx(total, rel=2e-3)
+        assert rows[side, layer, c] == pytest.approx(total, rel=2e-3)
 
 
 @torch.no_grad()

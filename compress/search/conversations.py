@@ -6,7 +6,6 @@ whose tokenizer has a chat template is probed on both; the answers are its own, 
 count.
 """
 
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from transformers import GenerationConfig
 
 from kvfold.compress.progress import stage
 from kvfold.compress.work import kept
+from kvfold.exports.scratch import write_whole
 
 PASSAGE_TOKENS = 288  # with a template's some 30, sinks and the window that is probed, a third of a prompt is in pages
 ANSWER_TOKENS = 96
@@ -112,16 +112,12 @@ def write_conversations(
     answers = answer(model, prompts)
     found = [(torch.tensor([p + a]), len(p)) for p, a in zip(prompts, answers, strict=True) if len(a) >= LEAST_TOKENS]
     if found:
-        scratch = path.with_suffix(".part")
-        save_file(
-            {
-                name: tensor
-                for i, (ids, start) in enumerate(found)
-                for name, tensor in ((f"{i}.ids", ids), (f"{i}.prompt", torch.tensor(start)))
-            },
-            scratch,
-        )
-        os.replace(scratch, path)
+        tensors = {
+            name: tensor
+            for i, (ids, start) in enumerate(found)
+            for name, tensor in ((f"{i}.ids", ids), (f"{i}.prompt", torch.tensor(start)))
+        }
+        write_whole(path, lambda scratch: save_file(tensors, scratch))
     return found
 
 

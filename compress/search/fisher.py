@@ -15,9 +15,6 @@ one at a time from stored hidden states, so that one layer's activations are in 
 pages are run at all.
 """
 
-import json
-import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +26,17 @@ from kvfold.compress.models.attention_hook import attend_as_usual, tapped
 from kvfold.compress.progress import progress
 from kvfold.compress.search.candidates import KeyCandidate, ValueCandidate
 from kvfold.compress.search.first_order import attend_whole
-from kvfold.compress.search.sensitivity import KL_BLOCK, Job, Probe, check_finite_loss, packed_attention, specs_of
+from kvfold.compress.search.sensitivity import (
+    KL_BLOCK,
+    Job,
+    Probe,
+    check_finite_loss,
+    keep_losses,
+    packed_attention,
+    put_behind,
+    read_losses,
+    specs_of,
+)
 from kvfold.compress.work import kept
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import logits_of
@@ -61,11 +68,14 @@ def directions(probe: Probe, index: int, normed: Tensor, count: int, seed: int) 
     return found
 
 
-class _Layer:
-    """A tap that attends as usual for the last positions of a passage and keeps what it saw.
+class _Recorder:
+    """A tap that attends as usual for the last n of a passage's T positions and keeps what it saw.
 
+    Args:
+        keys, values: [1, Hkv, T - n, D], of the positions before.
     Attributes:
-        query, key, value: as in packed_attention, keys and values of all positions.
+        query, key, value: [H, n, D], [Hkv, T, D] and [Hkv, T, D], after RoPE.
+        scaling, extras: as a tap gets them.
         mask: bool [n, T] or None.
         out: [1, n, H, D] with its graph.
     """
@@ -74,13 +84,10 @@ class _Layer:
         self.before = keys, values
 
     def __call__(self, module, query, key, value, mask, scaling, **extras):
-        key, value = torch.cat((self.before[0], key), 2), torch.cat((self.before[1], value), 2)
         self.scaling, self.extras = scaling, extras
         self.mask = None if mask is None else mask[0, 0]
+        key, value, mask = put_behind(*self.before, key, value, mask)
         self.query, self.key, self.value = (x[0].detach() for x in (query, key, value))
-        if mask is None:
-            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
-            mask = mask.tril(key.shape[2] - query.shape[2])[None, None]
         if extras:
             self.out = attend_whole(query, key, value, mask, scaling, **extras)
         else:
@@ -97,14 +104,21 @@ def passage_losses(
     geometry: Geometry,
     count: int,
     seed: int,
-) -> dict[str, float]:
-    """½·Σ_h (G_h·Δo_h)² of one of the probe's passages, mean over `count` directions, in nats summed over its
-    positions."""
-    found: dict[str, float] = {}
+) -> dict[Job, float]:
+    """½·Σ_h (G_h·Δo_h)² of one of the probe's passages, mean over `count` directions.
+
+    Args:
+        index: of the passage.
+        jobs, keys, values, count, seed: as in `fisher_losses`.
+        geometry: sinks, window and page size that candidates are measured with.
+    Returns:
+        nats of each job, summed over the passage's positions.
+    """
+    found: dict[Job, float] = {}
     first = probe.early[index]
     gradient: Tensor | None = None  # [count, 1, n, hidden_size] by a layer's output
     for layer in reversed(range(len(probe.attentions))):
-        tap = _Layer(*probe.past[index][layer])
+        tap = _Recorder(*probe.past[index][layer])
         leaf = probe.hidden[index][layer][:, first:].detach()
         with torch.enable_grad(), tapped(probe.attentions[layer], tap):
             leaf.requires_grad_()
@@ -126,18 +140,7 @@ def passage_losses(
             error = packed_attention(tap.query, tap.key, tap.value, geometry, tap.scaling, **specs, **options)
             error -= plain
             products = (heads * error.unflatten(0, (geometry.num_kv_heads, -1))).flatten(2).sum(-1)
-            found[_name((side, at, c))] = float(products.double().square().sum() / (2 * count))
-    return found
-
-
-def _name(job: Job) -> str:
-    return ".".join(map(str, job))
-
-
-def _read(path: Path) -> list[dict[str, float]]:
-    found = json.loads(path.read_text())
-    if not all(isinstance(x, float) and math.isfinite(x) for row in found for x in row.values()):
-        raise ValueError("losses are numbers")
+            found[side, at, c] = float(products.double().square().sum() / (2 * count))
     return found
 
 
@@ -156,19 +159,21 @@ def fisher_losses(
     Args:
         keys, values: candidates of each layer.
         count: directions for each passage.
+        geometry: sinks, window and page size that candidates are measured with.
         seed: of the directions.
         work: folder for fisher.json, from which an interrupted run goes on.
+    Raises:
+        KvfoldError: the model's logits are no numbers.
     """
     path = work / "fisher.json"
-    done = kept(path, _read, [])
-    for index in progress(range(len(probe.passages)), "sensitivity", "passage"):
-        if index < len(done):
+    found = kept(path, read_losses, {})
+    names = [{job: f"{index}.{'.'.join(map(str, job))}" for job in jobs} for index in range(len(probe.passages))]
+    for index, own in enumerate(progress(names, "sensitivity", "passage")):
+        if all(name in found for name in own.values()):
             continue
         losses = passage_losses(probe, index, jobs, keys, values, geometry, count, seed)
         check_finite_loss(sum(losses.values()))
-        done.append(losses)
-        scratch = path.with_suffix(".part")
-        scratch.write_text(json.dumps(done))
-        os.replace(scratch, path)
+        found |= {name: losses[job] for job, name in own.items()}
+        keep_losses(path, found)
     positions = sum(map(len, probe.final))
-    return {job: sum(row[_name(job)] for row in done) / positions for job in jobs}
+    return {job: sum(found[own[job]] for own in names) / positions for job in jobs}

@@ -17,7 +17,6 @@ float32, because in bfloat16 the rounding of the rest of the model alone is as l
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from kvfold.compress.work import kept
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import Architecture, logits_of
+from kvfold.exports.scratch import write_whole
 from kvfold.exports.spec import KeySpec, ValueSpec, clip_rows
 from kvfold.kernels.attention import KeyMean, Tile, attend
 from kvfold.kernels.quantizer import round_trip, to_float16
@@ -224,14 +224,29 @@ def _keep(past: list[tuple[Tensor, Tensor]], early: int) -> Tap:
     return tap
 
 
+def put_behind(
+    keys: Tensor, values: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the last n of a sequence's T positions attend to.
+
+    Args:
+        keys, values: [1, Hkv, T - n, D], of the first positions.
+        key, value: [1, Hkv, n, D].
+        mask: bool [1, 1, n, T] where attention is narrower than causal, else None.
+    Returns:
+        (keys, values, mask): [1, Hkv, T, D] twice, and bool [1, 1, n, T].
+    """
+    first, tokens = keys.shape[2], key.shape[2]
+    if mask is None:
+        mask = torch.ones(tokens, first + tokens, dtype=torch.bool, device=key.device).tril(first)[None, None]
+    return torch.cat((keys, key), 2), torch.cat((values, value), 2), mask
+
+
 def _behind(keys: Tensor, values: Tensor) -> Tap:
     """A tap for the last positions of a sequence, whose first ones have these keys and values."""
 
     def tap(module, query, key, value, mask, scaling, **extras):
-        key, value = torch.cat((keys, key), 2), torch.cat((values, value), 2)
-        if mask is None:
-            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
-            mask = mask.tril(keys.shape[2])[None, None]
+        key, value, mask = put_behind(keys, values, key, value, mask)
         return attend_as_usual(module, query, key, value, mask, scaling, extras=extras)
 
     return tap
@@ -305,11 +320,22 @@ def extrapolate(group: Sequence[Candidate], measured: dict[int, float]) -> list[
     return losses
 
 
-def _read_losses(path: Path) -> dict[str, float]:
+def read_losses(path: Path) -> dict[str, float]:
+    """What `keep_losses` wrote.
+
+    Raises:
+        OSError, ValueError: it isn't that.
+    """
     found = json.loads(path.read_text())
-    if not all(isinstance(loss, float) and math.isfinite(loss) for loss in found.values()):
-        raise ValueError("losses are numbers")
+    numbers = found.values() if isinstance(found, dict) else [found]
+    if not all(isinstance(loss, float) and math.isfinite(loss) for loss in numbers):
+        raise ValueError("losses are numbers by name")
     return found
+
+
+def keep_losses(path: Path, found: dict[str, float]) -> None:
+    """Writes losses in nats by name, for a run that goes on; the file appears complete."""
+    write_whole(path, lambda scratch: scratch.write_text(json.dumps(found)))
 
 
 def measured(
@@ -327,7 +353,7 @@ def measured(
         work: folder for sensitivity.json, from which an interrupted run goes on.
     """
     path = work / "sensitivity.json"
-    found = kept(path, _read_losses, {})
+    found = kept(path, read_losses, {})
     for side, layer, c in progress(jobs, "sensitivity", "probe"):
         name = f"{layer}.{side}.{c}"
         if name in found:
@@ -335,9 +361,7 @@ def measured(
         found[name] = probe.measure(
             layer, packing_tap(geometry, probe.device, **specs_of(side, keys, values, layer, c))
         )
-        scratch = path.with_suffix(".part")
-        scratch.write_text(json.dumps(found))
-        os.replace(scratch, path)
+        keep_losses(path, found)
     return {(side, layer, c): found[f"{layer}.{side}.{c}"] for side, layer, c in jobs}
 
 
