@@ -18,7 +18,8 @@ from kvfold.compress.models import quiet_transformers
 from kvfold.compress.plan import make_plan, pick_device
 from kvfold.compress.recipe import Recipe, load_recipe
 from kvfold.compress.search import measure, target_bits
-from kvfold.compress.search.sensitivity import measured, probed
+from kvfold.compress.search.extrapolation import probed
+from kvfold.compress.search.sensitivity import measured
 
 
 @torch.no_grad()

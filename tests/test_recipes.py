@@ -15,8 +15,9 @@ from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import Recipe, load_recipe, shipped_recipes
 from kvfold.compress.search import choose, sensitivity
 from kvfold.compress.search.candidates import CLIPS, best_clip, key_candidates, value_candidates
+from kvfold.compress.search.extrapolation import extrapolate, probed
 from kvfold.compress.search.first_order import first_order_losses, gradients
-from kvfold.compress.search.sensitivity import Passage, Probe, extrapolate, packing_tap, probed
+from kvfold.compress.search.sensitivity import Passage, Probe, packing_tap
 from kvfold.compress.transforms import Request
 from kvfold.compress.transforms.smooth import pair_scale, smooth
 from kvfold.errors import KvfoldError

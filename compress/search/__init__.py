@@ -20,9 +20,10 @@ from kvfold.compress.search.allocate import Choice, allocate, least_nbytes
 from kvfold.compress.search.allocate_shared import allocate_shared
 from kvfold.compress.search.candidates import KeyCandidate, ValueCandidate, key_candidates, value_candidates
 from kvfold.compress.search.conversations import write_conversations
+from kvfold.compress.search.extrapolation import sensitivities
 from kvfold.compress.search.first_order import first_order_losses
 from kvfold.compress.search.fisher import fisher_losses
-from kvfold.compress.search.sensitivity import Passage, Probe, measured, packing_tap, sensitivities
+from kvfold.compress.search.sensitivity import Passage, Probe, measured, packing_tap
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import Architecture

@@ -3,9 +3,7 @@
 One probe quantises one side of one layer through packed bytes, sinks and window (of 128 tokens at the most) left in 16
 bits, and runs the rest of the model as it is. It is cheap because
 - a probe starts at its layer from stored hidden states, so that it costs half a forward pass on average;
-- one format of each kind of a side is probed, not all: KL is quadratic in a small error, so that of another format
-  follows from the two formats' distortions, which are measured on calibration tokens without the model (kinds are
-  measured apart, because symmetric and minimum-maximum codes spend equal distortions on different tokens);
+- one format of each kind of a side is probed, not all (extrapolation.py);
 - the layers' losses add up (the artifact states how well), so that choices need no probing together;
 - the first tokens, which read no page, are as they were in every layer: behind the probed layer only the others are
   computed, with the first ones' keys and values as they were;
@@ -17,21 +15,20 @@ float32, because in bfloat16 the rounding of the rest of the model alone is as l
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kvfold.compress.models.attention_hook import Tap, attend_as_usual, tapped
 from kvfold.compress.models.layerwise import LayerRunner
 from kvfold.compress.progress import progress
-from kvfold.compress.search.candidates import KeyCandidate, ValueCandidate, is_raw
+from kvfold.compress.search.candidates import KeyCandidate, ValueCandidate
 from kvfold.compress.work import kept
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
@@ -42,8 +39,6 @@ from kvfold.kernels.attention import KeyMean, Tile, attend
 from kvfold.kernels.quantizer import round_trip, to_float16
 
 KL_BLOCK = 128  # positions whose logits are in memory at a time
-SPREAD_BITS = 0.75  # how far around the budget's payload a side is probed where more than one format is
-NEAR_BITS = 1.5  # a kind of formats further than this from the budget's payload is not probed for itself
 Candidate = KeyCandidate | ValueCandidate
 Job = tuple[str, int, int]  # "key" or "value", layer, candidate
 BASE_NBYTES = 1 << 30  # of the baseline's log-probabilities
@@ -274,52 +269,6 @@ def packing_tap(
     return tap
 
 
-def probed(group: Sequence[Candidate], bits: float, count: int) -> list[int]:
-    """Which candidates of a side are measured: of each kind of parameters, `count` quantised ones, spread over
-    SPREAD_BITS around `bits` of payload. A kind that has nothing within NEAR_BITS is not measured, unless no kind
-    has."""
-    offsets = [SPREAD_BITS * (2 * i / (count - 1) - 1) for i in range(count)] if count > 1 else [0.0]
-    distance = {i: c.spec.format.payload_bits - bits for i, c in enumerate(group) if not is_raw(c.spec.format)}
-    kinds: dict[str, list[int]] = {}
-    for i in distance:
-        kinds.setdefault(group[i].spec.format.params, []).append(i)
-    nearest = min(map(abs, distance.values()), default=0.0)
-    chosen = set()
-    for members in kinds.values():
-        if min(abs(distance[i]) for i in members) <= max(NEAR_BITS, nearest):
-            chosen |= {min(members, key=lambda i: abs(distance[i] - offset)) for offset in offsets}
-    return sorted(chosen)
-
-
-def extrapolate(group: Sequence[Candidate], measured: dict[int, float]) -> list[float]:
-    """Losses of all candidates from those of some.
-
-    Args:
-        measured: index of a candidate → its loss.
-    Returns:
-        Loss of each candidate: its distortion times loss / distortion of the measured ones of its kind (of any, if none
-        of its kind was), whose logarithm is interpolated over the logarithm of the distortion, and constant beyond
-        them.
-    """
-
-    def known(kind: str | None) -> list[tuple[float, float]]:
-        return sorted(
-            (group[i].distortion, loss)
-            for i, loss in measured.items()
-            if group[i].distortion > 0 and loss > 0 and kind in (None, group[i].spec.format.params)
-        )
-
-    losses = []
-    for i, candidate in enumerate(group):
-        points = known(candidate.spec.format.params) or known(None)
-        loss = measured.get(i)
-        if loss is None and points and candidate.distortion > 0:
-            x, ratio = np.log([d for d, _ in points]), np.log([loss / d for d, loss in points])
-            loss = float(candidate.distortion * np.exp(np.interp(np.log(candidate.distortion), x, ratio)))
-        losses.append(loss or 0.0)
-    return losses
-
-
 def read_losses(path: Path) -> dict[str, float]:
     """What `keep_losses` wrote.
 
@@ -373,37 +322,3 @@ def specs_of(
         return {"key_spec": keys[layer][candidate].spec}
     chosen = values[layer][candidate]
     return {"value_spec": chosen.spec, "value_matrix": chosen.matrix}
-
-
-def sensitivities(
-    keys: list[list[KeyCandidate]],
-    values: list[list[ValueCandidate]],
-    bits: float,
-    count: int,
-    find: Callable[[Sequence[Job]], dict[Job, float]],
-) -> tuple[list[list[float]], list[list[float]]]:
-    """Loss in nats of every candidate, from those of `count` of each side of each layer.
-
-    Args:
-        keys, values: candidates of each layer.
-        bits: payload around which candidates are measured.
-        find: losses of some.
-    Returns:
-        (losses of key candidates, losses of value candidates), one list a layer.
-    """
-    sides: tuple[tuple[str, Sequence[Sequence[Candidate]]], ...] = (("key", keys), ("value", values))
-    jobs = [
-        (side, layer, c)
-        for layer in range(len(keys))
-        for side, groups in sides
-        for c in probed(groups[layer], bits, count)
-    ]
-    found = find(jobs)
-
-    def losses(side: str, groups: Sequence[Sequence[Candidate]]) -> list[list[float]]:
-        return [
-            extrapolate(group, {c: found[side, layer, c] for s, i, c in jobs if s == side and i == layer})
-            for layer, group in enumerate(groups)
-        ]
-
-    return losses("key", keys), losses("value", values)
