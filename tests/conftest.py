@@ -19,6 +19,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's module is imported
 
+import quick_interpreter
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
@@ -49,6 +50,8 @@ def examples(count: int) -> int:
 
 
 pytest.register_assert_rewrite("real_artifact")  # helpers that assert
+if os.environ.get("TRITON_INTERPRET") == "1":
+    quick_interpreter.install()
 torch.set_num_threads(1)  # test workers share the cores
 
 SHAPE = {
