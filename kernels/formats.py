@@ -24,7 +24,7 @@ from kvfold.kernels.packing import PLANE_WIDTHS, RAW, STORAGES, TRIT, TRIT_CHANN
 
 # Step in standard deviations, and mean squared error at unit variance, of the best uniform
 # quantiser with that many levels for a Gaussian source (J. Max, "Quantizing for minimum
-# distortion", 1960; tests/test_formats.py recomputes them).
+# distortion", 1960; tests/kernels/test_formats.py recomputes them).
 GAUSSIAN_STEP = {2: 1.5958, 3: 1.2240, 4: 0.9957, 8: 0.5860, 16: 0.3352, 32: 0.1881, 64: 0.1041, 256: 0.03076}
 GAUSSIAN_MSE = {
     0: 1.0, 2: 0.3634, 3: 0.1902, 4: 0.1188, 8: 0.03744, 16: 0.01154, 32: 0.003495, 64: 0.001041,

@@ -1,5 +1,5 @@
 """Every private name of other libraries that kvfold relies on, so that a release which renames one
-is told of it by a test (tests/test_private_names.py) and not by a user."""
+is told of it by a test (tests/project/test_private_names.py) and not by a user."""
 
 import importlib
 import inspect

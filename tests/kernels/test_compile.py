@@ -105,7 +105,7 @@ def test_the_files_alone_say_what_a_model_launches(tiny_artifact):
 
 
 def python(code: str, cache: Path, **env: str) -> subprocess.CompletedProcess:
-    """Runs code that may use `kernels_here` of tests/compile_ahead.py, with a cache folder."""
+    """Runs code that may use `kernels_here` of compile_ahead.py, with a cache folder."""
     done = subprocess.run(
         [sys.executable, "-c", f"from compile_ahead import *\n{code}"],
         cwd=ROOT, env=environment(cache) | env, capture_output=True, text=True,

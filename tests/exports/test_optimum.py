@@ -1,4 +1,4 @@
-"""`optimum-cli kvfold …`: the same command line; tests/test_wheel.py has the one of the wheel."""
+"""`optimum-cli kvfold …`: the same command line; tests/project/test_wheel.py has the one of the wheel."""
 
 import json
 import subprocess

@@ -1,7 +1,7 @@
 """Compiles the attention kernels of pairs of formats for sm_90; a process of its own, because the interpreter is off
 here.
 
-usage: python tests/compile_kernels.py PROMPT PAIR …, where PAIR may be "cap" (soft-cap), "mean", "merge" or
+usage: python tests/kernels/compile_kernels.py PROMPT PAIR …, where PAIR may be "cap" (soft-cap), "mean", "merge" or
                                        "decode" (of pages)
 """
 

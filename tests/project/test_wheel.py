@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("compress", "exports", "kernels", "runtime")
 OPTIMUM_CLI = (sys.executable, "-m", "optimum.commands.optimum_cli")
 

@@ -37,7 +37,7 @@ sinks: 3
 calibration: {num_sequences: 2, seq_len: 256, sample_tokens: 128}
 sensitivity: {num_sequences: 1, seq_len: 192}
 """
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

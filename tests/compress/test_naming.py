@@ -10,7 +10,7 @@ import pytest
 
 from kvfold.compress.naming import default_output
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ECHO = """#!{python}
 import os, sys
 if sys.argv[1:3] == ["-m", "kvfold.compress.naming"]:

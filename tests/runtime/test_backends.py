@@ -69,7 +69,7 @@ def test_a_backend_gets_a_record_of_tensors_and_no_layer():
 
 
 def test_a_backend_in_one_file_takes_steps_in_one_go():
-    """tests/plain_steps.py: tokens are deferred, and stored when the handle attends."""
+    """plain_steps.py: tokens are deferred, and stored when the handle attends."""
     pytest.importorskip("triton")
     from plain_steps import PlainSteps
 

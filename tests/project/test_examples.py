@@ -15,7 +15,7 @@ from hub_server import Hub
 from kvfold import KVBudgetExceeded
 from kvfold.exports.reader import read_metadata
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def load(name: str) -> ModuleType:

@@ -1,4 +1,4 @@
-"""What tests/test_compile.py runs in processes of their own, with the compiler: small kernels, for a device that is not
+"""What test_compile.py runs in processes of their own, with the compiler: small kernels, for a device that is not
 there."""
 
 import errno

@@ -9,7 +9,7 @@ import pytest
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GEOMETRY = Geometry(num_kv_heads=2, head_dim=16, sinks=3, window=24, page_tokens=8)
 
 

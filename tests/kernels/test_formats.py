@@ -16,7 +16,7 @@ from kvfold.errors import KvfoldError
 from kvfold.kernels.formats import GAUSSIAN_MSE, GAUSSIAN_STEP, PLANE_WIDTHS, RAW, Format, raw16, uniform
 from kvfold.kernels.quantizer import decode, encode
 
-FORMAT_MD = Path(__file__).parents[1] / "exports" / "FORMAT.md"
+FORMAT_MD = Path(__file__).parents[2] / "exports" / "FORMAT.md"
 CODED = sorted(set(PLANE_WIDTHS) - {0, RAW})
 DTYPES = st.sampled_from(("e4m3", "fp16"))
 
