@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 
+from kvfold.compress.memory import SHARE, free_nbytes, weights_nbytes
 from kvfold.compress.models import ALIASES, Source, load_model
+from kvfold.compress.models.attention_hook import NAME as TAP
+from kvfold.compress.models.streamed import load_streamed, release
 from kvfold.compress.plan import Plan
 from kvfold.compress.progress import stage
 from kvfold.compress.search import Found, fused_parameters, set_parameters
@@ -56,9 +59,10 @@ def export(plan: Plan, found: Found, out: Path) -> Artifact:
     specs = [LayerSpec(_fused_key(layer.key), layer.value.spec) for layer in layers]
 
     def save_model(folder: Path) -> None:
-        model = load_model(plan.source.path, "auto", torch.device("cpu"))
+        model = _stored(plan)
         for attention, layer in zip(plan.arch.attention_modules(model), layers, strict=True):
             set_parameters(attention, fused_parameters(attention, plan.arch, layer), dtype, keep=True)
+            release(model)
         if hasattr(model.config, "auto_map"):
             del model.config.auto_map  # code that an artifact has not
         model.save_pretrained(folder)
@@ -67,6 +71,15 @@ def export(plan: Plan, found: Found, out: Path) -> Artifact:
 
     metadata = _metadata(plan, found, specs, dtype)
     return write_artifact(out, metadata, specs, save_model, plan.recipe.dump(), base_of(plan.source))
+
+
+def _stored(plan: Plan) -> Any:
+    """The checkpoint in its own types: in memory, or, where it would take more than its share of that, in its files."""
+    cpu = torch.device("cpu")
+    own: torch.dtype = plan.config.dtype or torch.float32
+    if weights_nbytes(plan.source.path, own, own) <= (plan.max_memory or free_nbytes(cpu)) // SHARE:
+        return load_model(plan.source.path, "auto", cpu)
+    return load_streamed(plan.source.path, plan.arch, None, cpu, TAP)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

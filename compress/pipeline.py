@@ -44,6 +44,7 @@ def compress(
     context: int | None = None,
     resume: bool = False,
     statistics: Path | None = None,
+    max_memory: int | None = None,
 ) -> Artifact:
     """Compresses a model and writes the artifact.
 
@@ -58,12 +59,14 @@ def compress(
         resume: go on with what an interrupted run of the same options left.
         statistics: folder that keeps the calibration for later runs on the same model and text, whatever else they
             choose.
+        max_memory: bytes that are taken to be free; None: those that are. Weights of which half would not fit are
+            read layer by layer. The artifact is the same.
     Raises:
         KvfoldError: any bad input, in one sentence; nothing is left behind.
     """
     recipe = recipe or Recipe()
     place = resolve_output(out)  # once: what happens to a link while the run lasts moves nothing
-    plan = make_plan(model, budget, calib, recipe, context)
+    plan = make_plan(model, budget, calib, recipe, context, max_memory)
     weights = sum(p.stat().st_size for p in plan.source.path.glob("*.safetensors") if p.is_file())
     check_output(out, int(2.2 * weights) + (64 << 20))
     target = pick_device(device)

@@ -44,6 +44,7 @@ class Plan:
     text_name: str
     spread: int
     steps: list[int]
+    max_memory: int | None = None  # bytes that are taken to be free; None: those that are
 
     @property
     def num_layers(self) -> int:
@@ -68,11 +69,13 @@ def pick_device(name: str) -> torch.device:
         ) from error
 
 
-def make_plan(model: str, budget: str, calib: str | None, recipe: Recipe, context: int | None) -> Plan:
+def make_plan(
+    model: str, budget: str, calib: str | None, recipe: Recipe, context: int | None, max_memory: int | None = None
+) -> Plan:
     """Finds the model and checks everything that can be checked before its weights are read.
 
     Args:
-        model, budget, calib, recipe, context: as in `pipeline.compress`.
+        model, budget, calib, recipe, context, max_memory: as in `pipeline.compress`.
     Raises:
         KvfoldError: what is wrong with any of them.
     """
@@ -104,7 +107,9 @@ def make_plan(model: str, budget: str, calib: str | None, recipe: Recipe, contex
     check_ids(sequences, config, source.name)
     spread = c.spread or max(1, ceil(allowance.at / sequences[0].shape[1]))
     steps = graded_steps(spread, len(sequences)) if c.graded else [spread] * len(sequences)
-    return Plan(source, config, arch, geometry, allowance, recipe, tokenizer, sequences, name, spread, steps)
+    return Plan(
+        source, config, arch, geometry, allowance, recipe, tokenizer, sequences, name, spread, steps, max_memory
+    )
 
 
 def longest_window(geometry: Geometry, budget: Budget, least: list[tuple[Format, Format]]) -> int:

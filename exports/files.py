@@ -30,6 +30,12 @@ READ_NAMES = {
 LONGEST_NAME = 255  # bytes, of most file systems
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, those of an index or the one there is."""
+    index = path / INDEX
+    return [path / name for name in sorted(set(read_index(index).values()))] if index.is_file() else [path / WEIGHTS]
+
+
 def is_read(name: str) -> bool:
     """Whether transformers reads a file or folder of this name beside a config.json, or may run it."""
     return name in READ_NAMES or Path(name).suffix in READ_SUFFIXES or name.endswith(".index.json")

@@ -24,7 +24,7 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.account import cache_nbytes
 from kvfold.exports.reader import read_artifact, read_metadata, update_artifact
 from kvfold.exports.schema import METADATA_NAME, Metadata
-from kvfold.exports.units import format_nbytes, printable
+from kvfold.exports.units import format_nbytes, parse_nbytes, printable
 from kvfold.pretrained import tokenizer_from_pretrained
 
 # click's own, or that of the copy of click which newer releases of typer carry
@@ -156,6 +156,10 @@ def compress_command(
     device: DeviceOption = "auto",
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random; default 0.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left.")] = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="Memory to count on (8GiB); default: what is free. Bigger models are read layer by layer."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Writes a checkpoint whose KV cache is small. The last line printed is its path."""
@@ -172,6 +176,7 @@ def compress_command(
         device=device,
         context=context,
         resume=resume,
+        max_memory=None if max_memory is None else parse_nbytes(max_memory),
     )
     if as_json:
         print(json.dumps({"artifact": str(target), **describe(artifact.metadata)}))

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from kvfold.compress.calibrate import calibrate
 from kvfold.compress.fuse import fuse_pair_scale, fuse_values
+from kvfold.compress.memory import SHARE, free_nbytes, weights_nbytes
 from kvfold.compress.models import load_model
 from kvfold.compress.models.attention_hook import NAME as TAP
+from kvfold.compress.models.streamed import is_streamed, load_streamed, release
 from kvfold.compress.plan import Plan, check_reach
 from kvfold.compress.progress import progress, stage
 from kvfold.compress.recipe import LEAST_WINDOW
@@ -27,6 +29,7 @@ from kvfold.compress.search.sensitivity import Passage, Probe, measured, packing
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import Architecture
+from kvfold.exports.units import format_nbytes
 from kvfold.kernels import catalogue
 from kvfold.kernels.formats import Format
 
@@ -91,7 +94,7 @@ def measure(plan: Plan, work: Path, device: torch.device, statistics: Path | Non
         f"reading {plan.source.name}: {plan.num_layers} layers, {len(plan.sequences)} × {plan.sequences[0].shape[1]} "
         "tokens of calibration text"
     )
-    model = load_model(plan.source.path, _compute_dtype(plan, device), device, TAP)
+    model = load_weights(plan, device)
     check_finite(model, plan.source.name)
     stats = calibrate(
         model, plan.arch, plan.sequences, plan.steps, recipe.calibration.sample_tokens, statistics or work
@@ -155,7 +158,8 @@ def search(plan: Plan, work: Path, device: torch.device, statistics: Path | None
     together = x.probe.whole_model(taps)
     dtype: torch.dtype = plan.config.dtype or torch.float32
     for attention, layer in zip(plan.arch.attention_modules(x.model), layers, strict=True):
-        set_parameters(attention, fused_parameters(attention, plan.arch, layer), dtype)
+        set_parameters(attention, fused_parameters(attention, plan.arch, layer), dtype, is_streamed(x.model))
+        release(x.model)
     return Found(layers, together, x.probe.whole_model())
 
 
@@ -169,6 +173,7 @@ def check_finite(model: Any, name: str) -> None:
     """
     embedding, head = (m and m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()))
     for key, tensor in model.state_dict().items():
+        release(model)
         apart = embedding is not head and embedding is not None and tensor.data_ptr() == embedding.data_ptr()
         if tensor.is_floating_point() and not apart and not bool(torch.isfinite(tensor).all()):
             raise KvfoldError(
@@ -234,14 +239,15 @@ def _sum(a: Choice, b: Choice) -> Choice:
     return Choice(a.nbytes + b.nbytes, a.loss + b.loss)
 
 
-def _compute_dtype(plan: Plan, device: torch.device) -> torch.dtype:
-    """float32 where the weights fit in half of the device's free memory: a probe's KL drowns in bfloat16's rounding."""
-    if device.type != "cuda":
-        return torch.float32
-    weights = sum(p.stat().st_size for p in plan.source.path.glob("*.safetensors"))
-    own: torch.dtype = plan.config.dtype or torch.float32
-    wide = weights * 4 // own.itemsize
-    return torch.float32 if wide < torch.cuda.mem_get_info(device)[0] / 2 else own
+def load_weights(plan: Plan, device: torch.device) -> Any:
+    """The model in float32, since a probe's KL drowns in bfloat16's rounding: whole, or, where it would take more
+    than its share of the device's memory, layer by layer."""
+    free = plan.max_memory if plan.max_memory and device.type == "cpu" else free_nbytes(device)
+    need = weights_nbytes(plan.source.path, plan.config.dtype or torch.float32, torch.float32)
+    if need <= free // SHARE:
+        return load_model(plan.source.path, torch.float32, device, TAP)
+    stage(f"reading layer by layer: {format_nbytes(need)} of weights, {format_nbytes(free)} of memory")
+    return load_streamed(plan.source.path, plan.arch, torch.float32, device, TAP)
 
 
 def fused_parameters(attention: Any, arch: Architecture, layer: Layer) -> dict[str, Tensor]:

@@ -1,0 +1,132 @@
+"""A model read layer by layer gives the artifact of one read whole, byte for byte, and is never in memory whole."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, save_tiny
+from safetensors.torch import load_file, save_file
+
+from kvfold.compress import memory
+from kvfold.compress.models import load_model
+from kvfold.compress.models.attention_hook import NAME
+from kvfold.compress.models.streamed import WeightFile, load_streamed
+from kvfold.compress.pipeline import compress
+from kvfold.compress.recipe import load_recipe
+from kvfold.errors import KvfoldError
+from kvfold.exports.architectures import ARCHITECTURES
+from kvfold.exports.files import weight_files
+
+CPU = torch.device("cpu")
+LITTLE = 1  # byte of memory, so that every model is read layer by layer
+
+
+def streamed(folder, family="llama", dtype: torch.dtype | None = torch.float32):
+    return load_streamed(folder, ARCHITECTURES[family], dtype, CPU, NAME)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_saved_files_are_those_of_the_whole_model(family, tmp_path):
+    folder = save_tiny(tmp_path / "model", family)
+    ids = torch.randint(0, 128, (2, 50), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(streamed(folder, family)(ids).logits, load_model(folder, torch.float32, CPU)(ids).logits)
+    streamed(folder, family, None).save_pretrained(tmp_path / "streamed")
+    load_model(folder, "auto", CPU).save_pretrained(tmp_path / "whole")
+    assert hashes(tmp_path / "streamed") == hashes(tmp_path / "whole")
+
+
+def test_the_artifact_is_the_same(tmp_path, tiny_folder, tiny_artifact, text_file, recipe_file, monkeypatch):
+    read = []
+    for module in ("kvfold.compress.search", "kvfold.compress.export"):
+        monkeypatch.setattr(f"{module}.load_model", lambda *args: pytest.fail("read whole"))
+    monkeypatch.setattr("kvfold.compress.search.load_streamed", lambda *args: read.append(args) or load_streamed(*args))
+    out = tmp_path / "tiny"
+    recipe = load_recipe(recipe_file)
+    compress(str(tiny_folder), "4.0", out, calib=str(text_file), recipe=recipe, max_memory=LITTLE)
+    assert len(read) == 1 and hashes(out) == hashes(tiny_artifact)
+
+
+def test_shards_and_ties_are_read_too(tmp_path):
+    folder = save_tiny(tmp_path / "model", "gemma3_text")  # its head is its embedding
+    whole = load_model(folder, torch.float32, CPU)
+    whole.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    assert len(weight_files(tmp_path / "shards")) > 2
+    found = streamed(tmp_path / "shards", "gemma3_text")
+    assert found.get_output_embeddings().weight is found.get_input_embeddings().weight
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(found(ids).logits, whole(ids).logits)
+
+
+def test_a_layer_is_in_memory_only_while_it_runs(tmp_path):
+    model = streamed(save_tiny(tmp_path / "model"))
+    seen: list[list[torch.dtype]] = []
+
+    def note(module, args, kwargs=None):
+        seen.append([layer.self_attn.o_proj.weight.dtype for layer in model.model.layers])
+
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(note)
+    with torch.no_grad():
+        model(torch.arange(9)[None])
+    wide, stored = torch.float32, torch.bfloat16
+    assert seen == [[wide, stored, stored], [stored, wide, stored], [stored, stored, wide]]
+    assert model.model.layers[0].self_attn.o_proj.weight.dtype == stored
+
+
+def test_gradients_pass_through_layers_that_have_left_again(tmp_path):
+    folder = save_tiny(tmp_path / "model")
+    found = []
+    for model in (streamed(folder), load_model(folder, torch.float32, CPU, NAME)):
+        x = model.get_input_embeddings()(torch.arange(30)[None]).requires_grad_()
+        model(inputs_embeds=x).logits.square().sum().backward()
+        found.append(x.grad)
+    assert torch.equal(*found)
+
+
+def test_files_are_read_as_safetensors_reads_them(tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    given = {
+        "empty": torch.empty(0, 3),
+        "odd": torch.randn(3, 5, generator=rng),
+        "half": torch.randn(7, generator=rng).half(),
+        "wide": torch.randn(2, 2, generator=rng).double(),
+        "scalar": torch.tensor(2.5).bfloat16(),
+    }
+    save_file(given, tmp_path / "x.safetensors")
+    file = WeightFile(tmp_path / "x.safetensors")
+    for _ in range(2):
+        expected = load_file(tmp_path / "x.safetensors")
+        assert file.tensors.keys() == expected.keys()
+        assert all(
+            torch.equal(x, expected[name]) and x.dtype == expected[name].dtype for name, x in file.tensors.items()
+        )
+        file.release()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda x: x.pop("model.norm.weight"), "has no tensor model.norm.weight"),
+        (lambda x: x.update({"model.norm.weight": torch.ones(3)}), "model.norm.weight in '.*' is of the wrong shape"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(tmp_path, change, words):
+    folder = save_tiny(tmp_path / "model")
+    stored = load_file(folder / "model.safetensors")
+    change(stored)
+    save_file(stored, folder / "model.safetensors")
+    with pytest.raises(KvfoldError, match=words):
+        streamed(folder)
+
+
+def test_free_memory_is_no_more_than_the_group_may_have(monkeypatch):
+    assert 1 << 20 < memory.free_nbytes(CPU) < 1 << 50
+    monkeypatch.setattr(memory, "_limits", lambda: [4096])
+    assert memory.free_nbytes(CPU) == 4096
