@@ -6,10 +6,12 @@ import torch
 
 from kvfold.compress.export import check_exportable, export
 from kvfold.compress.plan import Plan, make_plan, pick_device
+from kvfold.compress.progress import stage
 from kvfold.compress.recipe import Recipe
 from kvfold.compress.search import search
 from kvfold.compress.work import Unfinished, fingerprint, model_fingerprint, work_folder
 from kvfold.errors import KvfoldError
+from kvfold.exports.loss import BROKEN_KL, loss_words
 from kvfold.exports.place import check_output, resolve_output
 from kvfold.exports.reader import Artifact
 from kvfold.version import __version__
@@ -33,6 +35,22 @@ def statistics_folder(calibrated: dict, root: Path) -> Path:
     return folder
 
 
+def check_loss(kl: float, accept_loss: bool) -> None:
+    """Says what a large KL means, and refuses one that breaks the model, unless it is accepted.
+
+    Raises:
+        Unfinished: it is above BROKEN_KL nats and not accepted.
+    """
+    words = loss_words(kl)
+    if words and kl > BROKEN_KL and not accept_loss:
+        raise Unfinished(
+            f"{words} Nothing was written: run again with more --budget, or with --resume --accept-loss to have it "
+            f"all the same (above {BROKEN_KL:g} nats)."
+        )
+    if words:
+        stage(f"warning: {words}")
+
+
 def compress(
     model: str,
     budget: str,
@@ -45,6 +63,7 @@ def compress(
     resume: bool = False,
     statistics: Path | None = None,
     max_memory: int | None = None,
+    accept_loss: bool = False,
 ) -> Artifact:
     """Compresses a model and writes the artifact.
 
@@ -61,8 +80,10 @@ def compress(
             choose.
         max_memory: bytes that are taken to be free; None: those that are. Weights of which half would not fit are
             read layer by layer. The artifact is the same.
+        accept_loss: write the artifact also where the measured KL is above BROKEN_KL nats.
     Raises:
         KvfoldError: any bad input, in one sentence; nothing is left behind.
+        Unfinished: the model would be broken, or the artifact can't be written; what was found stays for `resume`.
     """
     recipe = recipe or Recipe()
     place = resolve_output(out)  # once: what happens to a link while the run lasts moves nothing
@@ -78,6 +99,7 @@ def compress(
     with work_folder(place, fingerprint(calibrated | rest), resume) as work, torch.no_grad():
         check_exportable(plan, work)
         found = search(plan, work, target, kept)
+        check_loss(found.kl, accept_loss)
         try:
             return export(plan, found, place)
         except KvfoldError as error:

@@ -148,6 +148,7 @@ class Comparison:
                 recipe=comparable(Recipe()),
                 device=str(self.settings.device),
                 resume=resume,
+                accept_loss=True,  # it is measured
             )
         return folder
 

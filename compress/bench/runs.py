@@ -119,7 +119,7 @@ def make(model: str, recipe: Recipe, bits: float, out: Path, device: str, calib:
         recipe = recipe.model_copy(update={"calibration": c.model_copy(update={"spread": spread})})
     kept = out.parent / "statistics"
     made = compress(
-        model, budget, out, calib=calib, recipe=recipe, device=device, statistics=kept, resume=True
+        model, budget, out, calib=calib, recipe=recipe, device=device, statistics=kept, resume=True, accept_loss=True
     ).metadata
     return {
         "payload_bits": made.account.payload_bits,

@@ -22,6 +22,7 @@ from kvfold.compress.naming import default_output
 from kvfold.compress.progress import console, print_anything
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import cache_nbytes
+from kvfold.exports.loss import loss_words
 from kvfold.exports.reader import read_artifact, read_metadata, update_artifact
 from kvfold.exports.schema import METADATA_NAME, Metadata
 from kvfold.exports.units import format_nbytes, parse_nbytes, printable
@@ -122,6 +123,8 @@ def print_table(metadata: Metadata, at: int | None = None) -> None:
         f"{info['kl']:.4f} nats{near} (predictions, each layer alone, add up to {total:.4f}); "
         f"calibrated for positions up to {info['covered_positions']}."
     )
+    if words := loss_words(info["kl"]):
+        print(f"Warning: {words}")
     kernels = info["kernels"]
     print(
         f"Kernels: {kernels['pairs']} pairs of formats, {kernels['key_formats']} of keys and "
@@ -160,6 +163,9 @@ def compress_command(
         str | None,
         typer.Option(help="Memory to count on (8GiB); default: what is free. Bigger models are read layer by layer."),
     ] = None,
+    accept_loss: Annotated[
+        bool, typer.Option("--accept-loss", help="Write the artifact also where the measured KL is above 1 nat.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Writes a checkpoint whose KV cache is small. The last line printed is its path."""
@@ -177,6 +183,7 @@ def compress_command(
         context=context,
         resume=resume,
         max_memory=None if max_memory is None else parse_nbytes(max_memory),
+        accept_loss=accept_loss,
     )
     if as_json:
         print(json.dumps({"artifact": str(target), **describe(artifact.metadata)}))
