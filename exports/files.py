@@ -8,6 +8,7 @@ and that its name lies in the folder.
 import hashlib
 import json
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,7 @@ READ_NAMES = {
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.json",
     "processor_config.json", "preprocessor_config.json", "additional_chat_templates", "custom_generate",
 }  # fmt: skip
+ITEM_NBYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1, "I8": 1, "BOOL": 1}
 LONGEST_NAME = 255  # bytes, of most file systems
 
 
@@ -116,8 +118,9 @@ def check_weights(path: Path, files: Mapping[str, str]) -> None:
     """
     if WEIGHTS in files:
         _keys(path / WEIGHTS)
-        return
     if INDEX not in files:
+        if WEIGHTS in files:
+            return
         raise KvfoldError(f"{METADATA_NAME} in '{path}' lists neither {WEIGHTS} nor {INDEX}; {AGAIN}.")
     shards: dict[str, set[str]] = {}
     for tensor, shard in read_index(path / INDEX).items():
@@ -129,6 +132,29 @@ def check_weights(path: Path, files: Mapping[str, str]) -> None:
             )
         if absent := sorted(tensors - _keys(path / shard)):
             raise KvfoldError(f"{shard} in '{path}' lacks {absent[0]}, which {INDEX} says it holds; {AGAIN}.")
+
+
+def write_index(folder: Path) -> bool:
+    """Writes the index of a single file of weights, where there is none: an engine that finds an index reads what it
+    names, and one that finds none takes every safetensors file for weights, kv_cache.safetensors too.
+
+    Returns:
+        Whether it was written.
+    """
+    weights = folder / WEIGHTS
+    if (folder / INDEX).exists() or not weights.is_file():
+        return False
+    names = sorted(_keys(weights))
+    with safe_open(weights, framework="pt") as stored:
+        sizes = [(stored.get_slice(name).get_shape(), stored.get_slice(name).get_dtype()) for name in names]
+    counts = [prod(shape) for shape, _ in sizes]
+    nbytes = sum(n * ITEM_NBYTES[dtype] for n, (_, dtype) in zip(counts, sizes, strict=True))
+    index = {
+        "metadata": {"total_parameters": sum(counts), "total_size": nbytes},
+        "weight_map": dict.fromkeys(names, WEIGHTS),
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return True
 
 
 def read_index(file: Path) -> dict[str, str]:

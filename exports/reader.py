@@ -12,7 +12,7 @@ from torch import Tensor
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, cache_nbytes, stepped_nbytes
 from kvfold.exports.architectures import architecture_of, head_dim_of, num_kv_heads_of, sliding_windows_of
-from kvfold.exports.files import AGAIN, check_files, file_sha256, signed_files
+from kvfold.exports.files import AGAIN, INDEX, check_files, file_sha256, signed_files, write_index
 from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME, Metadata, SideModel, dump_metadata, parse_metadata
 from kvfold.exports.scratch import write_whole
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
@@ -20,8 +20,8 @@ from kvfold.kernels.formats import Format
 from kvfold.pretrained import config_from_pretrained, reason_of
 
 __all__ = [
-    "Artifact", "check_artifact", "file_sha256", "is_artifact", "read_artifact", "read_metadata", "tensor_shapes",
-    "update_artifact",
+    "Artifact", "check_artifact", "file_sha256", "fix_artifact", "is_artifact", "read_artifact", "read_metadata",
+    "tensor_shapes", "update_artifact",
 ]  # fmt: skip
 MOST_NBYTES = 16 << 20  # of kv_cache.json; a thousand layers take a tenth
 MOST_OFFSET = 2.0**64  # its square is finite in float32
@@ -94,6 +94,31 @@ def check_artifact(path: Path, metadata: Metadata) -> Artifact:
                 f"{METADATA_NAME} states {nbytes} bytes at {at} tokens, which its own formats contradict; {AGAIN}."
             )
     return Artifact(path, metadata, specs)
+
+
+def fix_artifact(path: Path) -> list[str]:
+    """Adds to an artifact of an earlier version what is written today, and signs that: the index of a single file of
+    weights, which serving engines need.
+
+    Returns:
+        Names of the files that were written.
+    Raises:
+        KvfoldError: it isn't valid; nothing is written then.
+    """
+    read_artifact(path)
+    try:
+        written = write_index(path)
+    except OSError as error:
+        raise KvfoldError(
+            f"'{path / INDEX}' cannot be written ({error.strerror}); fix a copy of the artifact that you may write to."
+        ) from None
+    if not written:
+        return []
+    try:
+        return update_artifact(path)
+    except KvfoldError:
+        (path / INDEX).unlink()
+        raise
 
 
 def update_artifact(path: Path) -> list[str]:

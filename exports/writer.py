@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from kvfold.exports.files import CARD_NAME, REPORT_NAME, UNHASHED
+from kvfold.exports.files import CARD_NAME, REPORT_NAME, UNHASHED, write_index
 from kvfold.exports.page.card import Base, model_card
 from kvfold.exports.page.plots import draw_plots
 from kvfold.exports.page.report import report_html
@@ -86,6 +86,7 @@ def install(out: Path, metadata: Metadata, fill: Callable[[Path], None]) -> Arti
         new = scratch / NEW
         new.mkdir()
         fill(new)
+        write_index(new)
         files = {p.name: file_sha256(p) for p in sorted(new.iterdir()) if p.name not in UNHASHED}
         complete = metadata.model_copy(update={"files": files})
         (new / METADATA_NAME).write_text(dump_metadata(complete), encoding="utf-8")

@@ -23,7 +23,7 @@ from kvfold.compress.progress import console, print_anything
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import cache_nbytes
 from kvfold.exports.loss import loss_words
-from kvfold.exports.reader import read_artifact, read_metadata, update_artifact
+from kvfold.exports.reader import fix_artifact, read_artifact, read_metadata, update_artifact
 from kvfold.exports.schema import METADATA_NAME, Metadata
 from kvfold.exports.units import format_nbytes, parse_nbytes, printable
 from kvfold.pretrained import tokenizer_from_pretrained
@@ -226,8 +226,14 @@ def validate_command(
     update: Annotated[
         bool, typer.Option("--update", help="After an edit: sign the files as they are now, if all else is valid.")
     ] = False,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Add what earlier versions did not write and serving engines need.")
+    ] = False,
 ) -> None:
     """Checks every hash, tensor and field of an artifact, and that its model and tokenizer load."""
+    if fix:
+        written = fix_artifact(artifact)
+        print(f"{artifact}: wrote {', '.join(written)}." if written else f"{artifact}: nothing was missing.")
     if update:
         changed = update_artifact(artifact)
         print(f"{artifact}: signed {', '.join(changed)} anew." if changed else f"{artifact}: nothing has changed.")

@@ -66,6 +66,9 @@ def test_no_weights_at_all(artifact, both_refuse):
     drop(artifact, WEIGHTS)
     both_refuse(WEIGHTS, "does not list")
     (artifact / WEIGHTS).unlink()
+    both_refuse(WEIGHTS, INDEX, "names the shard", "does not list")
+    drop(artifact, INDEX)
+    (artifact / INDEX).unlink()
     both_refuse(WEIGHTS, "neither", INDEX)
 
 
@@ -96,7 +99,7 @@ def test_shards_that_the_index_should_not_name(artifact, both_refuse, tmp_path):
     both_refuse(INDEX, "not a readable index")
 
 
-UNSIGNED = ["pytorch_model.bin", "pytorch_model.bin.index.json", INDEX, "adapter_config.json",
+UNSIGNED = ["pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5.index.json", "adapter_config.json",
             "adapter_model.safetensors", "modeling_own.py",
             "chat_template.jinja", "special_tokens_map.json", "model.gguf"]  # fmt: skip
 
