@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -40,13 +41,16 @@ def command(*args: object, environment: Mapping[str, str] = os.environ) -> str:
 
 @pytest.fixture(scope="session")
 def real_artifact(tmp_path_factory) -> Path:
-    """What `kvfold compress MODEL --budget 2.5` writes; don't write into it."""
+    """What `kvfold compress MODEL --budget 2.5` writes, once for all workers of a run; don't write into it."""
     if GIVEN:
         return Path(GIVEN).resolve()
-    out = tmp_path_factory.mktemp("real") / Path(MODEL).stem
-    assert command("compress", MODEL, "--budget", BUDGET, "--out", out).splitlines()[-1] == str(out)
-    if MODEL == "smollm2-135m":
-        assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 * 2**20  # KiB: 4 GiB
+    base = tmp_path_factory.getbasetemp()
+    out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "real" / Path(MODEL).stem
+    with FileLock(out.parent.with_suffix(".lock")):
+        if not out.exists():
+            assert command("compress", MODEL, "--budget", BUDGET, "--out", out).splitlines()[-1] == str(out)
+            if MODEL == "smollm2-135m":
+                assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 * 2**20  # KiB: 4 GiB
     return out
 
 

@@ -1,5 +1,5 @@
-"""The main job on SmolLM2-135M: `make test ARGS="-m real -n 0"`. Minutes, and its weights come from the package
-index."""
+"""The main job on SmolLM2-135M: `make test ARGS="-m real --dist loadfile"`. Minutes, and its weights come from the
+package index."""
 
 import json
 import os
