@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfold import stock_from_pretrained
-from kvfold.compress.cli import with_error
+from kvfold.compress.cli.table import with_error
 from kvfold.compress.models import quiet_transformers
 from kvfold.compress.plan import pick_device
 from kvfold.errors import KvfoldError

@@ -90,8 +90,8 @@ def load_streamed(
                 f"'{path}' has no tensor {name}, as models that are read layer by layer must; if no tensor is missing, "
                 "give a --max-memory of more than twice the weights in float32, to read it whole."
             )
-    if (path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path)
+    if (generation := path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_dict(json.loads(generation.read_text(encoding="utf-8")))
     model.eval().requires_grad_(False)
     if dtype is not None:
         layers = arch.decoder_layers(model)

@@ -1,16 +1,12 @@
 """One layer of the packed cache: a 16-bit window (sinks, then a ring) and pages, for each sequence of a batch."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from kvfold.errors import KvfoldError
-from kvfold.exports.account import Geometry
 from kvfold.exports.spec import LayerSpec
-from kvfold.kernels.formats import Format
 from kvfold.kernels.quantizer import to_float16
 from kvfold.runtime.backends.base import Backend, LogitOptions, RowView, StepBackend
 from kvfold.runtime.backends.reference import REFERENCE
@@ -18,8 +14,9 @@ from kvfold.runtime.cache.ambient import neutrally
 from kvfold.runtime.cache.nan_check import check_finite
 from kvfold.runtime.cache.page_table import PageTable, take_pages
 from kvfold.runtime.cache.pool import PagePool
-from kvfold.runtime.cache.sequence import Count, new_sequences
+from kvfold.runtime.cache.sequence import new_sequences
 from kvfold.runtime.cache.shared import SharedState
+from kvfold.runtime.cache.sized import SizedLayer
 from kvfold.runtime.cache.store import LayerStore
 from kvfold.runtime.cache.upload import on_device
 from kvfold.runtime.cache.view import DeferredView, LayerView, StoredView
@@ -33,7 +30,7 @@ def new_pool(layer_idx: int, sizes: list[int], device: torch.device) -> PagePool
     return PagePool(sizes, device)
 
 
-class PackedLayer(CacheLayerMixin):
+class PackedLayer(SizedLayer):
     """Packed keys and values of one layer.
 
     Args:
@@ -56,13 +53,10 @@ class PackedLayer(CacheLayerMixin):
         backend: Backend = REFERENCE,
         new_pool: NewPool = new_pool,
     ) -> None:
-        super().__init__()
-        self.rungs, self.shared, self.layer_idx, self.backend = list(rungs), shared, layer_idx, backend
+        super().__init__(rungs, shared, layer_idx)
+        self.backend, self._new_pool = backend, new_pool
         self.steps = backend if isinstance(backend, StepBackend) else None  # takes a decoding step in one go
-        self.sliding = shared.geometry.sliding_of(layer_idx)
-        self._new_pool, self._columns = new_pool, Count(shared.clock)
         self._planned: list[list[int]] = []  # before there are sequences
-        self.held: LayerStore  # once there is anything
 
     @neutrally
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -78,99 +72,6 @@ class PackedLayer(CacheLayerMixin):
         self.held = LayerStore(window, table, self.rungs, self.shared, self.layer_idx, self.backend)
         self._columns.set(0)
         self.is_initialized = True
-
-    # -- what it is ----------------------------------------------------------------------------------------------------
-
-    @property
-    def geometry(self) -> Geometry:
-        """Sinks, window, page size and head shape."""
-        return self.shared.geometry
-
-    @property
-    def spec(self) -> LayerSpec:
-        """The floor's formats and transforms."""
-        return self.rungs[0]
-
-    @property
-    def formats(self) -> tuple[Format, Format]:
-        """The floor's formats of keys and of values."""
-        return self.spec.key.format, self.spec.value.format
-
-    @property
-    def window(self) -> RawWindow:
-        """The 16-bit rows, once there are some."""
-        return self.held.window
-
-    @property
-    def table(self) -> PageTable:
-        """The sequences and their pages, once there are some."""
-        return self.held.table
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences, once there are some."""
-        return len(self.table.sequences)
-
-    @property
-    def columns(self) -> int:
-        """Tokens seen, padding included: what transformers calls the sequence length."""
-        return self._columns.value if self.is_initialized else 0
-
-    def tensors(self) -> list[Tensor]:
-        """Every tensor on the device that grows with the number of sequences or tokens."""
-        return self.held.tensors() if self.is_initialized else []
-
-    def own_tensors(self) -> list[Tensor]:
-        """Every resident tensor but the pages."""
-        return self.held.own_tensors() if self.is_initialized else []
-
-    @property
-    def host_nbytes(self) -> int:
-        """Bytes in host memory, whoever shares them."""
-        return self.table.pool.host_nbytes if self.is_initialized else 0
-
-    @property
-    def nbytes(self) -> int:
-        """Resident bytes, on the device."""
-        return self.held.nbytes if self.is_initialized else 0
-
-    def lengths(self) -> list[int]:
-        """Tokens of each sequence, without padding."""
-        return [sequence.length for sequence in self.table.sequences] if self.is_initialized else []
-
-    def page_counts(self, batch_size: int) -> list[int]:
-        """Pages of each of `batch_size` sequences, those counted that are gone."""
-        return [len(s.pages) for s in self.held.table.sequences] if self.is_initialized else [0] * batch_size
-
-    def num_pages(self) -> int:
-        """Distinct resident pages."""
-        return len(self.table.own_pages()) if self.is_initialized else 0
-
-    def get_seq_length(self) -> int:
-        return self.columns
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.columns + (0 if self.shared.stepping else query_length), 0
-
-    def report(self) -> dict[str, Any]:
-        """See QuantizedKVCache.report."""
-        g, lengths = self.geometry, self.lengths()
-        seen = sum(min(n, self.sliding or n) for n in lengths)
-        elements = 2 * g.num_kv_heads * g.head_dim * seen
-        counts = [0] * len(self.rungs)
-        if self.is_initialized:  # a fork has one rung
-            counts = [self.num_pages()] if self.table.shares_pool else self.table.pool.counts
-        names = [f"K {rung.key.format} | V {rung.value.format}" for rung in self.rungs]
-        return {
-            "tokens": lengths,
-            "pages": dict(reversed(list(zip(names, counts, strict=True)))),
-            "bytes": self.nbytes,
-            "host_bytes": self.host_nbytes,
-            "effective_bits": 8 * (self.nbytes + self.host_nbytes) / elements if elements else 0.0,
-        }
 
     # -- append --------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from kvfold import KvfoldError
-from kvfold.compress.cli import describe, main
+from kvfold.compress.cli import main
+from kvfold.compress.cli.table import describe
 from kvfold.compress.progress import print_anything
 from kvfold.exports.reader import read_artifact, read_metadata
 from kvfold.exports.schema import dump_metadata

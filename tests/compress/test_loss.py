@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from kvfold.compress import pipeline
-from kvfold.compress.cli import print_table
+from kvfold.compress.cli.table import print_table
 from kvfold.compress.pipeline import check_loss, compress
 from kvfold.compress.recipe import load_recipe
 from kvfold.exports.loss import BROKEN_KL, LARGE_KL, loss_words

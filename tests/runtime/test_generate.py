@@ -5,7 +5,7 @@ import torch
 from conftest import FAMILIES, char_tokenizer, save_tiny
 
 from kvfold import KVBudgetExceeded, KvfoldError, runtime
-from kvfold.compress.cli import describe
+from kvfold.compress.cli.table import describe
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import load_recipe
 from kvfold.exports.account import cache_nbytes
