@@ -8,7 +8,8 @@ given back to the system after each layer, so that a process is as big as the la
 import json
 import mmap
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -119,19 +120,31 @@ def release(model: Any) -> None:
         file.release()
 
 
+def present(layer: Any) -> AbstractContextManager[None]:
+    """A context in which a decoder layer's weights are in memory, in the type that is computed in, for calls of its
+    parts; of a model that isn't streamed they always are."""
+    return getattr(layer, "kvfold_present", nullcontext)()
+
+
 def _stream(layer: Any, dtype: torch.dtype, device: torch.device, release: Callable[[], Any]) -> None:
     """Makes a layer's forward pass bring its weights, and take them away again."""
     plain = layer.forward
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    @contextmanager
+    def bring() -> Iterator[None]:
         places = [(m, name, x) for m in layer.modules() for name, x in m.named_parameters(recurse=False)]
         try:
             for module, name, parameter in places:  # a new parameter: what autograd keeps of it stays as it is
-                setattr(module, name, nn.Parameter(parameter.data.to(device, dtype), requires_grad=False))
-            return plain(*args, **kwargs)
+                weight = parameter.data.to(device).to(dtype)  # the few bytes travel
+                setattr(module, name, nn.Parameter(weight, requires_grad=False))
+            yield
         finally:
             for module, name, parameter in places:
                 setattr(module, name, parameter)
             release()
 
-    layer.forward = forward
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with bring():
+            return plain(*args, **kwargs)
+
+    layer.forward, layer.kvfold_present = forward, bring

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from kvfold.compress import memory
 from kvfold.compress.models import load_model
 from kvfold.compress.models.attention_hook import NAME
-from kvfold.compress.models.streamed import WeightFile, load_streamed
+from kvfold.compress.models.streamed import WeightFile, load_streamed, present
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import load_recipe
 from kvfold.errors import KvfoldError
@@ -78,6 +78,19 @@ def test_a_layer_is_in_memory_only_while_it_runs(tmp_path):
     wide, stored = torch.float32, torch.bfloat16
     assert seen == [[wide, stored, stored], [stored, wide, stored], [stored, stored, wide]]
     assert model.model.layers[0].self_attn.o_proj.weight.dtype == stored
+
+
+def test_parts_of_a_layer_can_be_asked_while_it_is_present(tmp_path):
+    folder = save_tiny(tmp_path / "model")
+    x = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
+    found = []
+    for model in (streamed(folder), load_model(folder, torch.float32, CPU)):
+        layer = model.model.layers[1]
+        with present(layer), torch.no_grad():
+            found.append(layer.mlp(x))
+            with present(layer):
+                found.append(layer.mlp(x))
+    assert all(torch.equal(x, found[0]) for x in found)
 
 
 def test_gradients_pass_through_layers_that_have_left_again(tmp_path):
