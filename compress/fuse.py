@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import Architecture
+from kvfold.kernels.key_mean import split_pairs
 
 
 def _rows(attention: Any, side: str, num_kv_heads: int, head_dim: int) -> tuple[str, slice]:
@@ -61,6 +62,29 @@ def fuse_values(attention: Any, matrix: Tensor) -> dict[str, Tensor]:
     return fused
 
 
+def scaled_norms(attention: Any, arch: Architecture) -> list[str]:
+    """Names of the norms that a scale of queries and of keys must go into, as they undo what the projections do; none
+    where there are none.
+
+    Raises:
+        KvfoldError: there are norms, but they have no weights of their own channels.
+    """
+    found = [name for name in arch.norms if arch.qk_norm and getattr(attention, name, None) is not None]
+    if any(getattr(getattr(attention, name), "weight", None) is None for name in found):
+        raise KvfoldError(
+            f"The norms of queries and keys of a '{arch.model_type}' model have no weights that key.transform 'smooth' "
+            "could fold its scales into; choose another key.transform in the recipe."
+        )
+    return found
+
+
+def shares_scale(attention: Any, arch: Architecture, head_dim: int) -> bool:
+    """Whether one norm serves all heads, so that all must have the same pair scale."""
+    norms = [getattr(attention, name, None) for name in arch.norms if arch.qk_norm]
+    weights = [getattr(norm, "weight", None) for norm in norms]
+    return any(weight is not None and weight.numel() == head_dim for weight in weights)
+
+
 def fuse_pair_scale(
     attention: Any, scale: Tensor, arch: Architecture, fused: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
@@ -68,28 +92,33 @@ def fuse_pair_scale(
 
     Args:
         attention: the attention module; not changed.
-        scale: float64 [Hkv, D] > 0, equal inside each pair (i, i + D/2).
+        scale: float64 [Hkv, D] > 0, equal inside each pair that RoPE turns.
         arch: says whether q_norm and k_norm undo what the projections do.
         fused: parameters that were changed before and are taken in place of the module's, e.g. of a qkv_proj.
     Returns:
         New parameters by name, float64.
     Raises:
-        KvfoldError: a QK-norm model has one norm for all heads, so all heads must share one scale.
+        KvfoldError: a QK-norm model has one norm for all heads, so all heads must share one scale; or norms without
+            weights.
     """
     dim = scale.shape[1]
-    if not torch.equal(scale[:, : dim // 2], scale[:, dim // 2 :]):
+    if not torch.equal(*split_pairs(scale, arch.rope_pairs)):
         raise KvfoldError(
             "The pair scale differs inside a RoPE pair, which rotation does not commute with; give pairs one scale."
         )
-    if arch.qk_norm:
-        scale = scale.to(attention.q_norm.weight.device)
-        if not torch.allclose(scale, scale[:1].expand_as(scale)):
+    norms = scaled_norms(attention, arch)
+    if norms:
+        scale = scale.to(attention.q_proj.weight.device)
+        if shares_scale(attention, arch, dim) and not torch.allclose(scale, scale[:1].expand_as(scale)):
             raise KvfoldError("A QK-norm model has one norm for all heads; give every KV head the same pair scale.")
-        plus = arch.norm_plus
-        return {
-            "q_norm.weight": (attention.q_norm.weight.double() + plus) * scale[0] - plus,
-            "k_norm.weight": (attention.k_norm.weight.double() + plus) / scale[0] - plus,
-        }
+        plus, found = arch.norm_plus, {}
+        for name in norms:
+            weight = getattr(attention, name).weight.double()
+            heads = weight.numel() // dim
+            own = scale[0] if heads == 1 else scale.repeat_interleave(heads // len(scale), 0).reshape_as(weight)
+            scaled = (weight + plus) * own if name == arch.norms[0] else (weight + plus) / own
+            found[f"{name}.weight"] = scaled - plus
+        return found
     changed = dict(fused or {})
     for side, factor in (("q", scale), ("k", 1 / scale)):
         _multiply_rows(attention, side, torch.diag_embed(factor), changed)
