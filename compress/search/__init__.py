@@ -19,6 +19,7 @@ from kvfold.compress.recipe import LEAST_WINDOW
 from kvfold.compress.search.allocate import Choice, allocate, least_nbytes
 from kvfold.compress.search.allocate_shared import allocate_shared
 from kvfold.compress.search.candidates import KeyCandidate, ValueCandidate, key_candidates, value_candidates
+from kvfold.compress.search.check import check_model
 from kvfold.compress.search.conversations import write_conversations
 from kvfold.compress.search.extrapolation import sensitivities
 from kvfold.compress.search.first_order import first_order_losses
@@ -93,6 +94,7 @@ def measure(plan: Plan, work: Path, device: torch.device, statistics: Path | Non
     )
     model = load_model(plan.source.path, _compute_dtype(plan, device), device, TAP)
     check_finite(model, plan.source.name)
+    check_model(model, plan.arch, plan.sequences[0], plan.source.name, recipe.key.transform == "smooth")
     stats = calibrate(
         model, plan.arch, plan.sequences, plan.steps, recipe.calibration.sample_tokens, statistics or work
     )
