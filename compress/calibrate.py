@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kvfold.compress.fuse import output_name
 from kvfold.compress.models.attention_hook import tapped
 from kvfold.compress.models.layerwise import LayerRunner
 from kvfold.compress.models.rope import frequencies, norm_weights, rotate_on, turns
@@ -171,7 +172,9 @@ class _Accumulator:
 
 def output_metric(attention: Any, num_kv_heads: int, head_dim: int) -> Tensor:
     """Mean of W_oᵀ W_o over each group's query heads, float64 [Hkv, D, D]."""
-    heads = attention.o_proj.weight.double().unflatten(1, (-1, head_dim)).permute(1, 2, 0)  # [H, D, hidden]
+    heads = (
+        getattr(attention, output_name(attention)).weight.double().unflatten(1, (-1, head_dim)).permute(1, 2, 0)
+    )  # [H, D, hidden]
     return (heads @ heads.mT).unflatten(0, (num_kv_heads, -1)).mean(1)
 
 

@@ -5,7 +5,8 @@
 | value basis M, one a KV head | rows of v_proj and its bias | columns of o_proj, for every query head of the group |
 | pair scale s of keys | 1/s: rows of k_proj and its bias, or k_norm | s: rows of q_proj and its bias, or q_norm |
 
-A model with one qkv_proj has the rows of all three in it, queries first, then keys, then values.
+A model with one qkv_proj has the rows of all three in it, queries first, then keys, then values; one with a
+query_key_value has them head by head. What is said of o_proj goes for `dense`, as some models call it.
 """
 
 from typing import Any
@@ -18,8 +19,16 @@ from kvfold.exports.architectures import Architecture
 from kvfold.kernels.key_mean import split_pairs
 
 
-def _rows(attention: Any, side: str, num_kv_heads: int, head_dim: int) -> tuple[str, slice]:
+def output_name(attention: Any) -> str:
+    """The attribute that holds the projection behind attention."""
+    return "o_proj" if hasattr(attention, "o_proj") else "dense"
+
+
+def _rows(attention: Any, side: str, num_kv_heads: int, head_dim: int) -> tuple[str, slice | Tensor]:
     """The projection that computes "q", "k" or "v", and its rows."""
+    if hasattr(attention, "query_key_value"):
+        rows = torch.arange(3 * num_kv_heads * head_dim).view(num_kv_heads, 3, head_dim)
+        return "query_key_value", rows[:, "qkv".index(side)].flatten()
     if not hasattr(attention, "qkv_proj"):
         return f"{side}_proj", slice(None)
     keys = num_kv_heads * head_dim
@@ -54,10 +63,12 @@ def fuse_values(attention: Any, matrix: Tensor) -> dict[str, Tensor]:
         New parameters by name ("v_proj.weight", …), float64.
     """
     heads, dim = matrix.shape[:2]
-    matrix = matrix.to(attention.o_proj.weight.device)
+    name = output_name(attention)
+    weight = getattr(attention, name).weight
+    matrix = matrix.to(weight.device)
     inverse = torch.linalg.inv(matrix)
-    o = attention.o_proj.weight.double().unflatten(1, (heads, -1, dim))  # [hidden, Hkv, G, D]
-    fused = {"o_proj.weight": torch.einsum("nhgd,hde->nhge", o, inverse).flatten(1)}
+    o = weight.double().unflatten(1, (heads, -1, dim))  # [hidden, Hkv, G, D]
+    fused = {f"{name}.weight": torch.einsum("nhgd,hde->nhge", o, inverse).flatten(1)}
     _multiply_rows(attention, "v", matrix, fused)
     return fused
 
@@ -85,6 +96,10 @@ def shares_scale(attention: Any, arch: Architecture, head_dim: int) -> bool:
     return any(weight is not None and weight.numel() == head_dim for weight in weights)
 
 
+def _scaled(parameter: Tensor, scale: Tensor, queries: bool) -> Tensor:
+    return parameter * scale if queries else parameter / scale
+
+
 def fuse_pair_scale(
     attention: Any, scale: Tensor, arch: Architecture, fused: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
@@ -108,7 +123,7 @@ def fuse_pair_scale(
         )
     norms = scaled_norms(attention, arch)
     if norms:
-        scale = scale.to(attention.q_proj.weight.device)
+        scale = scale.to(getattr(attention, norms[0]).weight.device)
         if shares_scale(attention, arch, dim) and not torch.allclose(scale, scale[:1].expand_as(scale)):
             raise KvfoldError("A QK-norm model has one norm for all heads; give every KV head the same pair scale.")
         plus, found = arch.norm_plus, {}
@@ -116,8 +131,10 @@ def fuse_pair_scale(
             weight = getattr(attention, name).weight.double()
             heads = weight.numel() // dim
             own = scale[0] if heads == 1 else scale.repeat_interleave(heads // len(scale), 0).reshape_as(weight)
-            scaled = (weight + plus) * own if name == arch.norms[0] else (weight + plus) / own
-            found[f"{name}.weight"] = scaled - plus
+            found[f"{name}.weight"] = _scaled(weight + plus, own, name == arch.norms[0]) - plus
+            if getattr(getattr(attention, name), "bias", None) is not None:
+                bias = getattr(attention, name).bias.double()
+                found[f"{name}.bias"] = _scaled(bias, own, name == arch.norms[0])
         return found
     changed = dict(fused or {})
     for side, factor in (("q", scale), ("k", 1 / scale)):

@@ -18,6 +18,7 @@ class Architecture:
         model_type: of config.json.
         layers: path from the causal LM to the list of decoder layers.
         attention: attribute of the attention module in a decoder layer.
+        last_norm: attribute of the norm before the head, in the base model.
         qk_norm: queries and keys are normalised, so a scale belongs into those norms. Their weights have one number a
             channel of a head, of each head, or of the whole projection; a config may leave them out.
         norms: what the attention module calls them.
@@ -37,6 +38,7 @@ class Architecture:
     model_type: str
     layers: str = "model.layers"
     attention: str = "self_attn"
+    last_norm: str = "norm"
     qk_norm: bool = False
     norms: tuple[str, str] = ("q_norm", "k_norm")
     norm_after_rope: bool = False
@@ -63,6 +65,7 @@ class Architecture:
 _AFTER: dict[str, Any] = {"qk_norm": True, "norm_after_rope": True}
 _HUNYUAN: dict[str, Any] = {**_AFTER, "norms": ("query_layernorm", "key_layernorm")}
 _EXAONE: dict[str, Any] = {"qk_norm": True, "sliding": "layer_types", "rope_if_sliding": True}
+_LAYERNORMS: dict[str, Any] = {"qk_norm": True, "norms": ("q_layernorm", "k_layernorm")}
 _COHERE: dict[str, Any] = {"rope_pairs": "adjacent", "rope_repeats": True, "logit_factor": "logit_scale"}
 
 ARCHITECTURES = {
@@ -93,8 +96,11 @@ ARCHITECTURES = {
         Architecture("qwen2_moe", sliding="layer_types"),
         Architecture("starcoder2", sliding="all"),
         Architecture("vaultgemma", norm_plus=1.0, sliding="layer_types"),
-        Architecture("nemotron", norm_plus=1.0),  # as the next two, turns a part of each head
-        Architecture("stablelm", qk_norm=True, norms=("q_layernorm", "k_layernorm")),
+        Architecture("nemotron", norm_plus=1.0),  # as the next four, turns a part of each head
+        Architecture("stablelm", **_LAYERNORMS),
+        Architecture("phi", last_norm="final_layernorm", **_LAYERNORMS),  # as the next two, a `dense` for an o_proj
+        Architecture("persimmon", last_norm="final_layernorm", **_LAYERNORMS),  # as the next, one query_key_value
+        Architecture("gpt_neox", layers="gpt_neox.layers", attention="attention", last_norm="final_layer_norm"),
         Architecture("minimax_m2", qk_norm=True),  # one norm for the whole projection, as OLMo has
         Architecture("olmo2", qk_norm=True),
         Architecture("olmo3", qk_norm=True, rope_by_type=True, sliding="layer_types"),
@@ -120,6 +126,7 @@ ARCHITECTURES = {
         Architecture("helium", rope_pairs="adjacent"),
         Architecture("cohere", qk_norm=True, **_COHERE),
         Architecture("cohere2", sliding="layer_types", rope_if_sliding=True, **_COHERE),
+        Architecture("cohere2_moe", sliding="layer_types", rope_if_sliding=True, **_COHERE),
         # logits times a number, or through one
         Architecture("granite", logit_divisor="logits_scaling"),
         Architecture("granitemoe", logit_divisor="logits_scaling"),
@@ -176,6 +183,11 @@ def sliding_windows_of(config: Any) -> tuple[int, ...]:
     types = config.layer_types if rule == "layer_types" else ["sliding_attention" if rule == "all" else ""] * count
     windows = tuple(window if kind == "sliding_attention" else 0 for kind in types)
     return windows if any(windows) else ()
+
+
+def last_norm_of(model: Any) -> Any:
+    """A causal LM's norm before its head."""
+    return getattr(model.base_model, ARCHITECTURES[model.config.model_type].last_norm)
 
 
 def logits_of(model: Any, hidden: Any) -> Any:

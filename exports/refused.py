@@ -13,9 +13,8 @@ _HYBRID = "some of its layers keep a recurrent state, or a convolution's, in the
 _RECURRENT = "it keeps a recurrent state and no keys and values, so there is no cache to pack"
 _SUB_NORM = "a norm stands between its attention and o_proj, which no basis of values can be folded through"
 _GATED = "it multiplies what was attended to by a gate before o_proj, which no basis of values can be folded through"
-_JOINT = "queries, keys and values come from one projection whose rows alternate head by head"
+_OWN_CODE = "it computes attention inside its own code, where no packed cache can be read"
 _LEARNED = "its attention has other projections than q_proj, k_proj, v_proj and o_proj, and learned positions"
-_NAMES = "its attention's output projection is not an o_proj, and its last norm not a norm"
 _CHUNKED = "some of its layers attend in chunks, which the packed cache does not know"
 _VALUE_DIM = "its values have another head_dim than its keys"
 _MASKED = "it computes its mask from the values, inside its own code"
@@ -40,9 +39,9 @@ REFUSED = {
     "diffllama": _DIFFERENTIAL,
     **dict.fromkeys(("afmoe", "laguna"), _GATED),
     "doge": _MASKED,
-    **dict.fromkeys(("gpt_neox", "gpt_neox_japanese", "falcon", "persimmon"), _JOINT),
+    **dict.fromkeys(("falcon", "gpt_neox_japanese", "gptj", "codegen"), _OWN_CODE),
+    "dbrx": _CLIPPED,
     **dict.fromkeys(("gpt2", "gpt-sw3", "gpt_bigcode", "gpt_neo", "opt", "biogpt", "xglm"), _LEARNED),
-    "phi": _NAMES,
     "llama4_text": _CHUNKED,
     "mimo_v2_flash": _VALUE_DIM,
 }  # fmt: skip

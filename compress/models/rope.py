@@ -23,7 +23,7 @@ def turns(model: Any, arch: Architecture, layer: int, positions: Tensor) -> Tens
         without RoPE.
     """
     attention = arch.attention_modules(model)[layer]
-    if not getattr(attention, "use_rope", True) or _only_elsewhere(model.config, arch, layer):
+    if not getattr(attention, "use_rope", True) or _only_elsewhere(model.config, arch, layer, attention):
         return None
     rotary = model.base_model.rotary_emb
     of_type = (model.config.layer_types[layer],) if arch.rope_by_type else ()
@@ -34,9 +34,9 @@ def turns(model: Any, arch: Architecture, layer: int, positions: Tensor) -> Tens
     return turn / turn.abs()
 
 
-def _only_elsewhere(config: Any, arch: Architecture, layer: int) -> bool:
-    """Whether RoPE is for sliding layers, and this is none."""
-    windows = sliding_windows_of(config) if arch.rope_if_sliding else ()
+def _only_elsewhere(config: Any, arch: Architecture, layer: int, attention: Any) -> bool:
+    """Whether RoPE is for sliding layers, and this is none; a layer may be an exception."""
+    windows = sliding_windows_of(config) if arch.rope_if_sliding and not getattr(attention, "force_rope", False) else ()
     return bool(windows) and not windows[layer]
 
 

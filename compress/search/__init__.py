@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvfold.compress.calibrate import calibrate
-from kvfold.compress.fuse import fuse_pair_scale, fuse_values, shares_scale
+from kvfold.compress.fuse import fuse_pair_scale, fuse_values, output_name, shares_scale
 from kvfold.compress.models import load_model
 from kvfold.compress.models.attention_hook import NAME as TAP
 from kvfold.compress.plan import Plan, check_reach
@@ -101,7 +101,7 @@ def measure(plan: Plan, work: Path, device: torch.device, statistics: Path | Non
     keys, values = [], []
     attentions = plan.arch.attention_modules(model)
     for i, found in enumerate(progress(stats, "candidates", "layer")):
-        weight: Any = attentions[i].o_proj.weight  # type: ignore[union-attr]
+        weight = getattr(attentions[i], output_name(attentions[i])).weight
         shared = shares_scale(attentions[i], plan.arch, geometry.head_dim)
         keys.append(key_candidates(found, recipe, i, shared, weight, plan.arch.rope_pairs))
         values.append(value_candidates(found, recipe, i))

@@ -27,7 +27,7 @@ from kvfold.compress.models.layerwise import LayerRunner
 from kvfold.compress.models.rope import norm_weights, rotate_on, turns
 from kvfold.compress.transforms.basis import mixing_matrix
 from kvfold.errors import KvfoldError
-from kvfold.exports.architectures import Architecture, head_dim_of, logits_of, num_kv_heads_of
+from kvfold.exports.architectures import Architecture, head_dim_of, last_norm_of, logits_of, num_kv_heads_of
 from kvfold.kernels.key_mean import join_pairs
 
 CHECKED = 128  # tokens of text
@@ -139,7 +139,7 @@ def check_model(model: Any, arch: Architecture, ids: Tensor, name: str, scaled: 
             check(side, error, FOLDED * max(rounding, unit), what)
         hidden = after
     logits = model(ids, use_cache=False).logits.float()
-    error = _relative(logits_of(model, model.base_model.norm(hidden)) - logits, logits)
+    error = _relative(logits_of(model, last_norm_of(model)(hidden)) - logits, logits)
     check("logits", error, LOGITS, "logits of its layers, last norm and head differ from its own")
     return found
 
