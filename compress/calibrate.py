@@ -15,15 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kvfold.compress.fuse import output_name
 from kvfold.compress.models.attention_hook import tapped
 from kvfold.compress.models.layerwise import LayerRunner
-from kvfold.compress.models.rope import frequencies, rotate_on, turns
+from kvfold.compress.models.rope import frequencies, norm_weights, rotate_on, turns
 from kvfold.compress.progress import progress
 from kvfold.compress.work import kept
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import Architecture, head_dim_of, num_kv_heads_of
 from kvfold.exports.scratch import write_whole
-from kvfold.kernels.key_mean import STEP, turn_tables
+from kvfold.kernels.key_mean import STEP, RopePairs, turn_tables
 
 SKIP_TOKENS = 8  # first tokens of each sequence: the sinks stay in 16 bits and are outliers
 
@@ -84,8 +85,16 @@ class LayerStats:
 class _Accumulator:
     """Sums over sequences of one layer; its keys stay until their mean is known."""
 
-    def __init__(self, layer: int, num_kv_heads: int, sample_tokens: int, omega: Tensor | None) -> None:
+    def __init__(
+        self,
+        layer: int,
+        num_kv_heads: int,
+        sample_tokens: int,
+        omega: Tensor | None,
+        pairs: RopePairs = "halves",
+    ) -> None:
         self.layer, self.num_kv_heads, self.sample_tokens, self.omega = layer, num_kv_heads, sample_tokens, omega
+        self.pairs = pairs
         self.count = 0
         self.sums: dict[str, Tensor] = {}
         self.ranges: dict[str, Tensor] = {}
@@ -129,7 +138,7 @@ class _Accumulator:
         for key, places, drawn in self.keys:
             rest = key
             if self.omega is not None:
-                tables = turn_tables(tuple(self.omega.tolist()), key.shape[-1], 0, key.device)
+                tables = turn_tables(tuple(self.omega.tolist()), key.shape[-1], 0, key.device, self.pairs)
                 rest = key - tables.mean_at(center.float(), places, torch.arange(len(places), device=key.device) % STEP)
             self._add("rest_moment", rest.double().mT @ rest.double())
             self._add("cross_moment", key.double().mT @ rest.double())
@@ -163,7 +172,9 @@ class _Accumulator:
 
 def output_metric(attention: Any, num_kv_heads: int, head_dim: int) -> Tensor:
     """Mean of W_oᵀ W_o over each group's query heads, float64 [Hkv, D, D]."""
-    heads = attention.o_proj.weight.double().unflatten(1, (-1, head_dim)).permute(1, 2, 0)  # [H, D, hidden]
+    heads = (
+        getattr(attention, output_name(attention)).weight.double().unflatten(1, (-1, head_dim)).permute(1, 2, 0)
+    )  # [H, D, hidden]
     return (heads @ heads.mT).unflatten(0, (num_kv_heads, -1)).mean(1)
 
 
@@ -202,15 +213,20 @@ def calibrate(
     for index in progress(range(done, len(layers)), "calibrate", "layer", done, len(layers)):
         attention = layers[index].get_submodule(arch.attention)
         last = max(runner.embedded.shape[1] * step for runner, step in zip(runners, steps, strict=True))
-        sums = _Accumulator(index, num_kv_heads, per_sequence, frequencies(model, arch, index, last - 1))
+        sums = _Accumulator(
+            index, num_kv_heads, per_sequence, frequencies(model, arch, index, last - 1), arch.rope_pairs
+        )
+        weights = norm_weights(attention, arch)
 
-        def tap(module, query, key, value, mask, scaling, step, sums=sums, index=index, **extras):
+        def tap(module, query, key, value, mask, scaling, step, sums=sums, index=index, weights=weights, **extras):
             places = torch.arange(key.shape[2], device=key.device)[None]
             near, far = (turns(model, arch, index, places * s) for s in (1, step))
             still = None if near is None else torch.ones_like(near)
-            spread_q, spread_k = rotate_on(query, near, far), rotate_on(key, near, far)
+            spread_q, spread_k = (
+                rotate_on(x, near, far, arch.rope_pairs, w) for x, w in zip((query, key), weights, strict=True)
+            )
             kept = slice(min(SKIP_TOKENS, key.shape[2] // 2), None)
-            unturned = rotate_on(key, near, still)[0, :, kept]
+            unturned = rotate_on(key, near, still, arch.rope_pairs)[0, :, kept]
             of_kept = spread_q[0, :, kept], spread_k[0, :, kept], unturned, value[0, :, kept].float()
             sums.add(*of_kept, places[0, kept] * step, scaling)
             return None

@@ -17,7 +17,7 @@ from kvfold.compress.calibrate import LayerStats
 from kvfold.compress.transforms import Request
 from kvfold.compress.transforms.whiten import eigenbasis, half_whitened
 from kvfold.kernels.formats import RAW, Format
-from kvfold.kernels.key_mean import turn_tables
+from kvfold.kernels.key_mean import RopePairs, turn_tables
 from kvfold.kernels.quantizer import round_trip, to_float16
 
 SHARES = (
@@ -46,10 +46,10 @@ def with_center(stats: LayerStats, taken: Tensor) -> LayerStats:
     return replace(stats, center=stats.center * taken, rest_moment=moment + cross + cross.mT, rest_sample=sample)
 
 
-def options(stats: LayerStats) -> list[Tensor]:
+def options(stats: LayerStats, pairs: RopePairs = "halves") -> list[Tensor]:
     """float64 [D] for each of SHARES: 1 where a channel's mean is taken off."""
     dim = stats.center.shape[-1]
-    tables = turn_tables(tuple(stats.frequencies.tolist()), dim, 0, torch.device("cpu"))
+    tables = turn_tables(tuple(stats.frequencies.tolist()), dim, 0, torch.device("cpu"), pairs)
     found = []
     for share in SHARES:
         taken = torch.ones(dim, dtype=torch.float64)
@@ -80,7 +80,7 @@ def best_center(stats: LayerStats, formats: Sequence[Format], request: Request) 
     if not tried:
         return stats
     metric = None if "metric" in request.without else stats.query_moment
-    choices = options(stats)
+    choices = options(stats, request.pairs)
     costs = []
     for taken in choices:
         other = with_center(stats, taken.expand_as(stats.center))

@@ -15,6 +15,7 @@ from kvfold.compress.memory import SHARE, free_nbytes, weights_nbytes
 from kvfold.compress.models import ALIASES, Source, load_model
 from kvfold.compress.models.attention_hook import NAME as TAP
 from kvfold.compress.models.streamed import load_streamed, release
+from kvfold.compress.models.streamed import save_model as save_weights
 from kvfold.compress.plan import Plan
 from kvfold.compress.progress import stage
 from kvfold.compress.search import Found, fused_parameters, set_parameters
@@ -27,6 +28,7 @@ from kvfold.exports.place import full_disk
 from kvfold.exports.reader import Artifact
 from kvfold.exports.schema import (
     MEAN_VERSION,
+    PAIRS_VERSION,
     AccountModel,
     BudgetModel,
     CacheModel,
@@ -65,7 +67,7 @@ def export(plan: Plan, found: Found, out: Path) -> Artifact:
             release(model)
         if hasattr(model.config, "auto_map"):
             del model.config.auto_map  # code that an artifact has not
-        model.save_pretrained(folder)
+        save_weights(model, folder)
         own_cache(folder / "generation_config.json")
         save_tokenizer(plan.tokenizer, folder)
 
@@ -155,7 +157,7 @@ def _fused_key(key: KeyCandidate) -> KeySpec:
 
 
 def _metadata(plan: Plan, found: Found, specs: list[LayerSpec], dtype: torch.dtype) -> Metadata:
-    g, at = plan.geometry, plan.budget.at
+    g, at, pairs = plan.geometry, plan.budget.at, plan.arch.rope_pairs
     formats = [(spec.key.format, spec.value.format) for spec in specs]
 
     def side(spec: KeySpec | ValueSpec, loss: float) -> SideModel:
@@ -171,13 +173,16 @@ def _metadata(plan: Plan, found: Found, specs: list[LayerSpec], dtype: torch.dty
             predicted_loss=loss,
         )
 
+    optional: dict[str, Any] = {"sliding": list(g.sliding)} if g.sliding else {}
+    if pairs != "halves":
+        optional["rope_pairs"] = pairs
     nbytes = cache_nbytes(g, formats, at)
     raw = plan.num_layers * g.raw_rows * g.num_kv_heads * g.head_dim * 4
     pages = sum(g.side_nbytes(fmt, at, g.sliding_of(i)) for i, pair in enumerate(formats) for fmt in pair)
     elements = g.elements(at, plan.num_layers)
     lengths = [2**i for i in range(9, 31) if 2**i <= plan.config.max_position_embeddings]
     return Metadata(
-        format_version=MEAN_VERSION,
+        format_version=MEAN_VERSION if pairs == "halves" else PAIRS_VERSION,
         cache=CacheModel(
             num_layers=plan.num_layers,
             num_heads=plan.config.num_attention_heads,
@@ -186,7 +191,7 @@ def _metadata(plan: Plan, found: Found, specs: list[LayerSpec], dtype: torch.dty
             sinks=g.sinks,
             window=g.window,
             page_tokens=g.page_tokens,
-            **({"sliding": list(g.sliding)} if g.sliding else {}),
+            **optional,
         ),
         layers=[
             LayerModel(key=side(spec.key, layer.key_loss), value=side(spec.value, layer.value_loss))

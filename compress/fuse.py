@@ -5,7 +5,8 @@
 | value basis M, one a KV head | rows of v_proj and its bias | columns of o_proj, for every query head of the group |
 | pair scale s of keys | 1/s: rows of k_proj and its bias, or k_norm | s: rows of q_proj and its bias, or q_norm |
 
-A model with one qkv_proj has the rows of all three in it, queries first, then keys, then values.
+A model with one qkv_proj has the rows of all three in it, queries first, then keys, then values; one with a
+query_key_value has them head by head. What is said of o_proj goes for `dense`, as some models call it.
 """
 
 from typing import Any
@@ -15,10 +16,19 @@ from torch import Tensor
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import Architecture
+from kvfold.kernels.key_mean import split_pairs
 
 
-def _rows(attention: Any, side: str, num_kv_heads: int, head_dim: int) -> tuple[str, slice]:
+def output_name(attention: Any) -> str:
+    """The attribute that holds the projection behind attention."""
+    return "o_proj" if hasattr(attention, "o_proj") else "dense"
+
+
+def _rows(attention: Any, side: str, num_kv_heads: int, head_dim: int) -> tuple[str, slice | Tensor]:
     """The projection that computes "q", "k" or "v", and its rows."""
+    if hasattr(attention, "query_key_value"):
+        rows = torch.arange(3 * num_kv_heads * head_dim).view(num_kv_heads, 3, head_dim)
+        return "query_key_value", rows[:, "qkv".index(side)].flatten()
     if not hasattr(attention, "qkv_proj"):
         return f"{side}_proj", slice(None)
     keys = num_kv_heads * head_dim
@@ -53,12 +63,41 @@ def fuse_values(attention: Any, matrix: Tensor) -> dict[str, Tensor]:
         New parameters by name ("v_proj.weight", …), float64.
     """
     heads, dim = matrix.shape[:2]
-    matrix = matrix.to(attention.o_proj.weight.device)
+    name = output_name(attention)
+    weight = getattr(attention, name).weight
+    matrix = matrix.to(weight.device)
     inverse = torch.linalg.inv(matrix)
-    o = attention.o_proj.weight.double().unflatten(1, (heads, -1, dim))  # [hidden, Hkv, G, D]
-    fused = {"o_proj.weight": torch.einsum("nhgd,hde->nhge", o, inverse).flatten(1)}
+    o = weight.double().unflatten(1, (heads, -1, dim))  # [hidden, Hkv, G, D]
+    fused = {f"{name}.weight": torch.einsum("nhgd,hde->nhge", o, inverse).flatten(1)}
     _multiply_rows(attention, "v", matrix, fused)
     return fused
+
+
+def scaled_norms(attention: Any, arch: Architecture) -> list[str]:
+    """Names of the norms that a scale of queries and of keys must go into, as they undo what the projections do; none
+    where there are none.
+
+    Raises:
+        KvfoldError: there are norms, but they have no weights of their own channels.
+    """
+    found = [name for name in arch.norms if arch.qk_norm and getattr(attention, name, None) is not None]
+    if any(getattr(getattr(attention, name), "weight", None) is None for name in found):
+        raise KvfoldError(
+            f"The norms of queries and keys of a '{arch.model_type}' model have no weights that key.transform 'smooth' "
+            "could fold its scales into; choose another key.transform in the recipe."
+        )
+    return found
+
+
+def shares_scale(attention: Any, arch: Architecture, head_dim: int) -> bool:
+    """Whether one norm serves all heads, so that all must have the same pair scale."""
+    norms = [getattr(attention, name, None) for name in arch.norms if arch.qk_norm]
+    weights = [getattr(norm, "weight", None) for norm in norms]
+    return any(weight is not None and weight.numel() == head_dim for weight in weights)
+
+
+def _scaled(parameter: Tensor, scale: Tensor, queries: bool) -> Tensor:
+    return parameter * scale if queries else parameter / scale
 
 
 def fuse_pair_scale(
@@ -68,28 +107,35 @@ def fuse_pair_scale(
 
     Args:
         attention: the attention module; not changed.
-        scale: float64 [Hkv, D] > 0, equal inside each pair (i, i + D/2).
+        scale: float64 [Hkv, D] > 0, equal inside each pair that RoPE turns.
         arch: says whether q_norm and k_norm undo what the projections do.
         fused: parameters that were changed before and are taken in place of the module's, e.g. of a qkv_proj.
     Returns:
         New parameters by name, float64.
     Raises:
-        KvfoldError: a QK-norm model has one norm for all heads, so all heads must share one scale.
+        KvfoldError: a QK-norm model has one norm for all heads, so all heads must share one scale; or norms without
+            weights.
     """
     dim = scale.shape[1]
-    if not torch.equal(scale[:, : dim // 2], scale[:, dim // 2 :]):
+    if not torch.equal(*split_pairs(scale, arch.rope_pairs)):
         raise KvfoldError(
             "The pair scale differs inside a RoPE pair, which rotation does not commute with; give pairs one scale."
         )
-    if arch.qk_norm:
-        scale = scale.to(attention.q_norm.weight.device)
-        if not torch.allclose(scale, scale[:1].expand_as(scale)):
+    norms = scaled_norms(attention, arch)
+    if norms:
+        scale = scale.to(getattr(attention, norms[0]).weight.device)
+        if shares_scale(attention, arch, dim) and not torch.allclose(scale, scale[:1].expand_as(scale)):
             raise KvfoldError("A QK-norm model has one norm for all heads; give every KV head the same pair scale.")
-        plus = arch.norm_plus
-        return {
-            "q_norm.weight": (attention.q_norm.weight.double() + plus) * scale[0] - plus,
-            "k_norm.weight": (attention.k_norm.weight.double() + plus) / scale[0] - plus,
-        }
+        plus, found = arch.norm_plus, {}
+        for name in norms:
+            weight = getattr(attention, name).weight.double()
+            heads = weight.numel() // dim
+            own = scale[0] if heads == 1 else scale.repeat_interleave(heads // len(scale), 0).reshape_as(weight)
+            found[f"{name}.weight"] = _scaled(weight + plus, own, name == arch.norms[0]) - plus
+            if getattr(getattr(attention, name), "bias", None) is not None:
+                bias = getattr(attention, name).bias.double()
+                found[f"{name}.bias"] = _scaled(bias, own, name == arch.norms[0])
+        return found
     changed = dict(fused or {})
     for side, factor in (("q", scale), ("k", 1 / scale)):
         _multiply_rows(attention, side, torch.diag_embed(factor), changed)

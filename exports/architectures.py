@@ -6,6 +6,8 @@ from typing import Any, Literal
 from torch import nn
 
 from kvfold.errors import KvfoldError
+from kvfold.exports.refused import ALIBI, FIELDS, REFUSED
+from kvfold.kernels.key_mean import RopePairs
 
 
 @dataclass(frozen=True)
@@ -16,24 +18,40 @@ class Architecture:
         model_type: of config.json.
         layers: path from the causal LM to the list of decoder layers.
         attention: attribute of the attention module in a decoder layer.
-        qk_norm: queries and keys are normalised per head (q_norm, k_norm) before RoPE, so a scale belongs there.
+        last_norm: attribute of the norm before the head, in the base model.
+        qk_norm: queries and keys are normalised, so a scale belongs into those norms. Their weights have one number a
+            channel of a head, of each head, or of the whole projection; a config may leave them out.
+        norms: what the attention module calls them.
+        norm_after_rope: they come after RoPE.
         norm_plus: what a norm adds to its stored weight before it multiplies: 1 in Gemma's (1 + w).
         rope_by_type: the rotary module is asked by layer type, e.g. another base for sliding layers.
         rope_halves: its tables hold each angle once, not once for each channel of a pair.
+        rope_repeats: its tables hold a pair's angle at two places beside each other, not half a table apart.
+        rope_pairs: which channels RoPE turns together (kernels/key_mean.py).
+        rope_if_sliding: where some layers slide, only those have RoPE.
         sliding: layers that attend in a window of config.sliding_window tokens: "none", "all", or those that
             "layer_types" names.
         sink_logits: a learned logit of each head joins the denominator of its softmax.
+        logit_factor, logit_divisor: fields of the config by which the head's logits are multiplied or divided.
     """
 
     model_type: str
     layers: str = "model.layers"
     attention: str = "self_attn"
+    last_norm: str = "norm"
     qk_norm: bool = False
+    norms: tuple[str, str] = ("q_norm", "k_norm")
+    norm_after_rope: bool = False
     norm_plus: float = 0.0
     rope_by_type: bool = False
     rope_halves: bool = False
+    rope_repeats: bool = False
+    rope_pairs: RopePairs = "halves"
+    rope_if_sliding: bool = False
     sliding: Literal["none", "all", "layer_types"] = "none"
     sink_logits: bool = False
+    logit_factor: str = ""
+    logit_divisor: str = ""
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         layers = model.get_submodule(self.layers)
@@ -43,6 +61,12 @@ class Architecture:
     def attention_modules(self, model: nn.Module) -> list[nn.Module]:
         return [layer.get_submodule(self.attention) for layer in self.decoder_layers(model)]
 
+
+_AFTER: dict[str, Any] = {"qk_norm": True, "norm_after_rope": True}
+_HUNYUAN: dict[str, Any] = {**_AFTER, "norms": ("query_layernorm", "key_layernorm")}
+_EXAONE: dict[str, Any] = {"qk_norm": True, "sliding": "layer_types", "rope_if_sliding": True}
+_LAYERNORMS: dict[str, Any] = {"qk_norm": True, "norms": ("q_layernorm", "k_layernorm")}
+_COHERE: dict[str, Any] = {"rope_pairs": "adjacent", "rope_repeats": True, "logit_factor": "logit_scale"}
 
 ARCHITECTURES = {
     row.model_type: row
@@ -56,21 +80,59 @@ ARCHITECTURES = {
         Architecture("phi3", sliding="all"),  # one qkv_proj
         Architecture("smollm3", sliding="layer_types"),  # layers without RoPE
         Architecture("gpt_oss", rope_halves=True, sliding="layer_types", sink_logits=True),
+        # as those, with feed-forward layers or norms of their own
+        Architecture("arcee"),
+        Architecture("gemma", norm_plus=1.0),
+        Architecture("jais2"),
+        Architecture("internlm3"),
+        Architecture("olmo"),
+        Architecture("seed_oss"),
+        Architecture("solar_open"),
+        Architecture("cwm", sliding="layer_types"),
+        Architecture("ministral", sliding="layer_types"),
+        Architecture("ministral3", sliding="all"),  # queries grow with the position
+        Architecture("mixtral", sliding="all"),
+        Architecture("phimoe", sliding="all"),
+        Architecture("qwen2_moe", sliding="layer_types"),
+        Architecture("starcoder2", sliding="all"),
+        Architecture("vaultgemma", norm_plus=1.0, sliding="layer_types"),
+        Architecture("nemotron", norm_plus=1.0),  # as the next four, turns a part of each head
+        Architecture("stablelm", **_LAYERNORMS),
+        Architecture("phi", last_norm="final_layernorm", **_LAYERNORMS),  # as the next two, a `dense` for an o_proj
+        Architecture("persimmon", last_norm="final_layernorm", **_LAYERNORMS),  # as the next, one query_key_value
+        Architecture("gpt_neox", layers="gpt_neox.layers", attention="attention", last_norm="final_layer_norm"),
+        Architecture("minimax_m2", qk_norm=True),  # one norm for the whole projection, as OLMo has
+        Architecture("olmo2", qk_norm=True),
+        Architecture("olmo3", qk_norm=True, rope_by_type=True, sliding="layer_types"),
+        Architecture("olmoe", qk_norm=True),
+        Architecture("flex_olmo", qk_norm=True),
+        Architecture("apertus", qk_norm=True),  # a norm for each head, as qwen3
+        Architecture("dots1", qk_norm=True, sliding="layer_types"),
+        Architecture("glm4_moe", qk_norm=True),
+        Architecture("hy_v3", qk_norm=True),
+        Architecture("mellum", qk_norm=True, rope_by_type=True, sliding="layer_types"),
+        Architecture("qwen3_moe", qk_norm=True, sliding="all"),
+        Architecture("exaone4", **_EXAONE),
+        Architecture("exaone_moe", **_EXAONE),
+        Architecture("kolibri1", **_EXAONE),
+        Architecture("hunyuan_v1_dense", **_HUNYUAN),
+        Architecture("hunyuan_v1_moe", **_HUNYUAN),
+        Architecture("nanochat", **_AFTER, rope_pairs="swapped"),  # norms without weights
+        # RoPE turns channels 2i and 2i + 1
+        Architecture("glm", rope_pairs="adjacent"),
+        Architecture("glm4", rope_pairs="adjacent"),
+        Architecture("ernie4_5", rope_pairs="adjacent"),
+        Architecture("ernie4_5_moe", rope_pairs="adjacent"),
+        Architecture("helium", rope_pairs="adjacent"),
+        Architecture("cohere", qk_norm=True, **_COHERE),
+        Architecture("cohere2", sliding="layer_types", rope_if_sliding=True, **_COHERE),
+        Architecture("cohere2_moe", sliding="layer_types", rope_if_sliding=True, **_COHERE),
+        # logits times a number, or through one
+        Architecture("granite", logit_divisor="logits_scaling"),
+        Architecture("granitemoe", logit_divisor="logits_scaling"),
+        Architecture("granitemoeshared", logit_divisor="logits_scaling"),
+        Architecture("hyperclovax", logit_factor="logits_scaling"),
     )
-}
-
-_MLA = "its attention caches MLA latents, not keys and values per head"
-_ALIBI = "its attention adds ALiBi biases inside its own code"
-_MULTIMODAL = (
-    "it is multi-modal; give its text model (for Gemma 3 one of model_type gemma3_text) as a checkpoint of its own"
-)
-_SHARED = "its layers normalise values and share them with later layers, so no basis of values can be folded in"
-_BOTH_WAYS = "it attends to later tokens (use_bidirectional_attention), which a cache does not hold"
-REFUSED = {
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "minicpm3", "longcat_flash"), _MLA),
-    **dict.fromkeys(("bloom", "mpt", "falcon", "baichuan"), _ALIBI),
-    **dict.fromkeys(("gemma3", "mllama", "llama4", "qwen2_vl", "qwen2_5_vl"), _MULTIMODAL),
-    **dict.fromkeys(("gemma3n", "gemma3n_text"), _SHARED),
 }
 
 
@@ -82,16 +144,12 @@ def architecture_of(config: Any) -> Architecture:
     """
     name = getattr(config, "model_type", None)
     known = ", ".join(sorted(ARCHITECTURES))
-    if name in REFUSED or getattr(config, "kv_lora_rank", None):
-        reason = REFUSED.get(str(name), _MLA)
+    reason = ALIBI if getattr(config, "alibi", None) else REFUSED.get(str(name))
+    for field, why in FIELDS.items():
+        if reason is None and getattr(config, field, None):
+            reason = why
+    if reason is not None:
         raise KvfoldError(f"Model family '{name}' is not supported: {reason}; supported families are {known}.")
-    for field, reason in (
-        ("alibi", _ALIBI),
-        ("vision_config", _MULTIMODAL),
-        ("use_bidirectional_attention", _BOTH_WAYS),
-    ):
-        if getattr(config, field, None):
-            raise KvfoldError(f"Model family '{name}' is not supported: {reason}; supported families are {known}.")
     if name not in ARCHITECTURES:
         raise KvfoldError(
             f"Model family '{name}' is not in the table of architectures; supported families are {known}."
@@ -127,9 +185,20 @@ def sliding_windows_of(config: Any) -> tuple[int, ...]:
     return windows if any(windows) else ()
 
 
+def last_norm_of(model: Any) -> Any:
+    """A causal LM's norm before its head."""
+    return getattr(model.base_model, ARCHITECTURES[model.config.model_type].last_norm)
+
+
 def logits_of(model: Any, hidden: Any) -> Any:
-    """A causal LM's logits, float32 [..., vocabulary], of its last hidden states after the norm, soft-cap included."""
+    """A causal LM's logits, float32 [..., vocabulary], of its last hidden states after the norm: with the factor or
+    the soft-cap that its family has."""
     logits = model.lm_head(hidden).float()
+    row = ARCHITECTURES[model.config.model_type]
+    if row.logit_factor:
+        logits = logits * getattr(model.config, row.logit_factor)
+    if row.logit_divisor:
+        logits = logits / getattr(model.config, row.logit_divisor)
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else (logits / cap).tanh() * cap
 

@@ -148,7 +148,7 @@ def update_artifact(path: Path) -> list[str]:
 
 def _check_config(path: Path, metadata: Metadata) -> None:
     config = config_from_pretrained(path)
-    architecture_of(config)
+    pairs = architecture_of(config).rope_pairs
     try:
         windows = sliding_windows_of(config)
         found = (config.num_hidden_layers, config.num_attention_heads, num_kv_heads_of(config), head_dim_of(config))
@@ -160,6 +160,11 @@ def _check_config(path: Path, metadata: Metadata) -> None:
     if cache.sliding and tuple(cache.sliding) != windows:
         raise KvfoldError(
             f"config.json has sliding windows {windows}, but {METADATA_NAME} {tuple(cache.sliding)}; {AGAIN}."
+        )
+    if cache.rope_pairs != pairs:
+        raise KvfoldError(
+            f"config.json names a family whose RoPE turns {pairs} pairs, but {METADATA_NAME} says {cache.rope_pairs}; "
+            f"{AGAIN}."
         )
     stated = (cache.num_layers, cache.num_heads, cache.num_kv_heads, cache.head_dim)
     if found != stated:
@@ -234,7 +239,7 @@ def _read_specs(path: Path, metadata: Metadata) -> list[LayerSpec]:
     def side(i: int, name: str, model: SideModel) -> dict:
         found: dict[str, Any] = {t: tensors[f"layers.{i}.{name}.{t}"] for t in model.tensors}
         if "frequencies" in found:
-            found["frequencies"] = tuple(found["frequencies"].tolist())
+            found |= {"frequencies": tuple(found["frequencies"].tolist()), "pairs": metadata.cache.rope_pairs}
         return {"format": model.format.build(), "transforms": tuple(model.transforms), **found}
 
     return [

@@ -9,11 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.kernels.formats import Format
+from kvfold.kernels.key_mean import RopePairs
 from kvfold.kernels.packing import FIELDS
 
 FORMAT_VERSION = 1  # of an artifact without sliding-window layers; read, no longer written
 SLIDING_VERSION = 2  # the same and cache.sliding; read, no longer written
 MEAN_VERSION = 3  # a rotating mean of keys: `frequencies` beside `offset`; cache.sliding where a layer slides
+PAIRS_VERSION = 4  # the same and cache.rope_pairs, where RoPE turns other pairs of channels than (i, i + n/2)
 METADATA_NAME = "kv_cache.json"
 TENSORS_NAME = "kv_cache.safetensors"
 
@@ -66,6 +68,7 @@ class CacheModel(Strict):
     """Shape of the model's cache and of its regions, in tokens.
 
     `sliding`: of each layer, 0 for none; from SLIDING_VERSION on, where one layer slides at least, else empty.
+    `rope_pairs`: which channels RoPE turns together (kernels/key_mean.py); in PAIRS_VERSION only.
     """
 
     num_layers: Layers
@@ -76,12 +79,15 @@ class CacheModel(Strict):
     window: RawTokens
     page_tokens: PageTokens
     sliding: list[Count] = Field(default_factory=list)
+    rope_pairs: RopePairs = "halves"
 
     @model_serializer(mode="wrap")
     def _fields(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields = dump(self)
         if not self.sliding:
             del fields["sliding"]
+        if self.rope_pairs == "halves":
+            del fields["rope_pairs"]
         return fields
 
 
@@ -154,13 +160,17 @@ class Metadata(Strict):
                 f"one window for each of {self.cache.num_layers} layers"
             )
         if (
-            self.format_version == MEAN_VERSION
+            self.format_version >= MEAN_VERSION
             and self.cache.sliding
             and (len(self.cache.sliding) != self.cache.num_layers or not any(self.cache.sliding))
         ):
             raise ValueError(
                 f"cache.sliding needs one window for each of {self.cache.num_layers} layers, or must be absent"
             )
+        if (self.format_version == PAIRS_VERSION) != ("rope_pairs" in self.cache.model_fields_set) or (
+            self.format_version == PAIRS_VERSION and self.cache.rope_pairs == "halves"
+        ):
+            raise ValueError(f"cache.rope_pairs, adjacent or swapped, goes with format_version {PAIRS_VERSION} alone")
         if self.format_version < MEAN_VERSION and any("frequencies" in layer.key.tensors for layer in self.layers):
             raise ValueError(f"frequencies of keys go with format_version {MEAN_VERSION}")
         if self.cache.num_heads % self.cache.num_kv_heads:
@@ -232,10 +242,10 @@ def parse_metadata(text: str, name: str = METADATA_NAME) -> Metadata:
             f"{name} is not JSON ({error}); the artifact is damaged, write or download it again."
         ) from None
     version = data.get("format_version") if isinstance(data, dict) else None
-    if version not in (FORMAT_VERSION, SLIDING_VERSION, MEAN_VERSION):
+    if version not in (FORMAT_VERSION, SLIDING_VERSION, MEAN_VERSION, PAIRS_VERSION):
         raise KvfoldError(
-            f"{name} has format_version {version!r}, but this kvfold reads {FORMAT_VERSION} to {MEAN_VERSION}; use the "
-            "kvfold that wrote it."
+            f"{name} has format_version {version!r}, but this kvfold reads {FORMAT_VERSION} to {PAIRS_VERSION}; use "
+            "the kvfold that wrote it."
         )
     digest = data.pop("digest", None)
     try:

@@ -1,13 +1,13 @@
 """What one layer of an artifact says about its cache, as tensors: the object that compress writes and runtime reads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from kvfold.kernels.formats import Format
-from kvfold.kernels.key_mean import TurnTables, turn_tables
+from kvfold.kernels.key_mean import RopePairs, TurnTables, turn_tables
 
 
 def clip_rows(clip: Tensor | None) -> Tensor | None:
@@ -30,8 +30,8 @@ class KeySpec:
             so softmax does not see it; only a soft-cap or a sink logit needs it back (`shift`).
         clip: float32 [num_kv_heads], or [num_kv_heads, groups] where the format has more than one group: factor on
             (minimum, maximum) of "scale_min" formats; None for 1.
-        frequencies: RoPE's angular frequencies ω, of the pairs (i, i + n/2), radians a token;
-            None where keys don't turn.
+        frequencies: RoPE's angular frequencies ω, of its pairs, radians a token; None where keys don't turn.
+        pairs: which channels are a pair (kernels/key_mean.py).
     """
 
     format: Format
@@ -40,6 +40,7 @@ class KeySpec:
     offset: Tensor | None = None
     clip: Tensor | None = None
     frequencies: tuple[float, ...] | None = None
+    pairs: RopePairs = "halves"
 
     @cached_property
     def query_matrix(self) -> Tensor | None:
@@ -54,7 +55,7 @@ class KeySpec:
     def tables(self, sinks: int) -> TurnTables:
         """What the rotating mean is made of, in a cache of so many sinks; only where `turns`."""
         assert self.offset is not None and self.frequencies is not None
-        return turn_tables(self.frequencies, self.offset.shape[1], sinks, self.offset.device)
+        return turn_tables(self.frequencies, self.offset.shape[1], sinks, self.offset.device, self.pairs)
 
     def mean(self, positions: Tensor | None, sinks: int, end: int | None = None) -> Tensor | None:
         """m_t of keys at int64 positions [..., T], which only a mean that turns needs: float32
@@ -102,7 +103,7 @@ class KeySpec:
 
     def to(self, device: torch.device) -> "KeySpec":
         matrix, offset, clip = (None if t is None else t.to(device) for t in (self.matrix, self.offset, self.clip))
-        return KeySpec(self.format, self.transforms, matrix, offset, clip, self.frequencies)
+        return replace(self, matrix=matrix, offset=offset, clip=clip)
 
 
 @dataclass(frozen=True)

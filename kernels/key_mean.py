@@ -14,15 +14,15 @@ angular frequency:
     pair i slow    b_i · e^{jω(sinks + 32·⌊u/32⌋ + 16)}
 
 The head_dim / 8 pairs of the highest frequencies are fast; the others hardly turn in 32 tokens.
-Channels that RoPE does not rotate are pairs of frequency 0. For a query with complex parts q_i,
-q·m_t = Re Σ conj(q_i)·b_i·(the turns above), whose coefficients c_i = conj(q_i)·b_i belong to the
-query. In a kernel the fast pairs are one small matrix product with T for each 128 tokens, the slow
-ones one number for each 32. Against m_t = R(t)·b this costs 3 % of the keys' distortion
-(benchmarks/LOG.md).
+Channels that RoPE does not rotate are pairs of frequency 0. `pair_channels` says which channels are
+a pair. For a query with complex parts q_i, q·m_t = Re Σ conj(q_i)·b_i·(the turns above), whose
+coefficients c_i = conj(q_i)·b_i belong to the query. In a kernel the fast pairs are one small
+matrix product with T for each 128 tokens, the slow ones one number for each 32. Against
+m_t = R(t)·b this costs 3 % of the keys' distortion (benchmarks/LOG.md).
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,38 @@ from torch import Tensor
 SPAN = 128  # tokens that share the turn of the fast pairs: a tile of the attention kernel
 STEP = 32  # tokens that share the whole of the slow pairs
 FIRST_TOKENS = 1 << 15  # that the tables hold at first; they double from there
+
+
+RopePairs = Literal["halves", "adjacent", "swapped"]
+
+
+def pair_channels(rotated: int, pairs: RopePairs = "halves") -> tuple[Tensor, Tensor]:
+    """The first and the second channel of each pair that RoPE turns, the real and the imaginary part, int64 [rotated].
+
+    Args:
+        rotated: pairs of the first 2·rotated channels of a head.
+        pairs: "halves": channels i and i + rotated; "adjacent": 2i and 2i + 1; "swapped": i + rotated and i, which is
+            turning the other way round.
+    """
+    i = torch.arange(rotated)
+    if pairs == "adjacent":
+        return 2 * i, 2 * i + 1
+    return (i + rotated, i) if pairs == "swapped" else (i, i + rotated)
+
+
+def split_pairs(x: Tensor, pairs: RopePairs) -> tuple[Tensor, Tensor]:
+    """The first and the second channels of pairs, views: [..., 2n] → [..., n] twice; every channel has a partner."""
+    if pairs == "adjacent":
+        return x[..., 0::2], x[..., 1::2]
+    low, high = x.chunk(2, -1)
+    return (high, low) if pairs == "swapped" else (low, high)
+
+
+def join_pairs(first: Tensor, second: Tensor, pairs: RopePairs) -> Tensor:
+    """What `split_pairs` split."""
+    if pairs == "adjacent":
+        return torch.stack((first, second), -1).flatten(-2)
+    return torch.cat((second, first) if pairs == "swapped" else (first, second), -1)
 
 
 def num_fast(head_dim: int) -> int:
@@ -74,11 +106,18 @@ class TurnTables:
         steps: complex64 [m, slow], turns of the slow pairs at sinks + STEP·m + STEP / 2.
     """
 
-    def __init__(self, frequencies: tuple[float, ...], head_dim: int, sinks: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        frequencies: tuple[float, ...],
+        head_dim: int,
+        sinks: int,
+        device: torch.device,
+        pairs: RopePairs = "halves",
+    ) -> None:
         rotated = len(frequencies)
         rest = head_dim // 2 - rotated
-        first = torch.cat((torch.arange(rotated), 2 * rotated + torch.arange(rest)))
-        second = torch.cat((rotated + torch.arange(rotated), 2 * rotated + rest + torch.arange(rest)))
+        turned, still = pair_channels(rotated, pairs), pair_channels(rest)
+        first, second = (torch.cat((a, 2 * rotated + b)) for a, b in zip(turned, still, strict=True))
         omega = torch.cat((torch.tensor(frequencies, dtype=torch.float64), torch.zeros(rest, dtype=torch.float64)))
         order = omega.argsort(descending=True, stable=True)
         self.first, self.second, self.omega = first[order].to(device), second[order].to(device), omega[order]
@@ -89,8 +128,8 @@ class TurnTables:
         pair, partner = torch.empty(dim, dtype=torch.int32), torch.empty(dim, dtype=torch.int32)
         pair[first[order]] = pair[second[order]] = torch.arange(dim // 2, dtype=torch.int32)
         partner[first], partner[second] = second.int() - dim, first.int()
-        pairs = torch.stack((first[order], second[order])).int()
-        self._indices = pairs.to(device), torch.stack((pair, partner)).to(device)
+        channels = torch.stack((first[order], second[order])).int()
+        self._indices = channels.to(device), torch.stack((pair, partner)).to(device)
         self._old: list[KernelTables | tuple[Tensor, Tensor]] = []
         self.spans: Tensor
         self.steps: Tensor
@@ -201,13 +240,16 @@ class TurnTables:
 
 
 @cache
-def turn_tables(frequencies: tuple[float, ...], head_dim: int, sinks: int, device: torch.device) -> TurnTables:
+def turn_tables(
+    frequencies: tuple[float, ...], head_dim: int, sinks: int, device: torch.device, pairs: RopePairs = "halves"
+) -> TurnTables:
     """The tables of one set of frequencies: made once, and shared.
 
     Args:
-        frequencies: ω of RoPE's pairs (i, i + n/2), radians a token.
+        frequencies: ω of RoPE's pairs, radians a token.
         head_dim: even; channels that RoPE leaves alone come behind those that it turns.
         sinks: first positions, whose mean is 0.
+        pairs: as in `pair_channels`.
     """
     with torch.inference_mode(False):  # they outlive the mode of whoever asks first
-        return TurnTables(frequencies, head_dim, sinks, device)
+        return TurnTables(frequencies, head_dim, sinks, device, pairs)

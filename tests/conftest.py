@@ -2,6 +2,7 @@
 
 import os
 import re
+from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,6 +21,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's module is imported
 
 import quick_interpreter
+from family_configs import OWN, config_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
@@ -33,6 +35,7 @@ from transformers import (
     Qwen3Config,
     SmolLM3Config,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from kvfold.exports.architectures import ARCHITECTURES
@@ -90,6 +93,8 @@ CONFIGS = {
     ),
 }  # fmt: skip
 FAMILIES = sorted(CONFIGS)
+MORE_FAMILIES = sorted(set(OWN) & set(CONFIG_MAPPING))  # that this transformers has
+CONFIGS |= {family: partial(config_of, family) for family in MORE_FAMILIES}
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, attention: str | None = None):

@@ -15,13 +15,16 @@ class LayerRunner:
         model: causal LM in eval mode.
         arch: its row in the table.
         input_ids: int64 [B, T].
+        positions: int64 [B, T] for RoPE; default: 0, 1, 2, ….
     """
 
-    def __init__(self, model: Any, arch: Architecture, input_ids: Tensor) -> None:
+    def __init__(self, model: Any, arch: Architecture, input_ids: Tensor, positions: Tensor | None = None) -> None:
         self.layers = arch.decoder_layers(model)
-        self.embedded, self._calls = self._record(model, input_ids)
+        self.embedded, self._calls = self._record(model, input_ids, positions)
 
-    def _record(self, model: Any, input_ids: Tensor) -> tuple[Tensor, list[tuple[tuple, dict]]]:
+    def _record(
+        self, model: Any, input_ids: Tensor, positions: Tensor | None
+    ) -> tuple[Tensor, list[tuple[tuple, dict]]]:
         """One pass in which each layer only notes its arguments and hands its input on."""
         first: list[Tensor] = []
         calls: list[tuple[tuple, dict]] = []
@@ -38,7 +41,7 @@ class LayerRunner:
         try:
             for layer in self.layers:
                 layer.forward = note
-            model.base_model(input_ids=input_ids, use_cache=False)
+            model.base_model(input_ids=input_ids, position_ids=positions, use_cache=False)
         finally:
             for layer, forward in saved:
                 del layer.forward

@@ -2,8 +2,8 @@
 
 A family may have one table for all layers, a table for each type of layer (Gemma 3: another base in sliding layers),
 tables that change with the length (long-rope), factors that only a part of a head's channels take, or layers without
-RoPE. A turn is a complex number e^{iθ} for each pair of channels (i, i + n/2) of the n that are rotated, so turns
-combine by multiplication.
+RoPE. A turn is a complex number e^{iθ} for each pair of the n channels that are rotated (kernels/key_mean.py says which
+channels are pairs), so turns combine by multiplication.
 """
 
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.exports.architectures import Architecture
+from kvfold.exports.architectures import Architecture, sliding_windows_of
+from kvfold.kernels.key_mean import RopePairs, join_pairs, split_pairs
 
 
 def turns(model: Any, arch: Architecture, layer: int, positions: Tensor) -> Tensor | None:
@@ -22,14 +23,21 @@ def turns(model: Any, arch: Architecture, layer: int, positions: Tensor) -> Tens
         without RoPE.
     """
     attention = arch.attention_modules(model)[layer]
-    if not getattr(attention, "use_rope", True):
+    if not getattr(attention, "use_rope", True) or _only_elsewhere(model.config, arch, layer, attention):
         return None
     rotary = model.base_model.rotary_emb
     of_type = (model.config.layer_types[layer],) if arch.rope_by_type else ()
     cos, sin = rotary(torch.empty(0, device=positions.device), positions, *of_type)  # the tensor only gives its type
     pairs = cos.shape[-1] if arch.rope_halves else cos.shape[-1] // 2
-    turn = torch.complex(cos[..., :pairs].float(), sin[..., :pairs].float())
+    once = slice(0, None, 2) if arch.rope_repeats else slice(pairs)
+    turn = torch.complex(cos[..., once].float(), sin[..., once].float())
     return turn / turn.abs()
+
+
+def _only_elsewhere(config: Any, arch: Architecture, layer: int, attention: Any) -> bool:
+    """Whether RoPE is for sliding layers, and this is none; a layer may be an exception."""
+    windows = sliding_windows_of(config) if arch.rope_if_sliding and not getattr(attention, "force_rope", False) else ()
+    return bool(windows) and not windows[layer]
 
 
 def frequencies(model: Any, arch: Architecture, layer: int, last: int) -> Tensor | None:
@@ -44,18 +52,36 @@ def frequencies(model: Any, arch: Architecture, layer: int, last: int) -> Tensor
     return None if found is None else (found[0, 1] * found[0, 0].conj()).angle().abs().cpu()
 
 
-def rotate_on(x: Tensor, near: Tensor | None, far: Tensor | None) -> Tensor:
+def norm_weights(attention: Any, arch: Architecture) -> tuple[Tensor | None, Tensor | None]:
+    """What queries and keys are multiplied by after RoPE, float32 [D] each; None for nothing."""
+    if not arch.norm_after_rope:
+        return None, None
+    weights = (getattr(getattr(attention, name), "weight", None) for name in arch.norms)
+    query, key = (None if w is None else w.float() + arch.norm_plus for w in weights)
+    return query, key
+
+
+def rotate_on(
+    x: Tensor, near: Tensor | None, far: Tensor | None, pairs: RopePairs = "halves", weight: Tensor | None = None
+) -> Tensor:
     """Queries or keys as RoPE would have turned them at other positions.
 
     Args:
-        x: float [B, heads, T, D], turned by `near` (pairs are channels i and i + n/2).
+        x: float [B, heads, T, D], turned by `near`.
         near, far: complex64 [B, T, n/2] as `turns` gives them, or None for a layer without RoPE.
+        pairs: which channels are turned together.
+        weight: float32 [D], what x was multiplied by after RoPE, or None.
     Returns:
         float32 [B, heads, T, D], turned by `far`.
     """
     if near is None or far is None:
         return x.float()
     width = 2 * near.shape[-1]
-    low, high = x[..., :width].float().chunk(2, -1)
-    turned = torch.complex(low, high) * (far * near.conj())[:, None]
-    return torch.cat((turned.real, turned.imag, x[..., width:].float()), -1)
+    x = x.float()
+    if weight is not None:
+        weight = torch.where(weight == 0, 1.0, weight)  # a channel that is 0 at every position stays so
+        x = x / weight
+    first, second = split_pairs(x[..., :width], pairs)
+    turned = torch.complex(first.contiguous(), second.contiguous()) * (far * near.conj())[:, None]
+    moved = torch.cat((join_pairs(turned.real, turned.imag, pairs), x[..., width:]), -1)
+    return moved if weight is None else moved * weight

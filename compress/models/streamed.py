@@ -8,22 +8,31 @@ given back to the system after each layer, so that a process is as big as the la
 import json
 import mmap
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from kvfold.compress.models.stored_names import Names, join, names_of, wide_names
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import Architecture
 from kvfold.exports.files import weight_files
 from kvfold.pretrained import config_from_pretrained, model_from_config
 
 TORCH_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Stored(NamedTuple):
+    """Where a streamed model's weights are: files, their tensors by name, and what those are for."""
+
+    files: "list[WeightFile]"
+    tensors: dict[str, Tensor]
+    names: Names
 
 
 class WeightFile:
@@ -62,62 +71,95 @@ def load_streamed(
     """A checkpoint folder as a model whose decoder layers stay in their files, in eval mode and without gradients.
 
     Args:
-        path: of a family whose modules are named as its tensors are.
+        path: a folder that `load_model` reads too.
         arch: its row in the table.
-        dtype: that is computed in; None: all weights stay in their files, in their own types, and nothing is to be
-            computed.
+        dtype: that is computed in; None: weights stay in their files, in the types that transformers gives them, and
+            nothing is to be computed.
         device: where layers run, and the rest of the model stays.
         attention: name of an attention function.
     Raises:
-        KvfoldError: tensors are missing, or named otherwise.
+        KvfoldError: tensors are missing or of the wrong shape.
     """
     config = config_from_pretrained(path)
     with init_empty_weights(include_buffers=False):
         model = model_from_config(config, dtype=config.dtype, attn_implementation=attention)
     files = [WeightFile(file) for file in weight_files(path)]
     stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
-    for name, parameter in model.named_parameters():
-        if name in stored and stored[name].shape != parameter.shape:
+    names = names_of(model, stored)
+    own = model.state_dict()
+    for name, target in names.same.items():
+        if stored[name].shape != own[target].shape:
             raise KvfoldError(
                 f"The tensor {name} in '{path}' is of the wrong shape, so its weights do not fit config.json; give a "
                 "matching pair."
             )
-    own = {name: nn.Parameter(x, requires_grad=False) for name, x in stored.items()}
-    model.load_state_dict(own, strict=False, assign=True)
+    there = {target: nn.Parameter(stored[name], requires_grad=False) for name, target in names.same.items()}
+    if dtype is None:  # the types that transformers gives them
+        wide = wide_names(model, there, config.dtype)
+        for target, x in there.items():
+            x.data = x.data.to(torch.float32 if target in wide else own[target].dtype)
+    model.load_state_dict(there, strict=False, assign=True)
     model.tie_weights()
+    joined = set(names.joined.values())
     for name, parameter in model.named_parameters():
-        if parameter.device.type == "meta":
+        if parameter.device.type == "meta" and name not in joined:
             raise KvfoldError(
-                f"'{path}' has no tensor {name}, as models that are read layer by layer must; if no tensor is missing, "
-                "give a --max-memory of more than twice the weights in float32, to read it whole."
+                f"The tensor {name} in '{path}' is missing, so its weights do not fit config.json; give a matching "
+                "pair."
             )
     if (generation := path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_dict(json.loads(generation.read_text(encoding="utf-8")))
     model.eval().requires_grad_(False)
+    model.kvfold_stored = Stored(files, stored, names)
     if dtype is not None:
         layers = arch.decoder_layers(model)
         within = {id(x) for x in layers.parameters()}
         for x in model.parameters():
             if id(x) not in within:
-                x.data = x.data.to(device, dtype)
+                x.data = x.data.to(device).to(dtype)
         for buffer in model.buffers():
             buffer.data = buffer.data.to(device)
-        for layer in layers:
-            _stream(layer, dtype, device, lambda: release(model))
-    model.kvfold_files = files
+        for index, layer in enumerate(layers):
+            prefix = f"{arch.layers}.{index}."
+            parts = {name: stored[name] for name, target in names.joined.items() if target.startswith(prefix)}
+            _stream(model, layer, parts, dtype, device)
     release(model)
     return model
 
 
 def is_streamed(model: Any) -> bool:
     """Whether `load_streamed` gave it."""
-    return hasattr(model, "kvfold_files")
+    return hasattr(model, "kvfold_stored")
 
 
 def release(model: Any) -> None:
     """Gives back the memory that looking at a streamed model's weights has taken; nothing for any other model."""
-    for file in getattr(model, "kvfold_files", ()):
-        file.release()
+    if is_streamed(model):
+        for file in model.kvfold_stored.files:
+            file.release()
+
+
+def stored_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a model's weights; of a streamed one as the checkpoint has them."""
+    if not is_streamed(model):
+        yield from model.state_dict().items()
+        return
+    _, tensors, names = model.kvfold_stored
+    for name in [*names.same, *names.joined]:
+        yield name, tensors[name]
+        release(model)
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Writes config and weights as transformers' `save_pretrained` does; a streamed model's with the checkpoint's
+    names, which that gives too."""
+    if not is_streamed(model):
+        model.save_pretrained(folder)
+        return
+    _, tensors, names = model.kvfold_stored
+    own = model.state_dict()
+    state = {name: own[target] for name, target in names.same.items()} | {name: tensors[name] for name in names.joined}
+    model.save_pretrained(folder, state_dict=state, save_original_format=False)
 
 
 def present(layer: Any) -> AbstractContextManager[None]:
@@ -126,22 +168,29 @@ def present(layer: Any) -> AbstractContextManager[None]:
     return getattr(layer, "kvfold_present", nullcontext)()
 
 
-def _stream(layer: Any, dtype: torch.dtype, device: torch.device, release: Callable[[], Any]) -> None:
-    """Makes a layer's forward pass bring its weights, and take them away again."""
+def _stream(model: Any, layer: Any, parts: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    """Makes a layer's forward pass bring its weights, and take them away again.
+
+    Args:
+        parts: by their names in the checkpoint, tensors that parameters of the layer are joined from.
+        dtype, device: that the layer runs in and on.
+    """
     plain = layer.forward
 
     @contextmanager
     def bring() -> Iterator[None]:
         places = [(m, name, x) for m in layer.modules() for name, x in m.named_parameters(recurse=False)]
         try:
-            for module, name, parameter in places:  # a new parameter: what autograd keeps of it stays as it is
-                weight = parameter.data.to(device).to(dtype)  # the few bytes travel
+            if parts and any(x.device.type == "meta" for _, _, x in places):
+                join(model, parts, model.config.dtype)
+            for module, name, _ in places:  # a new parameter: what autograd keeps of it stays as it is
+                weight = getattr(module, name).data.to(device).to(dtype)  # the few bytes travel
                 setattr(module, name, nn.Parameter(weight, requires_grad=False))
             yield
         finally:
             for module, name, parameter in places:
                 setattr(module, name, parameter)
-            release()
+            release(model)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         with bring():

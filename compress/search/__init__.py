@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from kvfold.compress.calibrate import calibrate
-from kvfold.compress.fuse import fuse_pair_scale, fuse_values
+from kvfold.compress.fuse import fuse_pair_scale, fuse_values, output_name, shares_scale
 from kvfold.compress.memory import SHARE, free_nbytes, weights_nbytes
 from kvfold.compress.models import load_model
 from kvfold.compress.models.attention_hook import NAME as TAP
-from kvfold.compress.models.streamed import is_streamed, load_streamed, release
+from kvfold.compress.models.streamed import is_streamed, load_streamed, release, stored_tensors
 from kvfold.compress.plan import Plan, check_reach
 from kvfold.compress.progress import progress, stage
 from kvfold.compress.recipe import LEAST_WINDOW
 from kvfold.compress.search.allocate import Choice, allocate, least_nbytes
 from kvfold.compress.search.allocate_shared import allocate_shared
 from kvfold.compress.search.candidates import KeyCandidate, ValueCandidate, key_candidates, value_candidates
+from kvfold.compress.search.check import check_model
 from kvfold.compress.search.conversations import write_conversations
 from kvfold.compress.search.extrapolation import sensitivities
 from kvfold.compress.search.first_order import first_order_losses
@@ -96,14 +97,16 @@ def measure(plan: Plan, work: Path, device: torch.device, statistics: Path | Non
     )
     model = load_weights(plan, device)
     check_finite(model, plan.source.name)
+    check_model(model, plan.arch, plan.sequences[0], plan.source.name, recipe.key.transform == "smooth")
     stats = calibrate(
         model, plan.arch, plan.sequences, plan.steps, recipe.calibration.sample_tokens, statistics or work
     )
     keys, values = [], []
     attentions = plan.arch.attention_modules(model)
     for i, found in enumerate(progress(stats, "candidates", "layer")):
-        weight: Any = attentions[i].o_proj.weight  # type: ignore[union-attr]
-        keys.append(key_candidates(found, recipe, i, plan.arch.qk_norm, weight))
+        weight = getattr(attentions[i], output_name(attentions[i])).weight
+        shared = shares_scale(attentions[i], plan.arch, geometry.head_dim)
+        keys.append(key_candidates(found, recipe, i, shared, weight, plan.arch.rope_pairs))
         values.append(value_candidates(found, recipe, i))
     s = recipe.sensitivity
     sequences = [ids[:, : s.seq_len] for ids in plan.sequences[: s.num_sequences]]
@@ -172,8 +175,7 @@ def check_finite(model: Any, name: str) -> None:
         KvfoldError: naming the first.
     """
     embedding, head = (m and m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()))
-    for key, tensor in model.state_dict().items():
-        release(model)
+    for key, tensor in stored_tensors(model):
         apart = embedding is not head and embedding is not None and tensor.data_ptr() == embedding.data_ptr()
         if tensor.is_floating_point() and not apart and not bool(torch.isfinite(tensor).all()):
             raise KvfoldError(

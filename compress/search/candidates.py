@@ -15,6 +15,7 @@ from kvfold.compress.transforms import KEY_TRANSFORMS, VALUE_TRANSFORMS, Basis, 
 from kvfold.compress.transforms.whiten import turning
 from kvfold.exports.spec import KeySpec, ValueSpec, clip_rows
 from kvfold.kernels.formats import RAW, Format
+from kvfold.kernels.key_mean import RopePairs
 from kvfold.kernels.quantizer import round_trip, to_float16
 
 CLIPS = tuple(round(0.4 + 0.05 * i, 2) for i in range(13))  # factors on (minimum, maximum) tried for each group
@@ -97,14 +98,14 @@ def _fitted(
         yield fmt, for_all or row.fit(stats, replace(request, fmt=fmt))
 
 
-def _key_candidate(fmt: Format, basis: Basis, stats: LayerStats, recipe: Recipe) -> KeyCandidate:
+def _key_candidate(fmt: Format, basis: Basis, stats: LayerStats, recipe: Recipe, rope_pairs: RopePairs) -> KeyCandidate:
     name = recipe.key.transform
     mean = "offset" if basis.frequencies is None else "rotating mean"
     names = () if basis.matrix is None else (name,) if basis.offset is None else (mean, name)
     matrix = None if basis.matrix is None else basis.matrix.float()
     offset = None if basis.offset is None else basis.offset.float()
     omega = None if basis.frequencies is None else tuple(basis.frequencies.tolist())
-    spec = KeySpec(fmt, names, matrix, offset, frequencies=omega)
+    spec = KeySpec(fmt, names, matrix, offset, frequencies=omega, pairs=rope_pairs)
     rest = stats.key_sample if offset is None else stats.key_sample - offset[:, None]
     z = to_float16(spec.transform(stats.rest_sample if spec.turns else rest)).float()
     metric = stats.query_moment
@@ -118,21 +119,29 @@ def _key_candidate(fmt: Format, basis: Basis, stats: LayerStats, recipe: Recipe)
 
 
 def key_candidates(
-    stats: LayerStats, recipe: Recipe, layer: int, one_norm: bool, output_weight: Tensor | None = None
+    stats: LayerStats,
+    recipe: Recipe,
+    layer: int,
+    one_norm: bool,
+    output_weight: Tensor | None = None,
+    rope_pairs: RopePairs = "halves",
 ) -> list[KeyCandidate]:
     """Candidates for one layer's keys, 16 bits last if offered.
 
     Args:
         one_norm: the model has one k_norm for all heads.
         output_weight: float [hidden_size, H·D], o_proj's weight, which "smooth" needs.
+        rope_pairs: which channels RoPE turns together.
     """
     row, side = KEY_TRANSFORMS[recipe.key.transform], recipe.key
     if side.transform == "whiten" and turning(stats, side.without):
         bits, shared = side.bits or (), side.shared_formats(stats.center.shape[-1]) if recipe.catalogue else ()
-        request = Request(None, 0, recipe.seed * 1_000_003 + layer, without=side.without, catalogue=shared)
+        request = Request(
+            None, 0, recipe.seed * 1_000_003 + layer, without=side.without, catalogue=shared, pairs=rope_pairs
+        )
         stats = best_center(stats, row.mixed(stats, bits, request) if row.mixed and bits else (), request)
-    pairs = _fitted(row, side, stats, recipe, layer, one_norm=one_norm, output_weight=output_weight)
-    return [_key_candidate(fmt, Basis() if is_raw(fmt) else basis, stats, recipe) for fmt, basis in pairs]
+    pairs = _fitted(row, side, stats, recipe, layer, one_norm=one_norm, output_weight=output_weight, pairs=rope_pairs)
+    return [_key_candidate(fmt, Basis() if is_raw(fmt) else basis, stats, recipe, rope_pairs) for fmt, basis in pairs]
 
 
 def _value_candidate(fmt: Format, matrix: Tensor, stats: LayerStats, recipe: Recipe) -> ValueCandidate:

@@ -17,7 +17,7 @@ from kvfold.compress.progress import progress
 from kvfold.compress.search.candidates import KeyCandidate, ValueCandidate
 from kvfold.compress.search.sensitivity import KL_BLOCK, Probe
 from kvfold.exports.account import Geometry
-from kvfold.exports.architectures import logits_of
+from kvfold.exports.architectures import last_norm_of, logits_of
 from kvfold.exports.spec import clip_rows
 from kvfold.kernels.quantizer import round_trip, to_float16
 
@@ -88,7 +88,7 @@ def gradients(probe: Probe, index: int, input_ids: Tensor) -> list[tuple[Tensor,
         for attention in probe.attentions:
             stack.enter_context(tapped(attention, tap))
         hidden = runner.run_from(0, runner.embedded.detach().requires_grad_())
-        final = model.base_model.norm(hidden)[0, :-1]
+        final = last_norm_of(model)(hidden)[0, :-1]
         leaf = final.detach().requires_grad_()
         targets = input_ids[0, 1:].to(leaf.device)
         for start in range(0, len(targets), KL_BLOCK):  # the logits of a block at a time

@@ -32,7 +32,7 @@ from kvfold.compress.search.candidates import KeyCandidate, ValueCandidate
 from kvfold.compress.work import kept
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
-from kvfold.exports.architectures import Architecture, logits_of
+from kvfold.exports.architectures import Architecture, last_norm_of, logits_of
 from kvfold.exports.scratch import write_whole
 from kvfold.exports.spec import KeySpec, ValueSpec, clip_rows
 from kvfold.kernels.attention import KeyMean, Tile, attend
@@ -157,7 +157,8 @@ class Probe:
         hidden_size]."""
         passage = self.passages[index]
         skipped = max(0, -(-(first - passage.start) // passage.stride))
-        return self.model.base_model.norm(hidden[0, passage.start + skipped * passage.stride - first :: passage.stride])
+        kept = hidden[0, passage.start + skipped * passage.stride - first :: passage.stride]
+        return last_norm_of(self.model)(kept)
 
     def kl(self, finals: list[Tensor]) -> float:
         """Mean KL(baseline ‖ probe) in nats over the positions that count; `finals`: normed hidden states [n,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvfold.compress.calibrate import LayerStats
 from kvfold.kernels.formats import Format
+from kvfold.kernels.key_mean import RopePairs
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Basis:
     """What a transform yields for one layer; an absent part does nothing.
 
     Attributes:
-        fused: float64 [Hkv, D, D], folded into the weights. Of keys only a diagonal that is equal inside each RoPE pair
-            (i, i + D/2), because rotation commutes with nothing else; of values any invertible matrix.
+        fused: float64 [Hkv, D, D], folded into the weights. Of keys only a diagonal that is equal inside each RoPE
+            pair, because rotation commutes with nothing else; of values any invertible matrix.
         online: float64 [Hkv, D, D], invertible, applied to new keys; values have none.
         offset: float64 [Hkv, D], subtracted from new keys; values have none.
         frequencies: float32 [n/2], ω of RoPE where the offset is a mean before it (kernels/key_mean.py).
@@ -57,6 +58,7 @@ class Request:
         without: parts of the transform that are left out, by name.
         output_weight: float [hidden_size, H·D], o_proj; None where unknown.
         catalogue: the mixed formats to choose from; empty: each layer makes its own cuts.
+        pairs: which channels RoPE turns together (kernels/key_mean.py).
     """
 
     fmt: Format | None = None
@@ -66,6 +68,7 @@ class Request:
     without: tuple[str, ...] = ()
     output_weight: Tensor | None = None
     catalogue: tuple[Format, ...] = ()
+    pairs: RopePairs = "halves"
 
     def generator(self) -> torch.Generator:
         """Always in the same state."""

@@ -1,8 +1,9 @@
 """Pair-shared smoothing of keys (PM-KVQ, 2505.18610): k_i / s_i and q_i · s_i with s equal inside each RoPE pair.
 
-s_i = max(|k_i|, |k_{i+D/2}|)^α over calibration tokens at interpolated positions. α comes from a grid of 21 values in
-[0, 1] by the error of the attention's output, ‖(softmax(q kᵀ) v − softmax(q k̂ᵀ) v̂) W_oᵀ‖², with keys and values that
-go through the quantiser. The attention is that among the sampled tokens of each calibration sequence, causal.
+s_i is the larger of a pair's two largest |k|, to the power of α, over calibration tokens at interpolated positions. α
+comes from a grid of 21 values in [0, 1] by the error of the attention's output, ‖(softmax(q kᵀ) v − softmax(q k̂ᵀ) v̂)
+W_oᵀ‖², with keys and values that go through the quantiser. The attention is that among the sampled tokens of each
+calibration sequence, causal.
 """
 
 import torch
@@ -11,20 +12,20 @@ from torch import Tensor
 from kvfold.compress.calibrate import LayerStats
 from kvfold.compress.transforms.interface import Basis, Request, Transform
 from kvfold.kernels.formats import Format
+from kvfold.kernels.key_mean import RopePairs, join_pairs, split_pairs
 from kvfold.kernels.quantizer import round_trip
 
 GRID = 21
 LEAST, MOST = 1e-4, 1e4  # of a scale
 
 
-def pair_scale(stats: LayerStats, alpha: float, shared: bool = False) -> Tensor:
-    """float64 [Hkv, D], equal inside each pair (i, i + D/2); `shared`: one scale for all heads, as a QK norm needs."""
+def pair_scale(stats: LayerStats, alpha: float, shared: bool = False, pairs: RopePairs = "halves") -> Tensor:
+    """float64 [Hkv, D], equal inside each of `pairs`; `shared`: one scale for all heads, as a QK norm needs."""
     absmax = stats.key_range.abs().amax(1)
     if shared:
         absmax = absmax.amax(0, keepdim=True).expand_as(absmax)
-    low, high = absmax.chunk(2, -1)
-    top = torch.maximum(low, high).clamp(LEAST, MOST) ** alpha
-    return torch.cat((top, top), -1)
+    top = torch.maximum(*split_pairs(absmax, pairs)).clamp(LEAST, MOST) ** alpha
+    return join_pairs(top, top, pairs)
 
 
 def attention_output(stats: LayerStats, keys: Tensor, values: Tensor, output_weight: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ def smooth(stats: LayerStats, request: Request) -> Basis:
     assert request.fmt is not None and request.output_weight is not None
     weight = request.output_weight.float().cpu()
     target = attention_output(stats, stats.key_sample, stats.value_sample, weight)
-    scales = [pair_scale(stats, step / (GRID - 1), request.one_norm) for step in range(GRID)]
+    scales = [pair_scale(stats, step / (GRID - 1), request.one_norm, request.pairs) for step in range(GRID)]
     errors = [output_error(stats, request.fmt, scale, target, weight) for scale in scales]
     return Basis(fused=torch.diag_embed(1 / scales[errors.index(min(errors))]))
 

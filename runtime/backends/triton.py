@@ -152,7 +152,7 @@ def _queries(layer: LayerTensors, query: Tensor, shifted: bool) -> Queries:
     key, g = layer.spec.key, layer.geometry
     shape = (query.shape[0], query.shape[1], g.num_kv_heads, query.shape[3], query.device, shifted)
     tokens = g.raw_rows + layer.block_table.shape[1] * g.page_tokens if key.turns else 0
-    name = (*shape, key.frequencies if key.turns else None, tokens)
+    name = (*shape, (key.frequencies, key.pairs) if key.turns else None, tokens)
     kept = layer.workspace.queries
     if name not in kept:
         kept[name] = empty_queries(*shape, key.tables(g.sinks) if key.turns else None, tokens)

@@ -5,6 +5,7 @@ from typing import Any
 
 from kvfold.errors import KvfoldError
 
+JOINT = ("qkv_proj", "query_key_value")  # projections of queries, keys and values
 FOLDED_KEYS = {"smooth"}  # transforms of keys that are folded into weights; others are applied where keys are written
 
 
@@ -13,9 +14,9 @@ def moved_projections(specs: Any) -> set[str]:
     `specs`: one LayerSpec a layer."""
     found: set[str] = set()
     if any(spec.value.transforms for spec in specs):
-        found |= {"v_proj", "o_proj", "qkv_proj"}
+        found |= {"v_proj", "o_proj", "dense", *JOINT}
     if any(FOLDED_KEYS & set(spec.key.transforms) for spec in specs):
-        found |= {"q_proj", "k_proj", "q_norm", "k_norm", "qkv_proj"}
+        found |= {"q_proj", "k_proj", "q_norm", "k_norm", *JOINT}
     return found
 
 

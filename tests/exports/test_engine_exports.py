@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CONFIGS, char_tokenizer, tiny_model
+from conftest import FAMILIES, char_tokenizer, tiny_model
 from safetensors.torch import load_file
 from transformers import DynamicCache
 
@@ -91,7 +91,7 @@ def test_rounding_keeps_soft_caps_and_sink_logits(family):
             assert torch.allclose(logits(model, ids), plain, atol=1e-4) == (algo is None)
 
 
-@pytest.mark.parametrize("family", sorted(CONFIGS))
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_ranges_are_what_a_stock_cache_holds(family):
     model = tiny_model(family)

@@ -139,7 +139,7 @@ def changed(path: str, value) -> dict:
         ("layers.1.key.format.zero", 0, r"not valid at layers.1.key.format.zero"),
         ("budget", ..., "not valid at budget"),
         ("provenance.revision", ..., "not valid at provenance.revision"),
-        ("format_version", 4, "format_version 4"),
+        ("format_version", 5, "format_version 5"),
         ("format_version", 2, "format_version 2 needs cache.sliding"),
         ("cache.sliding", [16, 0], "cache.sliding is no field of format_version 1"),
         ("format_version", "1", "format_version '1'"),
@@ -222,6 +222,17 @@ def test_sliding_windows_are_version_2():
             parse_metadata(dump_fields({**fields, "cache": {**geometry, "sliding": wrong}}))
     with pytest.raises(KvfoldError, match=r"needs cache.sliding"):
         parse_metadata(dump_fields({**FIELDS, "format_version": 2}))
+
+
+def test_pairs_that_are_not_halves_are_version_4():
+    geometry = {**FIELDS["cache"], "rope_pairs": "adjacent"}
+    text = dump_fields({**FIELDS, "format_version": 4, "cache": geometry})
+    metadata = parse_metadata(text)
+    assert metadata.cache.rope_pairs == "adjacent" and json.loads(dump_metadata(metadata)) == json.loads(text)
+    for version, pairs in ((3, "adjacent"), (1, "swapped"), (4, "halves"), (4, None), (3, "halves")):
+        cache = {**FIELDS["cache"], **({} if pairs is None else {"rope_pairs": pairs})}
+        with pytest.raises(KvfoldError, match="format_version 4 alone"):
+            parse_metadata(dump_fields({**FIELDS, "format_version": version, "cache": cache}))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "1", '{"format_version": 1', "\ufeff{}"])

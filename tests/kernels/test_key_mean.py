@@ -14,7 +14,17 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.schema import MEAN_VERSION, parse_metadata
 from kvfold.exports.spec import KeySpec
 from kvfold.kernels.formats import raw16
-from kvfold.kernels.key_mean import FIRST_TOKENS, SPAN, STEP, TurnTables, num_fast, turn_tables
+from kvfold.kernels.key_mean import (
+    FIRST_TOKENS,
+    SPAN,
+    STEP,
+    TurnTables,
+    join_pairs,
+    num_fast,
+    pair_channels,
+    split_pairs,
+    turn_tables,
+)
 
 CPU = torch.device("cpu")
 
@@ -78,6 +88,27 @@ def test_the_mean_follows_rope_and_is_zero_for_sinks():
     exact = torch.cat((b.real, b.imag), -1).float()
     left = (mean - exact)[64:].square().sum() / exact[64:].square().sum()
     assert left < 0.03  # only slow pairs within their steps are off
+
+
+@pytest.mark.parametrize("pairs", ["adjacent", "swapped"])
+def test_other_pairs_are_halves_in_another_order(pairs):
+    """Of channels that turn; those that don't stand behind them."""
+    omega, rotated, dim = (0.9, 0.3, 0.05), 3, 16
+    first, second = pair_channels(rotated, pairs)
+    order = torch.cat((first, second, torch.arange(2 * rotated, dim)))  # halves are x[order]
+    halves, others = turn_tables(omega, dim, 5, CPU), turn_tables(omega, dim, 5, CPU, pairs)
+    offset = torch.randn(2, dim, generator=torch.Generator().manual_seed(0))
+    query = torch.randn(4, 3, dim, generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(300)
+    assert torch.equal(others.mean(offset, positions)[..., order], halves.mean(offset[:, order], positions))
+    logits = [
+        t.logits(t.coefficients(b, q), positions)
+        for t, b, q in ((others, offset, query), (halves, offset[:, order], query[..., order]))
+    ]
+    assert torch.equal(*logits)
+    x = torch.randn(2, 5, 6)
+    assert torch.equal(torch.cat(split_pairs(x, pairs), -1), x[..., order[:6]])
+    assert torch.equal(join_pairs(*split_pairs(x, pairs), pairs), x)
 
 
 def test_tables_grow_and_old_ones_stay():

@@ -15,14 +15,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS, GROUP = 1, 2
 
 
-def spec_of(dim, rotated, size):
+def spec_of(dim, rotated, size, pairs="halves"):
     """Keys with a mean `size` times as large as their noise, in a basis of their own."""
     g = torch.Generator().manual_seed(dim)
     matrix = torch.linalg.qr(torch.randn(HEADS, dim, dim, generator=g))[0].contiguous()
     omega = tuple((100.0 ** (-torch.arange(rotated) / rotated)).tolist())
     offset = size * torch.randn(HEADS, dim, generator=g)
     return LayerSpec(
-        KeySpec(Format(((dim, 64),)), (), matrix, offset, frequencies=omega), ValueSpec(uniform(dim, 16, "fp16"))
+        KeySpec(Format(((dim, 64),)), (), matrix, offset, frequencies=omega, pairs=pairs),
+        ValueSpec(uniform(dim, 16, "fp16")),
     )
 
 
@@ -36,6 +37,8 @@ CASES = {
     "short pages, a partial rotation": (24, 6, Geometry(HEADS, 24, 3, 9, 8), 0.0, False),
     "pages of two steps": (16, 8, Geometry(HEADS, 16, 0, 8, 64), 0.0, False),
     "pages of a span, a soft-cap": (16, 7, Geometry(HEADS, 16, 2, 4, 128), 20.0, False),
+    "adjacent pairs, a partial rotation": (24, 7, Geometry(HEADS, 24, 3, 9, 8), 0.0, False),
+    "swapped pairs": (16, 8, Geometry(HEADS, 16, 5, 20, 32), 0.0, False),
     "sink logits, a window that slides": (16, 8, Geometry(HEADS, 16, 4, 16, 16, (70,)), 0.0, True),
 }
 
@@ -45,7 +48,8 @@ CASES = {
 def test_kernels_add_what_keys_lack(case):
     """A ragged batch of two: a prompt, steps in which pages come due, a chunk, a step; logits of a hundred and more."""
     dim, rotated, geometry, softcap, sink = CASES[case]
-    spec = spec_of(dim, rotated, 6.0)
+    pairs = case.split()[0] if "pairs" in case else "halves"
+    spec = spec_of(dim, rotated, 6.0, pairs)
     generator = torch.Generator().manual_seed(1)
     caches = [QuantizedKVCache([spec], geometry, backend=backend_of(triton)) for triton in (False, True)]
     mask = torch.ones(2, 400)

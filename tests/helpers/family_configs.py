@@ -1,0 +1,94 @@
+"""One tiny configuration for each family beyond the nine of conftest.py: two layers, and what the family has of its own
+small enough that a short text meets it."""
+
+from typing import Any
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+FIELDS: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048, "bos_token_id": None,
+    "eos_token_id": None, "pad_token_id": None, "tie_word_embeddings": False,
+    # all experts are asked: a choice between two that are alike would amplify rounding
+    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "shared_intermediate_size": 32,
+    "num_experts": 2, "num_local_experts": 2, "n_routed_experts": 2, "num_experts_per_tok": 2, "moe_topk": 2,
+    "moe_k": 2, "moe_num_experts": 2, "n_shared_experts": 1, "moe_num_shared_experts": 1, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1, "moe_layer_start_index": 1,
+}  # fmt: skip
+TWO = {"sliding_window": 40, "layer_types": [SLIDING, FULL]}
+
+
+def _rope(**fields: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **fields}}
+
+
+BY_TYPE = {
+    "rope_parameters": {kind: {"rope_type": "default", "rope_theta": t} for kind, t in ((FULL, 1e5), (SLIDING, 1e3))}
+}
+SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
+GRANITE = {"logits_scaling": 4.0, "attention_multiplier": 0.3}
+HALF = _rope(partial_rotary_factor=0.5)
+NO_WINDOW = {"sliding_window": None}
+OWN: dict[str, dict[str, Any]] = {
+    "apertus": _rope(),
+    "arcee": _rope(),
+    "cohere": {"logit_scale": 0.25, "use_qk_norm": True},
+    "cohere2": {**TWO, "logit_scale": 0.25},
+    "cohere2_moe": {**TWO, **SPARSE, "logit_scale": 0.25},
+    "cwm": {**TWO, **_rope(), "bos_token_id": 1, "eos_token_id": 2},
+    "dots1": TWO,
+    "ernie4_5": {},
+    "ernie4_5_moe": {},
+    "exaone4": TWO,
+    "exaone_moe": {**TWO, **SPARSE},
+    "flex_olmo": {},
+    "gemma": {},
+    "glm": HALF,
+    "glm4": HALF,
+    "glm4_moe": {**HALF, "use_qk_norm": True},
+    "gpt_neox": {**_rope(partial_rotary_factor=0.5), "attention_bias": True},
+    "granite": GRANITE,
+    "granitemoe": GRANITE,
+    "granitemoeshared": GRANITE,
+    "helium": {},
+    "hunyuan_v1_dense": {},
+    "hunyuan_v1_moe": {},
+    "hy_v3": SPARSE,
+    "hyperclovax": {"logits_scaling": 0.25, "attention_multiplier": 0.3},
+    "internlm3": {},
+    "jais2": {},
+    "kolibri1": TWO,
+    "mellum": {**TWO, **BY_TYPE, **SPARSE},
+    "minimax_m2": HALF,
+    "ministral": TWO,
+    "ministral3": {},
+    "mixtral": NO_WINDOW,
+    "nanochat": {"final_logit_softcapping": 5.0},
+    "nemotron": HALF,
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": {**TWO, **BY_TYPE},
+    "olmoe": {},
+    "persimmon": HALF,
+    "phi": {**HALF, "qk_layernorm": True},
+    "phimoe": NO_WINDOW,
+    "qwen2_moe": {},
+    "qwen3_moe": {},
+    "seed_oss": {},
+    "solar_open": {},
+    "stablelm": {**_rope(partial_rotary_factor=0.25), "use_qkv_bias": True},
+    "starcoder2": {**NO_WINDOW, "use_bias": True},
+    "vaultgemma": {
+        **TWO, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 5.0,
+    },
+}  # fmt: skip
+
+
+def config_of(family: str, **own: Any) -> Any:
+    """A tiny config of a model_type, which need not be one that is supported; `own` fields replace what is there."""
+    kind: Any = CONFIG_MAPPING[family]
+    default, names = kind(), getattr(kind, "attribute_map", {})
+    fields = {k: v for k, v in FIELDS.items() if hasattr(default, k) and k not in names}
+    fields = {k: v for k, v in fields.items() if not isinstance(getattr(kind, k, None), property)}
+    return kind(**{**fields, **OWN.get(family, {}), **own})
