@@ -1,4 +1,4 @@
-"""Binary codes on the device: bit fields of words (packing.py), as tensor-core operands, one by one, and written."""
+"""Binary codes on the device: bit fields of words (kinds/bits.py), as tensor-core operands, one by one, and written."""
 
 import triton
 import triton.language as tl
@@ -150,8 +150,9 @@ def _store_words(block, words, plane, width, half, row, ROWS: tl.constexpr):
 
 @triton.jit
 def write_codes(
-    block, table, header, source, LOAD: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, UNROLL: tl.constexpr
-):
+    block, table, header, source, LOAD: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, OWN: tl.constexpr,
+    UNROLL: tl.constexpr,
+):  # fmt: skip
     """Codes and packs binary codes."""
     width: tl.constexpr = tile_width(WORD_TILE, ROWS)
     dim = header.head_dim
@@ -179,7 +180,7 @@ def write_codes(
                 upper = (item + k) >> 3
                 own = tl.where(upper > 0, partner, c)
                 inside = (levels > 0) & (own >= 0)
-                x = LOAD(source, f, row, own, inside, ROWS, PACKED)
+                x = LOAD(source, f, row, own, inside, ROWS, PACKED, OWN)
                 params = load_params(block, header, f, row, tl.where(upper > 0, partner_group, group), inside, ROWS)
                 code = quantise(x, params, levels, step, header.kind == SCALE_MIN)
                 words_0 |= _field_bits(code, width_0, f, upper, inside)
