@@ -22,6 +22,7 @@ errors equal. A step down costs ΔL·ρ for the bytes that it frees; `Ladders.or
 all layers by that ratio.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -29,12 +30,15 @@ from kvfold.exports.account import Geometry
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.catalogue import key_formats, value_formats
 from kvfold.kernels.formats import Format, raw16, uniform
-from kvfold.kernels.kinds.levels import PLANE_WIDTHS, RAW
+from kvfold.kernels.kinds import STORAGES
+from kvfold.kernels.kinds.levels import PLANE_WIDTHS
 
 CODE_BITS = (4, 8)  # of the rungs between the floor and 16 bits
 # how many times larger a rung must be than the one below, or it is left out: to lower it would free too little
 WORTH = 1.125
-WIDTHS = {sum(widths): levels for levels, widths in PLANE_WIDTHS.items() if levels not in (3, RAW)}  # bits → levels
+WIDTHS = {  # bits → levels of binary codes
+    sum(widths): levels for levels, widths in PLANE_WIDTHS.items() if all(STORAGES[width].binary for width in widths)
+}
 
 
 def finer(floor: Format, bits: int) -> Format:
@@ -46,17 +50,15 @@ def finer(floor: Format, bits: int) -> Format:
     elif floor.kind.minimum:
         found = uniform(floor.head_dim, 2**bits, floor.param_dtype, floor.group_size)
     else:
-        shared = (
-            floor in key_formats(floor.head_dim) or floor in value_formats(floor.head_dim) or not floor.kind.uniform
-        )
-        found = uniform(floor.head_dim, 2**bits) if shared else widened(floor, bits)
+        shared = floor in key_formats(floor.head_dim) or floor in value_formats(floor.head_dim)
+        found = widened(floor, bits) if floor.kind.uniform and not shared else uniform(floor.head_dim, 2**bits)
     return found if found.payload_bits > floor.payload_bits else floor
 
 
 def widened(floor: Format, bits: int) -> Format:
     """Classes of symmetric codes with the same number of bits more, up to 8, the least that gives
     `bits` in the mean."""
-    own = [(channels, sum(PLANE_WIDTHS[levels]) if levels != 3 else 2) for channels, levels in floor.classes]
+    own = [(n, math.ceil(sum(STORAGES[width].bits for width in PLANE_WIDTHS[levels]))) for n, levels in floor.classes]
     for more in range(9):
         wide = [(channels, min(w for w in WIDTHS if w >= min(width + more, 8))) for channels, width in own]
         if sum(channels * width for channels, width in wide) >= bits * floor.head_dim:
