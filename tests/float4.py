@@ -67,7 +67,7 @@ def known() -> Iterator[Float4]:
     try:
         yield KINDS["float4"]
     finally:
-        del KINDS["float4"]
+        KINDS.pop("float4", None)
 
 
 # -- device read ---------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from kvfold.exports.schema import FormatModel
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.codes import Codes, field_order
 from kvfold.kernels.formats import Format, uniform
+from kvfold.kernels.kinds import KINDS
 from kvfold.kernels.quantizer import decode, encode
 from kvfold.runtime.backends.choose import backend_of
 from kvfold.runtime.budget.ladder import Ladders, ladder
@@ -58,14 +59,11 @@ def test_it_is_known_while_it_is_registered():
 
 
 def test_it_is_refused_else():
-    from kvfold.kernels.kinds import KINDS
-
     del KINDS["float4"]
     with pytest.raises(KvfoldError, match=r"params 'float4'.*use none, scale or scale_min"):
         float4(64)
     with pytest.raises(ValueError, match="params must be some of scale, scale_min"):
         KeyRecipe(params=("float4",), levels=(16,), bits=())
-    KINDS["float4"] = None  # for the fixture
 
 
 def test_numbers_come_back_as_the_nearest_of_the_grid(kind):
@@ -154,26 +152,42 @@ def test_a_cache_on_either_backend(progressive):
     assert found[0][1:] == found[1][1:]
 
 
-def test_its_kernels_compile_for_a_gpu():
-    """In a process of its own, without the interpreter."""
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import compile_kernels as c\n"
-        "from float4 import known\n"
-        "from kvfold.kernels.gpu.kinds import device_layout, own_code\n"
-        "with known():\n"
-        "    fmt = c.Format(((64, 16),), 'float4')\n"
-        "    assert c.compile_pair(fmt, fmt).asm['ptx']\n"
-        "    constants = {'ROWS': 4, 'OWN': own_code([fmt])}\n"
-        "    assert c.compile_kernel(c.triton_prompt._decode_kernel, constants, 4).asm['ptx']\n"
-        "    print(device_layout(fmt, 32).device)\n"
-    )
-    env = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True, env=env
-    )
+COMPILE = """
+import pickle, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from compile_kernels import compile_pair
+from float4 import known
+from kvfold.kernels.compile.build import is_built, jobs_of, target_of
+from kvfold.kernels.compile.build_server import compile_job
+from kvfold.kernels.compile.launch import noting
+from kvfold.kernels.formats import Format
+from kvfold.kernels.gpu.encode import encode_pages
+from kvfold.kernels.gpu.kinds import device_layout
+from kvfold.kernels.gpu.records import PageFormat
+
+with known():
+    fmt = Format(((64, 16),), "float4")
+    assert compile_pair(fmt, fmt).asm["cubin"]
+    rows, page = torch.zeros(1, 2, 16, 64).half(), torch.zeros(1, dtype=torch.int64)
+    with noting() as launches:
+        encode_pages(rows, rows, PageFormat(fmt, fmt), page, page.int(), page.int(), page_tokens=16)
+    (job,) = jobs_of(launches, target_of("sm_90"))
+    compile_job(pickle.loads(pickle.dumps(tuple(job))))
+    assert is_built(job)
+    print(device_layout(fmt, 32).device)
+"""
+
+
+def test_its_kernels_compile_for_a_gpu(tmp_path):
+    """In a process of its own, without the interpreter; those that are compiled ahead, under the key they are looked
+    up by."""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILE, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     name, _, digest = done.stdout.strip().partition(":")
-    assert name == "float4" and len(digest) == 16  # a kernel in the cache folder is looked up by it
+    assert name == "float4" and len(digest) == 16  # a part of that key, so that it follows the source
 
 
 def test_other_formats_kernels_do_not_know_of_it():
