@@ -40,7 +40,8 @@ from kvfold.compress.transforms.whiten import (
 )
 from kvfold.kernels.catalogue import HEAD_DIMS, KEY_BITS, VALUE_BITS, key_formats, value_formats
 from kvfold.kernels.catalogue import code_bits as cut_bits
-from kvfold.kernels.formats import PLANE_WIDTHS, Format
+from kvfold.kernels.formats import Format
+from kvfold.kernels.kinds.levels import PLANE_WIDTHS
 
 BUDGET = "2.5"  # only its length matters: how far positions are spread
 FOREIGN = 0.25

@@ -25,8 +25,8 @@ from kvfold.compress.recipe import CalibrationRecipe
 from kvfold.compress.text import calibration_sequences
 from kvfold.compress.transforms.whiten import CLASS_LEVELS, compositions, eigenbasis
 from kvfold.exports.architectures import architecture_of, head_dim_of, num_kv_heads_of
-from kvfold.kernels.formats import GAUSSIAN_MSE, PLANE_WIDTHS
 from kvfold.kernels.key_mean import STEP, turn_tables
+from kvfold.kernels.kinds.levels import GAUSSIAN_MSE, PLANE_WIDTHS
 from kvfold.pretrained import tokenizer_from_pretrained
 
 SKIP = 8  # first tokens, which are outliers and stay in 16 bits

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvfold.compress.calibrate import LayerStats
 from kvfold.compress.transforms import Request
 from kvfold.compress.transforms.whiten import eigenbasis, half_whitened
-from kvfold.kernels.formats import RAW, Format
+from kvfold.kernels.formats import Format
 from kvfold.kernels.key_mean import RopePairs, turn_tables
 from kvfold.kernels.quantizer import round_trip, to_float16
 
@@ -62,7 +62,7 @@ def options(stats: LayerStats, pairs: RopePairs = "halves") -> list[Tensor]:
 def middle(formats: Sequence[Format]) -> list[Format]:
     """Some of a side's formats that an artifact is likely to use."""
     coded = sorted(
-        (f for f in formats if all(n != RAW for _, n in f.classes) and f.params == "scale"),
+        (f for f in formats if f.kind.symmetric),
         key=lambda f: f.payload_bits,
     )
     near = [f for f in coded if LEAST_BITS <= f.payload_bits <= MOST_BITS]

@@ -18,8 +18,9 @@ from kvfold.compress.transforms.whiten import PARTS
 from kvfold.errors import KvfoldError
 from kvfold.exports.schema import MOST_TOKENS
 from kvfold.kernels.catalogue import KEY_BITS, VALUE_BITS, key_formats, mixed_between, value_formats
-from kvfold.kernels.formats import PLANE_WIDTHS, RAW, Format, raw16, uniform
-from kvfold.kernels.packing import TRIT_CHANNELS
+from kvfold.kernels.formats import Format, raw16
+from kvfold.kernels.kinds import KINDS, stores
+from kvfold.kernels.kinds.levels import PLANE_WIDTHS, RAW
 
 DEFAULT = "best"
 LEVELS = (3, 4, 8, 16, 32, 64, 256, RAW)
@@ -28,7 +29,6 @@ TEXTS: tuple[Text, ...] = ("recall", "drama", "code", "maths", "prose")  # of th
 DEFAULT_PAIRS = 8  # benchmarks/LOG.md has what fewer and more cost
 LEAST_WINDOW = 128  # tokens, of a window that the budget decides: SKVQ's (2405.06219) and most others'
 MANY_LEVELS = (64, 256, RAW)  # beyond 5 bits nothing is won by mixing
-Params = Literal["scale", "scale_min"]
 
 
 class _Strict(BaseModel):
@@ -48,7 +48,7 @@ class _Side(_Strict):
         transform: a name of the side's table in transforms.
         bits: mean code bits of the mixed formats that are offered; only for transforms that have some.
         levels: of the formats with one class that are offered; 65536 is 16 bits.
-        params: of those formats: "scale" (symmetric) or "scale_min"; both may be offered.
+        params: their kinds of code (kernels/kinds/): "scale" (symmetric) or "scale_min"; both may be offered.
         param_dtype: type of their parameters; "auto": e4m3 for few levels, fp16 for many, both at 16 levels.
         group_size: channels that share (minimum, scale); 0, or more than a head has, is the whole head.
         clip: search factors on (minimum, maximum).
@@ -62,7 +62,7 @@ class _Side(_Strict):
     transform: str
     bits: tuple[Annotated[float, Field(gt=0, le=6)], ...] | None = None
     levels: tuple[int, ...] | None = None
-    params: tuple[Params, ...] = ("scale_min",)
+    params: tuple[str, ...] = ("scale_min",)
     param_dtype: Literal["auto", "e4m3", "fp16"] = "auto"
     group_size: Annotated[int, Field(ge=0)] = 0
     clip: bool = True
@@ -82,6 +82,14 @@ class _Side(_Strict):
     def _known_transform(cls, value: str) -> str:
         if value not in cls._table:
             raise ValueError(f"transform must be one of {', '.join(cls._table)}")
+        return value
+
+    @field_validator("params")
+    @classmethod
+    def _known_params(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        offered = [name for name, kind in KINDS.items() if not kind.raw]
+        if set(value) - set(offered):
+            raise ValueError(f"params must be some of {', '.join(offered)}")
         return value
 
     @field_validator("levels")
@@ -109,14 +117,13 @@ class _Side(_Strict):
         size = self.group(head_dim)
         found = []
         for levels in sorted(set(self.levels or ()) - {RAW}):
-            if levels == 3 and head_dim % TRIT_CHANNELS:
-                continue  # no ternary format of that many channels exists
             dtypes = [self.param_dtype] if self.param_dtype != "auto" else _param_dtypes(levels)
             for dtype in dtypes:
-                if "scale" in self.params:
-                    found.append(Format(((head_dim, levels),), "scale", dtype))
-                if "scale_min" in self.params:
-                    found.append(uniform(head_dim, levels, dtype, size))
+                for name in sorted(set(self.params), key=list(KINDS).index):
+                    kind = KINDS[name]
+                    if stores(name, levels, head_dim):
+                        own = size if kind.grouped and size != head_dim else 0
+                        found.append(Format(((head_dim, levels),), name, dtype, own))
         return [*found, raw16(head_dim)] if RAW in (self.levels or ()) else found
 
     def known_formats(self, head_dim: int) -> tuple[Format, ...]:

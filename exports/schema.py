@@ -4,13 +4,22 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.kernels.formats import Format
 from kvfold.kernels.key_mean import RopePairs
-from kvfold.kernels.packing import FIELDS
+from kvfold.kernels.kinds import known
+from kvfold.kernels.kinds.storage import FIELDS
 
 FORMAT_VERSION = 1  # of an artifact without sliding-window layers; read, no longer written
 SLIDING_VERSION = 2  # the same and cache.sliding; read, no longer written
@@ -41,7 +50,7 @@ class FormatModel(Strict):
     """kernels.formats.Format as data."""
 
     classes: list[list[int]]
-    params: Literal["none", "scale", "scale_min"]
+    params: Annotated[str, AfterValidator(known)]
     param_dtype: Literal["e4m3", "fp16"]
     group_size: Count
 

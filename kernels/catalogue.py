@@ -237,5 +237,5 @@ def mixed_between(formats: tuple[Format, ...], least: float, most: float) -> tup
     return tuple(
         f
         for f in formats
-        if f.params == "scale" and int(least * f.head_dim) // 8 * 8 / f.head_dim - 1e-9 <= code_bits(f) <= most + 1e-9
+        if f.kind.symmetric and int(least * f.head_dim) // 8 * 8 / f.head_dim - 1e-9 <= code_bits(f) <= most + 1e-9
     )

@@ -5,7 +5,7 @@ decode writes every element out: x̂ = s·(c − z) + m. A product with a few ro
 steps go into the query, a token's scale and minimum into its score (or into its weight, for
 values), and z and m become one term of rank one. What is left is a product with integers c, and a
 bit field of a masked word is an integer as it stands, c·2^k, whose power of two goes into the score
-too (packing.py draws the words). All arithmetic is float32, as in `quantizer.decode`, and differs
+too (kinds/bits.py draws the words). All arithmetic is float32, as in `quantizer.decode`, and differs
 from it by rounding only.
 
 Tokens of a run of pages stand in the order (field, page, row): token `field·R + row` of a page, R = page_tokens / 8.
@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvfold.kernels.formats import GAUSSIAN_STEP, Format, Plane
-from kvfold.kernels.packing import FIELDS, STORAGES
-from kvfold.kernels.quantizer import load_param
+from kvfold.kernels.formats import Format, Plane
+from kvfold.kernels.kinds.params import load_param
+from kvfold.kernels.kinds.storage import FIELDS
 
 BLOCK_ELEMENTS = 2**17  # unpacked at a time on a CPU, so that they stay in a core's cache
 
@@ -93,7 +93,7 @@ class Codes:
                 else:
                     place.addcmul_(part, piece.factors)
         out = out.flatten(3)
-        if self.fmt.params == "none":
+        if self.fmt.raw:
             return out[0]
         params = self._params()
         if centres is not None:
@@ -111,9 +111,9 @@ class Codes:
         out = weights.new_zeros(*weights.shape[:2], self.fmt.head_dim)
         scaled = [weights]
         params = None
-        if self.fmt.params != "none":
+        if not self.fmt.raw:
             params = self._params()
-            scaled = [weights * params[0]] if self.fmt.params == "scale" else [weights * s for s in params[1::2]]
+            scaled = [weights * s for s in (params[1::2] if self.fmt.kind.minimum else params)]
         fields = [x.unflatten(-1, (FIELDS, self.num_pages, self.rows)) for x in scaled]
         for piece in self._pieces():
             pages = slice(piece.first, piece.first + piece.codes.shape[1] // self.page_tokens)
@@ -130,11 +130,12 @@ class Codes:
         return out
 
     def _channels(self) -> tuple[Tensor | None, Tensor | None]:
-        """Steps and zero points of the channels of "scale" codes, float32 [head_dim] each; 0 where nothing is coded."""
-        if self.fmt.params != "scale":
+        """Steps and zero points of the channels of codes without a minimum, float32 [head_dim] each."""
+        kind = self.fmt.kind
+        if not kind.symmetric:
             return None, None
         levels = [n for size, n in self.fmt.classes for _ in range(size)]
-        steps, centres = tuple(GAUSSIAN_STEP.get(n, 0.0) for n in levels), tuple(max(0, n - 1) / 2 for n in levels)
+        steps, centres = tuple(kind.step(n) for n in levels), tuple(kind.middle(n) for n in levels)
         device = self.packed.device
         return _constant(steps, torch.float32, device), _constant(centres, torch.float32, device)
 
@@ -164,16 +165,16 @@ class Codes:
         for plane in self.fmt.planes:
             end = offset + plane.nbytes(self.page_tokens)
             step = max(1, elements // (self.num_kv_heads * self.page_tokens * plane.channels))
-            unpack = self._masked if STORAGES[plane.width].binary else self._tokenwise
+            unpack = self._masked if plane.storage.binary and self.fmt.kind.uniform else self._tokenwise
             yield from unpack(self.packed[..., offset:end], plane, step)
             offset = end
 
     def _tokenwise(self, data: Tensor, plane: Plane, step: int) -> Iterator[Piece]:
-        """Ternary codes, and 16-bit values, which stand token by token. data: uint8 [pages, Hkv,
-        bytes of a head's plane]."""
+        """Codes that are no fields of words, or of levels that are not uniform, and 16-bit values. data: uint8 [pages,
+        Hkv, bytes of a head's plane]."""
         for first in range(0, self.num_pages, step):
             part = data[first : first + step]
-            found = STORAGES[plane.width].unpack(part, self.page_tokens, plane.channels)
+            found = self.fmt.kind.values(plane.storage.unpack(part, self.page_tokens, plane.channels))
             fields = found.unflatten(2, (FIELDS, -1)).permute(1, 2, 0, 3, 4)  # [Hkv, 8, pages, R, channels]
             codes = scratch(self.buffers, fields.shape, torch.float32, data.device).copy_(fields)
             yield Piece(first, plane.start, codes.flatten(1, 3), None)

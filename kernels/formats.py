@@ -8,10 +8,10 @@ Layout of one head's keys or values in a page of T tokens, T a multiple of 8:
 
     | class 0, plane 0 | class 0, plane 1 | class 1, plane 0 | … | parameter 0: T | parameter 1: T | … |
 
-packing.py draws the bits of a plane. A code of more than one plane is split from the low bits up: 8
+kinds/bits.py draws the bits of a plane. A code of more than one plane is split from the low bits up: 8
 levels are a 2-bit plane, then a 1-bit plane. A 16-bit format is T rows of head_dim float16.
 Parameters are one scale, or (minimum, scale) for each group; each parameter's T numbers,
-little-endian, stand in the order r·8 + f of token f·T/8 + r (packing.py), so that the tokens that
+little-endian, stand in the order r·8 + f of token f·T/8 + r (bits.py), so that the tokens that
 share a word share a run of bytes.
 """
 
@@ -20,16 +20,11 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from kvfold.errors import KvfoldError
-from kvfold.kernels.packing import PLANE_WIDTHS, RAW, STORAGES, TRIT, TRIT_CHANNELS
-
-# Step in standard deviations, and mean squared error at unit variance, of the best uniform
-# quantiser with that many levels for a Gaussian source (J. Max, "Quantizing for minimum
-# distortion", 1960; tests/kernels/test_formats.py recomputes them).
-GAUSSIAN_STEP = {2: 1.5958, 3: 1.2240, 4: 0.9957, 8: 0.5860, 16: 0.3352, 32: 0.1881, 64: 0.1041, 256: 0.03076}
-GAUSSIAN_MSE = {
-    0: 1.0, 2: 0.3634, 3: 0.1902, 4: 0.1188, 8: 0.03744, 16: 0.01154, 32: 0.003495, 64: 0.001041,
-    256: 8.769e-5, RAW: 0.0,
-}  # fmt: skip
+from kvfold.kernels.kinds import KINDS, STORAGES
+from kvfold.kernels.kinds.interface import CodeKind
+from kvfold.kernels.kinds.levels import PLANE_WIDTHS, RAW
+from kvfold.kernels.kinds.params import PARAM_NBYTES
+from kvfold.kernels.kinds.storage import Storage
 
 
 class Plane(NamedTuple):
@@ -40,9 +35,14 @@ class Plane(NamedTuple):
     width: int
     shift: int  # position of these bits in the code
 
+    @property
+    def storage(self) -> Storage:
+        """How its codes are stored."""
+        return STORAGES[self.width]
+
     def nbytes(self, tokens: int) -> int:
         """Bytes in a page of `tokens` tokens."""
-        return STORAGES[self.width].nbytes(tokens, self.channels)
+        return self.storage.nbytes(tokens, self.channels)
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Format:
     Attributes:
         classes: (channels, levels) from the first channel on; channels are multiples of 8 and sum to head_dim.
             Levels 0 (not stored), 2, 3, 4, 8, 16, 32, 64, 256, or 65536 for raw 16-bit; 3 and 65536 stand alone.
-        params: "none"; "scale", one scale a token for the whole head, codes symmetric about zero without zero point;
-            "scale_min", one scale and minimum a token and group.
+        params: name of the kind of code (kinds/): "none"; "scale", one scale a token for the whole head, codes
+            symmetric about zero without zero point; "scale_min", one scale and minimum a token and group.
         param_dtype: "e4m3" (1 byte) or "fp16" (2 bytes).
         group_size: channels that share a (scale, minimum); 0 means all of them. Only for "scale_min".
     Raises:
@@ -61,7 +61,7 @@ class Format:
     """
 
     classes: tuple[tuple[int, int], ...]
-    params: Literal["none", "scale", "scale_min"] = "scale"
+    params: str = "scale"
     param_dtype: Literal["e4m3", "fp16"] = "e4m3"
     group_size: int = 0
 
@@ -71,31 +71,38 @@ class Format:
                 raise KvfoldError(f"A format class has {channels} channels, but a class is a positive multiple of 8.")
             if levels not in PLANE_WIDTHS:
                 raise KvfoldError(f"A format class has {levels} levels; choose one of {sorted(PLANE_WIDTHS)}.")
-        if self.params not in ("none", "scale", "scale_min") or self.param_dtype not in ("e4m3", "fp16"):
+        if self.params not in KINDS or self.param_dtype not in PARAM_NBYTES:
+            *names, last = KINDS
             raise KvfoldError(
                 f"A format has params '{self.params}' of type '{self.param_dtype}'; "
-                "use none, scale or scale_min, of e4m3 or fp16."
+                f"use {', '.join(names)} or {last}, of e4m3 or fp16."
             )
         levels_used = {levels for _, levels in self.classes}
         if not self.classes or levels_used == {0}:
             raise KvfoldError("A format stores no channel at all; give at least one class levels > 0.")
-        if (RAW in levels_used) != (self.params == "none") or (RAW in levels_used and len(self.classes) > 1):
-            raise KvfoldError(
-                "A 16-bit format is one class of 65536 levels with params 'none', and no other format has such a class."
-            )
-        if 3 in levels_used and (len(self.classes) > 1 or self.head_dim % TRIT_CHANNELS):
-            raise KvfoldError(
-                f"A ternary format is one class of a multiple of {TRIT_CHANNELS} channels; "
-                "use 2 or 4 levels in mixed formats."
-            )
-        if self.params == "scale_min" and (len(self.classes) != 1 or levels_used & {0, RAW}):
-            raise KvfoldError("A format with params 'scale_min' has exactly one class of 2 to 256 levels.")
-        if self.params != "scale_min" and self.group_size:
+        self.kind.check(self.classes)
+        for storage in {plane.storage for plane in self.planes if not plane.storage.binary}:
+            if len(self.classes) > 1 or self.head_dim % storage.tile:
+                raise KvfoldError(
+                    f"A {storage.name} format is one class of a multiple of {storage.tile} channels; "
+                    "use 2 or 4 levels in mixed formats."
+                )
+        if self.group_size and not self.kind.grouped:
             raise KvfoldError(f"group_size={self.group_size} goes with params 'scale_min' only; leave it 0.")
         if self.group_size < 0 or (self.group_size and self.head_dim % self.group_size):
             raise KvfoldError(
                 f"group_size={self.group_size} does not divide head_dim={self.head_dim}; choose a divisor."
             )
+
+    @property
+    def kind(self) -> CodeKind:
+        """How numbers become codes."""
+        return KINDS[self.params]
+
+    @property
+    def raw(self) -> bool:
+        """Whether it stores 16-bit numbers, without loss to speak of."""
+        return self.kind.raw
 
     @property
     def head_dim(self) -> int:
@@ -112,7 +119,7 @@ class Format:
         start = 0
         for channels, levels in self.classes:
             shift = 0
-            for width in PLANE_WIDTHS[levels]:
+            for width in self.kind.planes[levels]:
                 planes.append(Plane(start, channels, width, shift))
                 shift += width
             start += channels
@@ -121,12 +128,12 @@ class Format:
     @property
     def num_params(self) -> int:
         """Parameters of one token."""
-        return {"none": 0, "scale": 1, "scale_min": 2 * self.num_groups}[self.params]
+        return self.kind.params_each * self.num_groups
 
     @property
     def param_nbytes(self) -> int:
         """Bytes of one parameter."""
-        return {"e4m3": 1, "fp16": 2}[self.param_dtype]
+        return PARAM_NBYTES[self.param_dtype]
 
     def nbytes(self, tokens: int) -> int:
         """Bytes that a page of `tokens` tokens of one KV head takes, K or V alone, parameters included.
@@ -144,17 +151,11 @@ class Format:
 
     def __str__(self) -> str:
         """For people: channels@bits of each class, then the parameters."""
-        if self.classes == ((self.head_dim, RAW),):
-            return "16"
-        bits = {
-            levels: f"{8 / 5:.1f}" if widths == (TRIT,) else str(sum(widths)) for levels, widths in PLANE_WIDTHS.items()
-        }
-        parts = " ".join(f"{channels}@{bits[levels]}" for channels, levels in self.classes)
-        group = f" g{self.group_size}" if self.group_size else ""
-        tail = {"none": "", "scale": f" {self.param_dtype}", "scale_min": f" asym{group} {self.param_dtype}"}[
-            self.params
-        ]
-        return parts + tail
+        parts = []
+        for channels, levels in self.classes:
+            bits = sum(STORAGES[width].bits for width in self.kind.planes[levels])
+            parts.append(f"{bits:g}" if self.raw else f"{channels}@{bits:g}")
+        return " ".join(parts) + self.kind.label(self)
 
     def to_dict(self) -> dict:
         """Plain data for JSON; `Format.from_dict` reads it back."""

@@ -11,11 +11,10 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
-from kvfold.kernels.formats import GAUSSIAN_STEP, Format
-from kvfold.kernels.packing import FIELDS, STORAGES, TRIT, Storage
+from kvfold.kernels.formats import Format
+from kvfold.kernels.kinds.storage import FIELDS, Storage
 
 LONGEST_RUN = 128
-BINARY = -1  # storage of codes that are bit fields
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,11 @@ class HeadLayout:
     compared and hashed by what it is: a launch looks its kernel up by it.
 
     Attributes:
-        kind: "scale", "scale_min" or "raw".
-        storage: of its planes (packing.py): BINARY, or the width of the one plane that holds all.
+        device: name of the module with its device code, which gpu/kinds.py replaces by its functions.
+        raw: channels are stored in 16 bits.
+        minimum: codes count from a minimum; else, unless raw, about zero.
+        own: the kind of code has device code of its own, and the kernels that read tables need it too.
+        ahead: as in `Storage`.
         parts: what else its device code must know, as `Storage.parts` gives it.
         planes: binary and 16-bit codes, in the order of the block.
         key_runs: for products along channels: a run for each plane.
@@ -81,12 +83,15 @@ class HeadLayout:
         rows: R, rows of words in a page.
         nbytes: of one head's block.
         head_dim: channels, of which `coded` are stored.
-        unit, field_units: as in `Storage`.
+        unit, field_units: as in `Storage`, or of the kind itself.
         p_factor: on probabilities that are cast to float16, so that neither small nor large scales leave its range.
     """
 
-    kind: str
-    storage: int
+    device: Any
+    raw: bool
+    minimum: bool
+    own: bool
+    ahead: bool
     parts: Any
     planes: tuple[PlaneLayout, ...]
     key_runs: tuple[Run, ...]
@@ -102,21 +107,6 @@ class HeadLayout:
     p_factor: float
     unit: float
     field_units: tuple[float, ...]
-
-    @property
-    def ternary(self) -> bool:
-        """Whether codes are ternary."""
-        return self.storage == TRIT
-
-    @property
-    def raw(self) -> bool:
-        """Whether channels are stored in 16 bits."""
-        return self.kind == "raw"
-
-    @property
-    def scale_min(self) -> bool:
-        """Whether codes count from a minimum; else, unless raw, about zero."""
-        return self.kind == "scale_min"
 
     @property
     def page_tokens(self) -> int:
@@ -159,11 +149,11 @@ def _words(plane: PlaneLayout, rows: int, channel: int, left: int) -> Words:
 
 
 def _planes(fmt: Format, page_tokens: int) -> tuple[tuple[PlaneLayout, ...], int]:
-    """Planes but ternary ones, and the bytes of all."""
+    """Planes whose words the tables describe, and the bytes of all."""
     found, offset = [], 0
     for plane in fmt.planes:
         words = plane.channels // 2 if plane.width == 1 else plane.channels
-        if plane.width != TRIT:
+        if plane.storage.binary or fmt.raw:
             found.append(PlaneLayout(plane.start, plane.channels, plane.width, plane.shift, offset, words))
         offset += plane.nbytes(page_tokens)
     return tuple(found), offset
@@ -172,9 +162,8 @@ def _planes(fmt: Format, page_tokens: int) -> tuple[tuple[PlaneLayout, ...], int
 def _whole_runs(fmt: Format, storage: Storage, group_size: int) -> tuple[Run, ...]:
     """Runs of codes that one plane holds, for keys and for values."""
     dim, size = fmt.head_dim, storage.run
-    symmetric = fmt.params == "scale"
     levels = fmt.classes[0][1]
-    step, middle = (GAUSSIAN_STEP[levels], (levels - 1) / 2) if symmetric else (1.0, 0.0)
+    step, middle = fmt.kind.step(levels), fmt.kind.middle(levels)
     runs = [(start, size, size) for start in range(0, dim, size)] if size else cut(dim)
     return tuple(Run(start, size, valid, start // group_size, step, middle) for start, size, valid in runs)
 
@@ -187,8 +176,7 @@ def _binary_runs(
     first = 0
     for channels, levels in fmt.classes:
         own = [plane for plane in planes if plane.start == first and levels]
-        symmetric = fmt.params == "scale" and levels
-        step, middle = (GAUSSIAN_STEP[levels], (levels - 1) / 2) if symmetric else (1.0, 0.0)
+        step, middle = fmt.kind.step(levels), fmt.kind.middle(levels)
         for plane in own:
             unit = step * 2**plane.shift
             for start, size, valid in _cut_between(channels, group_size, plane.width == 1):
@@ -210,18 +198,20 @@ def _binary_runs(
 def head_layout(fmt: Format, page_tokens: int) -> HeadLayout:
     """The layout of a format in pages of `page_tokens` tokens, a power of two from 8 to 128."""
     rows = page_tokens // FIELDS
-    groups = fmt.num_groups if fmt.params == "scale_min" else 1
+    groups, kind = fmt.num_groups, fmt.kind
     group_size = fmt.head_dim // groups
     planes, params = _planes(fmt, page_tokens)
-    width = fmt.planes[0].width
-    storage = STORAGES[width]
+    storage = fmt.planes[0].storage
     if storage.binary:
         key_runs, value_runs = _binary_runs(fmt, planes, rows, group_size)
     else:
         key_runs = value_runs = _whole_runs(fmt, storage, group_size)
     return HeadLayout(
-        kind="raw" if fmt.params == "none" else fmt.params,
-        storage=BINARY if storage.binary else width,
+        device=kind.device or storage.device,
+        raw=kind.raw,
+        minimum=kind.minimum,
+        own=bool(kind.device),
+        ahead=storage.ahead,
         parts=storage.parts(fmt.head_dim),
         planes=planes,
         key_runs=key_runs,
@@ -234,7 +224,7 @@ def head_layout(fmt: Format, page_tokens: int) -> HeadLayout:
         nbytes=fmt.nbytes(page_tokens),
         head_dim=fmt.head_dim,
         coded=sum(channels for channels, n in fmt.classes if n),
-        p_factor=_p_factor(fmt),
-        unit=storage.unit,
-        field_units=storage.field_units,
+        p_factor=_p_factor(fmt) / (kind.unit or 1.0),
+        unit=kind.unit or storage.unit,
+        field_units=kind.field_units or storage.field_units,
     )

@@ -35,21 +35,22 @@ class Mutation(NamedTuple):
 
 MUTATIONS = (
     # packing: shifts and bytes
-    Mutation("kernels/packing.py", "(high << shift).bitwise_or_(low)", "(low << shift).bitwise_or_(high)",
+    Mutation("kernels/kinds/bits.py", "(high << shift).bitwise_or_(low)", "(low << shift).bitwise_or_(high)",
              "test_packing.py"),
-    Mutation("kernels/packing.py", "torch.stack((data & 15, data >> 4), -4)", "torch.stack((data >> 4, data & 15), -4)",
-             "test_packing.py"),
-    Mutation("kernels/packing.py", "* 256 + 242) // 243", "* 256 + 241) // 243", "test_packing.py"),
-    Mutation("kernels/packing.py", "(0 < left <= 2) * -(-rows // 4)", "(0 < left <= 2) * (rows // 4)",
+    Mutation("kernels/kinds/bits.py", "torch.stack((data & 15, data >> 4), -4)",
+             "torch.stack((data >> 4, data & 15), -4)", "test_packing.py"),
+    Mutation("kernels/kinds/trits.py", "* 256 + 242) // 243", "* 256 + 241) // 243", "test_packing.py"),
+    Mutation("kernels/kinds/trits.py", "(0 < left <= 2) * -(-rows // 4)", "(0 < left <= 2) * (rows // 4)",
              "test_packing.py"),
     Mutation("kernels/quantizer.py", "(own >> plane.shift) & (2**plane.width - 1)", "own & (2**plane.width - 1)",
              "test_quantizer.py"),
     # scales, levels, clip, saturation
-    Mutation("kernels/quantizer.py", "* steps) + levels / 2", "* steps) + (levels - 1) / 2", "test_quantizer.py"),
-    Mutation("kernels/quantizer.py", "top = fmt.classes[0][1] - 1", "top = fmt.classes[0][1] - 2", "test_quantizer.py"),
-    Mutation("kernels/quantizer.py", "low, high = low * clip, high * clip", "low, high = low * clip, high",
+    Mutation("kernels/kinds/symmetric.py", "* steps) + levels / 2", "* steps) + (levels - 1) / 2", "test_quantizer.py"),
+    Mutation("kernels/kinds/min_max.py", "top = fmt.classes[0][1] - 1", "top = fmt.classes[0][1] - 2",
              "test_quantizer.py"),
-    Mutation("kernels/quantizer.py", "return x.clamp(-FP16_MAX, FP16_MAX).to(torch.float16)",
+    Mutation("kernels/kinds/min_max.py", "low, high = low * clip, high * clip", "low, high = low * clip, high",
+             "test_quantizer.py"),
+    Mutation("kernels/kinds/params.py", "return x.clamp(-FP16_MAX, FP16_MAX).to(torch.float16)",
              "return x.to(torch.float16)", "test_quantizer.py"),
     # who reads what: page counts and limits
     Mutation("kernels/attention.py", "max(0, seq_len - sinks - window) // page_tokens",

@@ -53,7 +53,7 @@ def pair(name: str, head_dim: int) -> Pair:
 
 def finer(fmt: Format) -> Format:
     """A format of the same classes with a bit more, two for uniform ones: what pages are lowered from."""
-    up = {0: 2, 2: 4, 4: 8, 8: 16, 16: 32} if fmt.params == "scale" else {2: 4, 3: 4, 4: 16, 16: 256}
+    up = {0: 2, 2: 4, 4: 8, 8: 16, 16: 32} if fmt.kind.symmetric else {2: 4, 3: 4, 4: 16, 16: 256}
     return Format(tuple((n, up[levels]) for n, levels in fmt.classes), fmt.params, fmt.param_dtype, fmt.group_size)
 
 

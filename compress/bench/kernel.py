@@ -176,7 +176,7 @@ def write_calls(case: Case, num_heads: int) -> list[Callable[[int], None]]:
     query = case.query.bfloat16()
     queries = empty_queries(batch, num_heads, g.num_kv_heads, g.head_dim, device)
     options = append_options(g)
-    if case.formats[0].params == "scale":
+    if case.formats[0].kind.symmetric:
         square = torch.randn(g.num_kv_heads, g.head_dim, g.head_dim, device=device)
         matrix = torch.linalg.qr(square).Q.contiguous()
         offset = torch.randn(g.num_kv_heads, g.head_dim, device=device)

@@ -89,12 +89,12 @@ def make_artifact(config: Any, geometry: Geometry, formats: list[Pair]) -> Artif
     specs = []
     for k, v in formats:
         basis = {}
-        if k.params == "scale":
+        if k.kind.symmetric:
             basis = {
                 "matrix": torch.linalg.qr(torch.randn(heads, dim, dim)).Q.contiguous(),
                 "offset": torch.randn(heads, dim),
             }
-        clip = torch.full((heads,), 0.9) if v.params == "scale_min" else None
+        clip = torch.full((heads,), 0.9) if v.kind.minimum else None
         specs.append(LayerSpec(KeySpec(k, **basis), ValueSpec(v, clip=clip)))
     cache = CacheModel(
         num_layers=len(formats), num_heads=config.num_attention_heads, num_kv_heads=heads, head_dim=dim,

@@ -14,7 +14,7 @@ from kvfold.compress.recipe import KeyRecipe, Recipe, ValueRecipe
 from kvfold.compress.transforms import KEY_TRANSFORMS, VALUE_TRANSFORMS, Basis, Request, Transform
 from kvfold.compress.transforms.whiten import turning
 from kvfold.exports.spec import KeySpec, ValueSpec, clip_rows
-from kvfold.kernels.formats import RAW, Format
+from kvfold.kernels.formats import Format
 from kvfold.kernels.key_mean import RopePairs
 from kvfold.kernels.quantizer import round_trip, to_float16
 
@@ -51,17 +51,12 @@ class ValueCandidate:
     distortion: float
 
 
-def is_raw(fmt: Format) -> bool:
-    """All 16 bits: such a candidate has no error to speak of."""
-    return all(levels == RAW for _, levels in fmt.classes)
-
-
 def best_clip(x: Tensor, fmt: Format, metric: Tensor) -> Tensor:
     """The clip of each group with the least squared error, the other groups left as they are (after SKVQ, 2405.06219,
     which takes the error of the attention's output; here a metric stands for it).
 
     Args:
-        x: float32 [Hkv, S, D]; fmt: a "scale_min" format of G groups; metric: float64 [Hkv, D, D].
+        x: float32 [Hkv, S, D]; fmt: with a minimum, of G groups; metric: float64 [Hkv, D, D].
     Returns:
         float32 [Hkv, G], or [Hkv] where G is 1.
     """
@@ -112,7 +107,7 @@ def _key_candidate(fmt: Format, basis: Basis, stats: LayerStats, recipe: Recipe,
     if spec.query_matrix is not None:
         inverse = spec.query_matrix.double()
         metric = inverse.mT @ metric @ inverse
-    if fmt.params == "scale_min" and recipe.key.clip:
+    if fmt.kind.minimum and recipe.key.clip:
         spec = replace(spec, clip=best_clip(z, fmt, metric))
     scale = None if basis.fused is None else 1 / basis.fused.diagonal(dim1=-2, dim2=-1)
     return KeyCandidate(spec, scale, _distortion(z, fmt, metric, spec.clip))
@@ -141,7 +136,7 @@ def key_candidates(
         )
         stats = best_center(stats, row.mixed(stats, bits, request) if row.mixed and bits else (), request)
     pairs = _fitted(row, side, stats, recipe, layer, one_norm=one_norm, output_weight=output_weight, pairs=rope_pairs)
-    return [_key_candidate(fmt, Basis() if is_raw(fmt) else basis, stats, recipe, rope_pairs) for fmt, basis in pairs]
+    return [_key_candidate(fmt, Basis() if fmt.raw else basis, stats, recipe, rope_pairs) for fmt, basis in pairs]
 
 
 def _value_candidate(fmt: Format, matrix: Tensor, stats: LayerStats, recipe: Recipe) -> ValueCandidate:
@@ -150,7 +145,7 @@ def _value_candidate(fmt: Format, matrix: Tensor, stats: LayerStats, recipe: Rec
     values = to_float16(stats.value_sample @ matrix.float().mT).float()
     inverse = torch.linalg.inv(matrix)
     metric = inverse.mT @ stats.output_metric @ inverse
-    clip = best_clip(values, fmt, metric) if fmt.params == "scale_min" and recipe.value.clip else None
+    clip = best_clip(values, fmt, metric) if fmt.kind.minimum and recipe.value.clip else None
     return ValueCandidate(ValueSpec(fmt, names, clip), matrix, _distortion(values, fmt, metric, clip))
 
 

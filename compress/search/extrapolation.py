@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from kvfold.compress.search.candidates import KeyCandidate, ValueCandidate, is_raw
+from kvfold.compress.search.candidates import KeyCandidate, ValueCandidate
 from kvfold.compress.search.sensitivity import Candidate, Job
 
 SPREAD_BITS = 0.75  # how far around the budget's payload a side is probed where more than one format is
@@ -21,7 +21,7 @@ def probed(group: Sequence[Candidate], bits: float, count: int) -> list[int]:
     SPREAD_BITS around `bits` of payload. A kind that has nothing within NEAR_BITS is not measured, unless no kind
     has."""
     offsets = [SPREAD_BITS * (2 * i / (count - 1) - 1) for i in range(count)] if count > 1 else [0.0]
-    distance = {i: c.spec.format.payload_bits - bits for i, c in enumerate(group) if not is_raw(c.spec.format)}
+    distance = {i: c.spec.format.payload_bits - bits for i, c in enumerate(group) if not c.spec.format.raw}
     kinds: dict[str, list[int]] = {}
     for i in distance:
         kinds.setdefault(group[i].spec.format.params, []).append(i)

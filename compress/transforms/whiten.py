@@ -28,7 +28,8 @@ from torch import Tensor
 from kvfold.compress.calibrate import LayerStats
 from kvfold.compress.transforms.basis import mixing_matrix, regularised, symmetric_power
 from kvfold.compress.transforms.interface import Basis, Request, Transform
-from kvfold.kernels.formats import GAUSSIAN_MSE, PLANE_WIDTHS, Format
+from kvfold.kernels.formats import Format
+from kvfold.kernels.kinds.levels import GAUSSIAN_MSE, PLANE_WIDTHS
 
 CLASS_LEVELS = (64, 32, 16, 8, 4, 2, 0)  # of a class, falling with the variance
 FLOOR = 1e-6  # least variance of a channel, as a part of its head's largest

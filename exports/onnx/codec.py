@@ -18,9 +18,12 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from kvfold.errors import KvfoldError
 from kvfold.exports.onnx.graph import INT32, Graph
-from kvfold.kernels.formats import GAUSSIAN_STEP, TRIT, Format
-from kvfold.kernels.packing import FIELDS, TRIT_CHANNELS, TRITS_PER_BYTE, trit_parts
+from kvfold.kernels.formats import Format
+from kvfold.kernels.kinds.levels import SIXTEEN, TRIT
+from kvfold.kernels.kinds.storage import FIELDS
+from kvfold.kernels.kinds.trits import TRIT_CHANNELS, TRITS_PER_BYTE, trit_parts
 
 BYTES = np.arange(256)
 ORDER_4BIT = (0, 2, 1, 3, 4, 6, 5, 7)  # fields as the bytes of a 4-bit plane hold them
@@ -54,6 +57,12 @@ class Side:
     heads: int
     page: int
 
+    def __post_init__(self) -> None:
+        """Raises KvfoldError where there are no ONNX nodes for the format."""
+        known = all(plane.storage.binary or plane.width in (TRIT, SIXTEEN) for plane in self.fmt.planes)
+        if self.fmt.kind.device or not known:
+            raise KvfoldError(f"There are no ONNX nodes for pages of '{self.fmt}'; compress with another format.")
+
     @property
     def rows(self) -> int:
         """Rows of words in a page."""
@@ -66,8 +75,8 @@ class Side:
 
     @property
     def groups(self) -> int:
-        """Runs of channels with a (minimum, scale) of their own; 1 for other formats."""
-        return self.fmt.num_groups if self.fmt.params == "scale_min" else 1
+        """Runs of channels with parameters of their own."""
+        return self.fmt.num_groups
 
     @cached_property
     def coded(self) -> list[tuple[int, int]]:
@@ -87,7 +96,7 @@ class Side:
     @cached_property
     def tokens(self) -> np.ndarray:
         """Token of each column that `decode` gives, int64 [P]."""
-        if self.fmt.params == "none":
+        if self.fmt.raw:
             return np.arange(self.page)
         if any(plane.width == 4 for plane in self.fmt.planes):
             return self.words.reshape(-1, FIELDS)[:, ORDER_4BIT].reshape(-1)
@@ -112,6 +121,7 @@ class Side:
             codes: float32 [B, Hkv, coded channels, n·P], as a token's scale of 1 makes them.
             scale, minimum: float32 [B, Hkv, groups, n, P], in the order of words; None where the format has none.
         """
+        kind = self.fmt.kind
         heads = g.reshape(packed, 0, 0, self.heads, self.fmt.nbytes(self.page))
         offset, parts = 0, []
         found: dict[int, str] = {}
@@ -123,12 +133,10 @@ class Side:
         for plane in self.fmt.planes:
             part = g.slice(heads, 3, offset, offset + plane.nbytes(self.page))
             offset += plane.nbytes(self.page)
-            step, middle = 1.0, 0.0
-            if self.fmt.params == "scale":
-                step = GAUSSIAN_STEP[levels[plane.start]]
-                middle = 0.0 if plane.shift else (levels[plane.start] - 1) / 2
-            if plane.width == 16:
+            if self.fmt.raw:
                 return self._raw(g, part), None, None
+            step = kind.step(levels[plane.start])
+            middle = 0.0 if plane.shift else kind.middle(levels[plane.start])
             if plane.width == TRIT:
                 data = self._trits(g, part, plane.channels, step, middle)
             else:
@@ -137,7 +145,7 @@ class Side:
         parts = list(found.values())
         params = self._params(g, g.slice(heads, 3, offset))
         codes = g.concat(parts, 2)
-        if self.fmt.params == "scale":
+        if kind.symmetric:
             return codes, params, None
         return (
             codes,

@@ -7,8 +7,9 @@ import numpy as np
 
 from kvfold.exports.onnx.codec import Side, e4m3_values
 from kvfold.exports.onnx.graph import FLOAT, INT32, UINT8, Graph
-from kvfold.kernels.formats import GAUSSIAN_STEP, TRIT
-from kvfold.kernels.packing import FIELDS, TRIT_CHANNELS, TRITS_PER_BYTE, trit_parts
+from kvfold.kernels.kinds.levels import TRIT
+from kvfold.kernels.kinds.storage import FIELDS
+from kvfold.kernels.kinds.trits import TRIT_CHANNELS, TRITS_PER_BYTE, trit_parts
 
 TINY = float(np.finfo(np.float32).tiny)
 
@@ -28,10 +29,10 @@ def encode(side: Side, g: Graph, x: str, clip: str | None = None) -> str:
     """
     fmt = side.fmt
     blocks = g.reshape(g.cast(x, FLOAT), 0, 0, -1, side.page, fmt.head_dim)  # [B, Hkv, n, P, D]
-    if fmt.params == "none":
+    if fmt.raw:
         parts = [g.reshape(_float16_bytes(side, g, blocks), 0, 0, 0, side.page * fmt.head_dim * 2)]
     else:
-        codes, params = (_symmetric if fmt.params == "scale" else _asymmetric)(side, g, blocks, clip)
+        codes, params = (_symmetric if fmt.kind.symmetric else _asymmetric)(side, g, blocks, clip)
         parts = []
         for plane in fmt.planes:
             own = g.slice(codes, 4, plane.start, plane.start + plane.channels)
@@ -54,7 +55,7 @@ def _symmetric(side: Side, g: Graph, x: str, clip: str | None) -> tuple[str, str
     tau = g.op("Sqrt", g.op("ReduceMean", g.op("Mul", own, own), g.ints(4), keepdims=1))
     data, tau = _store(side, g, tau)
     levels = np.array([n for channels, n in side.fmt.classes for _ in range(channels)], np.float32)
-    steps = [GAUSSIAN_STEP.get(n, 1.0) for channels, n in side.fmt.classes for _ in range(channels)]
+    steps = [side.fmt.kind.step(n) for channels, n in side.fmt.classes for _ in range(channels)]
     divisor = g.op("Mul", g.op("Max", tau, g.number(TINY)), g.array(steps))
     codes = g.op("Floor", g.op("Add", g.op("Div", x, divisor), g.array(levels / 2)))
     return g.clamp(codes, g.number(0.0), g.array(np.maximum(levels - 1, 0))), data
@@ -122,7 +123,7 @@ def _float16_bytes(side: Side, g: Graph, x: str) -> str:
 
 
 def _pack_plane(side: Side, g: Graph, codes: str, n: int, width: int) -> str:
-    """Codes [B, Hkv, n, P, channels] < 2**width → uint8 [B, Hkv, n, bytes]; see packing.pack_plane."""
+    """Codes [B, Hkv, n, P, channels] < 2**width → uint8 [B, Hkv, n, bytes]; see bits.pack_plane."""
     rows, nbytes = side.rows, side.page * n * width // 8
     if width == 4:
         parts = g.reshape(codes, 0, 0, 0, 2, 2, 2 * rows * n)  # set, nibble, (byte, R, channel)
@@ -139,7 +140,7 @@ def _pack_plane(side: Side, g: Graph, codes: str, n: int, width: int) -> str:
 
 def _pack_trits(side: Side, g: Graph, codes: str, n: int) -> list[str]:
     """Codes [B, Hkv, n, P, channels] → the parts of a ternary plane, uint8 [B, Hkv, n, bytes];
-    see packing.pack_trits."""
+    see trits.pack_trits."""
     rows, tiles = side.rows, n // TRIT_CHANNELS
     whole, left = trit_parts(n)
     fields = g.reshape(codes, 0, 0, 0, FIELDS, rows, tiles, TRIT_CHANNELS)

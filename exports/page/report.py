@@ -2,7 +2,6 @@
 one page that needs nothing else and is the same for the same artifact."""
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,10 +83,8 @@ def read_results(path: Path) -> list[Result]:
 
 
 def code_row_nbytes(fmt: Format) -> int:
-    """Bytes of one token's codes of one head: FORMAT.md's table of levels, without parameters and padding."""
-    return sum(
-        -(-n // 5) if levels == 3 else n * math.ceil(math.log2(levels)) // 8 for n, levels in fmt.classes if levels
-    )
+    """Bytes of one token's codes of one head, without parameters and padding."""
+    return sum(plane.storage.row_nbytes(plane.channels) for plane in fmt.planes)
 
 
 def account_parts(metadata: Metadata) -> list[tuple[str, str, int]]:
@@ -100,7 +97,7 @@ def account_parts(metadata: Metadata) -> list[tuple[str, str, int]]:
     sides = [(fmt, geometry.sliding_of(i)) for i, pair in enumerate(metadata.formats) for fmt in pair]
     rows = [geometry.held_pages(at, sliding) * geometry.page_tokens * geometry.num_kv_heads for _, sliding in sides]
     codes = sum(n * code_row_nbytes(fmt) for n, (fmt, _) in zip(rows, sides, strict=True))
-    params = sum(n * _param_row_nbytes(fmt) for n, (fmt, _) in zip(rows, sides, strict=True))
+    params = sum(n * fmt.num_params * fmt.param_nbytes for n, (fmt, _) in zip(rows, sides, strict=True))
     packed = sum(geometry.side_nbytes(fmt, at, sliding) for fmt, sliding in sides)
     token = layers * geometry.num_kv_heads * geometry.head_dim * 2 * RAW_NBYTES
     state = layers * STATE_NBYTES
@@ -116,11 +113,6 @@ def account_parts(metadata: Metadata) -> list[tuple[str, str, int]]:
         ("tables", "block tables", table),
         ("state", "lengths and page counts", state),
     ]
-
-
-def _param_row_nbytes(fmt: Format) -> int:
-    count = {"none": 0, "scale": 1, "scale_min": 2 * fmt.num_groups}[fmt.params]
-    return count * {"e4m3": 1, "fp16": 2}[fmt.param_dtype]
 
 
 def _lengths(metadata: Metadata) -> list[int]:

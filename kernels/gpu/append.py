@@ -20,11 +20,12 @@ from kvfold.kernels.gpu.device.codec import RawRows, to_fp16
 from kvfold.kernels.gpu.device.columns import NBYTES
 from kvfold.kernels.gpu.device.mean import key_mean, write_bias, write_coefficients
 from kvfold.kernels.gpu.device.pages import write_block
+from kvfold.kernels.gpu.kinds import own_code
 from kvfold.kernels.gpu.mean import STEPS_BLOCK
 from kvfold.kernels.gpu.queries import QUERY_TOP, Queries, logit_factor
 from kvfold.kernels.gpu.records import KeyTransform, PagedCache, PageFormat, Regions
 from kvfold.kernels.gpu.tables import format_tables, table_length, warps_for
-from kvfold.kernels.packing import FIELDS
+from kvfold.kernels.kinds.storage import FIELDS
 from kvfold.kernels.pages import anchor
 
 BLOCK: tl.constexpr = tl.constexpr(32)  # rows of a matrix at a time
@@ -144,7 +145,7 @@ def _append_kernel(
     coefficients, bias, spans, within, steps, pairs, channels, bias_steps,
     DIM: tl.constexpr, ROWS: tl.constexpr, TABLE: tl.constexpr, MATRIX: tl.constexpr, OFFSET: tl.constexpr,
     SHIFT: tl.constexpr, MARKS: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, TOP: tl.constexpr,
-    MEAN: tl.constexpr, BIAS: tl.constexpr,
+    MEAN: tl.constexpr, BIAS: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """Grid: (sequences, KV heads, keys, values or queries, and with MEAN every BIAS steps of the slow pairs)."""
     b = tl.program_id(0)
@@ -218,7 +219,7 @@ def _append_kernel(
             block += head * tl.load(own + NBYTES)
             start = sinks + (pages * (8 * ROWS)) % ring
             rows = RawRows(src, raw_stride_t, start, sinks + ring, ring)
-            write_block(block, own, clip, clip_step, clipped, rows, ROWS, False, UNROLL)
+            write_block(block, own, clip, clip_step, clipped, rows, ROWS, False, OWN, UNROLL)
 
 
 def append_step(
@@ -309,7 +310,7 @@ def append_step(
         DIM=dim, ROWS=page_tokens // FIELDS, TABLE=table_length(dim), MATRIX=transform.matrix is not None,
         OFFSET=transform.offset is not None, SHIFT=shift is not None, MARKS=marks is not None, GROUP=queries.group,
         N=queries.data.shape[3], TOP=QUERY_TOP, MEAN=0 if mean is None else mean.tables.within.shape[1],
-        BIAS=STEPS_BLOCK,
+        BIAS=STEPS_BLOCK, OWN=own_code([side for x in formats for side in (x.key, x.value)]),
         num_warps=warps_for(page_tokens), maxnreg=REGISTERS, enable_fp_fusion=False,
     )  # fmt: skip
 

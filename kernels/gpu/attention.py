@@ -21,11 +21,11 @@ from kvfold.kernels.gpu.device.bits import count, pick
 from kvfold.kernels.gpu.device.constants import NEVER
 from kvfold.kernels.gpu.device.packed import packed_part
 from kvfold.kernels.gpu.device.raw import raw_blocks, raw_part, store_part
+from kvfold.kernels.gpu.kinds import device_layout
 from kvfold.kernels.gpu.merge import MOST_SLOTS, merge_parts
 from kvfold.kernels.gpu.prompt import PageRun, read_together
 from kvfold.kernels.gpu.queries import Queries
 from kvfold.kernels.gpu.records import LogitOptions, PagedCache, Regions
-from kvfold.kernels.layout import head_layout
 from kvfold.kernels.pages import anchor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -36,7 +36,7 @@ TILE_TOKENS = 128  # packed tokens at a time
 FIXED_TILES = 8  # tiles in a part, where results may not depend on the batch
 LEAST_TOKENS = 128  # of a part, where the batch may decide
 WAVE = 8  # programs of one warp that share a multiprocessor: two to a scheduler, as the registers allow
-STAGES, TERNARY_STAGES = 4, 3  # tiles in flight and one
+STAGES, AHEAD_STAGES = 4, 3  # tiles in flight and one
 # of steps over 4-bit pages: with the 255 that it may take, Triton 3.6's ptxas spills 57 times a tile, with these never
 FOUR_BIT_REGISTERS = 240
 # 16 bytes of 16-bit rows, so that a step needs no kernel of its own to be known as aligned
@@ -251,10 +251,9 @@ def attention(
     raw_steps = [step // ROW_UNIT.value for step in raw_keys.stride()[:3]]
     beside = Branches(device, len(formats))
     for rung, pair in enumerate(formats):
-        k_layout, v_layout = (head_layout(x, page_tokens) for x in pair)
-        # ternary codes take more instructions than their bytes hide: addresses are loaded one tile ahead (LOG.md)
-        ternary = k_layout.ternary or v_layout.ternary
-        stages = TERNARY_STAGES if ternary else STAGES
+        k_layout, v_layout = (device_layout(x, page_tokens) for x in pair)
+        ahead = k_layout.ahead or v_layout.ahead  # addresses are loaded one tile ahead (LOG.md)
+        stages = AHEAD_STAGES if ahead else STAGES
         four_bit = prompt is None and all(levels == 16 for fmt in pair for _, levels in fmt.classes)
         with beside.branch(rung):
             launch(
@@ -267,10 +266,10 @@ def attention(
                 # numbers
                 new, table.shape[1], sinks, window, regions.ring, logits.sliding, blocks, splits, slots,
                 FIXED_TILES if fixed else 1, together[-1].end if together else 0, rung, len(formats), *raw_steps, *term,
-                K=k_layout, V=v_layout, R=head_layout(raw16(dim), page_tokens), N=padded, COLUMNS=queries.columns,
+                K=k_layout, V=v_layout, R=device_layout(raw16(dim), page_tokens), N=padded, COLUMNS=queries.columns,
                 GROUP=queries.group, PROMPT=prompt is not None, MASKED=prompt is not None or logits.sliding > 0,
                 CAP=cap, SHIFT=shift is not None and cap > 0, MEAN=0 if mean is None else mean.tables.within.shape[1],
-                STAGES=stages, PREFETCH=ternary, BLOCK=RAW_BLOCK, INTERPRET=INTERPRET, num_warps=1, num_stages=stages,
+                STAGES=stages, PREFETCH=ahead, BLOCK=RAW_BLOCK, INTERPRET=INTERPRET, num_warps=1, num_stages=stages,
                 maxnreg=FOUR_BIT_REGISTERS if four_bit else None,
             )  # fmt: skip
     beside.join()

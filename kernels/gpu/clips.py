@@ -16,7 +16,7 @@ def clip_strides(clip: Tensor | None, fmt: Format, heads: int) -> tuple[int, int
     Raises:
         KvfoldError: clip's shape fits neither [heads] nor [heads, groups].
     """
-    if clip is None or fmt.params != "scale_min":
+    if clip is None or not fmt.kind.minimum:
         return 0, 0
     if tuple(clip.shape) not in ((heads,), (heads, 1), (heads, fmt.num_groups)):
         raise KvfoldError(

@@ -16,9 +16,10 @@ from kvfold.kernels.gpu.clips import clip_strides
 from kvfold.kernels.gpu.device.codec import PackedBlock, RawRows, read_header
 from kvfold.kernels.gpu.device.columns import NBYTES
 from kvfold.kernels.gpu.device.pages import write_block
+from kvfold.kernels.gpu.kinds import own_code
 from kvfold.kernels.gpu.records import PageFormat
 from kvfold.kernels.gpu.tables import format_tables, table_length, warps_for
-from kvfold.kernels.packing import FIELDS
+from kvfold.kernels.kinds.storage import FIELDS
 from kvfold.kernels.pages import anchor
 
 UNROLL: tl.constexpr = tl.constexpr(4)  # fields of 16-bit rows at a time
@@ -34,7 +35,7 @@ UNROLL: tl.constexpr = tl.constexpr(4)  # fields of 16-bit rows at a time
 )  # fmt: skip
 def _encode_kernel(
     anchor_ptr, pages, sequences, tokens, keys, values, tables, k_clip, v_clip, k_clip_h, k_clip_g, v_clip_h, v_clip_g,
-    table_length, stride_b, stride_h, stride_t, sinks, ring, ROWS: tl.constexpr,
+    table_length, stride_b, stride_h, stride_t, sinks, ring, ROWS: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """Grid: (pages, KV heads, keys or values)."""
     i = tl.program_id(0)
@@ -61,7 +62,8 @@ def _encode_kernel(
         clip_step = v_clip_g
     block += head * tl.load(table + NBYTES)
     src += tl.load(sequences + i).to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
-    write_block(block, table, clip, clip_step, clipped, RawRows(src, stride_t, start, end, ring), ROWS, False, UNROLL)
+    rows = RawRows(src, stride_t, start, end, ring)
+    write_block(block, table, clip, clip_step, clipped, rows, ROWS, False, OWN, UNROLL)
 
 
 @triton.jit(
@@ -70,7 +72,7 @@ def _encode_kernel(
 )
 def _lower_kernel(
     anchor_ptr, sources, pages, tables, k_clip, v_clip, k_clip_h, k_clip_g, v_clip_h, v_clip_g, table_length,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """Grid: (pages, KV heads, keys or values)."""
     i = tl.program_id(0)
@@ -93,7 +95,7 @@ def _lower_kernel(
     old = table + 2 * table_length
     src += head * tl.load(old + NBYTES)
     block += head * tl.load(table + NBYTES)
-    write_block(block, table, clip, clip_step, clipped, PackedBlock(src, old, read_header(old)), ROWS, True, 1)
+    write_block(block, table, clip, clip_step, clipped, PackedBlock(src, old, read_header(old)), ROWS, True, OWN, 1)
 
 
 def encode_pages(
@@ -145,6 +147,7 @@ def encode_pages(
         sinks,
         ring,
         ROWS=page_tokens // FIELDS,
+        OWN=own_code([fmt.key, fmt.value]),
         num_warps=warps_for(page_tokens),
         enable_fp_fusion=False,
     )
@@ -173,6 +176,7 @@ def lower_pages(
         *_clips(new, num_kv_heads, pages.device),
         table_length(new.key.head_dim),
         ROWS=page_tokens // FIELDS,
+        OWN=own_code([new.key, new.value, old.key, old.value]),
         num_warps=warps_for(page_tokens),
         enable_fp_fusion=False,
     )

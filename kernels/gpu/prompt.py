@@ -23,8 +23,9 @@ from kvfold.kernels.gpu.device.columns import NBYTES
 from kvfold.kernels.gpu.device.constants import LOG2_E
 from kvfold.kernels.gpu.device.kinds import decode_elements
 from kvfold.kernels.gpu.device.tiles import TOKEN_TILE, tile_width
+from kvfold.kernels.gpu.kinds import own_code
 from kvfold.kernels.gpu.tables import format_tables, table_length, warps_for
-from kvfold.kernels.packing import FIELDS
+from kvfold.kernels.kinds.storage import FIELDS
 from kvfold.kernels.pages import anchor
 
 SCRATCH_NBYTES = 64 << 20  # of decoded keys and values at a time
@@ -41,7 +42,9 @@ class PageRun(NamedTuple):
 
 
 @triton.jit(do_not_specialize=["table_length"], do_not_specialize_on_alignment=["pages", "factors", "keys", "values"])
-def _decode_kernel(anchor_ptr, pages, factors, keys, values, tables, table_length, ROWS: tl.constexpr):
+def _decode_kernel(
+    anchor_ptr, pages, factors, keys, values, tables, table_length, ROWS: tl.constexpr, OWN: tl.constexpr
+):
     """Grid: (pages, KV heads, keys or values). A tile holds some channels of all tokens."""
     i = tl.program_id(0)
     head = tl.program_id(1)
@@ -65,7 +68,7 @@ def _decode_kernel(anchor_ptr, pages, factors, keys, values, tables, table_lengt
     t = tl.arange(0, tokens)[:, None]
     for first in range(0, dim, width):
         c = first + tl.arange(0, width)[None, :]
-        x = decode_elements(block, table, header, t // ROWS, t % ROWS, c, c < dim, ROWS)
+        x = decode_elements(block, table, header, t // ROWS, t % ROWS, c, c < dim, OWN, ROWS)
         tl.store(to + t * dim + c, to_fp16(x * factor), mask=c < dim)
 
 
@@ -90,7 +93,7 @@ def decode_pages(
         _decode_kernel, (pages.numel(), keys.shape[0], 2),
         anchor(pages.device), pages, factors, keys, values,
         format_tables([[key_format, value_format]], page_tokens, pages.device), table_length(dim),
-        ROWS=page_tokens // FIELDS, num_warps=warps_for(page_tokens),
+        ROWS=page_tokens // FIELDS, OWN=own_code([key_format, value_format]), num_warps=warps_for(page_tokens),
     )  # fmt: skip
 
 

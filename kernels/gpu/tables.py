@@ -4,7 +4,7 @@ kernel serves all formats.
 A table is int32: a header, then rows of head_dim numbers, one a channel. Channels are stored in at
 most two planes (formats.py); a plane of one bit joins two channels in a word, written by the first
 of them, whose `PARTNER` is the other. Ternary codes share words across channels by a rule of their
-own (packing.py) that needs only the header.
+own (kinds/trits.py) that needs only the header.
 """
 
 import struct
@@ -15,19 +15,20 @@ import torch
 from torch import Tensor
 
 from kvfold.errors import KvfoldError
-from kvfold.kernels.formats import GAUSSIAN_STEP, Format
+from kvfold.kernels.formats import Format
 from kvfold.kernels.gpu.device.columns import (
     CODED,
     GROUP_SIZE,
     HEAD_DIM,
     HEADER,
     KIND,
-    LEFT,
     LEVELS,
     NBYTES,
+    OWN_CODE,
     PARAM_NBYTES,
     PARAMS,
     PARTNER,
+    PARTS,
     PLANE_0,
     PLANE_1,
     RAW,
@@ -35,13 +36,10 @@ from kvfold.kernels.gpu.device.columns import (
     SCALE,
     SCALE_MIN,
     STEP,
-    WHOLE,
     WIDTHS,
-    WORDS,
 )
+from kvfold.kernels.gpu.kinds import DeviceCode, device_code, own_code
 from kvfold.kernels.layout import HeadLayout, head_layout
-
-KINDS = {"scale": SCALE, "scale_min": SCALE_MIN, "raw": RAW}
 
 
 def table_length(head_dim: int) -> int:
@@ -49,23 +47,28 @@ def table_length(head_dim: int) -> int:
     return HEADER.value + ROWS.value * head_dim
 
 
-def _header(layout: HeadLayout) -> list[int]:
+def _kind(layout: HeadLayout, own: tuple[DeviceCode, ...]) -> int:
+    """Number of a layout's kind of code; `own`: those that have code of their own."""
+    if layout.own:
+        return OWN_CODE.value + own.index(device_code(layout.device))
+    return (RAW if layout.raw else SCALE_MIN if layout.minimum else SCALE).value
+
+
+def _header(layout: HeadLayout, own: tuple[DeviceCode, ...]) -> list[int]:
     header = [0] * HEADER.value
     header[NBYTES.value] = layout.nbytes
     header[HEAD_DIM.value] = layout.head_dim
-    header[KIND.value] = KINDS[layout.kind].value
+    header[KIND.value] = _kind(layout, own)
     header[PARAMS.value] = layout.params
     header[PARAM_NBYTES.value] = layout.param_nbytes
     header[GROUP_SIZE.value] = layout.group_size
     header[CODED.value] = layout.coded
-    if layout.ternary:
-        parts = layout.parts
-        header[WHOLE.value], header[LEFT.value], header[WORDS.value] = parts.whole, parts.left, parts.words
+    header[PARTS.value : PARTS.value + len(layout.parts)] = layout.parts
     return header
 
 
 @cache
-def _numbers(fmt: Format, page_tokens: int) -> tuple[int, ...]:
+def _numbers(fmt: Format, page_tokens: int, own: tuple[DeviceCode, ...]) -> tuple[int, ...]:
     if page_tokens not in (8, 16, 32, 64, 128):
         raise KvfoldError(f"page_tokens={page_tokens} is not a power of two from 8 to 128; choose one that is.")
     layout = head_layout(fmt, page_tokens)
@@ -74,10 +77,10 @@ def _numbers(fmt: Format, page_tokens: int) -> tuple[int, ...]:
     rows[PARTNER.value] = [-1] * dim
     start = 0
     for channels, levels in fmt.classes:
-        step = GAUSSIAN_STEP.get(levels, 1.0) if fmt.params == "scale" else 1.0
-        own = slice(start, start + channels)
-        rows[LEVELS.value][own] = [levels] * channels
-        rows[STEP.value][own] = [struct.unpack("<i", struct.pack("<f", step))[0]] * channels
+        step = fmt.kind.step(levels)
+        run = slice(start, start + channels)
+        rows[LEVELS.value][run] = [levels] * channels
+        rows[STEP.value][run] = [struct.unpack("<i", struct.pack("<f", step))[0]] * channels
         start += channels
     for plane in layout.planes:
         place = PLANE_1.value if plane.shift else PLANE_0.value
@@ -87,7 +90,7 @@ def _numbers(fmt: Format, page_tokens: int) -> tuple[int, ...]:
             rows[WIDTHS.value][c] |= plane.width << 8 * (plane.shift > 0) | half << 16
             if plane.width == 1 and not half:
                 rows[PARTNER.value][c] = c + plane.words
-    return tuple(_header(layout) + [number for row in rows for number in row])
+    return tuple(_header(layout, own) + [number for row in rows for number in row])
 
 
 @cache
@@ -99,7 +102,8 @@ def _tables(formats: tuple[tuple[Format, ...], ...], page_tokens: int, device: t
                     f"Formats of head_dim {fmt.head_dim} and {formats[0][0].head_dim} don't go together; "
                     "use one head_dim."
                 )
-    data = [[_numbers(fmt, page_tokens) for fmt in row] for row in formats]
+    own = own_code(fmt for row in formats for fmt in row)
+    data = [[_numbers(fmt, page_tokens, own) for fmt in row] for row in formats]
     with torch.inference_mode(False):  # it outlives the mode of whoever asks first
         return torch.tensor(data, dtype=torch.int32).to(device, non_blocking=True)  # a step must not wait for it
 

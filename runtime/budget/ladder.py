@@ -16,44 +16,49 @@ attention that this was chosen by).
 **Harm.** The artifact states the loss L of a layer's keys and of its values when all pages stand on
 the floor. Error is quadratic in a small distortion, so a page on rung r costs L · ρ(r), with ρ the
 format's distortion as a part of the floor's: the mean over channels of MSE(levels on r) /
-MSE(levels on the floor) for a Gaussian source (kernels.formats.GAUSSIAN_MSE). Dividing by the
+MSE(levels on the floor) for a Gaussian source (`CodeKind.error`). Dividing by the
 floor's own takes each channel as important as its bits say: reverse water-filling makes the floor's
 errors equal. A step down costs ΔL·ρ for the bytes that it frees; `Ladders.order` sorts all steps of
 all layers by that ratio.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kvfold.exports.account import Geometry
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.catalogue import key_formats, value_formats
-from kvfold.kernels.formats import GAUSSIAN_MSE, PLANE_WIDTHS, RAW, Format, raw16, uniform
+from kvfold.kernels.formats import Format, raw16, uniform
+from kvfold.kernels.kinds import STORAGES
+from kvfold.kernels.kinds.levels import PLANE_WIDTHS
 
 CODE_BITS = (4, 8)  # of the rungs between the floor and 16 bits
 # how many times larger a rung must be than the one below, or it is left out: to lower it would free too little
 WORTH = 1.125
-WIDTHS = {sum(widths): levels for levels, widths in PLANE_WIDTHS.items() if levels not in (3, RAW)}  # bits → levels
+WIDTHS = {  # bits → levels of binary codes
+    sum(widths): levels for levels, widths in PLANE_WIDTHS.items() if all(STORAGES[width].binary for width in widths)
+}
 
 
 def finer(floor: Format, bits: int) -> Format:
     """`floor` with more bits, so that a channel has `bits` in the mean; `floor` itself if it takes as much already."""
-    if floor.params == "none":
+    if floor.raw:
         return floor
     if bits == 8:  # parameters of 8 bits, or a range fixed by a scale, would cost more than the codes do
         found = uniform(floor.head_dim, 256, "fp16")
-    elif floor.params == "scale_min":
+    elif floor.kind.minimum:
         found = uniform(floor.head_dim, 2**bits, floor.param_dtype, floor.group_size)
     else:
         shared = floor in key_formats(floor.head_dim) or floor in value_formats(floor.head_dim)
-        found = uniform(floor.head_dim, 2**bits) if shared else widened(floor, bits)
+        found = widened(floor, bits) if floor.kind.uniform and not shared else uniform(floor.head_dim, 2**bits)
     return found if found.payload_bits > floor.payload_bits else floor
 
 
 def widened(floor: Format, bits: int) -> Format:
     """Classes of symmetric codes with the same number of bits more, up to 8, the least that gives
     `bits` in the mean."""
-    own = [(channels, sum(PLANE_WIDTHS[levels]) if levels != 3 else 2) for channels, levels in floor.classes]
+    own = [(n, math.ceil(sum(STORAGES[width].bits for width in PLANE_WIDTHS[levels]))) for n, levels in floor.classes]
     for more in range(9):
         wide = [(channels, min(w for w in WIDTHS if w >= min(width + more, 8))) for channels, width in own]
         if sum(channels * width for channels, width in wide) >= bits * floor.head_dim:
@@ -86,7 +91,7 @@ def distortion(fmt: Format, floor: Format) -> float:
     """ρ: distortion of a format as a part of the floor's, in [0, 1]."""
 
     def errors(fmt: Format) -> list[float]:
-        return [GAUSSIAN_MSE[levels] for channels, levels in fmt.classes for _ in range(channels)]
+        return [fmt.kind.error(levels) for channels, levels in fmt.classes for _ in range(channels)]
 
     parts = [a / b if b else 0.0 for a, b in zip(errors(fmt), errors(floor), strict=True)]
     return min(1.0, sum(parts) / len(parts))  # a rung that the mean takes for worse measures better than the floor

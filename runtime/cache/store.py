@@ -209,7 +209,7 @@ class LayerStore:
     def _lossless(self, ids: list[int]) -> bool:
         """Whether pages hold all 16 bits."""
         rungs = [self.rungs[self.table.pool.rung(i)] for i in ids]
-        return all(rung.key.format.params == rung.value.format.params == "none" for rung in rungs)
+        return all(rung.key.format.raw and rung.value.format.raw for rung in rungs)
 
     # -- whole sequences -----------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ import torch
 
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels import catalogue
-from kvfold.kernels.formats import RAW, Format
+from kvfold.kernels.formats import Format
 from kvfold.runtime.generate.compile import Kind, launches_of, read_kinds
 
 SWITCH = "KVFOLD_COMPILE_AHEAD"  # environment
@@ -39,7 +39,7 @@ def templates(kinds: Iterable[Kind]) -> list[Kind]:
     found: dict[tuple, Kind] = {}
     for kind in kinds:
         key = kind.spec.key
-        if not _is_raw(key.format):  # which has no basis that the others could have
+        if not key.format.raw:  # which has no basis that the others could have
             found.setdefault((kind.sliding > 0, key.turns, key.matrix is None, key.offset is None), kind)
     return list(found.values())
 
@@ -54,12 +54,8 @@ def catalogue_kinds(kinds: Iterable[Kind]) -> list[Kind]:
     ]
 
 
-def _is_raw(fmt: Format) -> bool:
-    return all(levels == RAW for _, levels in fmt.classes)
-
-
 def _with_formats(spec: LayerSpec, key: Format, value: Format) -> LayerSpec:
-    side = KeySpec(key) if _is_raw(key) else replace(spec.key, format=key, clip=None)
+    side = KeySpec(key) if key.raw else replace(spec.key, format=key, clip=None)
     return LayerSpec(side, ValueSpec(value))
 
 

@@ -13,7 +13,8 @@ from kvfold.compress.transforms.basis import EPS, mixing_matrix, regularised
 from kvfold.compress.transforms.reorder import reorder
 from kvfold.compress.transforms.rotate import balance, rotate, unit_scale
 from kvfold.compress.transforms.whiten import CLASS_LEVELS, compositions, water_fill, whiten, whitened
-from kvfold.kernels.formats import GAUSSIAN_MSE, PLANE_WIDTHS, Format, uniform
+from kvfold.kernels.formats import Format, uniform
+from kvfold.kernels.kinds.levels import GAUSSIAN_MSE, PLANE_WIDTHS
 
 
 def make_stats(head_dim=16, heads=2, seed=0, tokens=600, kind="plain"):

@@ -19,9 +19,9 @@ from kvfold.kernels.formats import Format, raw16
 from kvfold.kernels.gpu import attention as kernels
 from kvfold.kernels.gpu import merge
 from kvfold.kernels.gpu import prompt as triton_prompt
+from kvfold.kernels.gpu.kinds import device_layout
 from kvfold.kernels.gpu.tables import warps_for
 from kvfold.kernels.key_mean import padded_fast
-from kvfold.kernels.layout import head_layout
 
 POINTERS = {
     "q_ptr": "*fp16", "q_scale_ptr": "*fp32", "anchor": "*u8", "table": "*i64", "state": "*i32", "raw_k": "*fp16",
@@ -49,7 +49,8 @@ def compile_pair(
     return compile_kernel(
         kernels._attention_kernel,
         {
-            "K": head_layout(key_format, 32), "V": head_layout(value_format, 32), "R": head_layout(raw16(dim), 32),
+            "K": device_layout(key_format, 32), "V": device_layout(value_format, 32),
+            "R": device_layout(raw16(dim), 32),
             "N": max(8, columns), "COLUMNS": columns, "GROUP": 4, "PROMPT": prompt, "MASKED": prompt, "CAP": cap,
             "SHIFT": cap > 0, "MEAN": mean, "STAGES": 4, "PREFETCH": False, "BLOCK": kernels.RAW_BLOCK,
             "INTERPRET": False,
@@ -67,7 +68,7 @@ def compile_merge(dim: int, block: int = 256, once: bool = True, shift: bool = F
 
 def compile_decode() -> Any:
     """Decoding of pages that a prompt's queries read together."""
-    return compile_kernel(triton_prompt._decode_kernel, {"ROWS": 4}, num_warps=warps_for(32))
+    return compile_kernel(triton_prompt._decode_kernel, {"ROWS": 4, "OWN": ()}, num_warps=warps_for(32))
 
 
 def main(name: str, prompt: bool) -> None:

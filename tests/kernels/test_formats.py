@@ -13,7 +13,8 @@ from scipy.optimize import minimize_scalar
 from scipy.special import ndtr
 
 from kvfold.errors import KvfoldError
-from kvfold.kernels.formats import GAUSSIAN_MSE, GAUSSIAN_STEP, PLANE_WIDTHS, RAW, Format, raw16, uniform
+from kvfold.kernels.formats import Format, raw16, uniform
+from kvfold.kernels.kinds.levels import GAUSSIAN_MSE, GAUSSIAN_STEP, PLANE_WIDTHS, RAW
 from kvfold.kernels.quantizer import decode, encode
 
 FORMAT_MD = Path(__file__).parents[2] / "exports" / "FORMAT.md"

@@ -1,4 +1,4 @@
-"""Bit packing: the layout drawn in kernels/packing.py, byte for byte, and back."""
+"""Bit packing: the layout drawn in kernels/kinds/bits.py, byte for byte, and back."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfold.kernels.packing import pack_plane, pack_trits, plane_nbytes, trit_nbytes, unpack_plane, unpack_trits
+from kvfold.kernels.kinds.bits import pack_plane, plane_nbytes, unpack_plane
+from kvfold.kernels.kinds.trits import pack_trits, trit_nbytes, unpack_trits
 
 WIDTHS = (1, 2, 4)
 TRIT_DIMS = (16, 32, 48, 64, 80, 96, 128)  # 8, 16, 24, … codes a row and column: 3, 1, 4, 2, 0, 3 and 4 left over

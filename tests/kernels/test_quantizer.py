@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvfold.kernels.formats import GAUSSIAN_MSE, GAUSSIAN_STEP, PLANE_WIDTHS, RAW, Format, raw16, uniform
+from kvfold.kernels.formats import Format, raw16, uniform
+from kvfold.kernels.kinds.levels import GAUSSIAN_MSE, GAUSSIAN_STEP, PLANE_WIDTHS, RAW
 from kvfold.kernels.quantizer import decode, encode, round_trip, to_float16
 
 SCALE = [Format(((64, n),), "scale", t) for n in (2, 3, 4, 8, 16, 32, 64, 256) for t in ("e4m3", "fp16")]

@@ -121,8 +121,9 @@ def compile(kernel, **constants):
             else "*fp32" if name == "factors" else "i32"
         )
     for parameter in kernel.params:  # or a number of 1, or one that 16 divides, would compile a kernel of its own
-        free = signature[parameter.name] != "i32" or parameter.do_not_specialize
+        free = parameter.is_constexpr or signature[parameter.name] != "i32" or parameter.do_not_specialize
         assert free or parameter.name.startswith("query_stride"), parameter.name  # which a model has once
+    signature["OWN"], constants["OWN"] = "constexpr", ()
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     options = {"num_warps": 4, "enable_fp_fusion": False}
     code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

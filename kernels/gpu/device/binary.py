@@ -1,4 +1,4 @@
-"""Binary codes on the device: bit fields of words (packing.py), as tensor-core operands, one by one, and written."""
+"""Binary codes on the device: bit fields of words (kinds/bits.py), as tensor-core operands, one by one, and written."""
 
 import triton
 import triton.language as tl
@@ -132,7 +132,7 @@ def element_code(block, table, header, f, row, c, mask, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _field_bits(code, width, f, upper, inside):
+def field_bits(code, width, f, upper, inside):
     """One field of the words of a plane: 16 bits, of four bits a code 32, fields 0 to 3 first;
     `upper` is the second channel of a word of one bit."""
     left = tl.where(width == 4, (f >> 2) * 16 + (f & 1) * 8 + (f >> 1 & 1) * 4, 2 * f + upper)
@@ -141,7 +141,8 @@ def _field_bits(code, width, f, upper, inside):
 
 
 @triton.jit
-def _store_words(block, words, plane, width, half, row, ROWS: tl.constexpr):
+def store_words(block, words, plane, width, half, row, ROWS: tl.constexpr):
+    """Writes a row of words of a plane, as `field_bits` gathers them."""
     stride = plane >> 16
     to = block.to(tl.pointer_type(tl.int16)) + (plane & 0xFFFF) + row * stride
     tl.store(to, words.to(tl.int16), mask=(width > 0) & ((half == 0) | (width != 1)) & (row < ROWS))
@@ -150,8 +151,9 @@ def _store_words(block, words, plane, width, half, row, ROWS: tl.constexpr):
 
 @triton.jit
 def write_codes(
-    block, table, header, source, LOAD: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, UNROLL: tl.constexpr
-):
+    block, table, header, source, LOAD: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, OWN: tl.constexpr,
+    UNROLL: tl.constexpr,
+):  # fmt: skip
     """Codes and packs binary codes."""
     width: tl.constexpr = tile_width(WORD_TILE, ROWS)
     dim = header.head_dim
@@ -179,14 +181,14 @@ def write_codes(
                 upper = (item + k) >> 3
                 own = tl.where(upper > 0, partner, c)
                 inside = (levels > 0) & (own >= 0)
-                x = LOAD(source, f, row, own, inside, ROWS, PACKED)
+                x = LOAD(source, f, row, own, inside, ROWS, PACKED, OWN)
                 params = load_params(block, header, f, row, tl.where(upper > 0, partner_group, group), inside, ROWS)
                 code = quantise(x, params, levels, step, header.kind == SCALE_MIN)
-                words_0 |= _field_bits(code, width_0, f, upper, inside)
-                words_1 |= _field_bits(code >> width_0, width_1, f, upper, inside)
+                words_0 |= field_bits(code, width_0, f, upper, inside)
+                words_1 |= field_bits(code >> width_0, width_1, f, upper, inside)
         plane_0, plane_1 = (
             channel_row(table, dim, c, valid, PLANE_0),
             channel_row(table, dim, c, valid, PLANE_1),
         )
-        _store_words(block, words_0, plane_0, width_0, half, row, ROWS)
-        _store_words(block, words_1, plane_1, width_1, half, row, ROWS)
+        store_words(block, words_0, plane_0, width_0, half, row, ROWS)
+        store_words(block, words_1, plane_1, width_1, half, row, ROWS)

@@ -8,11 +8,13 @@ NBYTES: tl.constexpr = tl.constexpr(0)  # of one head's block
 HEAD_DIM: tl.constexpr = tl.constexpr(1)  # channels
 KIND: tl.constexpr = tl.constexpr(2)  # of codes, one of:
 SCALE, SCALE_MIN, RAW = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+OWN_CODE: tl.constexpr = tl.constexpr(3)  # the first of those that have code of their own
 PARAMS: tl.constexpr = tl.constexpr(3)  # bytes from the block to the first parameter
 PARAM_NBYTES: tl.constexpr = tl.constexpr(4)  # of one parameter: 1 is e4m3, 2 float16
 GROUP_SIZE: tl.constexpr = tl.constexpr(5)  # channels of a parameter group
 CODED: tl.constexpr = tl.constexpr(6)  # channels of more than 0 levels
-WHOLE: tl.constexpr = tl.constexpr(7)  # ternary: bytes of five codes; 0 if the codes are binary
+PARTS: tl.constexpr = tl.constexpr(7)  # `Storage.parts`, three numbers:
+WHOLE: tl.constexpr = PARTS  # ternary: bytes of five codes; 0 if the codes are binary
 LEFT: tl.constexpr = tl.constexpr(8)  # ternary: codes left over
 WORDS: tl.constexpr = tl.constexpr(9)  # ternary: word tiles of R rows
 

@@ -3,7 +3,7 @@
 Everything is transposed: tokens are the rows of the tensor cores' left operand, queries the columns
 of the right one, so that eight query columns suffice where the other way round sixteen rows would
 be padded. One program is one warp. It takes 128 tokens at a time: 16 rows of words, each word the
-codes of one channel of eight tokens (packing.py), so that masking a word gives an operand without a
+codes of one channel of eight tokens (kinds/bits.py), so that masking a word gives an operand without a
 shift or a conversion: an fp16 subnormal, code·4^g·2^−24. What those factors leave to be divided by
 is folded into the scale of the score, for keys, and of the probability, for values. Scales never
 touch elements:
@@ -27,7 +27,6 @@ import triton
 import triton.language as tl
 
 from kvfold.kernels.gpu.device.constants import NEVER, SUBNORMAL
-from kvfold.kernels.gpu.device.kinds import add_values
 from kvfold.kernels.gpu.device.scores import (
     add_mean,
     cap_scores,
@@ -142,7 +141,7 @@ def packed_part(
         l_i = l_i * alpha[:, None] + (((p[0] + p[1]) + (p[2] + p[3])) + ((p[4] + p[5]) + (p[6] + p[7])))
         scaled, z = scale_weights(p, z, alpha, v_base, page, row, V, INTERPRET)
         acc, acc_high = rescale(acc, acc_high, alpha, V)
-        acc, acc_high = add_values(v_base, page, row, scaled, acc, acc_high, V, INTERPRET)
+        acc, acc_high = V.device.add_values(v_base, page, row, scaled, acc, acc_high, V, INTERPRET)
     if always:
         outs = finish(acc, acc_high, z, V)
         total = tl.sum(l_i, 1)

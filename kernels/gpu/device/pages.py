@@ -2,22 +2,25 @@
 parameters first, then the codes. The pages' part of the writing kernels.
 
 Nothing here is compiled for a format: channels are taken a fixed number at a time, and what the
-table says of them is read with them. A word gathers its codes field by field (packing.py) in the
+table says of them is read with them. A word gathers its codes field by field (kinds/bits.py) in the
 registers of its channel. Parameters are read back from the page as rounded.
 """
 
 import triton
 import triton.language as tl
 
+from kvfold.kernels.gpu.device.bits import count, pick
 from kvfold.kernels.gpu.device.codec import channel_row, read_header, store_param
-from kvfold.kernels.gpu.device.columns import CODED, HEADER, LEVELS, RAW, SCALE_MIN
+from kvfold.kernels.gpu.device.columns import CODED, HEADER, LEVELS, OWN_CODE, RAW, SCALE_MIN
 from kvfold.kernels.gpu.device.kinds import load_source, write_codes
 from kvfold.kernels.gpu.device.sixteen import write_rows
 from kvfold.kernels.gpu.device.tiles import TOKEN_TILE, tile_width
 
 
 @triton.jit
-def _write_params(block, table, header, clip, clip_step, clipped, source, ROWS: tl.constexpr, PACKED: tl.constexpr):
+def write_params(
+    block, table, header, clip, clip_step, clipped, source, ROWS: tl.constexpr, PACKED: tl.constexpr, OWN: tl.constexpr
+):  # fmt: skip
     """Root mean squares over the stored channels, one a token, or minima and scales, one pair a token and group."""
     tokens: tl.constexpr = 8 * ROWS
     width: tl.constexpr = tile_width(TOKEN_TILE, tokens)
@@ -37,7 +40,7 @@ def _write_params(block, table, header, clip, clip_step, clipped, source, ROWS: 
         for first in range(start, start + size, width):
             c = first + s
             inside = c < start + size
-            x = load_source(source, t // ROWS, t % ROWS, c, inside, ROWS, PACKED)
+            x = load_source(source, t // ROWS, t % ROWS, c, inside, ROWS, PACKED, OWN)
             low = tl.minimum(low, tl.where(inside, x, float("inf")))
             high = tl.maximum(high, tl.where(inside, x, float("-inf")))
             total += tl.where(channel_row(table, dim, c, inside, LEVELS) > 0, x * x, 0.0)
@@ -52,8 +55,24 @@ def _write_params(block, table, header, clip, clip_step, clipped, source, ROWS: 
 
 
 @triton.jit
+def _write_known(
+    block, table, clip, clip_step, clipped, source, ROWS: tl.constexpr, PACKED: tl.constexpr, OWN: tl.constexpr,
+    UNROLL: tl.constexpr,
+):  # fmt: skip
+    """`write_block` of the kinds that need no code of their own."""
+    header = read_header(table)
+    if header.kind == RAW:
+        write_rows(block, header.head_dim, source, load_source, ROWS, PACKED, OWN)
+    else:
+        write_params(block, table, header, clip, clip_step, clipped, source, ROWS, PACKED, OWN)
+        tl.debug_barrier()  # the parameters are read back
+        write_codes(block, table, header, source, ROWS, PACKED, OWN, UNROLL)
+
+
+@triton.jit
 def write_block(
-    block, table, clip, clip_step, clipped, source, ROWS: tl.constexpr, PACKED: tl.constexpr, UNROLL: tl.constexpr
+    block, table, clip, clip_step, clipped, source, ROWS: tl.constexpr, PACKED: tl.constexpr, OWN: tl.constexpr,
+    UNROLL: tl.constexpr, FIRST: tl.constexpr = 0,
 ):  # fmt: skip
     """Encodes one head's page.
 
@@ -64,13 +83,17 @@ def write_block(
             group's to the next one's, and whether there are any.
         source, PACKED: see `load_source`.
         ROWS: R, rows of words in a page.
+        OWN, FIRST: kinds with code of their own, and the first of them that it may be; see kinds.py.
         UNROLL: fields that are asked for at a time: the more, the less is waited for memory, and
             the longer the compiler takes.
     """
-    header = read_header(table)
-    if header.kind == RAW:
-        write_rows(block, header.head_dim, source, load_source, ROWS, PACKED)
+    if count(OWN) > FIRST:
+        header = read_header(table)
+        if header.kind == OWN_CODE + FIRST:
+            pick(OWN, FIRST).write_block(
+                block, table, header, clip, clip_step, clipped, source, load_source, ROWS, PACKED, OWN
+            )
+        else:
+            write_block(block, table, clip, clip_step, clipped, source, ROWS, PACKED, OWN, UNROLL, FIRST + 1)
     else:
-        _write_params(block, table, header, clip, clip_step, clipped, source, ROWS, PACKED)
-        tl.debug_barrier()  # the parameters are read back
-        write_codes(block, table, header, source, ROWS, PACKED, UNROLL)
+        _write_known(block, table, clip, clip_step, clipped, source, ROWS, PACKED, OWN, UNROLL)

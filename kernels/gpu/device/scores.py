@@ -1,4 +1,4 @@
-"""Scores of packed keys, for the attention kernel: eight [N, 16], one for each field of a word (packing.py).
+"""Scores of packed keys, for the attention kernel: eight [N, 16], one for each field of a word (kinds/bits.py).
 
 Runs of channels are constants (layout.py). Keys and values have their rows along different axes.
 Their pointers are turned so that the rows of both lie along the second: else the compiler gives
@@ -11,7 +11,6 @@ import triton.language as tl
 
 from kvfold.kernels.gpu.device.bits import count, load_params, pick
 from kvfold.kernels.gpu.device.constants import LOG2_E, NEVER, SUBNORMAL
-from kvfold.kernels.gpu.device.kinds import add_products
 from kvfold.kernels.gpu.device.mean import slow_bias, turned_coefficients
 
 
@@ -95,9 +94,9 @@ def query_middles(q, q_scale, K: tl.constexpr, N: tl.constexpr):
             if not K.raw and _has_size(K.key_runs, 16 << size, g):
                 wide = tl.zeros((16 << size, N), tl.float32)
                 for t in tl.static_range(count(K.key_runs)):
-                    wide = _add_middle(q[t], wide, g, 16 << size, pick(K.key_runs, t), K.scale_min)
+                    wide = _add_middle(q[t], wide, g, 16 << size, pick(K.key_runs, t), K.minimum)
                 total += tl.sum(wide, 0)
-        middles = middles + (total * q_scale if K.scale_min else total,)
+        middles = middles + (total * q_scale if K.minimum else total,)
     return middles
 
 
@@ -108,14 +107,14 @@ def code_products(
     """Products of queries with the codes of group g: eight [16, N], field f in units of 2^−24·4^(f
     mod 4), or of ternary digits."""
     qk = ()
-    if K.scale_min or K.raw:
+    if K.minimum or K.raw:
         for f in tl.static_range(8):
             qk = qk + (tl.zeros((16, N), tl.float32),)
     else:
         back: tl.constexpr = 1.0 / SUBNORMAL / K.unit
         for f in tl.static_range(8):
             qk = qk + (tl.zeros((16, N), tl.float32) - (middles[g] * (back / pick(K.field_units, f)))[None, :],)
-    return add_products(base, page, row, q, qk, g, K, INTERPRET)
+    return K.device.add_products(base, page, row, q, qk, g, K, INTERPRET)
 
 
 @triton.jit
@@ -158,7 +157,7 @@ def scale_scores(
     if K.raw:
         for f in tl.static_range(8):
             new = new + (tl.trans(products[f]) * unit + qk[f],)
-    elif K.scale_min:
+    elif K.minimum:
         minimum = load_params(base, page, row, 2 * g, K, INTERPRET)
         scale = load_params(base, page, row, 2 * g + 1, K, INTERPRET)
         for f in tl.static_range(8):

@@ -36,28 +36,30 @@ def _add_run_values(base, page, row, p, acc, V: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def add_products(base, page, row, q, qk, K: tl.constexpr):
-    """Adds products with keys to the eight scores [16, N]; q: one [size, N] for each run."""
+def add_products(base, page, row, q, qk, g: tl.constexpr, K: tl.constexpr, INTERPRET: tl.constexpr):
+    """Adds products with keys to the eight scores [16, N] of the one group; q: one [size, N] for each run."""
     for t in tl.static_range(count(K.key_runs)):
         qk = _add_run_products(base, page, row, q[t], qk, K, pick(K.key_runs, t))
     return qk
 
 
 @triton.jit
-def add_values(base, page, row, p, acc, V: tl.constexpr):
-    """Adds weighted values to the outputs of all runs; p: eight [16, N]."""
+def add_values(base, page, row, p, acc, acc_high, V: tl.constexpr, INTERPRET: tl.constexpr):
+    """Adds weighted values to the outputs of all runs; p: of the one group eight [16, N]."""
     new = ()
     for t in tl.static_range(count(V.value_runs)):
-        new = new + (_add_run_values(base, page, row, p, acc[t], V, pick(V.value_runs, t)),)
-    return new
+        new = new + (_add_run_values(base, page, row, p[0], acc[t], V, pick(V.value_runs, t)),)
+    return new, acc_high
 
 
 @triton.jit
-def write_rows(block, dim, source, LOAD: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr):
+def write_rows(
+    block, dim, source, LOAD: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, OWN: tl.constexpr
+):  # fmt: skip
     """Writes the elements of `source` (`load_source`, which is LOAD) as float16."""
     width: tl.constexpr = tile_width(TOKEN_TILE, 8 * ROWS)
     t = tl.arange(0, 8 * ROWS)[:, None]
     for first in range(0, dim, width):
         c = first + tl.arange(0, width)[None, :]
-        x = LOAD(source, t // ROWS, t % ROWS, c, c < dim, ROWS, PACKED)
+        x = LOAD(source, t // ROWS, t % ROWS, c, c < dim, ROWS, PACKED, OWN)
         tl.store(block.to(tl.pointer_type(tl.float16)) + t * dim + c, to_fp16(x), mask=c < dim)

@@ -1,4 +1,4 @@
-"""Ternary codes on the device: five to a byte (packing.py), as tensor-core operands, one by one, and written."""
+"""Ternary codes on the device: five to a byte (kinds/trits.py), as tensor-core operands, one by one, and written."""
 
 import triton
 import triton.language as tl
@@ -53,7 +53,7 @@ def _half_word_digits(x, H: tl.constexpr, WHOLE: tl.constexpr, LEFT: tl.constexp
 
 @triton.jit
 def _digits(base, page, row, TRANSPOSED: tl.constexpr, L: tl.constexpr, INTERPRET: tl.constexpr):
-    """All ternary codes of the tokens of 16 rows of words, in the order of their numbers c·8 + f (packing.py).
+    """All ternary codes of the tokens of 16 rows of words, in the order of their numbers c·8 + f (kinds/trits.py).
 
     Args:
         base, page: of the plane, as in `row_pointers`; row: int32 [16]; L: its HeadLayout.
@@ -99,7 +99,7 @@ def add_products(base, page, row, q, qk, g: tl.constexpr, K: tl.constexpr, INTER
 
 
 @triton.jit
-def add_values(base, page, row, p, acc, V: tl.constexpr, INTERPRET: tl.constexpr):
+def add_values(base, page, row, p, acc, acc_high, V: tl.constexpr, INTERPRET: tl.constexpr):
     """Adds ternary values; acc: one [16, N] for each 16 channels, p: for each group eight [16, N], V: a HeadLayout."""
     chunks: tl.constexpr = count(V.value_runs)
     digits = _digits(base, page, row, True, V, INTERPRET)
@@ -109,7 +109,7 @@ def add_values(base, page, row, p, acc, V: tl.constexpr, INTERPRET: tl.constexpr
         for f in tl.static_range(8):
             a = tl.dot(digits[c * 8 + f], p[c * V.groups // chunks][f], a)
         new = new + (a,)
-    return new
+    return new, acc_high
 
 
 @triton.jit
@@ -145,7 +145,9 @@ def element_code(block, header, f, row, c, mask, ROWS: tl.constexpr):
 
 
 @triton.jit
-def write_codes(block, table, header, source, LOAD: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr):
+def write_codes(
+    block, table, header, source, LOAD: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr, OWN: tl.constexpr
+):  # fmt: skip
     """Codes and packs ternary codes: a column of a byte at a time, digit by digit; the last byte
     may hold what is left over."""
     width: tl.constexpr = tile_width(WORD_TILE, ROWS)
@@ -165,7 +167,7 @@ def write_codes(block, table, header, source, LOAD: tl.constexpr, ROWS: tl.const
             f = number & 7
             c = (number >> 3) * 16 + lane
             inside = (half < whole) | (last & (digit < left))
-            x = LOAD(source, f, row, c, inside, ROWS, PACKED)
+            x = LOAD(source, f, row, c, inside, ROWS, PACKED, OWN)
             params = load_params(block, header, f, row, c // header.group_size, inside, ROWS)
             code = quantise(x, params, levels, step, header.kind == SCALE_MIN)
             digits = digits * 3 + code

@@ -65,7 +65,7 @@ def scale_weights(p, z, alpha, base, page, row, V: tl.constexpr, INTERPRET: tl.c
                 group = group + (tl.trans(p[f].to(tl.float16)),)
             new_z = new_z + (z[g],)
         else:
-            if V.scale_min:
+            if V.minimum:
                 minimum = load_params(base, page, row, 2 * g, V, INTERPRET)
                 scale = load_params(base, page, row, 2 * g + 1, V, INTERPRET)
             else:
@@ -101,10 +101,10 @@ def _finish_run(low, high, z, unit, V: tl.constexpr, T: tl.constexpr):
     out = low * unit
     if count(T.high) > 0:
         out += high * (unit * 16.0)
-    if V.kind == "scale":
-        return T.step * (out - T.middle * z[T.group][None, :])
-    else:
+    if V.raw or V.minimum:
         return out + z[T.group][None, :]
+    else:
+        return T.step * (out - T.middle * z[T.group][None, :])
 
 
 @triton.jit
