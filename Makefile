@@ -14,7 +14,7 @@ READY := .venv/.ready
 quote = '$(subst ','\'',$(1))'
 
 # KVFOLD_TESTS=nightly make test ARGS="-m 'not real'" runs every case, and other random ones each time
-.PHONY: help compress eval bench ablation domains test mutations lint typecheck wheel clean
+.PHONY: help compress eval bench ablation domains test mutations fuzz lint typecheck wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -46,6 +46,9 @@ test: $(READY)  ## run the tests
 
 mutations: $(READY)  ## break twenty delicate lines, one at a time: the tests must see each
 	@$(BIN)/python tests/mutations.py $(ARGS)
+
+fuzz: $(READY)  ## 20,000 damaged artifacts, saved caches, GGUFs and work folders: each is refused in a sentence or changes nothing
+	@PYTHONPATH=tests:tests/helpers $(BIN)/python -m fuzz $(ARGS)
 
 lint: $(READY)  ## ruff
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -20,10 +20,9 @@ from kvfold.compress.models.attention_hook import tapped
 from kvfold.compress.models.layerwise import LayerRunner
 from kvfold.compress.models.rope import frequencies, norm_weights, rotate_on, turns
 from kvfold.compress.progress import progress
-from kvfold.compress.work import kept
+from kvfold.compress.work import forget, keep, kept
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import Architecture, head_dim_of, num_kv_heads_of
-from kvfold.exports.scratch import write_whole
 from kvfold.kernels.key_mean import STEP, RopePairs, turn_tables
 
 SKIP_TOKENS = 8  # first tokens of each sequence: the sinks stay in 16 bits and are outliers
@@ -75,7 +74,7 @@ class LayerStats:
     def save(self, path: Path) -> None:
         """Writes all fields; the file appears complete."""
         found = {f.name: getattr(self, f.name).contiguous().cpu() for f in fields(self)}
-        write_whole(path, lambda scratch: save_file(found, scratch))
+        keep(path, lambda scratch: save_file(found, scratch))
 
     @classmethod
     def load(cls, path: Path) -> "LayerStats":
@@ -244,6 +243,7 @@ def calibrate(
 
 def _save_hidden(work: Path, layer: int, hidden: list[Tensor]) -> None:
     """Keeps the input of `layer` and forgets the one before; hidden.json names the file that is complete."""
-    save_file({str(i): h.contiguous().cpu() for i, h in enumerate(hidden)}, work / f"hidden_{layer:03d}.safetensors")
-    write_whole(work / "hidden.json", lambda scratch: scratch.write_text(json.dumps({"layer": layer})))
-    (work / f"hidden_{layer - 1:03d}.safetensors").unlink(missing_ok=True)
+    tensors = {str(i): h.contiguous().cpu() for i, h in enumerate(hidden)}
+    keep(work / f"hidden_{layer:03d}.safetensors", lambda scratch: save_file(tensors, scratch))
+    keep(work / "hidden.json", lambda scratch: scratch.write_text(json.dumps({"layer": layer})))
+    forget(work / f"hidden_{layer - 1:03d}.safetensors")

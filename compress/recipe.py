@@ -26,6 +26,9 @@ DEFAULT = "best"
 LEVELS = (3, 4, 8, 16, 32, 64, 256, RAW)
 Text = Literal["recall", "drama", "maths", "prose", "code"]
 TEXTS: tuple[Text, ...] = ("recall", "drama", "code", "maths", "prose")  # of the package
+MOST_SEQUENCES = 4096  # what is computed of each is held for all of them
+MOST_PAIRS = 10_000
+MOST_CHOICES = 64  # of a list
 DEFAULT_PAIRS = 8  # benchmarks/LOG.md has what fewer and more cost
 LEAST_WINDOW = 128  # tokens, of a window that the budget decides: SKVQ's (2405.06219) and most others'
 MANY_LEVELS = (64, 256, RAW)  # beyond 5 bits nothing is won by mixing
@@ -60,11 +63,11 @@ class _Side(_Strict):
     ]  # where a transform with mixed formats is asked for without saying what to offer
 
     transform: str
-    bits: tuple[Annotated[float, Field(gt=0, le=6)], ...] | None = None
-    levels: tuple[int, ...] | None = None
-    params: tuple[str, ...] = ("scale_min",)
+    bits: Annotated[tuple[Annotated[float, Field(gt=0, le=6)], ...], Field(max_length=MOST_CHOICES)] | None = None
+    levels: Annotated[tuple[int, ...], Field(max_length=MOST_CHOICES)] | None = None
+    params: Annotated[tuple[str, ...], Field(max_length=MOST_CHOICES)] = ("scale_min",)
     param_dtype: Literal["auto", "e4m3", "fp16"] = "auto"
-    group_size: Annotated[int, Field(ge=0)] = 0
+    group_size: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 0
     clip: bool = True
 
     @model_validator(mode="before")
@@ -201,13 +204,13 @@ class CalibrationRecipe(_Strict):
         sample_tokens: tokens kept whole, of all sequences together.
     """
 
-    num_sequences: Annotated[int, Field(gt=0)] = 5
-    texts: Annotated[tuple[Text, ...], Field(min_length=1)] = TEXTS
+    num_sequences: Annotated[int, Field(gt=0, le=MOST_SEQUENCES)] = 5
+    texts: Annotated[tuple[Text, ...], Field(min_length=1, max_length=MOST_CHOICES)] = TEXTS
     general: bool = True
-    seq_len: Annotated[int, Field(ge=64)] = 2048
+    seq_len: Annotated[int, Field(ge=64, le=MOST_TOKENS)] = 2048
     spread: Annotated[int, Field(ge=0, le=1 << 32)] = 0
     graded: bool = True
-    sample_tokens: Annotated[int, Field(ge=64)] = 512
+    sample_tokens: Annotated[int, Field(ge=64, le=MOST_TOKENS)] = 512
 
 
 class SensitivityRecipe(_Strict):
@@ -228,10 +231,10 @@ class SensitivityRecipe(_Strict):
     method: Literal["kl", "fisher", "first-order"] = "fisher"
     directions: Annotated[int, Field(gt=0, le=256)] = 8
     probes: Annotated[int, Field(gt=0, le=64)] = 2
-    num_sequences: Annotated[int, Field(gt=0)] = 3
-    seq_len: Annotated[int, Field(ge=64)] = 1024
-    stride: Annotated[int, Field(gt=0)] = 4
-    conversations: Annotated[int, Field(ge=0)] = 2
+    num_sequences: Annotated[int, Field(gt=0, le=MOST_SEQUENCES)] = 3
+    seq_len: Annotated[int, Field(ge=64, le=MOST_TOKENS)] = 1024
+    stride: Annotated[int, Field(gt=0, le=MOST_TOKENS)] = 4
+    conversations: Annotated[int, Field(ge=0, le=256)] = 2
 
 
 class Recipe(_Strict):
@@ -255,7 +258,7 @@ class Recipe(_Strict):
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     tied: bool = False
     catalogue: bool = True
-    pairs: Annotated[int, Field(ge=0)] = DEFAULT_PAIRS
+    pairs: Annotated[int, Field(ge=0, le=MOST_PAIRS)] = DEFAULT_PAIRS
     key: KeyRecipe = Field(default_factory=lambda: KeyRecipe.model_validate({}))
     value: ValueRecipe = Field(default_factory=lambda: ValueRecipe.model_validate({}))
     calibration: CalibrationRecipe = CalibrationRecipe()

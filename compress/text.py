@@ -2,6 +2,7 @@
 
 import logging
 import random
+from collections.abc import Iterator
 from importlib.resources import files
 from itertools import zip_longest
 from pathlib import Path
@@ -25,7 +26,8 @@ GENERAL = (
 HELD_OUT = "heldout.txt"
 LEAST_TOKENS = 256  # below this there is nothing to calibrate on
 LEAST_DISTINCT = 8  # different tokens: of one repeated character every choice of bits looks free
-MOST_CHARS = 4_000_000  # read of a file or dataset: all of it is tokenised, which takes hundreds of bytes a character
+MOST_CHARS = 4_000_000  # read of a file or dataset
+PIECE_CHARS = 500_000  # tokenised at a time, which takes hundreds of bytes a character; few texts are longer
 
 
 def data_text(name: str) -> str:
@@ -83,9 +85,9 @@ def _dataset_rows(source: str) -> list[str]:
         for row in rows:
             column = row.get("text") or next((v for v in row.values() if isinstance(v, str)), None)
             if isinstance(column, str):
-                texts.append(column)
-                size += len(column)
-            if size > MOST_CHARS:
+                texts.append(column[: MOST_CHARS - size])
+                size += len(texts[-1])
+            if size >= MOST_CHARS:
                 break
     except Exception as error:  # datasets raises a dozen kinds, offline, missing, gated, broken
         raise KvfoldError(
@@ -96,8 +98,23 @@ def _dataset_rows(source: str) -> list[str]:
 
 
 def tokenize(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a long text without special tokens."""
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    """Token ids of a long text without special tokens; of a very long one in pieces, cut at line breaks or spaces."""
+    ids: list[int] = []
+    for piece in pieces(text, PIECE_CHARS):
+        ids += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+    return ids
+
+
+def pieces(text: str, most: int) -> Iterator[str]:
+    """A text in pieces of `most` characters at the most: cut behind the last line break, else before the last
+    space, else anywhere."""
+    start = 0
+    while len(text) - start > most:
+        line, space = (text.rfind(mark, start + most // 2, start + most) for mark in ("\n", " "))
+        end = line + 1 if line > 0 else space if space > 0 else start + most
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def prefix_ids(tokenizer: Any) -> list[int]:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from kvfold.errors import KvfoldError
 from kvfold.exports.files import INDEX, WEIGHTS, file_sha256, is_read, read_index
 from kvfold.exports.place import full_disk
+from kvfold.exports.scratch import write_whole
 
 try:
     import fcntl
@@ -30,7 +31,7 @@ log = logging.getLogger("kvfold")
 MARK = "run.json"
 MADE_BY = {"made_by": "kvfold"}  # at the head of the mark: who made the folder
 TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError)
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, SafetensorError)
 
 
 class Unfinished(KvfoldError):
@@ -58,18 +59,53 @@ def model_fingerprint(path: Path) -> dict[str, str]:
     return {p.relative_to(path).as_posix(): file_sha256(p) for p in files if p.is_file()}
 
 
+def _sums(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def keep(path: Path, write: Callable[[Path], object]) -> None:
+    """Has a file written for a run that goes on, which `kept` reads. It appears complete, and its sha256 before it
+    does: that of what it replaces still counts until then.
+
+    Args:
+        write: given a new file's path, writes it.
+    """
+
+    def signed(scratch: Path) -> None:
+        write(scratch)
+        before = _sums(path).read_text().split()[-1:] if _sums(path).is_file() else []
+        text = "\n".join([*before, file_sha256(scratch)])
+        write_whole(_sums(path), lambda sums: sums.write_text(text))
+
+    if path.is_dir() or _sums(path).is_dir():
+        forget(path)
+    write_whole(path, signed)
+
+
 def kept(path: Path, read: Callable[[Path], Any], default: Any = None) -> Any:
-    """What an earlier run left in a file; `default` where it is not there or can't be read: it is computed again
-    then."""
+    """What an earlier run left in a file by `keep`; `default` where it is not there or is not what was written: it is
+    computed again then."""
+    if not os.path.lexists(path):
+        return default
     try:
+        if not path.is_file():
+            raise OSError("it is no file")
+        if not _sums(path).is_file() or file_sha256(path) not in _sums(path).read_text().split():
+            raise ValueError("its sha256 is another")
         return read(path)
-    except FileNotFoundError:
-        return default
     except UNREADABLE as error:
-        log.warning("%s cannot be read (%s), so it is computed again", path, type(error).__name__)
-        if path.is_dir():  # it stands in the way
-            shutil.rmtree(path)
+        log.warning("%s cannot be read (%s), so it is computed again", path, error)
+        forget(path)
         return default
+
+
+def forget(path: Path) -> None:
+    """Removes what `keep` has written, or what stands in its way."""
+    for file in (path, _sums(path)):
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)
+        else:
+            file.unlink(missing_ok=True)
 
 
 def _lock(mark: Path, out: Path) -> int:

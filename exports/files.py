@@ -30,6 +30,7 @@ READ_NAMES = {
 }  # fmt: skip
 ITEM_NBYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1, "I8": 1, "BOOL": 1}
 LONGEST_NAME = 255  # bytes, of most file systems
+MOST_NBYTES = 256 << 20  # of a file without weights; the largest tokenizers have a tenth of it
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -76,6 +77,10 @@ def check_files(path: Path, files: Mapping[str, str]) -> None:
         if not (path / name).is_file():
             fault = f"holds {name}, which is no regular file" if (path / name).exists() else f"lacks {name}"
             raise KvfoldError(f"'{path}' {fault}; {AGAIN}.")
+        if (path / name).stat().st_size > MOST_NBYTES:  # is it worth hashing?
+            if Path(name).suffix != ".safetensors":
+                raise KvfoldError(f"{name} in '{path}' has more than {MOST_NBYTES >> 20} MiB; {AGAIN}.")
+            _keys(path / name)
         if file_sha256(path / name) != digest:
             raise KvfoldError(
                 f"{name} in '{path}' does not match its sha256 in {METADATA_NAME}: if you changed it, sign it with "

@@ -12,10 +12,11 @@ from torch import Tensor
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, cache_nbytes, stepped_nbytes
 from kvfold.exports.architectures import architecture_of, head_dim_of, num_kv_heads_of, sliding_windows_of
-from kvfold.exports.files import AGAIN, INDEX, check_files, file_sha256, signed_files, write_index
+from kvfold.exports.files import AGAIN, INDEX, WEIGHTS, check_files, file_sha256, read_index, signed_files, write_index
 from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME, Metadata, SideModel, dump_metadata, parse_metadata
 from kvfold.exports.scratch import write_whole
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
+from kvfold.exports.weights import check_weights_fit, stored_shapes
 from kvfold.kernels.formats import Format
 from kvfold.pretrained import config_from_pretrained, reason_of
 
@@ -149,9 +150,14 @@ def update_artifact(path: Path) -> list[str]:
 def _check_config(path: Path, metadata: Metadata) -> None:
     config = config_from_pretrained(path)
     pairs = architecture_of(config).rope_pairs
+    if getattr(config, "quantization_config", None) is not None:
+        raise KvfoldError(
+            f"config.json in '{path}' has a quantization_config, but an artifact's weights are plain; {AGAIN}."
+        )
     try:
-        windows = sliding_windows_of(config)
         found = (config.num_hidden_layers, config.num_attention_heads, num_kv_heads_of(config), head_dim_of(config))
+        windows = sliding_windows_of(config)
+        config.get_text_config().num_hidden_layers  # noqa: B018
     except Exception as error:  # fields of the right names that hold anything
         raise KvfoldError(
             f"config.json in '{path}' does not describe a model ({type(error).__name__}: {reason_of(error)}); {AGAIN}."
@@ -171,6 +177,8 @@ def _check_config(path: Path, metadata: Metadata) -> None:
         raise KvfoldError(
             f"config.json has layers, heads, KV heads and head_dim {found}, but {METADATA_NAME} {stated}; {AGAIN}."
         )
+    shards = [WEIGHTS] if WEIGHTS in metadata.files else sorted(set(read_index(path / INDEX).values()))
+    check_weights_fit(path, config, stored_shapes([path / name for name in shards], AGAIN), AGAIN)
 
 
 def tensor_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:

@@ -37,7 +37,7 @@ Layers = Annotated[int, Field(gt=0, le=MOST_LAYERS)]
 RawTokens = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
 PageTokens = Annotated[int, Field(gt=0, le=MOST_PAGE_TOKENS)]
 Bits = Annotated[float, Field(ge=0, le=64)]
-Loss = Annotated[float, Field(ge=0)]
+Loss = Annotated[float, Field(ge=0, le=1e9)]
 
 
 class Strict(BaseModel):
@@ -111,7 +111,7 @@ class AccountModel(Strict):
     raw_bytes: Count
     table_bytes: Count
     bytes_at: Annotated[dict[str, Positive], Field(max_length=64)]
-    effective_bits: Annotated[float, Field(ge=0)]  # of a short sequence, hundreds: the 16-bit rows are allocated whole
+    effective_bits: Loss  # of a short sequence, hundreds: the 16-bit rows are allocated whole
     payload_bits: Bits
 
 

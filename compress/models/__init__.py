@@ -20,7 +20,8 @@ from kvfold.exports.architectures import ARCHITECTURES, architecture_of
 from kvfold.exports.files import CARD_NAME, INDEX, WEIGHTS, read_index
 from kvfold.exports.page.licence import TEXTS
 from kvfold.exports.reader import is_artifact
-from kvfold.pretrained import config_from_pretrained, is_out_of_memory, reason_of, stock_from_pretrained
+from kvfold.exports.weights import check_weights_fit, stored_shapes
+from kvfold.pretrained import config_from_pretrained, is_out_of_memory, read_fields, reason_of, stock_from_pretrained
 
 DTYPES = {"BF16", "F16", "F32", "F64"}  # of weights, as safetensors calls them
 
@@ -95,15 +96,12 @@ def read_config(path: Path) -> Any:
     Raises:
         KvfoldError: there is none, or it can't be read.
     """
-    if not (path / "config.json").is_file():
+    stated = read_fields(path)
+    if stated is None:
         raise KvfoldError(
             f"'{path}' holds no config.json, so it is not a model folder; give a Hugging Face checkpoint."
         )
-    try:
-        stated = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise KvfoldError(f"config.json in '{path}' is not JSON ({error}); download it again.") from None
-    family = stated.get("model_type") if isinstance(stated, dict) else None
+    family = stated.get("model_type")
     if not isinstance(family, str):
         raise KvfoldError(f"config.json in '{path}' names no model_type; give a Hugging Face checkpoint.")
     if family not in ARCHITECTURES:  # refused by name, whether or not this transformers knows it
@@ -140,6 +138,8 @@ def check_checkpoint(path: Path) -> None:
                 f"'{path}' holds no {name}, so the model has no weights; give a folder with safetensors files."
             )
         _check_safetensors(file)
+    fix = "give a checkpoint whose weights fit its config.json"
+    check_weights_fit(path, config, stored_shapes([path / name for name in names], fix), fix)
 
 
 def _check_safetensors(file: Path) -> None:

@@ -115,12 +115,12 @@ def alias_gguf(name: str) -> Path:
 
 def convert_gguf(path: Path) -> Path:
     """A bf16 checkpoint folder made from a GGUF, kept in the cache under the file's sha256."""
-    folder = cache_folder("converted") / file_sha256(path)[:16]
-    if (folder / "config.json").is_file():
-        return folder
     with open(path, "rb") as stream:
         if stream.read(4) != b"GGUF":
             raise KvfoldError(f"Model '{path}' does not start with GGUF's magic bytes; give a file in GGUF format.")
+    folder = cache_folder("converted") / file_sha256(path)[:16]
+    if (folder / "config.json").is_file():
+        return folder
     remove_leftovers(folder)
     try:
         with scratch_folder(folder) as scratch:

@@ -16,8 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from kvfold.compress.progress import stage
-from kvfold.compress.work import kept
-from kvfold.exports.scratch import write_whole
+from kvfold.compress.work import keep, kept
 
 PASSAGE_TOKENS = 288  # with a template's some 30, sinks and the window that is probed, a third of a prompt is in pages
 ANSWER_TOKENS = 96
@@ -117,7 +116,7 @@ def write_conversations(
             for i, (ids, start) in enumerate(found)
             for name, tensor in ((f"{i}.ids", ids), (f"{i}.prompt", torch.tensor(start)))
         }
-        write_whole(path, lambda scratch: save_file(tensors, scratch))
+        keep(path, lambda scratch: save_file(tensors, scratch))
     return found
 
 

@@ -29,11 +29,10 @@ from kvfold.compress.models.attention_hook import Tap, attend_as_usual, tapped
 from kvfold.compress.models.layerwise import LayerRunner
 from kvfold.compress.progress import progress
 from kvfold.compress.search.candidates import KeyCandidate, ValueCandidate
-from kvfold.compress.work import kept
+from kvfold.compress.work import keep, kept
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import Architecture, last_norm_of, logits_of
-from kvfold.exports.scratch import write_whole
 from kvfold.exports.spec import KeySpec, ValueSpec, clip_rows
 from kvfold.kernels.attention import KeyMean, Tile, attend
 from kvfold.kernels.quantizer import round_trip, to_float16
@@ -285,7 +284,7 @@ def read_losses(path: Path) -> dict[str, float]:
 
 def keep_losses(path: Path, found: dict[str, float]) -> None:
     """Writes losses in nats by name, for a run that goes on; the file appears complete."""
-    write_whole(path, lambda scratch: scratch.write_text(json.dumps(found)))
+    keep(path, lambda scratch: scratch.write_text(json.dumps(found)))
 
 
 def measured(

@@ -6,12 +6,16 @@ as ever, any other is refused in a sentence. A test sees to it that no other fil
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from kvfold.errors import KvfoldError
 
-MOST_LABELS = 1_000_000
+MOST_NBYTES = 16 << 20  # of config.json; with the names of 10,000 classes it has half of one
+MOST = {  # of fields for which transformers makes a list
+    "num_labels": 10_000, "num_hidden_layers": 1000, "num_layers": 1000, "n_layer": 1000, "n_layers": 1000,
+}  # fmt: skip
 CODE_FREE: dict[str, Any] = {"trust_remote_code": False}
 KERNEL_FIELDS = (
     "attn_implementation",
@@ -113,26 +117,51 @@ def refuse_code(path: str | Path, file: str, error: Exception) -> None:
     ) from error
 
 
-def check_fields(path: str | Path) -> None:
-    """Refuses a config.json that names a kernel of the Hub, which transformers would fetch and run,
-    or so many labels that it would hang.
+def read_fields(path: str | Path) -> dict[str, Any] | None:
+    """config.json of a folder as JSON; None where there is none, or `path` is no folder.
 
     Raises:
-        KvfoldError: it does.
+        KvfoldError: it is no file, too large, or no JSON object.
     """
+    file = Path(path) / "config.json"
+    if not os.path.lexists(file):
+        return None
     try:
-        fields = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return  # not there, or broken: what reads it says so
-    if not isinstance(fields, dict):
-        return
-    if (
-        isinstance(labels := fields.get("num_labels"), int) and labels > MOST_LABELS
-    ):  # transformers makes a name for each
+        if not file.is_file():
+            raise ValueError("it is no regular file")
+        if file.stat().st_size > MOST_NBYTES:
+            raise ValueError(f"it has more than {MOST_NBYTES >> 20} MiB")
+        text = file.read_text(encoding="utf-8")
+        try:
+            fields = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"it is not JSON ({reason_of(error)})") from None
+        if not isinstance(fields, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as error:
         raise KvfoldError(
-            f"config.json in '{path}' has num_labels {labels}, which nothing here reads; remove that field."
-        )
+            f"config.json in '{path}' cannot be used: {reason_of(error)}; give the checkpoint's own config.json."
+        ) from None
+    return fields
+
+
+def check_fields(path: str | Path) -> None:
+    """Refuses a config.json that names a kernel of the Hub, which transformers would fetch and run, or whose numbers
+    would have it hang or fill the memory before it looks at them.
+
+    Raises:
+        KvfoldError: it does, or it can't be read.
+    """
+    fields = read_fields(path)
+    if fields is None:
+        return  # what reads it says so
     for part in [fields, *(value for value in fields.values() if isinstance(value, dict))]:
+        for name, most in MOST.items():
+            if isinstance(part.get(name), int) and part[name] > most:
+                raise KvfoldError(
+                    f"config.json in '{path}' has {name} {str(part[name])[:40]}, but there must be {most} at the most; "
+                    "give the checkpoint's own config.json."
+                )
         for name in KERNEL_FIELDS:
             for key in (name, f"_{name}", f"_{name}_internal"):
                 if "/" in str(part.get(key) or ""):

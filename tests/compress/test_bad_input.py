@@ -66,11 +66,11 @@ def test_senseless_index(refused, checkpoint, content):
     refused("part-1.safetensors" if "part" in content else "model.safetensors.index.json", model=checkpoint)
 
 
-@pytest.mark.parametrize("fault", ["wrong shape", "missing"])
+@pytest.mark.parametrize("fault", ["not the shape", "lacks"])
 def test_weights_that_do_not_fit(refused, checkpoint, fault):
     tensors = load_file(checkpoint / "model.safetensors")
     name = "model.layers.1.self_attn.k_proj.weight"
-    if fault == "missing":
+    if fault == "lacks":
         del tensors[name]
     else:
         tensors[name] = torch.zeros(8, 64, dtype=torch.bfloat16)
