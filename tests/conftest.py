@@ -251,6 +251,11 @@ SLOW = re.compile(
 )
 
 
+def pytest_runtest_setup(item):
+    """What a test before has changed for the whole process: the command line flushes denormal numbers."""
+    torch.set_flush_denormal(False)
+
+
 def pytest_collection_modifyitems(items):
     """Marks what is slow; the kernels' tests, which are the longest, begin, so that no worker is left with them."""
     items.sort(key=lambda item: not item.path.name.startswith("test_triton"))

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -153,8 +152,7 @@ def test_a_cache_on_either_backend(progressive):
 
 
 COMPILE = """
-import pickle, sys
-sys.path.insert(0, sys.argv[1])
+import pickle
 import torch
 from compile_kernels import compile_pair
 from float4 import known
@@ -183,7 +181,8 @@ def test_its_kernels_compile_for_a_gpu(tmp_path):
     """In a process of its own, without the interpreter; those that are compiled ahead, under the key they are looked
     up by."""
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COMPILE, str(Path(__file__).parent)]
+    env["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, "-c", COMPILE]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     name, _, digest = done.stdout.strip().partition(":")
