@@ -18,7 +18,7 @@ from conftest import CONFIGS, FAMILIES, MORE_FAMILIES  # noqa: E402
 from family_checks import BOUNDS, CONTEXT, IDS, STEPS, measure  # noqa: E402
 
 from kvfold.compress.models import quiet_transformers  # noqa: E402
-from kvfold.exports.architectures import ARCHITECTURES, Architecture  # noqa: E402
+from kvfold.exports.architectures import ARCHITECTURES, TOWERS, Architecture, architecture_of  # noqa: E402
 from kvfold.exports.refused import FIELDS, REFUSED  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"
@@ -71,6 +71,7 @@ def traits(row: Architecture) -> str:
         "sliding layers": row.sliding == "layer_types",
         "every layer may slide": row.sliding == "all",
         "sink logits": row.sink_logits,
+        "the language model of several towers": bool(row.tower),
         "scaled logits": bool(row.logit_factor or row.logit_divisor),
     }
     return ", ".join(name for name, holds in said.items() if holds)
@@ -94,7 +95,7 @@ def table(families: list[str]) -> str:
             shown(name, found[name]) + (" **too much**" if found[name] > BOUNDS.get(name, 99) else "")
             for name in COLUMNS.values()
         ]
-        lines.append(f"| `{family}` | {' | '.join(cells)} | {traits(ARCHITECTURES[family])} |")
+        lines.append(f"| `{family}` | {' | '.join(cells)} | {traits(architecture_of(CONFIGS[family]()))} |")
         print(lines[-1], flush=True)
     return "\n".join(lines) + "\n"
 
@@ -117,7 +118,7 @@ def main() -> None:
         sys.exit(f"no tiny configuration of {', '.join(sorted(unknown))}; there are {', '.join(sorted(CONFIGS))}")
     rows = table(named or [*FAMILIES, *MORE_FAMILIES])
     if not named:
-        about = ABOUT.format(count=len(ARCHITECTURES), refused=len(REFUSED))
+        about = ABOUT.format(count=len({*ARCHITECTURES, *TOWERS}), refused=len(REFUSED))
         measured = f"## Supported\n\nMeasured on {time.strftime('%Y-%m-%d')} on a CPU.\n\n"
         PAGE.write_text(f"{about}{measured}{rows}\n## Refused\n\n{refusals()}", encoding="utf-8")
 
