@@ -28,6 +28,7 @@ class Architecture:
         rope_halves: its tables hold each angle once, not once for each channel of a pair.
         rope_repeats: its tables hold a pair's angle at two places beside each other, not half a table apart.
         rope_pairs: which channels RoPE turns together (kernels/key_mean.py).
+        rope_axes: numbers that a position has, 3 where images have rows and columns; of a text they are equal.
         rope_if_sliding: where some layers slide, only those have RoPE.
         sliding: layers that attend in a window of config.sliding_window tokens: "none", "all", or those that
             "layer_types" names.
@@ -48,6 +49,7 @@ class Architecture:
     rope_halves: bool = False
     rope_repeats: bool = False
     rope_pairs: RopePairs = "halves"
+    rope_axes: int = 1
     rope_if_sliding: bool = False
     sliding: Literal["none", "all", "layer_types"] = "none"
     sink_logits: bool = False
@@ -124,6 +126,9 @@ ARCHITECTURES = {
         Architecture("hunyuan_v1_dense", **_HUNYUAN),
         Architecture("hunyuan_v1_moe", **_HUNYUAN),
         Architecture("nanochat", **_AFTER, rope_pairs="swapped"),  # norms without weights
+        Architecture("qwen2_vl_text", sliding="layer_types", rope_axes=3),  # of checkpoints with other towers
+        Architecture("qwen2_5_vl_text", sliding="layer_types", rope_axes=3),
+        Architecture("qwen3_vl_text", qk_norm=True, rope_axes=3),
         # RoPE turns channels 2i and 2i + 1
         Architecture("glm", rope_pairs="adjacent"),
         Architecture("glm4", rope_pairs="adjacent"),
@@ -145,6 +150,7 @@ ARCHITECTURES = {
 # checkpoints of several towers, whose language model is of a family of the table: what the base model calls it
 TOWERS = {
     **dict.fromkeys(("gemma3", "mistral3", "llava", "llava_next", "internvl"), "language_model"),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "language_model"),
     **dict.fromkeys(("idefics3", "smolvlm"), "text_model"),
 }
 BOTH_WAYS = {"gemma3"}  # whose tokens of an image attend to each other, also to later ones

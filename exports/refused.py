@@ -26,7 +26,7 @@ REFUSED = {
          "glm4_moe_lite", "glm_moe_dsa", "youtu", "axk1", "axk2", "hy_v4", "dots3_note_text"), _MLA),
     **dict.fromkeys(("bloom", "mpt", "baichuan"), ALIBI),
     **dict.fromkeys(
-        ("gemma4", "mllama", "llama4", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe",
+        ("gemma4", "mllama", "llama4", "qwen3_vl_moe",
          "qwen3_5", "qwen3_5_moe"), _MULTIMODAL),
     **dict.fromkeys(("gemma3n", "gemma3n_text"), _SHARED),
     "gemma4_text": _VALUE_NORM,

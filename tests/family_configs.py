@@ -85,6 +85,7 @@ OWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+SECTIONS = _rope(mrope_section=[2, 3, 3])
 # checkpoints of several towers: the language model's family, fields, and the tokens of an image of 28 × 28
 TOWERS: dict[str, tuple[str, dict[str, Any], int]] = {
     "gemma3": ("gemma3_text", {**TWO, **BY_TYPE, "mm_tokens_per_image": 4}, 4),
@@ -93,11 +94,16 @@ TOWERS: dict[str, tuple[str, dict[str, Any], int]] = {
     "llava": ("llama", {}, 16),
     "llava_next": ("mistral", NO_WINDOW, 16),
     "mistral3": ("mistral", NO_WINDOW, 4),
+    "qwen2_5_vl": ("qwen2_5_vl_text", SECTIONS, 4),
+    "qwen2_vl": ("qwen2_vl_text", SECTIONS, 4),
+    "qwen3_vl": ("qwen3_vl_text", SECTIONS, 4),
     "smolvlm": ("llama", {"scale_factor": 2}, 4),
 }
 VISION = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "num_channels": 3,
-    "head_dim": 16, "image_size": 28, "patch_size": 7,
+    "head_dim": 16, "image_size": 28, "patch_size": 7, "depth": 1, "num_heads": 2, "embed_dim": 32,
+    "fullatt_block_indexes": [0], "deepstack_visual_indexes": [0], "window_size": 28, "num_position_embeddings": 16,
+    "out_hidden_size": 64,
 }  # fmt: skip
 IMAGE = 31  # a token that no text of the tests has
 
@@ -108,9 +114,8 @@ def _tower(family: str) -> Any:
     default, (text, fields, _) = kind(), TOWERS[family]
     kinds, own = type(default.vision_config), {k: v for k, v in fields.items() if hasattr(default, k)}
     vision = {k: v for k, v in VISION.items() if hasattr(default.vision_config, k)}
-    vision = {
-        k: [v, v] if isinstance(getattr(default.vision_config, k), list | tuple) else v for k, v in vision.items()
-    }
+    twice = {k for k in ("image_size", "patch_size") if isinstance(getattr(default.vision_config, k, 0), list | tuple)}
+    vision = {k: [v, v] if k in twice else v for k, v in vision.items()}
     vision = {k: v for k, v in vision.items() if k not in getattr(kinds, "attribute_map", {})}
     language = config_of(text, **{k: v for k, v in fields.items() if k not in own})
     return kind(

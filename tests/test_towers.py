@@ -35,6 +35,10 @@ def with_image(family):
     ids, pixels = torch.randint(32, 127, (1, 90), generator=generator), torch.randn(1, 3, 28, 28, generator=generator)
     ids[0, 20 : 20 + TOWERS[family][2]] = IMAGE
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    if family.startswith("qwen"):  # patches in rows, and how many there are of each axis
+        inputs["pixel_values"] = torch.randn(16, 3 * 2 * 7 * 7, generator=generator)
+        inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]])
+        inputs["mm_token_type_ids"] = (ids == IMAGE).long()
     if family in ("mistral3", "llava_next"):
         inputs["image_sizes"] = torch.tensor([[28, 28]])
     if family in ("idefics3", "smolvlm", "llava_next"):
@@ -43,7 +47,7 @@ def with_image(family):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llava", "mistral3", "internvl", "smolvlm"])
+@pytest.mark.parametrize("family", ["llava", "mistral3", "internvl", "smolvlm", "qwen2_5_vl", "qwen3_vl"])
 def test_an_image_is_read_through_packed_pages(family, tmp_path, text_file):
     _, path = packed(family, tmp_path, text_file)
     inputs = with_image(family)
@@ -52,6 +56,11 @@ def test_an_image_is_read_through_packed_pages(family, tmp_path, text_file):
     assert kl(expected, model(**inputs).logits) < 0.05
     blind = model(**{**inputs, "pixel_values": -inputs["pixel_values"]}).logits
     assert kl(expected, blind) > 0.1  # it is looked at
+    padded = {
+        name: torch.nn.functional.pad(x, (13, 0)) if x.shape == inputs["input_ids"].shape else x
+        for name, x in inputs.items()
+    }
+    assert kl(expected, model(**padded).logits[:, 13:]) < 0.05  # padding on the left moves no position
     out = model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
     assert isinstance(out.past_key_values, runtime.QuantizedKVCache) and out.past_key_values.get_seq_length() == 94
 

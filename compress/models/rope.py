@@ -27,6 +27,8 @@ def turns(model: Any, arch: Architecture, layer: int, positions: Tensor) -> Tens
         return None
     rotary = arch.language_model(model).rotary_emb
     of_type = (text_of(model.config).layer_types[layer],) if arch.rope_by_type else ()
+    if arch.rope_axes > 1:
+        positions = positions.expand(arch.rope_axes, *positions.shape)
     cos, sin = rotary(torch.empty(0, device=positions.device), positions, *of_type)  # the tensor only gives its type
     pairs = cos.shape[-1] if arch.rope_halves else cos.shape[-1] // 2
     once = slice(0, None, 2) if arch.rope_repeats else slice(pairs)
