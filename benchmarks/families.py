@@ -19,7 +19,7 @@ from conftest import CONFIGS, FAMILIES, MORE_FAMILIES  # noqa: E402
 from family_checks import BOUNDS, CONTEXT, IDS, STEPS, measure  # noqa: E402
 
 from kvfold.compress.models import quiet_transformers  # noqa: E402
-from kvfold.exports.architectures import ARCHITECTURES, Architecture  # noqa: E402
+from kvfold.exports.architectures import Architecture, architecture_of  # noqa: E402
 from kvfold.exports.refused import FIELDS, REFUSED  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"
@@ -69,9 +69,11 @@ def traits(row: Architecture) -> str:
         "RoPE the other way round": row.rope_pairs == "swapped",
         "RoPE by type of layer": row.rope_by_type,
         "RoPE in sliding layers alone": row.rope_if_sliding,
+        "RoPE of three axes": row.rope_axes > 1,
         "sliding layers": row.sliding == "layer_types",
         "every layer may slide": row.sliding == "all",
         "sink logits": row.sink_logits,
+        "the language model of several towers": bool(row.tower),
         "scaled logits": bool(row.logit_factor or row.logit_divisor),
     }
     return ", ".join(name for name, holds in said.items() if holds)
@@ -95,7 +97,7 @@ def table(families: list[str]) -> str:
             shown(name, found[name]) + (" **too much**" if found[name] > BOUNDS.get(name, 99) else "")
             for name in COLUMNS.values()
         ]
-        lines.append(f"| `{family}` | {' | '.join(cells)} | {traits(ARCHITECTURES[family])} |")
+        lines.append(f"| `{family}` | {' | '.join(cells)} | {traits(architecture_of(CONFIGS[family]()))} |")
         print(lines[-1], flush=True)
     return "\n".join(lines) + "\n"
 
@@ -118,7 +120,7 @@ def main() -> None:
         sys.exit(f"no tiny configuration of {', '.join(sorted(unknown))}; there are {', '.join(sorted(CONFIGS))}")
     rows = table(named or [*FAMILIES, *MORE_FAMILIES])
     if not named:
-        about = ABOUT.format(count=len(ARCHITECTURES), refused=len(REFUSED))
+        about = ABOUT.format(count=len({*FAMILIES, *MORE_FAMILIES}), refused=len(REFUSED))
         measured = f"## Supported\n\nMeasured on {time.strftime('%Y-%m-%d')} on a CPU.\n\n"
         PAGE.write_text(f"{about}{measured}{rows}\n## Refused\n\n{refusals()}", encoding="utf-8")
 

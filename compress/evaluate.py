@@ -13,7 +13,7 @@ from kvfold.compress.progress import progress
 from kvfold.compress.text import HELD_OUT, prefix_ids, read_documents, tokenize
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import cache_nbytes
-from kvfold.exports.architectures import logits_of
+from kvfold.exports.architectures import logits_of, text_of
 from kvfold.pretrained import tokenizer_from_pretrained
 from kvfold.runtime.load import load_pretrained, plain_cache, resolve_artifact
 
@@ -128,10 +128,9 @@ def evaluate(
     path = resolve_artifact(artifact)
     model: Any = load_pretrained(path, device=device, dtype=dtype, attention=attention)
     metadata = model.kv_artifact.metadata
-    if seq_len > model.config.max_position_embeddings or seq_len < 2:
-        raise KvfoldError(
-            f"--seq-len {seq_len} is not between 2 and the model's maximum of {model.config.max_position_embeddings}."
-        )
+    most = text_of(model.config).max_position_embeddings
+    if seq_len > most or seq_len < 2:
+        raise KvfoldError(f"--seq-len {seq_len} is not between 2 and the model's maximum of {most}.")
     tokenizer = tokenizer_from_pretrained(path)
     name, documents = read_documents(text, default=(HELD_OUT,))
     batches = windows_of(tokenizer, "\n\n".join(documents), seq_len, first_window, windows, name)

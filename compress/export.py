@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,7 @@ from kvfold.compress.search import Found, fused_parameters, set_parameters
 from kvfold.compress.search.candidates import KeyCandidate
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import cache_nbytes, payload_bits
+from kvfold.exports.architectures import text_of
 from kvfold.exports.page.card import Base
 from kvfold.exports.page.licence import Licence, find_licence
 from kvfold.exports.place import full_disk
@@ -44,6 +46,12 @@ from kvfold.exports.writer import write_artifact
 from kvfold.pretrained import reason_of, tokenizer_from_pretrained
 from kvfold.version import __version__
 
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
 ROUNDING_LIMIT = 1e-3  # nats of KL that rounding the fused weights may cost before they are written in float32
 
 
@@ -70,6 +78,9 @@ def export(plan: Plan, found: Found, out: Path) -> Artifact:
         save_weights(model, folder)
         own_cache(folder / "generation_config.json")
         save_tokenizer(plan.tokenizer, folder)
+        for name in PROCESSOR_FILES:
+            if plan.arch.tower and (plan.source.path / name).is_file():
+                shutil.copyfile(plan.source.path / name, folder / name)
 
     metadata = _metadata(plan, found, specs, dtype)
     return write_artifact(out, metadata, specs, save_model, plan.recipe.dump(), base_of(plan.source))
@@ -180,12 +191,12 @@ def _metadata(plan: Plan, found: Found, specs: list[LayerSpec], dtype: torch.dty
     raw = plan.num_layers * g.raw_rows * g.num_kv_heads * g.head_dim * 4
     pages = sum(g.side_nbytes(fmt, at, g.sliding_of(i)) for i, pair in enumerate(formats) for fmt in pair)
     elements = g.elements(at, plan.num_layers)
-    lengths = [2**i for i in range(9, 31) if 2**i <= plan.config.max_position_embeddings]
+    lengths = [2**i for i in range(9, 31) if 2**i <= text_of(plan.config).max_position_embeddings]
     return Metadata(
         format_version=MEAN_VERSION if pairs == "halves" else PAIRS_VERSION,
         cache=CacheModel(
             num_layers=plan.num_layers,
-            num_heads=plan.config.num_attention_heads,
+            num_heads=text_of(plan.config).num_attention_heads,
             num_kv_heads=g.num_kv_heads,
             head_dim=g.head_dim,
             sinks=g.sinks,

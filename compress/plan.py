@@ -21,6 +21,7 @@ from kvfold.exports.architectures import (
     num_kv_heads_of,
     rotary_dim_of,
     sliding_windows_of,
+    text_of,
 )
 from kvfold.kernels.formats import Format
 from kvfold.pretrained import tokenizer_from_pretrained
@@ -48,7 +49,7 @@ class Plan:
 
     @property
     def num_layers(self) -> int:
-        return self.config.num_hidden_layers
+        return text_of(self.config).num_hidden_layers
 
 
 def pick_device(name: str) -> torch.device:
@@ -82,7 +83,7 @@ def make_plan(
     stage(f"finding the model '{model}'")
     source = resolve_model(model)
     config = read_config(source.path)
-    arch = architecture_of(config)
+    arch, text = architecture_of(config), text_of(config)
     if recipe.key.transform == "smooth" and rotary_dim_of(config) != head_dim_of(config):
         raise KvfoldError(
             f"key.transform 'smooth' scales the pairs that RoPE rotates, but '{source.name}' rotates "
@@ -90,20 +91,20 @@ def make_plan(
         )
     shape = num_kv_heads_of(config), head_dim_of(config)
     geometry = Geometry(*shape, recipe.sinks, recipe.least_window, recipe.page_tokens, sliding_windows_of(config))
-    allowance = parse_budget(budget, geometry, config.num_hidden_layers, config.max_position_embeddings, context)
+    allowance = parse_budget(budget, geometry, text.num_hidden_layers, text.max_position_embeddings, context)
     k, v = (side.least_format(geometry.head_dim, recipe.catalogue) for side in (recipe.key, recipe.value))
     check_reach(
         allowance,
         geometry,
-        config.num_hidden_layers,
-        cache_nbytes(geometry, [(k, v)] * config.num_hidden_layers, allowance.at),
+        text.num_hidden_layers,
+        cache_nbytes(geometry, [(k, v)] * text.num_hidden_layers, allowance.at),
     )
     if recipe.window == "auto":
-        geometry = replace(geometry, window=longest_window(geometry, allowance, [(k, v)] * config.num_hidden_layers))
+        geometry = replace(geometry, window=longest_window(geometry, allowance, [(k, v)] * text.num_hidden_layers))
         recipe = recipe.model_copy(update={"window": geometry.window})
     tokenizer = tokenizer_from_pretrained(source.path)
     c = recipe.calibration
-    name, sequences = calibration_sequences(tokenizer, calib, c, config.max_position_embeddings, recipe.seed)
+    name, sequences = calibration_sequences(tokenizer, calib, c, text.max_position_embeddings, recipe.seed)
     check_ids(sequences, config, source.name)
     spread = c.spread or max(1, ceil(allowance.at / sequences[0].shape[1]))
     steps = graded_steps(spread, len(sequences)) if c.graded else [spread] * len(sequences)

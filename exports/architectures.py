@@ -1,6 +1,6 @@
 """The table of model families. A new family of this shape is one row here and one test parameter."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -28,11 +28,13 @@ class Architecture:
         rope_halves: its tables hold each angle once, not once for each channel of a pair.
         rope_repeats: its tables hold a pair's angle at two places beside each other, not half a table apart.
         rope_pairs: which channels RoPE turns together (kernels/key_mean.py).
+        rope_axes: numbers that a position has, 3 where images have rows and columns; of a text they are equal.
         rope_if_sliding: where some layers slide, only those have RoPE.
         sliding: layers that attend in a window of config.sliding_window tokens: "none", "all", or those that
             "layer_types" names.
         sink_logits: a learned logit of each head joins the denominator of its softmax.
         logit_factor, logit_divisor: fields of the config by which the head's logits are multiplied or divided.
+        tower: attribute of the base model that holds the language model, where it has other towers; else "".
     """
 
     model_type: str
@@ -47,11 +49,17 @@ class Architecture:
     rope_halves: bool = False
     rope_repeats: bool = False
     rope_pairs: RopePairs = "halves"
+    rope_axes: int = 1
     rope_if_sliding: bool = False
     sliding: Literal["none", "all", "layer_types"] = "none"
     sink_logits: bool = False
     logit_factor: str = ""
     logit_divisor: str = ""
+    tower: str = ""
+
+    def language_model(self, model: Any) -> Any:
+        """What turns tokens into the hidden states that the head reads."""
+        return getattr(model.base_model, self.tower) if self.tower else model.base_model
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         layers = model.get_submodule(self.layers)
@@ -118,6 +126,9 @@ ARCHITECTURES = {
         Architecture("hunyuan_v1_dense", **_HUNYUAN),
         Architecture("hunyuan_v1_moe", **_HUNYUAN),
         Architecture("nanochat", **_AFTER, rope_pairs="swapped"),  # norms without weights
+        Architecture("qwen2_vl_text", sliding="layer_types", rope_axes=3),  # of checkpoints with other towers
+        Architecture("qwen2_5_vl_text", sliding="layer_types", rope_axes=3),
+        Architecture("qwen3_vl_text", qk_norm=True, rope_axes=3),
         # RoPE turns channels 2i and 2i + 1
         Architecture("glm", rope_pairs="adjacent"),
         Architecture("glm4", rope_pairs="adjacent"),
@@ -136,6 +147,25 @@ ARCHITECTURES = {
 }
 
 
+# checkpoints of several towers, whose language model is of a family of the table: what the base model calls it
+TOWERS = {
+    **dict.fromkeys(("gemma3", "mistral3", "llava", "llava_next", "internvl"), "language_model"),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "language_model"),
+    **dict.fromkeys(("idefics3", "smolvlm"), "text_model"),
+}
+BOTH_WAYS = {"gemma3"}  # whose tokens of an image attend to each other, also to later ones
+
+
+def text_of(config: Any) -> Any:
+    """The part of a config that the language model is made from: the config itself where it has no other."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def row_of(config: Any) -> Architecture:
+    """The table row of a config's language model; the family must be supported."""
+    return ARCHITECTURES[text_of(config).model_type]
+
+
 def architecture_of(config: Any) -> Architecture:
     """The table row for a transformers config.
 
@@ -143,7 +173,10 @@ def architecture_of(config: Any) -> Architecture:
         KvfoldError: the family isn't in the table, or its heads can't be packed.
     """
     name = getattr(config, "model_type", None)
-    known = ", ".join(sorted(ARCHITECTURES))
+    known = ", ".join(sorted({*ARCHITECTURES, *TOWERS}))
+    if name in TOWERS and text_of(config) is not config:
+        row, tower = architecture_of(text_of(config)), TOWERS[name]
+        return replace(row, model_type=name, tower=tower, layers=f"model.{tower}.layers")
     reason = ALIBI if getattr(config, "alibi", None) else REFUSED.get(str(name))
     for field, why in FIELDS.items():
         if reason is None and getattr(config, field, None):
@@ -163,11 +196,13 @@ def architecture_of(config: Any) -> Architecture:
 
 def head_dim_of(config: Any) -> int:
     """Channels of one head."""
+    config = text_of(config)
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def rotary_dim_of(config: Any) -> int:
     """Leading channels of a head that RoPE rotates; the others carry no position."""
+    config = text_of(config)
     rope = getattr(config, "rope_parameters", None) or {}
     factor = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
     return int(head_dim_of(config) * factor)
@@ -175,6 +210,7 @@ def rotary_dim_of(config: Any) -> int:
 
 def sliding_windows_of(config: Any) -> tuple[int, ...]:
     """For each layer the tokens that a query sees at the most, itself included, 0 for all; empty if no layer slides."""
+    config = text_of(config)
     window = getattr(config, "sliding_window", None) or 0
     if getattr(config, "use_sliding_window", True) is False:
         window = 0
@@ -187,22 +223,24 @@ def sliding_windows_of(config: Any) -> tuple[int, ...]:
 
 def last_norm_of(model: Any) -> Any:
     """A causal LM's norm before its head."""
-    return getattr(model.base_model, ARCHITECTURES[model.config.model_type].last_norm)
+    base = getattr(model.base_model, TOWERS.get(model.config.model_type, ""), model.base_model)
+    return getattr(base, row_of(model.config).last_norm)
 
 
 def logits_of(model: Any, hidden: Any) -> Any:
     """A causal LM's logits, float32 [..., vocabulary], of its last hidden states after the norm: with the factor or
     the soft-cap that its family has."""
     logits = model.lm_head(hidden).float()
-    row = ARCHITECTURES[model.config.model_type]
+    row, config = row_of(model.config), text_of(model.config)
     if row.logit_factor:
-        logits = logits * getattr(model.config, row.logit_factor)
+        logits = logits * getattr(config, row.logit_factor)
     if row.logit_divisor:
-        logits = logits / getattr(model.config, row.logit_divisor)
-    cap = getattr(model.config, "final_logit_softcapping", None)
+        logits = logits / getattr(config, row.logit_divisor)
+    cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else (logits / cap).tanh() * cap
 
 
 def num_kv_heads_of(config: Any) -> int:
     """Heads that keys and values have; as many as queries have without grouping."""
+    config = text_of(config)
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads

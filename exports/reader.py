@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, cache_nbytes, stepped_nbytes
-from kvfold.exports.architectures import architecture_of, head_dim_of, num_kv_heads_of, sliding_windows_of
+from kvfold.exports.architectures import architecture_of, head_dim_of, num_kv_heads_of, sliding_windows_of, text_of
 from kvfold.exports.files import AGAIN, INDEX, WEIGHTS, check_files, file_sha256, read_index, signed_files, write_index
 from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME, Metadata, SideModel, dump_metadata, parse_metadata
 from kvfold.exports.scratch import write_whole
@@ -155,9 +155,9 @@ def _check_config(path: Path, metadata: Metadata) -> None:
             f"config.json in '{path}' has a quantization_config, but an artifact's weights are plain; {AGAIN}."
         )
     try:
-        found = (config.num_hidden_layers, config.num_attention_heads, num_kv_heads_of(config), head_dim_of(config))
+        text = text_of(config)
+        found = (text.num_hidden_layers, text.num_attention_heads, num_kv_heads_of(text), head_dim_of(text))
         windows = sliding_windows_of(config)
-        config.get_text_config().num_hidden_layers  # noqa: B018
     except Exception as error:  # fields of the right names that hold anything
         raise KvfoldError(
             f"config.json in '{path}' does not describe a model ({type(error).__name__}: {reason_of(error)}); {AGAIN}."

@@ -3,7 +3,7 @@
 _MLA = "its attention caches MLA latents, not keys and values per head"
 ALIBI = "its attention adds ALiBi biases inside its own code"
 _MULTIMODAL = (
-    "it is multi-modal; give its text model (for Gemma 3 one of model_type gemma3_text) as a checkpoint of its own"
+    "it is multi-modal, of a kind whose language model is not known; give its text model as a checkpoint of its own"
 )
 _BOTH_WAYS = "it attends to later tokens (use_bidirectional_attention), which a cache does not hold"
 _CLIPPED = "it clamps values to a range (clip_qkv), which no basis of values can be folded through"
@@ -26,7 +26,7 @@ REFUSED = {
          "glm4_moe_lite", "glm_moe_dsa", "youtu", "axk1", "axk2", "hy_v4", "dots3_note_text"), _MLA),
     **dict.fromkeys(("bloom", "mpt", "baichuan"), ALIBI),
     **dict.fromkeys(
-        ("gemma3", "gemma4", "mllama", "llama4", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe",
+        ("gemma4", "mllama", "llama4", "qwen3_vl_moe",
          "qwen3_5", "qwen3_5_moe"), _MULTIMODAL),
     **dict.fromkeys(("gemma3n", "gemma3n_text"), _SHARED),
     "gemma4_text": _VALUE_NORM,

@@ -20,10 +20,10 @@ class LayerRunner:
 
     def __init__(self, model: Any, arch: Architecture, input_ids: Tensor, positions: Tensor | None = None) -> None:
         self.layers = arch.decoder_layers(model)
-        self.embedded, self._calls = self._record(model, input_ids, positions)
+        self.embedded, self._calls = self._record(model, arch, input_ids, positions)
 
     def _record(
-        self, model: Any, input_ids: Tensor, positions: Tensor | None
+        self, model: Any, arch: Architecture, input_ids: Tensor, positions: Tensor | None
     ) -> tuple[Tensor, list[tuple[tuple, dict]]]:
         """One pass in which each layer only notes its arguments and hands its input on."""
         first: list[Tensor] = []
@@ -41,7 +41,7 @@ class LayerRunner:
         try:
             for layer in self.layers:
                 layer.forward = note
-            model.base_model(input_ids=input_ids, position_ids=positions, use_cache=False)
+            arch.language_model(model)(input_ids=input_ids, position_ids=positions, use_cache=False)
         finally:
             for layer, forward in saved:
                 del layer.forward

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.exports.architectures import Architecture, sliding_windows_of
+from kvfold.exports.architectures import Architecture, sliding_windows_of, text_of
 from kvfold.kernels.key_mean import RopePairs, join_pairs, split_pairs
 
 
@@ -23,10 +23,12 @@ def turns(model: Any, arch: Architecture, layer: int, positions: Tensor) -> Tens
         without RoPE.
     """
     attention = arch.attention_modules(model)[layer]
-    if not getattr(attention, "use_rope", True) or _only_elsewhere(model.config, arch, layer, attention):
+    if not getattr(attention, "use_rope", True) or _only_elsewhere(text_of(model.config), arch, layer, attention):
         return None
-    rotary = model.base_model.rotary_emb
-    of_type = (model.config.layer_types[layer],) if arch.rope_by_type else ()
+    rotary = arch.language_model(model).rotary_emb
+    of_type = (text_of(model.config).layer_types[layer],) if arch.rope_by_type else ()
+    if arch.rope_axes > 1:
+        positions = positions.expand(arch.rope_axes, *positions.shape)
     cos, sin = rotary(torch.empty(0, device=positions.device), positions, *of_type)  # the tensor only gives its type
     pairs = cos.shape[-1] if arch.rope_halves else cos.shape[-1] // 2
     once = slice(0, None, 2) if arch.rope_repeats else slice(pairs)

@@ -29,7 +29,7 @@ from kvfold.compress.search.fisher import fisher_losses
 from kvfold.compress.search.sensitivity import Passage, Probe, measured, packing_tap
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
-from kvfold.exports.architectures import Architecture
+from kvfold.exports.architectures import Architecture, text_of
 from kvfold.exports.units import format_nbytes
 from kvfold.kernels import catalogue
 from kvfold.kernels.formats import Format
@@ -114,7 +114,7 @@ def measure(plan: Plan, work: Path, device: torch.device, statistics: Path | Non
     early = near.sinks + near.window + near.page_tokens - 1  # the next one is the first to read a page
     passages = [Passage(ids, s.stride) for ids in sequences]
     if s.method != "first-order" and s.conversations:
-        most = plan.config.max_position_embeddings
+        most = text_of(plan.config).max_position_embeddings
         asked = write_conversations(model, plan.tokenizer, plan.sequences, s.conversations, most, recipe.seed, work)
         passages += [Passage(ids, start=prompt - 1) for ids, prompt in asked]
     probe = Probe(model, plan.arch, passages, early)

@@ -17,7 +17,7 @@ from kvfold.compress.search.sensitivity import Passage, Probe
 from kvfold.compress.targets.engine_formats import FP4_BLOCK, FP8_MAX, rounding_tap
 from kvfold.compress.text import read_documents, sample_sequences
 from kvfold.errors import KvfoldError
-from kvfold.exports.architectures import ARCHITECTURES, Architecture
+from kvfold.exports.architectures import Architecture, architecture_of
 from kvfold.exports.engines.compressed_tensors import kv_cache_config, write_compressed_tensors
 from kvfold.exports.engines.folder import attention_names, check_engine_folder
 from kvfold.exports.engines.modelopt import KV_BITS, write_modelopt
@@ -83,7 +83,7 @@ def _prepare(artifact: Artifact, calib: str | None, device: torch.device) -> tup
     model: Any = load_model(artifact.path, torch.float32 if device.type == "cpu" else "auto", device, TAP)
     length = min(SEQ_LEN, model.config.max_position_embeddings)
     sequences = sample_sequences(tokenizer, documents, NUM_SEQUENCES, length, artifact.metadata.calibration.seed, name)
-    return model, ARCHITECTURES[model.config.model_type], sequences
+    return model, architecture_of(model.config), sequences
 
 
 def export_compressed_tensors(

@@ -11,7 +11,7 @@ from kvfold.compress.models import load_model, read_config
 from kvfold.compress.progress import stage
 from kvfold.compress.targets.engines import NUM_SEQUENCES, PROBE_LEN, PROBE_STRIDE, SEQ_LEN
 from kvfold.errors import KvfoldError
-from kvfold.exports.architectures import ARCHITECTURES, architecture_of
+from kvfold.exports.architectures import architecture_of
 from kvfold.exports.engines.folder import OURS, check_engine_folder
 from kvfold.exports.place import new_folder
 from kvfold.exports.reader import Artifact, read_artifact
@@ -60,6 +60,11 @@ def check_onnx(artifact: Artifact, form: str, bits: int | None) -> None:
             raise KvfoldError(f"The ONNX export needs the package {name}; install it with: pip install 'kvfold[onnx]'.")
     config = read_config(artifact.path)
     family = architecture_of(config).model_type
+    if architecture_of(config).tower:
+        raise KvfoldError(
+            f"This '{family}' model cannot be expressed in ONNX: graphs take tokens, not images; export an artifact of "
+            "its language model alone."
+        )
     rope = getattr(config, "rope_parameters", None) or {}
     tables = [t for t in (rope, *rope.values()) if isinstance(t, dict)]
     for table in tables:
@@ -105,7 +110,7 @@ def _calibrate(artifact: Artifact, bits: int, calib: str | None, device: torch.d
     stated = artifact.metadata.calibration
     stage(f"reading {artifact.path.name}")
     model: Any = load_model(artifact.path, torch.float32 if device.type == "cpu" else "auto", device)
-    arch = ARCHITECTURES[model.config.model_type]
+    arch = architecture_of(model.config)
     length = min(SEQ_LEN, model.config.max_position_embeddings)
     tokenizer = tokenizer_from_pretrained(artifact.path)
     sequences = sample_sequences(tokenizer, documents, NUM_SEQUENCES, length, stated.seed, name)

@@ -164,7 +164,7 @@ def run_tasks(
     path = resolve_artifact(artifact)
     model: Any = load_pretrained(path, device=device, dtype=dtype, attention=attention)
     metadata = model.kv_artifact.metadata
-    most = model.config.max_position_embeddings
+    most = model.config.get_text_config().max_position_embeddings
     if context is not None and context > most:
         raise KvfoldError(f"--context {context} passes the model's maximum of {most}; give that or less.")
     tokenizer = tokenizer_from_pretrained(path)

@@ -19,6 +19,7 @@ from transformers import Cache
 from transformers.masking_utils import find_packed_sequence_indices
 
 from kvfold.errors import KvfoldError
+from kvfold.exports.architectures import BOTH_WAYS
 from kvfold.runtime.backends.base import NAME
 from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.calls.lora import check_adapters, moved_projections
@@ -152,6 +153,13 @@ class Gate:
                 "output_attentions=True asks for attention weights, which no packed cache forms; "
                 "leave it out, or run the call "
                 f"{HOW} after model.set_attn_implementation('eager')."
+            )
+        types = kwargs.get("token_type_ids")
+        images = kwargs.get("pixel_values") is not None or (types is not None and bool(types.any()))
+        if images and module.config.model_type in BOTH_WAYS:
+            raise KvfoldError(
+                f"Tokens of an image look at later ones in a '{module.config.model_type}' model, but a packed cache is "
+                f"causal; give text alone, or run the call {HOW}."
             )
         for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
             if kwargs.get(name) is not None:

@@ -8,6 +8,7 @@ from typing import Any
 from transformers.utils import ModelOutput
 
 from kvfold.errors import KvfoldError
+from kvfold.exports.architectures import row_of
 from kvfold.runtime.backends.base import Backend
 from kvfold.runtime.budget.ladder import Ladders
 from kvfold.runtime.cache.cache import QuantizedKVCache
@@ -159,7 +160,9 @@ class Calls:
         self.gate.admit(cache, kwargs, tokens)
         cache.policy.check(cache.layers, tokens.shape[0], tokens.shape[1])
         self.note_length(cache.get_seq_length() + tokens.shape[1])
-        if kwargs.get("position_ids") is None and any(cache.shared.padding):
+        images = any(name.startswith("pixel_values") and x is not None for name, x in kwargs.items())
+        seen = images and row_of(module.config).rope_axes > 1  # such a model gives images rows and columns itself
+        if kwargs.get("position_ids") is None and any(cache.shared.padding) and not seen:
             # generate counts positions from the first real token; a plain call must too, or a padded row's keys are
             # rotated, and so quantised, unlike the same row's alone
             kwargs["position_ids"] = cache.positions(tokens.shape[1], tokens.device)

@@ -67,7 +67,8 @@ def tokenizer_from_pretrained(path: str | Path, **options: Any) -> Any:
 
 
 def stock_from_pretrained(path: str | Path, **options: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained` as transformers has it, whether or not `kvfold.register()` holds: of an
+    """`AutoModelForCausalLM.from_pretrained` (of a folder with a model of images and text that has no other class,
+    `AutoModelForImageTextToText`'s) as transformers has it, whether or not `kvfold.register()` holds: of an
     artifact, the plain model with a 16-bit cache, for instance to compare with `kvfold.runtime.load_pretrained`'s in
     one process.
 
@@ -80,9 +81,31 @@ def stock_from_pretrained(path: str | Path, **options: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    if reads_images(path):
+        from transformers import AutoModelForImageTextToText
+
+        return code_free(AutoModelForImageTextToText.from_pretrained, path, **options)
     method: Any = AutoModelForCausalLM.from_pretrained
     stock = getattr(method, "kvfold_stock", method.__func__)
     return code_free(stock.__get__(AutoModelForCausalLM), path, **options)
+
+
+def reads_images(path: str | Path) -> bool:
+    """Whether transformers has a class of images and text for the model in a folder, and none of text alone."""
+    try:
+        return only_with_images(json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["model_type"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return False  # not there, or broken: what reads it says so
+
+
+def only_with_images(family: str) -> bool:
+    """Whether transformers has a class of images and text for a model_type, and none of text alone."""
+    from transformers.models.auto import modeling_auto
+
+    texts, both = (
+        getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES") for task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")
+    )
+    return family in both and family not in texts
 
 
 def code_free(stock: Any, path: Any, *args: Any, **options: Any) -> Any:
@@ -101,10 +124,11 @@ def code_free(stock: Any, path: Any, *args: Any, **options: Any) -> Any:
 
 
 def model_from_config(config: Any, **options: Any) -> Any:
-    """`AutoModelForCausalLM.from_config`: a model of random weights."""
-    from transformers import AutoModelForCausalLM
+    """`from_config` of the Auto class that `stock_from_pretrained` takes: a model of random weights."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    return AutoModelForCausalLM.from_config(config, **{**options, **CODE_FREE})
+    kind: Any = AutoModelForImageTextToText if only_with_images(config.model_type) else AutoModelForCausalLM
+    return kind.from_config(config, **{**options, **CODE_FREE})
 
 
 def refuse_code(path: str | Path, file: str, error: Exception) -> None:

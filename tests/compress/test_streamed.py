@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, MORE_FAMILIES, save_tiny
+from conftest import CONFIGS, FAMILIES, MORE_FAMILIES, save_tiny
 from safetensors.torch import load_file, save_file
 
 from kvfold.compress import memory
@@ -15,7 +15,7 @@ from kvfold.compress.models.streamed import WeightFile, load_streamed, present, 
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import load_recipe
 from kvfold.errors import KvfoldError
-from kvfold.exports.architectures import ARCHITECTURES
+from kvfold.exports.architectures import architecture_of
 from kvfold.exports.files import weight_files
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ LITTLE = 1  # byte of memory, so that every model is read layer by layer
 
 
 def streamed(folder, family="llama", dtype: torch.dtype | None = torch.float32):
-    return load_streamed(folder, ARCHITECTURES[family], dtype, CPU, NAME)
+    return load_streamed(folder, architecture_of(CONFIGS[family]()), dtype, CPU, NAME)
 
 
 def hashes(folder: Path) -> dict[str, str]:

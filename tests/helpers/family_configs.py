@@ -85,8 +85,49 @@ OWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+SECTIONS = _rope(mrope_section=[2, 3, 3])
+# checkpoints of several towers: the language model's family, fields, and the tokens of an image of 28 × 28
+TOWERS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "gemma3": ("gemma3_text", {**TWO, **BY_TYPE, "mm_tokens_per_image": 4}, 4),
+    "idefics3": ("llama", {"scale_factor": 2}, 4),
+    "internvl": ("qwen2", {}, 4),
+    "llava": ("llama", {}, 16),
+    "llava_next": ("mistral", NO_WINDOW, 16),
+    "mistral3": ("mistral", NO_WINDOW, 4),
+    "qwen2_5_vl": ("qwen2_5_vl_text", SECTIONS, 4),
+    "qwen2_vl": ("qwen2_vl_text", SECTIONS, 4),
+    "qwen3_vl": ("qwen3_vl_text", SECTIONS, 4),
+    "smolvlm": ("llama", {"scale_factor": 2}, 4),
+}
+VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "num_channels": 3,
+    "head_dim": 16, "image_size": 28, "patch_size": 7, "depth": 1, "num_heads": 2, "embed_dim": 32,
+    "fullatt_block_indexes": [0], "deepstack_visual_indexes": [0], "window_size": 28, "num_position_embeddings": 16,
+    "out_hidden_size": 64,
+}  # fmt: skip
+IMAGE = 31  # a token that no text of the tests has
+
+
+def _tower(family: str) -> Any:
+    """A tiny config of images and text."""
+    kind: Any = CONFIG_MAPPING[family]
+    default, (text, fields, _) = kind(), TOWERS[family]
+    kinds, own = type(default.vision_config), {k: v for k, v in fields.items() if hasattr(default, k)}
+    vision = {k: v for k, v in VISION.items() if hasattr(default.vision_config, k)}
+    twice = {k for k in ("image_size", "patch_size") if isinstance(getattr(default.vision_config, k, 0), list | tuple)}
+    vision = {k: [v, v] if k in twice else v for k, v in vision.items()}
+    vision = {k: v for k, v in vision.items() if k not in getattr(kinds, "attribute_map", {})}
+    language = config_of(text, **{k: v for k, v in fields.items() if k not in own})
+    return kind(
+        text_config=language.to_dict(), vision_config={**vision, "model_type": kinds.model_type},
+        **{k: IMAGE for k in ("image_token_id", "image_token_index") if hasattr(default, k)}, **own,
+    )  # fmt: skip
+
+
 def config_of(family: str, **own: Any) -> Any:
     """A tiny config of a model_type, which need not be one that is supported; `own` fields replace what is there."""
+    if family in TOWERS:
+        return _tower(family)
     kind: Any = CONFIG_MAPPING[family]
     default, names = kind(), getattr(kind, "attribute_map", {})
     fields = {k: v for k, v in FIELDS.items() if hasattr(default, k) and k not in names}
