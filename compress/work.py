@@ -164,17 +164,29 @@ def _open(out: Path, work: Path, key: str, resume: bool) -> int:
                     f"'{work}' belongs to a run with another model, text or options; repeat those or drop --resume."
                 )
             return stream
-        for path in work.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path != mark:
-                path.unlink()
+        _empty(work)
         os.ftruncate(stream, 0)
         os.pwrite(stream, json.dumps({**MADE_BY, "key": key}).encode(), 0)
         return stream
     except BaseException:
         os.close(stream)
         raise
+
+
+def _empty(work: Path) -> None:
+    """Removes all but the mark, by which what is left is known for ours, should this end half-way."""
+    for path in work.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARK:
+            path.unlink()
+
+
+def _remove(work: Path) -> None:
+    with suppress(OSError):
+        _empty(work)
+        (work / MARK).unlink()
+        work.rmdir()
 
 
 @contextmanager
@@ -200,7 +212,7 @@ def work_folder(out: Path, key: str, resume: bool) -> Iterator[Path]:
     except Exception as error:
         full = full_disk(error)
         if lock is not None and (full or (isinstance(error, KvfoldError) and not isinstance(error, Unfinished))):
-            shutil.rmtree(work, ignore_errors=True)
+            _remove(work)
             for parent in made:
                 with suppress(OSError):
                     parent.rmdir()
@@ -208,7 +220,7 @@ def work_folder(out: Path, key: str, resume: bool) -> Iterator[Path]:
             raise KvfoldError(f"{full} while making '{out}'; free some space or choose another --out.") from error
         raise
     else:
-        shutil.rmtree(work, ignore_errors=True)
+        _remove(work)
     finally:
         if lock is not None:
             os.close(lock)
