@@ -21,6 +21,7 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.files import INDEX, WEIGHTS, file_sha256, is_read, read_index
 from kvfold.exports.place import full_disk
 from kvfold.exports.scratch import write_whole
+from kvfold.memory import is_out_of_memory, reason_of_shortage
 
 try:
     import fcntl
@@ -201,7 +202,7 @@ def work_folder(out: Path, key: str, resume: bool) -> Iterator[Path]:
         resume: keep what an interrupted run has left there, instead of emptying the folder.
     Raises:
         KvfoldError: `resume` finds another run's folder (its fingerprint differs); a run that still lasts has the
-            folder; it was not made by kvfold; or the disk is full.
+            folder; it was not made by kvfold; or the disk or the memory is full.
     """
     made = [parent for parent in out.absolute().parents if not parent.exists()]  # innermost first
     work = out.with_name(out.name + ".work")
@@ -216,6 +217,12 @@ def work_folder(out: Path, key: str, resume: bool) -> Iterator[Path]:
             for parent in made:
                 with suppress(OSError):
                     parent.rmdir()
+        if is_out_of_memory(error) and not isinstance(error, KvfoldError):
+            raise Unfinished(
+                f"There is too little memory to make '{out}' ({reason_of_shortage(error)}); free some, raise the limit "
+                f"or choose a smaller model: what was found is kept in '{work}', run the same command again with "
+                "--resume."
+            ) from error
         if full:
             raise KvfoldError(f"{full} while making '{out}'; free some space or choose another --out.") from error
         raise
