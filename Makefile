@@ -14,7 +14,7 @@ READY := .venv/.ready
 quote = '$(subst ','\'',$(1))'
 
 # KVFOLD_TESTS=nightly make test ARGS="-m 'not real'" runs every case, and other random ones each time
-.PHONY: help compress eval bench ablation domains test mutations fuzz lint typecheck wheel clean
+.PHONY: help compress eval bench ablation domains test mutations fuzz kills lint typecheck wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -48,7 +48,10 @@ mutations: $(READY)  ## break twenty delicate lines, one at a time: the tests mu
 	@$(BIN)/python tests/mutations.py $(ARGS)
 
 fuzz: $(READY)  ## 20,000 damaged artifacts, saved caches, GGUFs and work folders: each is refused in a sentence or changes nothing
-	@PYTHONPATH=tests:tests/helpers $(BIN)/python -m fuzz $(ARGS)
+	@PYTHONPATH=tests:tests/helpers OMP_NUM_THREADS=1 $(BIN)/python -m fuzz $(ARGS)
+
+kills: $(READY)  ## kill runs at 40 random moments: --resume ends with the same bytes
+	@PYTHONPATH=tests:tests/helpers OMP_NUM_THREADS=1 $(BIN)/python -m fuzz.kills $(ARGS)
 
 lint: $(READY)  ## ruff
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -11,6 +11,8 @@ from typing import Any
 
 import typer
 
+from kvfold.memory import is_out_of_memory, reason_of_shortage
+
 INTERRUPTED = 130  # 128 and the signal's number, as of shells
 UNWRITTEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
@@ -48,6 +50,13 @@ def exit_code(run: Callable[[], int | None], words: list[str]) -> int:
         elif isinstance(error, OSError) and error.errno in UNWRITTEN and error.filename is None:
             print(f"kvfold: what was to be printed could not be written ({error.strerror}).", file=sys.stderr)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter tries again at its end
+        elif is_out_of_memory(error):
+            print(
+                f"kvfold: there is too little memory ({reason_of_shortage(error)}); free some, raise the limit or "
+                "choose a smaller model.",
+                file=sys.stderr,
+            )
+            code = 2
         elif isinstance(error, typer.Abort):
             print("kvfold: aborted.", file=sys.stderr)
         else:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kvfold.compress.memory import SHARE, free_nbytes, weights_nbytes
+from kvfold.compress.memory import room_for_weights
 from kvfold.compress.models import ALIASES, Source, load_model
 from kvfold.compress.models.attention_hook import NAME as TAP
 from kvfold.compress.models.streamed import load_streamed, release
@@ -42,6 +42,7 @@ from kvfold.exports.schema import (
     SideModel,
 )
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
+from kvfold.exports.weights import weights_nbytes
 from kvfold.exports.writer import write_artifact
 from kvfold.pretrained import reason_of, tokenizer_from_pretrained
 from kvfold.version import __version__
@@ -89,8 +90,7 @@ def export(plan: Plan, found: Found, out: Path) -> Artifact:
 def _stored(plan: Plan) -> Any:
     """The checkpoint in its own types: in memory, or, where it would take more than its share of that, in its files."""
     cpu = torch.device("cpu")
-    own: torch.dtype = plan.config.dtype or torch.float32
-    if weights_nbytes(plan.source.path, own, own) <= (plan.max_memory or free_nbytes(cpu)) // SHARE:
+    if weights_nbytes(plan.source.path, "auto") <= room_for_weights(cpu, plan.max_memory):
         return load_model(plan.source.path, "auto", cpu)
     return load_streamed(plan.source.path, plan.arch, None, cpu, TAP)
 

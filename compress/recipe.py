@@ -16,7 +16,7 @@ from kvfold.compress.recipe_yaml import Loader, nearest, refuse_conversion
 from kvfold.compress.transforms import KEY_TRANSFORMS, VALUE_TRANSFORMS, Transform
 from kvfold.compress.transforms.whiten import PARTS
 from kvfold.errors import KvfoldError
-from kvfold.exports.schema import MOST_TOKENS
+from kvfold.exports.schema import MOST_SEED, MOST_TOKENS
 from kvfold.kernels.catalogue import KEY_BITS, VALUE_BITS, key_formats, mixed_between, value_formats
 from kvfold.kernels.formats import Format, raw16
 from kvfold.kernels.kinds import KINDS, stores
@@ -255,7 +255,7 @@ class Recipe(_Strict):
     sinks: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 64
     window: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | Literal["auto"] = "auto"
     page_tokens: Annotated[int, Field(gt=0, le=1024)] = 32
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=MOST_SEED)] = 0
     tied: bool = False
     catalogue: bool = True
     pairs: Annotated[int, Field(ge=0, le=MOST_PAIRS)] = DEFAULT_PAIRS

@@ -21,6 +21,7 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.files import INDEX, WEIGHTS, file_sha256, is_read, read_index
 from kvfold.exports.place import full_disk
 from kvfold.exports.scratch import write_whole
+from kvfold.memory import is_out_of_memory, reason_of_shortage
 
 try:
     import fcntl
@@ -164,17 +165,29 @@ def _open(out: Path, work: Path, key: str, resume: bool) -> int:
                     f"'{work}' belongs to a run with another model, text or options; repeat those or drop --resume."
                 )
             return stream
-        for path in work.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path != mark:
-                path.unlink()
+        _empty(work)
         os.ftruncate(stream, 0)
         os.pwrite(stream, json.dumps({**MADE_BY, "key": key}).encode(), 0)
         return stream
     except BaseException:
         os.close(stream)
         raise
+
+
+def _empty(work: Path) -> None:
+    """Removes all but the mark, by which what is left is known for ours, should this end half-way."""
+    for path in work.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARK:
+            path.unlink()
+
+
+def _remove(work: Path) -> None:
+    with suppress(OSError):
+        _empty(work)
+        (work / MARK).unlink()
+        work.rmdir()
 
 
 @contextmanager
@@ -189,7 +202,7 @@ def work_folder(out: Path, key: str, resume: bool) -> Iterator[Path]:
         resume: keep what an interrupted run has left there, instead of emptying the folder.
     Raises:
         KvfoldError: `resume` finds another run's folder (its fingerprint differs); a run that still lasts has the
-            folder; it was not made by kvfold; or the disk is full.
+            folder; it was not made by kvfold; or the disk or the memory is full.
     """
     made = [parent for parent in out.absolute().parents if not parent.exists()]  # innermost first
     work = out.with_name(out.name + ".work")
@@ -200,15 +213,21 @@ def work_folder(out: Path, key: str, resume: bool) -> Iterator[Path]:
     except Exception as error:
         full = full_disk(error)
         if lock is not None and (full or (isinstance(error, KvfoldError) and not isinstance(error, Unfinished))):
-            shutil.rmtree(work, ignore_errors=True)
+            _remove(work)
             for parent in made:
                 with suppress(OSError):
                     parent.rmdir()
+        if is_out_of_memory(error) and not isinstance(error, KvfoldError):
+            raise Unfinished(
+                f"There is too little memory to make '{out}' ({reason_of_shortage(error)}); free some, raise the limit "
+                f"or choose a smaller model: what was found is kept in '{work}', run the same command again with "
+                "--resume."
+            ) from error
         if full:
             raise KvfoldError(f"{full} while making '{out}'; free some space or choose another --out.") from error
         raise
     else:
-        shutil.rmtree(work, ignore_errors=True)
+        _remove(work)
     finally:
         if lock is not None:
             os.close(lock)

@@ -31,6 +31,7 @@ TENSORS_NAME = "kv_cache.safetensors"
 MOST_TOKENS = 1 << 24  # of sinks and window, which are allocated whole
 MOST_PAGE_TOKENS = 1024
 MOST_LAYERS = 1000
+MOST_SEED = 1 << 63  # seeds are below, as torch takes them
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Positive = Annotated[int, Field(gt=0, lt=1 << 63)]
 Layers = Annotated[int, Field(gt=0, le=MOST_LAYERS)]

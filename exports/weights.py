@@ -1,6 +1,7 @@
 """Whether files of weights fit the model that config.json describes, found out from their headers alone: before a
 loader makes room for what isn't there, and fills it with random numbers."""
 
+import re
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
@@ -10,8 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kvfold.errors import KvfoldError
+from kvfold.exports.files import weight_files
 from kvfold.pretrained import model_from_config, reason_of
 
+TOWERS = re.compile(r"(^|[._])(vision|visual|audio|multi_modal)")
 LEAST_TENSORS = 4  # of a decoder layer, in any family: projections and norms
 MOST_BUFFER = 1 << 26  # elements that a model computes for itself, such as RoPE's frequencies
 
@@ -35,6 +38,20 @@ def stored_shapes(files: Iterable[Path], fix: str) -> dict[str, tuple[int, ...]]
                 f"{file.name} in '{file.parent}' is not a whole safetensors file ({error}); {fix}."
             ) from None
     return found
+
+
+def weights_nbytes(path: Path, dtype: torch.dtype | str) -> int:
+    """Bytes of a folder's weights once they are read as `dtype`, a type or "auto" for their own; towers for pictures
+    and sound, which are no part of a language model, left out.
+
+    Raises:
+        KvfoldError: they can't be read.
+    """
+    files = weight_files(path)
+    if not isinstance(dtype, torch.dtype):
+        return sum(file.stat().st_size for file in files)
+    shapes = stored_shapes(files, "download it again")
+    return dtype.itemsize * sum(prod(shape) for name, shape in shapes.items() if not TOWERS.search(name))
 
 
 def check_weights_fit(path: Path, config: Any, stored: dict[str, tuple[int, ...]], fix: str) -> None:

@@ -18,7 +18,9 @@ from kvfold.exports.account import batch_nbytes
 from kvfold.exports.reader import Artifact, read_artifact, read_metadata
 from kvfold.exports.schema import Metadata
 from kvfold.exports.units import parse_nbytes
-from kvfold.pretrained import is_out_of_memory, reason_of, stock_from_pretrained
+from kvfold.exports.weights import weights_nbytes
+from kvfold.memory import is_out_of_memory, need_memory, reason_of_shortage
+from kvfold.pretrained import reason_of, stock_from_pretrained
 from kvfold.runtime.attachment import attach
 from kvfold.runtime.budget.choose import check_choice
 from kvfold.runtime.budget.ladder import Ladders
@@ -215,6 +217,8 @@ def read_model(artifact: Artifact, dtype: torch.dtype | str, **placement: Any) -
     Raises:
         KvfoldError: its config.json and its weights don't make one, or there is too little memory.
     """
+    if not placement:
+        need_memory(weights_nbytes(artifact.path, dtype), f"'{artifact.path}', its weights alone,")
     try:
         model, info = stock_from_pretrained(
             artifact.path,
@@ -228,7 +232,7 @@ def read_model(artifact: Artifact, dtype: torch.dtype | str, **placement: Any) -
     except Exception as error:  # a config.json whose fields have the right names can hold anything
         if is_out_of_memory(error):
             raise KvfoldError(
-                f"There is too little memory to load '{artifact.path}' ({reason_of(error)}); free "
+                f"There is too little memory to load '{artifact.path}' ({reason_of_shortage(error)}); free "
                 "some, or choose a smaller model."
             ) from error
         raise KvfoldError(

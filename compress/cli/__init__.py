@@ -22,7 +22,7 @@ from kvfold.compress.naming import default_output
 from kvfold.compress.progress import console, print_anything
 from kvfold.errors import KvfoldError
 from kvfold.exports.reader import fix_artifact, read_artifact, read_metadata, update_artifact
-from kvfold.exports.schema import METADATA_NAME
+from kvfold.exports.schema import METADATA_NAME, MOST_SEED
 from kvfold.exports.units import parse_nbytes, printable
 from kvfold.pretrained import tokenizer_from_pretrained
 
@@ -59,7 +59,9 @@ def compress_command(
         int | None, typer.Option(min=1, help="Tokens at which plain bits count; default 32768 or the model's maximum.")
     ] = None,
     device: DeviceOption = "auto",
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random; default 0.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=MOST_SEED - 1, help="Seed of everything random; default 0.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left.")] = False,
     max_memory: Annotated[
         str | None,
@@ -201,7 +203,9 @@ def eval_command(
         Path | None, typer.Option(help="Tasks: folder of the answers; default artifacts/NAME.tasks.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Tasks: go on with the answers that are there.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Tasks: seed of needle, retrieval and the order of batches.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED - 1, help="Tasks: seed of needle, retrieval and the order of batches.")
+    ] = 0,
 ) -> None:
     """Measures perplexity, KL and top-1 agreement, or tasks, through the packed cache against the 16-bit cache."""
     from kvfold.compress.evaluate import evaluate
@@ -259,7 +263,7 @@ def generate_command(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at the most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
-    seed: Annotated[int, typer.Option(help="For sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED - 1, help="For sampling.")] = 0,
     device: DeviceOption = "auto",
 ) -> None:
     """Continues a prompt through the packed cache."""

@@ -20,8 +20,9 @@ from kvfold.exports.architectures import ARCHITECTURES, TOWERS, architecture_of
 from kvfold.exports.files import CARD_NAME, INDEX, WEIGHTS, read_index
 from kvfold.exports.page.licence import TEXTS
 from kvfold.exports.reader import is_artifact
-from kvfold.exports.weights import check_weights_fit, stored_shapes
-from kvfold.pretrained import config_from_pretrained, is_out_of_memory, read_fields, reason_of, stock_from_pretrained
+from kvfold.exports.weights import check_weights_fit, stored_shapes, weights_nbytes
+from kvfold.memory import is_out_of_memory, need_memory, reason_of_shortage
+from kvfold.pretrained import config_from_pretrained, read_fields, reason_of, stock_from_pretrained
 
 DTYPES = {"BF16", "F16", "F32", "F64"}  # of weights, as safetensors calls them
 
@@ -174,8 +175,9 @@ def load_model(path: Path, dtype: torch.dtype | str, device: torch.device, atten
     Args:
         attention: name of an attention function; the default can be tapped and computes every family.
     Raises:
-        KvfoldError: tensors are missing or have the wrong shape.
+        KvfoldError: tensors are missing or have the wrong shape, or there is too little memory.
     """
+    need_memory(weights_nbytes(path, dtype), f"'{path}', its weights alone,")
     loaded: Any
     try:
         loaded = stock_from_pretrained(
@@ -190,8 +192,8 @@ def load_model(path: Path, dtype: torch.dtype | str, device: torch.device, atten
     except Exception as error:  # what transformers raises for files of any content
         if is_out_of_memory(error):
             raise KvfoldError(
-                f"There is too little memory to load '{path}' ({reason_of(error)}); free some, or choose a smaller "
-                "model."
+                f"There is too little memory to load '{path}' ({reason_of_shortage(error)}); free some, or choose a "
+                "smaller model."
             ) from error
         raise KvfoldError(
             f"The files in '{path}' make no model ({type(error).__name__}: {reason_of(error)}); give a checkpoint "

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvfold.compress.calibrate import calibrate
 from kvfold.compress.fuse import fuse_pair_scale, fuse_values, output_name, shares_scale
-from kvfold.compress.memory import SHARE, free_nbytes, weights_nbytes
+from kvfold.compress.memory import room_for_weights
 from kvfold.compress.models import load_model
 from kvfold.compress.models.attention_hook import NAME as TAP
 from kvfold.compress.models.streamed import is_streamed, load_streamed, release, stored_tensors
@@ -31,6 +31,7 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import Architecture, text_of
 from kvfold.exports.units import format_nbytes
+from kvfold.exports.weights import weights_nbytes
 from kvfold.kernels import catalogue
 from kvfold.kernels.formats import Format
 
@@ -244,11 +245,10 @@ def _sum(a: Choice, b: Choice) -> Choice:
 def load_weights(plan: Plan, device: torch.device) -> Any:
     """The model in float32, since a probe's KL drowns in bfloat16's rounding: whole, or, where it would take more
     than its share of the device's memory, layer by layer."""
-    free = plan.max_memory if plan.max_memory and device.type == "cpu" else free_nbytes(device)
-    need = weights_nbytes(plan.source.path, plan.config.dtype or torch.float32, torch.float32)
-    if need <= free // SHARE:
+    room, need = room_for_weights(device, plan.max_memory), weights_nbytes(plan.source.path, torch.float32)
+    if need <= room:
         return load_model(plan.source.path, torch.float32, device, TAP)
-    stage(f"reading layer by layer: {format_nbytes(need)} of weights, {format_nbytes(free)} of memory")
+    stage(f"reading layer by layer: {format_nbytes(need)} of weights, {format_nbytes(room)} of memory for them")
     return load_streamed(plan.source.path, plan.arch, torch.float32, device, TAP)
 
 

@@ -13,6 +13,7 @@ from kvfold.compress.centers import best_center
 from kvfold.compress.recipe import KeyRecipe, Recipe, ValueRecipe
 from kvfold.compress.transforms import KEY_TRANSFORMS, VALUE_TRANSFORMS, Basis, Request, Transform
 from kvfold.compress.transforms.whiten import turning
+from kvfold.exports.schema import MOST_SEED
 from kvfold.exports.spec import KeySpec, ValueSpec, clip_rows
 from kvfold.kernels.formats import Format
 from kvfold.kernels.key_mean import RopePairs
@@ -83,7 +84,7 @@ def _fitted(
     head_dim = stats.key_mean.shape[-1]
     without = side.without if isinstance(side, KeyRecipe) else ()
     shared = side.shared_formats(head_dim) if recipe.catalogue else ()
-    seed = recipe.seed * 1_000_003 + layer
+    seed = (recipe.seed * 1_000_003 + layer) % MOST_SEED
     request = Request(None, side.group(head_dim), seed, without=without, catalogue=shared, **more)
     formats = side.uniform_formats(head_dim)
     if row.mixed is not None:
@@ -132,7 +133,12 @@ def key_candidates(
     if side.transform == "whiten" and turning(stats, side.without):
         bits, shared = side.bits or (), side.shared_formats(stats.center.shape[-1]) if recipe.catalogue else ()
         request = Request(
-            None, 0, recipe.seed * 1_000_003 + layer, without=side.without, catalogue=shared, pairs=rope_pairs
+            None,
+            0,
+            (recipe.seed * 1_000_003 + layer) % MOST_SEED,
+            without=side.without,
+            catalogue=shared,
+            pairs=rope_pairs,
         )
         stats = best_center(stats, row.mixed(stats, bits, request) if row.mixed and bits else (), request)
     pairs = _fitted(row, side, stats, recipe, layer, one_norm=one_norm, output_weight=output_weight, pairs=rope_pairs)

@@ -40,6 +40,7 @@ from kvfold.compress.search.sensitivity import (
 from kvfold.compress.work import kept
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import logits_of
+from kvfold.exports.schema import MOST_SEED
 
 
 def directions(probe: Probe, index: int, normed: Tensor, count: int, seed: int) -> Tensor:
@@ -51,7 +52,7 @@ def directions(probe: Probe, index: int, normed: Tensor, count: int, seed: int) 
     Returns:
         [count, n, hidden_size], in the type of `normed`.
     """
-    rng = torch.Generator().manual_seed(seed * 1_000_003 + index)
+    rng = torch.Generator().manual_seed((seed * 1_000_003 + index) % MOST_SEED)
     found = torch.empty(count, *normed.shape, dtype=normed.dtype, device=normed.device)
     for start in range(0, len(normed), KL_BLOCK):
         rows = slice(start, start + KL_BLOCK)

@@ -5,6 +5,10 @@ import signal
 import sys
 from typing import Any
 
+from kvfold.memory import is_out_of_memory, reason_of_shortage
+
+LEAST_MIB = 1200  # that the libraries map; little of it is ever touched
+
 
 def main(args: list[str] | None = None, prog: str = "kvfold") -> None:
     """Imports the command line and runs it; `args` and `prog` as in kvfold.compress.cli.main."""
@@ -17,7 +21,17 @@ def main(args: list[str] | None = None, prog: str = "kvfold") -> None:
     # read when OpenMP is loaded: threads that spin while they wait make a machine with other work on it some thirty
     # times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from kvfold.compress.cli import main as run
+    try:
+        from kvfold.compress.cli import main as run
+    except (ImportError, OSError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            f"kvfold: there is too little memory to begin ({reason_of_shortage(error)}): {LEAST_MIB} MiB of addresses "
+            "are needed (ulimit -v) before any model is read; raise the limit.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
     if mine:
         signal.signal(signal.SIGINT, before)

@@ -195,18 +195,6 @@ def check_fields(path: str | Path) -> None:
                     )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on the CPU or a GPU."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError | OSError)
-        and any(
-            words in text
-            for words in ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
-        )
-    )
-
-
 def reason_of(error: BaseException) -> str:
     """The last line of an error's message: in those of many lines the one that says what is wrong."""
     lines = str(error).strip().splitlines()

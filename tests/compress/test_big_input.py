@@ -9,6 +9,7 @@ from fuzz.run import peak_nbytes
 
 from kvfold import KvfoldError
 from kvfold.compress import text
+from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import CalibrationRecipe, load_recipe
 from kvfold.compress.text import calibration_sequences, pieces, tokenize
 
@@ -67,3 +68,11 @@ def test_a_recipes_lists_have_bounds(tmp_path, field):
     (tmp_path / "recipe.yaml").write_text(field.replace("N", ", ".join([item] * 1000)))
     with pytest.raises(KvfoldError, match="at most 64 items"):
         load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_the_largest_seed_is_one_too(tmp_path, tiny_folder, text_file, recipe_file):
+    recipe = load_recipe(recipe_file, seed=2**63 - 1)
+    found = compress(str(tiny_folder), "6.0", tmp_path / "out", calib=str(text_file), recipe=recipe)
+    assert found.metadata.calibration.seed == 2**63 - 1
+    with pytest.raises(KvfoldError, match="seed"):
+        load_recipe(recipe_file, seed=2**63)

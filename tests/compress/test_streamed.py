@@ -8,7 +8,7 @@ import torch
 from conftest import CONFIGS, FAMILIES, MORE_FAMILIES, save_tiny
 from safetensors.torch import load_file, save_file
 
-from kvfold.compress import memory
+from kvfold.compress.memory import room_for_weights
 from kvfold.compress.models import load_model
 from kvfold.compress.models.attention_hook import NAME
 from kvfold.compress.models.streamed import WeightFile, load_streamed, present, save_model
@@ -151,7 +151,6 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, change, words):
         streamed(folder)
 
 
-def test_free_memory_is_no_more_than_the_group_may_have(monkeypatch):
-    assert 1 << 20 < memory.free_nbytes(CPU) < 1 << 50
-    monkeypatch.setattr(memory, "_limits", lambda: [4096])
-    assert memory.free_nbytes(CPU) == 4096
+def test_weights_get_a_share_of_the_memory():
+    assert room_for_weights(CPU, 1000) == 500
+    assert 1 << 20 < room_for_weights(CPU) < 1 << 50

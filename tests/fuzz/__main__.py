@@ -96,6 +96,8 @@ def follow(options: argparse.Namespace, worker: int, total: Report, lock: thread
             with lock:
                 total.outcomes[f"{line['kind']} {line['outcome']}"] += 1
                 total.failures += line["failures"]
+                for failure in line["failures"]:
+                    print(f"FAILED {failure}", flush=True)
                 total.slowest = max(total.slowest, tuple(line["slowest"]))
         process.kill()
         process.wait()
@@ -103,6 +105,7 @@ def follow(options: argparse.Namespace, worker: int, total: Report, lock: thread
             return
         with lock:
             total.failures.append(f"case {begun}: {fault}")
+            print(f"FAILED {total.failures[-1]}", flush=True)
         number = begun + options.jobs
 
 
@@ -131,6 +134,7 @@ def main() -> int:
             made = targets(options.kind, Path(folder))
             target = pick(made, [SHARES[kind] for kind in options.kind], options.seed, options.only)
             run_case(target, options.seed, options.only, Path(folder), total, SLOW.get(target.name, 5.0))
+        print("\n".join(f"FAILED {failure}" for failure in total.failures))
     else:
         lock = threading.Lock()
         workers = [
@@ -143,8 +147,6 @@ def main() -> int:
             thread.join()
     print(f"seed {options.seed}, {time.time() - start:.0f} s; slowest: {total.slowest[0]:.1f} s, {total.slowest[1]}")
     print("\n".join(f"{count:6} {name}" for name, count in sorted(Counter(total.outcomes).items())))
-    for failure in total.failures:
-        print(f"FAILED {failure}")
     return 1 if total.failures else 0
 
 

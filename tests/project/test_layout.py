@@ -74,7 +74,7 @@ def test_the_top_imports_nothing():
     for file in (ROOT / "src" / "kvfold").glob("*.py"):
         at_import = ast.Module([n for n in parse(file).body if isinstance(n, ast.Import | ast.ImportFrom)], [])
         for name in imported(at_import):
-            ours = ("kvfold.errors", "kvfold.autoclass", "kvfold.pretrained", "kvfold.version")
+            ours = ("kvfold.errors", "kvfold.autoclass", "kvfold.memory", "kvfold.pretrained", "kvfold.version")
             assert name.startswith(ours) or name.split(".")[0] in sys.stdlib_module_names
 
 
