@@ -88,7 +88,8 @@ class Format:
                     "use 2 or 4 levels in mixed formats."
                 )
         if self.group_size and not self.kind.grouped:
-            raise KvfoldError(f"group_size={self.group_size} goes with params 'scale_min' only; leave it 0.")
+            grouped = "' or '".join(name for name, kind in KINDS.items() if kind.grouped)
+            raise KvfoldError(f"group_size={self.group_size} goes with params '{grouped}' only; leave it 0.")
         if self.group_size < 0 or (self.group_size and self.head_dim % self.group_size):
             raise KvfoldError(
                 f"group_size={self.group_size} does not divide head_dim={self.head_dim}; choose a divisor."

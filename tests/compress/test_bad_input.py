@@ -143,7 +143,7 @@ def test_smallest_budget_named_is_the_smallest_that_works(refused, kvfold, tmp_p
     refused("out of reach", budget=f"{float(bits) - 0.002:.3f}", context=512, recipe=recipe)
     for i, budget in enumerate((f"{bits}", f"{nbytes}B@512")):
         out = tmp_path / f"least-{i}"
-        options = ["--context=512", f"--out={out}", f"--calib={text_file}", f"--recipe={recipe}"]
+        options = ["--context=512", f"--out={out}", f"--calib={text_file}", f"--recipe={recipe}", "--accept-loss"]
         assert kvfold("compress", tiny_folder, f"--budget={budget}", *options)[0] == 0
         assert read_artifact(out).metadata.account.bytes == int(nbytes)
 

@@ -9,7 +9,8 @@ import pytest
 
 from kvfold.compress.cli import main
 
-STAGES = tuple(f"kvfold: {word}" for word in ("finding the model", "reading ", "measuring all", "writing and checking"))
+WORDS = ("finding the model", "reading ", "measuring all", "warning: A KL", "writing and checking")
+STAGES = tuple(f"kvfold: {word}" for word in WORDS)
 
 
 def listing(folder: Path) -> set[tuple[str, int]]:

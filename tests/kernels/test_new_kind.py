@@ -142,10 +142,13 @@ def test_a_cache_on_either_backend(progressive):
         cache = QuantizedKVCache([spec], geometry, 4300 if progressive else None, backend_of(triton), **options)
         cache.note_padding(None, 1)
         rng, outputs = torch.Generator().manual_seed(1), []
-        for tokens in (30, 1, 1, 9, *[1] * 12):
+        for tokens in (30, 1, 9, 1, 1):
             keys, values = (torch.randn(1, heads, tokens, dim, generator=rng).to(DEVICE) for _ in "kv")
             query = torch.randn(1, 2 * heads, tokens, dim, generator=rng).to(DEVICE)
             outputs.append(cache.update(keys, values, 0)[0].attend(query, 0.3, None))
+        table = cache.layers[0].table
+        rungs = [table.pool.rung(i) for i in table.sequences[0].pages]
+        assert len(rungs) == 4 and min(rungs) == 0
         found.append((torch.cat(outputs, 2), cache.nbytes, cache.report()))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=2e-3, atol=2e-3)
     assert found[0][1:] == found[1][1:]

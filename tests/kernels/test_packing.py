@@ -1,4 +1,4 @@
-"""Bit packing: the layout drawn in kernels/kinds/bits.py, byte for byte, and back."""
+"""Bit packing: the layout drawn in kernels/kinds/bits.py and trits.py, byte for byte, and back."""
 
 import numpy as np
 import pytest
