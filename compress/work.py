@@ -74,7 +74,7 @@ def keep(path: Path, write: Callable[[Path], object]) -> None:
 
     def signed(scratch: Path) -> None:
         write(scratch)
-        before = _sums(path).read_text().split()[-1:] if _sums(path).is_file() else []
+        before = _sums(path).read_text(errors="replace").split()[-1:] if _sums(path).is_file() else []
         text = "\n".join([*before, file_sha256(scratch)])
         write_whole(_sums(path), lambda sums: sums.write_text(text))
 
@@ -91,7 +91,7 @@ def kept(path: Path, read: Callable[[Path], Any], default: Any = None) -> Any:
     try:
         if not path.is_file():
             raise OSError("it is no file")
-        if not _sums(path).is_file() or file_sha256(path) not in _sums(path).read_text().split():
+        if not _sums(path).is_file() or file_sha256(path) not in _sums(path).read_text(errors="replace").split():
             raise ValueError("its sha256 is another")
         return read(path)
     except UNREADABLE as error:

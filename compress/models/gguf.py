@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from kvfold.exports.architectures import architecture_of
 from kvfold.exports.place import full_disk
 from kvfold.exports.reader import file_sha256
 from kvfold.exports.scratch import NEW, remove_leftovers, scratch_folder
+from kvfold.exports.weights import check_weights_fit
 from kvfold.pretrained import config_from_pretrained, stock_from_pretrained, tokenizer_from_pretrained
 
 
@@ -152,6 +154,11 @@ def _write_checkpoint(path: Path, out: Path) -> None:
     config = config_from_pretrained(path.parent, gguf_file=path.name)
     architecture_of(config)
     check_shape(config, path)
+    from gguf import GGUFReader
+
+    stored = {tensor.name: tuple(map(int, tensor.shape)) for tensor in GGUFReader(path).tensors}
+    stored[""] = (sum(map(prod, stored.values())),)  # as much again: the loader names what a whole model lacks
+    check_weights_fit(path, config, stored, "give a complete GGUF")
     tokenizer = tokenizer_from_pretrained(path.parent, gguf_file=path.name)
     # name the attention, or the GGUF path asks the Hub for a kernel
     loaded: Any = stock_from_pretrained(path.parent, attn_implementation="sdpa", output_loading_info=True, **options)

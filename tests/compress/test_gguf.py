@@ -251,3 +251,14 @@ def test_layers_without_end_or_none_are_refused_before_they_are_built(tmp_path, 
     (tmp_path / "damaged.gguf").write_bytes(content)
     monkeypatch.setattr(product, "stock_from_pretrained", None)
     refused(tmp_path / "damaged.gguf", "damaged.gguf", f"num_hidden_layers {layers}")
+
+
+@pytest.mark.parametrize("field", ["llama.feed_forward_length", "llama.embedding_length"])
+def test_dimensions_that_no_tensor_has_are_refused_before_room_is_made(tmp_path, monkeypatch, field):
+    write_gguf(tmp_path / "whole.gguf", torch.float16)
+    content = bytearray((tmp_path / "whole.gguf").read_bytes())
+    place = content.index(field.encode()) + len(field) + 4  # behind the type of the value
+    content[place : place + 4] = (1 << 26).to_bytes(4, "little")
+    (tmp_path / "damaged.gguf").write_bytes(content)
+    monkeypatch.setattr(product, "stock_from_pretrained", None)
+    refused(tmp_path / "damaged.gguf", "damaged.gguf", "lacks", "complete GGUF")
