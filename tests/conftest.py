@@ -56,6 +56,8 @@ pytest.register_assert_rewrite("real_artifact")  # helpers that assert
 if os.environ.get("TRITON_INTERPRET") == "1":
     quick_interpreter.install()
 torch.set_num_threads(1)  # test workers share the cores
+with torch.device("meta"):  # PyTorch notes at first use what makes tensors: `poisoned` is not it
+    torch.empty(0)
 
 SHAPE = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,

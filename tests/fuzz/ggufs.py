@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from test_gguf import write_gguf
+from gguf_files import write_gguf
 
 from fuzz.mutate import corrupt, replace_file
 from kvfold.compress.models import resolve_model
