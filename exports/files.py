@@ -77,10 +77,7 @@ def check_files(path: Path, files: Mapping[str, str]) -> None:
         if not (path / name).is_file():
             fault = f"holds {name}, which is no regular file" if (path / name).exists() else f"lacks {name}"
             raise KvfoldError(f"'{path}' {fault}; {AGAIN}.")
-        if (path / name).stat().st_size > MOST_NBYTES:  # is it worth hashing?
-            if Path(name).suffix != ".safetensors":
-                raise KvfoldError(f"{name} in '{path}' has more than {MOST_NBYTES >> 20} MiB; {AGAIN}.")
-            _keys(path / name)
+        _check_size(path / name)
         if file_sha256(path / name) != digest:
             raise KvfoldError(
                 f"{name} in '{path}' does not match its sha256 in {METADATA_NAME}: if you changed it, sign it with "
@@ -94,6 +91,14 @@ def check_files(path: Path, files: Mapping[str, str]) -> None:
             f"'{path}' holds {name}, which a loader may read and {METADATA_NAME} does not list; remove it{fix}."
         )
     check_weights(path, files)
+
+
+def _check_size(file: Path) -> None:
+    """Refuses a file that is too big for what it is, before it is hashed."""
+    if file.stat().st_size > MOST_NBYTES:
+        if file.suffix != ".safetensors":
+            raise KvfoldError(f"{file.name} in '{file.parent}' has more than {MOST_NBYTES >> 20} MiB; {AGAIN}.")
+        _keys(file)
 
 
 def _check_name(name: str) -> None:
@@ -194,11 +199,15 @@ def signed_files(path: Path, files: Mapping[str, str]) -> dict[str, str]:
 
     Args:
         files: what it lists.
+    Raises:
+        KvfoldError: one has a name or a size that no file of an artifact has.
     """
     for name in files:
         _check_name(name)
     names = {name for name in files if (path / name).is_file()}
     names |= {p.name for p in path.iterdir() if is_read(p.name) and _may_sign(path, p.name)}
+    for name in sorted(names):
+        _check_size(path / name)
     return {name: file_sha256(path / name) for name in sorted(names)}
 
 
