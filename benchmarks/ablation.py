@@ -1,10 +1,12 @@
-"""Takes the ingredients out of the recipe `best` one at a time, at equal payload bits, through the packed cache.
+"""Takes the ingredients out of the recipe `best` one at a time, at equal payload bits, through the
+packed cache.
 
 usage: python benchmarks/ablation.py [MODEL …] [--bits 2.25] [--text FILE|DATASET] [--windows 8] [--rows NAME,…]
                                      [--jobs 1]
 
-Every row is a real artifact, compressed anew and measured on each window alone; rows that calibrate alike share their
-statistics. Prints Markdown, and writes Markdown and JSON, after each row; run again, it goes on where it stopped.
+Every row is a real artifact, compressed anew and measured on each window alone; rows that calibrate
+alike share their statistics. Prints Markdown, and writes Markdown and JSON, after each row; run
+again, it goes on where it stopped.
 --jobs makes so many rows at a time, the GPUs shared out between them.
 """
 
@@ -27,7 +29,10 @@ from kvfold.compress.recipe import Recipe, load_recipe
 
 MODELS = ("smollm2-135m", "Qwen/Qwen2.5-0.5B-Instruct")
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
-ANY = {"levels": [2, 3, 4, 8, 16, 32, 64, 256, 65536], "params": ["scale", "scale_min"]}  # formats of one class
+ANY = {
+    "levels": [2, 3, 4, 8, 16, 32, 64, 256, 65536],
+    "params": ["scale", "scale_min"],
+}  # formats of one class
 
 OLD = ["maths", "drama", "prose", "code"]
 KEY_BITS, VALUE_BITS = Recipe().key.bits, Recipe().value.bits
@@ -46,7 +51,9 @@ ROWS: dict[str, dict] = {
     "V: mixed bits only": {"value": {"levels": [65536]}},
     "V: same bits in all channels": {"value": {"bits": [], **ANY}},
     "V: same bits, orthogonal basis": {"value": {"transform": "rotate", "bits": None, **ANY}},
-    "V: same bits, orthogonal basis, ternary at least": {"value": {"transform": "rotate", "bits": None}},
+    "V: same bits, orthogonal basis, ternary at least": {
+        "value": {"transform": "rotate", "bits": None}
+    },
     "V: no transform": {"value": {"transform": "none", "bits": None, **ANY}},
     "V: clip search": {"value": {"clip": True}},
     "positions not spread": {"calibration": {"spread": 1}},
@@ -77,7 +84,10 @@ ROWS: dict[str, dict] = {
     "five probe sequences": {"sensitivity": {"num_sequences": 5}},
     "no conversations": {"sensitivity": {"conversations": 0}},
     "6 conversations": {"sensitivity": {"conversations": 6}},
-    "no recall text": {"calibration": {"texts": OLD, "num_sequences": 4}, "sensitivity": {"num_sequences": 4}},
+    "no recall text": {
+        "calibration": {"texts": OLD, "num_sequences": 4},
+        "sensitivity": {"num_sequences": 4},
+    },
     "no recall text; probes: maths, drama, code": {
         "calibration": {"texts": ["maths", "drama", "code", "prose"], "num_sequences": 4},
         "sensitivity": {"num_sequences": 3},
@@ -89,7 +99,10 @@ ROWS: dict[str, dict] = {
     "probe sequences twice as long": {"sensitivity": {"seq_len": 2048}},
     "twice the calibration": {"calibration": {"num_sequences": 10}},
     "skvq": {"recipe": "skvq"},
-    "pm-kvq": {"recipe": "pm-kvq", "least": 2.75},  # its smallest format has 2.5 bits; a little more leaves a choice
+    "pm-kvq": {
+        "recipe": "pm-kvq",
+        "least": 2.75,
+    },  # its smallest format has 2.5 bits; a little more leaves a choice
 }
 
 
@@ -101,11 +114,16 @@ def recipe_for(change: dict, model: str, bits: float) -> Recipe:
             data[name] |= value
         elif name not in ("recipe", "fixed", "least"):
             data[name] = value
-    if change.get("fixed"):  # values with 2 bits, keys with the water-filled format that the rest of the bits pays
+    if change.get(
+        "fixed"
+    ):  # values with 2 bits, keys with the water-filled format that the rest of the bits pays
         head_dim = geometry_of(model, Recipe())[0].head_dim
         value_bits = 2 + 16 / head_dim
         data["value"] |= {"bits": [], "levels": [4], "params": ["scale_min"]}
-        data["key"] |= {"bits": [int((2 * bits - value_bits) * head_dim / 8 - 1 + 1e-9) * 8 / head_dim], "levels": []}
+        data["key"] |= {
+            "bits": [int((2 * bits - value_bits) * head_dim / 8 - 1 + 1e-9) * 8 / head_dim],
+            "levels": [],
+        }
     return Recipe.model_validate(data)
 
 
@@ -117,7 +135,11 @@ def table(rows: dict[str, dict]) -> str:
     ]
     for name, row in ((name, rows[name]) for name in ROWS if name in rows):
         kl, loss = mean_and_error(row["kl"]), mean_and_error(row["dnll"])
-        rest = [a - b for a, b in zip(row["kl"], rows["best"]["kl"], strict=True)] if "best" in rows else [0.0]
+        rest = (
+            [a - b for a, b in zip(row["kl"], rows["best"]["kl"], strict=True)]
+            if "best" in rows
+            else [0.0]
+        )
         difference = mean_and_error(rest)
         lines.append(
             f"| {name} | {row['payload_bits']:.3f} | {row['key_bits']:.3f} | {row['value_bits']:.3f} "
@@ -134,15 +156,30 @@ def measured(change: dict, model: str, options: argparse.Namespace) -> dict:
     begun = time.monotonic()
     recipe = recipe_for(change, model, options.bits)
     artifact = folder_of(options.out / Path(model).name, options.jobs) / "artifact"
-    figures = make(model, recipe, max(options.bits, change.get("least", 0)), artifact, options.device)
+    figures = make(
+        model, recipe, max(options.bits, change.get("least", 0)), artifact, options.device
+    )
     seconds = time.monotonic() - begun
-    found = measure(artifact, options.text, options.first_window, options.windows, options.seq_len, options.device)
-    lists = {"kl": [e.kl for e in found], "dnll": [e.dnll for e in found], "top1": [e.top1_agreement for e in found]}
+    found = measure(
+        artifact,
+        options.text,
+        options.first_window,
+        options.windows,
+        options.seq_len,
+        options.device,
+    )
+    lists = {
+        "kl": [e.kl for e in found],
+        "dnll": [e.dnll for e in found],
+        "top1": [e.top1_agreement for e in found],
+    }
     return {**figures, **lists, "seconds": seconds, "change": change}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--bits", type=float, default=2.25)
     parser.add_argument("--text", default=WIKITEXT)
@@ -157,7 +194,9 @@ def main() -> None:
     wanted = [part.strip().lower() for part in options.rows.split(",")] if options.rows else [""]
     for model in options.models:
         name = Path(model).name
-        shared = {k: getattr(options, k) for k in ("bits", "text", "windows", "first_window", "seq_len")}
+        shared = {
+            k: getattr(options, k) for k in ("bits", "text", "windows", "first_window", "seq_len")
+        }
         done = Rows(options.out / f"ablation-{name}.json", {"model": model, **shared})
         left = {
             row: (change, model, options)

@@ -1,14 +1,16 @@
-"""What a cache costs on a task's answers, and what keeping more of a prompt's beginning in 16 bits is worth there.
+"""What a cache costs on a task's answers, and what keeping more of a prompt's beginning in 16 bits
+is worth there.
 
     python benchmarks/answers.py DIR --samples TASKS/humaneval.jsonl --task-data FOLDER [--task humaneval]
                                      [--sinks 5,32,64] [--prompts 16] [--least 200] [--most 0]
     python benchmarks/answers.py DIR --generate --task-data FOLDER [--sinks 64] [--batch-size 41]
                                      [--dtype bfloat16] [--limit N] [--out FOLDER]
 
-The first reads the answers that `kvfold eval DIR --tasks humaneval` wrote with the 16-bit cache, takes right ones after
-prompts of `least` tokens or more, evenly, and prints the KL to the 16-bit cache over them, teacher-forced. The second
-runs the task itself, executing what the model writes. `--sinks` reads one artifact with several numbers of sinks:
-formats stay the artifact's; default: its own number.
+The first reads the answers that `kvfold eval DIR --tasks humaneval` wrote with the 16-bit cache,
+takes right ones after prompts of `least` tokens or more, evenly, and prints the KL to the 16-bit
+cache over them, teacher-forced. The second runs the task itself, executing what the model writes.
+`--sinks` reads one artifact with several numbers of sinks: formats stay the artifact's; default:
+its own number.
 """
 
 import argparse
@@ -37,13 +39,20 @@ def with_sinks(path: Path, sinks: int | None, dtype: torch.dtype, device: str | 
     """The artifact's model, reading caches with so many sinks; None for its own number."""
     found = read_artifact(path)
     sinks = found.geometry.sinks if sinks is None else sinks
-    model: Any = stock_from_pretrained(path, dtype=dtype).to(torch.device(device) if device else default_device())
+    model: Any = stock_from_pretrained(path, dtype=dtype).to(
+        torch.device(device) if device else default_device()
+    )
     cache = found.metadata.cache.model_copy(update={"sinks": sinks})
-    return attach(model, replace(found, metadata=found.metadata.model_copy(update={"cache": cache})))
+    return attach(
+        model, replace(found, metadata=found.metadata.model_copy(update={"cache": cache}))
+    )
 
 
-def answers(task: str, samples: Path, setting: Setting, count: int, least: int, most: int) -> list[tuple[Tensor, int]]:
-    """(ids int64 [1, T] of prompt and 16-bit answer, tokens of the prompt) of right answers of more than 20 tokens."""
+def answers(
+    task: str, samples: Path, setting: Setting, count: int, least: int, most: int
+) -> list[tuple[Tensor, int]]:
+    """(ids int64 [1, T] of prompt and 16-bit answer, tokens of the prompt) of right answers of more
+    than 20 tokens."""
     prompts = {p.id: p.ids for p in TASKS[task].prompts(setting)}
     rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
     rows = [
@@ -68,7 +77,9 @@ def log_probabilities(model: Any, ids: Tensor, start: int, cache: Any) -> Tensor
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--task", default="humaneval", choices=TASKS)
     parser.add_argument("--sinks")
@@ -91,18 +102,34 @@ def main() -> None:
     for given in [int(n) for n in args.sinks.split(",")] if args.sinks else [None]:
         model = with_sinks(args.artifact, given, dtype, args.device)
         sinks = model.kv_artifact.geometry.sinks
-        setting = Setting(tokenizer, model.config.max_position_embeddings, args.limit, args.task_data, "", 0)
+        setting = Setting(
+            tokenizer, model.config.max_position_embeddings, args.limit, args.task_data, "", 0
+        )
         if args.generate:
             runner = TaskRunner(
-                model, tokenizer, args.out / str(sinks), {"sinks": sinks, "dtype": args.dtype}, args.batch_size, True
+                model,
+                tokenizer,
+                args.out / str(sinks),
+                {"sinks": sinks, "dtype": args.dtype},
+                args.batch_size,
+                True,
             )
-            print(sinks, json.dumps(asdict(runner.run(args.task, TASKS[args.task], setting, None))), flush=True)  # type: ignore[call-overload]
+            print(
+                sinks,
+                json.dumps(asdict(runner.run(args.task, TASKS[args.task], setting, None))),
+                flush=True,
+            )  # type: ignore[call-overload]
             continue
         kl, first, top = [], [], []
-        for ids, start in answers(args.task, args.samples, setting, args.prompts, args.least, args.most):
+        for ids, start in answers(
+            args.task, args.samples, setting, args.prompts, args.least, args.most
+        ):
             ids = ids.to(model.device)
             ours = log_probabilities(
-                model, ids, start, QuantizedKVCache(model.kv_artifact.specs, model.kv_artifact.geometry)
+                model,
+                ids,
+                start,
+                QuantizedKVCache(model.kv_artifact.specs, model.kv_artifact.geometry),
             )
             with plain_cache(model):
                 true = log_probabilities(model, ids, start, DynamicCache(config=model.config))

@@ -1,19 +1,21 @@
-"""Chooses the cuts of kernels/catalogue.py by the spectra of real models, and says what they cost against each layer's
-own.
+"""Chooses the cuts of kernels/catalogue.py by the spectra of real models, and says what they cost
+against each layer's own.
 
 usage: python benchmarks/catalogue.py MODEL [MODEL …] [--head-dims 64,80,96,128,256] [--cuts 2]
                                       [--out artifacts/catalogue]
 
-Every model is calibrated as `kvfold compress` does it (kept in --out, so that a second run takes seconds). A cut's
-distortion in a layer counts as a part of the layer's own best at the same mean bits, which reverse water-filling finds;
-for each mean number of bits the cuts are those with the least mean logarithm of that ratio, each layer taking the
-better one. Models count alike; where some have the head_dim, the others, whose sorted spectra λ(i/D) are interpolated
-to it, count FOREIGN as much. Among cuts within SLACK of the best that with the fewest planes is taken: a kernel unrolls
+Every model is calibrated as `kvfold compress` does it (kept in --out, so that a second run takes
+seconds). A cut's distortion in a layer counts as a part of the layer's own best at the same mean
+bits, which reverse water-filling finds; for each mean number of bits the cuts are those with the
+least mean logarithm of that ratio, each layer taking the better one. Models count alike; where some
+have the head_dim, the others, whose sorted spectra λ(i/D) are interpolated to it, count FOREIGN as
+much. Among cuts within SLACK of the best that with the fewest planes is taken: a kernel unrolls
 them.
 
-Prints the table's lines, and for each mean number of bits and model the mean and the worst layer's ratio. Only
-head_dims of the given models are measured; for the others these figures are those of interpolated spectra, and are
-marked so. With --check nothing is chosen: the ratios are those of the catalogue as it is.
+Prints the table's lines, and for each mean number of bits and model the mean and the worst layer's
+ratio. Only head_dims of the given models are measured; for the others these figures are those of
+interpolated spectra, and are marked so. With --check nothing is chosen: the ratios are those of the
+catalogue as it is.
 """
 
 import argparse
@@ -69,10 +71,19 @@ def spectra_of(model: str, out: Path, device: str) -> Spectra:
     work = statistics_folder(calibrated_by(plan, target), out)
     loaded = load_model(plan.source.path, torch.float32, target, NAME)
     with torch.no_grad():
-        stats = calibrate(loaded, plan.arch, plan.sequences, plan.steps, plan.recipe.calibration.sample_tokens, work)
+        stats = calibrate(
+            loaded,
+            plan.arch,
+            plan.sequences,
+            plan.steps,
+            plan.recipe.calibration.sample_tokens,
+            work,
+        )
         keys = [whitened(x)[1] for x in stats]
         values = [eigenbasis(value_moment(x), x.output_metric)[1] for x in stats]
-    return Spectra(Path(model).name, {"K": torch.stack(keys).numpy(), "V": torch.stack(values).numpy()})
+    return Spectra(
+        Path(model).name, {"K": torch.stack(keys).numpy(), "V": torch.stack(values).numpy()}
+    )
 
 
 def resampled(variances: np.ndarray, head_dim: int) -> np.ndarray:
@@ -83,7 +94,9 @@ def resampled(variances: np.ndarray, head_dim: int) -> np.ndarray:
     floor = 1e-12 * variances.max(-1, keepdims=True) + 1e-300
     logs = np.log(np.maximum(variances, floor)).reshape(-1, own)
     here, there = (np.arange(own) + 0.5) / own, (np.arange(head_dim) + 0.5) / head_dim
-    return np.exp([np.interp(there, here, row) for row in logs]).reshape(*variances.shape[:-1], head_dim)
+    return np.exp([np.interp(there, here, row) for row in logs]).reshape(
+        *variances.shape[:-1], head_dim
+    )
 
 
 def planes(sizes: np.ndarray) -> np.ndarray:
@@ -95,7 +108,8 @@ def chosen(logs: np.ndarray, weights: np.ndarray, count: np.ndarray, cuts: int) 
     """One cut or two with the least weighted mean of each layer's better logarithm.
 
     Args:
-        logs: float64 [layers, n], log ratios; weights: float64 [layers], of sum 1; count: int [n], planes.
+        logs: float64 [layers, n], log ratios; weights: float64 [layers], of sum 1; count: int [n],
+            planes.
         cuts: 1 or 2.
     """
 
@@ -119,7 +133,11 @@ def chosen(logs: np.ndarray, weights: np.ndarray, count: np.ndarray, cuts: int) 
 
 def line_of(sizes: np.ndarray) -> str:
     """A cut as kernels/catalogue.py writes it."""
-    return " ".join(f"{n}@{sum(PLANE_WIDTHS[levels])}" for n, levels in zip(sizes, CLASS_LEVELS, strict=True) if n)
+    return " ".join(
+        f"{n}@{sum(PLANE_WIDTHS[levels])}"
+        for n, levels in zip(sizes, CLASS_LEVELS, strict=True)
+        if n
+    )
 
 
 def channels_of(fmt: Format) -> tuple[int, ...]:
@@ -129,15 +147,21 @@ def channels_of(fmt: Format) -> tuple[int, ...]:
 
 
 def measure(models: list[Spectra], head_dim: int, cuts: int, check: bool) -> None:
-    """Chooses, or with `check` looks up, the cuts of one head_dim; prints them and what they cost."""
+    """Chooses, or with `check` looks up, the cuts of one head_dim; prints them and what they
+    cost."""
     sizes, bits = compositions(head_dim), code_bits(head_dim)
     rows = {tuple(row): i for i, row in enumerate(sizes.tolist())}
     count = planes(sizes)
     native = [m.head_dim == head_dim for m in models]
     share = [1.0 if own or not any(native) else FOREIGN for own in native]
     for side, grid in BITS.items():
-        costs = [np.array([cut_distortions(x) for x in resampled(m.sides[side], head_dim)]) for m in models]
-        weights = np.concatenate([np.full(len(c), w / len(c)) for c, w in zip(costs, share, strict=True)])
+        costs = [
+            np.array([cut_distortions(x) for x in resampled(m.sides[side], head_dim)])
+            for m in models
+        ]
+        weights = np.concatenate(
+            [np.full(len(c), w / len(c)) for c, w in zip(costs, share, strict=True)]
+        )
         formats = (key_formats if side == "K" else value_formats)(head_dim)
         print(f"\nhead_dim {head_dim}, {side}")
         for below, limit in zip((0.0, *grid), grid, strict=False):
@@ -158,13 +182,17 @@ def measure(models: list[Spectra], head_dim: int, cuts: int, check: bool) -> Non
             figures = []
             for m, own, log in zip(models, native, logs, strict=True):
                 ratio = np.exp(log[:, found].min(1))
-                figures.append(f"{m.name}{'' if own else ' (interpolated)'} {ratio.mean():.3f} {ratio.max():.2f}")
+                figures.append(
+                    f"{m.name}{'' if own else ' (interpolated)'} {ratio.mean():.3f} {ratio.max():.2f}"
+                )
             text = " | ".join(line_of(sizes[allowed[i]]) for i in found)
             print(f"        {text}  # {limit:g} bits: {'; '.join(figures)}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="+")
     parser.add_argument("--head-dims", default=",".join(map(str, HEAD_DIMS)))
     parser.add_argument("--cuts", type=int, choices=(1, 2), default=2)

@@ -1,17 +1,19 @@
-"""Chooses the pairs of formats of kernels/catalogue.py, by what real models take, and says what the list costs.
+"""Chooses the pairs of formats of kernels/catalogue.py, by what real models take, and says what the
+list costs.
 
 usage: python benchmarks/catalogue_pairs.py MODEL [MODEL …] [--bits 2.25] [--size 48] [--limit 8] [--losses] [--check]
                                             [--device auto] [--out artifacts/catalogue]
 
-An attention kernel is compiled for a pair (key format, value format). All pairs of the catalogue's formats are many
-hundred, so an artifact of other bits would find none of its own compiled; from a short list that all head_dims share it
-finds them.
+An attention kernel is compiled for a pair (key format, value format). All pairs of the catalogue's
+formats are many hundred, so an artifact of other bits would find none of its own compiled; from a
+short list that all head_dims share it finds them.
 
-Every model's losses are measured as `kvfold compress` does it, around --bits of payload, and kept in --out (--losses
-stops there). At each of BUDGETS the search's own allocation takes the best CHOSEN of all pairs for each model; the list
-has the --size pairs that the most layers take so, the smallest pair with the fewest channels left out, and those of the
-ladder. --check judges the catalogue's own list instead. Prints, for each model and budget, the loss over that of any
-number of all pairs: with at most --limit of the list, and of all.
+Every model's losses are measured as `kvfold compress` does it, around --bits of payload, and kept
+in --out (--losses stops there). At each of BUDGETS the search's own allocation takes the best
+CHOSEN of all pairs for each model; the list has the --size pairs that the most layers take so, the
+smallest pair with the fewest channels left out, and those of the ladder. --check judges the
+catalogue's own list instead. Prints, for each model and budget, the loss over that of any number of
+all pairs: with at most --limit of the list, and of all.
 """
 
 import argparse
@@ -42,8 +44,8 @@ UNIT = 1 << 20  # bytes of a bit, where whole numbers are asked for
 
 @dataclass(frozen=True)
 class Table:
-    """One model's losses of every pair: float64 [layers, pairs], with the pairs' payload bits, keys and values
-    together: [pairs]."""
+    """One model's losses of every pair: float64 [layers, pairs], with the pairs' payload bits, keys
+    and values together: [pairs]."""
 
     model: str
     names: list[str]
@@ -52,10 +54,13 @@ class Table:
 
 
 def losses_of(model: str, bits: float, device: str, out: Path) -> dict:
-    """Losses of every format of each layer's keys and values, by the catalogue's names; read where an earlier run left
-    them."""
+    """Losses of every format of each layer's keys and values, by the catalogue's names; read where
+    an earlier run left them."""
     recipe = comparable(Recipe())
-    plan, target = make_plan(model, budget_for_payload(model, recipe, bits), None, recipe, None), pick_device(device)
+    plan, target = (
+        make_plan(model, budget_for_payload(model, recipe, bits), None, recipe, None),
+        pick_device(device),
+    )
     path = out / f"losses-{Path(model).name}-{bits:g}.json"
     if path.is_file():
         return json.loads(path.read_text())
@@ -86,20 +91,24 @@ def table_of(model: str, losses: dict) -> Table:
     )
     pairs = [(k, v) for k in losses["key"][0] for v in losses["value"][0]]
     loss = [
-        [own_k[k] + own_v[v] for k, v in pairs] for own_k, own_v in zip(losses["key"], losses["value"], strict=True)
+        [own_k[k] + own_v[v] for k, v in pairs]
+        for own_k, own_v in zip(losses["key"], losses["value"], strict=True)
     ]
     bits = [keys[k] + values[v] for k, v in pairs]
     return Table(Path(model).name, [f"{k}/{v}" for k, v in pairs], np.array(loss), np.array(bits))
 
 
 def allocation(table: Table, used: list[int], bits: float, limit: int) -> list[int]:
-    """The pair of each layer in the search's own allocation: at most `limit` of the used ones, 0 for any number."""
+    """The pair of each layer in the search's own allocation: at most `limit` of the used ones, 0
+    for any number."""
     rows = [
         [Choice(int(b * UNIT), float(x)) for b, x in zip(table.bits[used], row[used], strict=True)]
         for row in table.loss
     ]
     room = int(2 * bits * UNIT * len(rows))
-    found = allocate_shared(rows, [used] * len(rows), room, limit) if limit else allocate(rows, room)
+    found = (
+        allocate_shared(rows, [used] * len(rows), room, limit) if limit else allocate(rows, room)
+    )
     return [used[c] for c in found]
 
 
@@ -130,29 +139,44 @@ def chosen(tables: list[Table], size: int) -> list[str]:
             for p in found:
                 taken[table.names[p]] += 1 / len(found)
     names = [name for name, _ in taken.most_common(size)]
-    names += [name for name in (smallest(64), *LADDER) if name in tables[0].names and name not in names]
+    names += [
+        name for name in (smallest(64), *LADDER) if name in tables[0].names and name not in names
+    ]
     bits = dict(zip(tables[0].names, tables[0].bits.tolist(), strict=True))
     return sorted(names, key=lambda name: (bits[name], name))
 
 
 def report(tables: list[Table], names: list[str], limit: int) -> str:
     """Markdown: losses over those of any number of all pairs."""
-    lines = [f"| model | bits | at most {limit} of the {len(names)} | at most {limit} of all |", "|---|---|---|---|"]
+    lines = [
+        f"| model | bits | at most {limit} of the {len(names)} | at most {limit} of all |",
+        "|---|---|---|---|",
+    ]
     logs = []
     for table in tables:
-        every, place = list(range(len(table.names))), {name: i for i, name in enumerate(table.names)}
+        every, place = (
+            list(range(len(table.names))),
+            {name: i for i, name in enumerate(table.names)},
+        )
         listed = [place[name] for name in names]
         for bits in sorted((*BUDGETS, *BETWEEN)):
             least = cost(table, allocation(table, every, bits, 0))
-            row = [cost(table, allocation(table, used, bits, limit)) / least for used in (listed, every)]
+            row = [
+                cost(table, allocation(table, used, bits, limit)) / least
+                for used in (listed, every)
+            ]
             logs.append(np.log(row))
-            lines.append(f"| {table.model} | {bits:g} | " + " | ".join(f"{x:.3f}" for x in row) + " |")
+            lines.append(
+                f"| {table.model} | {bits:g} | " + " | ".join(f"{x:.3f}" for x in row) + " |"
+            )
     lines.append("| mean | | " + " | ".join(f"{x:.3f}" for x in np.exp(np.mean(logs, 0))) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="+")
     parser.add_argument("--bits", type=float, default=2.25)
     parser.add_argument("--size", type=int, default=48)
@@ -164,7 +188,10 @@ def main() -> None:
     options = parser.parse_args()
     quiet_transformers()
     options.out.mkdir(parents=True, exist_ok=True)
-    losses = {model: losses_of(model, options.bits, options.device, options.out) for model in options.models}
+    losses = {
+        model: losses_of(model, options.bits, options.device, options.out)
+        for model in options.models
+    }
     if options.losses:
         return
     tables = [table_of(model, found) for model, found in losses.items()]

@@ -1,13 +1,13 @@
-"""Decoding time a token against the number of cached tokens: the plain-torch reference and transformers' DynamicCache,
-in one run.
+"""Decoding time a token against the number of cached tokens: the plain-torch reference and
+transformers' DynamicCache, in one run.
 
 usage: python benchmarks/cpu_decode.py [--tokens 1024,2048,4096,8192,16384] [--key-bits 4] [--value-bits 2] [--steps 12]
-                                       [--layers 4] [--heads 8] [--kv-heads 2] [--head-dim 64] [--threads 1]
-                                       [--dtype float32] [--clock wall] [--json FILE]
+                                       [--layers 4] [--heads 8] [--kv-heads 2] [--head-dim 64]
+                                       [--threads 1] [--dtype float32] [--clock wall] [--json FILE]
 
-A random model of the shape given; caches are filled with random keys and values, then steps of all caches take turns,
-so that other load on the machine falls on all of them alike. Prints the fastest of the steps, and how each grows from
-the first length on.
+A random model of the shape given; caches are filled with random keys and values, then steps of all
+caches take turns, so that other load on the machine falls on all of them alike. Prints the fastest
+of the steps, and how each grows from the first length on.
 """
 
 import argparse
@@ -47,7 +47,9 @@ def build(options: argparse.Namespace) -> Any:
         vocab_size=1024,
         max_position_embeddings=1 << 20,
     )
-    return model_from_config(config, attn_implementation=NAME).to(getattr(torch, options.dtype)).eval()
+    return (
+        model_from_config(config, attn_implementation=NAME).to(getattr(torch, options.dtype)).eval()
+    )
 
 
 def caches_of(options: argparse.Namespace, tokens: int) -> dict[str, Any]:
@@ -72,7 +74,10 @@ def caches_of(options: argparse.Namespace, tokens: int) -> dict[str, Any]:
         for _ in range(0, tokens, FILL):
             for layer in range(options.layers):
                 shape = (2, 1, options.kv_heads, min(FILL, tokens), dim)
-                cache.update(*torch.randn(shape, generator=generator).to(getattr(torch, options.dtype)), layer)
+                cache.update(
+                    *torch.randn(shape, generator=generator).to(getattr(torch, options.dtype)),
+                    layer,
+                )
     return found
 
 
@@ -96,13 +101,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     names = [name for name in CACHES if name in rows[0]]
     lines = [f"| cached tokens | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for row in rows:
-        cells = " | ".join(f"{row[name]:.2f} ms ({row[name] / rows[0][name]:.2f}×)" for name in names)
+        cells = " | ".join(
+            f"{row[name]:.2f} ms ({row[name] / rows[0][name]:.2f}×)" for name in names
+        )
         lines.append(f"| {row['tokens']} | {cells} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", default="1024,2048,4096,8192,16384")
     parser.add_argument("--key-bits", type=int, default=4)
     parser.add_argument("--value-bits", type=int, default=2)
@@ -112,7 +121,9 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", default="float32", help="that the model computes in, and so of DynamicCache")
+    parser.add_argument(
+        "--dtype", default="float32", help="that the model computes in, and so of DynamicCache"
+    )
     parser.add_argument(
         "--clock",
         choices=sorted(CLOCKS),
@@ -130,7 +141,9 @@ def main() -> None:
         print(rows[-1], flush=True)
     print(table(rows))
     if options.json:
-        options.json.write_text(json.dumps({"options": {**vars(options), "json": None}, "rows": rows}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"options": {**vars(options), "json": None}, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

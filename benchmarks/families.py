@@ -3,8 +3,8 @@
 usage: python benchmarks/families.py [FAMILY …]
 
 One tiny model of each family, of random weights in float32, goes through the whole product
-(tests/helpers/family_checks.py, which test_more_families.py has bounds for). With families named, their rows are
-printed and no page is written.
+(tests/helpers/family_checks.py, which test_more_families.py has bounds for). With families named,
+their rows are printed and no page is written.
 """
 
 import sys
@@ -87,17 +87,25 @@ def shown(name: str, value: float) -> str:
 
 def table(families: list[str]) -> str:
     """A row for each family."""
-    lines = [f"| family | {' | '.join(COLUMNS)} | of its own |", "|---|" + "---|" * (len(COLUMNS) + 1)]
-    bounds = [f"≤ {shown(name, BOUNDS[name])}" if name in BOUNDS else "" for name in COLUMNS.values()]
+    lines = [
+        f"| family | {' | '.join(COLUMNS)} | of its own |",
+        "|---|" + "---|" * (len(COLUMNS) + 1),
+    ]
+    bounds = [
+        f"≤ {shown(name, BOUNDS[name])}" if name in BOUNDS else "" for name in COLUMNS.values()
+    ]
     lines.append(f"| *bound* | {' | '.join(bounds)} | |")
     for family in families:
         with TemporaryDirectory() as folder:
             found = measure(family, Path(folder))
         cells = [
-            shown(name, found[name]) + (" **too much**" if found[name] > BOUNDS.get(name, 99) else "")
+            shown(name, found[name])
+            + (" **too much**" if found[name] > BOUNDS.get(name, 99) else "")
             for name in COLUMNS.values()
         ]
-        lines.append(f"| `{family}` | {' | '.join(cells)} | {traits(architecture_of(CONFIGS[family]()))} |")
+        lines.append(
+            f"| `{family}` | {' | '.join(cells)} | {traits(architecture_of(CONFIGS[family]()))} |"
+        )
         print(lines[-1], flush=True)
     return "\n".join(lines) + "\n"
 
@@ -108,8 +116,13 @@ def refusals() -> str:
     for family, reason in sorted(REFUSED.items()):
         reasons.setdefault(reason, []).append(f"`{family}`")
     lines = ["| refused | because |", "|---|---|"]
-    lines += [f"| {', '.join(names)} | {reason} |" for reason, names in sorted(reasons.items(), key=lambda x: x[1])]
-    lines += [f"| any with `{field}` in its config | {reason} |" for field, reason in FIELDS.items()]
+    lines += [
+        f"| {', '.join(names)} | {reason} |"
+        for reason, names in sorted(reasons.items(), key=lambda x: x[1])
+    ]
+    lines += [
+        f"| any with `{field}` in its config | {reason} |" for field, reason in FIELDS.items()
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -117,7 +130,9 @@ def main() -> None:
     quiet_transformers()
     named = sys.argv[1:]
     if unknown := set(named) - set(CONFIGS):
-        sys.exit(f"no tiny configuration of {', '.join(sorted(unknown))}; there are {', '.join(sorted(CONFIGS))}")
+        sys.exit(
+            f"no tiny configuration of {', '.join(sorted(unknown))}; there are {', '.join(sorted(CONFIGS))}"
+        )
     rows = table(named or [*FAMILIES, *MORE_FAMILIES])
     if not named:
         about = ABOUT.format(count=len({*FAMILIES, *MORE_FAMILIES}), refused=len(REFUSED))

@@ -1,15 +1,16 @@
-"""The time to the first token, from nothing: fresh processes, an empty folder of kernels; and what a step takes
-afterwards. Needs a GPU.
+"""The time to the first token, from nothing: fresh processes, an empty folder of kernels; and what
+a step takes afterwards. Needs a GPU.
 
 usage: python benchmarks/first_token.py ARTIFACT [SECOND] [--cores N] [--policy progressive] [--no-steady] [--json FILE]
        python benchmarks/first_token.py --random 28,12,2,128 [--bits 2.3] [--keep FOLDER]
 
 Every row of the first table is a process of its own. The first finds an empty TRITON_CACHE_DIR and
-TORCHINDUCTOR_CACHE_DIR, temporary folders that go at the end; "again" finds what it left. Where there is a SECOND
-artifact, of other bits and the same head_dim, the first process lives on until the catalogue's other kernels are
-compiled behind it, as a process does that answers more than once; SECOND finds those too, and is compared with itself
-once more. --random makes an artifact of a Llama with so many layers, heads, KV heads and channels a head and random
-weights, which is not timed; --keep keeps it for later runs.
+TORCHINDUCTOR_CACHE_DIR, temporary folders that go at the end; "again" finds what it left. Where
+there is a SECOND artifact, of other bits and the same head_dim, the first process lives on until
+the catalogue's other kernels are compiled behind it, as a process does that answers more than once;
+SECOND finds those too, and is compared with itself once more. --random makes an artifact of a Llama
+with so many layers, heads, KV heads and channels a head and random weights, which is not timed;
+--keep keeps it for later runs.
 """
 
 import argparse
@@ -22,7 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-# tokens; of the steps only the last are timed, in which no block table doubles: that captures the step again
+# tokens; of the steps only the last are timed, in which no block table doubles: that captures the
+# step again
 PROMPT, CONTEXT, STEPS, LAST = 700, 4000, 288, 160
 LEVEL = 6000  # tokens whose bytes on the floor are the progressive policy's budget at CONTEXT
 LIMITS = {
@@ -30,13 +32,21 @@ LIMITS = {
     "first token, empty cache, 4 cores": 75.0,
     "first token, random weights": 40.0,
 }
-LIMITS |= {"second artifact over its own load": 3.0, "progressive, empty cache": 45.0, "ms a step": 3.5}
-LIMITS |= {"ms a step over StaticCache": 1.2, "progressive over floor at the same bytes": 1.2, "kernels": 30}
+LIMITS |= {
+    "second artifact over its own load": 3.0,
+    "progressive, empty cache": 45.0,
+    "ms a step": 3.5,
+}
+LIMITS |= {
+    "ms a step over StaticCache": 1.2,
+    "progressive over floor at the same bytes": 1.2,
+    "kernels": 30,
+}
 
 
 def first(artifact: str, policy: str, stay: bool) -> dict[str, Any]:
-    """Seconds of importing, loading and the first token, in this process; with `stay` also until the catalogue's other
-    kernels are there."""
+    """Seconds of importing, loading and the first token, in this process; with `stay` also until
+    the catalogue's other kernels are there."""
     begun = time.perf_counter()
     import torch
     import transformers  # noqa: F401
@@ -48,9 +58,9 @@ def first(artifact: str, policy: str, stay: bool) -> dict[str, Any]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     loaded = time.perf_counter()
-    ids = torch.randint(model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(
-        model.device
-    )
+    ids = torch.randint(
+        model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0)
+    ).to(model.device)
     token = model.generate(ids, max_new_tokens=1, min_new_tokens=1, do_sample=False)[0, -1].item()
     done = time.perf_counter()
     parts = {"import": imported - begun, "load": loaded - imported, "token": done - loaded}
@@ -104,9 +114,9 @@ def decode(model: Any, tokens: int, **options: Any) -> tuple[float, Any]:
     """(milliseconds a step behind a prompt of so many tokens, the cache)."""
     import torch
 
-    ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to(
-        model.device
-    )
+    ids = torch.randint(
+        model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)
+    ).to(model.device)
     clock = Clock()
     out = model.generate(
         ids,
@@ -121,8 +131,8 @@ def decode(model: Any, tokens: int, **options: Any) -> tuple[float, Any]:
 
 
 def steady(artifact: str) -> dict[str, Any]:
-    """Milliseconds a step of plain `load_pretrained` and `generate`, of the progressive policy, and of transformers'
-    StaticCache."""
+    """Milliseconds a step of plain `load_pretrained` and `generate`, of the progressive policy, and
+    of transformers' StaticCache."""
     import torch
 
     from kvfold import runtime
@@ -138,7 +148,11 @@ def steady(artifact: str) -> dict[str, Any]:
     found["ms"], found["nbytes"] = measure(CONTEXT)
     found["progressive_ms"], found["progressive_nbytes"] = measure(CONTEXT, "progressive")
     found["level_ms"], found["level_nbytes"] = measure(LEVEL - STEPS)
-    stock = stock_from_pretrained(artifact, dtype="auto").to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    stock = (
+        stock_from_pretrained(artifact, dtype="auto")
+        .to("cuda" if torch.cuda.is_available() else "cpu")
+        .eval()
+    )
     decode(stock, CONTEXT, cache_implementation="static")  # compiles
     found["static_ms"], _ = decode(stock, CONTEXT, cache_implementation="static")
     return found
@@ -151,7 +165,11 @@ def kernels_in(folder: str) -> int:
 
 def child(what: str, artifact: str, policy: str, cache: str) -> dict[str, Any]:
     """One measurement in a process of its own."""
-    env = {**os.environ, "TRITON_CACHE_DIR": f"{cache}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
+    env = {
+        **os.environ,
+        "TRITON_CACHE_DIR": f"{cache}/triton",
+        "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
+    }
     begun, before = time.perf_counter(), kernels_in(cache)
     env["KVFOLD_COMPILE_AHEAD"] = "1" if what == "stay" else "0"
     done = subprocess.run(
@@ -191,9 +209,13 @@ def random_artifact(shape: str, bits: float, folder: Path) -> Path:
     model.to(torch.bfloat16).save_pretrained(folder / "model")
     letters = Tokenizer(models.WordLevel({chr(i): i for i in range(128)}, unk_token="?"))
     letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="?").save_pretrained(folder / "model")
+    PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="?").save_pretrained(
+        folder / "model"
+    )
     del model
-    return compress(str(folder / "model"), str(bits), out, recipe=load_recipe("best", None), device=device).path
+    return compress(
+        str(folder / "model"), str(bits), out, recipe=load_recipe("best", None), device=device
+    ).path
 
 
 def table(rows: dict[str, dict[str, Any]], figures: dict[str, float]) -> str:
@@ -212,7 +234,9 @@ def table(rows: dict[str, dict[str, Any]], figures: dict[str, float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("artifact", nargs="?")
     parser.add_argument("second", nargs="?")
     parser.add_argument("--cores", type=int)
@@ -236,14 +260,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         artifact = options.artifact
         if options.random:
-            artifact = str(random_artifact(options.random, options.bits, options.keep or Path(scratch)))
+            artifact = str(
+                random_artifact(options.random, options.bits, options.keep or Path(scratch))
+            )
         if artifact is None:
             parser.error("give an artifact's folder, or --random")
         cache, rows, figures = f"{scratch}/cache", {}, {}
         name = "first token, random weights" if options.random else "first token, empty cache"
         name += f", {options.cores} cores" if options.cores else ""
         name = "progressive, empty cache" if options.policy == "progressive" else name
-        rows["empty cache"] = child("stay" if options.second else "first", artifact, options.policy, cache)
+        rows["empty cache"] = child(
+            "stay" if options.second else "first", artifact, options.policy, cache
+        )
         rows["again"] = child("first", artifact, options.policy, cache)
         figures[name], figures["kernels"] = rows["empty cache"]["total"], rows["empty cache"]["own"]
         if options.second:
@@ -251,13 +279,20 @@ def main() -> None:
             rows["second artifact, again"] = child("first", options.second, options.policy, cache)
             more = rows["second artifact"]["total"] - rows["second artifact, again"]["total"]
             figures["second artifact over its own load"] = more
-            figures["s from the first token until the catalogue is there"] = rows["empty cache"]["ahead"]
+            figures["s from the first token until the catalogue is there"] = rows["empty cache"][
+                "ahead"
+            ]
         found: dict[str, Any] = {}
         if not options.no_steady:
             found = child("steady", artifact, options.policy, cache)
-            figures["ms a step"], figures["ms a step of StaticCache"] = found["ms"], found["static_ms"]
+            figures["ms a step"], figures["ms a step of StaticCache"] = (
+                found["ms"],
+                found["static_ms"],
+            )
             figures["ms a step over StaticCache"] = found["ms"] / found["static_ms"]
-            figures["progressive over floor at the same bytes"] = found["progressive_ms"] / found["level_ms"]
+            figures["progressive over floor at the same bytes"] = (
+                found["progressive_ms"] / found["level_ms"]
+            )
         print(table(rows, figures))
         if options.json:
             everything = {

@@ -1,9 +1,11 @@
-"""How well losses to second order (compress/search/fisher.py) foretell those that a forward pass measures.
+"""How well losses to second order (compress/search/fisher.py) foretell those that a forward pass
+measures.
 
 usage: python benchmarks/fisher.py MODEL [--budget 2.5] [--layers 0,3,12] [--directions 8] [--work DIR]
 
-For the candidates that a search of the default recipe measures, of the layers named: both losses in nats, their ratio,
-and the seconds that each way took. --work keeps the calibration and all losses for another call.
+For the candidates that a search of the default recipe measures, of the layers named: both losses in
+nats, their ratio, and the seconds that each way took. --work keeps the calibration and all losses
+for another call.
 """
 
 import argparse
@@ -30,10 +32,17 @@ def compare(model: str, budget: str, layers: list[int], directions: int, work: P
     plan = make_plan(model, budget, None, Recipe.model_validate(recipe), None)
     start = time.perf_counter()
     x = measure(plan, work, pick_device("auto"))
-    print(f"all candidates to second order, calibration included: {time.perf_counter() - start:.0f} s")
+    print(
+        f"all candidates to second order, calibration included: {time.perf_counter() - start:.0f} s"
+    )
     bits, count = target_bits(plan), plan.recipe.sensitivity.probes
     sides = (("key", x.keys, x.key_losses), ("value", x.values, x.value_losses))
-    jobs = [(side, i, c) for i in layers for side, groups, _ in sides for c in probed(groups[i], bits, count)]
+    jobs = [
+        (side, i, c)
+        for i in layers
+        for side, groups, _ in sides
+        for c in probed(groups[i], bits, count)
+    ]
     start = time.perf_counter()
     found = measured(x.probe, jobs, x.keys, x.values, x.near, work)
     print(f"{len(jobs)} candidates by a forward pass each: {time.perf_counter() - start:.0f} s\n")
@@ -44,14 +53,20 @@ def compare(model: str, budget: str, layers: list[int], directions: int, work: P
             _, layer, c = job
             ratios.append(math.log(losses[layer][c] / found[job]))
             name = f"{layer}, {side}, {groups[layer][c].spec.format}"
-            print(f"| {name} | {found[job]:.2e} | {losses[layer][c]:.2e} | {math.exp(ratios[-1]):.2f} |")
+            print(
+                f"| {name} | {found[job]:.2e} | {losses[layer][c]:.2e} | {math.exp(ratios[-1]):.2f} |"
+            )
     mean = sum(ratios) / len(ratios)
     spread = math.sqrt(sum((r - mean) ** 2 for r in ratios) / len(ratios))
-    print(f"\ngeometric mean of the ratios {math.exp(mean):.2f}, spread of their logarithms {spread:.2f}")
+    print(
+        f"\ngeometric mean of the ratios {math.exp(mean):.2f}, spread of their logarithms {spread:.2f}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--budget", default="2.5")
     parser.add_argument("--layers", default="0,3,12")

@@ -1,5 +1,5 @@
-"""Does a step fitted to each class and head beat the Gaussian optimum? Fits on half of the calibration sample, judges
-on the other.
+"""Does a step fitted to each class and head beat the Gaussian optimum? Fits on half of the
+calibration sample, judges on the other.
 
 usage: python benchmarks/fitted_step.py [MODEL]
 """
@@ -31,11 +31,15 @@ def logit_error(stats: LayerStats, matrix: Tensor, fmt: Format, tokens: slice) -
     z = to_float16(KeySpec(fmt, (), matrix.float()).transform(stats.rest_sample)).float()[:, tokens]
     inverse = torch.linalg.inv(matrix)
     delta = (round_trip(z, fmt) - z).double()
-    return torch.einsum("hti,hij,htj->h", delta, inverse.mT @ stats.query_moment @ inverse, delta) / z.shape[1]
+    return (
+        torch.einsum("hti,hij,htj->h", delta, inverse.mT @ stats.query_moment @ inverse, delta)
+        / z.shape[1]
+    )
 
 
 def fit(stats: LayerStats, matrix: Tensor, fmt: Format, tokens: slice) -> Tensor:
-    """`matrix` with each class's rows scaled by the best product of FACTORS that two sweeps find."""
+    """`matrix` with each class's rows scaled by the best product of FACTORS that two sweeps
+    find."""
     best = logit_error(stats, matrix, fmt, tokens)
     for _ in range(2):
         start = 0
@@ -52,7 +56,9 @@ def fit(stats: LayerStats, matrix: Tensor, fmt: Format, tokens: slice) -> Tensor
 
 def main() -> None:
     quiet_transformers()
-    plan = make_plan(sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m", "2.5", None, Recipe(), None)
+    plan = make_plan(
+        sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m", "2.5", None, Recipe(), None
+    )
     with torch.no_grad(), tempfile.TemporaryDirectory() as work:
         model = load_model(plan.source.path, torch.float32, torch.device("cpu"), NAME)
         stats = calibrate(model, plan.arch, plan.sequences, plan.steps, 1024, Path(work))
@@ -64,7 +70,9 @@ def main() -> None:
                 assert matrix is not None
                 fitted = fit(stats[layer], matrix, fmt, slice(0, None, 2))
                 unseen = slice(1, None, 2)
-                before, after = (logit_error(stats[layer], m, fmt, unseen).sum() for m in (matrix, fitted))
+                before, after = (
+                    logit_error(stats[layer], m, fmt, unseen).sum() for m in (matrix, fitted)
+                )
                 ratios.append(float(after / before))
                 print(f"{layer}, {bits}, {ratios[-1]:.3f}", flush=True)
         print(f"mean {sum(ratios) / len(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")

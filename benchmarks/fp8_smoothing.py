@@ -1,8 +1,10 @@
-"""What transforms folded into the weights buy other engines' caches: KL with FP8 and NVFP4 keys and values, emulated.
+"""What transforms folded into the weights buy other engines' caches: KL with FP8 and NVFP4 keys and
+values, emulated.
 
-Every token is stored, sinks and latest included, as vLLM and TensorRT-LLM do; scales are static, one a layer and side
-("tensor") or one a KV head ("head"), calibrated on the built-in text after the transform is folded in. The reference is
-the original weights with an unquantised cache; all is computed in float32. Prints one Markdown table.
+Every token is stored, sinks and latest included, as vLLM and TensorRT-LLM do; scales are static,
+one a layer and side ("tensor") or one a KV head ("head"), calibrated on the built-in text after the
+transform is folded in. The reference is the original weights with an unquantised cache; all is
+computed in float32. Prints one Markdown table.
 
 usage: python benchmarks/fp8_smoothing.py [MODEL] [--text FILE|DATASET] [--windows 3] [--seq-len 1024] [--json FILE]
 """
@@ -63,7 +65,9 @@ def folded(model, arch, stats, basis, exponent):
             fused |= fuse_values(attention, basis(found, torch.Generator().manual_seed(i)))
         if exponent is not None:
             fused |= fuse_pair_scale(attention, pair_scale(found, exponent, arch.qk_norm), arch)
-        saved.append((attention, {name: attention.get_parameter(name).detach().clone() for name in fused}))
+        saved.append(
+            (attention, {name: attention.get_parameter(name).detach().clone() for name in fused})
+        )
         set_parameters(attention, fused, torch.float32)
     try:
         yield
@@ -73,13 +77,17 @@ def folded(model, arch, stats, basis, exponent):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--text", default=WIKITEXT)
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--calib-sequences", type=int, default=4)
-    parser.add_argument("--caches", help="only these columns, by name and separated by ';'; default: all")
+    parser.add_argument(
+        "--caches", help="only these columns, by name and separated by ';'; default: all"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     quiet_transformers()
@@ -89,7 +97,9 @@ def main() -> None:
     tokenizer = tokenizer_from_pretrained(source.path)
     model = load_model(source.path, torch.float32, torch.device("cpu"), TAP)
     name, documents = read_documents(options.text)
-    windows = windows_of(tokenizer, "\n\n".join(documents), options.seq_len, 0, options.windows, name)
+    windows = windows_of(
+        tokenizer, "\n\n".join(documents), options.seq_len, 0, options.windows, name
+    )
     sequences = sample_sequences(
         tokenizer, read_documents(None)[1], options.calib_sequences, options.seq_len, 0, "built-in"
     )
@@ -100,36 +110,55 @@ def main() -> None:
         probes = [Probe(model, arch, [Passage(ids, 4)]) for ids in windows]
 
         def measure(key, value, key_scales, value_scales) -> list[float]:
-            taps = [rounding_tap(key, value, *scales) for scales in zip(key_scales, value_scales, strict=True)]
+            taps = [
+                rounding_tap(key, value, *scales)
+                for scales in zip(key_scales, value_scales, strict=True)
+            ]
             return [probe.whole_model(taps) for probe in probes]
 
         for weights, basis, exponent in WEIGHTS:
             # a transform of one side is judged on caches that store that side
-            todo = [c for c in CACHES if c[0] in chosen and not (exponent and not c[1]) and not (basis and not c[2])]
+            todo = [
+                c
+                for c in CACHES
+                if c[0] in chosen and not (exponent and not c[1]) and not (basis and not c[2])
+            ]
             if not todo:
                 continue
             with folded(model, arch, stats, basis, exponent):
                 ranges = measure_ranges(model, arch, sequences)
                 rounding = max(probe.whole_model() for probe in probes)
                 for cache, key, value, per_head in todo:
-                    rows.append([weights, cache, measure(key, value, *ranges.scales(per_head)), rounding])
+                    rows.append(
+                        [weights, cache, measure(key, value, *ranges.scales(per_head)), rounding]
+                    )
                     print(*rows[-1], file=sys.stderr, flush=True)
                 if weights == "original" and any(c[1] for c in todo):
                     bare = ranges.key.amax(1, keepdim=True) / FP8_MAX
-                    rows.append([weights, "K FP8, no headroom", measure("FP8", None, bare, bare), rounding])
+                    rows.append(
+                        [weights, "K FP8, no headroom", measure("FP8", None, bare, bare), rounding]
+                    )
                     print(*rows[-1], file=sys.stderr, flush=True)
-    print(f"{platform.machine()}, torch {torch.__version__}; {name}, {options.windows} windows of {options.seq_len}")
+    print(
+        f"{platform.machine()}, torch {torch.__version__}; {name}, {options.windows} windows of {options.seq_len}"
+    )
     print("| weights | cache | KL, nats | against original, by window |")
     print("|---|---|---|---|")
     base = {cache: kls for weights, cache, kls, _ in rows if weights == "original"}
     for weights, cache, kls, _ in rows:
         kl = torch.tensor(kls)
         error = f" ± {kl.std() / len(kls) ** 0.5:.1e}" if len(kls) > 1 else ""
-        ratio = "" if weights == "original" else " ".join(f"{a / b:.2f}" for a, b in zip(kls, base[cache], strict=True))
+        ratio = (
+            ""
+            if weights == "original"
+            else " ".join(f"{a / b:.2f}" for a, b in zip(kls, base[cache], strict=True))
+        )
         print(f"| {weights} | {cache} | {kl.mean():.2e}{error} | {ratio} |")
     if options.json:
         keys = ("weights", "cache", "kl_by_window", "kl_of_folding_alone")
-        options.json.write_text(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=1) + "\n")
+        options.json.write_text(
+            json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Instructions that attention takes for each packed token, read off the kernel compiled for sm_90. Needs no GPU.
+"""Instructions that attention takes for each packed token, read off the kernel compiled for sm_90.
+Needs no GPU.
 
 usage: python benchmarks/instructions.py [--prompt] [--mean] [k2v2|mixed|catalogue|k2v1.6|k4v4 …]
 
-A loop is a run of code that a branch jumps back over and that holds no other; the first that multiplies matrices is the
-one over packed tokens, of which a pass covers 128 of one KV head. Spills are its loads and stores of local memory.
+A loop is a run of code that a branch jumps back over and that holds no other; the first that
+multiplies matrices is the one over packed tokens, of which a pass covers 128 of one KV head. Spills
+are its loads and stores of local memory.
 """
 
 import argparse
@@ -53,9 +55,13 @@ def packed_loop(sass: str) -> list[str]:
         if jump and int(jump[1], 16) < address:
             loops.append((int(jump[1], 16), address))
     for first, last in sorted(loops):
-        if any(first <= low and high <= last for low, high in loops if (low, high) != (first, last)):
+        if any(
+            first <= low and high <= last for low, high in loops if (low, high) != (first, last)
+        ):
             continue
-        operations = [re.sub(r"^@!?U?P\d+\s+", "", text) for place, text in code if first <= place <= last]
+        operations = [
+            re.sub(r"^@!?U?P\d+\s+", "", text) for place, text in code if first <= place <= last
+        ]
         names = [operation.split()[0].split(".")[0] for operation in operations]
         if "HMMA" in names:
             return names
@@ -63,9 +69,13 @@ def packed_loop(sass: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pairs", nargs="*", help=", ".join(PAIRS))
-    parser.add_argument("--prompt", action="store_true", help="the kernel of prompts, with 16 columns, not of steps")
+    parser.add_argument(
+        "--prompt", action="store_true", help="the kernel of prompts, with 16 columns, not of steps"
+    )
     parser.add_argument("--mean", action="store_true", help="keys that lack a rotating mean")
     options = parser.parse_args()
     mean = 2 * padded_fast(DIM) if options.mean else 0
@@ -83,7 +93,10 @@ def main() -> None:
         frequent = ", ".join(f"{op} {n}" for op, n in collections.Counter(loop).most_common(5))
         per_token = len(loop) / triton_attention.TILE_TOKENS
         spills = loop.count("LDL") + loop.count("STL")
-        print(f"| {name} | {len(loop)} | {per_token:.1f} | {spills} | {found[1]} | {frequent} |", flush=True)
+        print(
+            f"| {name} | {len(loop)} | {per_token:.1f} | {spills} | {found[1]} | {frequent} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

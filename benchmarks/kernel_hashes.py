@@ -16,7 +16,9 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="kernel-hashes-")  # nobody else may find what is compiled here
+os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(
+    prefix="kernel-hashes-"
+)  # nobody else may find what is compiled here
 os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
 os.environ["TRITON_INTERPRET"] = "0"
 
@@ -61,7 +63,9 @@ CASES = {
     "64 2 bits, clip, pages of 8": Case(uniform(64, 4), uniform(64, 4), clip=True, page_tokens=8),
     "64 mixed, ternary, mean": Case(*_named(64, "0.75b/1.6"), matrix=True, offset=True, turns=True),
     "64 mixed, sink logits": Case(*_named(64, "2a/2a"), matrix=True, offset=True, sink_logits=True),
-    "64 mixed, progressive": Case(*_named(64, "1.5a/2"), matrix=True, offset=True, turns=True, progressive=True),
+    "64 mixed, progressive": Case(
+        *_named(64, "1.5a/2"), matrix=True, offset=True, turns=True, progressive=True
+    ),
     "64 ternary, 3 bits": Case(uniform(64, 3), uniform(64, 8, "fp16")),
     "64 groups": Case(uniform(64, 4, "e4m3", 32), uniform(64, 8, "e4m3", 16)),
     "64 16 and 8 bits": Case(raw16(64), uniform(64, 256, "fp16")),
@@ -91,7 +95,12 @@ def launches(case: Case) -> list[Any]:
     clip = torch.ones(KV_HEADS) if case.clip else None
     frequencies = (1.0,) if case.turns else None
     key = KeySpec(case.key, matrix=matrix, offset=offset, clip=clip, frequencies=frequencies)
-    kind = Kind(LayerSpec(key, ValueSpec(case.value, clip=clip)), case.sliding, case.softcap, case.sink_logits)
+    kind = Kind(
+        LayerSpec(key, ValueSpec(case.value, clip=clip)),
+        case.sliding,
+        case.softcap,
+        case.sink_logits,
+    )
     geometry = Geometry(KV_HEADS, dim, SINKS, WINDOW, case.page_tokens)
     return launches_of([kind], geometry, HEADS, torch.bfloat16, case.progressive)
 
@@ -118,16 +127,24 @@ def hashes(names: list[str], arch: str) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="names, or beginnings of names; default: all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help="names, or beginnings of names; default: all"
+    )
     parser.add_argument("--arch", default="sm_90", choices=CAPABILITIES)
-    parser.add_argument("--list", action="store_true", help="print the cases and how many kernels each launches")
+    parser.add_argument(
+        "--list", action="store_true", help="print the cases and how many kernels each launches"
+    )
     options = parser.parse_args()
     names = [name for name in CASES if not options.cases or name.startswith(tuple(options.cases))]
     CUDABackend.make_cubin = lambda *args: b""  # PTX is enough: ptxas would take half the time
     if options.list:
         for name in names:
-            print(f"{name}: {len(jobs_of(launches(CASES[name]), GPUTarget('cuda', CAPABILITIES[options.arch], 32)))}")
+            print(
+                f"{name}: {len(jobs_of(launches(CASES[name]), GPUTarget('cuda', CAPABILITIES[options.arch], 32)))}"
+            )
         return
     for line in hashes(names, options.arch):
         print(line, flush=True)

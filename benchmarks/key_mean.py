@@ -1,12 +1,13 @@
-"""What taking the rotating mean off keys saves, and what its cheaper forms would: distortion at equal bits, against a
-constant mean.
+"""What taking the rotating mean off keys saves, and what its cheaper forms would: distortion at
+equal bits, against a constant mean.
 
 python benchmarks/key_mean.py MODEL [--bits 2.0] [--steps 1,2,4]
 
-For each layer the keys of some calibration text, at interpolated positions, lose a mean: none turned (the mean after
-RoPE, as format version 1 had it); R(t)·b exactly; held for runs of 4, 32 or 128 tokens; and as kernels/key_mean.py
-defines it. What is left goes through the search's own water-filling in the queries' metric. A number is the best
-distortion at that many bits divided by that with the constant mean; the last row is the geometric mean over layers.
+For each layer the keys of some calibration text, at interpolated positions, lose a mean: none
+turned (the mean after RoPE, as format version 1 had it); R(t)·b exactly; held for runs of 4, 32 or
+128 tokens; and as kernels/key_mean.py defines it. What is left goes through the search's own
+water-filling in the queries' metric. A number is the best distortion at that many bits divided by
+that with the constant mean; the last row is the geometric mean over layers.
 """
 
 import argparse
@@ -34,8 +35,8 @@ RUNS = (1, 4, 32, 128)  # tokens that a mean is held for
 
 
 def least_distortion(moment: Tensor, metric: Tensor, bits: float) -> float:
-    """Of the best cut into classes with `bits` code bits in the mean: float64 [Hkv, D, D] moments of keys and
-    queries."""
+    """Of the best cut into classes with `bits` code bits in the mean: float64 [Hkv, D, D] moments
+    of keys and queries."""
     variances = eigenbasis(moment, metric)[1]
     sizes = compositions(variances.shape[-1])
     width = np.array([sum(PLANE_WIDTHS[n]) for n in CLASS_LEVELS])
@@ -50,10 +51,14 @@ def least_distortion(moment: Tensor, metric: Tensor, bits: float) -> float:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--bits", type=float, default=2.0)
-    parser.add_argument("--steps", default="1,2,4", help="between the positions of each sequence's tokens")
+    parser.add_argument(
+        "--steps", default="1,2,4", help="between the positions of each sequence's tokens"
+    )
     parser.add_argument("--tokens", type=int, default=1024)
     options = parser.parse_args()
     steps = [int(step) for step in options.steps.split(",")]
@@ -88,8 +93,13 @@ def main() -> None:
         number = torch.arange(options.tokens)
         near = turns(model, arch, index, number[None])
         assert near is not None
-        center = torch.cat([rotate_on(k, near, torch.ones_like(near))[0, :, SKIP:] for _, k in seen], 1).mean(1)
-        metric, moments = torch.zeros(heads, dim, dim, dtype=torch.float64), [0.0] * (len(names) + 1)
+        center = torch.cat(
+            [rotate_on(k, near, torch.ones_like(near))[0, :, SKIP:] for _, k in seen], 1
+        ).mean(1)
+        metric, moments = (
+            torch.zeros(heads, dim, dim, dtype=torch.float64),
+            [0.0] * (len(names) + 1),
+        )
         total = torch.zeros(heads, dim, dtype=torch.float64)
         for (query, key), step in zip(seen, steps, strict=True):
             far = turns(model, arch, index, number[None] * step)
@@ -99,8 +109,12 @@ def main() -> None:
             total += k.sum(1)
             exact = torch.polar(torch.ones(()), number[:, None] * step * tables.omega.float())
             means = [torch.zeros_like(k)]
-            for run in RUNS:  # the token's number says where in a run it stands, so that all places occur
-                back = torch.polar(torch.ones(()), -(number % run - (run - 1) / 2)[:, None] * tables.omega.float())
+            for (
+                run
+            ) in RUNS:  # the token's number says where in a run it stands, so that all places occur
+                back = torch.polar(
+                    torch.ones(()), -(number % run - (run - 1) / 2)[:, None] * tables.omega.float()
+                )
                 means.append(tables._turned(center, exact * back)[:, SKIP:].double())
             means.append(tables.mean_at(center, number * step, number % STEP)[:, SKIP:].double())
             for i, mean in enumerate(means):
@@ -112,7 +126,9 @@ def main() -> None:
         moments[0] = moments[0] - constant[:, :, None] * constant[:, None]
         found = [least_distortion(moment, metric / count, options.bits) for moment in moments]
         logs.append([math.log(x / found[0]) for x in found[1:]])
-        print(f"| {index} | " + " | ".join(f"{math.exp(x):.3f}" for x in logs[-1]) + " |", flush=True)
+        print(
+            f"| {index} | " + " | ".join(f"{math.exp(x):.3f}" for x in logs[-1]) + " |", flush=True
+        )
     means = [math.exp(sum(column) / len(logs)) for column in zip(*logs, strict=True)]
     print("| all | " + " | ".join(f"**{x:.3f}**" for x in means) + " |")
 

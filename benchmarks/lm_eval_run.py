@@ -1,10 +1,11 @@
-"""EleutherAI's lm-evaluation-harness on an artifact, through its HFLM wrapper: the packed cache, and the same weights
-in stock transformers.
+"""EleutherAI's lm-evaluation-harness on an artifact, through its HFLM wrapper: the packed cache,
+and the same weights in stock transformers.
 
 usage: python benchmarks/lm_eval_run.py DIR --tasks arc_easy,gsm8k [--limit N] [--include-path FOLDER] [--cache both]
                                         [--json FILE]
 
-Needs the extra `lm-eval` (`pip install 'kvfold[lm-eval]'`); its tasks fetch their data with `datasets`.
+Needs the extra `lm-eval` (`pip install 'kvfold[lm-eval]'`); its tasks fetch their data with
+`datasets`.
 """
 
 import argparse
@@ -63,12 +64,16 @@ def print_table(results: dict[str, dict[str, dict[str, float]]]) -> None:
     for task, metrics in first.items():
         for metric in (m for m in metrics if "_stderr" not in m):
             name = metric.replace(",", "_stderr,")
-            cells = [f"{r[task][metric]:.4f}{with_error(r[task].get(name))}" for r in results.values()]
+            cells = [
+                f"{r[task][metric]:.4f}{with_error(r[task].get(name))}" for r in results.values()
+            ]
             print(f"| {task} | {metric} | {' | '.join(cells)} |")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("artifact")
     parser.add_argument("--tasks", required=True)
     parser.add_argument("--cache", choices=("both", "16bit", "packed"), default="both")
@@ -87,7 +92,9 @@ def main() -> None:
     results = {}
     for cache in ("16bit", "packed") if options.cache == "both" else (options.cache,):
         model = wrapper(
-            pretrained=load(path, cache, options.device), tokenizer=tokenizer, batch_size=options.batch_size
+            pretrained=load(path, cache, options.device),
+            tokenizer=tokenizer,
+            batch_size=options.batch_size,
         )
         found = simple_evaluate(
             model=model,
@@ -100,7 +107,9 @@ def main() -> None:
         results[cache] = figures(found)
     print_table(results)
     if options.json:
-        options.json.write_text(json.dumps({"artifact": path.name, **results}, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(
+            json.dumps({"artifact": path.name, **results}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

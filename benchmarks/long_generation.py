@@ -1,11 +1,13 @@
-"""One long generation under a budget: finishes, or says where not; bytes, pages by rung and time as it goes.
+"""One long generation under a budget: finishes, or says where not; bytes, pages by rung and time as
+it goes.
 
     python benchmarks/long_generation.py DIR [--tokens 16384] [--share 0.2] [--policy progressive] [--prompt TEXT]
-                                             [--seed 0] [--dtype bfloat16] [--device auto] [--attention auto]
-                                             [--json FILE]
+                                             [--seed 0] [--dtype bfloat16] [--device auto]
+                                             [--attention auto] [--json FILE]
 
-`model.generate` continues the prompt to `tokens` tokens in all, sampled with a seed, no token ending it. The budget is
-a share of what 16 bits take for them. After every token the cache's resident bytes are compared with it.
+`model.generate` continues the prompt to `tokens` tokens in all, sampled with a seed, no token
+ending it. The budget is a share of what 16 bits take for them. After every token the cache's
+resident bytes are compared with it.
 """
 
 import argparse
@@ -58,7 +60,9 @@ class Meter(BaseStreamer):
     def mark(self) -> None:
         """Adds a line and prints it."""
         now, last = time.monotonic(), self.lines[-1]["tokens"] if self.lines else 0
-        rungs = [list(layer.table.pool.counts) for layer in self.cache.layers if layer.is_initialized]  # floor first
+        rungs = [
+            list(layer.table.pool.counts) for layer in self.cache.layers if layer.is_initialized
+        ]  # floor first
         line = {
             "tokens": self.tokens,
             "nbytes": self.cache.nbytes,
@@ -69,12 +73,17 @@ class Meter(BaseStreamer):
         self.lines.append(line)
         self.since = now
         held = " | ".join(map(str, line["pages"]))
-        print(f"| {line['tokens']} | {line['nbytes']} | {line['ms_per_token']:.1f} | {held} |", flush=True)
+        print(
+            f"| {line['tokens']} | {line['nbytes']} | {line['ms_per_token']:.1f} | {held} |",
+            flush=True,
+        )
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--share", type=float, default=0.2)
@@ -101,7 +110,9 @@ def main() -> None:
     set_seed(args.seed)
     print(f"budget {budget} bytes: {args.share:g} of 16 bits at {args.tokens} tokens\n")
     names = RUNGS if args.policy == "progressive" else RUNGS[:1]
-    print(f"| tokens | bytes | ms a token since | {' | '.join(names)} |\n{'|---' * (3 + len(names))}|")
+    print(
+        f"| tokens | bytes | ms a token since | {' | '.join(names)} |\n{'|---' * (3 + len(names))}|"
+    )
     begun = time.monotonic()
     out = model.generate(
         **inputs, past_key_values=cache, streamer=meter, max_new_tokens=new, min_new_tokens=new, do_sample=True,
@@ -117,10 +128,21 @@ def main() -> None:
     print(f"end: …{text[-200:]!r}")
     if args.json:
         facts = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        row = {**facts, "budget": budget, "most_nbytes": meter.most, "seconds": seconds, "lines": meter.lines}
-        args.json.write_text(json.dumps({**row, "distinct_pairs": distinct, "text": text}, indent=1), encoding="utf-8")
+        row = {
+            **facts,
+            "budget": budget,
+            "most_nbytes": meter.most,
+            "seconds": seconds,
+            "lines": meter.lines,
+        }
+        args.json.write_text(
+            json.dumps({**row, "distinct_pairs": distinct, "text": text}, indent=1),
+            encoding="utf-8",
+        )
     if meter.most > budget or out.shape[1] != args.tokens:
-        raise SystemExit(f"{meter.most} bytes of {budget}, {out.shape[1]} tokens of {args.tokens}: not as promised")
+        raise SystemExit(
+            f"{meter.most} bytes of {budget}, {out.shape[1]} tokens of {args.tokens}: not as promised"
+        )
 
 
 if __name__ == "__main__":

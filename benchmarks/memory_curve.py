@@ -1,11 +1,13 @@
-"""Peak memory and time of `kvfold compress` on Llama-shaped checkpoints of random bfloat16 weights in shards.
+"""Peak memory and time of `kvfold compress` on Llama-shaped checkpoints of random bfloat16 weights
+in shards.
 
 usage: python benchmarks/memory_curve.py [1b 3b 7b 8b …] [--max-memory 8GiB] [--recipe FILE] [--keep DIR] [--limit N]
 
-For each shape a process of its own compresses the checkpoint; the table has the most that it held of its own (what the
-system can't take back: RssAnon of /proc/PID/status, every 50 ms), the most with the pages of files that it had read
-(VmHWM), and its time. --max-memory is handed on; 1 MiB has any model read layer by layer. --limit is a limit on its
-memory (a cgroup's, version 1; root), so that what does not fit fails. --keep leaves the checkpoints for another call.
+For each shape a process of its own compresses the checkpoint; the table has the most that it held
+of its own (what the system can't take back: RssAnon of /proc/PID/status, every 50 ms), the most
+with the pages of files that it had read (VmHWM), and its time. --max-memory is handed on; 1 MiB has
+any model read layer by layer. --limit is a limit on its memory (a cgroup's, version 1; root), so
+that what does not fit fails. --keep leaves the checkpoints for another call.
 """
 
 import argparse
@@ -40,14 +42,32 @@ def tensors_of(config: LlamaConfig) -> list[tuple[str, tuple[int, ...]]]:
     """Names and shapes of a Llama's weights."""
     hidden, mlp = config.hidden_size, config.intermediate_size
     kv = config.num_key_value_heads * hidden // config.num_attention_heads
-    found: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (config.vocab_size, hidden))]
+    found: list[tuple[str, tuple[int, ...]]] = [
+        ("model.embed_tokens.weight", (config.vocab_size, hidden))
+    ]
     for i in range(config.num_hidden_layers):
-        attention = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden)}
-        found += [(f"model.layers.{i}.self_attn.{x}_proj.weight", shape) for x, shape in attention.items()]
+        attention = {
+            "q": (hidden, hidden),
+            "k": (kv, hidden),
+            "v": (kv, hidden),
+            "o": (hidden, hidden),
+        }
+        found += [
+            (f"model.layers.{i}.self_attn.{x}_proj.weight", shape) for x, shape in attention.items()
+        ]
         projections = {"gate": (mlp, hidden), "up": (mlp, hidden), "down": (hidden, mlp)}
-        found += [(f"model.layers.{i}.mlp.{x}_proj.weight", shape) for x, shape in projections.items()]
-        found += [(f"model.layers.{i}.{x}_layernorm.weight", (hidden,)) for x in ("input", "post_attention")]
-    return [*found, ("model.norm.weight", (hidden,)), ("lm_head.weight", (config.vocab_size, hidden))]
+        found += [
+            (f"model.layers.{i}.mlp.{x}_proj.weight", shape) for x, shape in projections.items()
+        ]
+        found += [
+            (f"model.layers.{i}.{x}_layernorm.weight", (hidden,))
+            for x in ("input", "post_attention")
+        ]
+    return [
+        *found,
+        ("model.norm.weight", (hidden,)),
+        ("lm_head.weight", (config.vocab_size, hidden)),
+    ]
 
 
 def make_checkpoint(shape: str, folder: Path) -> None:
@@ -77,7 +97,11 @@ def make_checkpoint(shape: str, folder: Path) -> None:
         if len(size) == 1:
             weight.fill_(1)
         else:  # what a layer puts out is of the size of what it gets
-            weight.normal_(0, (2 if "q_proj" in name or "k_proj" in name else 1) * size[1] ** -0.5, generator=rng)
+            weight.normal_(
+                0,
+                (2 if "q_proj" in name or "k_proj" in name else 1) * size[1] ** -0.5,
+                generator=rng,
+            )
         shard[name] = weight
         if sum(x.nbytes for x in shard.values()) > SHARD_NBYTES:
             write()
@@ -96,7 +120,16 @@ def held(pid: int) -> int:
 
 def run(model: Path, options: list[str], limit: int | None) -> tuple[int, int, float, int]:
     """(bytes held at the most, those with files' pages, seconds, exit code) of one compression."""
-    words = [sys.executable, "-m", "kvfold", "compress", str(model), "--out", f"{model}-out", *options]
+    words = [
+        sys.executable,
+        "-m",
+        "kvfold",
+        "compress",
+        str(model),
+        "--out",
+        f"{model}-out",
+        *options,
+    ]
     prefix: list[str] = []
     if limit is not None:
         group = Path("/sys/fs/cgroup/memory/kvfold_curve")
@@ -110,7 +143,9 @@ def run(model: Path, options: list[str], limit: int | None) -> tuple[int, int, f
             most = max(most, held(child.pid))
             try:
                 status = Path(f"/proc/{child.pid}/status").read_text().splitlines()
-                whole = max([whole, *(int(x.split()[1]) << 10 for x in status if x.startswith("VmHWM:"))])
+                whole = max(
+                    [whole, *(int(x.split()[1]) << 10 for x in status if x.startswith("VmHWM:"))]
+                )
             except OSError:
                 pass
             time.sleep(0.05)
@@ -119,8 +154,12 @@ def run(model: Path, options: list[str], limit: int | None) -> tuple[int, int, f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shapes", nargs="*", default=["1b", "3b", "7b"], choices=[*SHAPES, []], metavar="SHAPE")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "shapes", nargs="*", default=["1b", "3b", "7b"], choices=[*SHAPES, []], metavar="SHAPE"
+    )
     parser.add_argument("--max-memory")
     parser.add_argument("--recipe")
     parser.add_argument("--keep", type=Path)
@@ -128,7 +167,9 @@ def main() -> None:
     o = parser.parse_args()
     options = [word for name in ("max_memory", "recipe") if getattr(o, name)
                for word in (f"--{name.replace('_', '-')}", getattr(o, name))]  # fmt: skip
-    print("| shape | weights in bfloat16 | held | with files' pages | time | exit |\n|---|---|---|---|---|---|")
+    print(
+        "| shape | weights in bfloat16 | held | with files' pages | time | exit |\n|---|---|---|---|---|---|"
+    )
     with tempfile.TemporaryDirectory() as scratch:
         for shape in o.shapes:
             model = (o.keep or Path(scratch)) / shape
@@ -136,7 +177,9 @@ def main() -> None:
                 model.mkdir(parents=True, exist_ok=True)
                 make_checkpoint(shape, model)
             nbytes = sum(p.stat().st_size for p in model.glob("*.safetensors"))
-            most, whole, seconds, code = run(model, options, parse_nbytes(o.limit) if o.limit else None)
+            most, whole, seconds, code = run(
+                model, options, parse_nbytes(o.limit) if o.limit else None
+            )
             sizes = " | ".join(map(format_nbytes, (nbytes, most, whole)))
             print(f"| {shape} | {sizes} | {seconds:.0f} s | {code} |", flush=True)
             if o.keep is None:

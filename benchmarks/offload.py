@@ -1,10 +1,11 @@
-"""Old pages in host memory: bytes on the device and there, time of a decoding step, and whether logits keep their bits.
+"""Old pages in host memory: bytes on the device and there, time of a decoding step, and whether
+logits keep their bits.
 
     python benchmarks/offload.py DIR [--tokens 2048] [--steps 8] [--share 0.5] [--device cpu] [--text TEXT]
                                  [--json FILE]
 
-A text of `tokens` tokens is read, then `steps` more; once with the whole cache on the device, once with a budget of
-`share` of its bytes.
+A text of `tokens` tokens is read, then `steps` more; once with the whole cache on the device, once
+with a budget of `share` of its bytes.
 """
 
 import argparse
@@ -26,7 +27,8 @@ CHUNK = 512  # tokens of the text at a time
 
 @torch.inference_mode()
 def measure(model: Any, ids: Tensor, steps: int) -> tuple[dict[str, Any], Tensor]:
-    """(bytes and milliseconds, logits of the steps float [steps, vocab_size]) of ids int64 [1, tokens + steps]."""
+    """(bytes and milliseconds, logits of the steps float [steps, vocab_size]) of ids int64 [1,
+    tokens + steps]."""
     cache, tokens, logits, seconds = None, ids.shape[1] - steps, [], []
     for start in range(0, tokens, CHUNK):
         part = ids[:, start : min(start + CHUNK, tokens)]
@@ -34,7 +36,9 @@ def measure(model: Any, ids: Tensor, steps: int) -> tuple[dict[str, Any], Tensor
     assert cache is not None
     for at in range(tokens, tokens + steps):
         begun = time.perf_counter()
-        logits.append(model(ids[:, at : at + 1], past_key_values=cache).logits[0, -1].cpu())  # waits for the device
+        logits.append(
+            model(ids[:, at : at + 1], past_key_values=cache).logits[0, -1].cpu()
+        )  # waits for the device
         seconds.append(time.perf_counter() - begun)
     found = {
         "device_bytes": cache.nbytes,
@@ -46,20 +50,28 @@ def measure(model: Any, ids: Tensor, steps: int) -> tuple[dict[str, Any], Tensor
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--share", type=float, default=0.5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--attention", default="auto")
-    parser.add_argument("--text", help="text file, or datasets id as ID:CONFIG:SPLIT; default: the held-out text")
+    parser.add_argument(
+        "--text", help="text file, or datasets id as ID:CONFIG:SPLIT; default: the held-out text"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     quiet_transformers()
     _, documents = read_documents(args.text, (HELD_OUT,))
-    ids = tokenizer_from_pretrained(args.artifact)("\n\n".join(documents), return_tensors="pt").input_ids
-    ids = ids.repeat(1, -(-(args.tokens + args.steps) // ids.shape[1]))[:, : args.tokens + args.steps].to(args.device)
+    ids = tokenizer_from_pretrained(args.artifact)(
+        "\n\n".join(documents), return_tensors="pt"
+    ).input_ids
+    ids = ids.repeat(1, -(-(args.tokens + args.steps) // ids.shape[1]))[
+        :, : args.tokens + args.steps
+    ].to(args.device)
     options: dict[str, Any] = {"device": args.device, "attention": args.attention}
     whole, logits = measure(runtime.load_pretrained(args.artifact, **options), ids, args.steps)
     budget = int(args.share * whole["device_bytes"])

@@ -1,10 +1,10 @@
-"""The ONNX export of a model whose weights pass 2 GB, where a graph can't hold them itself: does it load, and give the
-runtime's logits?
+"""The ONNX export of a model whose weights pass 2 GB, where a graph can't hold them itself: does it
+load, and give the runtime's logits?
 
     python benchmarks/onnx_large.py [--vocab 270000] [--hidden 4096] [--layers 2] [--json FILE]
 
-Weights are random, of a Llama with one large matrix of embeddings; the artifact has pages of 8 bits. Takes some seven
-times the weights in memory.
+Weights are random, of a Llama with one large matrix of embeddings; the artifact has pages of 8
+bits. Takes some seven times the weights in memory.
 """
 
 import argparse
@@ -57,8 +57,8 @@ def kvfold(*args: object) -> None:
 
 
 def reference(artifact: Path, ids: torch.Tensor) -> tuple[list[int], np.ndarray]:
-    """(greedy tokens [NEW], logits before each of them and after the last [NEW + 1, 1, vocab]) by kvfold's own
-    runtime."""
+    """(greedy tokens [NEW], logits before each of them and after the last [NEW + 1, 1, vocab]) by
+    kvfold's own runtime."""
     model: Any = runtime.load_pretrained(artifact, device="cpu", dtype=torch.float32)
     tokens, logits = [], []
     with torch.inference_mode():
@@ -73,7 +73,9 @@ def reference(artifact: Path, ids: torch.Tensor) -> tuple[list[int], np.ndarray]
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--vocab", type=int, default=270_000)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=2)
@@ -85,7 +87,16 @@ def main() -> None:
         save_model(place / "model", args.vocab, args.hidden, args.layers)
         (place / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
         artifact, graphs = place / "artifact", place / "graphs"
-        kvfold("compress", place / "model", "--budget", "12.0", "--recipe", place / "recipe.yaml", "--out", artifact)
+        kvfold(
+            "compress",
+            place / "model",
+            "--budget",
+            "12.0",
+            "--recipe",
+            place / "recipe.yaml",
+            "--out",
+            artifact,
+        )
         started = time.perf_counter()
         kvfold("export", "onnx", artifact, graphs)
         seconds = time.perf_counter() - started
@@ -99,14 +110,19 @@ def main() -> None:
             error.append(float(np.abs(found[:, 0] - logits).max()))
         report = {
             "graph_bytes": {
-                p.name: p.stat().st_size for p in sorted(graphs.iterdir()) if p.suffix in (".onnx", ".bin")
+                p.name: p.stat().st_size
+                for p in sorted(graphs.iterdir())
+                if p.suffix in (".onnx", ".bin")
             },
             "export_s": round(seconds, 1),
             "largest_logit_error": max(error),
             "rms_logit": float(np.sqrt(np.square(wanted).mean())),
             "peak_memory_bytes": {
                 name: resource.getrusage(who).ru_maxrss * 1024
-                for name, who in (("compress, export", resource.RUSAGE_CHILDREN), ("run", resource.RUSAGE_SELF))
+                for name, who in (
+                    ("compress, export", resource.RUSAGE_CHILDREN),
+                    ("run", resource.RUSAGE_SELF),
+                )
             },
         }
     print(json.dumps(report))

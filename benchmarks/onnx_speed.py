@@ -1,14 +1,15 @@
-"""The ONNX graphs of an artifact beside the same model's with a 16-bit cache: sizes, tokens/s, and how far from the
-runtime.
+"""The ONNX graphs of an artifact beside the same model's with a 16-bit cache: sizes, tokens/s, and
+how far from the runtime.
 
     python benchmarks/onnx_speed.py DIR [--forms packed,gqa8,gqa4,16bit] [--prompt 512] [--new 64] [--threads 2]
                                     [--graphs FOLDER]
 
-The prompt is the beginning of the held-out text. `packed` is compared with kvfold's own reference on the same tokens:
-logits of the prompt read in one go and of every token generated after it, fed with the reference's tokens, and the
-greedy text; once on the cache that the graphs made themselves, where a last bit of a key may turn a code, and once on
-the runtime's own bytes. Beside it stands how far the runtime is from itself when it reads the prompt in two parts.
-Every form's KL is to the 16-bit graph on the prompt.
+The prompt is the beginning of the held-out text. `packed` is compared with kvfold's own reference
+on the same tokens: logits of the prompt read in one go and of every token generated after it, fed
+with the reference's tokens, and the greedy text; once on the cache that the graphs made themselves,
+where a last bit of a key may turn a code, and once on the runtime's own bytes. Beside it stands how
+far the runtime is from itself when it reads the prompt in two parts. Every form's KL is to the
+16-bit graph on the prompt.
 """
 
 import argparse
@@ -28,7 +29,12 @@ from kvfold.compress.text import HELD_OUT, read_documents
 from kvfold.exports.onnx.runner import OnnxRunner, nbytes
 from kvfold.pretrained import tokenizer_from_pretrained
 
-FORMS = {"packed": ("packed", None), "gqa8": ("gqa", 8), "gqa4": ("gqa", 4), "16bit": ("16bit", None)}
+FORMS = {
+    "packed": ("packed", None),
+    "gqa8": ("gqa", 8),
+    "gqa4": ("gqa", 4),
+    "16bit": ("16bit", None),
+}
 PARTS = ("prefill.onnx", "decode.onnx", "weights.bin")
 
 
@@ -58,7 +64,13 @@ def reference(artifact: Path, ids: np.ndarray, new: int) -> Reference:
         part = model(prompt[:, :half])
         again = model(prompt[:, half:], past_key_values=part.past_key_values).logits
         spread = float((out.logits[:, half:] - again).abs().max())
-        logits, cache, tokens, later, caches = out.logits[0].numpy().copy(), out.past_key_values, [], [], []
+        logits, cache, tokens, later, caches = (
+            out.logits[0].numpy().copy(),
+            out.past_key_values,
+            [],
+            [],
+            [],
+        )
         token = out.logits[:, -1:].argmax(-1)
         for _ in range(new):
             tokens.append(int(token))
@@ -93,15 +105,21 @@ def measure(runner: OnnxRunner, ids: np.ndarray, tokens: np.ndarray) -> dict[str
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--forms", default=",".join(FORMS))
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--text", help="text file, or datasets id as ID:CONFIG:SPLIT; default: the held-out text")
     parser.add_argument(
-        "--graphs", type=Path, help="folder that keeps the graphs, and those that it has are not exported again"
+        "--text", help="text file, or datasets id as ID:CONFIG:SPLIT; default: the held-out text"
+    )
+    parser.add_argument(
+        "--graphs",
+        type=Path,
+        help="folder that keeps the graphs, and those that it has are not exported again",
     )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -138,7 +156,8 @@ def main() -> None:
             if name == "packed":
                 text = [int(t[0]) for t in runner.generate(ids, args.new)]
                 steps = [
-                    runner(np.array([[t]]), runner.cache_of(c))[0] for t, c in zip(ref.tokens, ref.caches, strict=True)
+                    runner(np.array([[t]]), runner.cache_of(c))[0]
+                    for t, c in zip(ref.tokens, ref.caches, strict=True)
                 ]
                 shared = [np.abs(x[0, 0] - y) for x, y in zip(steps, ref.later, strict=True)]
                 apart = np.abs(got["later"] - ref.later)
@@ -162,7 +181,12 @@ def main() -> None:
                         (got["later"].argmax(-1) == ref.later.argmax(-1)).sum()
                     ),
                     "greedy_tokens_until_another": next(
-                        (i for i, (a, b) in enumerate(zip(text, ref.tokens, strict=True)) if a != b), len(text)
+                        (
+                            i
+                            for i, (a, b) in enumerate(zip(text, ref.tokens, strict=True))
+                            if a != b
+                        ),
+                        len(text),
                     ),
                 }
             rows.append(row)

@@ -1,22 +1,22 @@
-"""Loss by position at equal peak bytes: pages lowered as memory fills, against the searched bits at once, and whole
-layers.
+"""Loss by position at equal peak bytes: pages lowered as memory fills, against the searched bits at
+once, and whole layers.
 
 usage: python benchmarks/progressive.py MODEL_OR_DIR [--tokens 4096] [--share S] [--text FILE|DATASET] [--windows 1]
                                         [--chunk 128] [--device auto] [--out artifacts/progressive]
 
-The budget is a share of the 16-bit cache of so many tokens. A model is compressed so that its floor takes just that at
-the end, by default a fifth; for an artifact the default is what its own floor takes at the end. Text is teacher-forced
-in chunks through one cache of each rule, and beside it through an unquantised cache in 16 bits (float32 on a CPU),
-without a budget:
+The budget is a share of the 16-bit cache of so many tokens. A model is compressed so that its floor
+takes just that at the end, by default a fifth; for an artifact the default is what its own floor
+takes at the end. Text is teacher-forced in chunks through one cache of each rule, and beside it
+through an unquantised cache in 16 bits (float32 on a CPU), without a budget:
 
-    floor         every page at the searched bits at once
-    progressive   pages go down one at a time, the least harmful first
-    whole layers  PM-KVQ's rule (arXiv 2505.18610) on the same ladders: all pages of a layer, keys and values, go down
-                  together when the layer passes its own share of the budget, and new pages start where their layer
-                  stands
+    floor         every page at the searched bits at once progressive   pages go down one at a time,
+    the least harmful first whole layers  PM-KVQ's rule (arXiv 2505.18610) on the same ladders: all
+    pages of a layer, keys and values, go down
+                  together when the layer passes its own share of the budget, and new pages start
+                  where their layer stands
 
-Prints Markdown; writes Markdown, JSON and a plot after each row. Run again with the same options, it goes on where it
-stopped.
+Prints Markdown; writes Markdown, JSON and a plot after each row. Run again with the same options,
+it goes on where it stopped.
 """
 
 import argparse
@@ -53,8 +53,8 @@ BINS = 16  # stretches of the text that a mean loss is shown of
 
 
 class WholeLayers(Ladders):
-    """PM-KVQ's rule: a layer goes down with all its pages once they pass its share of the budget, which is its part of
-    the floor."""
+    """PM-KVQ's rule: a layer goes down with all its pages once they pass its share of the budget,
+    which is its part of the floor."""
 
     whole_layers = True
 
@@ -63,7 +63,9 @@ class WholeLayers(Ladders):
         found = []
         for layer, sizes in enumerate(self.sizes):
             for rung in range(len(sizes) - 1, 0, -1):
-                found.append(Step(layer, rung, sizes[rung] - sizes[rung - 1], -sizes[rung] / sizes[0]))
+                found.append(
+                    Step(layer, rung, sizes[rung] - sizes[rung - 1], -sizes[rung] / sizes[0])
+                )
         return found
 
 
@@ -89,7 +91,9 @@ def new_cache(model: Any, rule: str, budget: int) -> Any:
     """An empty cache of one sequence."""
     artifact = model.kv_artifact
     if rule == FLOOR:
-        return QuantizedKVCache(artifact.specs, artifact.geometry, budget, backend_of(model.kv_triton))
+        return QuantizedKVCache(
+            artifact.specs, artifact.geometry, budget, backend_of(model.kv_triton)
+        )
     ladders = progressive_policy(artifact)
     if rule == LAYERS:
         losses = [(x.key.predicted_loss, x.value.predicted_loss) for x in artifact.metadata.layers]
@@ -102,10 +106,10 @@ def losses_of(model: Any, ids: Tensor, rule: str, budget: int, chunk: int) -> di
     """Teacher-forced losses of ids [1, T] under a rule.
 
     Returns:
-        nll, plain_nll, kl: of every token but the first; plain_nll is the unquantised cache's, kl from it to the
-            rule's, in nats;
-        positions, bytes, bits: of the cache after each chunk (bits: mean of an element in pages); peak_bytes, seconds
-            (both caches').
+        nll, plain_nll, kl: of every token but the first; plain_nll is the unquantised cache's, kl
+            from it to the rule's, in nats;
+        positions, bytes, bits: of the cache after each chunk (bits: mean of an element in pages);
+            peak_bytes, seconds (both caches').
     """
     cache, plain = new_cache(model, rule, budget), DynamicCache(config=model.config)
     begun = time.monotonic()
@@ -113,14 +117,19 @@ def losses_of(model: Any, ids: Tensor, rule: str, budget: int, chunk: int) -> di
     trace: dict[str, list] = {"positions": [], "bytes": [], "bits": []}
     for start in progress(range(0, ids.shape[1], chunk), rule, "chunk"):
         part = ids[:, start : start + chunk]
-        hidden = model.base_model(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state[0]
+        hidden = model.base_model(
+            input_ids=part, past_key_values=cache, use_cache=True
+        ).last_hidden_state[0]
         with plain_cache(model):
-            true = model.base_model(input_ids=part, past_key_values=plain, use_cache=True).last_hidden_state[0]
+            true = model.base_model(
+                input_ids=part, past_key_values=plain, use_cache=True
+            ).last_hidden_state[0]
         targets = ids[0, start + 1 : start + 1 + part.shape[1]]
         for row in range(0, len(targets), LOGIT_BLOCK):
             wanted = targets[row : row + LOGIT_BLOCK, None]
             ours, theirs = (
-                logits_of(model, x[row : row + len(wanted)]).float().log_softmax(-1) for x in (hidden, true)
+                logits_of(model, x[row : row + len(wanted)]).float().log_softmax(-1)
+                for x in (hidden, true)
             )
             found["nll"] += (-ours.gather(1, wanted))[:, 0].tolist()
             found["plain_nll"] += (-theirs.gather(1, wanted))[:, 0].tolist()
@@ -141,21 +150,29 @@ def page_bits(cache: QuantizedKVCache) -> float:
     return 8 * nbytes / (2 * pages * g.page_tokens * g.num_kv_heads * g.head_dim) if pages else 16.0
 
 
-def means(rows: dict[str, Any], rule: str, windows: int, part: slice, what: str) -> tuple[float, float]:
-    """Mean over a stretch of all windows of "kl", or of "loss" over the unquantised cache's, and its standard error
-    over blocks of 64 tokens."""
+def means(
+    rows: dict[str, Any], rule: str, windows: int, part: slice, what: str
+) -> tuple[float, float]:
+    """Mean over a stretch of all windows of "kl", or of "loss" over the unquantised cache's, and
+    its standard error over blocks of 64 tokens."""
     blocks: list[float] = []
     for window in range(windows):
         row = rows[f"{rule}, {window}"]
-        values = row["kl"] if what == "kl" else [a - b for a, b in zip(row["nll"], row["plain_nll"], strict=True)]
+        values = (
+            row["kl"]
+            if what == "kl"
+            else [a - b for a, b in zip(row["nll"], row["plain_nll"], strict=True)]
+        )
         values = values[part]
-        blocks += [sum(values[i : i + 64]) / len(values[i : i + 64]) for i in range(0, len(values), 64)]
+        blocks += [
+            sum(values[i : i + 64]) / len(values[i : i + 64]) for i in range(0, len(values), 64)
+        ]
     return mean_and_error(blocks)
 
 
 def table(rows: dict[str, Any], windows: int, budget: int, tokens: int) -> str:
-    """Markdown: KL to the unquantised cache and loss over its loss by quarters of the text, peak bytes and bits of the
-    pages at the end."""
+    """Markdown: KL to the unquantised cache and loss over its loss by quarters of the text, peak
+    bytes and bits of the pages at the end."""
     size = tokens - 1
     parts = [slice(size * i // 4, size * (i + 1) // 4) for i in range(4)] + [slice(0, size)]
     heads = [f"tokens {q.start}–{q.stop}" for q in parts[:-1]]
@@ -176,13 +193,15 @@ def table(rows: dict[str, Any], windows: int, budget: int, tokens: int) -> str:
         for what, name, sign in (("kl", "KL", ""), ("loss", "Δloss", "+")):
             found = [means(rows, rule, windows, part, what) for part in parts]
             cells = " | ".join(f"{mean:{sign}.4f} ± {error:.4f}" for mean, error in found)
-            lines.append(f"| {rule} | {max(r['peak_bytes'] for r in row)} | {bits:.2f} | {name} | {cells} |")
+            lines.append(
+                f"| {rule} | {max(r['peak_bytes'] for r in row)} | {bits:.2f} | {name} | {cells} |"
+            )
     return "\n".join(lines) + "\n"
 
 
 def draw(path: Path, rows: dict[str, Any], windows: int, budget: int, tokens: int) -> None:
-    """KL to the unquantised cache, loss over its loss, bits of the pages and resident bytes, by position; nothing
-    without matplotlib."""
+    """KL to the unquantised cache, loss over its loss, bits of the pages and resident bytes, by
+    position; nothing without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -195,8 +214,17 @@ def draw(path: Path, rows: dict[str, Any], windows: int, budget: int, tokens: in
         if any(f"{rule}, {window}" not in rows for window in range(windows)):
             continue
         for axes, what in ((kl, "kl"), (loss, "loss")):
-            found = [means(rows, rule, windows, slice(a, b), what) for a, b in itertools.pairwise(edges)]
-            axes.errorbar(middles, [m for m, _ in found], [e for _, e in found], color=colour, label=rule, capsize=2)
+            found = [
+                means(rows, rule, windows, slice(a, b), what) for a, b in itertools.pairwise(edges)
+            ]
+            axes.errorbar(
+                middles,
+                [m for m, _ in found],
+                [e for _, e in found],
+                color=colour,
+                label=rule,
+                capsize=2,
+            )
         row = rows[f"{rule}, 0"]
         bits.plot(row["positions"], row["bits"], color=colour)
         size.plot(row["positions"], [n / 2**20 for n in row["bytes"]], color=colour)
@@ -215,8 +243,8 @@ def draw(path: Path, rows: dict[str, Any], windows: int, budget: int, tokens: in
 
 
 def artifact_for(model: str, tokens: int, share: float, out: Path, device: str) -> Path:
-    """The artifact to measure: the given one, or one whose floor takes what the budget leaves beside the ladders' own
-    bytes."""
+    """The artifact to measure: the given one, or one whose floor takes what the budget leaves
+    beside the ladders' own bytes."""
     if is_artifact(Path(model)):
         return Path(model)
     folder = out / f"{Path(model).name}-{share:g}-at-{tokens}"
@@ -229,7 +257,9 @@ def artifact_for(model: str, tokens: int, share: float, out: Path, device: str) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="alias, folder or id of a model, or an artifact's folder")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--share", type=float, help="of the 16-bit cache")
@@ -245,7 +275,9 @@ def main() -> None:
     torch.set_flush_denormal(True)  # masked softmax is several times slower with denormals on a CPU
     wanted = [rule.strip() for rule in options.rules.split(",")]
     if unknown := [rule for rule in wanted if rule not in RULES]:
-        raise KvfoldError(f"--rules has '{unknown[0]}', which is no rule; choose from {', '.join(RULES)}.")
+        raise KvfoldError(
+            f"--rules has '{unknown[0]}', which is no rule; choose from {', '.join(RULES)}."
+        )
     device = pick_device(options.device)
     share = 0.2 if options.share is None and not is_artifact(Path(options.model)) else options.share
     path = artifact_for(options.model, options.tokens, share or 0.2, options.out, options.device)
@@ -259,7 +291,14 @@ def main() -> None:
         )
     tokenizer = tokenizer_from_pretrained(path)
     name, documents = read_documents(options.text)
-    batches = windows_of(tokenizer, "\n\n".join(documents), options.tokens, options.first_window, options.windows, name)
+    batches = windows_of(
+        tokenizer,
+        "\n\n".join(documents),
+        options.tokens,
+        options.first_window,
+        options.windows,
+        name,
+    )
     kept = {k: getattr(options, k) for k in ("tokens", "text", "first_window", "chunk")}
     shared = {
         **kept,

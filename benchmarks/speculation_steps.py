@@ -28,11 +28,12 @@ def step_times(
     lengths: dict[str, list[int]],
     repeats: int,
 ) -> dict[str, dict[int, float]]:
-    """Milliseconds of steps on caches of `context` tokens, by name and by number of new tokens; the fastest of
-    `repeats`.
+    """Milliseconds of steps on caches of `context` tokens, by name and by number of new tokens; the
+    fastest of `repeats`.
 
-    Steps of all caches take turns, so that other load on the machine falls on all alike. "16" is the faster of
-    transformers' own cache and of 16-bit pages. One token's step is a replayed graph where kernels run on a GPU.
+    Steps of all caches take turns, so that other load on the machine falls on all alike. "16" is
+    the faster of transformers' own cache and of 16-bit pages. One token's step is a replayed graph
+    where kernels run on a GPU.
     """
     device = model.device
     found: dict[str, dict[int, float]] = {name: {} for name in caches}
@@ -65,9 +66,13 @@ def filled_plain(model: Any, geometry: Geometry, context: int) -> DynamicCache:
 
 
 def one_step(model: Any, cache: Any, count: int, packed: bool) -> float:
-    """Milliseconds of a step of `count` tokens; of one thread on a CPU the processor's, which a busy machine adds less
-    to."""
-    clock = time.process_time if model.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    """Milliseconds of a step of `count` tokens; of one thread on a CPU the processor's, which a
+    busy machine adds less to."""
+    clock = (
+        time.process_time
+        if model.device.type == "cpu" and torch.get_num_threads() == 1
+        else time.perf_counter
+    )
     ids = torch.zeros(1, count, dtype=torch.long, device=model.device)
     wait(model.device)
     begun = clock()
@@ -80,10 +85,13 @@ def one_step(model: Any, cache: Any, count: int, packed: bool) -> float:
     return 1e3 * (clock() - begun)
 
 
-def bytes_of(caches: dict[str, list[LayerSpec]], geometry: Geometry, context: int, draft: str) -> dict[str, int]:
+def bytes_of(
+    caches: dict[str, list[LayerSpec]], geometry: Geometry, context: int, draft: str
+) -> dict[str, int]:
     """Bytes of one sequence's cache, by name, and of both views in one, "DRAFT and VERIFIER".
 
-    Both views share sinks, window and tables: the drafter's cache and, besides, the verifier's pages.
+    Both views share sinks, window and tables: the drafter's cache and, besides, the verifier's
+    pages.
     """
     found = {}
     for name, specs in caches.items():

@@ -1,9 +1,11 @@
-"""The table of aims: KL of `best` at stated payload bits through the packed cache, WikiText-2's test split.
+"""The table of aims: KL of `best` at stated payload bits through the packed cache, WikiText-2's
+test split.
 
 usage: python benchmarks/targets.py [NAME=MODEL …] [--rows PART,…] [--text FILE|DATASET] [--device auto]
 
-NAME is smollm2, qwen or gemma, MODEL where its checkpoint is (Hub id, folder, .gguf or alias). Prints Markdown, and
-writes Markdown and JSON, after each row; run again, it goes on where it stopped.
+NAME is smollm2, qwen or gemma, MODEL where its checkpoint is (Hub id, folder, .gguf or alias).
+Prints Markdown, and writes Markdown and JSON, after each row; run again, it goes on where it
+stopped.
 """
 
 import argparse
@@ -25,8 +27,8 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One aim: `windows` windows of `seq_len` tokens from window `first` on, at `bits` of payload, KL at most `aim`
-    nats."""
+    """One aim: `windows` windows of `seq_len` tokens from window `first` on, at `bits` of payload,
+    KL at most `aim` nats."""
 
     model: str
     bits: float
@@ -56,7 +58,10 @@ ROWS = (
 
 def table(rows: dict[str, dict]) -> str:
     """Markdown of the rows so far."""
-    lines = ["| model, bits, window, windows | payload bits | Δloss | KL | aim | top-1 |", "|---" * 6 + "|"]
+    lines = [
+        "| model, bits, window, windows | payload bits | Δloss | KL | aim | top-1 |",
+        "|---" * 6 + "|",
+    ]
     for name, row in rows.items():
         kl, loss = mean_and_error(row["kl"]), mean_and_error(row["dnll"])
         lines.append(
@@ -67,7 +72,9 @@ def table(rows: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="*", help="NAME=MODEL")
     parser.add_argument("--rows", help="parts of rows' names, between semicolons")
     parser.add_argument("--text", default=WIKITEXT)
@@ -83,7 +90,10 @@ def main() -> None:
             parser.error(f"'{given}' is not NAME=MODEL with one of the names {', '.join(MODELS)}")
         models[name] = path
     wanted = options.rows.split(";") if options.rows else [""]
-    done = Rows(options.out / "targets.json", {"models": models, "text": options.text, "recipe": options.recipe})
+    done = Rows(
+        options.out / "targets.json",
+        {"models": models, "text": options.text, "recipe": options.recipe},
+    )
     made: dict[tuple[str, float], dict] = {}
     for row in ROWS:
         if row.name in done.rows or not any(part.strip() in row.name for part in wanted):
@@ -92,7 +102,11 @@ def main() -> None:
         if (row.model, row.bits) not in made:
             begun = time.monotonic()
             figures = make(
-                models[row.model], comparable(load_recipe(options.recipe)), row.bits, artifact, options.device
+                models[row.model],
+                comparable(load_recipe(options.recipe)),
+                row.bits,
+                artifact,
+                options.device,
             )
             made[row.model, row.bits] = {**figures, "compress_seconds": time.monotonic() - begun}
         found = measure(artifact, options.text, row.first, row.windows, row.seq_len, options.device)

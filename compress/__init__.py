@@ -2,7 +2,9 @@
 
 import sys as _sys
 
-if __name__ == "compress":  # the bare folder, imported from the repository root: hand over the one real module
+if (
+    __name__ == "compress"
+):  # the bare folder, imported from the repository root: hand over the one real module
     import importlib as _importlib
 
     _sys.modules[__name__] = _importlib.import_module("kvfold.compress")

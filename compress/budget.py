@@ -1,4 +1,5 @@
-"""BUDGET: mean bits per cached element ("2.3"), or bytes of one sequence's cache at a length ("512MiB@32768")."""
+"""BUDGET: mean bits per cached element ("2.3"), or bytes of one sequence's cache at a length
+("512MiB@32768")."""
 
 from dataclasses import dataclass
 
@@ -34,7 +35,8 @@ def parse_budget(
         geometry: sinks, window, page length and heads of the cache.
         num_layers: layers that have a cache.
         max_tokens: the model's maximum length.
-        context: length that plain bits count at; default 32768, or the model's maximum if that is smaller.
+        context: length that plain bits count at; default 32768, or the model's maximum if that is
+            smaller.
     Raises:
         KvfoldError: not a budget, not a length, or more than 16 bits.
     """

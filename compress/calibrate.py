@@ -1,8 +1,9 @@
 """Calibration: statistics of queries, keys and values, layer by layer, with interpolated positions.
 
-Positional interpolation (after PM-KVQ, 2505.18610): token t of an L-token sequence stands at position s·t, so that L
-tokens cover s·L positions. Only the rotation depends on the position, so a key that the model rotated to position t is
-rotated on by (s − 1)·t; the hidden states stay those of the plain text and no extra forward pass is needed.
+Positional interpolation (after PM-KVQ, 2505.18610): token t of an L-token sequence stands at
+position s·t, so that L tokens cover s·L positions. Only the rotation depends on the position, so a
+key that the model rotated to position t is rotated on by (s − 1)·t; the hidden states stay those of
+the plain text and no extra forward pass is needed.
 """
 
 import json
@@ -30,24 +31,26 @@ SKIP_TOKENS = 8  # first tokens of each sequence: the sinks stay in 16 bits and 
 
 @dataclass(frozen=True)
 class LayerStats:
-    """Statistics of one layer over all calibration tokens, per KV head; keys and queries after RoPE at spread
-    positions.
+    """Statistics of one layer over all calibration tokens, per KV head; keys and queries after RoPE
+    at spread positions.
 
     Attributes:
         key_mean: float64 [Hkv, D].
         key_cov: float64 [Hkv, D, D], centred.
         query_moment: float64 [Hkv, D, D], E[q qᵀ] over tokens and the group's query heads.
         value_mean, value_cov: like the keys'.
-        output_metric: float64 [Hkv, D, D], mean of W_oᵀ W_o over the group's query heads: ‖W_o Δv‖² = Δvᵀ G Δv.
+        output_metric: float64 [Hkv, D, D], mean of W_oᵀ W_o over the group's query heads: ‖W_o Δv‖²
+            = Δvᵀ G Δv.
         key_range, value_range: float64 [Hkv, 2, D], minimum and maximum of each channel.
-        key_sample, value_sample: float32 [Hkv, S, D], tokens drawn evenly from each sequence, one sequence after
-            another.
+        key_sample, value_sample: float32 [Hkv, S, D], tokens drawn evenly from each sequence, one
+            sequence after another.
         query_sample: float32 [H, S, D], queries of the same tokens.
         sample_lengths: int64 [number of sequences], tokens drawn from each; they sum to S.
         scaling: float64 [], factor on the logits.
         frequencies: float32 [n/2], ω of the layer's RoPE; of no elements where keys don't turn.
         center: float64 [Hkv, D], mean of keys before RoPE.
-        rest_moment: float64 [Hkv, D, D], E[r rᵀ] of r = k − m_t, m_t the rotating mean (kernels/key_mean.py).
+        rest_moment: float64 [Hkv, D, D], E[r rᵀ] of r = k − m_t, m_t the rotating mean
+            (kernels/key_mean.py).
         cross_moment: float64 [Hkv, D, D], E[k rᵀ].
         rest_sample: float32 [Hkv, S, D], r of the tokens of key_sample.
     """
@@ -92,7 +95,12 @@ class _Accumulator:
         omega: Tensor | None,
         pairs: RopePairs = "halves",
     ) -> None:
-        self.layer, self.num_kv_heads, self.sample_tokens, self.omega = layer, num_kv_heads, sample_tokens, omega
+        self.layer, self.num_kv_heads, self.sample_tokens, self.omega = (
+            layer,
+            num_kv_heads,
+            sample_tokens,
+            omega,
+        )
         self.pairs = pairs
         self.count = 0
         self.sums: dict[str, Tensor] = {}
@@ -104,9 +112,17 @@ class _Accumulator:
     def _add(self, name: str, amount: Tensor) -> None:
         self.sums[name] = self.sums[name] + amount if name in self.sums else amount
 
-    def add(self, query: Tensor, key: Tensor, unturned: Tensor, value: Tensor, places: Tensor, scaling: float) -> None:
-        """Of one sequence: query [H, T, D], key and value [Hkv, T, D]; key and query stand at int64 positions `places`
-        [T].
+    def add(
+        self,
+        query: Tensor,
+        key: Tensor,
+        unturned: Tensor,
+        value: Tensor,
+        places: Tensor,
+        scaling: float,
+    ) -> None:
+        """Of one sequence: query [H, T, D], key and value [Hkv, T, D]; key and query stand at int64
+        positions `places` [T].
 
         unturned: the keys before RoPE.
         """
@@ -118,10 +134,17 @@ class _Accumulator:
             self._add(f"{name}_moment", x.mT @ x)
             low, high = x.amin(1), x.amax(1)
             if name in self.ranges:
-                low, high = torch.minimum(low, self.ranges[name][:, 0]), torch.maximum(high, self.ranges[name][:, 1])
+                low, high = (
+                    torch.minimum(low, self.ranges[name][:, 0]),
+                    torch.maximum(high, self.ranges[name][:, 1]),
+                )
             self.ranges[name] = torch.stack((low, high), 1)
         self._add("center_sum", unturned.double().sum(1))
-        drawn = torch.linspace(0, k.shape[1] - 1, min(self.sample_tokens, k.shape[1]), device=k.device).round().long()
+        drawn = (
+            torch.linspace(0, k.shape[1] - 1, min(self.sample_tokens, k.shape[1]), device=k.device)
+            .round()
+            .long()
+        )
         for name, x in (("query", query), ("key", key), ("value", value)):
             self.samples[name].append(x[:, drawn].float())
         self.keys.append((key.float(), places, drawn))
@@ -131,14 +154,19 @@ class _Accumulator:
     def _take_off(self, center: Tensor) -> None:
         """Sums over the keys without their rotating mean.
 
-        Positions are `step` apart, which may be a multiple of what the slow pairs' turn is held for: places within such
-        a run are taken from the token's number instead, so that all of them occur.
+        Positions are `step` apart, which may be a multiple of what the slow pairs' turn is held
+        for: places within such a run are taken from the token's number instead, so that all of them
+        occur.
         """
         for key, places, drawn in self.keys:
             rest = key
             if self.omega is not None:
-                tables = turn_tables(tuple(self.omega.tolist()), key.shape[-1], 0, key.device, self.pairs)
-                rest = key - tables.mean_at(center.float(), places, torch.arange(len(places), device=key.device) % STEP)
+                tables = turn_tables(
+                    tuple(self.omega.tolist()), key.shape[-1], 0, key.device, self.pairs
+                )
+                rest = key - tables.mean_at(
+                    center.float(), places, torch.arange(len(places), device=key.device) % STEP
+                )
             self._add("rest_moment", rest.double().mT @ rest.double())
             self._add("cross_moment", key.double().mT @ rest.double())
             self.samples["rest"].append(rest[:, drawn])
@@ -149,7 +177,9 @@ class _Accumulator:
         for name in ("key", "value"):
             mean = self.sums[f"{name}_sum"] / self.count
             found[f"{name}_mean"] = mean
-            found[f"{name}_cov"] = self.sums[f"{name}_moment"] / self.count - mean[:, :, None] * mean[:, None, :]
+            found[f"{name}_cov"] = (
+                self.sums[f"{name}_moment"] / self.count - mean[:, :, None] * mean[:, None, :]
+            )
             found[f"{name}_range"] = self.ranges[name]
         found["frequencies"] = torch.empty(0) if self.omega is None else self.omega
         found["center"] = self.sums["center_sum"] / self.count
@@ -172,13 +202,21 @@ class _Accumulator:
 def output_metric(attention: Any, num_kv_heads: int, head_dim: int) -> Tensor:
     """Mean of W_oᵀ W_o over each group's query heads, float64 [Hkv, D, D]."""
     heads = (
-        getattr(attention, output_name(attention)).weight.double().unflatten(1, (-1, head_dim)).permute(1, 2, 0)
+        getattr(attention, output_name(attention))
+        .weight.double()
+        .unflatten(1, (-1, head_dim))
+        .permute(1, 2, 0)
     )  # [H, D, hidden]
     return (heads @ heads.mT).unflatten(0, (num_kv_heads, -1)).mean(1)
 
 
 def calibrate(
-    model: Any, arch: Architecture, sequences: list[Tensor], steps: list[int], sample_tokens: int, work: Path
+    model: Any,
+    arch: Architecture,
+    sequences: list[Tensor],
+    steps: list[int],
+    sample_tokens: int,
+    work: Path,
 ) -> list[LayerStats]:
     """Statistics of every layer; what `work` already holds is not computed again.
 
@@ -191,12 +229,19 @@ def calibrate(
     """
     layers = arch.decoder_layers(model)
     stats: list[LayerStats] = []
-    while len(stats) < len(layers) and (found := kept(work / f"stats_{len(stats):03d}.safetensors", LayerStats.load)):
+    while len(stats) < len(layers) and (
+        found := kept(work / f"stats_{len(stats):03d}.safetensors", LayerStats.load)
+    ):
         stats.append(found)
     if len(stats) == len(layers):
         return stats
-    done = min(len(stats), kept(work / "hidden.json", lambda path: int(json.loads(path.read_text())["layer"]), 0))
-    saved: dict[str, Tensor] = kept(work / f"hidden_{done:03d}.safetensors", load_file, {}) if done else {}
+    done = min(
+        len(stats),
+        kept(work / "hidden.json", lambda path: int(json.loads(path.read_text())["layer"]), 0),
+    )
+    saved: dict[str, Tensor] = (
+        kept(work / f"hidden_{done:03d}.safetensors", load_file, {}) if done else {}
+    )
     if set(saved) != {str(i) for i in range(len(sequences))}:
         done = 0
     del stats[done:]
@@ -211,22 +256,46 @@ def calibrate(
     per_sequence = -(-sample_tokens // len(sequences))
     for index in progress(range(done, len(layers)), "calibrate", "layer", done, len(layers)):
         attention = layers[index].get_submodule(arch.attention)
-        last = max(runner.embedded.shape[1] * step for runner, step in zip(runners, steps, strict=True))
+        last = max(
+            runner.embedded.shape[1] * step for runner, step in zip(runners, steps, strict=True)
+        )
         sums = _Accumulator(
-            index, num_kv_heads, per_sequence, frequencies(model, arch, index, last - 1), arch.rope_pairs
+            index,
+            num_kv_heads,
+            per_sequence,
+            frequencies(model, arch, index, last - 1),
+            arch.rope_pairs,
         )
         weights = norm_weights(attention, arch)
 
-        def tap(module, query, key, value, mask, scaling, step, sums=sums, index=index, weights=weights, **extras):
+        def tap(
+            module,
+            query,
+            key,
+            value,
+            mask,
+            scaling,
+            step,
+            sums=sums,
+            index=index,
+            weights=weights,
+            **extras,
+        ):
             places = torch.arange(key.shape[2], device=key.device)[None]
             near, far = (turns(model, arch, index, places * s) for s in (1, step))
             still = None if near is None else torch.ones_like(near)
             spread_q, spread_k = (
-                rotate_on(x, near, far, arch.rope_pairs, w) for x, w in zip((query, key), weights, strict=True)
+                rotate_on(x, near, far, arch.rope_pairs, w)
+                for x, w in zip((query, key), weights, strict=True)
             )
             kept = slice(min(SKIP_TOKENS, key.shape[2] // 2), None)
             unturned = rotate_on(key, near, still, arch.rope_pairs)[0, :, kept]
-            of_kept = spread_q[0, :, kept], spread_k[0, :, kept], unturned, value[0, :, kept].float()
+            of_kept = (
+                spread_q[0, :, kept],
+                spread_k[0, :, kept],
+                unturned,
+                value[0, :, kept].float(),
+            )
             sums.add(*of_kept, places[0, kept] * step, scaling)
             return None
 
@@ -242,7 +311,8 @@ def calibrate(
 
 
 def _save_hidden(work: Path, layer: int, hidden: list[Tensor]) -> None:
-    """Keeps the input of `layer` and forgets the one before; hidden.json names the file that is complete."""
+    """Keeps the input of `layer` and forgets the one before; hidden.json names the file that is
+    complete."""
     tensors = {str(i): h.contiguous().cpu() for i, h in enumerate(hidden)}
     keep(work / f"hidden_{layer:03d}.safetensors", lambda scratch: save_file(tensors, scratch))
     keep(work / "hidden.json", lambda scratch: scratch.write_text(json.dumps({"layer": layer})))

@@ -1,10 +1,13 @@
-"""Which pairs of channels lose their mean: measured, because a mean that turns is not always worth taking off.
+"""Which pairs of channels lose their mean: measured, because a mean that turns is not always worth
+taking off.
 
-Before RoPE a pair of channels is often one of two things: at most tokens near the mean b, at a few somewhere else. Then
-r = k − m_t is small but for those few tokens, where it is many standard deviations large, and a symmetric code with one
-scale a token cuts them off. With the mean left in, the pair turns on a circle, which a code never cuts off. So for each
-KV head the mean is left in the pairs that turn faster than some frequency, the one of SHARES that distorts logits least
-on calibration tokens, in the middle of the offered formats. The stored b has zeros there; nothing else changes.
+Before RoPE a pair of channels is often one of two things: at most tokens near the mean b, at a few
+somewhere else. Then r = k − m_t is small but for those few tokens, where it is many standard
+deviations large, and a symmetric code with one scale a token cuts them off. With the mean left in,
+the pair turns on a circle, which a code never cuts off. So for each KV head the mean is left in the
+pairs that turn faster than some frequency, the one of SHARES that distorts logits least on
+calibration tokens, in the middle of the offered formats. The stored b has zeros there; nothing else
+changes.
 """
 
 from collections.abc import Sequence
@@ -36,14 +39,22 @@ FORMATS = 4
 
 
 def with_center(stats: LayerStats, taken: Tensor) -> LayerStats:
-    """The statistics as if the mean were b·taken: float64 [Hkv, D] of zeros and ones, alike in the two channels of a
-    pair."""
+    """The statistics as if the mean were b·taken: float64 [Hkv, D] of zeros and ones, alike in the
+    two channels of a pair."""
     left = 1 - taken
     whole = stats.key_cov + stats.key_mean[:, :, None] * stats.key_mean[:, None, :]
     cross = left[:, :, None] * stats.cross_moment * taken[:, None, :]
-    moment = left[:, :, None] * whole * left[:, None, :] + taken[:, :, None] * stats.rest_moment * taken[:, None, :]
+    moment = (
+        left[:, :, None] * whole * left[:, None, :]
+        + taken[:, :, None] * stats.rest_moment * taken[:, None, :]
+    )
     sample = torch.where(taken[:, None, :] > 0, stats.rest_sample, stats.key_sample)
-    return replace(stats, center=stats.center * taken, rest_moment=moment + cross + cross.mT, rest_sample=sample)
+    return replace(
+        stats,
+        center=stats.center * taken,
+        rest_moment=moment + cross + cross.mT,
+        rest_sample=sample,
+    )
 
 
 def options(stats: LayerStats, pairs: RopePairs = "halves") -> list[Tensor]:
@@ -91,8 +102,12 @@ def best_center(stats: LayerStats, formats: Sequence[Format], request: Request) 
             inverse = torch.linalg.inv(matrix)
             z = to_float16(other.rest_sample @ matrix.float().mT).float()
             delta = (round_trip(z, fmt) - z).double()
-            error = torch.einsum("hti,hij,htj->h", delta, inverse.mT @ stats.query_moment @ inverse, delta)
+            error = torch.einsum(
+                "hti,hij,htj->h", delta, inverse.mT @ stats.query_moment @ inverse, delta
+            )
             logs.append(error.clamp_min(1e-300).log())
         costs.append(torch.stack(logs).mean(0))
-    best = torch.stack(costs).argmin(0)  # [Hkv]; of equal ones the first, which takes most means off
+    best = torch.stack(costs).argmin(
+        0
+    )  # [Hkv]; of equal ones the first, which takes most means off
     return with_center(stats, torch.stack(choices)[best])

@@ -1,5 +1,5 @@
-"""What an artifact costs in quality: loss, KL and agreement against the 16-bit cache, teacher-forced through the packed
-cache."""
+"""What an artifact costs in quality: loss, KL and agreement against the 16-bit cache,
+teacher-forced through the packed cache."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +22,8 @@ LOGIT_BLOCK = 128  # positions whose logits are in memory at a time
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one artifact on one text. Losses in nats per token; `dnll_se` and `kl_se` are standard errors over
-    windows, None for one."""
+    """Figures of one artifact on one text. Losses in nats per token; `dnll_se` and `kl_se` are
+    standard errors over windows, None for one."""
 
     model: str
     artifact: str
@@ -47,8 +47,11 @@ class Evaluation:
         return asdict(self)
 
 
-def windows_of(tokenizer: Any, text: str, seq_len: int, first: int, count: int, name: str) -> list[Tensor]:
-    """`count` windows of seq_len tokens that do not overlap, from window `first` on, int64 [1, seq_len] each.
+def windows_of(
+    tokenizer: Any, text: str, seq_len: int, first: int, count: int, name: str
+) -> list[Tensor]:
+    """`count` windows of seq_len tokens that do not overlap, from window `first` on, int64 [1,
+    seq_len] each.
 
     A tokenizer that begins texts with a BOS token begins every window with it.
     """
@@ -68,7 +71,8 @@ def windows_of(tokenizer: Any, text: str, seq_len: int, first: int, count: int, 
 
 
 def compare(base_model: Any, model: Any, base: Tensor, other: Tensor, targets: Tensor) -> Tensor:
-    """Sums over positions: [nll 16-bit, nll, KL, agreements], float64; hidden states [T, hidden_size], targets [T]."""
+    """Sums over positions: [nll 16-bit, nll, KL, agreements], float64; hidden states [T,
+    hidden_size], targets [T]."""
     sums = torch.zeros(4, dtype=torch.float64)
     for start in range(0, len(targets), LOGIT_BLOCK):
         rows = slice(start, start + LOGIT_BLOCK)
@@ -83,13 +87,15 @@ def compare(base_model: Any, model: Any, base: Tensor, other: Tensor, targets: T
 
 
 def figures(rows: list[Tensor]) -> dict[str, Any]:
-    """The losses of an Evaluation from one tensor [nll 16-bit, nll, KL, agreement] a window, each a mean over its
-    tokens."""
+    """The losses of an Evaluation from one tensor [nll 16-bit, nll, KL, agreement] a window, each a
+    mean over its tokens."""
     table = torch.stack(rows)
     mean = table.mean(0)
     errors: list[float | None] = [None, None]
     if len(rows) > 1:
-        errors = [x.std().item() / len(rows) ** 0.5 for x in (table[:, 1] - table[:, 0], table[:, 2])]
+        errors = [
+            x.std().item() / len(rows) ** 0.5 for x in (table[:, 1] - table[:, 0], table[:, 2])
+        ]
     return {
         "nll_16bit": mean[0].item(),
         "nll": mean[1].item(),
@@ -119,8 +125,9 @@ def evaluate(
 
     Args:
         artifact: folder or Hub id.
-        against: the model whose plain cache is the reference; default: the artifact's own weights. That cache has the
-            type that the model computes in, so on a CPU, by default, it is float32: a stricter reference than 16 bits.
+        against: the model whose plain cache is the reference; default: the artifact's own weights.
+            That cache has the type that the model computes in, so on a CPU, by default, it is
+            float32: a stricter reference than 16 bits.
         text: file or datasets id; default: the held-out text that the package ships.
         windows, first_window, seq_len: how the text is cut.
         device, dtype, attention: as in load_pretrained.
@@ -130,7 +137,9 @@ def evaluate(
     metadata = model.kv_artifact.metadata
     most = text_of(model.config).max_position_embeddings
     if seq_len > most or seq_len < 2:
-        raise KvfoldError(f"--seq-len {seq_len} is not between 2 and the model's maximum of {most}.")
+        raise KvfoldError(
+            f"--seq-len {seq_len} is not between 2 and the model's maximum of {most}."
+        )
     tokenizer = tokenizer_from_pretrained(path)
     name, documents = read_documents(text, default=(HELD_OUT,))
     batches = windows_of(tokenizer, "\n\n".join(documents), seq_len, first_window, windows, name)

@@ -1,4 +1,5 @@
-"""How the command `kvfold` ends: its exit code, and one sentence where it is interrupted or can't print."""
+"""How the command `kvfold` ends: its exit code, and one sentence where it is interrupted or can't
+print."""
 
 import errno
 import os
@@ -43,13 +44,23 @@ def exit_code(run: Callable[[], int | None], words: list[str]) -> int:
     except BaseException as error:
         code = 1
         if _is_broken_pipe(error) and printed is not None and _is_unread(printed):
-            code = 0  # the reader, `head` perhaps, has seen enough; printing is the last that a command does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter tries again at its end
-        elif interrupted or isinstance(error, KeyboardInterrupt):  # a library may have made something else of it
+            # the reader, `head` perhaps, has seen enough; printing is the last that a command does
+            code = 0
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), 1
+            )  # or the interpreter tries again at its end
+        elif interrupted or isinstance(
+            error, KeyboardInterrupt
+        ):  # a library may have made something else of it
             code = INTERRUPTED
         elif isinstance(error, OSError) and error.errno in UNWRITTEN and error.filename is None:
-            print(f"kvfold: what was to be printed could not be written ({error.strerror}).", file=sys.stderr)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter tries again at its end
+            print(
+                f"kvfold: what was to be printed could not be written ({error.strerror}).",
+                file=sys.stderr,
+            )
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), 1
+            )  # or the interpreter tries again at its end
         elif is_out_of_memory(error):
             print(
                 f"kvfold: there is too little memory ({reason_of_shortage(error)}); free some, raise the limit or "
@@ -95,7 +106,7 @@ def _is_broken_pipe(error: BaseException) -> bool:
 
 
 def _flush() -> None:
-    """Writes out what was printed, so that a full disk behind stdout is an error and no message of the
-    interpreter's."""
+    """Writes out what was printed, so that a full disk behind stdout is an error and no message of
+    the interpreter's."""
     if sys.stdout is not None:
         sys.stdout.flush()

@@ -53,14 +53,17 @@ PROCESSOR_FILES = (
     "video_preprocessor_config.json",
     "chat_template.json",
 )
-ROUNDING_LIMIT = 1e-3  # nats of KL that rounding the fused weights may cost before they are written in float32
+ROUNDING_LIMIT = (
+    1e-3  # nats of KL that rounding the fused weights may cost before they are written in float32
+)
 
 
 def export(plan: Plan, found: Found, out: Path) -> Artifact:
     """Writes the artifact of what the search found; the checkpoint is read again, in its own dtype.
 
     Args:
-        found: the choices; where rounding the fused weights costs more than ROUNDING_LIMIT they are written in float32.
+        found: the choices; where rounding the fused weights costs more than ROUNDING_LIMIT they are
+            written in float32.
         out: the artifact's folder.
     """
     layers = found.layers
@@ -72,7 +75,9 @@ def export(plan: Plan, found: Found, out: Path) -> Artifact:
     def save_model(folder: Path) -> None:
         model = _stored(plan)
         for attention, layer in zip(plan.arch.attention_modules(model), layers, strict=True):
-            set_parameters(attention, fused_parameters(attention, plan.arch, layer), dtype, keep=True)
+            set_parameters(
+                attention, fused_parameters(attention, plan.arch, layer), dtype, keep=True
+            )
             release(model)
         if hasattr(model.config, "auto_map"):
             del model.config.auto_map  # code that an artifact has not
@@ -84,11 +89,14 @@ def export(plan: Plan, found: Found, out: Path) -> Artifact:
                 shutil.copyfile(plan.source.path / name, folder / name)
 
     metadata = _metadata(plan, found, specs, dtype)
-    return write_artifact(out, metadata, specs, save_model, plan.recipe.dump(), base_of(plan.source))
+    return write_artifact(
+        out, metadata, specs, save_model, plan.recipe.dump(), base_of(plan.source)
+    )
 
 
 def _stored(plan: Plan) -> Any:
-    """The checkpoint in its own types: in memory, or, where it would take more than its share of that, in its files."""
+    """The checkpoint in its own types: in memory, or, where it would take more than its share of
+    that, in its files."""
     cpu = torch.device("cpu")
     if weights_nbytes(plan.source.path, "auto") <= room_for_weights(cpu, plan.max_memory):
         return load_model(plan.source.path, "auto", cpu)
@@ -96,18 +104,21 @@ def _stored(plan: Plan) -> Any:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Writes a tokenizer as files that lie side by side: several named chat templates would be a folder of their own,
-    so they go into tokenizer_config.json. What code it could be loaded with instead (auto_map) is left out, for an
-    artifact has none."""
+    """Writes a tokenizer as files that lie side by side: several named chat templates would be a
+    folder of their own, so they go into tokenizer_config.json. What code it could be loaded with
+    instead (auto_map) is left out, for an artifact has none."""
     tokenizer.init_kwargs.pop("auto_map", None)
-    tokenizer.save_pretrained(folder, save_jinja_files=not isinstance(tokenizer.chat_template, dict))
+    tokenizer.save_pretrained(
+        folder, save_jinja_files=not isinstance(tokenizer.chat_template, dict)
+    )
 
 
 def own_cache(file: Path) -> None:
-    """Takes another cache's name out of generation_config.json: an artifact brings its own packed cache, beside which
-    there is none.
+    """Takes another cache's name out of generation_config.json: an artifact brings its own packed
+    cache, beside which there is none.
 
-    In the file, because transformers writes a config that was changed only if nothing else in it is amiss.
+    In the file, because transformers writes a config that was changed only if nothing else in it is
+    amiss.
     """
     fields = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if fields.get("cache_implementation") not in (None, "dynamic"):
@@ -119,7 +130,8 @@ def own_cache(file: Path) -> None:
 
 
 def check_exportable(plan: Plan, work: Path) -> None:
-    """Writes the small files as `export` will, so that what can't be written is refused before the search.
+    """Writes the small files as `export` will, so that what can't be written is refused before the
+    search.
 
     Args:
         work: folder for them; nothing stays there.
@@ -155,7 +167,8 @@ def check_exportable(plan: Plan, work: Path) -> None:
 
 
 def base_of(source: Source) -> Base:
-    """What the model card says of the base model: its id on the Hub where that is known, and its licence."""
+    """What the model card says of the base model: its id on the Hub where that is known, and its
+    licence."""
     alias = ALIASES.get(source.name)
     if alias is not None:
         return Base(alias.repo_id, Licence(alias.license))
@@ -173,7 +186,9 @@ def _metadata(plan: Plan, found: Found, specs: list[LayerSpec], dtype: torch.dty
 
     def side(spec: KeySpec | ValueSpec, loss: float) -> SideModel:
         tensors: list = [
-            name for name in ("matrix", "offset", "clip", "frequencies") if getattr(spec, name, None) is not None
+            name
+            for name in ("matrix", "offset", "clip", "frequencies")
+            if getattr(spec, name, None) is not None
         ]
         fmt = FormatModel(**spec.format.to_dict())
         return SideModel(
@@ -189,7 +204,9 @@ def _metadata(plan: Plan, found: Found, specs: list[LayerSpec], dtype: torch.dty
         optional["rope_pairs"] = pairs
     nbytes = cache_nbytes(g, formats, at)
     raw = plan.num_layers * g.raw_rows * g.num_kv_heads * g.head_dim * 4
-    pages = sum(g.side_nbytes(fmt, at, g.sliding_of(i)) for i, pair in enumerate(formats) for fmt in pair)
+    pages = sum(
+        g.side_nbytes(fmt, at, g.sliding_of(i)) for i, pair in enumerate(formats) for fmt in pair
+    )
     elements = g.elements(at, plan.num_layers)
     lengths = [2**i for i in range(9, 31) if 2**i <= text_of(plan.config).max_position_embeddings]
     return Metadata(

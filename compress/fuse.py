@@ -5,8 +5,9 @@
 | value basis M, one a KV head | rows of v_proj and its bias | columns of o_proj, for every query head of the group |
 | pair scale s of keys | 1/s: rows of k_proj and its bias, or k_norm | s: rows of q_proj and its bias, or q_norm |
 
-A model with one qkv_proj has the rows of all three in it, queries first, then keys, then values; one with a
-query_key_value has them head by head. What is said of o_proj goes for `dense`, as some models call it.
+A model with one qkv_proj has the rows of all three in it, queries first, then keys, then values;
+one with a query_key_value has them head by head. What is said of o_proj goes for `dense`, as some
+models call it.
 """
 
 from typing import Any
@@ -24,7 +25,9 @@ def output_name(attention: Any) -> str:
     return "o_proj" if hasattr(attention, "o_proj") else "dense"
 
 
-def _rows(attention: Any, side: str, num_kv_heads: int, head_dim: int) -> tuple[str, slice | Tensor]:
+def _rows(
+    attention: Any, side: str, num_kv_heads: int, head_dim: int
+) -> tuple[str, slice | Tensor]:
     """The projection that computes "q", "k" or "v", and its rows."""
     if hasattr(attention, "query_key_value"):
         rows = torch.arange(3 * num_kv_heads * head_dim).view(num_kv_heads, 3, head_dim)
@@ -33,12 +36,16 @@ def _rows(attention: Any, side: str, num_kv_heads: int, head_dim: int) -> tuple[
         return f"{side}_proj", slice(None)
     keys = num_kv_heads * head_dim
     start = attention.qkv_proj.weight.shape[0] - 2 * keys
-    return "qkv_proj", {"q": slice(0, start), "k": slice(start, start + keys), "v": slice(start + keys, None)}[side]
+    return "qkv_proj", {
+        "q": slice(0, start),
+        "k": slice(start, start + keys),
+        "v": slice(start + keys, None),
+    }[side]
 
 
 def _multiply_rows(attention: Any, side: str, matrix: Tensor, fused: dict[str, Tensor]) -> None:
-    """Multiplies a side's rows, weight and bias, by matrix [Hkv, D, D] from the left, for each head of a group; into
-    `fused`."""
+    """Multiplies a side's rows, weight and bias, by matrix [Hkv, D, D] from the left, for each head
+    of a group; into `fused`."""
     heads, dim = matrix.shape[:2]
     name, rows = _rows(attention, side, heads, dim)
     projection = getattr(attention, name)
@@ -74,13 +81,15 @@ def fuse_values(attention: Any, matrix: Tensor) -> dict[str, Tensor]:
 
 
 def scaled_norms(attention: Any, arch: Architecture) -> list[str]:
-    """Names of the norms that a scale of queries and of keys must go into, as they undo what the projections do; none
-    where there are none.
+    """Names of the norms that a scale of queries and of keys must go into, as they undo what the
+    projections do; none where there are none.
 
     Raises:
         KvfoldError: there are norms, but they have no weights of their own channels.
     """
-    found = [name for name in arch.norms if arch.qk_norm and getattr(attention, name, None) is not None]
+    found = [
+        name for name in arch.norms if arch.qk_norm and getattr(attention, name, None) is not None
+    ]
     if any(getattr(getattr(attention, name), "weight", None) is None for name in found):
         raise KvfoldError(
             f"The norms of queries and keys of a '{arch.model_type}' model have no weights that key.transform 'smooth' "
@@ -103,18 +112,20 @@ def _scaled(parameter: Tensor, scale: Tensor, queries: bool) -> Tensor:
 def fuse_pair_scale(
     attention: Any, scale: Tensor, arch: Architecture, fused: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Query and key projections, or their norms, with a pair scale folded in: keys / s, queries · s.
+    """Query and key projections, or their norms, with a pair scale folded in: keys / s, queries ·
+    s.
 
     Args:
         attention: the attention module; not changed.
         scale: float64 [Hkv, D] > 0, equal inside each pair that RoPE turns.
         arch: says whether q_norm and k_norm undo what the projections do.
-        fused: parameters that were changed before and are taken in place of the module's, e.g. of a qkv_proj.
+        fused: parameters that were changed before and are taken in place of the module's, e.g. of a
+            qkv_proj.
     Returns:
         New parameters by name, float64.
     Raises:
-        KvfoldError: a QK-norm model has one norm for all heads, so all heads must share one scale; or norms without
-            weights.
+        KvfoldError: a QK-norm model has one norm for all heads, so all heads must share one scale;
+            or norms without weights.
     """
     dim = scale.shape[1]
     if not torch.equal(*split_pairs(scale, arch.rope_pairs)):
@@ -124,13 +135,21 @@ def fuse_pair_scale(
     norms = scaled_norms(attention, arch)
     if norms:
         scale = scale.to(getattr(attention, norms[0]).weight.device)
-        if shares_scale(attention, arch, dim) and not torch.allclose(scale, scale[:1].expand_as(scale)):
-            raise KvfoldError("A QK-norm model has one norm for all heads; give every KV head the same pair scale.")
+        if shares_scale(attention, arch, dim) and not torch.allclose(
+            scale, scale[:1].expand_as(scale)
+        ):
+            raise KvfoldError(
+                "A QK-norm model has one norm for all heads; give every KV head the same pair scale."
+            )
         plus, found = arch.norm_plus, {}
         for name in norms:
             weight = getattr(attention, name).weight.double()
             heads = weight.numel() // dim
-            own = scale[0] if heads == 1 else scale.repeat_interleave(heads // len(scale), 0).reshape_as(weight)
+            own = (
+                scale[0]
+                if heads == 1
+                else scale.repeat_interleave(heads // len(scale), 0).reshape_as(weight)
+            )
             found[f"{name}.weight"] = _scaled(weight + plus, own, name == arch.norms[0]) - plus
             if getattr(getattr(attention, name), "bias", None) is not None:
                 bias = getattr(attention, name).bias.double()

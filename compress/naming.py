@@ -1,5 +1,5 @@
-"""Where an artifact goes that nobody named: artifacts/MODEL-BUDGET. `python -m kvfold.compress.naming MODEL BUDGET`
-prints it."""
+"""Where an artifact goes that nobody named: artifacts/MODEL-BUDGET. `python -m
+kvfold.compress.naming MODEL BUDGET` prints it."""
 
 import sys
 from pathlib import Path

@@ -29,7 +29,8 @@ def calibrated_by(plan: Plan, device: torch.device) -> dict:
 
 
 def statistics_folder(calibrated: dict, root: Path) -> Path:
-    """The folder in `root` of a calibration that depends on `calibrated`, of `calibrated_by`; made if need be."""
+    """The folder in `root` of a calibration that depends on `calibrated`, of `calibrated_by`; made
+    if need be."""
     folder = root / fingerprint(calibrated)[:16]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -76,14 +77,15 @@ def compress(
         device: "auto", "cpu", "cuda", ….
         context: tokens at which plain bits count.
         resume: go on with what an interrupted run of the same options left.
-        statistics: folder that keeps the calibration for later runs on the same model and text, whatever else they
-            choose.
-        max_memory: bytes that are taken to be free; None: those that are. Weights of which half would not fit are
-            read layer by layer. The artifact is the same.
+        statistics: folder that keeps the calibration for later runs on the same model and text,
+            whatever else they choose.
+        max_memory: bytes that are taken to be free; None: those that are. Weights of which half
+            would not fit are read layer by layer. The artifact is the same.
         accept_loss: write the artifact also where the measured KL is above BROKEN_KL nats.
     Raises:
         KvfoldError: any bad input, in one sentence; nothing is left behind.
-        Unfinished: the model would be broken, or the artifact can't be written; what was found stays for `resume`.
+        Unfinished: the model would be broken, or the artifact can't be written; what was found
+            stays for `resume`.
     """
     recipe = recipe or Recipe()
     place = resolve_output(out)  # once: what happens to a link while the run lasts moves nothing
@@ -92,7 +94,10 @@ def compress(
     check_output(out, int(2.2 * weights) + (64 << 20))
     target = pick_device(device)
     calibrated = calibrated_by(plan, target)
-    rest = {"recipe": recipe.model_dump(mode="json"), "budget": [plan.budget.at, plan.budget.nbytes]}
+    rest = {
+        "recipe": recipe.model_dump(mode="json"),
+        "budget": [plan.budget.at, plan.budget.nbytes],
+    }
     kept = None
     if statistics is not None:
         kept = statistics_folder(calibrated, statistics)

@@ -59,7 +59,9 @@ def pick_device(name: str) -> torch.device:
         KvfoldError: no such device here.
     """
     if name.split(":")[0] == "meta":
-        raise KvfoldError("Device 'meta' holds no numbers to compute with; give 'auto', 'cpu' or 'cuda'.")
+        raise KvfoldError(
+            "Device 'meta' holds no numbers to compute with; give 'auto', 'cpu' or 'cuda'."
+        )
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -71,7 +73,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def make_plan(
-    model: str, budget: str, calib: str | None, recipe: Recipe, context: int | None, max_memory: int | None = None
+    model: str,
+    budget: str,
+    calib: str | None,
+    recipe: Recipe,
+    context: int | None,
+    max_memory: int | None = None,
 ) -> Plan:
     """Finds the model and checks everything that can be checked before its weights are read.
 
@@ -90,9 +97,16 @@ def make_plan(
             f"{rotary_dim_of(config)} of {head_dim_of(config)} channels; choose another key.transform in the recipe."
         )
     shape = num_kv_heads_of(config), head_dim_of(config)
-    geometry = Geometry(*shape, recipe.sinks, recipe.least_window, recipe.page_tokens, sliding_windows_of(config))
-    allowance = parse_budget(budget, geometry, text.num_hidden_layers, text.max_position_embeddings, context)
-    k, v = (side.least_format(geometry.head_dim, recipe.catalogue) for side in (recipe.key, recipe.value))
+    geometry = Geometry(
+        *shape, recipe.sinks, recipe.least_window, recipe.page_tokens, sliding_windows_of(config)
+    )
+    allowance = parse_budget(
+        budget, geometry, text.num_hidden_layers, text.max_position_embeddings, context
+    )
+    k, v = (
+        side.least_format(geometry.head_dim, recipe.catalogue)
+        for side in (recipe.key, recipe.value)
+    )
     check_reach(
         allowance,
         geometry,
@@ -100,32 +114,53 @@ def make_plan(
         cache_nbytes(geometry, [(k, v)] * text.num_hidden_layers, allowance.at),
     )
     if recipe.window == "auto":
-        geometry = replace(geometry, window=longest_window(geometry, allowance, [(k, v)] * text.num_hidden_layers))
+        geometry = replace(
+            geometry, window=longest_window(geometry, allowance, [(k, v)] * text.num_hidden_layers)
+        )
         recipe = recipe.model_copy(update={"window": geometry.window})
     tokenizer = tokenizer_from_pretrained(source.path)
     c = recipe.calibration
-    name, sequences = calibration_sequences(tokenizer, calib, c, text.max_position_embeddings, recipe.seed)
+    name, sequences = calibration_sequences(
+        tokenizer, calib, c, text.max_position_embeddings, recipe.seed
+    )
     check_ids(sequences, config, source.name)
     spread = c.spread or max(1, ceil(allowance.at / sequences[0].shape[1]))
     steps = graded_steps(spread, len(sequences)) if c.graded else [spread] * len(sequences)
     return Plan(
-        source, config, arch, geometry, allowance, recipe, tokenizer, sequences, name, spread, steps, max_memory
+        source,
+        config,
+        arch,
+        geometry,
+        allowance,
+        recipe,
+        tokenizer,
+        sequences,
+        name,
+        spread,
+        steps,
+        max_memory,
     )
 
 
 def longest_window(geometry: Geometry, budget: Budget, least: list[tuple[Format, Format]]) -> int:
-    """Tokens of the window that the budget pays for: its own times a power of two, a WINDOW_SHAREth of the budget at
-    the most.
+    """Tokens of the window that the budget pays for: its own times a power of two, a WINDOW_SHAREth
+    of the budget at the most.
 
-    At equal bytes a longer window is worth more than the bits it takes from the pages, up to a quarter and more of them
-    (benchmarks/LOG.md); an eighth leaves the pages, which all that lies further back depends on, most of theirs.
+    At equal bytes a longer window is worth more than the bits it takes from the pages, up to a
+    quarter and more of them (benchmarks/LOG.md); an eighth leaves the pages, which all that lies
+    further back depends on, most of theirs.
 
     Args:
         geometry: with the shortest window.
         least: the smallest formats of each layer, which must fit beside the window.
     """
     token = 2 * RAW_NBYTES * geometry.num_kv_heads * geometry.head_dim * len(least)
-    most = min([budget.nbytes / (WINDOW_SHARE * token), *(n / SLIDING_SHARE for n in geometry.sliding if n)])
+    most = min(
+        [
+            budget.nbytes / (WINDOW_SHARE * token),
+            *(n / SLIDING_SHARE for n in geometry.sliding if n),
+        ]
+    )
     window = geometry.window
     while 0 < 2 * window <= most:
         longer = replace(geometry, window=2 * window)
@@ -136,8 +171,8 @@ def longest_window(geometry: Geometry, budget: Budget, least: list[tuple[Format,
 
 
 def graded_steps(spread: int, count: int) -> list[int]:
-    """`count` steps between positions that rise geometrically from 1 to `spread`; for a single sequence, `spread`
-    itself."""
+    """`count` steps between positions that rise geometrically from 1 to `spread`; for a single
+    sequence, `spread` itself."""
     return [round(spread ** (i / (count - 1))) for i in range(count)] if count > 1 else [spread]
 
 
@@ -159,7 +194,8 @@ def check_reach(budget: Budget, geometry: Geometry, num_layers: int, least: int)
     """Refuses a budget below `least` bytes, the smallest cache that the search can choose.
 
     Raises:
-        KvfoldError: naming the smallest budget that works, or, where even 16 bits would not, the length.
+        KvfoldError: naming the smallest budget that works, or, where even 16 bits would not, the
+            length.
     """
     if budget.nbytes < least:
         bits = ceil(8000 * least / geometry.elements(budget.at, num_layers)) / 1000

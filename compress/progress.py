@@ -14,20 +14,24 @@ from kvfold.exports.units import printable
 T = TypeVar("T")
 
 
-def progress(items: Iterable[T], desc: str, unit: str, initial: int = 0, total: int | None = None) -> "Iterable[T]":
+def progress(
+    items: Iterable[T], desc: str, unit: str, initial: int = 0, total: int | None = None
+) -> "Iterable[T]":
     """A bar over `items`; silent where stderr is not a terminal."""
     return tqdm(items, desc=f"{desc:<12}", unit=unit, initial=initial, total=total, disable=None)
 
 
 def print_anything() -> None:
-    """Has stdout and stderr show as an escape what their encoding lacks, as in the locale C; a path's own bytes stay
-    what they are."""
+    """Has stdout and stderr show as an escape what their encoding lacks, as in the locale C; a
+    path's own bytes stay what they are."""
 
     def escape(error: UnicodeError) -> tuple[bytes, int]:
         assert isinstance(error, UnicodeEncodeError)
         part = error.object[error.start : error.end]
         raw = (
-            bytes([ord(c) - 0xDC00]) if 0xDC80 <= ord(c) <= 0xDCFF else c.encode("ascii", "backslashreplace")
+            bytes([ord(c) - 0xDC00])
+            if 0xDC80 <= ord(c) <= 0xDCFF
+            else c.encode("ascii", "backslashreplace")
             for c in part
         )
         return b"".join(raw), error.end
@@ -39,8 +43,11 @@ def print_anything() -> None:
 
 
 def console(columns: int = 120, quiet: bool = False) -> Console:
-    """stdout for tables: as wide as a terminal, else of so many columns; nothing where stdout was closed."""
-    return Console(width=None if sys.stdout is not None and sys.stdout.isatty() else columns, quiet=quiet)
+    """stdout for tables: as wide as a terminal, else of so many columns; nothing where stdout was
+    closed."""
+    return Console(
+        width=None if sys.stdout is not None and sys.stdout.isatty() else columns, quiet=quiet
+    )
 
 
 def stage(text: str) -> None:

@@ -1,8 +1,9 @@
-"""A recipe: every choice of the pipeline as data. `recipe.yaml` in an artifact is the resolved recipe.
+"""A recipe: every choice of the pipeline as data. `recipe.yaml` in an artifact is the resolved
+recipe.
 
-Recipes that ship are the YAML files of compress/recipes; a name stands for its file, and absent keys take the values of
-`best`. A side that offers a single format is fixed: then nothing is searched, and the budget only has to be large
-enough.
+Recipes that ship are the YAML files of compress/recipes; a name stands for its file, and absent
+keys take the values of `best`. A side that offers a single format is fixed: then nothing is
+searched, and the budget only has to be large enough.
 """
 
 from importlib.resources import files
@@ -10,7 +11,15 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from kvfold.compress.recipe_yaml import Loader, nearest, refuse_conversion
 from kvfold.compress.transforms import KEY_TRANSFORMS, VALUE_TRANSFORMS, Transform
@@ -30,7 +39,9 @@ MOST_SEQUENCES = 4096  # what is computed of each is held for all of them
 MOST_PAIRS = 10_000
 MOST_CHOICES = 64  # of a list
 DEFAULT_PAIRS = 8  # benchmarks/LOG.md has what fewer and more cost
-LEAST_WINDOW = 128  # tokens, of a window that the budget decides: SKVQ's (2405.06219) and most others'
+LEAST_WINDOW = (
+    128  # tokens, of a window that the budget decides: SKVQ's (2405.06219) and most others'
+)
 MANY_LEVELS = (64, 256, RAW)  # beyond 5 bits nothing is won by mixing
 
 
@@ -49,11 +60,15 @@ class _Side(_Strict):
 
     Attributes:
         transform: a name of the side's table in transforms.
-        bits: mean code bits of the mixed formats that are offered; only for transforms that have some.
+        bits: mean code bits of the mixed formats that are offered; only for transforms that have
+            some.
         levels: of the formats with one class that are offered; 65536 is 16 bits.
-        params: their kinds of code (kernels/kinds/): "scale" (symmetric) or "scale_min"; both may be offered.
-        param_dtype: type of their parameters; "auto": e4m3 for few levels, fp16 for many, both at 16 levels.
-        group_size: channels that share (minimum, scale); 0, or more than a head has, is the whole head.
+        params: their kinds of code (kernels/kinds/): "scale" (symmetric) or "scale_min"; both may
+            be offered.
+        param_dtype: type of their parameters; "auto": e4m3 for few levels, fp16 for many, both at
+            16 levels.
+        group_size: channels that share (minimum, scale); 0, or more than a head has, is the whole
+            head.
         clip: search factors on (minimum, maximum).
     """
 
@@ -63,7 +78,10 @@ class _Side(_Strict):
     ]  # where a transform with mixed formats is asked for without saying what to offer
 
     transform: str
-    bits: Annotated[tuple[Annotated[float, Field(gt=0, le=6)], ...], Field(max_length=MOST_CHOICES)] | None = None
+    bits: (
+        Annotated[tuple[Annotated[float, Field(gt=0, le=6)], ...], Field(max_length=MOST_CHOICES)]
+        | None
+    ) = None
     levels: Annotated[tuple[int, ...], Field(max_length=MOST_CHOICES)] | None = None
     params: Annotated[tuple[str, ...], Field(max_length=MOST_CHOICES)] = ("scale_min",)
     param_dtype: Literal["auto", "e4m3", "fp16"] = "auto"
@@ -77,7 +95,11 @@ class _Side(_Strict):
         if not isinstance(data, dict):
             return data
         row = cls._table.get(data.get("transform", cls.model_fields["transform"].default))
-        offered = cls._offered if row is not None and row.mixed is not None else {"bits": (), "levels": LEVELS}
+        offered = (
+            cls._offered
+            if row is not None and row.mixed is not None
+            else {"bits": (), "levels": LEVELS}
+        )
         return offered | {name: value for name, value in data.items() if value is not None}
 
     @field_validator("transform")
@@ -106,7 +128,9 @@ class _Side(_Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.bits and self._table[self.transform].mixed is None:
-            raise ValueError(f"bits goes with mixed formats, which transform {self.transform} has not")
+            raise ValueError(
+                f"bits goes with mixed formats, which transform {self.transform} has not"
+            )
         if not self.bits and not self.levels:
             raise ValueError("bits and levels are both empty, so there is nothing to choose from")
         return self
@@ -130,15 +154,22 @@ class _Side(_Strict):
         return [*found, raw16(head_dim)] if RAW in (self.levels or ()) else found
 
     def known_formats(self, head_dim: int) -> tuple[Format, ...]:
-        """All of the catalogue's formats for this side; empty for a head_dim that it does not have."""
+        """All of the catalogue's formats for this side; empty for a head_dim that it does not
+        have."""
         raise NotImplementedError
 
     def shared_formats(self, head_dim: int) -> tuple[Format, ...]:
-        """The catalogue's mixed formats from the least of `bits` to the most; empty where it has none."""
-        return mixed_between(self.known_formats(head_dim), min(self.bits), max(self.bits)) if self.bits else ()
+        """The catalogue's mixed formats from the least of `bits` to the most; empty where it has
+        none."""
+        return (
+            mixed_between(self.known_formats(head_dim), min(self.bits), max(self.bits))
+            if self.bits
+            else ()
+        )
 
     def least_format(self, head_dim: int, catalogue: bool = False) -> Format:
-        """The smallest format that is offered, or one of the same size; `catalogue`: as in Recipe."""
+        """The smallest format that is offered, or one of the same size; `catalogue`: as in
+        Recipe."""
         found = self.uniform_formats(head_dim)
         shared = self.shared_formats(head_dim) if catalogue else ()
         if shared:
@@ -196,11 +227,11 @@ class CalibrationRecipe(_Strict):
     Attributes:
         num_sequences, seq_len: sequences and tokens of each.
         texts: the built-in text's documents; sequences, and so probes, are taken from them in turn.
-        general: where a text is given, take every second sequence from the built-in text all the same, so that a narrow
-            text does not make a cache that is poor at everything else.
+        general: where a text is given, take every second sequence from the built-in text all the
+            same, so that a narrow text does not make a cache that is poor at everything else.
         spread: the step between positions; 0 covers the budget's context.
-        graded: the sequences' steps rise geometrically from 1 to `spread`, so that short contexts count as well as long
-            ones; else every sequence has that step, as in PM-KVQ.
+        graded: the sequences' steps rise geometrically from 1 to `spread`, so that short contexts
+            count as well as long ones; else every sequence has that step, as in PM-KVQ.
         sample_tokens: tokens kept whole, of all sequences together.
     """
 
@@ -217,15 +248,16 @@ class SensitivityRecipe(_Strict):
     """How a choice's loss is found.
 
     Attributes:
-        method: "kl", measured by a forward pass for each probe (search/sensitivity.py); "fisher", the same to second
+        method: "kl", measured by a forward pass for each probe (search/sensitivity.py); "fisher",
+            the same to second
             order, by backward passes for all probes together (search/fisher.py); "first-order", Σ|g·Δ|
             (search/first_order.py).
         num_sequences, seq_len: of the probes.
         stride: every how many positions the KL is taken.
         directions: backward passes of each sequence, for "fisher".
         probes: formats of a side that are measured.
-        conversations: questions about the calibration text, the model's answers to which are probed too
-            (conversations.py); where the tokenizer has a chat template.
+        conversations: questions about the calibration text, the model's answers to which are probed
+            too (conversations.py); where the tokenizer has a chat template.
     """
 
     method: Literal["kl", "fisher", "first-order"] = "fisher"
@@ -238,18 +270,19 @@ class SensitivityRecipe(_Strict):
 
 
 class Recipe(_Strict):
-    """All choices. Tokens are counted in `sinks`, `window` and `page_tokens`; `tied`: K and V of a layer get one
-    format.
+    """All choices. Tokens are counted in `sinks`, `window` and `page_tokens`; `tied`: K and V of a
+    layer get one format.
 
-    A window of "auto" is as long as an eighth of the budget pays for (plan.py): next words hang on the last few hundred
-    tokens most.
+    A window of "auto" is as long as an eighth of the budget pays for (plan.py): next words hang on
+    the last few hundred tokens most.
 
     Attributes:
-        catalogue: take mixed formats from kernels/catalogue.py, where it has the head_dim, so that one set of kernels
-            serves all artifacts; else every layer makes its own cuts.
-        pairs: different (key format, value format) pairs that the layers may have together, each of which needs kernels
-            of its own; 0 for no limit. It binds where all layers choose from the same formats, not where they make
-            their own cuts. With a limit they come from the catalogue's list, where a recipe offers all of it.
+        catalogue: take mixed formats from kernels/catalogue.py, where it has the head_dim, so that
+            one set of kernels serves all artifacts; else every layer makes its own cuts.
+        pairs: different (key format, value format) pairs that the layers may have together, each of
+            which needs kernels of its own; 0 for no limit. It binds where all layers choose from
+            the same formats, not where they make their own cuts. With a limit they come from the
+            catalogue's list, where a recipe offers all of it.
     """
 
     sinks: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 64
@@ -274,10 +307,13 @@ class Recipe(_Strict):
     @model_validator(mode="after")
     def _tied_alike(self) -> "Recipe":
         same = all(
-            getattr(self.key, x) == getattr(self.value, x) for x in ("levels", "params", "param_dtype", "group_size")
+            getattr(self.key, x) == getattr(self.value, x)
+            for x in ("levels", "params", "param_dtype", "group_size")
         )
         if self.tied and (self.key.bits or self.value.bits or not same):
-            raise ValueError("tied needs no bits, and keys with the values' levels, params, param_dtype and group_size")
+            raise ValueError(
+                "tied needs no bits, and keys with the values' levels, params, param_dtype and group_size"
+            )
         return self
 
     @property
@@ -292,7 +328,9 @@ class Recipe(_Strict):
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes that ship."""
-    return sorted(p.name.removesuffix(".yaml") for p in _folder().iterdir() if p.name.endswith(".yaml"))
+    return sorted(
+        p.name.removesuffix(".yaml") for p in _folder().iterdir() if p.name.endswith(".yaml")
+    )
 
 
 def _folder():
@@ -303,8 +341,8 @@ def load_recipe(recipe: str | Path | None = None, seed: int | None = None) -> Re
     """Reads a recipe.
 
     Args:
-        recipe: name of one that ships, or the path of a YAML file; None for the default. Absent keys keep their
-            defaults.
+        recipe: name of one that ships, or the path of a YAML file; None for the default. Absent
+            keys keep their defaults.
         seed: overrides the recipe's.
     Raises:
         KvfoldError: no such recipe, not YAML, an unknown key or a value out of range.
@@ -325,7 +363,9 @@ def load_recipe(recipe: str | Path | None = None, seed: int | None = None) -> Re
             f"Recipe '{name}' is not YAML{where}; see recipe.yaml in any artifact for the form."
         ) from None
     if not isinstance(data, dict):
-        raise KvfoldError(f"Recipe '{name}' is not a mapping of options; see recipe.yaml in any artifact for the form.")
+        raise KvfoldError(
+            f"Recipe '{name}' is not a mapping of options; see recipe.yaml in any artifact for the form."
+        )
     if seed is not None:
         data = {**data, "seed": seed}
     try:

@@ -1,5 +1,5 @@
-"""Reading a recipe's YAML without guessing: what YAML 1.1 or pydantic would quietly take for something else is an
-error."""
+"""Reading a recipe's YAML without guessing: what YAML 1.1 or pydantic would quietly take for
+something else is an error."""
 
 from difflib import get_close_matches
 from typing import Any
@@ -15,7 +15,9 @@ class Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is there twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"'{key.value}' is there twice", key.start_mark
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -23,8 +25,14 @@ class Loader(yaml.SafeLoader):
         """An integer or a float, written in decimal."""
         text = self.construct_scalar(node)
         if ":" in text:
-            raise yaml.constructor.ConstructorError(None, None, f"'{text}' is no plain number", node.start_mark)
-        return self.construct_yaml_float(node) if node.tag.endswith("float") else self.construct_yaml_int(node)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"'{text}' is no plain number", node.start_mark
+            )
+        return (
+            self.construct_yaml_float(node)
+            if node.tag.endswith("float")
+            else self.construct_yaml_int(node)
+        )
 
 
 for kind in ("int", "float"):
@@ -32,7 +40,8 @@ for kind in ("int", "float"):
 
 
 def refuse_conversion(value: Any, takes_bool: bool) -> None:
-    """Refuses what would be turned into something else: true or "3" into a number, 1 or "yes" into true.
+    """Refuses what would be turned into something else: true or "3" into a number, 1 or "yes" into
+    true.
 
     Raises:
         ValueError: saying which.
@@ -41,7 +50,9 @@ def refuse_conversion(value: Any, takes_bool: bool) -> None:
         raise ValueError(f"{value!r} is neither true nor false")
     for part in value if isinstance(value, list | tuple) else [value]:
         if isinstance(part, bool) and not takes_bool:
-            raise ValueError(f"{str(part).lower()} is no value of this option; give a number or a name")
+            raise ValueError(
+                f"{str(part).lower()} is no value of this option; give a number or a name"
+            )
         if isinstance(part, str):
             try:
                 float(part)

@@ -1,4 +1,5 @@
-"""Calibration and evaluation text: built in, a text file, or a `datasets` id, cut into seeded sequences of tokens."""
+"""Calibration and evaluation text: built in, a text file, or a `datasets` id, cut into seeded
+sequences of tokens."""
 
 import logging
 import random
@@ -27,7 +28,9 @@ HELD_OUT = "heldout.txt"
 LEAST_TOKENS = 256  # below this there is nothing to calibrate on
 LEAST_DISTINCT = 8  # different tokens: of one repeated character every choice of bits looks free
 MOST_CHARS = 4_000_000  # read of a file or dataset
-PIECE_CHARS = 500_000  # tokenised at a time, which takes hundreds of bytes a character; few texts are longer
+PIECE_CHARS = (
+    500_000  # tokenised at a time, which takes hundreds of bytes a character; few texts are longer
+)
 
 
 def data_text(name: str) -> str:
@@ -35,12 +38,14 @@ def data_text(name: str) -> str:
     return files("kvfold.compress").joinpath("data", name).read_text(encoding="utf-8")
 
 
-def read_documents(source: str | None, default: tuple[str, ...] = BUILT_IN) -> tuple[str, list[str]]:
+def read_documents(
+    source: str | None, default: tuple[str, ...] = BUILT_IN
+) -> tuple[str, list[str]]:
     """The name and documents of a text source.
 
     Args:
-        source: path of a UTF-8 text file; a `datasets` id as ID, ID:CONFIG or ID:CONFIG:SPLIT, or the folder of a
-            dataset; None for the built-in text.
+        source: path of a UTF-8 text file; a `datasets` id as ID, ID:CONFIG or ID:CONFIG:SPLIT, or
+            the folder of a dataset; None for the built-in text.
         default: files of the package that make up the built-in text.
     Raises:
         KvfoldError: no such file or dataset, not text, or empty.
@@ -56,13 +61,19 @@ def read_documents(source: str | None, default: tuple[str, ...] = BUILT_IN) -> t
         except UnicodeDecodeError:
             raise KvfoldError(f"Text '{source}' is not UTF-8; give a plain text file.") from None
         except OSError as error:
-            raise KvfoldError(f"Text '{source}' cannot be read ({error.strerror}); give a file that can.") from None
+            raise KvfoldError(
+                f"Text '{source}' cannot be read ({error.strerror}); give a file that can."
+            ) from None
         if more:
             log.warning("of '%s' only the first %d characters are read", source, MOST_CHARS)
         name, documents = path.name, [text]
     elif path.is_dir():
         name, documents = path.resolve().name, ["\n\n".join(_dataset_rows(source))]
-    elif path.exists() or path.suffix in (".txt", ".md", ".json", ".jsonl") or source.startswith((".", "/", "~")):
+    elif (
+        path.exists()
+        or path.suffix in (".txt", ".md", ".json", ".jsonl")
+        or source.startswith((".", "/", "~"))
+    ):
         raise KvfoldError(
             f"Text '{source}' is not a file that can be read; give the path of a text file or a datasets id."
         )
@@ -98,7 +109,8 @@ def _dataset_rows(source: str) -> list[str]:
 
 
 def tokenize(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a long text without special tokens; of a very long one in pieces, cut at line breaks or spaces."""
+    """Token ids of a long text without special tokens; of a very long one in pieces, cut at line
+    breaks or spaces."""
     ids: list[int] = []
     for piece in pieces(text, PIECE_CHARS):
         ids += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
@@ -106,8 +118,8 @@ def tokenize(tokenizer: Any, text: str) -> list[int]:
 
 
 def pieces(text: str, most: int) -> Iterator[str]:
-    """A text in pieces of `most` characters at the most: cut behind the last line break, else before the last
-    space, else anywhere."""
+    """A text in pieces of `most` characters at the most: cut behind the last line break, else
+    before the last space, else anywhere."""
     start = 0
     while len(text) - start > most:
         line, space = (text.rfind(mark, start + most // 2, start + most) for mark in ("\n", " "))
@@ -125,8 +137,8 @@ def prefix_ids(tokenizer: Any) -> list[int]:
 def calibration_sequences(
     tokenizer: Any, source: str | None, recipe: CalibrationRecipe, most: int, seed: int
 ) -> tuple[str, list[Tensor]]:
-    """What a model is calibrated on: the given text, every second sequence from the built-in one, or the built-in text
-    alone.
+    """What a model is calibrated on: the given text, every second sequence from the built-in one,
+    or the built-in text alone.
 
     Args:
         source: as in read_documents.
@@ -155,7 +167,8 @@ def sample_sequences(
     """Seeded sequences that do not overlap, taken from the documents in turn.
 
     Returns:
-        Up to num_sequences tensors int64 [1, n] with n = seq_len, or the longest document's length if that is shorter.
+        Up to num_sequences tensors int64 [1, n] with n = seq_len, or the longest document's length
+        if that is shorter.
     Raises:
         KvfoldError: fewer than 256 tokens in every document, or hardly two that differ.
     """
@@ -163,7 +176,9 @@ def sample_sequences(
     tokens = [tokenize(tokenizer, text) for text in documents]
     longest = max(len(ids) for ids in tokens)
     if longest < LEAST_TOKENS:
-        raise KvfoldError(f"Text '{name}' has {longest} tokens, too few to calibrate on; give at least {LEAST_TOKENS}.")
+        raise KvfoldError(
+            f"Text '{name}' has {longest} tokens, too few to calibrate on; give at least {LEAST_TOKENS}."
+        )
     distinct = len(set().union(*tokens))
     if distinct < LEAST_DISTINCT:
         raise KvfoldError(

@@ -1,7 +1,8 @@
-"""The work folder beside an artifact in the making: what an interrupted run has finished, for `--resume`.
+"""The work folder beside an artifact in the making: what an interrupted run has finished, for
+`--resume`.
 
-One run at a time writes there: its mark is locked while it lasts, and the system gives the lock back however the run
-ends.
+One run at a time writes there: its mark is locked while it lasts, and the system gives the lock
+back however the run ends.
 """
 
 import errno
@@ -32,7 +33,15 @@ log = logging.getLogger("kvfold")
 MARK = "run.json"
 MADE_BY = {"made_by": "kvfold"}  # at the head of the mark: who made the folder
 TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, SafetensorError)
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    RecursionError,
+    SafetensorError,
+)
 
 
 class Unfinished(KvfoldError):
@@ -45,13 +54,15 @@ def fingerprint(parts: dict) -> str:
 
 
 def model_fingerprint(path: Path) -> dict[str, str]:
-    """Name → sha256 of each file of a checkpoint that anything is computed from, whatever its time and size say:
-    weights, config.json, generation config, tokenizer, chat templates."""
+    """Name → sha256 of each file of a checkpoint that anything is computed from, whatever its time
+    and size say: weights, config.json, generation config, tokenizer, chat templates."""
     if (path / WEIGHTS).is_file() or not (path / INDEX).is_file():
         weights = {WEIGHTS}
     else:
         weights = set(read_index(path / INDEX).values())
-    names = {p.name for p in path.iterdir() if is_read(p.name) and p.suffix != ".safetensors"} | weights
+    names = {
+        p.name for p in path.iterdir() if is_read(p.name) and p.suffix != ".safetensors"
+    } | weights
     files = [
         p
         for name in sorted(names)
@@ -65,8 +76,8 @@ def _sums(path: Path) -> Path:
 
 
 def keep(path: Path, write: Callable[[Path], object]) -> None:
-    """Has a file written for a run that goes on, which `kept` reads. It appears complete, and its sha256 before it
-    does: that of what it replaces still counts until then.
+    """Has a file written for a run that goes on, which `kept` reads. It appears complete, and its
+    sha256 before it does: that of what it replaces still counts until then.
 
     Args:
         write: given a new file's path, writes it.
@@ -74,7 +85,9 @@ def keep(path: Path, write: Callable[[Path], object]) -> None:
 
     def signed(scratch: Path) -> None:
         write(scratch)
-        before = _sums(path).read_text(errors="replace").split()[-1:] if _sums(path).is_file() else []
+        before = (
+            _sums(path).read_text(errors="replace").split()[-1:] if _sums(path).is_file() else []
+        )
         text = "\n".join([*before, file_sha256(scratch)])
         write_whole(_sums(path), lambda sums: sums.write_text(text))
 
@@ -84,14 +97,17 @@ def keep(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def kept(path: Path, read: Callable[[Path], Any], default: Any = None) -> Any:
-    """What an earlier run left in a file by `keep`; `default` where it is not there or is not what was written: it is
-    computed again then."""
+    """What an earlier run left in a file by `keep`; `default` where it is not there or is not what
+    was written: it is computed again then."""
     if not os.path.lexists(path):
         return default
     try:
         if not path.is_file():
             raise OSError("it is no file")
-        if not _sums(path).is_file() or file_sha256(path) not in _sums(path).read_text(errors="replace").split():
+        if (
+            not _sums(path).is_file()
+            or file_sha256(path) not in _sums(path).read_text(errors="replace").split()
+        ):
             raise ValueError("its sha256 is another")
         return read(path)
     except UNREADABLE as error:
@@ -110,7 +126,8 @@ def forget(path: Path) -> None:
 
 
 def _lock(mark: Path, out: Path) -> int:
-    """Opens and locks a run's mark, which it makes; returns the descriptor, which holds the lock until it is closed."""
+    """Opens and locks a run's mark, which it makes; returns the descriptor, which holds the lock
+    until it is closed."""
     while True:
         mark.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -126,7 +143,11 @@ def _lock(mark: Path, out: Path) -> int:
                 raise KvfoldError(
                     f"Another run is writing '{out}' ('{mark.parent}' is in use); wait for it or choose another --out."
                 ) from None
-            log.warning("'%s' cannot be locked (%s); see to it that no other run writes there", mark, error.strerror)
+            log.warning(
+                "'%s' cannot be locked (%s); see to it that no other run writes there",
+                mark,
+                error.strerror,
+            )
         with suppress(FileNotFoundError):
             if os.path.samestat(os.stat(mark), os.fstat(stream)):
                 return stream
@@ -134,8 +155,8 @@ def _lock(mark: Path, out: Path) -> int:
 
 
 def _is_ours(work: Path) -> bool:
-    """Whether a folder is empty, or holds the mark of a run, which a crash may have cut short; an empty one is all that
-    is there then."""
+    """Whether a folder is empty, or holds the mark of a run, which a crash may have cut short; an
+    empty one is all that is there then."""
     if work.is_symlink() or not work.is_dir():
         return False
     names = {path.name for path in work.iterdir()}
@@ -159,7 +180,9 @@ def _open(out: Path, work: Path, key: str, resume: bool) -> int:
             try:
                 found = json.loads(text)["key"]
             except (ValueError, KeyError, TypeError):
-                raise KvfoldError(f"'{mark}' is damaged, so no run can go on with it; drop --resume.") from None
+                raise KvfoldError(
+                    f"'{mark}' is damaged, so no run can go on with it; drop --resume."
+                ) from None
             if found != key:
                 raise KvfoldError(
                     f"'{work}' belongs to a run with another model, text or options; repeat those or drop --resume."
@@ -175,7 +198,8 @@ def _open(out: Path, work: Path, key: str, resume: bool) -> int:
 
 
 def _empty(work: Path) -> None:
-    """Removes all but the mark, by which what is left is known for ours, should this end half-way."""
+    """Removes all but the mark, by which what is left is known for ours, should this end
+    half-way."""
     for path in work.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -192,7 +216,8 @@ def _remove(work: Path) -> None:
 
 @contextmanager
 def work_folder(out: Path, key: str, resume: bool) -> Iterator[Path]:
-    """The folder of a run's intermediate results, beside the artifact; empty unless the run is resumed.
+    """The folder of a run's intermediate results, beside the artifact; empty unless the run is
+    resumed.
 
     Deleted on success and on bad input; kept on interruption, so that --resume can go on.
 
@@ -201,8 +226,8 @@ def work_folder(out: Path, key: str, resume: bool) -> Iterator[Path]:
         key: fingerprint of everything that the intermediate results depend on.
         resume: keep what an interrupted run has left there, instead of emptying the folder.
     Raises:
-        KvfoldError: `resume` finds another run's folder (its fingerprint differs); a run that still lasts has the
-            folder; it was not made by kvfold; or the disk or the memory is full.
+        KvfoldError: `resume` finds another run's folder (its fingerprint differs); a run that still
+            lasts has the folder; it was not made by kvfold; or the disk or the memory is full.
     """
     made = [parent for parent in out.absolute().parents if not parent.exists()]  # innermost first
     work = out.with_name(out.name + ".work")
@@ -212,7 +237,9 @@ def work_folder(out: Path, key: str, resume: bool) -> Iterator[Path]:
         yield work
     except Exception as error:
         full = full_disk(error)
-        if lock is not None and (full or (isinstance(error, KvfoldError) and not isinstance(error, Unfinished))):
+        if lock is not None and (
+            full or (isinstance(error, KvfoldError) and not isinstance(error, Unfinished))
+        ):
             _remove(work)
             for parent in made:
                 with suppress(OSError):
@@ -224,7 +251,9 @@ def work_folder(out: Path, key: str, resume: bool) -> Iterator[Path]:
                 "--resume."
             ) from error
         if full:
-            raise KvfoldError(f"{full} while making '{out}'; free some space or choose another --out.") from error
+            raise KvfoldError(
+                f"{full} while making '{out}'; free some space or choose another --out."
+            ) from error
         raise
     else:
         _remove(work)

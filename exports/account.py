@@ -3,15 +3,18 @@ the artifact states and `cache.nbytes` must equal to the byte.
 
 One sequence of L tokens in one layer holds, resident:
 
-    raw rows     (sinks + ring) × num_kv_heads × head_dim × 2 (K, V) × 2 bytes, allocated whole; ring: room for the
+    raw rows     (sinks + ring) × num_kv_heads × head_dim × 2 (K, V) × 2 bytes, allocated whole;
+    ring: room for the
                  window and one open page, in whole pages
-    pages        packed_tokens(L) / page_tokens × num_kv_heads × (key format + value format bytes of a page); in a layer
+    pages        packed_tokens(L) / page_tokens × num_kv_heads × (key format + value format bytes of
+    a page); in a layer
                  with a sliding window less those that no later query sees
-    block table  8 bytes an entry, LEAST_ENTRIES or a power of two above; pages that are gone keep their entry
-    state        8 bytes: length and number of pages
+    block table  8 bytes an entry, LEAST_ENTRIES or a power of two above; pages that are gone keep
+    their entry state        8 bytes: length and number of pages
 
-Where pages come in several formats ("rungs", policy="progressive"), each page has the bytes of its own, and to each
-sequence and layer belong, besides, the boundaries between runs of pages of one rung:
+Where pages come in several formats ("rungs", policy="progressive"), each page has the bytes of its
+own, and to each sequence and layer belong, besides, the boundaries between runs of pages of one
+rung:
 
     segments     (rungs + 1) × 4 bytes
 """
@@ -22,7 +25,9 @@ from dataclasses import dataclass
 from kvfold.kernels.attention import packed_tokens
 from kvfold.kernels.formats import Format
 
-LEAST_ENTRIES = 16  # of a block table; it doubles as it grows, so that a captured step is seldom captured again
+LEAST_ENTRIES = (
+    16  # of a block table; it doubles as it grows, so that a captured step is seldom captured again
+)
 ENTRY_NBYTES = 8  # of a block table: a page's address
 RAW_NBYTES = 2  # of one element in the sinks and the window
 STATE_NBYTES = 8  # of one sequence in one layer: length and number of pages, int32
@@ -30,7 +35,8 @@ SEGMENT_NBYTES = 4  # of one boundary between pages of two rungs, int32
 
 
 def table_entries(pages: int) -> int:
-    """Entries of a block table with room for so many pages: none, or a power of two from LEAST_ENTRIES on."""
+    """Entries of a block table with room for so many pages: none, or a power of two from
+    LEAST_ENTRIES on."""
     return max(LEAST_ENTRIES, 1 << (pages - 1).bit_length()) if pages else 0
 
 
@@ -41,9 +47,10 @@ class Geometry:
     Attributes:
         num_kv_heads, head_dim: KV heads of the model, and channels of one.
         sinks, window, page_tokens: in tokens.
-        sliding: for each layer the tokens that a query sees at the most, itself included, 0 for all;
-            empty if no layer slides.
-        rollback: tokens by which a sequence may be cropped as if they had never come; the ring is that much longer.
+        sliding: for each layer the tokens that a query sees at the most, itself included, 0 for
+            all; empty if no layer slides.
+        rollback: tokens by which a sequence may be cropped as if they had never come; the ring is
+            that much longer.
     """
 
     num_kv_heads: int
@@ -56,9 +63,12 @@ class Geometry:
 
     @property
     def ring(self) -> int:
-        """Slots of the window, the page that fills behind it and `rollback` more tokens, a multiple of page_tokens: a
-        page's rows lie in a run."""
-        return -(-(self.window + self.page_tokens + self.rollback) // self.page_tokens) * self.page_tokens
+        """Slots of the window, the page that fills behind it and `rollback` more tokens, a multiple
+        of page_tokens: a page's rows lie in a run."""
+        return (
+            -(-(self.window + self.page_tokens + self.rollback) // self.page_tokens)
+            * self.page_tokens
+        )
 
     @property
     def raw_rows(self) -> int:
@@ -75,7 +85,8 @@ class Geometry:
         return packed_tokens(tokens, self.sinks, self.window, self.page_tokens) // self.page_tokens
 
     def passed_pages(self, tokens: int, sliding: int) -> int:
-        """First pages that no query from position `tokens` − rollback on sees; 0 without a sliding window."""
+        """First pages that no query from position `tokens` − rollback on sees; 0 without a sliding
+        window."""
         if not sliding:
             return 0
         least = max(0, tokens - self.rollback)  # a crop may come back to here
@@ -83,18 +94,22 @@ class Geometry:
         return min(behind, self.num_pages(least))
 
     def held_pages(self, tokens: int, sliding: int = 0) -> int:
-        """Resident pages of one sequence of `tokens` tokens in one layer, once its last query has attended."""
+        """Resident pages of one sequence of `tokens` tokens in one layer, once its last query has
+        attended."""
         return self.num_pages(tokens) - self.passed_pages(tokens, sliding)
 
     def table_nbytes(self, entries: int) -> int:
-        """Bytes of one layer and sequence besides pages, where the block table has so many entries: raw rows,
-        table, state."""
+        """Bytes of one layer and sequence besides pages, where the block table has so many entries:
+        raw rows, table, state."""
         return (
-            self.raw_rows * self.num_kv_heads * self.head_dim * 2 * RAW_NBYTES + entries * ENTRY_NBYTES + STATE_NBYTES
+            self.raw_rows * self.num_kv_heads * self.head_dim * 2 * RAW_NBYTES
+            + entries * ENTRY_NBYTES
+            + STATE_NBYTES
         )
 
     def fixed_nbytes(self, tokens: int) -> int:
-        """Bytes of one layer and sequence that no format changes: raw rows, block table, state. 0 for no tokens."""
+        """Bytes of one layer and sequence that no format changes: raw rows, block table, state. 0
+        for no tokens."""
         if tokens == 0:
             return 0
         return self.table_nbytes(table_entries(self.num_pages(tokens)))
@@ -108,7 +123,8 @@ class Geometry:
         return self.page_nbytes(key) + self.page_nbytes(value)
 
     def segments_nbytes(self, rungs: int) -> int:
-        """Bytes of one sequence's segment boundaries in one layer; none where all pages have one format."""
+        """Bytes of one sequence's segment boundaries in one layer; none where all pages have one
+        format."""
         return (rungs + 1) * SEGMENT_NBYTES if rungs > 1 else 0
 
     def side_nbytes(self, fmt: Format, tokens: int, sliding: int = 0) -> int:
@@ -137,7 +153,9 @@ def cache_nbytes(geometry: Geometry, formats: Sequence[tuple[Format, Format]], t
     return batch_nbytes(geometry, formats, [tokens])
 
 
-def stepped_nbytes(geometry: Geometry, formats: Sequence[tuple[Format, Format]], tokens: int) -> int:
+def stepped_nbytes(
+    geometry: Geometry, formats: Sequence[tuple[Format, Format]], tokens: int
+) -> int:
     """What `cache_nbytes` was in artifacts of before block tables doubled:
     theirs grew by LEAST_ENTRIES entries at a time."""
     pages = geometry.num_pages(tokens)
@@ -147,25 +165,35 @@ def stepped_nbytes(geometry: Geometry, formats: Sequence[tuple[Format, Format]],
 
 
 def batch_nbytes(
-    geometry: Geometry, formats: Sequence[tuple[Format, Format]], lengths: Sequence[int], new: int = 0
+    geometry: Geometry,
+    formats: Sequence[tuple[Format, Format]],
+    lengths: Sequence[int],
+    new: int = 0,
 ) -> int:
     """Resident bytes of the caches of a batch whose sequences share no page.
 
-    Every sequence's block table is as long as the longest one's, and a sequence of no tokens holds its raw rows too.
+    Every sequence's block table is as long as the longest one's, and a sequence of no tokens holds
+    its raw rows too.
 
     Args:
         lengths: tokens of each sequence, without padding.
-        new: 0: between two calls of the model. Else the most that is resident in the call that brings the last `new`
-            tokens: the layer whose turn it is keeps what the first of their queries sees until all have attended.
+        new: 0: between two calls of the model. Else the most that is resident in the call that
+            brings the last `new` tokens: the layer whose turn it is keeps what the first of their
+            queries sees until all have attended.
     """
     longest = max(lengths)
     total = len(formats) * len(lengths) * geometry.fixed_nbytes(longest) if longest else 0
     most = 0
     for i, (key, value) in enumerate(formats):
-        page, sliding = geometry.page_nbytes(key) + geometry.page_nbytes(value), geometry.sliding_of(i)
+        page, sliding = (
+            geometry.page_nbytes(key) + geometry.page_nbytes(value),
+            geometry.sliding_of(i),
+        )
         at_rest = sum(geometry.held_pages(n, sliding) for n in lengths)
         before = sum(geometry.held_pages(max(0, n - new), sliding) for n in lengths)
-        within = sum(geometry.num_pages(n) - geometry.passed_pages(max(0, n - new), sliding) for n in lengths)
+        within = sum(
+            geometry.num_pages(n) - geometry.passed_pages(max(0, n - new), sliding) for n in lengths
+        )
         kept = max(at_rest, before) if new else at_rest
         total += page * kept
         most = max(most, page * (within - kept))

@@ -1,4 +1,5 @@
-"""The table of model families. A new family of this shape is one row here and one test parameter."""
+"""The table of model families. A new family of this shape is one row here and one test
+parameter."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,22 +20,28 @@ class Architecture:
         layers: path from the causal LM to the list of decoder layers.
         attention: attribute of the attention module in a decoder layer.
         last_norm: attribute of the norm before the head, in the base model.
-        qk_norm: queries and keys are normalised, so a scale belongs into those norms. Their weights have one number a
-            channel of a head, of each head, or of the whole projection; a config may leave them out.
+        qk_norm: queries and keys are normalised, so a scale belongs into those norms. Their weights
+            have one number a channel of a head, of each head, or of the whole projection; a config
+            may leave them out.
         norms: what the attention module calls them.
         norm_after_rope: they come after RoPE.
         norm_plus: what a norm adds to its stored weight before it multiplies: 1 in Gemma's (1 + w).
-        rope_by_type: the rotary module is asked by layer type, e.g. another base for sliding layers.
+        rope_by_type: the rotary module is asked by layer type, e.g. another base for sliding
+            layers.
         rope_halves: its tables hold each angle once, not once for each channel of a pair.
-        rope_repeats: its tables hold a pair's angle at two places beside each other, not half a table apart.
+        rope_repeats: its tables hold a pair's angle at two places beside each other, not half a
+            table apart.
         rope_pairs: which channels RoPE turns together (kernels/key_mean.py).
-        rope_axes: numbers that a position has, 3 where images have rows and columns; of a text they are equal.
+        rope_axes: numbers that a position has, 3 where images have rows and columns; of a text they
+            are equal.
         rope_if_sliding: where some layers slide, only those have RoPE.
-        sliding: layers that attend in a window of config.sliding_window tokens: "none", "all", or those that
-            "layer_types" names.
+        sliding: layers that attend in a window of config.sliding_window tokens: "none", "all", or
+            those that "layer_types" names.
         sink_logits: a learned logit of each head joins the denominator of its softmax.
-        logit_factor, logit_divisor: fields of the config by which the head's logits are multiplied or divided.
-        tower: attribute of the base model that holds the language model, where it has other towers; else "".
+        logit_factor, logit_divisor: fields of the config by which the head's logits are multiplied
+            or divided.
+        tower: attribute of the base model that holds the language model, where it has other towers;
+            else "".
     """
 
     model_type: str
@@ -74,7 +81,11 @@ _AFTER: dict[str, Any] = {"qk_norm": True, "norm_after_rope": True}
 _HUNYUAN: dict[str, Any] = {**_AFTER, "norms": ("query_layernorm", "key_layernorm")}
 _EXAONE: dict[str, Any] = {"qk_norm": True, "sliding": "layer_types", "rope_if_sliding": True}
 _LAYERNORMS: dict[str, Any] = {"qk_norm": True, "norms": ("q_layernorm", "k_layernorm")}
-_COHERE: dict[str, Any] = {"rope_pairs": "adjacent", "rope_repeats": True, "logit_factor": "logit_scale"}
+_COHERE: dict[str, Any] = {
+    "rope_pairs": "adjacent",
+    "rope_repeats": True,
+    "logit_factor": "logit_scale",
+}
 
 ARCHITECTURES = {
     row.model_type: row
@@ -84,7 +95,9 @@ ARCHITECTURES = {
         Architecture("qwen2", sliding="layer_types"),
         Architecture("qwen3", qk_norm=True, sliding="layer_types"),
         Architecture("gemma2", norm_plus=1.0, sliding="layer_types"),  # soft-capped logits
-        Architecture("gemma3_text", qk_norm=True, norm_plus=1.0, rope_by_type=True, sliding="layer_types"),
+        Architecture(
+            "gemma3_text", qk_norm=True, norm_plus=1.0, rope_by_type=True, sliding="layer_types"
+        ),
         Architecture("phi3", sliding="all"),  # one qkv_proj
         Architecture("smollm3", sliding="layer_types"),  # layers without RoPE
         Architecture("gpt_oss", rope_halves=True, sliding="layer_types", sink_logits=True),
@@ -106,9 +119,18 @@ ARCHITECTURES = {
         Architecture("vaultgemma", norm_plus=1.0, sliding="layer_types"),
         Architecture("nemotron", norm_plus=1.0),  # as the next four, turns a part of each head
         Architecture("stablelm", **_LAYERNORMS),
-        Architecture("phi", last_norm="final_layernorm", **_LAYERNORMS),  # as the next two, a `dense` for an o_proj
-        Architecture("persimmon", last_norm="final_layernorm", **_LAYERNORMS),  # as the next, one query_key_value
-        Architecture("gpt_neox", layers="gpt_neox.layers", attention="attention", last_norm="final_layer_norm"),
+        Architecture(
+            "phi", last_norm="final_layernorm", **_LAYERNORMS
+        ),  # as the next two, a `dense` for an o_proj
+        Architecture(
+            "persimmon", last_norm="final_layernorm", **_LAYERNORMS
+        ),  # as the next, one query_key_value
+        Architecture(
+            "gpt_neox",
+            layers="gpt_neox.layers",
+            attention="attention",
+            last_norm="final_layer_norm",
+        ),
         Architecture("minimax_m2", qk_norm=True),  # one norm for the whole projection, as OLMo has
         Architecture("olmo2", qk_norm=True),
         Architecture("olmo3", qk_norm=True, rope_by_type=True, sliding="layer_types"),
@@ -126,7 +148,9 @@ ARCHITECTURES = {
         Architecture("hunyuan_v1_dense", **_HUNYUAN),
         Architecture("hunyuan_v1_moe", **_HUNYUAN),
         Architecture("nanochat", **_AFTER, rope_pairs="swapped"),  # norms without weights
-        Architecture("qwen2_vl_text", sliding="layer_types", rope_axes=3),  # of checkpoints with other towers
+        Architecture(
+            "qwen2_vl_text", sliding="layer_types", rope_axes=3
+        ),  # of checkpoints with other towers
         Architecture("qwen2_5_vl_text", sliding="layer_types", rope_axes=3),
         Architecture("qwen3_vl_text", qk_norm=True, rope_axes=3),
         # RoPE turns channels 2i and 2i + 1
@@ -147,7 +171,8 @@ ARCHITECTURES = {
 }
 
 
-# checkpoints of several towers, whose language model is of a family of the table: what the base model calls it
+# checkpoints of several towers, whose language model is of a family of the table: what the base
+# model calls it
 TOWERS = {
     **dict.fromkeys(("gemma3", "mistral3", "llava", "llava_next", "internvl"), "language_model"),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "language_model"),
@@ -157,7 +182,8 @@ BOTH_WAYS = {"gemma3"}  # whose tokens of an image attend to each other, also to
 
 
 def text_of(config: Any) -> Any:
-    """The part of a config that the language model is made from: the config itself where it has no other."""
+    """The part of a config that the language model is made from: the config itself where it has no
+    other."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -182,7 +208,9 @@ def architecture_of(config: Any) -> Architecture:
         if reason is None and getattr(config, field, None):
             reason = why
     if reason is not None:
-        raise KvfoldError(f"Model family '{name}' is not supported: {reason}; supported families are {known}.")
+        raise KvfoldError(
+            f"Model family '{name}' is not supported: {reason}; supported families are {known}."
+        )
     if name not in ARCHITECTURES:
         raise KvfoldError(
             f"Model family '{name}' is not in the table of architectures; supported families are {known}."
@@ -204,19 +232,26 @@ def rotary_dim_of(config: Any) -> int:
     """Leading channels of a head that RoPE rotates; the others carry no position."""
     config = text_of(config)
     rope = getattr(config, "rope_parameters", None) or {}
-    factor = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    factor = (
+        rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    )
     return int(head_dim_of(config) * factor)
 
 
 def sliding_windows_of(config: Any) -> tuple[int, ...]:
-    """For each layer the tokens that a query sees at the most, itself included, 0 for all; empty if no layer slides."""
+    """For each layer the tokens that a query sees at the most, itself included, 0 for all; empty if
+    no layer slides."""
     config = text_of(config)
     window = getattr(config, "sliding_window", None) or 0
     if getattr(config, "use_sliding_window", True) is False:
         window = 0
     rule = ARCHITECTURES[config.model_type].sliding
     count = config.num_hidden_layers
-    types = config.layer_types if rule == "layer_types" else ["sliding_attention" if rule == "all" else ""] * count
+    types = (
+        config.layer_types
+        if rule == "layer_types"
+        else ["sliding_attention" if rule == "all" else ""] * count
+    )
     windows = tuple(window if kind == "sliding_attention" else 0 for kind in types)
     return windows if any(windows) else ()
 
@@ -228,8 +263,8 @@ def last_norm_of(model: Any) -> Any:
 
 
 def logits_of(model: Any, hidden: Any) -> Any:
-    """A causal LM's logits, float32 [..., vocabulary], of its last hidden states after the norm: with the factor or
-    the soft-cap that its family has."""
+    """A causal LM's logits, float32 [..., vocabulary], of its last hidden states after the norm:
+    with the factor or the soft-cap that its family has."""
     logits = model.lm_head(hidden).float()
     row, config = row_of(model.config), text_of(model.config)
     if row.logit_factor:

@@ -1,5 +1,6 @@
-"""Which files of an artifact's folder a loader reads: each is listed in kv_cache.json, regular, of the hash that is
-stated, and, where it holds weights, whole. What a loader would read and nobody signed is refused.
+"""Which files of an artifact's folder a loader reads: each is listed in kv_cache.json, regular, of
+the hash that is stated, and, where it holds weights, whole. What a loader would read and nobody
+signed is refused.
 
 A file may be a link, as in the Hub's cache: what counts is the content, which is hashed,
 and that its name lies in the folder.
@@ -19,7 +20,11 @@ from kvfold.exports.scratch import is_part
 
 AGAIN = "the artifact is damaged, write or download it again"
 CARD_NAME, REPORT_NAME = "README.md", "report.html"
-UNHASHED = {METADATA_NAME, CARD_NAME, REPORT_NAME}  # people edit the card, `kvfold report` adds measured rows
+UNHASHED = {
+    METADATA_NAME,
+    CARD_NAME,
+    REPORT_NAME,
+}  # people edit the card, `kvfold report` adds measured rows
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CODE = {".py", ".bin", ".pt", ".pth", ".ckpt", ".pkl"}  # runs, or is unpickled
 READ_SUFFIXES = {*CODE, ".safetensors", ".h5", ".msgpack", ".gguf", ".jinja", ".model", ".tiktoken"}
@@ -28,7 +33,17 @@ READ_NAMES = {
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.json",
     "processor_config.json", "preprocessor_config.json", "additional_chat_templates", "custom_generate",
 }  # fmt: skip
-ITEM_NBYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+ITEM_NBYTES = {
+    "F64": 8,
+    "I64": 8,
+    "F32": 4,
+    "I32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "U8": 1,
+    "I8": 1,
+    "BOOL": 1,
+}
 LONGEST_NAME = 255  # bytes, of most file systems
 MOST_NBYTES = 256 << 20  # of a file without weights; the largest tokenizers have a tenth of it
 
@@ -36,11 +51,16 @@ MOST_NBYTES = 256 << 20  # of a file without weights; the largest tokenizers hav
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint folder, those of an index or the one there is."""
     index = path / INDEX
-    return [path / name for name in sorted(set(read_index(index).values()))] if index.is_file() else [path / WEIGHTS]
+    return (
+        [path / name for name in sorted(set(read_index(index).values()))]
+        if index.is_file()
+        else [path / WEIGHTS]
+    )
 
 
 def is_read(name: str) -> bool:
-    """Whether transformers reads a file or folder of this name beside a config.json, or may run it."""
+    """Whether transformers reads a file or folder of this name beside a config.json, or may run
+    it."""
     return name in READ_NAMES or Path(name).suffix in READ_SUFFIXES or name.endswith(".index.json")
 
 
@@ -75,7 +95,11 @@ def check_files(path: Path, files: Mapping[str, str]) -> None:
     for name, digest in files.items():
         _check_name(name)
         if not (path / name).is_file():
-            fault = f"holds {name}, which is no regular file" if (path / name).exists() else f"lacks {name}"
+            fault = (
+                f"holds {name}, which is no regular file"
+                if (path / name).exists()
+                else f"lacks {name}"
+            )
             raise KvfoldError(f"'{path}' {fault}; {AGAIN}.")
         _check_size(path / name)
         if file_sha256(path / name) != digest:
@@ -86,7 +110,11 @@ def check_files(path: Path, files: Mapping[str, str]) -> None:
     unlisted = sorted(p.name for p in path.iterdir() if p.name not in files and is_read(p.name))
     if unlisted:
         name = unlisted[0]
-        fix = f", or sign it with `kvfold validate --update '{path}'`" if _may_sign(path, name) else ""
+        fix = (
+            f", or sign it with `kvfold validate --update '{path}'`"
+            if _may_sign(path, name)
+            else ""
+        )
         raise KvfoldError(
             f"'{path}' holds {name}, which a loader may read and {METADATA_NAME} does not list; remove it{fix}."
         )
@@ -97,7 +125,9 @@ def _check_size(file: Path) -> None:
     """Refuses a file that is too big for what it is, before it is hashed."""
     if file.stat().st_size > MOST_NBYTES:
         if file.suffix != ".safetensors":
-            raise KvfoldError(f"{file.name} in '{file.parent}' has more than {MOST_NBYTES >> 20} MiB; {AGAIN}.")
+            raise KvfoldError(
+                f"{file.name} in '{file.parent}' has more than {MOST_NBYTES >> 20} MiB; {AGAIN}."
+            )
         _keys(file)
 
 
@@ -121,17 +151,21 @@ def _check_name(name: str) -> None:
 
 
 def check_weights(path: Path, files: Mapping[str, str]) -> None:
-    """Opens every file of weights that a loader would, and compares the index with what its shards hold.
+    """Opens every file of weights that a loader would, and compares the index with what its shards
+    hold.
 
     Raises:
-        KvfoldError: none is listed, one is unreadable or cut short, or the index names what isn't there.
+        KvfoldError: none is listed, one is unreadable or cut short, or the index names what isn't
+            there.
     """
     if WEIGHTS in files:
         _keys(path / WEIGHTS)
     if INDEX not in files:
         if WEIGHTS in files:
             return
-        raise KvfoldError(f"{METADATA_NAME} in '{path}' lists neither {WEIGHTS} nor {INDEX}; {AGAIN}.")
+        raise KvfoldError(
+            f"{METADATA_NAME} in '{path}' lists neither {WEIGHTS} nor {INDEX}; {AGAIN}."
+        )
     shards: dict[str, set[str]] = {}
     for tensor, shard in read_index(path / INDEX).items():
         shards.setdefault(shard, set()).add(tensor)
@@ -141,12 +175,15 @@ def check_weights(path: Path, files: Mapping[str, str]) -> None:
                 f"{INDEX} in '{path}' names the shard '{shard}', which {METADATA_NAME} does not list; {AGAIN}."
             )
         if absent := sorted(tensors - _keys(path / shard)):
-            raise KvfoldError(f"{shard} in '{path}' lacks {absent[0]}, which {INDEX} says it holds; {AGAIN}.")
+            raise KvfoldError(
+                f"{shard} in '{path}' lacks {absent[0]}, which {INDEX} says it holds; {AGAIN}."
+            )
 
 
 def write_index(folder: Path) -> bool:
-    """Writes the index of a single file of weights, where there is none: an engine that finds an index reads what it
-    names, and one that finds none takes every safetensors file for weights, kv_cache.safetensors too.
+    """Writes the index of a single file of weights, where there is none: an engine that finds an
+    index reads what it names, and one that finds none takes every safetensors file for weights,
+    kv_cache.safetensors too.
 
     Returns:
         Whether it was written.
@@ -156,14 +193,19 @@ def write_index(folder: Path) -> bool:
         return False
     names = sorted(_keys(weights))
     with safe_open(weights, framework="pt") as stored:
-        sizes = [(stored.get_slice(name).get_shape(), stored.get_slice(name).get_dtype()) for name in names]
+        sizes = [
+            (stored.get_slice(name).get_shape(), stored.get_slice(name).get_dtype())
+            for name in names
+        ]
     counts = [prod(shape) for shape, _ in sizes]
     nbytes = sum(n * ITEM_NBYTES[dtype] for n, (_, dtype) in zip(counts, sizes, strict=True))
     index = {
         "metadata": {"total_parameters": sum(counts), "total_size": nbytes},
         "weight_map": dict.fromkeys(names, WEIGHTS),
     }
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / INDEX).write_text(
+        json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
     return True
 
 
@@ -177,8 +219,14 @@ def read_index(file: Path) -> dict[str, str]:
         found = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         found = None
-    if not isinstance(found, dict) or not found or not all(isinstance(shard, str) for shard in found.values()):
-        raise KvfoldError(f"'{file}' is not a readable index of safetensors files; download it again.")
+    if (
+        not isinstance(found, dict)
+        or not found
+        or not all(isinstance(shard, str) for shard in found.values())
+    ):
+        raise KvfoldError(
+            f"'{file}' is not a readable index of safetensors files; download it again."
+        )
     return found
 
 
@@ -194,8 +242,9 @@ def _keys(file: Path) -> set[str]:
 
 
 def signed_files(path: Path, files: Mapping[str, str]) -> dict[str, str]:
-    """What kv_cache.json should list after an edit: the hashes of the files as they are now. One that is gone is left
-    out, one that a loader reads is added, unless it is code, or weights that no index names.
+    """What kv_cache.json should list after an edit: the hashes of the files as they are now. One
+    that is gone is left out, one that a loader reads is added, unless it is code, or weights that
+    no index names.
 
     Args:
         files: what it lists.

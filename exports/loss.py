@@ -5,7 +5,8 @@ BROKEN_KL = 1.0  # nats: the model's words are others
 
 
 def loss_words(kl: float) -> str | None:
-    """A sentence on KL in nats between the model on its 16-bit cache and on the packed one; None where it is small."""
+    """A sentence on KL in nats between the model on its 16-bit cache and on the packed one; None
+    where it is small."""
     if not kl > LARGE_KL:
         return None
     what = "the model is broken" if kl > BROKEN_KL else "the model's answers will differ"

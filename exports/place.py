@@ -1,8 +1,8 @@
 """Where an artifact or an export goes: found out once, checked before anything is computed,
 and taken by rename when all is written.
 
-A link is followed, so that what it leads to is written and the link stays. A folder that something is mounted on can't
-be renamed onto, so it is refused at once, and not after the search.
+A link is followed, so that what it leads to is written and the link stays. A folder that something
+is mounted on can't be renamed onto, so it is refused at once, and not after the search.
 """
 
 import errno
@@ -19,7 +19,9 @@ from kvfold.exports.reader import is_artifact, read_metadata
 from kvfold.exports.scratch import NEW, OLD, SPENT, remove_leftovers, scratch_folder
 from kvfold.exports.units import format_nbytes
 
-LONGEST_NAME = 240  # bytes; file systems take 255, of which LONGEST_ENDING are for the scratch folder's name
+LONGEST_NAME = (
+    240  # bytes; file systems take 255, of which LONGEST_ENDING are for the scratch folder's name
+)
 FULL = {
     errno.ENOSPC: "The disk filled up",
     errno.EDQUOT: "The quota of disk space was used up (the disk filled up for this user)",
@@ -43,22 +45,34 @@ def resolve_output(out: Path) -> Path:
     except (OSError, RuntimeError):  # a circle of links, by version of Python
         broken = True
     if broken:
-        raise KvfoldError(f"Output '{out}' is a link that leads to itself; remove it or choose another --out.")
+        raise KvfoldError(
+            f"Output '{out}' is a link that leads to itself; remove it or choose another --out."
+        )
     if len(place.name.encode(errors="surrogateescape")) > LONGEST_NAME:
-        raise KvfoldError(f"Output '{out}' has a name of more than {LONGEST_NAME} bytes; choose a shorter --out.")
+        raise KvfoldError(
+            f"Output '{out}' has a name of more than {LONGEST_NAME} bytes; choose a shorter --out."
+        )
     refuse_mount(place, out)
     return place
 
 
 def is_mount(path: Path) -> bool:
-    """Whether something is mounted on a folder, a part of the same disk too, which os.path.ismount doesn't see."""
+    """Whether something is mounted on a folder, a part of the same disk too, which os.path.ismount
+    doesn't see."""
     if os.path.ismount(path):
         return True
     try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = (
+            Path("/proc/self/mountinfo")
+            .read_text(encoding="utf-8", errors="surrogateescape")
+            .splitlines()
+        )
     except OSError:
         return False
-    points = (re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), line.split(" ")[4]) for line in lines)
+    points = (
+        re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), line.split(" ")[4])
+        for line in lines
+    )
     return str(path) in points
 
 
@@ -89,7 +103,9 @@ def check_output(out: Path, need_nbytes: int) -> None:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
-        raise KvfoldError(f"Output '{out}' cannot be written, since '{parent}' is a file; choose another --out.")
+        raise KvfoldError(
+            f"Output '{out}' cannot be written, since '{parent}' is a file; choose another --out."
+        )
     if not os.access(parent, os.W_OK):
         raise KvfoldError(
             f"Output '{out}' cannot be written, since '{parent}' is read-only for this user; choose another --out."
@@ -103,17 +119,22 @@ def check_output(out: Path, need_nbytes: int) -> None:
 
 
 def check_free(place: Path, out: Path) -> None:
-    """Refuses to write over anything but an empty folder or an artifact in which nobody else has put anything.
+    """Refuses to write over anything but an empty folder or an artifact in which nobody else has
+    put anything.
 
     Raises:
         KvfoldError: something else is there.
     """
     if place.exists() and not place.is_dir():
-        raise KvfoldError(f"Output '{out}' is a file, but an artifact is a folder; choose another --out.")
+        raise KvfoldError(
+            f"Output '{out}' is a file, but an artifact is a folder; choose another --out."
+        )
     if not place.is_dir() or not any(place.iterdir()):
         return
     if not is_artifact(place):
-        raise KvfoldError(f"Output '{out}' exists and is not an artifact; choose another --out or empty it.")
+        raise KvfoldError(
+            f"Output '{out}' exists and is not an artifact; choose another --out or empty it."
+        )
     try:
         foreign = foreign_names(place, read_metadata(place).files)
     except KvfoldError as error:
@@ -129,17 +150,19 @@ def check_free(place: Path, out: Path) -> None:
 
 
 def full_disk(error: BaseException) -> str | None:
-    """What ran out, if an error says that no more can be written; safetensors and tokenizers raise their own kinds,
-    with the system's number in the text."""
+    """What ran out, if an error says that no more can be written; safetensors and tokenizers raise
+    their own kinds, with the system's number in the text."""
     if isinstance(error, OSError):
         return FULL.get(error.errno or 0)
-    return next((words for number, words in FULL.items() if f"(os error {number})" in str(error)), None)
+    return next(
+        (words for number, words in FULL.items() if f"(os error {number})" in str(error)), None
+    )
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out`, to be filled; it becomes `out`, which must not exist or be empty,
-    when the block ends well.
+    """An empty folder beside `out`, to be filled; it becomes `out`, which must not exist or be
+    empty, when the block ends well.
 
     Raises:
         KvfoldError: the disk filled up; nothing is left behind.
@@ -158,19 +181,23 @@ def new_folder(out: Path) -> Iterator[Path]:
             os.replace(new, place)
     except Exception as error:
         if words := full_disk(error):
-            raise KvfoldError(f"{words} while making '{out}'; free some space or choose another folder.") from error
+            raise KvfoldError(
+                f"{words} while making '{out}'; free some space or choose another folder."
+            ) from error
         raise
 
 
 def open_to_readers(folder: Path) -> None:
-    """Gives every file the rights that a new file has here; safetensors' are for their owner alone."""
+    """Gives every file the rights that a new file has here; safetensors' are for their owner
+    alone."""
     allowed = folder.stat().st_mode & 0o666
     for path in folder.iterdir():
         path.chmod(allowed)
 
 
 def put_in_place(new: Path, place: Path) -> None:
-    """Renames a finished folder; an older artifact there goes only then, and comes back if that fails.
+    """Renames a finished folder; an older artifact there goes only then, and comes back if that
+    fails.
 
     Raises:
         KvfoldError: meanwhile something else has come there.

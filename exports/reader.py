@@ -11,9 +11,31 @@ from torch import Tensor
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, cache_nbytes, stepped_nbytes
-from kvfold.exports.architectures import architecture_of, head_dim_of, num_kv_heads_of, sliding_windows_of, text_of
-from kvfold.exports.files import AGAIN, INDEX, WEIGHTS, check_files, file_sha256, read_index, signed_files, write_index
-from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME, Metadata, SideModel, dump_metadata, parse_metadata
+from kvfold.exports.architectures import (
+    architecture_of,
+    head_dim_of,
+    num_kv_heads_of,
+    sliding_windows_of,
+    text_of,
+)
+from kvfold.exports.files import (
+    AGAIN,
+    INDEX,
+    WEIGHTS,
+    check_files,
+    file_sha256,
+    read_index,
+    signed_files,
+    write_index,
+)
+from kvfold.exports.schema import (
+    METADATA_NAME,
+    TENSORS_NAME,
+    Metadata,
+    SideModel,
+    dump_metadata,
+    parse_metadata,
+)
 from kvfold.exports.scratch import write_whole
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.exports.weights import check_weights_fit, stored_shapes
@@ -59,13 +81,17 @@ def read_metadata(path: Path) -> Metadata:
         KvfoldError: no artifact there, or a damaged kv_cache.json.
     """
     if not path.is_dir():
-        raise KvfoldError(f"'{path}' is not a folder; give the folder that `kvfold compress` printed.")
+        raise KvfoldError(
+            f"'{path}' is not a folder; give the folder that `kvfold compress` printed."
+        )
     if not is_artifact(path):
         raise KvfoldError(
             f"'{path}' holds no {METADATA_NAME}, so it is not an artifact; give a folder that `kvfold compress` wrote."
         )
     if (path / METADATA_NAME).stat().st_size > MOST_NBYTES:
-        raise KvfoldError(f"{METADATA_NAME} in '{path}' has more than {MOST_NBYTES >> 20} MiB; {AGAIN}.")
+        raise KvfoldError(
+            f"{METADATA_NAME} in '{path}' has more than {MOST_NBYTES >> 20} MiB; {AGAIN}."
+        )
     try:
         text = (path / METADATA_NAME).read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -74,7 +100,8 @@ def read_metadata(path: Path) -> Metadata:
 
 
 def read_artifact(path: Path | str) -> Artifact:
-    """Reads an artifact and checks all of it: hashes, schema, weights, tensors, the account, the model's shape.
+    """Reads an artifact and checks all of it: hashes, schema, weights, tensors, the account, the
+    model's shape.
 
     Raises:
         KvfoldError: what is wrong with it, in one sentence.
@@ -89,8 +116,13 @@ def check_artifact(path: Path, metadata: Metadata) -> Artifact:
     _check_config(path, metadata)
     specs = _read_specs(path / TENSORS_NAME, metadata)
     account = metadata.account
-    for at, nbytes in [(account.at, account.bytes), *((int(n), b) for n, b in account.bytes_at.items())]:
-        if nbytes not in [of(metadata.geometry, metadata.formats, at) for of in (cache_nbytes, stepped_nbytes)]:
+    for at, nbytes in [
+        (account.at, account.bytes),
+        *((int(n), b) for n, b in account.bytes_at.items()),
+    ]:
+        if nbytes not in [
+            of(metadata.geometry, metadata.formats, at) for of in (cache_nbytes, stepped_nbytes)
+        ]:
             raise KvfoldError(
                 f"{METADATA_NAME} states {nbytes} bytes at {at} tokens, which its own formats contradict; {AGAIN}."
             )
@@ -98,8 +130,8 @@ def check_artifact(path: Path, metadata: Metadata) -> Artifact:
 
 
 def fix_artifact(path: Path) -> list[str]:
-    """Adds to an artifact of an earlier version what is written today, and signs that: the index of a single file of
-    weights, which serving engines need.
+    """Adds to an artifact of an earlier version what is written today, and signs that: the index of
+    a single file of weights, which serving engines need.
 
     Returns:
         Names of the files that were written.
@@ -123,7 +155,8 @@ def fix_artifact(path: Path) -> list[str]:
 
 
 def update_artifact(path: Path) -> list[str]:
-    """Signs an artifact after an edit: lists the hashes of its files as they are now, once all else is valid.
+    """Signs an artifact after an edit: lists the hashes of its files as they are now, once all else
+    is valid.
 
     Returns:
         Names of the files that were changed, added or removed.
@@ -132,13 +165,17 @@ def update_artifact(path: Path) -> list[str]:
     """
     old = read_metadata(path)
     files = signed_files(path, old.files)
-    changed = sorted(name for name in {*files, *old.files} if files.get(name) != old.files.get(name))
+    changed = sorted(
+        name for name in {*files, *old.files} if files.get(name) != old.files.get(name)
+    )
     metadata = old.model_copy(update={"files": files})
     check_artifact(path, metadata)
     if changed:
         text = dump_metadata(metadata)
         try:
-            write_whole(path / METADATA_NAME, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+            write_whole(
+                path / METADATA_NAME, lambda scratch: scratch.write_text(text, encoding="utf-8")
+            )
         except OSError as error:
             raise KvfoldError(
                 f"'{path / METADATA_NAME}' cannot be written ({error.strerror}); "
@@ -156,7 +193,12 @@ def _check_config(path: Path, metadata: Metadata) -> None:
         )
     try:
         text = text_of(config)
-        found = (text.num_hidden_layers, text.num_attention_heads, num_kv_heads_of(text), head_dim_of(text))
+        found = (
+            text.num_hidden_layers,
+            text.num_attention_heads,
+            num_kv_heads_of(text),
+            head_dim_of(text),
+        )
         windows = sliding_windows_of(config)
     except Exception as error:  # fields of the right names that hold anything
         raise KvfoldError(
@@ -177,7 +219,9 @@ def _check_config(path: Path, metadata: Metadata) -> None:
         raise KvfoldError(
             f"config.json has layers, heads, KV heads and head_dim {found}, but {METADATA_NAME} {stated}; {AGAIN}."
         )
-    shards = [WEIGHTS] if WEIGHTS in metadata.files else sorted(set(read_index(path / INDEX).values()))
+    shards = (
+        [WEIGHTS] if WEIGHTS in metadata.files else sorted(set(read_index(path / INDEX).values()))
+    )
     check_weights_fit(path, config, stored_shapes([path / name for name in shards], AGAIN), AGAIN)
 
 
@@ -188,7 +232,12 @@ def tensor_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
 
     def shape(name: str, groups: int) -> tuple[int, ...]:
         clip = (heads,) if groups == 1 else (heads, groups)
-        return {"matrix": (heads, dim, dim), "offset": (heads, dim), "clip": clip, "frequencies": (-1,)}[name]
+        return {
+            "matrix": (heads, dim, dim),
+            "offset": (heads, dim),
+            "clip": clip,
+            "frequencies": (-1,),
+        }[name]
 
     return {
         f"layers.{i}.{side}.{name}": shape(name, model.format.build().num_groups)
@@ -200,13 +249,15 @@ def tensor_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
 
 def _fits(tensor: Tensor, shape: tuple[int, ...], head_dim: int) -> bool:
     if shape == (-1,):
-        return tensor.dtype == torch.float32 and tensor.dim() == 1 and 0 < len(tensor) <= head_dim // 2
+        return (
+            tensor.dtype == torch.float32 and tensor.dim() == 1 and 0 < len(tensor) <= head_dim // 2
+        )
     return tensor.dtype == torch.float32 and tuple(tensor.shape) == shape
 
 
 def has_inverse(matrix: Tensor) -> bool:
-    """Whether float32 holds an inverse of each matrix [heads, dim, dim] that undoes it: one that float64 finds may be
-    infinite there, or too coarse."""
+    """Whether float32 holds an inverse of each matrix [heads, dim, dim] that undoes it: one that
+    float64 finds may be infinite there, or too coarse."""
     found = torch.linalg.inv_ex(matrix.double())
     inverse = found.inverse.float().double()
     if bool(found.info.any()) or not bool(torch.isfinite(inverse).all()):
@@ -223,7 +274,11 @@ def _read_specs(path: Path, metadata: Metadata) -> list[LayerSpec]:
         with safe_open(path, framework="pt") as stored:
             names = set(stored.keys())
             for name in sorted(names ^ set(expected)):
-                fault = f"holds the tensor {name}, which no layer uses" if name in names else f"lacks the tensor {name}"
+                fault = (
+                    f"holds the tensor {name}, which no layer uses"
+                    if name in names
+                    else f"lacks the tensor {name}"
+                )
                 raise KvfoldError(f"{path.name} {fault}; {AGAIN}.")
             for name, shape in expected.items():
                 tensors[name] = stored.get_tensor(name)
@@ -231,23 +286,36 @@ def _read_specs(path: Path, metadata: Metadata) -> list[LayerSpec]:
                     raise KvfoldError(
                         f"{path.name}: {name} is {tuple(tensors[name].shape)}, but must be float32 {shape}; {AGAIN}."
                     )
-                if name.endswith("frequencies") and not bool(((tensors[name] >= 0) & (tensors[name] <= math.pi)).all()):
-                    raise KvfoldError(f"{path.name}: {name} has a value outside 0 … π radians a token; {AGAIN}.")
-                if name.endswith("clip") and not bool(((tensors[name] > 0) & (tensors[name] <= 1)).all()):
+                if name.endswith("frequencies") and not bool(
+                    ((tensors[name] >= 0) & (tensors[name] <= math.pi)).all()
+                ):
+                    raise KvfoldError(
+                        f"{path.name}: {name} has a value outside 0 … π radians a token; {AGAIN}."
+                    )
+                if name.endswith("clip") and not bool(
+                    ((tensors[name] > 0) & (tensors[name] <= 1)).all()
+                ):
                     raise KvfoldError(f"{path.name}: {name} has a value outside (0, 1]; {AGAIN}.")
                 if not bool(torch.isfinite(tensors[name]).all()):
                     raise KvfoldError(f"{path.name}: {name} is not finite; {AGAIN}.")
                 if name.endswith("offset") and bool((tensors[name].abs() > MOST_OFFSET).any()):
                     raise KvfoldError(f"{path.name}: {name} has a value beyond ±2^64; {AGAIN}.")
                 if name.endswith("matrix") and not has_inverse(tensors[name]):
-                    raise KvfoldError(f"{path.name}: {name} is singular, so no query can follow it; {AGAIN}.")
+                    raise KvfoldError(
+                        f"{path.name}: {name} is singular, so no query can follow it; {AGAIN}."
+                    )
     except SafetensorError as error:
-        raise KvfoldError(f"{path.name} is not a readable safetensors file ({error}); {AGAIN}.") from None
+        raise KvfoldError(
+            f"{path.name} is not a readable safetensors file ({error}); {AGAIN}."
+        ) from None
 
     def side(i: int, name: str, model: SideModel) -> dict:
         found: dict[str, Any] = {t: tensors[f"layers.{i}.{name}.{t}"] for t in model.tensors}
         if "frequencies" in found:
-            found |= {"frequencies": tuple(found["frequencies"].tolist()), "pairs": metadata.cache.rope_pairs}
+            found |= {
+                "frequencies": tuple(found["frequencies"].tolist()),
+                "pairs": metadata.cache.rope_pairs,
+            }
         return {"format": model.format.build(), "transforms": tuple(model.transforms), **found}
 
     return [

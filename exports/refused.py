@@ -1,24 +1,32 @@
-"""Model families that are refused by name, and why: what their attention does that a packed cache can't follow."""
+"""Model families that are refused by name, and why: what their attention does that a packed cache
+can't follow."""
 
 _MLA = "its attention caches MLA latents, not keys and values per head"
 ALIBI = "its attention adds ALiBi biases inside its own code"
 _MULTIMODAL = (
-    "it is multi-modal, of a kind whose language model is not known; give its text model as a checkpoint of its own"
+    "it is multi-modal, of a kind whose language model is not known; give its text model as a "
+    "checkpoint of its own"
 )
 _BOTH_WAYS = "it attends to later tokens (use_bidirectional_attention), which a cache does not hold"
 _CLIPPED = "it clamps values to a range (clip_qkv), which no basis of values can be folded through"
 _SHARED = "its layers normalise values and share them with later layers, so no basis of values can be folded in"
 _VALUE_NORM = "it normalises values, and its layers have heads of several sizes, so no basis of values can be folded in"
-_HYBRID = "some of its layers keep a recurrent state, or a convolution's, in the place of keys and values"
+_HYBRID = (
+    "some of its layers keep a recurrent state, or a convolution's, in the place of keys and values"
+)
 _RECURRENT = "it keeps a recurrent state and no keys and values, so there is no cache to pack"
-_SUB_NORM = "a norm stands between its attention and o_proj, which no basis of values can be folded through"
+_SUB_NORM = (
+    "a norm stands between its attention and o_proj, which no basis of values can be folded through"
+)
 _GATED = "it multiplies what was attended to by a gate before o_proj, which no basis of values can be folded through"
 _OWN_CODE = "it computes attention inside its own code, where no packed cache can be read"
 _LEARNED = "its attention has other projections than q_proj, k_proj, v_proj and o_proj, and learned positions"
 _CHUNKED = "some of its layers attend in chunks, which the packed cache does not know"
 _VALUE_DIM = "its values have another head_dim than its keys"
 _MASKED = "it computes its mask from the values, inside its own code"
-_DIFFERENTIAL = "it takes the difference of two attentions of a head and normalises it before o_proj"
+_DIFFERENTIAL = (
+    "it takes the difference of two attentions of a head and normalises it before o_proj"
+)
 
 REFUSED = {
     **dict.fromkeys(

@@ -23,8 +23,12 @@ from kvfold.kernels.kinds.storage import FIELDS
 
 FORMAT_VERSION = 1  # of an artifact without sliding-window layers; read, no longer written
 SLIDING_VERSION = 2  # the same and cache.sliding; read, no longer written
-MEAN_VERSION = 3  # a rotating mean of keys: `frequencies` beside `offset`; cache.sliding where a layer slides
-PAIRS_VERSION = 4  # the same and cache.rope_pairs, where RoPE turns other pairs of channels than (i, i + n/2)
+MEAN_VERSION = (
+    3  # a rotating mean of keys: `frequencies` beside `offset`; cache.sliding where a layer slides
+)
+PAIRS_VERSION = (
+    4  # the same and cache.rope_pairs, where RoPE turns other pairs of channels than (i, i + n/2)
+)
 METADATA_NAME = "kv_cache.json"
 TENSORS_NAME = "kv_cache.safetensors"
 
@@ -77,7 +81,8 @@ class LayerModel(Strict):
 class CacheModel(Strict):
     """Shape of the model's cache and of its regions, in tokens.
 
-    `sliding`: of each layer, 0 for none; from SLIDING_VERSION on, where one layer slides at least, else empty.
+    `sliding`: of each layer, 0 for none; from SLIDING_VERSION on, where one layer slides at least,
+    else empty.
     `rope_pairs`: which channels RoPE turns together (kernels/key_mean.py); in PAIRS_VERSION only.
     """
 
@@ -155,11 +160,18 @@ class Metadata(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> "Metadata":
         if len(self.layers) != self.cache.num_layers:
-            raise ValueError(f"{len(self.layers)} layers are listed, but num_layers is {self.cache.num_layers}")
-        if not all(n.isascii() and n.isdecimal() and len(n) < 19 and int(n) > 0 for n in self.account.bytes_at):
+            raise ValueError(
+                f"{len(self.layers)} layers are listed, but num_layers is {self.cache.num_layers}"
+            )
+        if not all(
+            n.isascii() and n.isdecimal() and len(n) < 19 and int(n) > 0
+            for n in self.account.bytes_at
+        ):
             raise ValueError("account.bytes_at has a key that is no number of tokens")
         if self.cache.page_tokens % FIELDS:
-            raise ValueError(f"page_tokens is {self.cache.page_tokens}, but a page is a multiple of {FIELDS} tokens")
+            raise ValueError(
+                f"page_tokens is {self.cache.page_tokens}, but a page is a multiple of {FIELDS} tokens"
+            )
         if self.format_version == FORMAT_VERSION and "sliding" in self.cache.model_fields_set:
             raise ValueError(f"cache.sliding is no field of format_version {FORMAT_VERSION}")
         if self.format_version == SLIDING_VERSION and (
@@ -177,19 +189,27 @@ class Metadata(Strict):
             raise ValueError(
                 f"cache.sliding needs one window for each of {self.cache.num_layers} layers, or must be absent"
             )
-        if (self.format_version == PAIRS_VERSION) != ("rope_pairs" in self.cache.model_fields_set) or (
-            self.format_version == PAIRS_VERSION and self.cache.rope_pairs == "halves"
+        if (self.format_version == PAIRS_VERSION) != (
+            "rope_pairs" in self.cache.model_fields_set
+        ) or (self.format_version == PAIRS_VERSION and self.cache.rope_pairs == "halves"):
+            raise ValueError(
+                f"cache.rope_pairs, adjacent or swapped, goes with format_version {PAIRS_VERSION} alone"
+            )
+        if self.format_version < MEAN_VERSION and any(
+            "frequencies" in layer.key.tensors for layer in self.layers
         ):
-            raise ValueError(f"cache.rope_pairs, adjacent or swapped, goes with format_version {PAIRS_VERSION} alone")
-        if self.format_version < MEAN_VERSION and any("frequencies" in layer.key.tensors for layer in self.layers):
             raise ValueError(f"frequencies of keys go with format_version {MEAN_VERSION}")
         if self.cache.num_heads % self.cache.num_kv_heads:
             raise ValueError("num_heads is not a multiple of num_kv_heads")
         for i, layer in enumerate(self.layers):
             if "frequencies" in layer.key.tensors and "offset" not in layer.key.tensors:
-                raise ValueError(f"layer {i}: frequencies turn the offset of the keys, but there is none")
+                raise ValueError(
+                    f"layer {i}: frequencies turn the offset of the keys, but there is none"
+                )
             if set(layer.value.tensors) - {"clip"}:
-                raise ValueError(f"layer {i}: values have a clip at the most, their basis is in the weights")
+                raise ValueError(
+                    f"layer {i}: values have a clip at the most, their basis is in the weights"
+                )
             for side in (layer.key, layer.value):
                 if len(set(side.tensors)) != len(side.tensors):
                     raise ValueError(f"layer {i}: a tensor is listed twice")
@@ -207,7 +227,9 @@ class Metadata(Strict):
     @property
     def geometry(self) -> Geometry:
         c = self.cache
-        return Geometry(c.num_kv_heads, c.head_dim, c.sinks, c.window, c.page_tokens, tuple(c.sliding))
+        return Geometry(
+            c.num_kv_heads, c.head_dim, c.sinks, c.window, c.page_tokens, tuple(c.sliding)
+        )
 
     @property
     def formats(self) -> list[tuple[Format, Format]]:
@@ -220,11 +242,14 @@ class Metadata(Strict):
 
 
 def _digest(body: dict) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 def dump_metadata(metadata: Metadata) -> str:
-    """kv_cache.json's text: the fields in order, and their digest last, so that a flipped byte anywhere shows."""
+    """kv_cache.json's text: the fields in order, and their digest last, so that a flipped byte
+    anywhere shows."""
     body = metadata.model_dump()
     return json.dumps({**body, "digest": _digest(body)}, indent=1, ensure_ascii=False) + "\n"
 
@@ -233,7 +258,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"it states '{next(name for name in found if names.count(name) > 1)}' twice")
+        raise ValueError(
+            f"it states '{next(name for name in found if names.count(name) > 1)}' twice"
+        )
     return found
 
 
@@ -241,12 +268,14 @@ def parse_metadata(text: str, name: str = METADATA_NAME) -> Metadata:
     """Reads kv_cache.json.
 
     Raises:
-        KvfoldError: not JSON, another format_version, an unknown or missing field, a value out of range,
-            a wrong digest.
+        KvfoldError: not JSON, another format_version, an unknown or missing field, a value out of
+            range, a wrong digest.
     """
     try:
         data = json.loads(text, object_pairs_hook=_once)
-        json.dumps(data, ensure_ascii=False).encode()  # half of a surrogate pair is no text: nothing could print it
+        json.dumps(
+            data, ensure_ascii=False
+        ).encode()  # half of a surrogate pair is no text: nothing could print it
     except (ValueError, RecursionError) as error:
         raise KvfoldError(
             f"{name} is not JSON ({error}); the artifact is damaged, write or download it again."
@@ -267,5 +296,7 @@ def parse_metadata(text: str, name: str = METADATA_NAME) -> Metadata:
             f"{name} is not valid at {place}: {first['msg']}; write or download the artifact again."
         ) from None
     if digest != metadata.digest:
-        raise KvfoldError(f"{name} does not match its own digest; the artifact is damaged, write or download it again.")
+        raise KvfoldError(
+            f"{name} does not match its own digest; the artifact is damaged, write or download it again."
+        )
     return metadata

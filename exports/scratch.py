@@ -1,9 +1,9 @@
 """Folders and files in the making: beside what they become, under names that nobody has,
 and removed only where kvfold made them.
 
-    OUT.part-XXXXXXXX/
-        kvfold-scratch.json    says what made the folder, and for which OUT; locked as long as that process lives
-        new/ old/ spent/       what is to become OUT; what OUT was, while the two are exchanged; the same, to be removed
+    OUT.part-XXXXXXXX/ kvfold-scratch.json    says what made the folder, and for which OUT; locked
+        as long as that process lives new/ old/ spent/       what is to become OUT; what OUT was,
+        while the two are exchanged; the same, to be removed
 
 A process that is killed leaves its folder; the next that writes the same OUT removes it,
 if it bears that mark and no lock.
@@ -35,8 +35,9 @@ def _mark(place: Path) -> bytes:
 
 @contextmanager
 def scratch_folder(place: Path) -> Iterator[Path]:
-    """A new folder beside `place`, in which NEW, OLD and SPENT may be made. It goes when the block ends, with NEW and
-    SPENT in it; OLD stays and keeps it, and so does what somebody else has put there.
+    """A new folder beside `place`, in which NEW, OLD and SPENT may be made. It goes when the block
+    ends, with NEW and SPENT in it; OLD stays and keeps it, and so does what somebody else has put
+    there.
 
     Args:
         place: what is in the making, absolute and without links.
@@ -59,12 +60,16 @@ def scratch_folder(place: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(place: Path) -> None:
-    """Removes scratch folders of runs that were killed while they made `place`. Where one was killed between moving an
-    older `place` away and the new one in, the older one comes back."""
+    """Removes scratch folders of runs that were killed while they made `place`. Where one was
+    killed between moving an older `place` away and the new one in, the older one comes back."""
     if fcntl is None or not place.parent.is_dir():
         return
     for folder in sorted(place.parent.iterdir()):
-        if folder.name.startswith(place.name + PART) and not folder.is_symlink() and folder.is_dir():
+        if (
+            folder.name.startswith(place.name + PART)
+            and not folder.is_symlink()
+            and folder.is_dir()
+        ):
             with suppress(OSError):
                 _remove_leftover(folder, place)
 
@@ -114,7 +119,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def is_part(name: str, whole: str) -> bool:
-    """Whether a file of this name is what a process that was killed in `write_whole` has left of `whole`."""
+    """Whether a file of this name is what a process that was killed in `write_whole` has left of
+    `whole`."""
     return re.fullmatch(re.escape(whole) + r"\.[a-z0-9_]{8}\.part", name) is not None
 
 

@@ -1,4 +1,5 @@
-"""What one layer of an artifact says about its cache, as tensors: the object that compress writes and runtime reads."""
+"""What one layer of an artifact says about its cache, as tensors: the object that compress writes
+and runtime reads."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,13 +25,15 @@ class KeySpec:
         format: of one KV head.
         transforms: names of the transforms applied, for people.
         matrix: float32 [num_kv_heads, head_dim, head_dim], M; None for the identity.
-        offset: float32 [num_kv_heads, head_dim]; None for zero. With `frequencies` it is the mean of keys before RoPE,
-            and m_t is that mean turned to the key's position (kernels/key_mean.py): a logit lacks q·m_t, which the
-            reader adds. Without, it is the mean after RoPE and m_t = μ for all keys: a shift of every logit of a query,
-            so softmax does not see it; only a soft-cap or a sink logit needs it back (`shift`).
-        clip: float32 [num_kv_heads], or [num_kv_heads, groups] where the format has more than one group: factor on
-            (minimum, maximum) of "scale_min" formats; None for 1.
-        frequencies: RoPE's angular frequencies ω, of its pairs, radians a token; None where keys don't turn.
+        offset: float32 [num_kv_heads, head_dim]; None for zero. With `frequencies` it is the mean
+            of keys before RoPE, and m_t is that mean turned to the key's position
+            (kernels/key_mean.py): a logit lacks q·m_t, which the reader adds. Without, it is the
+            mean after RoPE and m_t = μ for all keys: a shift of every logit of a query, so softmax
+            does not see it; only a soft-cap or a sink logit needs it back (`shift`).
+        clip: float32 [num_kv_heads], or [num_kv_heads, groups] where the format has more than one
+            group: factor on (minimum, maximum) of "scale_min" formats; None for 1.
+        frequencies: RoPE's angular frequencies ω, of its pairs, radians a token; None where keys
+            don't turn.
         pairs: which channels are a pair (kernels/key_mean.py).
     """
 
@@ -44,8 +47,13 @@ class KeySpec:
 
     @cached_property
     def query_matrix(self) -> Tensor | None:
-        """M⁻¹, float32 [num_kv_heads, head_dim, head_dim]: q·(k − μ) = (q M⁻¹)·z. Inverted in float64."""
-        return None if self.matrix is None else torch.linalg.inv(self.matrix.double()).float().contiguous()
+        """M⁻¹, float32 [num_kv_heads, head_dim, head_dim]: q·(k − μ) = (q M⁻¹)·z. Inverted in
+        float64."""
+        return (
+            None
+            if self.matrix is None
+            else torch.linalg.inv(self.matrix.double()).float().contiguous()
+        )
 
     @property
     def turns(self) -> bool:
@@ -55,12 +63,14 @@ class KeySpec:
     def tables(self, sinks: int) -> TurnTables:
         """What the rotating mean is made of, in a cache of so many sinks; only where `turns`."""
         assert self.offset is not None and self.frequencies is not None
-        return turn_tables(self.frequencies, self.offset.shape[1], sinks, self.offset.device, self.pairs)
+        return turn_tables(
+            self.frequencies, self.offset.shape[1], sinks, self.offset.device, self.pairs
+        )
 
     def mean(self, positions: Tensor | None, sinks: int, end: int | None = None) -> Tensor | None:
         """m_t of keys at int64 positions [..., T], which only a mean that turns needs: float32
-        [..., num_kv_heads, T or 1, head_dim]; None for zero. end: a number that all positions are below,
-        if the host knows one."""
+        [..., num_kv_heads, T or 1, head_dim]; None for zero. end: a number that all positions are
+        below, if the host knows one."""
         if self.offset is None:
             return None
         if not self.turns:
@@ -68,13 +78,15 @@ class KeySpec:
         assert positions is not None
         return self.tables(sinks).mean(self.offset, positions, end)
 
-    def apply(self, keys: Tensor, positions: Tensor | None, sinks: int, end: int | None = None) -> Tensor:
+    def apply(
+        self, keys: Tensor, positions: Tensor | None, sinks: int, end: int | None = None
+    ) -> Tensor:
         """Keys after RoPE → z, float32.
 
         Args:
             keys: [..., num_kv_heads, T, head_dim].
-            positions: int64 [T], or [B, T] where sequences differ, tokens counted from each sequence's first; None will
-                do where the mean does not turn.
+            positions: int64 [T], or [B, T] where sequences differ, tokens counted from each
+                sequence's first; None will do where the mean does not turn.
             sinks: first tokens of a sequence, which have no mean taken off.
             end: as in `mean`.
         """
@@ -86,7 +98,8 @@ class KeySpec:
         return rest.float() if self.matrix is None else rest.float() @ self.matrix.mT
 
     def apply_query(self, queries: Tensor) -> Tensor:
-        """Queries after RoPE [..., num_heads, T, head_dim] → queries in the keys' basis, float32."""
+        """Queries after RoPE [..., num_heads, T, head_dim] → queries in the keys' basis,
+        float32."""
         if self.query_matrix is None:
             return queries.float()
         heads = self.query_matrix.shape[0]
@@ -102,13 +115,16 @@ class KeySpec:
         return (queries.float() * offset[:, None]).sum(-1)
 
     def to(self, device: torch.device) -> "KeySpec":
-        matrix, offset, clip = (None if t is None else t.to(device) for t in (self.matrix, self.offset, self.clip))
+        matrix, offset, clip = (
+            None if t is None else t.to(device) for t in (self.matrix, self.offset, self.clip)
+        )
         return replace(self, matrix=matrix, offset=offset, clip=clip)
 
 
 @dataclass(frozen=True)
 class ValueSpec:
-    """How a layer's values are stored. Their basis is fused into v_proj and o_proj, so nothing is applied at run time.
+    """How a layer's values are stored. Their basis is fused into v_proj and o_proj, so nothing is
+    applied at run time.
 
     Attributes:
         format, transforms, clip: as in KeySpec.
@@ -119,7 +135,9 @@ class ValueSpec:
     clip: Tensor | None = None
 
     def to(self, device: torch.device) -> "ValueSpec":
-        return ValueSpec(self.format, self.transforms, None if self.clip is None else self.clip.to(device))
+        return ValueSpec(
+            self.format, self.transforms, None if self.clip is None else self.clip.to(device)
+        )
 
 
 @dataclass(frozen=True)

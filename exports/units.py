@@ -4,7 +4,17 @@ import re
 
 from kvfold.errors import KvfoldError
 
-UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+}
 
 
 def parse_nbytes(value: int | str) -> int:
@@ -20,7 +30,9 @@ def parse_nbytes(value: int | str) -> int:
     except (ValueError, OverflowError):
         nbytes = 0
     if nbytes <= 0:
-        raise KvfoldError(f"'{value}' is not a number of bytes; write for example 536870912, '512MiB' or '1.5GB'.")
+        raise KvfoldError(
+            f"'{value}' is not a number of bytes; write for example 536870912, '512MiB' or '1.5GB'."
+        )
     return nbytes
 
 

@@ -1,5 +1,5 @@
-"""Whether files of weights fit the model that config.json describes, found out from their headers alone: before a
-loader makes room for what isn't there, and fills it with random numbers."""
+"""Whether files of weights fit the model that config.json describes, found out from their headers
+alone: before a loader makes room for what isn't there, and fills it with random numbers."""
 
 import re
 from collections.abc import Iterable
@@ -41,8 +41,8 @@ def stored_shapes(files: Iterable[Path], fix: str) -> dict[str, tuple[int, ...]]
 
 
 def weights_nbytes(path: Path, dtype: torch.dtype | str) -> int:
-    """Bytes of a folder's weights once they are read as `dtype`, a type or "auto" for their own; towers for pictures
-    and sound, which are no part of a language model, left out.
+    """Bytes of a folder's weights once they are read as `dtype`, a type or "auto" for their own;
+    towers for pictures and sound, which are no part of a language model, left out.
 
     Raises:
         KvfoldError: they can't be read.
@@ -51,14 +51,20 @@ def weights_nbytes(path: Path, dtype: torch.dtype | str) -> int:
     if not isinstance(dtype, torch.dtype):
         return sum(file.stat().st_size for file in files)
     shapes = stored_shapes(files, "download it again")
-    return dtype.itemsize * sum(prod(shape) for name, shape in shapes.items() if not TOWERS.search(name))
+    return dtype.itemsize * sum(
+        prod(shape) for name, shape in shapes.items() if not TOWERS.search(name)
+    )
 
 
-def check_weights_fit(path: Path, config: Any, stored: dict[str, tuple[int, ...]], fix: str) -> None:
-    """Compares weights with the model of a config, which is built without any memory for its weights.
+def check_weights_fit(
+    path: Path, config: Any, stored: dict[str, tuple[int, ...]], fix: str
+) -> None:
+    """Compares weights with the model of a config, which is built without any memory for its
+    weights.
 
-    Names that only one side has are the loader's to match, which knows the families whose checkpoints call things
-    otherwise; what counts here is that the model has no weight of another shape, and not more of them than there are.
+    Names that only one side has are the loader's to match, which knows the families whose
+    checkpoints call things otherwise; what counts here is that the model has no weight of another
+    shape, and not more of them than there are.
 
     Args:
         path: the folder, for the sentence.
@@ -82,13 +88,23 @@ def check_weights_fit(path: Path, config: Any, stored: dict[str, tuple[int, ...]
             f"config.json and the weights in '{path}' make no model ({type(error).__name__}: {reason_of(error)}); "
             f"{fix}."
         ) from error
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}  # a tied one once
+    wanted = {
+        name: tuple(tensor.shape) for name, tensor in model.named_parameters()
+    }  # a tied one once
     for name, shape in sorted(wanted.items()):
         if stored.get(name, shape) != shape:
-            raise KvfoldError(f"The weight {name} in '{path}' has not the shape that config.json gives it; {fix}.")
+            raise KvfoldError(
+                f"The weight {name} in '{path}' has not the shape that config.json gives it; {fix}."
+            )
     if sum(map(prod, wanted.values())) > sum(map(prod, stored.values())):
-        absent = [name for name in sorted(wanted) if not {name, name.removeprefix("model.")} & set(stored)]
-        what = f"the weight {absent[0]}" if absent else "some of the weights that config.json describes"
+        absent = [
+            name for name in sorted(wanted) if not {name, name.removeprefix("model.")} & set(stored)
+        ]
+        what = (
+            f"the weight {absent[0]}"
+            if absent
+            else "some of the weights that config.json describes"
+        )
         raise KvfoldError(f"'{path}' lacks {what}; {fix}.")
     if sum(buffer.numel() for buffer in model.buffers()) > MOST_BUFFER:
         raise KvfoldError(

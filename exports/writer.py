@@ -29,12 +29,15 @@ def write_tensors(path: Path, specs: list[LayerSpec]) -> None:
                 if tensor is not None:
                     tensors[f"layers.{i}.{side}.{name}"] = tensor.contiguous().float()
         if spec.key.frequencies is not None:
-            tensors[f"layers.{i}.key.frequencies"] = torch.tensor(spec.key.frequencies, dtype=torch.float32)
+            tensors[f"layers.{i}.key.frequencies"] = torch.tensor(
+                spec.key.frequencies, dtype=torch.float32
+            )
     save_file(tensors, path, metadata={"format": "pt"})
 
 
 def write_card(folder: Path, metadata: Metadata, name: str, base: Base) -> None:
-    """README.md, the plots it shows, report.html, and the licence texts that go with the weights."""
+    """README.md, the plots it shows, report.html, and the licence texts that go with the
+    weights."""
     draw_plots(folder, metadata)
     for text in base.licence.texts:
         shutil.copyfile(text, folder / text.name)
@@ -60,7 +63,8 @@ def write_artifact(
         recipe: recipe.yaml's text.
         base: what the card says of the base model.
     Raises:
-        OSError, SafetensorError: what the system says, e.g. a full disk (`full_disk`); nothing is left behind.
+        OSError, SafetensorError: what the system says, e.g. a full disk (`full_disk`); nothing is
+            left behind.
     """
 
     def fill(folder: Path) -> None:
@@ -73,7 +77,8 @@ def write_artifact(
 
 
 def install(out: Path, metadata: Metadata, fill: Callable[[Path], None]) -> Artifact:
-    """Has a folder filled beside `out`, adds kv_cache.json with the hashes, validates it, and renames it into place.
+    """Has a folder filled beside `out`, adds kv_cache.json with the hashes, validates it, and
+    renames it into place.
 
     Args:
         out: the artifact's folder; what is there goes only when the new one is complete.

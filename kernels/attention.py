@@ -5,7 +5,8 @@ The semantics that kernels are tested against. With N sinks, a window of W token
 tokens, the page of tokens [N + pP, N + (p+1)P) leaves the window, whole, once W tokens follow it.
 So a query at position t reads
 
-    packed(t) = P·floor(max(0, t + 1 − N − W) / P)      tokens N … N + packed(t) − 1 from pages, all others up to t raw,
+    packed(t) = P·floor(max(0, t + 1 − N − W) / P)      tokens N … N + packed(t) − 1 from pages, all
+    others up to t raw,
 
 and one pass over a prompt gives what feeding it token by token gives. Queries of a prompt read
 decoded pages; a single one, of a decoding step, multiplies with the codes as they are packed
@@ -35,7 +36,8 @@ class Tile(NamedTuple):
 
 
 class KeyMean(NamedTuple):
-    """What the logits of some queries lack because keys are stored without their rotating mean (key_mean.py)."""
+    """What the logits of some queries lack because keys are stored without their rotating mean
+    (key_mean.py)."""
 
     tables: TurnTables
     coefficients: Tensor  # complex64 [num_heads, T, head_dim / 2]
@@ -64,7 +66,8 @@ def attend(
     shift: Tensor | None = None,
     mean: KeyMean | None = None,
 ) -> Tensor:
-    """Softmax attention of T queries of one sequence over tiles, one tile in memory at a time (online softmax).
+    """Softmax attention of T queries of one sequence over tiles, one tile in memory at a time
+    (online softmax).
 
     Args:
         query: [num_heads, T, head_dim], in the keys' basis.
@@ -76,9 +79,11 @@ def attend(
         scaling: factor on the logits.
         mask: bool [T, seq_len] by position, True where the query may look; None for plain causal.
         softcap: logits become softcap · tanh(logits / softcap) (Gemma 2).
-        sinks_logit: [num_heads], the logit of one more column, without a value, in every softmax of a head (gpt-oss).
-        shift: [num_heads, T], added to a query's products with keys, before `scaling`. The softmax alone would not see
-            it, but a soft-cap and a sink logit do: they need the q · μ that keys stored as k − μ leave out.
+        sinks_logit: [num_heads], the logit of one more column, without a value, in every softmax of
+            a head (gpt-oss).
+        shift: [num_heads, T], added to a query's products with keys, before `scaling`. The softmax
+            alone would not see it, but a soft-cap and a sink logit do: they need the q · μ that
+            keys stored as k − μ leave out.
         mean: of keys that are stored without a mean that turns with their position; None for none.
     Returns:
         float32 [num_heads, T, head_dim]; zeros for a query that may look at nothing.
@@ -88,14 +93,23 @@ def attend(
     if mean is not None:
         mean = KeyMean(mean.tables, mean.coefficients * scaling)
     out = torch.zeros(num_heads, num_queries, head_dim, dtype=torch.float32, device=query.device)
-    top = torch.full((num_heads, num_queries, 1), -torch.inf, dtype=torch.float32, device=query.device)
+    top = torch.full(
+        (num_heads, num_queries, 1), -torch.inf, dtype=torch.float32, device=query.device
+    )
     total = torch.zeros(num_heads, num_queries, 1, dtype=torch.float32, device=query.device)
     if sinks_logit is not None:
         top, total = sinks_logit.float()[:, None, None].expand_as(top).clone(), total + 1
     blocks = []
     for start in range(0, num_queries, QUERY_BLOCK):
         rows = slice(start, min(start + QUERY_BLOCK, num_queries))
-        blocks.append((rows, int(positions[rows][-1]), int(packed_limit[rows][0]), int(packed_limit[rows][-1])))
+        blocks.append(
+            (
+                rows,
+                int(positions[rows][-1]),
+                int(packed_limit[rows][0]),
+                int(packed_limit[rows][-1]),
+            )
+        )
     for tile in tiles:
         if tile.positions.numel() == 0:
             continue
@@ -104,7 +118,9 @@ def attend(
         first, last = int(tile.positions[0]), int(tile.positions[-1])
         for rows, last_query, limit_low, limit_high in blocks:
             unseen = (
-                first >= limit_high if tile.packed else (first > last_query or (first >= sinks and last < limit_low))
+                first >= limit_high
+                if tile.packed
+                else (first > last_query or (first >= sinks and last < limit_low))
             )
             if unseen:
                 continue
@@ -121,7 +137,9 @@ def attend(
                 if not bool(visible.any()):  # beyond a sliding window
                     continue
             q_block = q[:, rows].reshape(num_kv_heads, -1, head_dim)  # [Hkv, G·Tq, D]
-            scores = keys.products(q_block) if isinstance(keys, Codes) else q_block @ keys.mT  # [Hkv, G·Tq, n]
+            scores = (
+                keys.products(q_block) if isinstance(keys, Codes) else q_block @ keys.mT
+            )  # [Hkv, G·Tq, n]
             scores = scores.view(num_heads, -1, size)
             if shift is not None:
                 scores += shift[:, rows, None] * scaling
@@ -152,7 +170,8 @@ def attend_plain(
     softcap: float | None = None,
     sinks_logit: Tensor | None = None,
 ) -> Tensor:
-    """Attention over plain tensors, for models whose soft-cap or sink logits scaled_dot_product_attention lacks.
+    """Attention over plain tensors, for models whose soft-cap or sink logits
+    scaled_dot_product_attention lacks.
 
     Args:
         query: [B, num_heads, T, head_dim].

@@ -1,4 +1,5 @@
-"""The catalogue: the formats that the search picks from, by head_dim, so that one set of kernels serves all artifacts.
+"""The catalogue: the formats that the search picks from, by head_dim, so that one set of kernels
+serves all artifacts.
 
 Layers need different numbers of bits and hardly different cuts into classes: two cuts shared by all
 layers cost 1 to 2 % more distortion than each layer's own (`python benchmarks/catalogue.py`, which
@@ -152,7 +153,8 @@ VALUES = {
 }
 HEAD_DIMS = tuple(KEYS)
 
-# formats of one class, by name: levels and type of the parameters; "4" and "8" are steps of the progressive ladder
+# formats of one class, by name: levels and type of the parameters; "4" and "8" are steps of the
+# progressive ladder
 UNIFORM_KEYS = {"4": (16, "e4m3"), "6": (64, "fp16"), "8": (256, "fp16")}
 UNIFORM_VALUES = {
     "1.6": (3, "e4m3"),
@@ -184,27 +186,39 @@ PAIRS = tuple(_PAIRS.split())
 def _cut(text: str) -> Format:
     """Channels@bits of each class → the mixed format."""
     classes = [tuple(map(int, part.split("@"))) for part in text.split()]
-    return Format(tuple((channels, 2**bits if bits else 0) for channels, bits in classes), "scale", "e4m3")
+    return Format(
+        tuple((channels, 2**bits if bits else 0) for channels, bits in classes), "scale", "e4m3"
+    )
 
 
-def _named(cuts: str, bits: tuple[float, ...], others: dict[str, tuple], head_dim: int) -> dict[str, Format]:
+def _named(
+    cuts: str, bits: tuple[float, ...], others: dict[str, tuple], head_dim: int
+) -> dict[str, Format]:
     found: dict[str, Format] = {}
     for mean, line in zip(bits, cuts.strip().splitlines(), strict=True):
-        found |= {f"{mean:g}{letter}": _cut(text) for letter, text in zip("ab", line.split("|"), strict=True)}
+        found |= {
+            f"{mean:g}{letter}": _cut(text)
+            for letter, text in zip("ab", line.split("|"), strict=True)
+        }
     found |= {name: uniform(head_dim, levels, dtype) for name, (levels, dtype) in others.items()}
-    return dict(sorted([*found.items(), ("16", raw16(head_dim))], key=lambda item: item[1].payload_bits))
+    return dict(
+        sorted([*found.items(), ("16", raw16(head_dim))], key=lambda item: item[1].payload_bits)
+    )
 
 
 @cache
 def named_keys(head_dim: int) -> dict[str, Format]:
-    """Formats of keys by name, payload rising, 16 bits last; empty for a head_dim that the catalogue does not have."""
+    """Formats of keys by name, payload rising, 16 bits last; empty for a head_dim that the
+    catalogue does not have."""
     return _named(KEYS[head_dim], KEY_BITS, UNIFORM_KEYS, head_dim) if head_dim in KEYS else {}
 
 
 @cache
 def named_values(head_dim: int) -> dict[str, Format]:
     """Formats of values, as `named_keys`."""
-    return _named(VALUES[head_dim], VALUE_BITS, UNIFORM_VALUES, head_dim) if head_dim in VALUES else {}
+    return (
+        _named(VALUES[head_dim], VALUE_BITS, UNIFORM_VALUES, head_dim) if head_dim in VALUES else {}
+    )
 
 
 def key_formats(head_dim: int) -> tuple[Format, ...]:
@@ -219,7 +233,8 @@ def value_formats(head_dim: int) -> tuple[Format, ...]:
 
 @cache
 def pairs(head_dim: int) -> tuple[tuple[Format, Format], ...]:
-    """The catalogue's pairs of a key format and a value format; empty for a head_dim that it does not have."""
+    """The catalogue's pairs of a key format and a value format; empty for a head_dim that it does
+    not have."""
     keys, values = named_keys(head_dim), named_values(head_dim)
     if not keys:
         return ()
@@ -237,5 +252,6 @@ def mixed_between(formats: tuple[Format, ...], least: float, most: float) -> tup
     return tuple(
         f
         for f in formats
-        if f.kind.symmetric and int(least * f.head_dim) // 8 * 8 / f.head_dim - 1e-9 <= code_bits(f) <= most + 1e-9
+        if f.kind.symmetric
+        and int(least * f.head_dim) // 8 * 8 / f.head_dim - 1e-9 <= code_bits(f) <= most + 1e-9
     )

@@ -5,10 +5,11 @@ decode writes every element out: x̂ = s·(c − z) + m. A product with a few ro
 steps go into the query, a token's scale and minimum into its score (or into its weight, for
 values), and z and m become one term of rank one. What is left is a product with integers c, and a
 bit field of a masked word is an integer as it stands, c·2^k, whose power of two goes into the score
-too (kinds/bits.py draws the words). All arithmetic is float32, as in `quantizer.decode`, and differs
-from it by rounding only.
+too (kinds/bits.py draws the words). All arithmetic is float32, as in `quantizer.decode`, and
+differs from it by rounding only.
 
-Tokens of a run of pages stand in the order (field, page, row): token `field·R + row` of a page, R = page_tokens / 8.
+Tokens of a run of pages stand in the order (field, page, row): token `field·R + row` of a page, R =
+page_tokens / 8.
 """
 
 import math
@@ -47,7 +48,9 @@ def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor
         return torch.tensor(values, dtype=dtype, device=device)
 
 
-def scratch(buffers: dict | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def scratch(
+    buffers: dict | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """Undefined memory, contiguous: on a CPU, where new pages of it cost more than what is written
     there, a buffer that stays."""
     size = math.prod(shape)
@@ -69,7 +72,9 @@ class Codes:
         buffers: memory to work in, for all who take turns with it; see `scratch`.
     """
 
-    def __init__(self, packed: Tensor, fmt: Format, page_tokens: int, buffers: dict | None = None) -> None:
+    def __init__(
+        self, packed: Tensor, fmt: Format, page_tokens: int, buffers: dict | None = None
+    ) -> None:
         self.packed, self.fmt, self.page_tokens, self.buffers = packed, fmt, page_tokens, buffers
         self.num_pages, self.num_kv_heads = packed.shape[:2]
         self.rows = page_tokens // FIELDS
@@ -78,7 +83,8 @@ class Codes:
         return self.num_kv_heads
 
     def products(self, query: Tensor) -> Tensor:
-        """query float32 [num_kv_heads, m, head_dim] times the keys, transposed → float32 [num_kv_heads, m, n]."""
+        """query float32 [num_kv_heads, m, head_dim] times the keys, transposed → float32
+        [num_kv_heads, m, n]."""
         steps, centres = self._channels()
         if steps is not None:
             query = query * steps
@@ -98,7 +104,9 @@ class Codes:
         params = self._params()
         if centres is not None:
             return out[0].sub_((query * centres).sum(-1, keepdim=True)).mul_(params[0])
-        sums = query.unflatten(-1, (self.fmt.num_groups, -1)).sum(-1)[..., None]  # [Hkv, m, groups, 1]
+        sums = query.unflatten(-1, (self.fmt.num_groups, -1)).sum(-1)[
+            ..., None
+        ]  # [Hkv, m, groups, 1]
         total = out[0].mul_(params[1])
         for group in range(self.fmt.num_groups):
             if group:
@@ -107,7 +115,8 @@ class Codes:
         return total
 
     def weighted(self, weights: Tensor) -> Tensor:
-        """weights float32 [num_kv_heads, m, n] times the values → float32 [num_kv_heads, m, head_dim]."""
+        """weights float32 [num_kv_heads, m, n] times the values → float32 [num_kv_heads, m,
+        head_dim]."""
         out = weights.new_zeros(*weights.shape[:2], self.fmt.head_dim)
         scaled = [weights]
         params = None
@@ -130,7 +139,8 @@ class Codes:
         return out
 
     def _channels(self) -> tuple[Tensor | None, Tensor | None]:
-        """Steps and zero points of the channels of codes without a minimum, float32 [head_dim] each."""
+        """Steps and zero points of the channels of codes without a minimum, float32 [head_dim]
+        each."""
         kind = self.fmt.kind
         if not kind.symmetric:
             return None, None
@@ -148,7 +158,11 @@ class Codes:
             return
         for group in range(piece.start // size, -(-end // size)):
             first, last = max(piece.start, group * size), min(end, (group + 1) * size)
-            yield group, piece.codes[..., first - piece.start : last - piece.start], slice(first, last)
+            yield (
+                group,
+                piece.codes[..., first - piece.start : last - piece.start],
+                slice(first, last),
+            )
 
     def _params(self) -> Tensor:
         """float32 [parameters, num_kv_heads, 1, n]."""
@@ -159,38 +173,51 @@ class Codes:
         return values.permute(2, 1, 4, 0, 3).flatten(2).unsqueeze(2)
 
     def _pieces(self) -> Iterator[Piece]:
-        """Unpacks a block of pages of a plane at a time, into memory that the next one is unpacked into."""
+        """Unpacks a block of pages of a plane at a time, into memory that the next one is unpacked
+        into."""
         offset = 0
         elements = BLOCK_ELEMENTS if self.packed.device.type == "cpu" else 32 * BLOCK_ELEMENTS
         for plane in self.fmt.planes:
             end = offset + plane.nbytes(self.page_tokens)
             step = max(1, elements // (self.num_kv_heads * self.page_tokens * plane.channels))
-            unpack = self._masked if plane.storage.binary and self.fmt.kind.uniform else self._tokenwise
+            unpack = (
+                self._masked if plane.storage.binary and self.fmt.kind.uniform else self._tokenwise
+            )
             yield from unpack(self.packed[..., offset:end], plane, step)
             offset = end
 
     def _tokenwise(self, data: Tensor, plane: Plane, step: int) -> Iterator[Piece]:
-        """Codes that are no fields of words, or of levels that are not uniform, and 16-bit values. data: uint8 [pages,
-        Hkv, bytes of a head's plane]."""
+        """Codes that are no fields of words, or of levels that are not uniform, and 16-bit values.
+        data: uint8 [pages, Hkv, bytes of a head's plane]."""
         for first in range(0, self.num_pages, step):
             part = data[first : first + step]
-            found = self.fmt.kind.values(plane.storage.unpack(part, self.page_tokens, plane.channels))
-            fields = found.unflatten(2, (FIELDS, -1)).permute(1, 2, 0, 3, 4)  # [Hkv, 8, pages, R, channels]
+            found = self.fmt.kind.values(
+                plane.storage.unpack(part, self.page_tokens, plane.channels)
+            )
+            fields = found.unflatten(2, (FIELDS, -1)).permute(
+                1, 2, 0, 3, 4
+            )  # [Hkv, 8, pages, R, channels]
             codes = scratch(self.buffers, fields.shape, torch.float32, data.device).copy_(fields)
             yield Piece(first, plane.start, codes.flatten(1, 3), None)
 
     def _masked(self, data: Tensor, plane: Plane, step: int) -> Iterator[Piece]:
-        """Binary codes: fields of masked words. data: uint8 [pages, Hkv, bytes of a head's plane]."""
+        """Binary codes: fields of masked words. data: uint8 [pages, Hkv, bytes of a head's
+        plane]."""
         width, device = plane.width, data.device
         sets, halves = 2 if width == 4 else 1, 2 if width == 1 else 1
         table = data.view(torch.int16).unflatten(-1, (sets, 1, self.rows, -1))
         table = table.permute(1, 2, 3, 0, 4, 5)  # [Hkv, sets, 1, pages, R, n]
         for half in range(halves):
-            # of the fields in their order, from the lowest bit on; the last one's top bit is a word's sign
+            # of the fields in their order, from the lowest bit on; the last one's top bit is a
+            # word's sign
             places = (0, 8, 4, 12) if width == 4 else tuple(range(half, 16, 2))
-            masks = _constant(tuple((((2**width - 1 << p,),),) for p in places[:-1]), torch.int16, device)
+            masks = _constant(
+                tuple((((2**width - 1 << p,),),) for p in places[:-1]), torch.int16, device
+            )
             powers = (*(2.0**-p for p in places[:-1]), 1.0) * sets
-            factors = _constant(tuple(((power * 2**plane.shift,),) for power in powers), torch.float32, device)
+            factors = _constant(
+                tuple(((power * 2**plane.shift,),) for power in powers), torch.float32, device
+            )
             size = 0  # pages that the buffers are cut for
             for first in range(0, self.num_pages, step):
                 words = table[:, :, :, first : first + step]

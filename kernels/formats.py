@@ -8,8 +8,8 @@ Layout of one head's keys or values in a page of T tokens, T a multiple of 8:
 
     | class 0, plane 0 | class 0, plane 1 | class 1, plane 0 | … | parameter 0: T | parameter 1: T | … |
 
-kinds/bits.py draws the bits of a plane. A code of more than one plane is split from the low bits up: 8
-levels are a 2-bit plane, then a 1-bit plane. A 16-bit format is T rows of head_dim float16.
+kinds/bits.py draws the bits of a plane. A code of more than one plane is split from the low bits
+up: 8 levels are a 2-bit plane, then a 1-bit plane. A 16-bit format is T rows of head_dim float16.
 Parameters are one scale, or (minimum, scale) for each group; each parameter's T numbers,
 little-endian, stand in the order r·8 + f of token f·T/8 + r (bits.py), so that the tokens that
 share a word share a run of bytes.
@@ -28,7 +28,8 @@ from kvfold.kernels.kinds.storage import Storage
 
 
 class Plane(NamedTuple):
-    """One plane of a format: `width` bits (TRIT: ternary, 16: raw) of channels [start, start + channels)."""
+    """One plane of a format: `width` bits (TRIT: ternary, 16: raw) of channels [start, start +
+    channels)."""
 
     start: int
     channels: int
@@ -50,12 +51,15 @@ class Format:
     """How one KV head's tokens are stored.
 
     Attributes:
-        classes: (channels, levels) from the first channel on; channels are multiples of 8 and sum to head_dim.
-            Levels 0 (not stored), 2, 3, 4, 8, 16, 32, 64, 256, or 65536 for raw 16-bit; 3 and 65536 stand alone.
-        params: name of the kind of code (kinds/): "none"; "scale", one scale a token for the whole head, codes
-            symmetric about zero without zero point; "scale_min", one scale and minimum a token and group.
+        classes: (channels, levels) from the first channel on; channels are multiples of 8 and sum
+            to head_dim. Levels 0 (not stored), 2, 3, 4, 8, 16, 32, 64, 256, or 65536 for raw
+            16-bit; 3 and 65536 stand alone.
+        params: name of the kind of code (kinds/): "none"; "scale", one scale a token for the whole
+            head, codes symmetric about zero without zero point; "scale_min", one scale and minimum
+            a token and group.
         param_dtype: "e4m3" (1 byte) or "fp16" (2 bytes).
-        group_size: channels that share a (scale, minimum); 0 means all of them. Only for "scale_min".
+        group_size: channels that share a (scale, minimum); 0 means all of them. Only for
+            "scale_min".
     Raises:
         KvfoldError: the parts contradict each other.
     """
@@ -68,9 +72,13 @@ class Format:
     def __post_init__(self) -> None:
         for channels, levels in self.classes:
             if channels <= 0 or channels % 8:
-                raise KvfoldError(f"A format class has {channels} channels, but a class is a positive multiple of 8.")
+                raise KvfoldError(
+                    f"A format class has {channels} channels, but a class is a positive multiple of 8."
+                )
             if levels not in PLANE_WIDTHS:
-                raise KvfoldError(f"A format class has {levels} levels; choose one of {sorted(PLANE_WIDTHS)}.")
+                raise KvfoldError(
+                    f"A format class has {levels} levels; choose one of {sorted(PLANE_WIDTHS)}."
+                )
         if self.params not in KINDS or self.param_dtype not in PARAM_NBYTES:
             *names, last = KINDS
             raise KvfoldError(
@@ -79,7 +87,9 @@ class Format:
             )
         levels_used = {levels for _, levels in self.classes}
         if not self.classes or levels_used == {0}:
-            raise KvfoldError("A format stores no channel at all; give at least one class levels > 0.")
+            raise KvfoldError(
+                "A format stores no channel at all; give at least one class levels > 0."
+            )
         self.kind.check(self.classes)
         for storage in {plane.storage for plane in self.planes if not plane.storage.binary}:
             if len(self.classes) > 1 or self.head_dim % storage.tile:
@@ -89,7 +99,9 @@ class Format:
                 )
         if self.group_size and not self.kind.grouped:
             grouped = "' or '".join(name for name, kind in KINDS.items() if kind.grouped)
-            raise KvfoldError(f"group_size={self.group_size} goes with params '{grouped}' only; leave it 0.")
+            raise KvfoldError(
+                f"group_size={self.group_size} goes with params '{grouped}' only; leave it 0."
+            )
         if self.group_size < 0 or (self.group_size and self.head_dim % self.group_size):
             raise KvfoldError(
                 f"group_size={self.group_size} does not divide head_dim={self.head_dim}; choose a divisor."
@@ -137,17 +149,21 @@ class Format:
         return PARAM_NBYTES[self.param_dtype]
 
     def nbytes(self, tokens: int) -> int:
-        """Bytes that a page of `tokens` tokens of one KV head takes, K or V alone, parameters included.
+        """Bytes that a page of `tokens` tokens of one KV head takes, K or V alone, parameters
+        included.
 
         Args:
             tokens: a multiple of 8.
         """
-        return sum(p.nbytes(tokens) for p in self.planes) + tokens * self.num_params * self.param_nbytes
+        return (
+            sum(p.nbytes(tokens) for p in self.planes)
+            + tokens * self.num_params * self.param_nbytes
+        )
 
     @property
     def payload_bits(self) -> float:
-        """Bits per cached element, codes and parameters, in pages of 32 tokens: rows of ternary codes
-        that other pages leave empty are not counted."""
+        """Bits per cached element, codes and parameters, in pages of 32 tokens: rows of ternary
+        codes that other pages leave empty are not counted."""
         return 8 * self.nbytes(32) / (32 * self.head_dim)
 
     def __str__(self) -> str:
@@ -170,7 +186,10 @@ class Format:
     @classmethod
     def from_dict(cls, data: dict) -> "Format":
         return cls(
-            tuple((int(c), int(n)) for c, n in data["classes"]), data["params"], data["param_dtype"], data["group_size"]
+            tuple((int(c), int(n)) for c, n in data["classes"]),
+            data["params"],
+            data["param_dtype"],
+            data["group_size"],
         )
 
 
@@ -179,6 +198,10 @@ def raw16(head_dim: int) -> Format:
     return Format(((head_dim, RAW),), "none")
 
 
-def uniform(head_dim: int, levels: int, param_dtype: Literal["e4m3", "fp16"] = "e4m3", group_size: int = 0) -> Format:
+def uniform(
+    head_dim: int, levels: int, param_dtype: Literal["e4m3", "fp16"] = "e4m3", group_size: int = 0
+) -> Format:
     """One class of `levels` levels with a scale and a minimum for each token and group."""
-    return Format(((head_dim, levels),), "scale_min", param_dtype, 0 if group_size == head_dim else group_size)
+    return Format(
+        ((head_dim, levels),), "scale_min", param_dtype, 0 if group_size == head_dim else group_size
+    )

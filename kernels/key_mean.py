@@ -1,4 +1,5 @@
-"""The rotating mean of keys: what is taken off a key before it is coded, and what that leaves out of a logit.
+"""The rotating mean of keys: what is taken off a key before it is coded, and what that leaves out
+of a logit.
 
 Keys after RoPE are R(t)·(b + noise), with a mean b before RoPE that is large in every head and
 largest where k_proj has a bias. A plain mean after RoPE is about zero in every channel that turns.
@@ -9,8 +10,8 @@ m_t need not be R(t)·b to the last bit; writer and reader only have to agree. S
 what a kernel can compute fast. With u = t − sinks, b_i the complex mean of pair i and ω_i its
 angular frequency:
 
-    m_t = 0                                                    for t < sinks
-    pair i fast    b_i · e^{jω(sinks + 128·⌊u/128⌋)} · T_i[u mod 128],   T_i[δ] = e^{jωδ}, both parts rounded to float16
+    m_t = 0                                                    for t < sinks pair i fast    b_i ·
+    e^{jω(sinks + 128·⌊u/128⌋)} · T_i[u mod 128],   T_i[δ] = e^{jωδ}, both parts rounded to float16
     pair i slow    b_i · e^{jω(sinks + 32·⌊u/32⌋ + 16)}
 
 The head_dim / 8 pairs of the highest frequencies are fast; the others hardly turn in 32 tokens.
@@ -36,12 +37,13 @@ RopePairs = Literal["halves", "adjacent", "swapped"]
 
 
 def pair_channels(rotated: int, pairs: RopePairs = "halves") -> tuple[Tensor, Tensor]:
-    """The first and the second channel of each pair that RoPE turns, the real and the imaginary part, int64 [rotated].
+    """The first and the second channel of each pair that RoPE turns, the real and the imaginary
+    part, int64 [rotated].
 
     Args:
         rotated: pairs of the first 2·rotated channels of a head.
-        pairs: "halves": channels i and i + rotated; "adjacent": 2i and 2i + 1; "swapped": i + rotated and i, which is
-            turning the other way round.
+        pairs: "halves": channels i and i + rotated; "adjacent": 2i and 2i + 1; "swapped": i +
+            rotated and i, which is turning the other way round.
     """
     i = torch.arange(rotated)
     if pairs == "adjacent":
@@ -50,7 +52,8 @@ def pair_channels(rotated: int, pairs: RopePairs = "halves") -> tuple[Tensor, Te
 
 
 def split_pairs(x: Tensor, pairs: RopePairs) -> tuple[Tensor, Tensor]:
-    """The first and the second channels of pairs, views: [..., 2n] → [..., n] twice; every channel has a partner."""
+    """The first and the second channels of pairs, views: [..., 2n] → [..., n] twice; every channel
+    has a partner."""
     if pairs == "adjacent":
         return x[..., 0::2], x[..., 1::2]
     low, high = x.chunk(2, -1)
@@ -95,9 +98,11 @@ class KernelTables(NamedTuple):
 
 
 class TurnTables:
-    """Turns of one set of frequencies on one device, for all layers and caches that have it; from `turn_tables`.
+    """Turns of one set of frequencies on one device, for all layers and caches that have it; from
+    `turn_tables`.
 
-    Tables that were replaced by longer ones stay alive, because a captured CUDA graph may read them.
+    Tables that were replaced by longer ones stay alive, because a captured CUDA graph may read
+    them.
 
     Attributes:
         first, second: int64 [head_dim / 2], the two channels of each pair, fastest pair first.
@@ -117,13 +122,23 @@ class TurnTables:
         rotated = len(frequencies)
         rest = head_dim // 2 - rotated
         turned, still = pair_channels(rotated, pairs), pair_channels(rest)
-        first, second = (torch.cat((a, 2 * rotated + b)) for a, b in zip(turned, still, strict=True))
-        omega = torch.cat((torch.tensor(frequencies, dtype=torch.float64), torch.zeros(rest, dtype=torch.float64)))
+        first, second = (
+            torch.cat((a, 2 * rotated + b)) for a, b in zip(turned, still, strict=True)
+        )
+        omega = torch.cat(
+            (torch.tensor(frequencies, dtype=torch.float64), torch.zeros(rest, dtype=torch.float64))
+        )
         order = omega.argsort(descending=True, stable=True)
-        self.first, self.second, self.omega = first[order].to(device), second[order].to(device), omega[order]
+        self.first, self.second, self.omega = (
+            first[order].to(device),
+            second[order].to(device),
+            omega[order],
+        )
         self.fast, self.sinks, self.device = num_fast(head_dim), sinks, device
         angles = torch.arange(SPAN)[:, None] * self.omega[: self.fast]
-        self.within = torch.complex(angles.cos().half().float(), angles.sin().half().float()).to(device)
+        self.within = torch.complex(angles.cos().half().float(), angles.sin().half().float()).to(
+            device
+        )
         dim = head_dim
         pair, partner = torch.empty(dim, dtype=torch.int32), torch.empty(dim, dtype=torch.int32)
         pair[first[order]] = pair[second[order]] = torch.arange(dim // 2, dtype=torch.int32)
@@ -152,7 +167,9 @@ class TurnTables:
 
         def rows(*parts: Tensor) -> Tensor:
             """[n, fast] each → [n, len(parts)·padded]."""
-            return torch.cat([torch.nn.functional.pad(part, (0, padded - self.fast)) for part in parts], -1)
+            return torch.cat(
+                [torch.nn.functional.pad(part, (0, padded - self.fast)) for part in parts], -1
+            )
 
         self.kernel_tables = KernelTables(
             rows(self.within.real, self.within.imag).half(),
@@ -168,28 +185,37 @@ class TurnTables:
     def mean(self, offset: Tensor, positions: Tensor, end: int | None = None) -> Tensor:
         """m_t: offset float32 [Hkv, D], positions int64 [..., T] → float32 [..., Hkv, T, D].
 
-        end: a number that all positions are below, where the host knows one; else it waits for the device to tell.
+        end: a number that all positions are below, where the host knows one; else it waits for the
+        device to tell.
         """
         if not positions.numel():
-            return offset.new_zeros(*positions.shape[:-1], offset.shape[0], positions.shape[-1], offset.shape[1])
+            return offset.new_zeros(
+                *positions.shape[:-1], offset.shape[0], positions.shape[-1], offset.shape[1]
+            )
         self.reach(int(positions.max()) + 1 if end is None else end)
         u = (positions - self.sinks).clamp_min(0)
         fast = self.spans[u // SPAN] * self.within[u % SPAN]
-        turns = torch.cat((fast, self.steps[u // STEP]), -1) * (positions >= self.sinks)[..., None]  # [..., T, D/2]
+        turns = (
+            torch.cat((fast, self.steps[u // STEP]), -1) * (positions >= self.sinks)[..., None]
+        )  # [..., T, D/2]
         return self._turned(offset, turns)
 
     def mean_at(self, offset: Tensor, positions: Tensor, places: Tensor) -> Tensor:
-        """`mean` as if each position were place `places` of its STEP tokens, whatever its number is; for statistics.
+        """`mean` as if each position were place `places` of its STEP tokens, whatever its number
+        is; for statistics.
 
         Args:
             offset: float32 [Hkv, D]; positions, places: int64 [T].
         """
         angles = positions[:, None].double() * self.omega.to(positions.device)
-        angles[:, self.fast :] -= (places - STEP // 2)[:, None] * self.omega[self.fast :].to(positions.device)
+        angles[:, self.fast :] -= (places - STEP // 2)[:, None] * self.omega[self.fast :].to(
+            positions.device
+        )
         return self._turned(offset, torch.complex(angles.cos().float(), angles.sin().float()))
 
     def _turned(self, offset: Tensor, turns: Tensor) -> Tensor:
-        """Means [Hkv, D] turned by complex64 [..., T, D/2], the fastest pair first → float32 [..., Hkv, T, D]."""
+        """Means [Hkv, D] turned by complex64 [..., T, D/2], the fastest pair first → float32 [...,
+        Hkv, T, D]."""
         b = torch.complex(offset[:, self.first], offset[:, self.second])
         m = b[:, None] * turns.unsqueeze(-3)
         out = torch.empty(*m.shape[:-1], offset.shape[1], dtype=torch.float32, device=offset.device)
@@ -211,7 +237,8 @@ class TurnTables:
         return q.conj() * b.repeat_interleave(query.shape[-3] // len(offset), 0)[:, None]
 
     def logits(self, coefficients: Tensor, positions: Tensor) -> Tensor:
-        """q·m_t: complex64 [H, T, D/2] of queries and int64 [n] positions of keys → float32 [H, T, n]."""
+        """q·m_t: complex64 [H, T, D/2] of queries and int64 [n] positions of keys → float32 [H, T,
+        n]."""
         inside = positions >= self.sinks
         if bool(inside.all()):
             return self._logits(coefficients, positions - self.sinks)
@@ -231,17 +258,27 @@ class TurnTables:
         near = (torch.cat((fast.real, fast.imag), -1) @ table.mT).flatten(-2)
         slow = coefficients[..., self.fast :]
         turn = self.steps[steps]
-        far = torch.cat((slow.real, -slow.imag), -1) @ torch.cat((turn.real, turn.imag), -1).mT  # [H, T, steps]
-        if high - low + 1 == len(u) and bool((u.diff() == 1).all()):  # a run, as most tiles are: no gathering
+        far = (
+            torch.cat((slow.real, -slow.imag), -1) @ torch.cat((turn.real, turn.imag), -1).mT
+        )  # [H, T, steps]
+        if high - low + 1 == len(u) and bool(
+            (u.diff() == 1).all()
+        ):  # a run, as most tiles are: no gathering
             first = low // SPAN * SPAN
-            blocks = near[..., low // STEP * STEP - first :].unflatten(-1, (-1, STEP))[..., : far.shape[-1], :]
+            blocks = near[..., low // STEP * STEP - first :].unflatten(-1, (-1, STEP))[
+                ..., : far.shape[-1], :
+            ]
             return blocks.add_(far[..., None]).flatten(-2)[..., low % STEP : low % STEP + len(u)]
         return near[..., u - low // SPAN * SPAN] + far[..., u // STEP - low // STEP]
 
 
 @cache
 def turn_tables(
-    frequencies: tuple[float, ...], head_dim: int, sinks: int, device: torch.device, pairs: RopePairs = "halves"
+    frequencies: tuple[float, ...],
+    head_dim: int,
+    sinks: int,
+    device: torch.device,
+    pairs: RopePairs = "halves",
 ) -> TurnTables:
     """The tables of one set of frequencies: made once, and shared.
 

@@ -26,7 +26,8 @@ class Words:
     offset: int  # bytes from the head's block to the run's first word
     stride: int  # bytes from one row of words to the next
     fields_4: int  # bytes from fields 0-3 to fields 4-7, for four bits
-    left: int  # how far codes of one bit are masked to the left, to be worth what they are in the whole code
+    # how far codes of one bit are masked to the left, to be worth what they are in the whole code
+    left: int
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class Run:
     valid: int  # channels that exist
     group: int  # parameter group
     step: float  # what one unit of the code is worth, before the token's scale
-    middle: (
-        float  # (levels − 1) / 2, the zero point of symmetric codes; 0 where another run has it or codes have a minimum
-    )
+    # (levels − 1) / 2, the zero point of symmetric codes; 0 where another run has it or codes have
+    # a minimum
+    middle: float
     low: tuple[Words, ...] = ()  # planes that make up the code, of 16-bit and ternary channels none
     high: tuple[Words, ...] = ()  # planes from bit 4 on, summed up apart
 
@@ -68,10 +69,12 @@ class HeadLayout:
     compared and hashed by what it is: a launch looks its kernel up by it.
 
     Attributes:
-        device: name of the module with its device code, which gpu/kinds.py replaces by its functions.
+        device: name of the module with its device code, which gpu/kinds.py replaces by its
+            functions.
         raw: channels are stored in 16 bits.
         minimum: codes count from a minimum; else, unless raw, about zero.
-        own: the kind of code has device code of its own, and the kernels that read tables need it too.
+        own: the kind of code has device code of its own, and the kernels that read tables need it
+            too.
         ahead: as in `Storage`.
         parts: what else its device code must know, as `Storage.parts` gives it.
         planes: binary and 16-bit codes, in the order of the block.
@@ -84,7 +87,8 @@ class HeadLayout:
         nbytes: of one head's block.
         head_dim: channels, of which `coded` are stored.
         unit, field_units: as in `Storage`, or of the kind itself.
-        p_factor: on probabilities that are cast to float16, so that neither small nor large scales leave its range.
+        p_factor: on probabilities that are cast to float16, so that neither small nor large scales
+            leave its range.
     """
 
     device: Any
@@ -129,7 +133,11 @@ def _cut_between(channels: int, group: int, halves: bool) -> list[tuple[int, int
     """Runs of one class that cross no parameter group and, where a plane has one bit, no half."""
     edges = {0, channels, *range(0, channels, group)} | ({channels // 2} if halves else set())
     ordered = sorted(edges)
-    return [(low + start, size, valid) for low, high in pairwise(ordered) for start, size, valid in cut(high - low)]
+    return [
+        (low + start, size, valid)
+        for low, high in pairwise(ordered)
+        for start, size, valid in cut(high - low)
+    ]
 
 
 def _p_factor(fmt: Format) -> float:
@@ -145,7 +153,14 @@ def _words(plane: PlaneLayout, rows: int, channel: int, left: int) -> Words:
     """The words of a plane from a channel of its class on."""
     half = int(plane.width == 1 and channel >= plane.channels // 2)
     stride = 2 * plane.words
-    return Words(plane.width, half, plane.offset + 2 * (channel - half * plane.words), stride, rows * stride, left)
+    return Words(
+        plane.width,
+        half,
+        plane.offset + 2 * (channel - half * plane.words),
+        stride,
+        rows * stride,
+        left,
+    )
 
 
 def _planes(fmt: Format, page_tokens: int) -> tuple[tuple[PlaneLayout, ...], int]:
@@ -154,7 +169,9 @@ def _planes(fmt: Format, page_tokens: int) -> tuple[tuple[PlaneLayout, ...], int
     for plane in fmt.planes:
         words = plane.channels // 2 if plane.width == 1 else plane.channels
         if plane.storage.binary or fmt.raw:
-            found.append(PlaneLayout(plane.start, plane.channels, plane.width, plane.shift, offset, words))
+            found.append(
+                PlaneLayout(plane.start, plane.channels, plane.width, plane.shift, offset, words)
+            )
         offset += plane.nbytes(page_tokens)
     return tuple(found), offset
 
@@ -165,7 +182,9 @@ def _whole_runs(fmt: Format, storage: Storage, group_size: int) -> tuple[Run, ..
     levels = fmt.classes[0][1]
     step, middle = fmt.kind.step(levels), fmt.kind.middle(levels)
     runs = [(start, size, size) for start in range(0, dim, size)] if size else cut(dim)
-    return tuple(Run(start, size, valid, start // group_size, step, middle) for start, size, valid in runs)
+    return tuple(
+        Run(start, size, valid, start // group_size, step, middle) for start, size, valid in runs
+    )
 
 
 def _binary_runs(
@@ -183,13 +202,17 @@ def _binary_runs(
                 low, group = 0.0 if plane.shift else middle, (first + start) // group_size
                 words = (_words(plane, rows, start, 0),)
                 key_runs.append(Run(first + start, size, valid, group, unit, low, words))
-        for start, size, valid in _cut_between(channels, group_size, any(plane.width == 1 for plane in own)):
+        for start, size, valid in _cut_between(
+            channels, group_size, any(plane.width == 1 for plane in own)
+        ):
             parts: tuple[list[Words], list[Words]] = ([], [])
             for plane in own:
                 parts[plane.shift >= 4].append(_words(plane, rows, start, plane.shift % 4))
             low_words, high_words = map(tuple, parts)
             group = (first + start) // group_size
-            value_runs.append(Run(first + start, size, valid, group, step, middle, low_words, high_words))
+            value_runs.append(
+                Run(first + start, size, valid, group, step, middle, low_words, high_words)
+            )
         first += channels
     return tuple(key_runs), tuple(value_runs)
 

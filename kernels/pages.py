@@ -8,7 +8,8 @@ _anchors: dict[torch.device, Tensor] = {}
 
 
 def anchor(device: torch.device) -> Tensor:
-    """The tensor that block tables count from: one for each device, never freed, so entry 0 is readable memory."""
+    """The tensor that block tables count from: one for each device, never freed, so entry 0 is
+    readable memory."""
     if device not in _anchors:
         with torch.inference_mode(False):  # it outlives the mode of whoever asks first
             _anchors[device] = torch.zeros(1 << 22, dtype=torch.uint8, device=device)

@@ -13,7 +13,8 @@ from kvfold.kernels.kinds.storage import FIELDS
 
 
 def _by_word(params: Tensor) -> Tensor:
-    """Parameters [..., T, p, size] in token order → [..., p·T·size], each parameter's tokens in word order."""
+    """Parameters [..., T, p, size] in token order → [..., p·T·size], each parameter's tokens in
+    word order."""
     words = params.unflatten(-3, (FIELDS, -1)).movedim(-2, -4)  # [..., p, 8, R, size]
     return words.transpose(-2, -3).flatten(-4)
 
@@ -30,7 +31,8 @@ def encode(x: Tensor, fmt: Format, clip: Tensor | None = None) -> Tensor:
     Args:
         x: float [..., T, head_dim], T a multiple of 8; computed in float32.
         fmt: the format, of the same head_dim.
-        clip: for "scale_min", the factor on (minimum, maximum), broadcastable to [..., 1, 1]; 1 if absent.
+        clip: for "scale_min", the factor on (minimum, maximum), broadcastable to [..., 1, 1]; 1 if
+            absent.
     Returns:
         uint8 [..., fmt.nbytes(T)], laid out as formats.py draws it.
     """
@@ -39,17 +41,22 @@ def encode(x: Tensor, fmt: Format, clip: Tensor | None = None) -> Tensor:
     for plane in fmt.planes:
         channels = slice(plane.start, plane.start + plane.channels)
         own, storage = codes[..., channels], plane.storage
-        parts.append(storage.pack((own >> plane.shift) & (2**plane.width - 1) if storage.binary else own))
+        parts.append(
+            storage.pack((own >> plane.shift) & (2**plane.width - 1) if storage.binary else own)
+        )
     if params is not None:
         parts.append(_by_word(params.unflatten(-1, (fmt.num_params, -1))))
     return torch.cat(parts, -1)
 
 
 def decode(packed: Tensor, fmt: Format, tokens: int) -> Tensor:
-    """Inverse of `encode` up to quantisation: uint8 [..., fmt.nbytes(tokens)] → float32 [..., tokens, head_dim]."""
+    """Inverse of `encode` up to quantisation: uint8 [..., fmt.nbytes(tokens)] → float32 [...,
+    tokens, head_dim]."""
     if fmt.raw:
         return load_param(packed.unflatten(-1, (tokens, 2 * fmt.head_dim)), "fp16")
-    found = torch.zeros(*packed.shape[:-1], tokens, fmt.head_dim, dtype=torch.uint8, device=packed.device)
+    found = torch.zeros(
+        *packed.shape[:-1], tokens, fmt.head_dim, dtype=torch.uint8, device=packed.device
+    )
     offset = 0
     for plane in fmt.planes:
         part = packed[..., offset : offset + plane.nbytes(tokens)]
@@ -66,7 +73,8 @@ def decode(packed: Tensor, fmt: Format, tokens: int) -> Tensor:
 
 
 def round_trip(x: Tensor, fmt: Format, clip: Tensor | None = None) -> Tensor:
-    """decode(encode(x)): float [..., T, head_dim] → float32 of the same shape, through packed bytes, for any T."""
+    """decode(encode(x)): float [..., T, head_dim] → float32 of the same shape, through packed
+    bytes, for any T."""
     tokens = x.shape[-2]
     padded = torch.nn.functional.pad(x, (0, 0, 0, -tokens % FIELDS))
     return decode(encode(padded, fmt, clip), fmt, padded.shape[-2])[..., :tokens, :]

@@ -22,7 +22,8 @@ if TYPE_CHECKING:  # transformers' models take seconds to import: kernels are co
 
 
 class Absent:
-    """In place of what an attribute was before: it was not there. A class, as a copy of a model must find the same."""
+    """In place of what an attribute was before: it was not there. A class, as a copy of a model
+    must find the same."""
 
 
 class Attachment:
@@ -37,10 +38,14 @@ class Attachment:
         ladders: of the progressive policy, if that is its policy.
     """
 
-    def __init__(self, model: Any, artifact: Artifact, calls: Calls, ladders: Ladders | None) -> None:
+    def __init__(
+        self, model: Any, artifact: Artifact, calls: Calls, ladders: Ladders | None
+    ) -> None:
         self.owner, self.artifact, self.calls, self.ladders = Owner(model), artifact, calls, ladders
         self.attention = model.config._attn_implementation  # before
-        self._before: dict[tuple[bool, str], Any] = {}  # (of the base model, name) → what an attribute was
+        self._before: dict[
+            tuple[bool, str], Any
+        ] = {}  # (of the base model, name) → what an attribute was
         self._hooks: list[Any] = []
 
     def attach(self, cuda_graph: bool | str) -> Any:
@@ -84,15 +89,19 @@ class Attachment:
 
     def _replays(self, model: Any) -> bool:
         """Whether steps of the model can be captured at all."""
-        return model.kv_triton and not self.calls.offload and model.device.type in DecodingStep.devices
+        return (
+            model.kv_triton and not self.calls.offload and model.device.type in DecodingStep.devices
+        )
 
     def decode_by(self, decoding: Decoding) -> None:
-        """Makes calls of the model go through `decoding`. A copy of the model goes through its own."""
+        """Makes calls of the model go through `decoding`. A copy of the model goes through its
+        own."""
         self._put("kv_decoding", decoding)
         self._put("forward", decoding.as_forward())
 
     def detach(self) -> Any:
-        """Takes everything off: the model is transformers' own again, with the artifact's weights. Returns it."""
+        """Takes everything off: the model is transformers' own again, with the artifact's weights.
+        Returns it."""
         model = self.owner()
         for hook in self._hooks:
             hook.remove()
@@ -108,7 +117,8 @@ class Attachment:
 
     @contextmanager
     def plain(self) -> Iterator[None]:
-        """Plain forward passes of the model keep transformers' own unquantised cache while this lasts."""
+        """Plain forward passes of the model keep transformers' own unquantised cache while this
+        lasts."""
         self._put("kv_packed", False, on_base=True)
         try:
             yield
@@ -134,7 +144,8 @@ def attach(
     policy: Ladders | None = None,
     offload: bool = False,
 ) -> "PreTrainedModel":
-    """Makes every forward pass of `model`, which has the artifact's weights, read a packed cache; see load_pretrained.
+    """Makes every forward pass of `model`, which has the artifact's weights, read a packed cache;
+    see load_pretrained.
 
     Args:
         triton: by the Triton kernels.

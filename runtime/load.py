@@ -1,4 +1,5 @@
-"""`load_pretrained`: an artifact, local or on the Hub, as a transformers model that reads back a packed cache."""
+"""`load_pretrained`: an artifact, local or on the Hub, as a transformers model that reads back a
+packed cache."""
 
 import inspect
 import logging
@@ -11,7 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import batch_nbytes
@@ -34,7 +40,9 @@ if TYPE_CHECKING:  # transformers' models take seconds to import: kernels are co
 log = logging.getLogger("kvfold")
 
 
-def resolve_artifact(path_or_repo_id: str | Path, revision: str | None = None, **hub_kwargs: Any) -> Path:
+def resolve_artifact(
+    path_or_repo_id: str | Path, revision: str | None = None, **hub_kwargs: Any
+) -> Path:
     """The local folder of an artifact; a Hub id is downloaded (or taken from the Hub's cache).
 
     Raises:
@@ -45,7 +53,13 @@ def resolve_artifact(path_or_repo_id: str | Path, revision: str | None = None, *
         return path
     try:
         return Path(snapshot_download(str(path_or_repo_id), revision=revision, **hub_kwargs))
-    except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (
+        HFValidationError,
+        RepositoryNotFoundError,
+        LocalEntryNotFoundError,
+        HfHubHTTPError,
+        OSError,
+    ) as error:
         raise KvfoldError(
             f"'{path_or_repo_id}' is neither a folder nor a Hub repository that can be reached "
             f"({type(error).__name__}); "
@@ -72,7 +86,8 @@ def load_pretrained(
     trust_remote_code: bool | None = None,
     **hub_kwargs: Any,
 ) -> "PreTrainedModel":
-    """Loads an artifact as a transformers model in eval mode whose every forward pass reads a packed cache.
+    """Loads an artifact as a transformers model in eval mode whose every forward pass reads a
+    packed cache.
 
     Args:
         path_or_repo_id: an artifact's folder, or a Hub id.
@@ -90,7 +105,8 @@ def load_pretrained(
             step copies them in again, a layer at a time, through a staging buffer (two on a GPU, so
             that one layer's are copied while another attends). The buffer must hold a layer's, so
             that a budget reaches further by the number of layers at the most.
-        attention: "reference" is plain torch on any device, "triton" the kernels; "auto" picks by device.
+        attention: "reference" is plain torch on any device, "triton" the kernels; "auto" picks by
+            device.
         cuda_graph: "auto" replays one captured decoding step wherever that can be, so that decoding
             isn't bound by Python: on a GPU, with the kernels and without offload, for steps of one
             token a sequence. Memory grows as without; each time the block table has doubled the
@@ -107,21 +123,32 @@ def load_pretrained(
             the kernels divide its pages by its own length alone, 1024 tokens to a program: too few
             programs for a short sequence alone, and more than fit at once for a large batch. The
             model's matrix products remain their library's.
-        torch_dtype, device_map: as transformers calls `dtype` and, where it names one device, `device`.
-        trust_remote_code: taken for scripts that pass it to everything; an artifact has no code, and none is run.
-        hub_kwargs: for huggingface_hub.snapshot_download, e.g. `token`, `cache_dir`, `local_files_only`.
+        torch_dtype, device_map: as transformers calls `dtype` and, where it names one device,
+            `device`.
+        trust_remote_code: taken for scripts that pass it to everything; an artifact has no code,
+            and none is run.
+        hub_kwargs: for huggingface_hub.snapshot_download, e.g. `token`, `cache_dir`,
+            `local_files_only`.
     Returns:
-        A PreTrainedModel; `generate`, `model(ids)` and chunked calls read quantised keys and values back.
-        `outputs.past_key_values` is a QuantizedKVCache; `model.new_kv_cache()` gives an empty one to pass and to watch.
+        A PreTrainedModel; `generate`, `model(ids)` and chunked calls read quantised keys and values
+        back. `outputs.past_key_values` is a QuantizedKVCache; `model.new_kv_cache()` gives an empty
+        one to pass and to watch.
     Raises:
         KvfoldError: not an artifact, a damaged one, or a value that an option does not have.
         TypeError: an option that does not exist, or that transformers has and kvfold cannot follow.
     """
     known = inspect.signature(load_pretrained).parameters
-    check_names("load_pretrained", hub_kwargs, (HUB | set(known)) - {"path_or_repo_id", "hub_kwargs"})
-    for both in (("dtype", dtype, "torch_dtype", torch_dtype), ("device", device, "device_map", device_map)):
+    check_names(
+        "load_pretrained", hub_kwargs, (HUB | set(known)) - {"path_or_repo_id", "hub_kwargs"}
+    )
+    for both in (
+        ("dtype", dtype, "torch_dtype", torch_dtype),
+        ("device", device, "device_map", device_map),
+    ):
         if both[1] is not None and both[3] is not None:
-            raise TypeError(f"load_pretrained() got both {both[0]} and {both[2]}, which mean the same; give one.")
+            raise TypeError(
+                f"load_pretrained() got both {both[0]} and {both[2]}, which mean the same; give one."
+            )
     dtype = dtype_of("torch_dtype", torch_dtype) if dtype is None else dtype_of("dtype", dtype)
     check_values(kv_budget, policy, offload, attention, cuda_graph, rollback)
     progressive = policy == "progressive"
@@ -129,7 +156,9 @@ def load_pretrained(
     target = device_of(device) if device is not None else default_device()
     if device_map is not None:
         target = device_of_map(device_map, target)
-    folder = resolve_artifact(path_or_repo_id, revision, **{k: v for k, v in hub_kwargs.items() if k in HUB})
+    folder = resolve_artifact(
+        path_or_repo_id, revision, **{k: v for k, v in hub_kwargs.items() if k in HUB}
+    )
     triton = choose_triton(attention, target, read_metadata(folder))
     # compiled while the weights are read
     computed = dtype if isinstance(dtype, torch.dtype) else None
@@ -162,23 +191,34 @@ def load_pretrained(
             offload=offload,
         )
     finally:
-        # an exception that transformers caught may keep this frame, and with it the weights, until the next collection
+        # an exception that transformers caught may keep this frame, and with it the weights, until
+        # the next collection
         del model
 
 
 def check_values(
-    kv_budget: int | str | None, policy: str, offload: bool, attention: str, cuda_graph: bool | str, rollback: int
+    kv_budget: int | str | None,
+    policy: str,
+    offload: bool,
+    attention: str,
+    cuda_graph: bool | str,
+    rollback: int,
 ) -> None:
-    """Refuses values that options of load_pretrained don't have, and options that exclude each other.
+    """Refuses values that options of load_pretrained don't have, and options that exclude each
+    other.
 
     Raises:
         KvfoldError: naming the option.
     """
     if policy not in ("floor", "progressive"):
-        raise KvfoldError(f"policy '{policy}' is not one this version knows; use 'floor' or 'progressive'.")
+        raise KvfoldError(
+            f"policy '{policy}' is not one this version knows; use 'floor' or 'progressive'."
+        )
     check_choice(kv_budget is not None, policy == "progressive", offload)
     if cuda_graph not in (True, False, "auto"):
-        raise KvfoldError(f"cuda_graph={cuda_graph!r} is not one this version knows; use 'auto', True or False.")
+        raise KvfoldError(
+            f"cuda_graph={cuda_graph!r} is not one this version knows; use 'auto', True or False."
+        )
     if offload and cuda_graph is True:
         raise KvfoldError(
             "cuda_graph=True needs pages that stay where they are, but offload=True moves them; leave one of them out."
@@ -191,7 +231,9 @@ def check_values(
         raise KvfoldError(f"rollback={rollback!r} is not a number of tokens; give 0 or more.")
 
 
-def check_budget(budget: int, kv_budget: int | str, artifact: Artifact, rollback: int, ladders: Ladders | None) -> None:
+def check_budget(
+    budget: int, kv_budget: int | str, artifact: Artifact, rollback: int, ladders: Ladders | None
+) -> None:
     """Refuses a budget that one page of one sequence would pass.
 
     Args:
@@ -246,7 +288,9 @@ def read_model(artifact: Artifact, dtype: torch.dtype | str, **placement: Any) -
 
 def progressive_policy(artifact: Artifact) -> Ladders:
     """The ladders of the progressive policy by an artifact's own predicted losses."""
-    losses = [(layer.key.predicted_loss, layer.value.predicted_loss) for layer in artifact.metadata.layers]
+    losses = [
+        (layer.key.predicted_loss, layer.value.predicted_loss) for layer in artifact.metadata.layers
+    ]
     return Ladders(artifact.specs, losses, artifact.geometry)
 
 
@@ -256,14 +300,18 @@ def default_device() -> torch.device:
 
 
 def default_dtype(device: torch.device | None) -> torch.dtype | None:
-    """float32 on a CPU, where decoding in bfloat16 is an order of magnitude slower; else None, the checkpoint's own."""
+    """float32 on a CPU, where decoding in bfloat16 is an order of magnitude slower; else None, the
+    checkpoint's own."""
     return torch.float32 if device is not None and device.type == "cpu" else None
 
 
 def check_complete(info: Any, artifact: Artifact) -> None:
-    """Refuses weights that transformers filled with random numbers; `info`: its output_loading_info."""
+    """Refuses weights that transformers filled with random numbers; `info`: its
+    output_loading_info."""
     if absent := sorted(info["missing_keys"]):
-        raise KvfoldError(f"'{artifact.path}' lacks the weight {absent[0]}; write or download the artifact again.")
+        raise KvfoldError(
+            f"'{artifact.path}' lacks the weight {absent[0]}; write or download the artifact again."
+        )
     if other := sorted(info["mismatched_keys"], key=str):
         name = other[0][0] if isinstance(other[0], tuple) else other[0]
         raise KvfoldError(
@@ -276,7 +324,8 @@ def choose_triton(attention: str, device: torch.device, artifact: Artifact | Met
     """Whether the Triton kernels run.
 
     Raises:
-        KvfoldError: "triton" was asked for, but isn't installed, or the cache needs what the kernels lack.
+        KvfoldError: "triton" was asked for, but isn't installed, or the cache needs what the
+            kernels lack.
     """
     if attention == "reference" or (attention == "auto" and device.type != "cuda"):
         return False
@@ -289,7 +338,9 @@ def choose_triton(attention: str, device: torch.device, artifact: Artifact | Met
     elif page & (page - 1) or not 8 <= page <= 128:
         reason = f"page_tokens is {page}, and kernels read pages of 8 to 128 tokens, a power of two"
     if reason and attention == "triton":
-        raise KvfoldError(f"attention='triton' can't be used: {reason}; use attention='auto' or 'reference'.")
+        raise KvfoldError(
+            f"attention='triton' can't be used: {reason}; use attention='auto' or 'reference'."
+        )
     if reason:
         log.warning("attention: plain-torch reference, because %s", reason)
     return not reason
@@ -305,6 +356,7 @@ def interpreting() -> bool:
 
 @contextmanager
 def plain_cache(model: Any) -> Iterator[None]:
-    """Plain forward passes of a loaded model keep transformers' own unquantised cache while this lasts."""
+    """Plain forward passes of a loaded model keep transformers' own unquantised cache while this
+    lasts."""
     with model.kv_attachment.plain():
         yield

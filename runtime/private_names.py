@@ -27,12 +27,26 @@ class PrivateName(NamedTuple):
 GENERATION = "transformers.generation.utils.GenerationMixin"
 PRIVATE_NAMES = (
     PrivateName(GENERATION, "_prepare_cache_for_generation", "generate gets a packed cache"),
-    PrivateName(GENERATION, "_update_model_kwargs_for_generation", "the mask of the next step need not be read"),
-    PrivateName(GENERATION, "_get_candidate_generator", "drafts lengthen the 16-bit ring before they come"),
-    PrivateName(GENERATION, "_is_user_defined", "generate leaves a cache alone that it has not made", True),
-    PrivateName("transformers.PreTrainedConfig", "_attn_implementation", "whether attention is still kvfold's"),
+    PrivateName(
+        GENERATION,
+        "_update_model_kwargs_for_generation",
+        "the mask of the next step need not be read",
+    ),
+    PrivateName(
+        GENERATION, "_get_candidate_generator", "drafts lengthen the 16-bit ring before they come"
+    ),
+    PrivateName(
+        GENERATION, "_is_user_defined", "generate leaves a cache alone that it has not made", True
+    ),
+    PrivateName(
+        "transformers.PreTrainedConfig",
+        "_attn_implementation",
+        "whether attention is still kvfold's",
+    ),
     PrivateName("torch.nn.Module", "_forward_hooks", "a captured step would not call them", True),
-    PrivateName("torch.nn.Module", "_forward_pre_hooks", "a captured step would not call them", True),
+    PrivateName(
+        "torch.nn.Module", "_forward_pre_hooks", "a captured step would not call them", True
+    ),
     PrivateName("torch.Tensor", "_version", "whether a mask was written since it was read"),
     PrivateName("torch", "_foreach_copy_", "small numbers reach the device in one copy"),
     PrivateName("torch", "_dynamo", "a failure to compile an operation is no error of a step"),

@@ -19,10 +19,16 @@ from kvfold.exports.writer import install
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 CONFIG = "config.json"
-OURS = {TENSORS_NAME, REPORT_NAME, "recipe.yaml"}  # never taken from what lies where the model is saved
+OURS = {
+    TENSORS_NAME,
+    REPORT_NAME,
+    "recipe.yaml",
+}  # never taken from what lies where the model is saved
 
 
-def save_artifact(self: Any, save_directory: str | os.PathLike, is_main_process: bool = True, **options: Any) -> None:
+def save_artifact(
+    self: Any, save_directory: str | os.PathLike, is_main_process: bool = True, **options: Any
+) -> None:
     """Writes the model as an artifact: the weights as they are now, and from the artifact that it
     was loaded from its formats, transforms, recipe, tokenizer, card and report. Weights that were
     only widened to compute in are written in the type they had; a model whose weights nobody
@@ -30,11 +36,12 @@ def save_artifact(self: Any, save_directory: str | os.PathLike, is_main_process:
 
     Args:
         self: a model that kvfold loaded; the folder that it came from must still be there.
-        save_directory: an artifact there is replaced. Other files stay; where there is no artifact, also a tokenizer or
-            a card that was put there before.
+        save_directory: an artifact there is replaced. Other files stay; where there is no artifact,
+            also a tokenizer or a card that was put there before.
         options: of transformers' `save_pretrained`, e.g. `max_shard_size`.
     Raises:
-        KvfoldError: the folder that the model came from is gone, or an option that would not give an artifact.
+        KvfoldError: the folder that the model came from is gone, or an option that would not give
+            an artifact.
     """
     if not is_main_process:
         return
@@ -56,7 +63,9 @@ def save_artifact(self: Any, save_directory: str | os.PathLike, is_main_process:
 
     def fill(folder: Path) -> None:
         state, narrowed = (
-            _stored_state(self, artifact.path) if "state_dict" not in options else (options.pop("state_dict"), False)
+            _stored_state(self, artifact.path)
+            if "state_dict" not in options
+            else (options.pop("state_dict"), False)
         )
         type(self).save_pretrained(self, folder, state_dict=state, **options)
         if narrowed:
@@ -97,7 +106,9 @@ def _stored_state(model: Any, path: Path) -> tuple[dict[str, Tensor], bool]:
         if wanted != tensor.dtype and tensor.device.type != "meta":
             if tensor.data_ptr() not in done:
                 narrow = tensor.to(wanted)
-                done[tensor.data_ptr()] = narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+                done[tensor.data_ptr()] = (
+                    narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+                )
             tensor = done[tensor.data_ptr()]
             exact = exact and tensor.dtype == wanted
         state[name] = tensor
@@ -105,7 +116,8 @@ def _stored_state(model: Any, path: Path) -> tuple[dict[str, Tensor], bool]:
 
 
 def _restore_dtype(config: Path, original: Path) -> None:
-    """States the artifact's own dtype again; transformers has written the one that the model computes in."""
+    """States the artifact's own dtype again; transformers has written the one that the model
+    computes in."""
     fields, old = (json.loads(file.read_text(encoding="utf-8")) for file in (config, original))
     if "dtype" in old:
         fields["dtype"] = old["dtype"]

@@ -40,7 +40,8 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoMod
 
 from kvfold.exports.architectures import row_of
 
-# KVFOLD_TESTS=nightly: other random cases each time, as many as each test states; else the same few each time
+# KVFOLD_TESTS=nightly: other random cases each time, as many as each test states; else the same few
+# each time
 NIGHTLY = os.environ.get("KVFOLD_TESTS") == "nightly"
 settings.register_profile("quick", derandomize=True)
 settings.register_profile("nightly")
@@ -95,13 +96,18 @@ CONFIGS = {
     ),
 }  # fmt: skip
 FAMILIES = sorted(CONFIGS)
-MORE_FAMILIES = [*sorted(set(OWN) & set(CONFIG_MAPPING)), *sorted(TOWERS)]  # that this transformers has
+MORE_FAMILIES = [
+    *sorted(set(OWN) & set(CONFIG_MAPPING)),
+    *sorted(TOWERS),
+]  # that this transformers has
 CONFIGS |= {family: partial(config_of, family) for family in MORE_FAMILIES}
 
 
-def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, attention: str | None = None):
-    """A random model whose attention isn't flat: weights large enough that heads look at few tokens, biases not
-    zero."""
+def tiny_model(
+    family: str, dtype: torch.dtype = torch.float32, seed: int = 0, attention: str | None = None
+):
+    """A random model whose attention isn't flat: weights large enough that heads look at few
+    tokens, biases not zero."""
     torch.manual_seed(seed)
     kind = AutoModelForImageTextToText if family in TOWERS else AutoModelForCausalLM
     model = kind.from_config(CONFIGS[family](), dtype=torch.float32, attn_implementation=attention)
@@ -111,7 +117,9 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, a
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5).sub_(plus)
             elif plus and "embed_tokens" in name:
-                parameter.normal_(0, 0.5 / parameter.shape[1] ** 0.5)  # Gemma multiplies embeddings by that root
+                parameter.normal_(
+                    0, 0.5 / parameter.shape[1] ** 0.5
+                )  # Gemma multiplies embeddings by that root
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.5)
             else:
@@ -208,7 +216,8 @@ def tiny_artifact(tmp_path_factory, tiny_folder, text_file, recipe_file) -> Path
 
 @pytest.fixture(autouse=True)
 def _poisoned_empty(monkeypatch):
-    """`torch.empty` hands out NaN and the largest integers, so that nothing relies on what it happens to hold."""
+    """`torch.empty` hands out NaN and the largest integers, so that nothing relies on what it
+    happens to hold."""
     real = torch.empty
 
     def poisoned(*args, **kwargs):
@@ -223,8 +232,8 @@ def _poisoned_empty(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-# Cases that repeat what a quicker one beside them asserts, on other inputs: `make test ARGS="-m 'not real'"` runs them
-# too.
+# Cases that repeat what a quicker one beside them asserts, on other inputs: `make test ARGS="-m
+# 'not real'"` runs them too.
 SLOW = re.compile(
     r"test_triton_finite.py::test_it_is_reported_before_a_page_and_the_cache_goes_on\[(0-key-0-nan|1-value-1-inf)\]"
     r"|test_offload.py::test_kernels_read_what_was_brought\[2\]"
@@ -257,12 +266,14 @@ SLOW = re.compile(
 
 
 def pytest_runtest_setup(item):
-    """What a test before has changed for the whole process: the command line flushes denormal numbers."""
+    """What a test before has changed for the whole process: the command line flushes denormal
+    numbers."""
     torch.set_flush_denormal(False)
 
 
 def pytest_collection_modifyitems(items):
-    """Marks what is slow; the kernels' tests, which are the longest, begin, so that no worker is left with them."""
+    """Marks what is slow; the kernels' tests, which are the longest, begin, so that no worker is
+    left with them."""
     items.sort(key=lambda item: not item.path.name.startswith("test_triton"))
     for item in items:
         if SLOW.search(item.nodeid):

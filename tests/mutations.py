@@ -2,8 +2,8 @@
 
 usage: make mutations [ARGS="NUMBER …"], or python tests/mutations.py [NUMBER …]
 
-Prints one line for each and ends with 1 if a broken line passed. Lines are found by their text, so a line that is
-rewritten has to be rewritten here too: a text that is not there once is an error.
+Prints one line for each and ends with 1 if a broken line passed. Lines are found by their text, so
+a line that is rewritten has to be rewritten here too: a text that is not there once is an error.
 """
 
 import os
@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("compress", "exports", "kernels", "runtime", "src", "tests", "benchmarks", "docs", "examples")
+COPIED = (
+    "compress",
+    "exports",
+    "kernels",
+    "runtime",
+    "src",
+    "tests",
+    "benchmarks",
+    "docs",
+    "examples",
+)
 
 
 class Mutation(NamedTuple):
@@ -85,7 +95,10 @@ def survives(mutation: Mutation, folder: Path) -> bool:
     tree.mkdir()
     for name in COPIED:
         shutil.copytree(
-            ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+            ROOT / name,
+            tree / name,
+            symlinks=True,
+            ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"),
         )
     for file in ROOT.glob("*.*"):
         if file.is_file():
@@ -98,7 +111,11 @@ def survives(mutation: Mutation, folder: Path) -> bool:
             "write down the line as it is."
         )
     path.write_text(text.replace(mutation.before, mutation.after), encoding="utf-8")
-    tests = [str(found) for name in mutation.tests.split() for found in (tree / "tests").glob(f"*/{name}")]
+    tests = [
+        str(found)
+        for name in mutation.tests.split()
+        for found in (tree / "tests").glob(f"*/{name}")
+    ]
     environment = {**os.environ, "PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", *tests],
@@ -120,7 +137,10 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             passed = survives(mutation, Path(folder))
         alive += passed
-        print(f"{number:2} {'PASSED' if passed else 'caught'} {mutation.file}: {mutation.after}", flush=True)
+        print(
+            f"{number:2} {'PASSED' if passed else 'caught'} {mutation.file}: {mutation.after}",
+            flush=True,
+        )
     print(f"{len(chosen) - alive} of {len(chosen)} caught")
     return int(alive > 0)
 

@@ -1,7 +1,8 @@
-"""Artifacts and rivals on one text under one protocol, a row at a time, each saved as soon as it is there.
+"""Artifacts and rivals on one text under one protocol, a row at a time, each saved as soon as it is
+there.
 
-Artifacts run through the real packed cache, rivals through the arrays that they store (protocol.py). The reference is
-the original model, unquantised, for both.
+Artifacts run through the real packed cache, rivals through the arrays that they store
+(protocol.py). The reference is the original model, unquantised, for both.
 """
 
 import json
@@ -28,14 +29,29 @@ from kvfold.compress.text import read_documents, sample_sequences
 from kvfold.compress.work import fingerprint, model_fingerprint
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, cache_nbytes
-from kvfold.exports.architectures import architecture_of, head_dim_of, num_kv_heads_of, sliding_windows_of
+from kvfold.exports.architectures import (
+    architecture_of,
+    head_dim_of,
+    num_kv_heads_of,
+    sliding_windows_of,
+)
 from kvfold.exports.reader import is_artifact, read_metadata
 from kvfold.exports.schema import METADATA_NAME
 from kvfold.exports.scratch import write_whole
 from kvfold.pretrained import tokenizer_from_pretrained
 
 LENGTHS = (2048, 8192, 32768)  # tokens at which the whole cache is counted
-FIGURES = ("nll_16bit", "nll", "dnll", "dnll_se", "ppl_16bit", "ppl", "kl", "kl_se", "top1_agreement")
+FIGURES = (
+    "nll_16bit",
+    "nll",
+    "dnll",
+    "dnll_se",
+    "ppl_16bit",
+    "ppl",
+    "kl",
+    "kl_se",
+    "top1_agreement",
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +88,9 @@ class Comparison:
         self.tokenizer = tokenizer_from_pretrained(self.source.path)
         self.text_name, documents = read_documents(s.text)
         text = "\n\n".join(documents)
-        self.batches = windows_of(self.tokenizer, text, s.seq_len, s.first_window, s.windows, self.text_name)
+        self.batches = windows_of(
+            self.tokenizer, text, s.seq_len, s.first_window, s.windows, self.text_name
+        )
         self.path = s.out / "quality.json"
         self.model: Any = None
         self.references: list[Tensor] = []
@@ -132,12 +150,15 @@ class Comparison:
         self.result["rows"].append(row)
         self.result["skipped"].pop(row["name"], None)
         self.save()
-        stage(f"{row['name']}: {row['payload_bits']:.3f} bits, KL {row['kl']:.4f}, {row['seconds']:.0f} s")
+        stage(
+            f"{row['name']}: {row['payload_bits']:.3f} bits, KL {row['kl']:.4f}, {row['seconds']:.0f} s"
+        )
 
-    # -- artifacts -----------------------------------------------------------------------------------------------------
+    # -- artifacts ---------------------------------------------------------------------------------
 
     def build(self, budget: str, resume: bool) -> Path:
-        """The artifact of the model at a budget; with `resume`, one that an earlier run finished is taken as it is."""
+        """The artifact of the model at a budget; with `resume`, one that an earlier run finished is
+        taken as it is."""
         folder = self.settings.out / f"{Path(self.source.name).name}-{budget.replace('@', '-at-')}"
         if not (resume and is_artifact(folder)):
             stage(f"compressing to {budget}")
@@ -185,12 +206,13 @@ class Comparison:
             page_tokens=geometry.page_tokens,
             payload_bits=found["payload_bits"],
             bits_at={
-                str(n): 8 * cache_nbytes(geometry, formats, n) / geometry.elements(n, len(formats)) for n in LENGTHS
+                str(n): 8 * cache_nbytes(geometry, formats, n) / geometry.elements(n, len(formats))
+                for n in LENGTHS
             },
             **{field: found[field] for field in FIGURES},
         )
 
-    # -- rivals --------------------------------------------------------------------------------------------------------
+    # -- rivals ------------------------------------------------------------------------------------
 
     def rival(self, name: str, bits: int) -> None:
         """Measures a rival at a number of bits, or notes why it can't be."""
@@ -210,13 +232,17 @@ class Comparison:
         if kind.needs:
             for rival, stats in zip(rivals, self._statistics(kind.needs), strict=True):
                 rival.calibrate(stats)
-        geometry = replace(self.geometry, page_tokens=page_tokens(rivals[0], self.geometry.page_tokens))
+        geometry = replace(
+            self.geometry, page_tokens=page_tokens(rivals[0], self.geometry.page_tokens)
+        )
         rows = []
         attentions = architecture_of(self.config).attention_modules(self.model)
         with torch.inference_mode(), ExitStack() as stack:
             for attention, rival in zip(attentions, rivals, strict=True):
                 stack.enter_context(tapped(attention, rival_tap(rival, geometry)))
-            for ids, reference in progress(list(zip(self.batches, self.references, strict=True)), label, "window"):
+            for ids, reference in progress(
+                list(zip(self.batches, self.references, strict=True)), label, "window"
+            ):
                 rows.append(self._measure(ids.to(self.settings.device), reference))
         self._add(
             begun, name=label, kind="rival", source=kind.source, sinks=geometry.sinks, window=geometry.window,
@@ -228,7 +254,9 @@ class Comparison:
         return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
 
     def _measure(self, ids: Tensor, reference: Tensor) -> Tensor:
-        return compare(self.model, self.model, reference, self._hidden(ids), ids[0, 1:]) / (ids.shape[1] - 1)
+        return compare(self.model, self.model, reference, self._hidden(ids), ids[0, 1:]) / (
+            ids.shape[1] - 1
+        )
 
     def _load(self) -> None:
         if self.model is not None:
@@ -243,7 +271,9 @@ class Comparison:
         c, context = Recipe().calibration, min(32768, self.config.max_position_embeddings)
         size = min(c.seq_len, self.config.max_position_embeddings)
         name, documents = read_documents(None)
-        sequences = sample_sequences(self.tokenizer, documents, c.num_sequences, size, Recipe().seed, name)
+        sequences = sample_sequences(
+            self.tokenizer, documents, c.num_sequences, size, Recipe().seed, name
+        )
         spread = 1 if needs == "plain" else max(1, -(-context // sequences[0].shape[1]))
         if spread not in self.stats:
             work = self.settings.out / f"calibration-{spread}-{self.key[:12]}"

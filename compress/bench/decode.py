@@ -1,4 +1,5 @@
-"""`kvfold bench decode`: decoding steps of a whole model on full caches, packed ones and transformers'."""
+"""`kvfold bench decode`: decoding steps of a whole model on full caches, packed ones and
+transformers'."""
 
 import statistics
 import time
@@ -29,7 +30,9 @@ STEPS = 32  # timed in a row: one page of every sequence comes due in between
 REPEATS = 3
 
 
-def steps_ms(step: Callable[[Tensor], Tensor], batch: int, device: torch.device, warm: int, steps: int) -> float:
+def steps_ms(
+    step: Callable[[Tensor], Tensor], batch: int, device: torch.device, warm: int, steps: int
+) -> float:
     """Milliseconds of one greedy decoding step, the median of REPEATS runs of `steps` steps.
 
     Args:
@@ -59,10 +62,12 @@ def wait(device: torch.device) -> None:
 
 @torch.no_grad()
 def packed_step_ms(model: Any, artifact: Artifact, batch: int, tokens: int, triton: bool) -> dict:
-    """One decoding step of `model`, which was attached, on a full packed cache; a CUDA graph on a GPU.
+    """One decoding step of `model`, which was attached, on a full packed cache; a CUDA graph on a
+    GPU.
 
     Returns:
-        ms, cache_bytes (of `tokens` tokens, by the account) and resident_bytes (with those of the steps).
+        ms, cache_bytes (of `tokens` tokens, by the account) and resident_bytes (with those of the
+        steps).
     """
     device, dtype = model.device, model.dtype
     cache = QuantizedKVCache(artifact.specs, artifact.geometry, None, backend_of(triton))
@@ -70,7 +75,9 @@ def packed_step_ms(model: Any, artifact: Artifact, batch: int, tokens: int, trit
 
     def plain(ids: Tensor) -> Tensor:
         positions = cache.layers[0].table.state[:, :1].long()
-        return model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
+        return model(
+            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True
+        ).logits
 
     step = plain
     if device.type == "cuda":
@@ -107,10 +114,13 @@ def eager_step_ms(model: Any, batch: int, tokens: int, steps: int = 8) -> float:
 
 @torch.no_grad()
 def static_step_ms(model: Any, batch: int, tokens: int, steps: int = 8) -> float:
-    """One step of transformers' StaticCache under torch.compile(mode="reduce-overhead"), as `generate` compiles it."""
+    """One step of transformers' StaticCache under torch.compile(mode="reduce-overhead"), as
+    `generate` compiles it."""
     config, device = model.config, model.device
     cache = StaticCache(config=config, max_cache_len=tokens + ROOM)
-    cache.early_initialization(batch, config.num_key_value_heads, config.head_dim, model.dtype, device)
+    cache.early_initialization(
+        batch, config.num_key_value_heads, config.head_dim, model.dtype, device
+    )
     layers: list[Any] = cache.layers
     for layer in layers:
         layer.keys.normal_()
@@ -166,8 +176,9 @@ def decode_rows(
         regions: sinks, window and page_tokens.
         stream: bytes a second of the best stream.
     Returns:
-        format, shape, batch, tokens, ms, floor_ms (weights and packed cache, each read once at that rate), over_floor,
-        the baselines' milliseconds and `ratio`, the better one's over ms (None without one).
+        format, shape, batch, tokens, ms, floor_ms (weights and packed cache, each read once at that
+        rate), over_floor, the baselines' milliseconds and `ratio`, the better one's over ms (None
+        without one).
     """
     model = build_model(shape, device)
     found = {kind: baseline_ms(model, kind, batch, tokens) for kind in baselines}

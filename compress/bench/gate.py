@@ -1,5 +1,5 @@
-"""The correctness gate of `kvfold bench kernel`: kernels against float32 on the same codes. If it fails, no speed
-counts."""
+"""The correctness gate of `kvfold bench kernel`: kernels against float32 on the same codes. If it
+fails, no speed counts."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -28,9 +28,13 @@ from kvfold.kernels.gpu.records import PagedCache, PageFormat
 from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import decode, encode
 
-LARGEST_ERROR = {torch.float16: 2e-3, torch.bfloat16: 1e-2}  # ‖out − reference‖ / ‖reference‖ of any sequence and head
+LARGEST_ERROR = {
+    torch.float16: 2e-3,
+    torch.bfloat16: 1e-2,
+}  # ‖out − reference‖ / ‖reference‖ of any sequence and head
 LOWER_LIMIT = 0.01  # share by which the error of lowered pages may differ from the reference's
-LARGEST_SHARE = 1e-3  # of a page's bytes that may differ from the reference's: a last bit of float32 decides some codes
+# of a page's bytes that may differ from the reference's: a last bit of float32 decides some codes
+LARGEST_SHARE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class GateCase:
 
 
 def gate_cases(names: list[str], head_dim: int) -> list[GateCase]:
-    """The measured formats, and at other head sizes what else the kernels read. The slowest to compile come first."""
+    """The measured formats, and at other head sizes what else the kernels read. The slowest to
+    compile come first."""
     mixed = ((2, 16), (1, 8), (2, 4), (2, 2), (1, 0))
     return [
         GateCase("classes, head_dim 256", (classes(256, *mixed), uniform(256, 4)), (4, 1)),
@@ -53,15 +58,20 @@ def gate_cases(names: list[str], head_dim: int) -> list[GateCase]:
         GateCase("four rungs", PAIRS["best"](head_dim), rungs=True),
         *(GateCase(f"{name}, one query head", PAIRS[name](head_dim), (2, 2)) for name in names[:1]),
         GateCase("groups of 64", (uniform(128, 4, "e4m3", 64), uniform(128, 4, "e4m3", 64))),
-        GateCase("classes, ternary values, head_dim 64", (classes(64, *mixed), uniform(64, 3)), (6, 2)),
-        GateCase("3 and 5 bits, head_dim 96", (uniform(96, 8, "fp16"), uniform(96, 32, "fp16")), (7, 1)),
+        GateCase(
+            "classes, ternary values, head_dim 64", (classes(64, *mixed), uniform(64, 3)), (6, 2)
+        ),
+        GateCase(
+            "3 and 5 bits, head_dim 96", (uniform(96, 8, "fp16"), uniform(96, 32, "fp16")), (7, 1)
+        ),
         GateCase("8 and 6 bits, head_dim 80", (uniform(80, 256, "fp16"), uniform(80, 64, "fp16"))),
         GateCase("16-bit keys, head_dim 64", (raw16(64), uniform(64, 256, "fp16"))),
     ]
 
 
 def lengths_of(geometry: Geometry, tokens: int) -> list[int]:
-    """A ragged batch: `tokens`, an odd half of it, one page, and less than the sinks or the window hold."""
+    """A ragged batch: `tokens`, an odd half of it, one page, and less than the sinks or the window
+    hold."""
     g = geometry
     return [tokens, tokens // 2 | 1, g.sinks + g.window + g.page_tokens + 1, 3]
 
@@ -76,10 +86,16 @@ def poison(device: torch.device) -> None:
 
 
 def run_gate(
-    case: GateCase, sinks: int, window: int, page_tokens: int, tokens: int, device: torch.device, seed: int
+    case: GateCase,
+    sinks: int,
+    window: int,
+    page_tokens: int,
+    tokens: int,
+    device: torch.device,
+    seed: int,
 ) -> list[tuple[str, float, float]]:
-    """Checks one case with fresh random inputs: (what, error, largest error allowed) of each check; NaN errors fail
-    too."""
+    """Checks one case with fresh random inputs: (what, error, largest error allowed) of each check;
+    NaN errors fail too."""
     torch.manual_seed(seed)
     heads, kv_heads = case.heads
     geometry = Geometry(kv_heads, case.formats[0].head_dim, sinks, window, page_tokens)
@@ -90,26 +106,39 @@ def run_gate(
     for dtype, bar in LARGEST_ERROR.items():
         data = make_case(geometry, case.formats, heads, lengths_of(geometry, tokens), device, dtype)
         queries = data.prepare()
-        out = torch.full((len(data.lengths), 1, heads, geometry.head_dim), torch.nan, dtype=dtype, device=device)
+        out = torch.full(
+            (len(data.lengths), 1, heads, geometry.head_dim), torch.nan, dtype=dtype, device=device
+        )
         poison(device)
         data.attend(out, queries)
         name = f"{case.name}, {str(dtype).removeprefix('torch.')}"
         found.append((name, worst_error(data, out), bar))
     if case.writes:
-        found.append((f"{case.name}, append", append_difference(geometry, case, device), LARGEST_SHARE))
-        found.append((f"{case.name}, lower", lower_difference(geometry, case.formats, device), LOWER_LIMIT))
+        found.append(
+            (f"{case.name}, append", append_difference(geometry, case, device), LARGEST_SHARE)
+        )
+        found.append(
+            (f"{case.name}, lower", lower_difference(geometry, case.formats, device), LOWER_LIMIT)
+        )
     return found
 
 
-def rungs_error(geometry: Geometry, num_heads: int, lengths: list[int], device: torch.device) -> float:
-    """Largest relative error of any sequence and head where pages are of four formats, as the progressive policy leaves
-    them.
+def rungs_error(
+    geometry: Geometry, num_heads: int, lengths: list[int], device: torch.device
+) -> float:
+    """Largest relative error of any sequence and head where pages are of four formats, as the
+    progressive policy leaves them.
 
-    Sequence b has its pages cut at other places than the others, one rung of sequence 0 being empty; all rungs share
-    sinks and window.
+    Sequence b has its pages cut at other places than the others, one rung of sequence 0 being
+    empty; all rungs share sinks and window.
     """
     g, dim = geometry, geometry.head_dim
-    ladder = [PAIRS["best"](dim), PAIRS["k4v4"](dim), (uniform(dim, 256, "fp16"),) * 2, (raw16(dim),) * 2]
+    ladder = [
+        PAIRS["best"](dim),
+        PAIRS["k4v4"](dim),
+        (uniform(dim, 256, "fp16"),) * 2,
+        (raw16(dim),) * 2,
+    ]
     cases = [make_case(g, formats, num_heads, lengths, device) for formats in ladder]
     base, table = cases[-1], cases[-1].tables[0].clone()
     edges = []
@@ -119,7 +148,9 @@ def rungs_error(geometry: Geometry, num_heads: int, lengths: list[int], device: 
         for rung, case in enumerate(cases):
             table[b, cuts[rung] : cuts[rung + 1]] = case.tables[0, b, cuts[rung] : cuts[rung + 1]]
         edges.append(cuts)
-    out = torch.full((len(lengths), 1, num_heads, dim), torch.nan, dtype=torch.float16, device=device)
+    out = torch.full(
+        (len(lengths), 1, num_heads, dim), torch.nan, dtype=torch.float16, device=device
+    )
     poison(device)
     segments = torch.tensor(edges, dtype=torch.int32, device=device)
     cache = PagedCache(table, base.states, base.raw_keys[0], base.raw_values[0], segments)
@@ -130,7 +161,9 @@ def rungs_error(geometry: Geometry, num_heads: int, lengths: list[int], device: 
         for rung, case in enumerate(cases):
             found = case.pages[case.content[0, b, cuts[rung] : cuts[rung + 1]]]
             at = g.page_nbytes(ladder[rung][0])
-            for side, part, fmt in zip(sides, (found[:, :at], found[:, at:]), ladder[rung], strict=True):
+            for side, part, fmt in zip(
+                sides, (found[:, :at], found[:, at:]), ladder[rung], strict=True
+            ):
                 rows = decode(part.unflatten(1, (g.num_kv_heads, -1)), fmt, g.page_tokens)
                 side.append(rows.transpose(0, 1).flatten(1, 2))
         for side, raw in zip(sides, (base.raw_keys, base.raw_values), strict=True):
@@ -152,8 +185,8 @@ def worst_error(case: Case, out: Tensor) -> float:
 
 
 def append_difference(geometry: Geometry, case: GateCase, device: torch.device) -> float:
-    """Share of bytes that differ from the reference's where one step appends a token and packs the page that came
-    due."""
+    """Share of bytes that differ from the reference's where one step appends a token and packs the
+    page that came due."""
     g = geometry
     heads, kv_heads = case.heads
     lengths = [g.sinks + g.window + (pages + 1) * g.page_tokens - 1 for pages in (2, 0)]
@@ -169,7 +202,9 @@ def append_difference(geometry: Geometry, case: GateCase, device: torch.device) 
         first = g.sinks + g.num_pages(length) * g.page_tokens
         slots = [g.sinks + (t - g.sinks) % g.ring for t in range(first, first + g.page_tokens)]
         sides = zip((data.raw_keys, data.raw_values), case.formats, strict=True)
-        expected = torch.cat([encode(raw[0, b][:, slots].cpu(), fmt).flatten() for raw, fmt in sides])
+        expected = torch.cat(
+            [encode(raw[0, b][:, slots].cpu(), fmt).flatten() for raw, fmt in sides]
+        )
         page = data.slab[len(data.slab) - len(lengths) + b]
         wrong += int((page.cpu() != expected).sum())
         total += page.numel()
@@ -177,11 +212,26 @@ def append_difference(geometry: Geometry, case: GateCase, device: torch.device) 
 
 
 def run_append(
-    case: Case, keys: Tensor, values: Tensor, query: Tensor, state: Tensor, queries: Queries, options: dict[str, Any]
+    case: Case,
+    keys: Tensor,
+    values: Tensor,
+    query: Tensor,
+    state: Tensor,
+    queries: Queries,
+    options: dict[str, Any],
 ) -> None:
     """`append_step` on copy 0 of a case, whose lengths and pages are `state`'s."""
     cache = case.cache()._replace(state=state)
-    append_step(keys, values, query, cache, queries, [PageFormat(*case.formats)], regions_of(case.geometry), **options)
+    append_step(
+        keys,
+        values,
+        query,
+        cache,
+        queries,
+        [PageFormat(*case.formats)],
+        regions_of(case.geometry),
+        **options,
+    )
 
 
 def append_options(geometry: Geometry) -> dict[str, Any]:
@@ -189,12 +239,19 @@ def append_options(geometry: Geometry) -> dict[str, Any]:
     return {"scaling": geometry.head_dim**-0.5}
 
 
-def lowering(geometry: Geometry, formats: Pair, pages: int, device: torch.device) -> tuple[Tensor, Tensor, tuple, dict]:
-    """Pages of a finer format, room for the same pages in `formats`, and `lower_pages`' arguments for them."""
+def lowering(
+    geometry: Geometry, formats: Pair, pages: int, device: torch.device
+) -> tuple[Tensor, Tensor, tuple, dict]:
+    """Pages of a finer format, room for the same pages in `formats`, and `lower_pages`' arguments
+    for them."""
     old = (finer(formats[0]), finer(formats[1]))
     source = random_pages(geometry, old, pages, device)
-    target = torch.empty(pages, sum(map(geometry.page_nbytes, formats)), dtype=torch.uint8, device=device)
-    places = [torch.tensor([page_address(x) for x in pool], device=device) for pool in (source, target)]
+    target = torch.empty(
+        pages, sum(map(geometry.page_nbytes, formats)), dtype=torch.uint8, device=device
+    )
+    places = [
+        torch.tensor([page_address(x) for x in pool], device=device) for pool in (source, target)
+    ]
     options = {"num_kv_heads": geometry.num_kv_heads, "page_tokens": geometry.page_tokens}
     return source, target, (*places, PageFormat(*old), PageFormat(*formats)), options
 
@@ -202,8 +259,8 @@ def lowering(geometry: Geometry, formats: Pair, pages: int, device: torch.device
 def lower_difference(geometry: Geometry, formats: Pair, device: torch.device) -> float:
     """By what share the error of lowered pages differs from that of the reference's.
 
-    Not bytes: what a finer grid holds lies often half-way between two levels of the coarser one, and such a tie may go
-    either way with the last bit of a division.
+    Not bytes: what a finer grid holds lies often half-way between two levels of the coarser one,
+    and such a tie may go either way with the last bit of a division.
     """
     g = geometry
     source, target, arguments, options = lowering(g, formats, 3, device)

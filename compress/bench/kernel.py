@@ -1,4 +1,5 @@
-"""`kvfold bench kernel`: attention over packed pages against 16-bit attention, after the correctness gate."""
+"""`kvfold bench kernel`: attention over packed pages against 16-bit attention, after the
+correctness gate."""
 
 import math
 import multiprocessing
@@ -57,19 +58,22 @@ class Settings:
 
 @dataclass(frozen=True)
 class Baseline:
-    """Milliseconds of 16-bit attention of one shape; a text says why there is no figure, None that none was asked
-    for."""
+    """Milliseconds of 16-bit attention of one shape; a text says why there is no figure, None that
+    none was asked for."""
 
     sdpa: float
     flex: float | str | None
     own: float | None
 
 
-# -- compiling in advance ----------------------------------------------------------------------------------------------
+# -- compiling in advance --------------------------------------------------------------------------
 
 
-def warm_attention(settings: Settings, formats: Pair, heads: tuple[int, int], splits: int, writes: bool) -> None:
-    """Compiles what a row of the table runs, on a cache of two pages: constants are the row's, sizes are not."""
+def warm_attention(
+    settings: Settings, formats: Pair, heads: tuple[int, int], splits: int, writes: bool
+) -> None:
+    """Compiles what a row of the table runs, on a cache of two pages: constants are the row's,
+    sizes are not."""
     g = settings.geometry(heads[1])
     tokens = g.sinks + g.window + 2 * g.page_tokens
     case = make_case(g, formats, heads[0], [tokens], settings.device)
@@ -105,12 +109,17 @@ def _run(task: tuple[Callable, tuple]) -> Any:
     return function(*arguments)
 
 
-def prepare(settings: Settings, names: list[str], shapes: list[Shape]) -> list[tuple[str, float, float]]:
-    """Runs the gate and, in `jobs` processes, compiles everything at the same time; returns the gate's checks."""
+def prepare(
+    settings: Settings, names: list[str], shapes: list[Shape]
+) -> list[tuple[str, float, float]]:
+    """Runs the gate and, in `jobs` processes, compiles everything at the same time; returns the
+    gate's checks."""
     s = settings
     cases = gate_cases(names, s.head_dim)
     regions = (s.sinks, s.window, s.page_tokens, s.gate_tokens, s.device)
-    tasks: list[tuple[Callable, tuple]] = [(run_gate, (case, *regions, s.seed + i)) for i, case in enumerate(cases)]
+    tasks: list[tuple[Callable, tuple]] = [
+        (run_gate, (case, *regions, s.seed + i)) for i, case in enumerate(cases)
+    ]
     gates = len(tasks)
     if s.jobs:
         if s.flex:
@@ -123,7 +132,7 @@ def prepare(settings: Settings, names: list[str], shapes: list[Shape]) -> list[t
     return [check for checks in results[:gates] for check in checks]
 
 
-# -- timing ------------------------------------------------------------------------------------------------------------
+# -- timing ----------------------------------------------------------------------------------------
 
 
 def is_large(shape: Shape) -> bool:
@@ -134,9 +143,16 @@ def is_large(shape: Shape) -> bool:
 def plain_tensors(settings: Settings, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
     """float16 query, keys and values as `sdpa_ms` takes them."""
     group = shape.num_heads // shape.num_kv_heads
-    query = torch.randn(shape.batch, shape.num_kv_heads, group, settings.head_dim, device=settings.device).half()
+    query = torch.randn(
+        shape.batch, shape.num_kv_heads, group, settings.head_dim, device=settings.device
+    ).half()
     keys, values = random_kv(
-        shape.batch, shape.num_kv_heads, shape.tokens, settings.head_dim, torch.float16, settings.device
+        shape.batch,
+        shape.num_kv_heads,
+        shape.tokens,
+        settings.head_dim,
+        torch.float16,
+        settings.device,
     )
     return query, keys, values
 
@@ -157,22 +173,33 @@ def attention_ms(settings: Settings, name: str, shape: Shape) -> tuple[float, Ca
     nbytes = shape.batch * g.num_pages(shape.tokens) * sum(map(g.page_nbytes, formats))
     copies = copies_for(nbytes, settings.device)
     case = make_case(
-        g, formats, shape.num_heads, [shape.tokens] * shape.batch, settings.device, copies=copies, distinct=DISTINCT
+        g,
+        formats,
+        shape.num_heads,
+        [shape.tokens] * shape.batch,
+        settings.device,
+        copies=copies,
+        distinct=DISTINCT,
     )
     queries = case.prepare()
-    out = torch.empty(shape.batch, 1, shape.num_heads, g.head_dim, dtype=torch.float16, device=settings.device)
+    out = torch.empty(
+        shape.batch, 1, shape.num_heads, g.head_dim, dtype=torch.float16, device=settings.device
+    )
     splits = settings.splits(shape)
     return median_ms(lambda i: case.attend(out, queries, i, splits), settings.device, copies), case
 
 
 def write_calls(case: Case, num_heads: int) -> list[Callable[[int], None]]:
-    """Calls that append a token to every sequence, without and with a page that comes due, and that lower a page of
-    each.
+    """Calls that append a token to every sequence, without and with a page that comes due, and that
+    lower a page of each.
 
     Keys of one scale a token go through a matrix and an offset first, as artifacts store them.
     """
     g, batch, device = case.geometry, len(case.lengths), case.slab.device
-    keys, values = (torch.randn(batch, g.num_kv_heads, 1, g.head_dim, device=device).bfloat16() for _ in range(2))
+    keys, values = (
+        torch.randn(batch, g.num_kv_heads, 1, g.head_dim, device=device).bfloat16()
+        for _ in range(2)
+    )
     query = case.query.bfloat16()
     queries = empty_queries(batch, num_heads, g.num_kv_heads, g.head_dim, device)
     options = append_options(g)
@@ -199,22 +226,26 @@ def write_calls(case: Case, num_heads: int) -> list[Callable[[int], None]]:
 
 
 def measure_writes(settings: Settings, case: Case, shape: Shape) -> tuple[float, float]:
-    """Milliseconds a step of appending and packing, and of lowering one page of each sequence a page's worth of
-    steps."""
-    idle, due, lower = (median_ms(call, settings.device) for call in write_calls(case, shape.num_heads))
+    """Milliseconds a step of appending and packing, and of lowering one page of each sequence a
+    page's worth of steps."""
+    idle, due, lower = (
+        median_ms(call, settings.device) for call in write_calls(case, shape.num_heads)
+    )
     steps = case.geometry.page_tokens
     return ((steps - 1) * idle + due) / steps, lower / steps
 
 
-def measure(settings: Settings, name: str, shape: Shape, baseline: Baseline, stream: float) -> dict[str, Any]:
+def measure(
+    settings: Settings, name: str, shape: Shape, baseline: Baseline, stream: float
+) -> dict[str, Any]:
     """One row of the table.
 
     Args:
         stream: bytes a second of the best stream.
     Returns:
-        format, shape, ms, packed_bytes, bytes_per_s, share_of_best_stream, ratios `sdpa`, `own16` and `flex` (None or a
-        reason where there is none), `append` and `lower` as shares of ms (None below a batch of WRITE_BATCH), and all
-        milliseconds.
+        format, shape, ms, packed_bytes, bytes_per_s, share_of_best_stream, ratios `sdpa`, `own16`
+        and `flex` (None or a reason where there is none), `append` and `lower` as shares of ms
+        (None below a batch of WRITE_BATCH), and all milliseconds.
     """
     ms, case = attention_ms(settings, name, shape)
     rate = case.packed_nbytes / ms * 1e3
@@ -252,13 +283,21 @@ def line(row: dict[str, Any], where: dict[str, str]) -> str:
         parts.append(f"{row['ratio_own16']:.2f}× own 16-bit")
     if row["ratio_flex"] is not None:
         flex = row["ratio_flex"]
-        parts.append(f"{flex:.2f}× FlexAttention" if isinstance(flex, float) else f"FlexAttention {flex}")
+        parts.append(
+            f"{flex:.2f}× FlexAttention" if isinstance(flex, float) else f"FlexAttention {flex}"
+        )
     if row["append_share"] is not None:
-        parts.append(f"append {row['append_share']:.2%} lower {row['lower_share']:.2%} of it a step")
-    return "  ".join([*parts, f"| {where['device']}, torch {where['torch']}, triton {where['triton']}"])
+        parts.append(
+            f"append {row['append_share']:.2%} lower {row['lower_share']:.2%} of it a step"
+        )
+    return "  ".join(
+        [*parts, f"| {where['device']}, torch {where['torch']}, triton {where['triton']}"]
+    )
 
 
-def rows(settings: Settings, names: list[str], shapes: list[Shape], stream: float) -> Iterable[dict[str, Any]]:
+def rows(
+    settings: Settings, names: list[str], shapes: list[Shape], stream: float
+) -> Iterable[dict[str, Any]]:
     """Rows of the table, a shape at a time."""
     for shape in shapes:
         baseline = measure_baseline(settings, shape)

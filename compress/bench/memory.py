@@ -1,4 +1,5 @@
-"""`kvfold bench memory`: the largest batch that runs in a card's memory, and one very long sequence."""
+"""`kvfold bench memory`: the largest batch that runs in a card's memory, and one very long
+sequence."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +10,13 @@ from typing import Any
 import torch
 
 from kvfold.compress.bench.decode import BASELINES, ROOM, packed_step_ms
-from kvfold.compress.bench.model import attach_formats, build_model, free_memory, layer_formats, weights_nbytes
+from kvfold.compress.bench.model import (
+    attach_formats,
+    build_model,
+    free_memory,
+    layer_formats,
+    weights_nbytes,
+)
 from kvfold.exports.account import Geometry, batch_nbytes
 
 MARGIN = 1 << 30  # bytes left free for a step's own tensors when the largest batch is chosen
@@ -24,8 +31,11 @@ def room_bytes(device: torch.device, limit: int) -> int:
     return min(free, limit) if limit else free
 
 
-def largest_batch(room: int, sequence: int, run: Callable[[int], Any], device: torch.device) -> tuple[int, Any]:
-    """The largest batch that a step really ran with, from the one that `room` bytes would hold downwards.
+def largest_batch(
+    room: int, sequence: int, run: Callable[[int], Any], device: torch.device
+) -> tuple[int, Any]:
+    """The largest batch that a step really ran with, from the one that `room` bytes would hold
+    downwards.
 
     Args:
         sequence: bytes of one sequence.
@@ -46,15 +56,16 @@ def memory_rows(
     shape: str, tokens: int, names: list[str], baselines: list[str], regions: tuple[int, int, int],
     device: torch.device, limit: int = 0,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The largest batch of `tokens` tokens in 16-bit caches and in packed ones, and its tokens a second.
+    """The largest batch of `tokens` tokens in 16-bit caches and in packed ones, and its tokens a
+    second.
 
     The 16-bit caches are transformers' (`baselines`) and, as format "16", this runtime's own.
 
     Args:
         limit: bytes that a cache may take; 0: what the device has.
     Returns:
-        cache, shape, tokens, batch (0, and no ms, where not even one sequence fits), ms, tokens_per_s, and for packed
-        caches `ratio` to the best 16-bit row.
+        cache, shape, tokens, batch (0, and no ms, where not even one sequence fits), ms,
+        tokens_per_s, and for packed caches `ratio` to the best 16-bit row.
     """
     model = build_model(shape, device)
     config = model.config
@@ -64,10 +75,21 @@ def memory_rows(
 
     def add(name: str, batch: int, ms: float | None) -> None:
         rate = batch / ms * 1e3 if ms else 0.0
-        rows.append({"cache": name, "shape": shape, "tokens": tokens, "batch": batch, "ms": ms, "tokens_per_s": rate})
+        rows.append(
+            {
+                "cache": name,
+                "shape": shape,
+                "tokens": tokens,
+                "batch": batch,
+                "ms": ms,
+                "tokens_per_s": rate,
+            }
+        )
 
     for kind in baselines:
-        more = plain // config.num_hidden_layers if kind == "eager" else 0  # a layer is copied while it grows
+        more = (
+            plain // config.num_hidden_layers if kind == "eager" else 0
+        )  # a layer is copied while it grows
         run: Callable[[int], Any] = partial(BASELINES[kind], model, tokens=tokens)
         add(kind, *largest_batch(room_bytes(device, limit), plain + more, run, device))
     for name in ["16", *names]:
@@ -83,11 +105,14 @@ def memory_rows(
     return rows
 
 
-def long_row(shape: str, tokens: int, name: str, regions: tuple[int, int, int], device: torch.device) -> dict[str, Any]:
+def long_row(
+    shape: str, tokens: int, name: str, regions: tuple[int, int, int], device: torch.device
+) -> dict[str, Any]:
     """One very long sequence: its cache resident and decoding steps running.
 
     Returns:
-        format, shape, tokens, ms, cache_bytes, resident_bytes, weights_bytes and peak_bytes (None on a CPU).
+        format, shape, tokens, ms, cache_bytes, resident_bytes, weights_bytes and peak_bytes (None
+        on a CPU).
     """
     free_memory(device)
     model = build_model(shape, device)

@@ -1,4 +1,5 @@
-"""Models of known shapes with random weights, and caches that look full: what end-to-end measurements run on."""
+"""Models of known shapes with random weights, and caches that look full: what end-to-end
+measurements run on."""
 
 import gc
 from pathlib import Path
@@ -60,14 +61,20 @@ def model_config(shape: str) -> LlamaConfig:
     size = dict(SHAPES[shape])
     rope = {"rope_type": "default", "rope_theta": size.pop("rope_theta")}
     return LlamaConfig(
-        **size, rope_parameters=rope, max_position_embeddings=MOST_TOKENS, bos_token_id=None, eos_token_id=None
+        **size,
+        rope_parameters=rope,
+        max_position_embeddings=MOST_TOKENS,
+        bos_token_id=None,
+        eos_token_id=None,
     )
 
 
 def build_model(shape: str, device: torch.device) -> Any:
     """A LlamaForCausalLM of a named shape with random bfloat16 weights, made on the device."""
     with device:
-        model = model_from_config(model_config(shape), dtype=torch.bfloat16, attn_implementation="sdpa")
+        model = model_from_config(
+            model_config(shape), dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
     return model.eval()
 
 
@@ -83,8 +90,8 @@ def layer_formats(name: str, head_dim: int, layers: int) -> list[Pair]:
 
 
 def make_artifact(config: Any, geometry: Geometry, formats: list[Pair]) -> Artifact:
-    """What `attach` needs of an artifact, without files: keys of one scale a token get a matrix and an offset, values a
-    clip, as the search would give them."""
+    """What `attach` needs of an artifact, without files: keys of one scale a token get a matrix and
+    an offset, values a clip, as the search would give them."""
     heads, dim = geometry.num_kv_heads, geometry.head_dim
     specs = []
     for k, v in formats:
@@ -105,7 +112,8 @@ def make_artifact(config: Any, geometry: Geometry, formats: list[Pair]) -> Artif
 
 
 def attach_formats(model: Any, formats: list[Pair], geometry: Geometry) -> tuple[Artifact, bool]:
-    """Attaches formats to a model whose baselines were measured before; also says whether the kernels run."""
+    """Attaches formats to a model whose baselines were measured before; also says whether the
+    kernels run."""
     artifact = make_artifact(model.config, geometry, formats)
     triton = choose_triton("auto", model.device, artifact)
     if not hasattr(model, "kv_artifact"):
@@ -114,10 +122,13 @@ def attach_formats(model: Any, formats: list[Pair], geometry: Geometry) -> tuple
 
 
 @torch.no_grad()
-def fill_cache(cache: QuantizedKVCache, batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+def fill_cache(
+    cache: QuantizedKVCache, batch: int, tokens: int, dtype: torch.dtype, device: torch.device
+) -> None:
     """Makes a new cache look as if `tokens` tokens of `batch` sequences had gone through it.
 
-    Pages are valid ones of random keys and values, repeated; lengths and pages are set on the device and on the host.
+    Pages are valid ones of random keys and values, repeated; lengths and pages are set on the
+    device and on the host.
     """
     pages: dict[Pair, Tensor] = {}
     cache.shared.set_padding([0] * batch)
@@ -130,7 +141,12 @@ def fill_cache(cache: QuantizedKVCache, batch: int, tokens: int, dtype: torch.dt
 
 
 def _fill_layer(
-    layer: Any, pages: dict[Pair, Tensor], batch: int, tokens: int, dtype: torch.dtype, device: torch.device
+    layer: Any,
+    pages: dict[Pair, Tensor],
+    batch: int,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     g = layer.geometry
     one = torch.zeros(batch, g.num_kv_heads, 1, g.head_dim, dtype=dtype, device=device)

@@ -1,5 +1,5 @@
-"""`kvfold bench prompt`: a prompt read into the packed cache against transformers' 16-bit cache, after the correctness
-gate."""
+"""`kvfold bench prompt`: a prompt read into the packed cache against transformers' 16-bit cache,
+after the correctness gate."""
 
 import itertools
 import statistics
@@ -31,10 +31,16 @@ MANY_SINKS = 100  # more than one block of 16-bit rows: the gate's second number
 
 
 def prompt_error(
-    geometry: Geometry, formats: Pair, num_heads: int, tokens: int, queries: int, together: bool, device: torch.device
+    geometry: Geometry,
+    formats: Pair,
+    num_heads: int,
+    tokens: int,
+    queries: int,
+    together: bool,
+    device: torch.device,
 ) -> float:
-    """Largest relative error of any head, kernels against float32 on the same codes: the last `queries` of `tokens`
-    tokens of a sequence, all of it in one call, in float16.
+    """Largest relative error of any head, kernels against float32 on the same codes: the last
+    `queries` of `tokens` tokens of a sequence, all of it in one call, in float16.
 
     Args:
         together: read what all queries share as a run, at once; else by the kernel alone.
@@ -53,9 +59,15 @@ def prompt_error(
     table = torch.tensor([[page_address(page) for page in pages] or [0]], device=device)
     first = tokens - queries
     places = torch.arange(tokens, device=device)
-    limit = g.sinks + (places[first:] + 1 - g.sinks - g.window).clamp_min(0) // g.page_tokens * g.page_tokens
+    limit = (
+        g.sinks
+        + (places[first:] + 1 - g.sinks - g.window).clamp_min(0) // g.page_tokens * g.page_tokens
+    )
     middle = slice(g.sinks, g.sinks + count * g.page_tokens)
-    tiles = [Tile(raw[0], raw[1], places, False), Tile(read[0][:, middle], read[1][:, middle], places[middle], True)]
+    tiles = [
+        Tile(raw[0], raw[1], places, False),
+        Tile(read[0][:, middle], read[1][:, middle], places[middle], True),
+    ]
     query = (2 * torch.randn(1, num_heads, queries, dim, device=device)).half()
     want = attend(query[0], places[first:], limit, tiles, sinks=g.sinks, scaling=dim**-0.5)
     shared = packed_tokens(first + 1, g.sinks, g.window, g.page_tokens) // g.page_tokens
@@ -75,14 +87,23 @@ def prompt_error(
 
 
 def gate(
-    formats: dict[str, Pair], regions: tuple[int, int, int], heads: tuple[int, int], tokens: int, device: torch.device
+    formats: dict[str, Pair],
+    regions: tuple[int, int, int],
+    heads: tuple[int, int],
+    tokens: int,
+    device: torch.device,
 ):
-    """Checks of every pair of formats: [(what, error, largest error allowed)]; NaN errors fail too."""
+    """Checks of every pair of formats: [(what, error, largest error allowed)]; NaN errors fail
+    too."""
     found = []
-    for (name, pair), sinks in itertools.product(formats.items(), dict.fromkeys((regions[0], MANY_SINKS))):
+    for (name, pair), sinks in itertools.product(
+        formats.items(), dict.fromkeys((regions[0], MANY_SINKS))
+    ):
         geometry = Geometry(heads[1], pair[0].head_dim, sinks, *regions[1:])
         for together in (True, False):
-            error = prompt_error(geometry, pair, heads[0], tokens, min(tokens, tokens // 4 | 1), together, device)
+            error = prompt_error(
+                geometry, pair, heads[0], tokens, min(tokens, tokens // 4 | 1), together, device
+            )
             what = "pages read together" if together else "by the kernel alone"
             found.append((f"{name}, {sinks} sinks, {what}", error, LARGEST_ERROR[torch.float16]))
     return found
@@ -90,8 +111,8 @@ def gate(
 
 @torch.no_grad()
 def read_ms(model: Any, make_cache: Any, ids: Tensor, chunk: int) -> tuple[float, int | None]:
-    """(milliseconds until the last token's logits, the median of REPEATS; peak bytes beyond what was allocated
-    before)."""
+    """(milliseconds until the last token's logits, the median of REPEATS; peak bytes beyond what
+    was allocated before)."""
     device = ids.device
 
     def run() -> float:
@@ -99,7 +120,9 @@ def read_ms(model: Any, make_cache: Any, ids: Tensor, chunk: int) -> tuple[float
         wait(device)
         start = time.perf_counter()
         for part in ids.split(chunk, 1):
-            logits = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(
+                input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).logits
         wait(device)
         assert bool(logits.isfinite().all())
         return (time.perf_counter() - start) * 1e3
@@ -126,11 +149,12 @@ def prompt_rows(
     regions: tuple[int, int, int],
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """Times a prompt of one sequence, one row a format, the baseline (DynamicCache, sdpa, the same chunks) first.
+    """Times a prompt of one sequence, one row a format, the baseline (DynamicCache, sdpa, the same
+    chunks) first.
 
     Returns:
-        cache (a format or "dynamic"), shape, tokens, chunk, ms, tokens_per_s, peak_bytes beyond the weights (None on a
-        CPU), and `ratio`, the baseline's ms over this row's (None without one).
+        cache (a format or "dynamic"), shape, tokens, chunk, ms, tokens_per_s, peak_bytes beyond the
+        weights (None on a CPU), and `ratio`, the baseline's ms over this row's (None without one).
     """
     model = build_model(shape, device)
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=device)
@@ -161,7 +185,12 @@ def prompt_rows(
         artifact, triton = attach_formats(model, formats, g)
         add(
             name,
-            read_ms(model, lambda a=artifact, t=triton: QuantizedKVCache(a.specs, g, None, backend_of(t)), ids, chunk),
+            read_ms(
+                model,
+                lambda a=artifact, t=triton: QuantizedKVCache(a.specs, g, None, backend_of(t)),
+                ids,
+                chunk,
+            ),
             base,
         )
     return rows

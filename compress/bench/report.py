@@ -15,7 +15,8 @@ def _kl_digits(kl: float) -> int:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table, rows by whole payload bits and then by KL, with what was left out and the protocol under it."""
+    """The table, rows by whole payload bits and then by KL, with what was left out and the protocol
+    under it."""
     lengths = [f"{n // 1024}K" for n in LENGTHS]
     first = result["first_window"]
     lines = [
@@ -28,7 +29,11 @@ def markdown(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     rows = sorted(result["rows"], key=lambda row: (round(row["payload_bits"]), row["kl"]))
     if rows:
-        lines.append("| unquantised | 16 |" + " 16 |" * len(lengths) + f" all | {rows[0]['ppl_16bit']:.3f} | | | |")
+        lines.append(
+            "| unquantised | 16 |"
+            + " 16 |" * len(lengths)
+            + f" all | {rows[0]['ppl_16bit']:.3f} | | | |"
+        )
     for row in rows:
         bold = "**" if row["kind"] == "artifact" else ""
         digits = _kl_digits(row["kl"])
@@ -46,23 +51,31 @@ def markdown(result: dict[str, Any]) -> str:
         "16-bit tokens: sinks + window + what a page still waits for.",
         "",
     ]
-    sources = {row["name"].rsplit(" ", 1)[0]: row["source"] for row in rows if row["kind"] == "rival"}
+    sources = {
+        row["name"].rsplit(" ", 1)[0]: row["source"] for row in rows if row["kind"] == "rival"
+    }
     lines += [f"- {name}: {source}." for name, source in sources.items()]
     lines += [f"- left out: {name}, {reason}" for name, reason in result["skipped"].items()]
     return "\n".join(lines) + "\n"
 
 
 def series(result: dict[str, Any]) -> dict[str, list[tuple[float, float, float]]]:
-    """(payload bits, KL, standard error) by curve, rising in bits: artifacts by their transforms, rivals by name."""
+    """(payload bits, KL, standard error) by curve, rising in bits: artifacts by their transforms,
+    rivals by name."""
     found: dict[str, list[tuple[float, float, float]]] = {}
     for row in result["rows"]:
-        name = f"kvfold ({row['source']})" if row["kind"] == "artifact" else row["name"].rsplit(" ", 1)[0]
+        name = (
+            f"kvfold ({row['source']})"
+            if row["kind"] == "artifact"
+            else row["name"].rsplit(" ", 1)[0]
+        )
         found.setdefault(name, []).append((row["payload_bits"], row["kl"], row["kl_se"] or 0.0))
     return {name: sorted(points) for name, points in found.items()}
 
 
 def plot(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes quality.png and quality.svg: KL on a log axis against payload bits. Needs matplotlib."""
+    """Writes quality.png and quality.svg: KL on a log axis against payload bits. Needs
+    matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -72,7 +85,12 @@ def plot(result: dict[str, Any], folder: Path) -> list[Path]:
     curves = series(result)
     ours = [name for name in curves if name.startswith("kvfold")]
     rivals = [name for name in curves if name not in ours]
-    settings: Any = {"font.size": 11, "svg.hashsalt": "kvfold", "axes.spines.top": False, "axes.spines.right": False}
+    settings: Any = {
+        "font.size": 11,
+        "svg.hashsalt": "kvfold",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     with pyplot.rc_context(settings):
         figure, axes = pyplot.subplots(figsize=(8.4, 5.2), dpi=160)
         colours = pyplot.get_cmap("tab20")
@@ -101,7 +119,11 @@ def plot(result: dict[str, Any], folder: Path) -> list[Path]:
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=10)
         paths = [folder / "quality.png", folder / "quality.svg"]
         for path in paths:
-            figure.savefig(path, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
+            figure.savefig(
+                path,
+                bbox_inches="tight",
+                metadata={"Date": None} if path.suffix == ".svg" else None,
+            )
         pyplot.close(figure)
     return paths
 

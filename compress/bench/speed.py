@@ -22,11 +22,15 @@ SHAPES = [
 ]
 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", help="Also write the figures to this file.")
+]
 SinksOption = Annotated[int, typer.Option(min=0, help="First tokens, kept in 16 bits.")]
 WindowOption = Annotated[int, typer.Option(min=0, help="Last tokens, kept in 16 bits.")]
 PageOption = Annotated[int, typer.Option(help="Tokens of a page: 16, 32, 64 or 128.")]
-BaselinesOption = Annotated[str, typer.Option(help="none; eager: DynamicCache; all: and StaticCache compiled.")]
+BaselinesOption = Annotated[
+    str, typer.Option(help="none; eager: DynamicCache; all: and StaticCache compiled.")
+]
 
 
 def split(text: str) -> list[str]:
@@ -37,9 +41,13 @@ def split(text: str) -> list[str]:
 def check_options(json_file: Path | None, page_tokens: int, **sizes: int) -> None:
     """Refuses what could not be written or measured, before anything runs."""
     if json_file and not json_file.absolute().parent.is_dir():
-        raise KvfoldError(f"--json '{json_file}' lies in a folder that does not exist; make it or choose another file.")
+        raise KvfoldError(
+            f"--json '{json_file}' lies in a folder that does not exist; make it or choose another file."
+        )
     if page_tokens not in (16, 32, 64, 128):
-        raise KvfoldError(f"--page-tokens {page_tokens} is not a page that is measured; choose 16, 32, 64 or 128.")
+        raise KvfoldError(
+            f"--page-tokens {page_tokens} is not a page that is measured; choose 16, 32, 64 or 128."
+        )
     for name, size in sizes.items():
         if size < 1:
             raise KvfoldError(f"--{name} {size} is not a size; give 1 or more.")
@@ -65,12 +73,19 @@ def kernel_command(
     sinks: SinksOption = 5,
     window: WindowOption = 128,
     page_tokens: PageOption = 32,
-    gate_tokens: Annotated[int, typer.Option(help="Longest sequence that the correctness gate checks.")] = 3333,
-    flex: Annotated[bool, typer.Option("--flex/--no-flex", help="Compare with compiled FlexAttention too.")] = True,
+    gate_tokens: Annotated[
+        int, typer.Option(help="Longest sequence that the correctness gate checks.")
+    ] = 3333,
+    flex: Annotated[
+        bool, typer.Option("--flex/--no-flex", help="Compare with compiled FlexAttention too.")
+    ] = True,
     jobs: Annotated[
-        int | None, typer.Option(min=0, help="Processes that compile in advance; default: the cores.")
+        int | None,
+        typer.Option(min=0, help="Processes that compile in advance; default: the cores."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the gate's inputs; default: a new one each time.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the gate's inputs; default: a new one each time.")
+    ] = None,
     device: DeviceOption = "auto",
     json_file: JsonOption = None,
 ) -> None:
@@ -83,7 +98,9 @@ def kernel_command(
     from kvfold.kernels.gpu.attention import INTERPRET
 
     if target.type != "cuda" and not INTERPRET:
-        raise KvfoldError("`kvfold bench kernel` needs a CUDA device; to try the gate on a CPU set TRITON_INTERPRET=1.")
+        raise KvfoldError(
+            "`kvfold bench kernel` needs a CUDA device; to try the gate on a CPU set TRITON_INTERPRET=1."
+        )
     from kvfold.compress.bench import kernel as bk
     from kvfold.compress.bench.cases import Shape, pair
     from kvfold.compress.bench.tools import machine, measured_streams
@@ -94,7 +111,9 @@ def kernel_command(
     if jobs is None:
         jobs = len(os.sched_getaffinity(0)) if target.type == "cuda" else 0
     seed = secrets.randbelow(1 << 31) if seed is None else seed
-    settings = bk.Settings(target, head_dim, sinks, window, page_tokens, gate_tokens, flex, jobs, seed)
+    settings = bk.Settings(
+        target, head_dim, sinks, window, page_tokens, gate_tokens, flex, jobs, seed
+    )
     start = time.perf_counter()
     print(f"gate and compilation in {jobs or 'no other'} processes, seed {seed}", file=sys.stderr)
     checks = bk.prepare(settings, names, sizes)
@@ -103,19 +122,30 @@ def kernel_command(
         for name, error, most in checks
     ]
     checked = time.perf_counter()
-    result: dict[str, Any] = {"seed": seed, "gate": gate, "seconds": {"gate": checked - start}, "rows": []}
+    result: dict[str, Any] = {
+        "seed": seed,
+        "gate": gate,
+        "seconds": {"gate": checked - start},
+        "rows": [],
+    }
     failed = [check for check in gate if not check["passed"]]
     if failed:
         for check in failed:
-            print(f"kvfold: gate: {check['check']}: error {check['error']} > {check['at_most']}", file=sys.stderr)
+            print(
+                f"kvfold: gate: {check['check']}: error {check['error']} > {check['at_most']}",
+                file=sys.stderr,
+            )
         print(
-            f"kvfold: {len(failed)} of {len(gate)} checks failed (seed {seed}); no speed is measured.", file=sys.stderr
+            f"kvfold: {len(failed)} of {len(gate)} checks failed (seed {seed}); no speed is measured.",
+            file=sys.stderr,
         )
         write_json(json_file, result)
         raise typer.Exit(1)
     where, streams = machine(target), measured_streams(target)
     worst = max(check["error"] / check["at_most"] for check in gate)
-    print(f"gate: {len(gate)} checks passed, the worst at {worst:.2f} of what is allowed\n{best_stream(streams)}")
+    print(
+        f"gate: {len(gate)} checks passed, the worst at {worst:.2f} of what is allowed\n{best_stream(streams)}"
+    )
     result |= {"machine": where, "streams": [stream._asdict() for stream in streams]}
     for row in bk.rows(settings, names, sizes, streams[0].bytes_per_s):
         print(bk.line(row, where), flush=True)
@@ -129,21 +159,32 @@ def kernel_command(
 
 
 def prompt_command(
-    formats: Annotated[str, typer.Option(help="Formats by name: k2v2,best,k2v1.6,k4v4,16.")] = "k2v2,best",
+    formats: Annotated[
+        str, typer.Option(help="Formats by name: k2v2,best,k2v1.6,k4v4,16.")
+    ] = "k2v2,best",
     shape: Annotated[str, typer.Option(help="llama3-8b or llama2-7b.")] = "llama3-8b",
     tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 32768,
     chunk: Annotated[int, typer.Option(help="Tokens that go through the model at a time.")] = 8192,
-    baseline: Annotated[bool, typer.Option("--baseline/--no-baseline", help="Time DynamicCache with sdpa too.")] = True,
+    baseline: Annotated[
+        bool, typer.Option("--baseline/--no-baseline", help="Time DynamicCache with sdpa too.")
+    ] = True,
     sinks: SinksOption = 5,
     window: WindowOption = 128,
     page_tokens: PageOption = 32,
-    gate_tokens: Annotated[int, typer.Option(help="Tokens of the correctness gate's sequence.")] = 3333,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the gate's inputs; default: a new one each time.")] = None,
+    gate_tokens: Annotated[
+        int, typer.Option(help="Tokens of the correctness gate's sequence.")
+    ] = 3333,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the gate's inputs; default: a new one each time.")
+    ] = None,
     device: DeviceOption = "auto",
     json_file: JsonOption = None,
 ) -> None:
-    """Times a prompt of a model with random weights, after checking its attention; exits with 1 if the check fails."""
-    check_options(json_file, page_tokens, tokens=tokens, chunk=chunk, **{"gate-tokens": gate_tokens})
+    """Times a prompt of a model with random weights, after checking its attention; exits with 1 if
+    the check fails."""
+    check_options(
+        json_file, page_tokens, tokens=tokens, chunk=chunk, **{"gate-tokens": gate_tokens}
+    )
     import torch
 
     from kvfold.compress.bench.cases import pair
@@ -156,31 +197,49 @@ def prompt_command(
     target, names = pick_device(device), split(formats)
     check_names(shape, names)
     if target.type != "cuda" and not INTERPRET:
-        raise KvfoldError("`kvfold bench prompt` needs a CUDA device; to try the gate on a CPU set TRITON_INTERPRET=1.")
+        raise KvfoldError(
+            "`kvfold bench prompt` needs a CUDA device; to try the gate on a CPU set TRITON_INTERPRET=1."
+        )
     seed = secrets.randbelow(1 << 31) if seed is None else seed
     torch.manual_seed(seed)
     size, regions = SHAPES[shape], (sinks, window, page_tokens)
     heads = (size["num_attention_heads"], size["num_key_value_heads"])
-    checks = gate({name: pair(name, size["head_dim"]) for name in names}, regions, heads, gate_tokens, target)
-    failed = [f"{name}: error {error} > {most}" for name, error, most in checks if not error <= most]
+    checks = gate(
+        {name: pair(name, size["head_dim"]) for name in names}, regions, heads, gate_tokens, target
+    )
+    failed = [
+        f"{name}: error {error} > {most}" for name, error, most in checks if not error <= most
+    ]
     for text in failed:
         print(f"kvfold: gate: {text}", file=sys.stderr)
     if failed:
         raise typer.Exit(1)
     where = machine(target)
     worst = max(error / most for _, error, most in checks)
-    print(f"gate: {len(checks)} checks passed (seed {seed}), the worst at {worst:.2f} of what is allowed", flush=True)
+    print(
+        f"gate: {len(checks)} checks passed (seed {seed}), the worst at {worst:.2f} of what is allowed",
+        flush=True,
+    )
     rows = prompt_rows(shape, tokens, chunk, names, baseline, regions, target)
     for row in rows:
         ratio = f", {row['ratio']:.2f}× DynamicCache's speed" if row["ratio"] else ""
-        peak = "" if row["peak_bytes"] is None else f", peak {row['peak_bytes'] / 1e9:.2f} GB beside the weights"
+        peak = (
+            ""
+            if row["peak_bytes"] is None
+            else f", peak {row['peak_bytes'] / 1e9:.2f} GB beside the weights"
+        )
         speed = f"{row['ms']:.0f} ms, {row['tokens_per_s']:.0f} tokens/s"
-        print(f"{row['cache']} {shape} 1x{tokens} by {chunk}: {speed}{ratio}{peak} | {describe(where)}", flush=True)
+        print(
+            f"{row['cache']} {shape} 1x{tokens} by {chunk}: {speed}{ratio}{peak} | {describe(where)}",
+            flush=True,
+        )
     write_json(json_file, {"machine": where, "seed": seed, "rows": rows})
 
 
 def decode_command(
-    formats: Annotated[str, typer.Option(help="Formats by name: k2v2,best,k2v1.6,k4v4,16.")] = "k2v2",
+    formats: Annotated[
+        str, typer.Option(help="Formats by name: k2v2,best,k2v1.6,k4v4,16.")
+    ] = "k2v2",
     shape: Annotated[str, typer.Option(help="llama3-8b or llama2-7b.")] = "llama3-8b",
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     tokens: Annotated[int, typer.Option(help="Tokens that each sequence holds.")] = 131072,
@@ -191,7 +250,8 @@ def decode_command(
     device: DeviceOption = "auto",
     json_file: JsonOption = None,
 ) -> None:
-    """Times whole decoding steps of a model with random weights on a full cache, replayed from a CUDA graph."""
+    """Times whole decoding steps of a model with random weights on a full cache, replayed from a
+    CUDA graph."""
     check_options(json_file, page_tokens, batch=batch, tokens=tokens)
     from kvfold.compress.bench.decode import chosen_baselines, decode_rows
     from kvfold.compress.bench.model import check_names
@@ -204,7 +264,9 @@ def decode_command(
     where, streams = machine(target), measured_streams(target)
     print(best_stream(streams), flush=True)
     rate = streams[0].bytes_per_s
-    rows = decode_rows(shape, batch, tokens, names, kinds, (sinks, window, page_tokens), target, rate)
+    rows = decode_rows(
+        shape, batch, tokens, names, kinds, (sinks, window, page_tokens), target, rate
+    )
     for row in rows:
         others = ", ".join(
             f"{kind} {ms:.1f} ms" if isinstance(ms, float) else f"{kind} {ms}"
@@ -215,18 +277,28 @@ def decode_command(
             f"{row['format']} {shape} {batch}x{tokens}: {row['ms']:.2f} ms a step, {row['over_floor']:.2f}× the floor "
             f"of {row['floor_ms']:.2f} ms;{ratio} {others or 'no baseline'} | {describe(where)}"
         )
-    write_json(json_file, {"machine": where, "streams": [s._asdict() for s in streams], "rows": rows})
+    write_json(
+        json_file, {"machine": where, "streams": [s._asdict() for s in streams], "rows": rows}
+    )
 
 
 def memory_command(
-    formats: Annotated[str, typer.Option(help="Formats by name: k2v2,best,k2v1.6,k4v4; none for no batch.")] = "k2v2",
+    formats: Annotated[
+        str, typer.Option(help="Formats by name: k2v2,best,k2v1.6,k4v4; none for no batch.")
+    ] = "k2v2",
     shape: Annotated[str, typer.Option(help="llama3-8b or llama2-7b.")] = "llama3-8b",
-    tokens: Annotated[int, typer.Option(help="Tokens that each sequence of the batch holds.")] = 32768,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens that each sequence of the batch holds.")
+    ] = 32768,
     baselines: BaselinesOption = "eager",
     long_format: Annotated[str, typer.Option(help="Format of the long sequence.")] = "k2v1.6",
     long_shape: Annotated[str, typer.Option(help="Model of the long sequence.")] = "llama2-7b",
-    long_tokens: Annotated[int, typer.Option(min=0, help="Tokens of the long sequence; 0 leaves it out.")] = 1 << 20,
-    limit: Annotated[int, typer.Option(min=0, help="Bytes that caches may take; 0: what the device has free.")] = 0,
+    long_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens of the long sequence; 0 leaves it out.")
+    ] = 1 << 20,
+    limit: Annotated[
+        int, typer.Option(min=0, help="Bytes that caches may take; 0: what the device has free.")
+    ] = 0,
     sinks: SinksOption = 5,
     window: WindowOption = 128,
     page_tokens: PageOption = 32,
@@ -253,8 +325,15 @@ def memory_command(
     rows = memory_rows(shape, tokens, names, kinds, regions, target, limit) if names else []
     for row in rows:
         ratio = f", {row['ratio']:.2f}× the best in 16 bits" if row.get("ratio") else ""
-        step = f"{row['ms']:.1f} ms a step, {row['tokens_per_s']:.1f} tokens/s" if row["ms"] else "does not fit"
-        print(f"{row['cache']} {shape} {row['batch']}x{tokens}: {step}{ratio} | {describe(where)}", flush=True)
+        step = (
+            f"{row['ms']:.1f} ms a step, {row['tokens_per_s']:.1f} tokens/s"
+            if row["ms"]
+            else "does not fit"
+        )
+        print(
+            f"{row['cache']} {shape} {row['batch']}x{tokens}: {step}{ratio} | {describe(where)}",
+            flush=True,
+        )
     result: dict[str, Any] = {"machine": where, "rows": rows, "long": None}
     write_json(json_file, result)
     if not long_tokens:
@@ -262,7 +341,10 @@ def memory_command(
     try:
         long = long_row(long_shape, long_tokens, long_format, regions, target)
     except torch.OutOfMemoryError as error:
-        print(f"kvfold: {long_tokens} tokens do not fit: {' '.join(str(error).split())}", file=sys.stderr)
+        print(
+            f"kvfold: {long_tokens} tokens do not fit: {' '.join(str(error).split())}",
+            file=sys.stderr,
+        )
         raise typer.Exit(1) from None
     write_json(json_file, result | {"long": long})
     peak = "" if long["peak_bytes"] is None else f", peak {long['peak_bytes'] / 1e9:.2f} GB"

@@ -1,8 +1,8 @@
 """Timing on a device: medians of CUDA graph replays, the best stream of bytes, and the library
 attentions to compare with.
 
-On a CPU the same functions time with perf_counter, so that the commands can be tried out where no GPU is; such figures
-say nothing about speed.
+On a CPU the same functions time with perf_counter, so that the commands can be tried out where no
+GPU is; such figures say nothing about speed.
 """
 
 import math
@@ -17,13 +17,17 @@ from torch import Tensor
 
 CALLS = 10  # of a graph, at least
 REPLAYS = 9
-COLD = 4  # the data of one graph is at least this many times the L2 cache, so that no call finds the last one's there
+# the data of one graph is at least this many times the L2 cache, so that no call finds the last
+# one's there
+COLD = 4
 MOST_COPIES = 128
 
 
 def machine(device: torch.device) -> dict[str, str]:
     """What a figure was measured on: the device's name, and the versions of torch and Triton."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, no measure of speed"
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, no measure of speed"
+    )
     try:
         triton = version("triton")
     except PackageNotFoundError:
@@ -32,7 +36,8 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def copies_for(nbytes: int, device: torch.device) -> int:
-    """Copies of data of `nbytes` bytes that calls take turns with, so that each finds its own outside the L2 cache."""
+    """Copies of data of `nbytes` bytes that calls take turns with, so that each finds its own
+    outside the L2 cache."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -71,21 +76,24 @@ def median_ms(call: Callable[[int], object], device: torch.device, copies: int =
 
 
 class Stream(NamedTuple):
-    """One way to move bytes through a device's memory, and how many a second it moved: read ones and written ones."""
+    """One way to move bytes through a device's memory, and how many a second it moved: read ones
+    and written ones."""
 
     name: str
     bytes_per_s: float
 
 
 def measured_streams(device: torch.device, nbytes: int = 1 << 31) -> list[Stream]:
-    """What the memory gives at the most, by several reads and copies: the best first, which figures are compared with.
+    """What the memory gives at the most, by several reads and copies: the best first, which figures
+    are compared with.
 
     Calls are timed in a row without a graph: a copy in a CUDA graph, a memcpy node, moves a third
     less than by itself. Two buffers take turns, so that each call finds its own outside the L2
     cache.
 
     Args:
-        nbytes: of each buffer; at least COLD times the L2 cache, else at most an eighth of the memory. 4 MiB on a CPU.
+        nbytes: of each buffer; at least COLD times the L2 cache, else at most an eighth of the
+            memory. 4 MiB on a CPU.
     """
     calls: dict[str, tuple[int, Callable[[int], object]]] = {}
     if device.type == "cuda":
@@ -95,7 +103,9 @@ def measured_streams(device: torch.device, nbytes: int = 1 << 31) -> list[Stream
     else:
         nbytes = min(nbytes, 1 << 22)
     nbytes -= nbytes % (1 << 16)
-    data = torch.rand(2, nbytes // 4, device=device)  # not zeros, which move faster where lines are compressed
+    data = torch.rand(
+        2, nbytes // 4, device=device
+    )  # not zeros, which move faster where lines are compressed
     target = torch.empty_like(data[0])
     calls["copy_, read and written"] = 2 * nbytes, lambda i: target.copy_(data[i])
     calls["neg, read and written"] = 2 * nbytes, lambda i: torch.neg(data[i], out=target)
@@ -106,11 +116,17 @@ def measured_streams(device: torch.device, nbytes: int = 1 << 31) -> list[Stream
         words = data.view(torch.int32)
 
         def reading(setting: Setting) -> Callable[[int], object]:
-            out = torch.empty(setting.programs * properties.multi_processor_count, dtype=torch.int32, device=device)
+            out = torch.empty(
+                setting.programs * properties.multi_processor_count,
+                dtype=torch.int32,
+                device=device,
+            )
             return lambda i: read_words(words[i], out, setting)
 
         calls |= {str(setting): (nbytes, reading(setting)) for setting in SETTINGS}
-    found = [Stream(name, moved / plain_ms(call, device) * 1e3) for name, (moved, call) in calls.items()]
+    found = [
+        Stream(name, moved / plain_ms(call, device) * 1e3) for name, (moved, call) in calls.items()
+    ]
     return sorted(found, key=lambda stream: -stream.bytes_per_s)
 
 
@@ -135,16 +151,25 @@ def plain_ms(call: Callable[[int], object], device: torch.device) -> float:
 
 
 def random_kv(
-    batch: int, num_kv_heads: int, tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    batch: int,
+    num_kv_heads: int,
+    tokens: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values [copies, B, Hkv, tokens, head_dim] of a 16-bit cache, as many copies as `copies_for` says."""
+    """Keys and values [copies, B, Hkv, tokens, head_dim] of a 16-bit cache, as many copies as
+    `copies_for` says."""
     nbytes = 2 * batch * num_kv_heads * tokens * head_dim * dtype.itemsize
     shape = (copies_for(nbytes, device), batch, num_kv_heads, tokens, head_dim)
-    return torch.randn(shape, dtype=dtype, device=device), torch.randn(shape, dtype=dtype, device=device)
+    return torch.randn(shape, dtype=dtype, device=device), torch.randn(
+        shape, dtype=dtype, device=device
+    )
 
 
 def sdpa_ms(query: Tensor, keys: Tensor, values: Tensor) -> float:
-    """Milliseconds of one step of scaled_dot_product_attention with its flash backend (any backend on a CPU).
+    """Milliseconds of one step of scaled_dot_product_attention with its flash backend (any backend
+    on a CPU).
 
     Args:
         query: [B, Hkv, G, head_dim]: the query heads of a KV head stand where tokens do, so that
@@ -163,7 +188,8 @@ def sdpa_ms(query: Tensor, keys: Tensor, values: Tensor) -> float:
 
 
 def flex_call(query: Tensor, keys: Tensor, values: Tensor) -> Callable[[int], object]:
-    """One step of FlexAttention, compiled, on copy i; arguments as in `sdpa_ms`. The first call compiles."""
+    """One step of FlexAttention, compiled, on copy i; arguments as in `sdpa_ms`. The first call
+    compiles."""
     import torch._inductor.config as inductor
     from torch.nn.attention.flex_attention import flex_attention
 

@@ -36,16 +36,23 @@ app.add_typer(bench, name="bench")
 app.add_typer(kernels, name="kernels")
 bench_speed.add_to(bench)
 
-OutOption = Annotated[Path | None, typer.Option(help="The artifact's folder; default artifacts/MODEL-BUDGET.")]
+OutOption = Annotated[
+    Path | None, typer.Option(help="The artifact's folder; default artifacts/MODEL-BUDGET.")
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
 @app.command("compress")
 def compress_command(
-    model: Annotated[str, typer.Argument(help="Alias (smollm2-135m), checkpoint folder, .gguf, or Hub id.")],
+    model: Annotated[
+        str, typer.Argument(help="Alias (smollm2-135m), checkpoint folder, .gguf, or Hub id.")
+    ],
     budget: Annotated[
-        str, typer.Option(help="Mean bits per cached element (2.5), or bytes at a length (512MiB@32768).")
+        str,
+        typer.Option(
+            help="Mean bits per cached element (2.5), or bytes at a length (512MiB@32768)."
+        ),
     ] = "2.5",
     out: OutOption = None,
     calib: Annotated[
@@ -54,21 +61,34 @@ def compress_command(
             help="Text file, or datasets id as ID:CONFIG:SPLIT, joined by the built-in text; default: that alone."
         ),
     ] = None,
-    recipe: Annotated[str, typer.Option(help="best, skvq, skvq-v1.5, pm-kvq, or a YAML file of choices.")] = "best",
+    recipe: Annotated[
+        str, typer.Option(help="best, skvq, skvq-v1.5, pm-kvq, or a YAML file of choices.")
+    ] = "best",
     context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens at which plain bits count; default 32768 or the model's maximum.")
+        int | None,
+        typer.Option(
+            min=1, help="Tokens at which plain bits count; default 32768 or the model's maximum."
+        ),
     ] = None,
     device: DeviceOption = "auto",
     seed: Annotated[
-        int | None, typer.Option(min=0, max=MOST_SEED - 1, help="Seed of everything random; default 0.")
+        int | None,
+        typer.Option(min=0, max=MOST_SEED - 1, help="Seed of everything random; default 0."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what an interrupted run left.")
+    ] = False,
     max_memory: Annotated[
         str | None,
-        typer.Option(help="Memory to count on (8GiB); default: what is free. Bigger models are read layer by layer."),
+        typer.Option(
+            help="Memory to count on (8GiB); default: what is free. Bigger models are read layer by layer."
+        ),
     ] = None,
     accept_loss: Annotated[
-        bool, typer.Option("--accept-loss", help="Write the artifact also where the measured KL is above 1 nat.")
+        bool,
+        typer.Option(
+            "--accept-loss", help="Write the artifact also where the measured KL is above 1 nat."
+        ),
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -99,13 +119,23 @@ def compress_command(
 @app.command("inspect")
 def inspect_command(
     artifact: Annotated[str, typer.Argument(help="The artifact's folder or Hub id.")],
-    at: Annotated[int | None, typer.Option(help="Tokens of one sequence; default: the budget's length.")] = None,
+    at: Annotated[
+        int | None, typer.Option(help="Tokens of one sequence; default: the budget's length.")
+    ] = None,
     as_json: JsonFlag = False,
-    live: Annotated[bool, typer.Option("--live", help="Show the cache while the model continues --prompt.")] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="Show the cache while the model continues --prompt.")
+    ] = False,
     prompt: Annotated[str, typer.Option(help="--live: text to continue.")] = "The key-value cache",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="--live: tokens to add at the most.")] = 256,
-    policy: Annotated[str, typer.Option(help="--live: floor, or progressive with --kv-budget.")] = "floor",
-    kv_budget: Annotated[str | None, typer.Option(help="--live: bytes that the cache may take, e.g. 512MiB.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="--live: tokens to add at the most.")
+    ] = 256,
+    policy: Annotated[
+        str, typer.Option(help="--live: floor, or progressive with --kv-budget.")
+    ] = "floor",
+    kv_budget: Annotated[
+        str | None, typer.Option(help="--live: bytes that the cache may take, e.g. 512MiB.")
+    ] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Shows formats, bits and bytes by layer; with --live, of a cache that fills."""
@@ -128,19 +158,33 @@ def inspect_command(
 def validate_command(
     artifact: Annotated[Path, typer.Argument(help="The artifact's folder.")],
     update: Annotated[
-        bool, typer.Option("--update", help="After an edit: sign the files as they are now, if all else is valid.")
+        bool,
+        typer.Option(
+            "--update", help="After an edit: sign the files as they are now, if all else is valid."
+        ),
     ] = False,
     fix: Annotated[
-        bool, typer.Option("--fix", help="Add what earlier versions did not write and serving engines need.")
+        bool,
+        typer.Option(
+            "--fix", help="Add what earlier versions did not write and serving engines need."
+        ),
     ] = False,
 ) -> None:
     """Checks every hash, tensor and field of an artifact, and that its model and tokenizer load."""
     if fix:
         written = fix_artifact(artifact)
-        print(f"{artifact}: wrote {', '.join(written)}." if written else f"{artifact}: nothing was missing.")
+        print(
+            f"{artifact}: wrote {', '.join(written)}."
+            if written
+            else f"{artifact}: nothing was missing."
+        )
     if update:
         changed = update_artifact(artifact)
-        print(f"{artifact}: signed {', '.join(changed)} anew." if changed else f"{artifact}: nothing has changed.")
+        print(
+            f"{artifact}: signed {', '.join(changed)} anew."
+            if changed
+            else f"{artifact}: nothing has changed."
+        )
     from kvfold.runtime.load import read_model
 
     found = read_artifact(artifact)
@@ -160,30 +204,44 @@ def eval_command(
     ctx: typer.Context,
     artifact: Annotated[str, typer.Argument(help="The artifact's folder or Hub id.")],
     against: Annotated[
-        str | None, typer.Option(help="Model whose 16-bit cache is the reference; default: the artifact's weights.")
+        str | None,
+        typer.Option(
+            help="Model whose 16-bit cache is the reference; default: the artifact's weights."
+        ),
     ] = None,
     text: Annotated[
-        str | None, typer.Option(help="Text file, or datasets id as ID:CONFIG:SPLIT; default: the held-out text.")
+        str | None,
+        typer.Option(
+            help="Text file, or datasets id as ID:CONFIG:SPLIT; default: the held-out text."
+        ),
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows that do not overlap.")] = 3,
     first_window: Annotated[int, typer.Option(min=0, help="Window to begin with.")] = 0,
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     device: DeviceOption = "auto",
-    attention: Annotated[str, typer.Option(help="auto, reference (plain torch) or triton.")] = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    attention: Annotated[
+        str, typer.Option(help="auto, reference (plain torch) or triton.")
+    ] = "auto",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the figures to this file.")
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
             help="Instead, tasks by generation: gsm8k, humaneval, needle, retrieval; --text is then the haystack."
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Tasks: prompts of each at the most.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Tasks: prompts of each at the most.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Tasks: prompts at a time.")] = 16,
     task_data: Annotated[
-        str | None, typer.Option(help="Tasks: .jsonl file, folder, or datasets id as ID:CONFIG:SPLIT.")
+        str | None,
+        typer.Option(help="Tasks: .jsonl file, folder, or datasets id as ID:CONFIG:SPLIT."),
     ] = None,
     time_limit: Annotated[
-        float | None, typer.Option(min=0.0, help="Tasks: stop after a batch, in about so many seconds.")
+        float | None,
+        typer.Option(min=0.0, help="Tasks: stop after a batch, in about so many seconds."),
     ] = None,
     run_code: Annotated[
         bool,
@@ -195,28 +253,45 @@ def eval_command(
         ),
     ] = False,
     draws: Annotated[int, typer.Option(min=1, help="Tasks: answers sampled for each prompt.")] = 1,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Tasks: of sampling; 0 is greedy text.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Tasks: of sampling; 0 is greedy text.")
+    ] = 0.0,
     context: Annotated[
-        int | None, typer.Option(min=1, help="Tasks: tokens of prompt and answer; default: the model's maximum.")
+        int | None,
+        typer.Option(
+            min=1, help="Tasks: tokens of prompt and answer; default: the model's maximum."
+        ),
     ] = None,
     samples: Annotated[
-        Path | None, typer.Option(help="Tasks: folder of the answers; default artifacts/NAME.tasks.")
+        Path | None,
+        typer.Option(help="Tasks: folder of the answers; default artifacts/NAME.tasks."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Tasks: go on with the answers that are there.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Tasks: go on with the answers that are there.")
+    ] = False,
     seed: Annotated[
-        int, typer.Option(min=0, max=MOST_SEED - 1, help="Tasks: seed of needle, retrieval and the order of batches.")
+        int,
+        typer.Option(
+            min=0,
+            max=MOST_SEED - 1,
+            help="Tasks: seed of needle, retrieval and the order of batches.",
+        ),
     ] = 0,
 ) -> None:
-    """Measures perplexity, KL and top-1 agreement, or tasks, through the packed cache against the 16-bit cache."""
+    """Measures perplexity, KL and top-1 agreement, or tasks, through the packed cache against the
+    16-bit cache."""
     from kvfold.compress.evaluate import evaluate
     from kvfold.compress.plan import pick_device
     from kvfold.compress.tasks.options import check_options
     from kvfold.compress.tasks.report import print_tasks
     from kvfold.compress.tasks.run import run_tasks
 
-    check_options({name for name in ctx.params if ctx.get_parameter_source(name).name == "COMMANDLINE"}, tasks)  # type: ignore[union-attr]
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    check_options({name for name, x in sources.items() if x and x.name == "COMMANDLINE"}, tasks)
     if json_file and not json_file.absolute().parent.is_dir():
-        raise KvfoldError(f"--json '{json_file}' lies in a folder that does not exist; make it or choose another file.")
+        raise KvfoldError(
+            f"--json '{json_file}' lies in a folder that does not exist; make it or choose another file."
+        )
     if tasks is not None:
         report = run_tasks(
             artifact, tasks, data=task_data, limit=limit, batch_size=batch_size, time_limit=time_limit,
@@ -262,7 +337,9 @@ def generate_command(
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at the most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt through the chat template.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED - 1, help="For sampling.")] = 0,
     device: DeviceOption = "auto",
 ) -> None:
@@ -277,8 +354,8 @@ app.command("push")(push_command)
 
 
 def main(args: list[str] | None = None, prog: str = "kvfold") -> None:
-    """Runs the command line: exit code 0 done, 2 wrong usage or input (one line), 1 failure, 130 interrupted (one
-    line).
+    """Runs the command line: exit code 0 done, 2 wrong usage or input (one line), 1 failure, 130
+    interrupted (one line).
 
     Args:
         args: what stands after the command's name; default: of this process.
@@ -301,7 +378,10 @@ def _run(words: list[str], prog: str) -> int:
         return app(words, prog_name=prog, standalone_mode=False)
     except UsageError as error:
         command = error.ctx.command_path if error.ctx else prog
-        print(f"kvfold: {' '.join(error.format_message().split())} See `{command} --help`.", file=sys.stderr)
+        print(
+            f"kvfold: {' '.join(error.format_message().split())} See `{command} --help`.",
+            file=sys.stderr,
+        )
     except KvfoldError as error:
         print(f"kvfold: {printable(' '.join(str(error).split()))}", file=sys.stderr)
     return 2

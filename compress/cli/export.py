@@ -13,7 +13,8 @@ export = typer.Typer(help="Writes an artifact's weights in a form that another e
 ArtifactArgument = Annotated[Path, typer.Argument(help="The artifact's folder.")]
 OutArgument = Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")]
 CalibOption = Annotated[
-    str | None, typer.Option(help="Text file, or datasets id as ID:CONFIG:SPLIT; default: the built-in text.")
+    str | None,
+    typer.Option(help="Text file, or datasets id as ID:CONFIG:SPLIT; default: the built-in text."),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
 
@@ -28,7 +29,8 @@ def compressed_tensors_command(
     calib: CalibOption = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Plain weights with calibrated fp8 KV scales, for vLLM and SGLang. The last line printed is the folder."""
+    """Plain weights with calibrated fp8 KV scales, for vLLM and SGLang. The last line printed is
+    the folder."""
     from kvfold.compress.plan import pick_device
     from kvfold.compress.targets.engines import export_compressed_tensors
 
@@ -42,7 +44,9 @@ def modelopt_command(
     out: OutArgument,
     bits: Annotated[
         float | None,
-        typer.Option(help="Mean payload bits, 4.5 (all NVFP4) to 8 (all FP8); default: the artifact's, at least 4.5."),
+        typer.Option(
+            help="Mean payload bits, 4.5 (all NVFP4) to 8 (all FP8); default: the artifact's, at least 4.5."
+        ),
     ] = None,
     calib: CalibOption = None,
     device: DeviceOption = "auto",
@@ -70,7 +74,10 @@ def onnx_command(
     artifact: ArtifactArgument,
     out: OutArgument,
     form: Annotated[
-        str, typer.Option(help="Cache: packed (the artifact's own), gqa (uniform, for GroupQueryAttention) or 16bit.")
+        str,
+        typer.Option(
+            help="Cache: packed (the artifact's own), gqa (uniform, for GroupQueryAttention) or 16bit."
+        ),
     ] = "packed",
     bits: Annotated[int | None, typer.Option(help="Of gqa: 8 or 4; default 8.")] = None,
     calib: CalibOption = None,

@@ -13,7 +13,13 @@ from kvfold.runtime.load import load_pretrained, resolve_artifact
 
 
 def generate(
-    artifact: str, prompt: str, max_new_tokens: int, temperature: float, chat: bool, seed: int, device: torch.device
+    artifact: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    chat: bool,
+    seed: int,
+    device: torch.device,
 ) -> None:
     """Prints the continuation to stdout as it is made, and one line on the cache to stderr."""
     path = resolve_artifact(artifact)
@@ -29,7 +35,9 @@ def generate(
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:
-        raise KvfoldError("The prompt is empty and the tokenizer adds nothing to it; give some text.")
+        raise KvfoldError(
+            "The prompt is empty and the tokenizer adds nothing to it; give some text."
+        )
     torch.manual_seed(seed)
     sampling = (
         {"do_sample": True, "temperature": temperature}

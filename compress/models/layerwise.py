@@ -9,7 +9,8 @@ from kvfold.exports.architectures import Architecture
 
 
 class LayerRunner:
-    """Holds what every decoder layer is called with besides its hidden states (positions, rotary tables, masks).
+    """Holds what every decoder layer is called with besides its hidden states (positions, rotary
+    tables, masks).
 
     Args:
         model: causal LM in eval mode.
@@ -18,7 +19,9 @@ class LayerRunner:
         positions: int64 [B, T] for RoPE; default: 0, 1, 2, ….
     """
 
-    def __init__(self, model: Any, arch: Architecture, input_ids: Tensor, positions: Tensor | None = None) -> None:
+    def __init__(
+        self, model: Any, arch: Architecture, input_ids: Tensor, positions: Tensor | None = None
+    ) -> None:
         self.layers = arch.decoder_layers(model)
         self.embedded, self._calls = self._record(model, arch, input_ids, positions)
 
@@ -50,10 +53,11 @@ class LayerRunner:
         return first[0], calls
 
     def run(self, index: int, hidden_states: Tensor, first: int = 0) -> Tensor:
-        """Layer `index` on hidden states [B, T − first, hidden_size] of the positions from `first` on → the next
-        layer's.
+        """Layer `index` on hidden states [B, T − first, hidden_size] of the positions from `first`
+        on → the next layer's.
 
-        With first > 0 the layer's attention must be tapped by what knows the keys and values before.
+        With first > 0 the layer's attention must be tapped by what knows the keys and values
+        before.
         """
         args, kwargs = self._calls[index]
         if first:
@@ -71,8 +75,8 @@ class LayerRunner:
 
 
 def _from(given: Any, first: int, tokens: int) -> Any:
-    """What a layer is called with, of the positions from `first` on: rows of masks [B, 1, T, T], rotary tables and
-    positions [B, T, …], positions [T]; anything else as it is."""
+    """What a layer is called with, of the positions from `first` on: rows of masks [B, 1, T, T],
+    rotary tables and positions [B, T, …], positions [T]; anything else as it is."""
     if isinstance(given, tuple):
         return tuple(_from(x, first, tokens) for x in given)
     if not isinstance(given, Tensor):

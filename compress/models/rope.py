@@ -1,9 +1,10 @@
 """What RoPE turns a layer's queries and keys by, read from the model's own rotary module.
 
-A family may have one table for all layers, a table for each type of layer (Gemma 3: another base in sliding layers),
-tables that change with the length (long-rope), factors that only a part of a head's channels take, or layers without
-RoPE. A turn is a complex number e^{iθ} for each pair of the n channels that are rotated (kernels/key_mean.py says which
-channels are pairs), so turns combine by multiplication.
+A family may have one table for all layers, a table for each type of layer (Gemma 3: another base in
+sliding layers), tables that change with the length (long-rope), factors that only a part of a
+head's channels take, or layers without RoPE. A turn is a complex number e^{iθ} for each pair of the
+n channels that are rotated (kernels/key_mean.py says which channels are pairs), so turns combine by
+multiplication.
 """
 
 from typing import Any
@@ -19,17 +20,21 @@ def turns(model: Any, arch: Architecture, layer: int, positions: Tensor) -> Tens
     """The turns of one layer at `positions`, int64 [B, T], of one sequence.
 
     Returns:
-        complex64 [B, T, n/2] of modulus 1 (a factor on the tables, as long-rope has, is left out); None for a layer
-        without RoPE.
+        complex64 [B, T, n/2] of modulus 1 (a factor on the tables, as long-rope has, is left out);
+        None for a layer without RoPE.
     """
     attention = arch.attention_modules(model)[layer]
-    if not getattr(attention, "use_rope", True) or _only_elsewhere(text_of(model.config), arch, layer, attention):
+    if not getattr(attention, "use_rope", True) or _only_elsewhere(
+        text_of(model.config), arch, layer, attention
+    ):
         return None
     rotary = arch.language_model(model).rotary_emb
     of_type = (text_of(model.config).layer_types[layer],) if arch.rope_by_type else ()
     if arch.rope_axes > 1:
         positions = positions.expand(arch.rope_axes, *positions.shape)
-    cos, sin = rotary(torch.empty(0, device=positions.device), positions, *of_type)  # the tensor only gives its type
+    cos, sin = rotary(
+        torch.empty(0, device=positions.device), positions, *of_type
+    )  # the tensor only gives its type
     pairs = cos.shape[-1] if arch.rope_halves else cos.shape[-1] // 2
     once = slice(0, None, 2) if arch.rope_repeats else slice(pairs)
     turn = torch.complex(cos[..., once].float(), sin[..., once].float())
@@ -38,16 +43,21 @@ def turns(model: Any, arch: Architecture, layer: int, positions: Tensor) -> Tens
 
 def _only_elsewhere(config: Any, arch: Architecture, layer: int, attention: Any) -> bool:
     """Whether RoPE is for sliding layers, and this is none; a layer may be an exception."""
-    windows = sliding_windows_of(config) if arch.rope_if_sliding and not getattr(attention, "force_rope", False) else ()
+    windows = (
+        sliding_windows_of(config)
+        if arch.rope_if_sliding and not getattr(attention, "force_rope", False)
+        else ()
+    )
     return bool(windows) and not windows[layer]
 
 
 def frequencies(model: Any, arch: Architecture, layer: int, last: int) -> Tensor | None:
-    """Angular frequencies ω of a layer's RoPE, float32 [n/2], radians a token; None for a layer without RoPE.
+    """Angular frequencies ω of a layer's RoPE, float32 [n/2], radians a token; None for a layer
+    without RoPE.
 
     Args:
-        last: the highest position that will be used: a table that changes with the length is asked for with that one
-            in.
+        last: the highest position that will be used: a table that changes with the length is asked
+            for with that one in.
     """
     device = next(model.parameters()).device
     found = turns(model, arch, layer, torch.tensor([[0, 1, max(1, last)]], device=device))
@@ -64,7 +74,11 @@ def norm_weights(attention: Any, arch: Architecture) -> tuple[Tensor | None, Ten
 
 
 def rotate_on(
-    x: Tensor, near: Tensor | None, far: Tensor | None, pairs: RopePairs = "halves", weight: Tensor | None = None
+    x: Tensor,
+    near: Tensor | None,
+    far: Tensor | None,
+    pairs: RopePairs = "halves",
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Queries or keys as RoPE would have turned them at other positions.
 
@@ -81,7 +95,9 @@ def rotate_on(
     width = 2 * near.shape[-1]
     x = x.float()
     if weight is not None:
-        weight = torch.where(weight == 0, 1.0, weight)  # a channel that is 0 at every position stays so
+        weight = torch.where(
+            weight == 0, 1.0, weight
+        )  # a channel that is 0 at every position stays so
         x = x / weight
     first, second = split_pairs(x[..., :width], pairs)
     turned = torch.complex(first.contiguous(), second.contiguous()) * (far * near.conj())[:, None]

@@ -1,5 +1,5 @@
-"""Whether the numbers in a config make a model at all, before one is built from them: a million layers take minutes to
-be refused."""
+"""Whether the numbers in a config make a model at all, before one is built from them: a million
+layers take minutes to be refused."""
 
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,5 @@
-"""How the tensors of a checkpoint become a model's parameters, by transformers' own rules: most have the parameter's
-name, some another one, and those of experts are joined."""
+"""How the tensors of a checkpoint become a model's parameters, by transformers' own rules: most
+have the parameter's name, some another one, and those of experts are joined."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -42,7 +42,9 @@ def names_of(model: Any, stored: Mapping[str, Tensor]) -> Names:
     own = model.state_dict()
     names = Names({}, {})
     for name in stored:
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+        target, pattern = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, own
+        )
         if target not in own and name in own:
             target, pattern = name, None
         if target in own:
@@ -51,7 +53,8 @@ def names_of(model: Any, stored: Mapping[str, Tensor]) -> Names:
 
 
 def wide_names(model: Any, names: Iterable[str], dtype: torch.dtype) -> set[str]:
-    """Those of a model's parameters and buffers that transformers keeps in float32 in a model of another type."""
+    """Those of a model's parameters and buffers that transformers keeps in float32 in a model of
+    another type."""
     fields = ["_keep_in_fp32_modules_strict"] if dtype in (torch.float16, torch.bfloat16) else []
     fields += ["_keep_in_fp32_modules"] if dtype == torch.float16 else []
     patterns = [x for field in fields for x in getattr(model, field, None) or ()]
@@ -62,7 +65,8 @@ def wide_names(model: Any, names: Iterable[str], dtype: torch.dtype) -> set[str]
 
 
 def join(model: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Puts into the model, on the CPU, the parameters that are made of several tensors of a checkpoint.
+    """Puts into the model, on the CPU, the parameters that are made of several tensors of a
+    checkpoint.
 
     Args:
         tensors: by their names in the checkpoint, all that those parameters are made of.

@@ -1,8 +1,9 @@
-"""Models that are bigger than memory: weights stay in their files, and a decoder layer is in memory, in the type that
-is computed in, only while it runs.
+"""Models that are bigger than memory: weights stay in their files, and a decoder layer is in
+memory, in the type that is computed in, only while it runs.
 
-What one layer after the other needs (embeddings, the last norm, the head) is in memory throughout. A file's pages are
-given back to the system after each layer, so that a process is as big as the layer that runs and what it computes.
+What one layer after the other needs (embeddings, the last norm, the head) is in memory throughout.
+A file's pages are given back to the system after each layer, so that a process is as big as the
+layer that runs and what it computes.
 """
 
 import json
@@ -24,11 +25,17 @@ from kvfold.exports.architectures import Architecture
 from kvfold.exports.files import weight_files
 from kvfold.pretrained import config_from_pretrained, model_from_config
 
-TORCH_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TORCH_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 class Stored(NamedTuple):
-    """Where a streamed model's weights are: files, their tensors by name, and what those are for."""
+    """Where a streamed model's weights are: files, their tensors by name, and what those are
+    for."""
 
     files: "list[WeightFile]"
     tensors: dict[str, Tensor]
@@ -56,9 +63,13 @@ class WeightFile:
         if first == last:
             return torch.empty(entry["shape"], dtype=dtype)
         if first % dtype.itemsize:  # a header of odd length
-            return torch.frombuffer(bytearray(self._map[first:last]), dtype=dtype).view(entry["shape"])
+            return torch.frombuffer(bytearray(self._map[first:last]), dtype=dtype).view(
+                entry["shape"]
+            )
         count = (last - first) // dtype.itemsize
-        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=first).view(entry["shape"])
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=first).view(
+            entry["shape"]
+        )
 
     def release(self) -> None:
         """Gives back the memory that reading has taken; what is looked at again is read again."""
@@ -68,13 +79,14 @@ class WeightFile:
 def load_streamed(
     path: Path, arch: Architecture, dtype: torch.dtype | None, device: torch.device, attention: str
 ) -> Any:
-    """A checkpoint folder as a model whose decoder layers stay in their files, in eval mode and without gradients.
+    """A checkpoint folder as a model whose decoder layers stay in their files, in eval mode and
+    without gradients.
 
     Args:
         path: a folder that `load_model` reads too.
         arch: its row in the table.
-        dtype: that is computed in; None: weights stay in their files, in the types that transformers gives them, and
-            nothing is to be computed.
+        dtype: that is computed in; None: weights stay in their files, in the types that
+            transformers gives them, and nothing is to be computed.
         device: where layers run, and the rest of the model stays.
         attention: name of an attention function.
     Raises:
@@ -93,7 +105,10 @@ def load_streamed(
                 f"The tensor {name} in '{path}' is of the wrong shape, so its weights do not fit config.json; give a "
                 "matching pair."
             )
-    there = {target: nn.Parameter(stored[name], requires_grad=False) for name, target in names.same.items()}
+    there = {
+        target: nn.Parameter(stored[name], requires_grad=False)
+        for name, target in names.same.items()
+    }
     if dtype is None:  # the types that transformers gives them
         wide = wide_names(model, there, config.dtype)
         for target, x in there.items():
@@ -108,7 +123,9 @@ def load_streamed(
                 "pair."
             )
     if (generation := path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_dict(json.loads(generation.read_text(encoding="utf-8")))
+        model.generation_config = GenerationConfig.from_dict(
+            json.loads(generation.read_text(encoding="utf-8"))
+        )
     model.eval().requires_grad_(False)
     model.kvfold_stored = Stored(files, stored, names)
     if dtype is not None:
@@ -121,7 +138,11 @@ def load_streamed(
             buffer.data = buffer.data.to(device)
         for index, layer in enumerate(layers):
             prefix = f"{arch.layers}.{index}."
-            parts = {name: stored[name] for name, target in names.joined.items() if target.startswith(prefix)}
+            parts = {
+                name: stored[name]
+                for name, target in names.joined.items()
+                if target.startswith(prefix)
+            }
             _stream(model, layer, parts, dtype, device)
     release(model)
     return model
@@ -133,7 +154,8 @@ def is_streamed(model: Any) -> bool:
 
 
 def release(model: Any) -> None:
-    """Gives back the memory that looking at a streamed model's weights has taken; nothing for any other model."""
+    """Gives back the memory that looking at a streamed model's weights has taken; nothing for any
+    other model."""
     if is_streamed(model):
         for file in model.kvfold_stored.files:
             file.release()
@@ -151,39 +173,50 @@ def stored_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def save_model(model: Any, folder: Path) -> None:
-    """Writes config and weights as transformers' `save_pretrained` does; a streamed model's with the checkpoint's
-    names, which that gives too."""
+    """Writes config and weights as transformers' `save_pretrained` does; a streamed model's with
+    the checkpoint's names, which that gives too."""
     if not is_streamed(model):
         model.save_pretrained(folder)
         return
     _, tensors, names = model.kvfold_stored
     own = model.state_dict()
-    state = {name: own[target] for name, target in names.same.items()} | {name: tensors[name] for name in names.joined}
+    state = {name: own[target] for name, target in names.same.items()} | {
+        name: tensors[name] for name in names.joined
+    }
     model.save_pretrained(folder, state_dict=state, save_original_format=False)
 
 
 def present(layer: Any) -> AbstractContextManager[None]:
-    """A context in which a decoder layer's weights are in memory, in the type that is computed in, for calls of its
-    parts; of a model that isn't streamed they always are."""
+    """A context in which a decoder layer's weights are in memory, in the type that is computed in,
+    for calls of its parts; of a model that isn't streamed they always are."""
     return getattr(layer, "kvfold_present", nullcontext)()
 
 
-def _stream(model: Any, layer: Any, parts: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+def _stream(
+    model: Any, layer: Any, parts: dict[str, Tensor], dtype: torch.dtype, device: torch.device
+) -> None:
     """Makes a layer's forward pass bring its weights, and take them away again.
 
     Args:
-        parts: by their names in the checkpoint, tensors that parameters of the layer are joined from.
+        parts: by their names in the checkpoint, tensors that parameters of the layer are joined
+            from.
         dtype, device: that the layer runs in and on.
     """
     plain = layer.forward
 
     @contextmanager
     def bring() -> Iterator[None]:
-        places = [(m, name, x) for m in layer.modules() for name, x in m.named_parameters(recurse=False)]
+        places = [
+            (m, name, x) for m in layer.modules() for name, x in m.named_parameters(recurse=False)
+        ]
         try:
             if parts and any(x.device.type == "meta" for _, _, x in places):
                 join(model, parts, model.config.dtype)
-            for module, name, _ in places:  # a new parameter: what autograd keeps of it stays as it is
+            for (
+                module,
+                name,
+                _,
+            ) in places:  # a new parameter: what autograd keeps of it stays as it is
                 weight = getattr(module, name).data.to(device).to(dtype)  # the few bytes travel
                 setattr(module, name, nn.Parameter(weight, requires_grad=False))
             yield

@@ -1,4 +1,5 @@
-"""Calibrates a model, measures what each choice costs, chooses, and folds the choices into weights."""
+"""Calibrates a model, measures what each choice costs, chooses, and folds the choices into
+weights."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +21,12 @@ from kvfold.compress.progress import progress, stage
 from kvfold.compress.recipe import LEAST_WINDOW
 from kvfold.compress.search.allocate import Choice, allocate, least_nbytes
 from kvfold.compress.search.allocate_shared import allocate_shared
-from kvfold.compress.search.candidates import KeyCandidate, ValueCandidate, key_candidates, value_candidates
+from kvfold.compress.search.candidates import (
+    KeyCandidate,
+    ValueCandidate,
+    key_candidates,
+    value_candidates,
+)
 from kvfold.compress.search.check import check_model
 from kvfold.compress.search.conversations import write_conversations
 from kvfold.compress.search.extrapolation import sensitivities
@@ -35,7 +41,9 @@ from kvfold.exports.weights import weights_nbytes
 from kvfold.kernels import catalogue
 from kvfold.kernels.formats import Format
 
-PROBED_WINDOW = LEAST_WINDOW  # at the most, while losses are measured: probes are too short for a long one
+PROBED_WINDOW = (
+    LEAST_WINDOW  # at the most, while losses are measured: probes are too short for a long one
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,9 @@ class Measured:
     value_losses: list[list[float]]
 
 
-def measure(plan: Plan, work: Path, device: torch.device, statistics: Path | None = None) -> Measured:
+def measure(
+    plan: Plan, work: Path, device: torch.device, statistics: Path | None = None
+) -> Measured:
     """Calibrates, and measures what each candidate of each layer costs.
 
     Args:
@@ -98,9 +108,16 @@ def measure(plan: Plan, work: Path, device: torch.device, statistics: Path | Non
     )
     model = load_weights(plan, device)
     check_finite(model, plan.source.name)
-    check_model(model, plan.arch, plan.sequences[0], plan.source.name, recipe.key.transform == "smooth")
+    check_model(
+        model, plan.arch, plan.sequences[0], plan.source.name, recipe.key.transform == "smooth"
+    )
     stats = calibrate(
-        model, plan.arch, plan.sequences, plan.steps, recipe.calibration.sample_tokens, statistics or work
+        model,
+        plan.arch,
+        plan.sequences,
+        plan.steps,
+        recipe.calibration.sample_tokens,
+        statistics or work,
     )
     keys, values = [], []
     attentions = plan.arch.attention_modules(model)
@@ -112,11 +129,15 @@ def measure(plan: Plan, work: Path, device: torch.device, statistics: Path | Non
     s = recipe.sensitivity
     sequences = [ids[:, : s.seq_len] for ids in plan.sequences[: s.num_sequences]]
     near = replace(geometry, window=min(geometry.window, PROBED_WINDOW))
-    early = near.sinks + near.window + near.page_tokens - 1  # the next one is the first to read a page
+    early = (
+        near.sinks + near.window + near.page_tokens - 1
+    )  # the next one is the first to read a page
     passages = [Passage(ids, s.stride) for ids in sequences]
     if s.method != "first-order" and s.conversations:
         most = text_of(plan.config).max_position_embeddings
-        asked = write_conversations(model, plan.tokenizer, plan.sequences, s.conversations, most, recipe.seed, work)
+        asked = write_conversations(
+            model, plan.tokenizer, plan.sequences, s.conversations, most, recipe.seed, work
+        )
         passages += [Passage(ids, start=prompt - 1) for ids, prompt in asked]
     probe = Probe(model, plan.arch, passages, early)
     if s.method == "first-order":
@@ -155,29 +176,41 @@ def search(plan: Plan, work: Path, device: torch.device, statistics: Path | None
     x = measure(plan, work, device, statistics)
     chosen = choose(plan, x.keys, x.values, x.key_losses, x.value_losses)
     layers = [
-        Layer(x.keys[i][k], x.values[i][v], x.key_losses[i][k], x.value_losses[i][v]) for i, (k, v) in enumerate(chosen)
+        Layer(x.keys[i][k], x.values[i][v], x.key_losses[i][k], x.value_losses[i][v])
+        for i, (k, v) in enumerate(chosen)
     ]
     stage("measuring all choices together, then what rounding the fused weights costs")
-    taps = [packing_tap(x.near, x.probe.device, y.key.spec, y.value.spec, y.value.matrix) for y in layers]
+    taps = [
+        packing_tap(x.near, x.probe.device, y.key.spec, y.value.spec, y.value.matrix)
+        for y in layers
+    ]
     together = x.probe.whole_model(taps)
     dtype: torch.dtype = plan.config.dtype or torch.float32
     for attention, layer in zip(plan.arch.attention_modules(x.model), layers, strict=True):
-        set_parameters(attention, fused_parameters(attention, plan.arch, layer), dtype, is_streamed(x.model))
+        set_parameters(
+            attention, fused_parameters(attention, plan.arch, layer), dtype, is_streamed(x.model)
+        )
         release(x.model)
     return Found(layers, together, x.probe.whole_model())
 
 
 @torch.no_grad()
 def check_finite(model: Any, name: str) -> None:
-    """Refuses weights that are no numbers. Rows of an embedding that no text uses may be anything, where they aren't
-    the head's too.
+    """Refuses weights that are no numbers. Rows of an embedding that no text uses may be anything,
+    where they aren't the head's too.
 
     Raises:
         KvfoldError: naming the first.
     """
-    embedding, head = (m and m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()))
+    embedding, head = (
+        m and m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
     for key, tensor in stored_tensors(model):
-        apart = embedding is not head and embedding is not None and tensor.data_ptr() == embedding.data_ptr()
+        apart = (
+            embedding is not head
+            and embedding is not None
+            and tensor.data_ptr() == embedding.data_ptr()
+        )
         if tensor.is_floating_point() and not apart and not bool(torch.isfinite(tensor).all()):
             raise KvfoldError(
                 f"The weight {key} of '{name}' holds NaN or infinity, so nothing can be measured with it; give weights "
@@ -192,7 +225,8 @@ def choose(
     key_losses: list[list[float]],
     value_losses: list[list[float]],
 ) -> list[tuple[int, int]]:
-    """The (key, value) candidate of each layer: least loss within the budget, K, V and bits of all layers together.
+    """The (key, value) candidate of each layer: least loss within the budget, K, V and bits of all
+    layers together.
 
     Raises:
         KvfoldError: even the smallest candidates take more than the budget.
@@ -202,16 +236,21 @@ def choose(
     def choices(layer: int, formats: list[Format], losses: list[float]) -> list[Choice]:
         sliding = geometry.sliding_of(layer)
         return [
-            Choice(geometry.side_nbytes(f, budget.at, sliding), loss) for f, loss in zip(formats, losses, strict=True)
+            Choice(geometry.side_nbytes(f, budget.at, sliding), loss)
+            for f, loss in zip(formats, losses, strict=True)
         ]
 
-    formats = [[c.spec.format for c in group] for group in keys] + [[c.spec.format for c in group] for group in values]
+    formats = [[c.spec.format for c in group] for group in keys] + [
+        [c.spec.format for c in group] for group in values
+    ]
     losses = [*key_losses, *value_losses]
     sides = [choices(i % count, *side) for i, side in enumerate(zip(formats, losses, strict=True))]
     kinds = [(formats[g], formats[count + g]) for g in range(count)]
     places = [_places(plan, *pair) for pair in kinds]
     fixed = count * geometry.fixed_nbytes(budget.at)
-    pairs = [[_sum(sides[g][k], sides[count + g][v]) for k, v in row] for g, row in enumerate(places)]
+    pairs = [
+        [_sum(sides[g][k], sides[count + g][v]) for k, v in row] for g, row in enumerate(places)
+    ]
     check_reach(budget, geometry, count, fixed + least_nbytes(pairs))
     room = budget.nbytes - fixed
     if all(len(row) == len(k) * len(v) for row, (k, v) in zip(places, kinds, strict=True)):
@@ -228,14 +267,18 @@ def choose(
 
 
 def _places(plan: Plan, keys: list[Format], values: list[Format]) -> list[tuple[int, int]]:
-    """The (key, value) candidates of a layer that may go together: those of the catalogue's list of pairs, where the
-    recipe offers all of them and limits pairs at all; else any two."""
+    """The (key, value) candidates of a layer that may go together: those of the catalogue's list of
+    pairs, where the recipe offers all of them and limits pairs at all; else any two."""
     recipe, every = plan.recipe, list(product(range(len(keys)), range(len(values))))
     if recipe.tied:
         return [(i, i) for i in range(len(keys))]
-    listed = set(catalogue.pairs(plan.geometry.head_dim)) if recipe.catalogue and recipe.pairs else set()
+    listed = (
+        set(catalogue.pairs(plan.geometry.head_dim)) if recipe.catalogue and recipe.pairs else set()
+    )
     found = [(i, j) for i, j in every if (keys[i], values[j]) in listed]
-    return found if listed and len({(keys[i], values[j]) for i, j in found}) == len(listed) else every
+    return (
+        found if listed and len({(keys[i], values[j]) for i, j in found}) == len(listed) else every
+    )
 
 
 def _sum(a: Choice, b: Choice) -> Choice:
@@ -243,25 +286,34 @@ def _sum(a: Choice, b: Choice) -> Choice:
 
 
 def load_weights(plan: Plan, device: torch.device) -> Any:
-    """The model in float32, since a probe's KL drowns in bfloat16's rounding: whole, or, where it would take more
-    than its share of the device's memory, layer by layer."""
-    room, need = room_for_weights(device, plan.max_memory), weights_nbytes(plan.source.path, torch.float32)
+    """The model in float32, since a probe's KL drowns in bfloat16's rounding: whole, or, where it
+    would take more than its share of the device's memory, layer by layer."""
+    room, need = (
+        room_for_weights(device, plan.max_memory),
+        weights_nbytes(plan.source.path, torch.float32),
+    )
     if need <= room:
         return load_model(plan.source.path, torch.float32, device, TAP)
-    stage(f"reading layer by layer: {format_nbytes(need)} of weights, {format_nbytes(room)} of memory for them")
+    stage(
+        f"reading layer by layer: {format_nbytes(need)} of weights, {format_nbytes(room)} of memory for them"
+    )
     return load_streamed(plan.source.path, plan.arch, torch.float32, device, TAP)
 
 
 def fused_parameters(attention: Any, arch: Architecture, layer: Layer) -> dict[str, Tensor]:
-    """All parameters of an attention module that the layer's choices change, float64, by name; the module stays."""
+    """All parameters of an attention module that the layer's choices change, float64, by name; the
+    module stays."""
     fused = fuse_values(attention, layer.value.matrix)
     if layer.key.pair_scale is not None:
         fused |= fuse_pair_scale(attention, layer.key.pair_scale, arch, fused)
     return fused
 
 
-def set_parameters(attention: Any, fused: dict[str, Tensor], dtype: torch.dtype, keep: bool = False) -> None:
-    """Puts parameters rounded to `dtype` into the module; `keep`: as that type, not as the module's own."""
+def set_parameters(
+    attention: Any, fused: dict[str, Tensor], dtype: torch.dtype, keep: bool = False
+) -> None:
+    """Puts parameters rounded to `dtype` into the module; `keep`: as that type, not as the module's
+    own."""
     for name, value in fused.items():
         parameter = attention.get_parameter(name)
         rounded = value.to(dtype)

@@ -1,18 +1,21 @@
-"""The allocation with a limit on how many different kinds of choices all groups use together: kernels are compiled for
-each kind.
+"""The allocation with a limit on how many different kinds of choices all groups use together:
+kernels are compiled for each kind.
 
-A group is a layer, a kind a pair of formats (or one format for both), and its bytes and losses are the two sides' sums.
-With y[g, p] whether group g takes kind p, and u[p] whether p is used at all:
+A group is a layer, a kind a pair of formats (or one format for both), and its bytes and losses are
+the two sides' sums. With y[g, p] whether group g takes kind p, and u[p] whether p is used at all:
 
     min Σ loss·y,   Σ_p y[g, p] = 1,   y[g, p] ≤ u[p],   Σ_p u[p] ≤ limit,   Σ bytes·y ≤ budget
 
-that is a k-median problem with a knapsack. Given prices v[g] of groups and λ of a byte, its Lagrangian bound is
+that is a k-median problem with a knapsack. Given prices v[g] of groups and λ of a byte, its
+Lagrangian bound is
 
-    Σ_g v[g] − λ·budget + Σ of the `limit` least ρ[p],   ρ[p] = Σ_g min(0, loss[g, p] + λ·bytes[g, p] − v[g])
+    Σ_g v[g] − λ·budget + Σ of the `limit` least ρ[p],   ρ[p] = Σ_g min(0, loss[g, p] + λ·bytes[g,
+    p] − v[g])
 
-as tight as the linear program's and a matrix operation each. Subgradient steps raise it; an exchange of kinds finds a
-good allocation; kinds that the bound shows to be in no better one are dropped (hundreds go, some tens stay), and the
-integer program settles the rest. Nothing depends on time or chance, so a result is the same on any machine.
+as tight as the linear program's and a matrix operation each. Subgradient steps raise it; an
+exchange of kinds finds a good allocation; kinds that the bound shows to be in no better one are
+dropped (hundreds go, some tens stay), and the integer program settles the rest. Nothing depends on
+time or chance, so a result is the same on any machine.
 """
 
 from collections.abc import Hashable, Sequence
@@ -56,7 +59,10 @@ def allocate_shared(
     for g, (group, row) in enumerate(zip(groups, kinds, strict=True)):
         for c, (choice, kind) in enumerate(zip(group, row, strict=True)):
             p = place[kind]
-            if (choice.loss, choice.nbytes) < (loss[g, p], nbytes[g, p]):  # two of one kind: the better one
+            if (choice.loss, choice.nbytes) < (
+                loss[g, p],
+                nbytes[g, p],
+            ):  # two of one kind: the better one
                 nbytes[g, p], loss[g, p], index[g, p] = choice.nbytes, choice.loss, c
     kept = _undominated(nbytes, loss)
     found = _solve(_Problem(nbytes[:, kept], loss[:, kept], budget, min(limit, len(kept))))
@@ -76,7 +82,8 @@ def _undominated(nbytes: np.ndarray, loss: np.ndarray) -> np.ndarray:
 
 
 class _Problem:
-    """Bytes and losses [groups, kinds], infinite where a group has not the kind, near 1 and losses over the largest."""
+    """Bytes and losses [groups, kinds], infinite where a group has not the kind, near 1 and losses
+    over the largest."""
 
     def __init__(self, nbytes: np.ndarray, loss: np.ndarray, budget: int, limit: int) -> None:
         self.exact, self.budget, self.limit = nbytes, budget, limit
@@ -96,8 +103,8 @@ class _Problem:
         return float(self.loss[self.rows, found].sum())
 
     def within(self, used: np.ndarray) -> tuple[np.ndarray | None, float]:
-        """(kind of each group, λ): the least loss of `used` kinds at the smallest price of a byte whose choice fits;
-        None if even the smallest does not, or a group has none of them."""
+        """(kind of each group, λ): the least loss of `used` kinds at the smallest price of a byte
+        whose choice fits; None if even the smallest does not, or a group has none of them."""
 
         def at(price: float) -> np.ndarray:
             cells = self.priced(price)[:, used]
@@ -134,11 +141,16 @@ class _Problem:
             found[g] = used[c]
 
     def exchanged(self, used: np.ndarray) -> tuple[np.ndarray | None, float]:
-        """(allocation, its loss) after swaps of one kind for another for as long as they help; None if nothing fits."""
+        """(allocation, its loss) after swaps of one kind for another for as long as they help; None
+        if nothing fits."""
         found, price = self.within(used)
         loss = np.inf if found is None else self.cost(found)
         for _ in range(EXCHANGES):
-            cells = np.minimum(self.priced(price), 1e9) if found is not None else np.minimum(self.nbytes, 1e9)
+            cells = (
+                np.minimum(self.priced(price), 1e9)
+                if found is not None
+                else np.minimum(self.nbytes, 1e9)
+            )
             best, swap = cells[:, used].min(1).sum() * (1 - 1e-9), None
             for i in range(len(used)):
                 rest = np.delete(used, i)
@@ -214,7 +226,11 @@ def _solve(problem: _Problem) -> np.ndarray:
         if (np.isfinite(upper) and upper - top.value <= GAP * upper) or length < LEAST_STEP:
             break
         goal = upper if np.isfinite(upper) else top.value + 0.1 * max(abs(top.value), 1e-3)
-        step = length * max(goal - now.value, 0.0) / max(float((slope**2).sum() + slope_price**2), 1e-12)
+        step = (
+            length
+            * max(goal - now.value, 0.0)
+            / max(float((slope**2).sum() + slope_price**2), 1e-12)
+        )
         prices, price = prices + step * slope, max(0.0, price + step * slope_price)
     return _settled(problem, best, upper, top)
 
@@ -231,17 +247,22 @@ def _settled(problem: _Problem, best: np.ndarray | None, upper: float, bound: _B
             used = np.unique(found)
     if used is None:
         raise _out_of_reach(problem)
-    # what the tolerance of a solver let through, or an exchange left over, is settled among few kinds exactly
+    # what the tolerance of a solver let through, or an exchange left over, is settled among few
+    # kinds exactly
     finite = [used[np.isfinite(row[used])] for row in problem.loss]
     groups = [
-        [Choice(int(problem.exact[g, p]), float(problem.loss[g, p])) for p in own] for g, own in enumerate(finite)
+        [Choice(int(problem.exact[g, p]), float(problem.loss[g, p])) for p in own]
+        for g, own in enumerate(finite)
     ]
-    found = np.array([own[c] for own, c in zip(finite, allocate(groups, problem.budget), strict=True)])
+    found = np.array(
+        [own[c] for own, c in zip(finite, allocate(groups, problem.budget), strict=True)]
+    )
     return best if best is not None and upper <= problem.cost(found) else found
 
 
 def _milp(problem: _Problem, cells: np.ndarray) -> np.ndarray | None:
-    """The integer program over the given cells of y: kind of each group; None if it finds nothing."""
+    """The integer program over the given cells of y: kind of each group; None if it finds
+    nothing."""
     group, kind = np.nonzero(cells)
     names, kind = np.unique(kind, return_inverse=True)
     y, u, groups = len(group), len(names), len(cells)
@@ -252,7 +273,11 @@ def _milp(problem: _Problem, cells: np.ndarray) -> np.ndarray | None:
     few = csr_matrix((np.ones(u), (np.zeros(u, int), y + np.arange(u))), (1, y + u))
     rows = np.arange(y)
     linked = csr_matrix(
-        (np.repeat([1.0, -1.0], y), (np.concatenate([rows, rows]), np.concatenate([rows, y + kind]))), (y, y + u)
+        (
+            np.repeat([1.0, -1.0], y),
+            (np.concatenate([rows, rows]), np.concatenate([rows, y + kind])),
+        ),
+        (y, y + u),
     )
     result = milp(
         np.concatenate([problem.loss[cells], np.zeros(u)]),

@@ -1,5 +1,5 @@
-"""What the search chooses from: for each layer, formats of keys and of values, with their transforms and measured
-error."""
+"""What the search chooses from: for each layer, formats of keys and of values, with their
+transforms and measured error."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +19,9 @@ from kvfold.kernels.formats import Format
 from kvfold.kernels.key_mean import RopePairs
 from kvfold.kernels.quantizer import round_trip, to_float16
 
-CLIPS = tuple(round(0.4 + 0.05 * i, 2) for i in range(13))  # factors on (minimum, maximum) tried for each group
+CLIPS = tuple(
+    round(0.4 + 0.05 * i, 2) for i in range(13)
+)  # factors on (minimum, maximum) tried for each group
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class KeyCandidate:
     """One way to store a layer's keys.
 
     Attributes:
-        spec: as the runtime will apply it; for a pair scale, the diagonal matrix that fusing replaces.
+        spec: as the runtime will apply it; for a pair scale, the diagonal matrix that fusing
+            replaces.
         pair_scale: float64 [Hkv, D] to fuse, or None.
         distortion: mean squared error of a logit (before scaling), measured on calibration tokens.
     """
@@ -44,7 +47,8 @@ class ValueCandidate:
     Attributes:
         spec: as the runtime will apply it.
         matrix: float64 [Hkv, D, D], the basis to fuse into v_proj and o_proj.
-        distortion: mean squared error of a head's share of o_proj's output, measured on calibration tokens.
+        distortion: mean squared error of a head's share of o_proj's output, measured on calibration
+            tokens.
     """
 
     spec: ValueSpec
@@ -53,8 +57,8 @@ class ValueCandidate:
 
 
 def best_clip(x: Tensor, fmt: Format, metric: Tensor) -> Tensor:
-    """The clip of each group with the least squared error, the other groups left as they are (after SKVQ, 2405.06219,
-    which takes the error of the attention's output; here a metric stands for it).
+    """The clip of each group with the least squared error, the other groups left as they are (after
+    SKVQ, 2405.06219, which takes the error of the attention's output; here a metric stands for it).
 
     Args:
         x: float32 [Hkv, S, D]; fmt: with a minimum, of G groups; metric: float64 [Hkv, D, D].
@@ -62,10 +66,14 @@ def best_clip(x: Tensor, fmt: Format, metric: Tensor) -> Tensor:
         float32 [Hkv, G], or [Hkv] where G is 1.
     """
     groups = fmt.num_groups
-    blocks = metric.unflatten(1, (groups, -1)).unflatten(3, (groups, -1)).diagonal(dim1=1, dim2=3)  # [Hkv, n, n, G]
+    blocks = (
+        metric.unflatten(1, (groups, -1)).unflatten(3, (groups, -1)).diagonal(dim1=1, dim2=3)
+    )  # [Hkv, n, n, G]
     errors = []
     for clip in CLIPS:
-        delta = (round_trip(x, fmt, torch.tensor(clip)) - x).double().unflatten(-1, (groups, -1))  # [Hkv, S, G, n]
+        delta = (
+            (round_trip(x, fmt, torch.tensor(clip)) - x).double().unflatten(-1, (groups, -1))
+        )  # [Hkv, S, G, n]
         errors.append(torch.einsum("htgi,hijg,htgj->hg", delta, blocks, delta))
     found = torch.tensor(CLIPS)[torch.stack(errors).argmin(0)]
     return found[:, 0] if groups == 1 else found
@@ -78,7 +86,12 @@ def _distortion(x: Tensor, fmt: Format, metric: Tensor, clip: Tensor | None) -> 
 
 
 def _fitted(
-    row: Transform, side: KeyRecipe | ValueRecipe, stats: LayerStats, recipe: Recipe, layer: int, **more: Any
+    row: Transform,
+    side: KeyRecipe | ValueRecipe,
+    stats: LayerStats,
+    recipe: Recipe,
+    layer: int,
+    **more: Any,
 ) -> Iterator[tuple[Format, Basis]]:
     """Every format that a side offers, with its basis."""
     head_dim = stats.key_mean.shape[-1]
@@ -94,7 +107,9 @@ def _fitted(
         yield fmt, for_all or row.fit(stats, replace(request, fmt=fmt))
 
 
-def _key_candidate(fmt: Format, basis: Basis, stats: LayerStats, recipe: Recipe, rope_pairs: RopePairs) -> KeyCandidate:
+def _key_candidate(
+    fmt: Format, basis: Basis, stats: LayerStats, recipe: Recipe, rope_pairs: RopePairs
+) -> KeyCandidate:
     name = recipe.key.transform
     mean = "offset" if basis.frequencies is None else "rotating mean"
     names = () if basis.matrix is None else (name,) if basis.offset is None else (mean, name)
@@ -131,7 +146,10 @@ def key_candidates(
     """
     row, side = KEY_TRANSFORMS[recipe.key.transform], recipe.key
     if side.transform == "whiten" and turning(stats, side.without):
-        bits, shared = side.bits or (), side.shared_formats(stats.center.shape[-1]) if recipe.catalogue else ()
+        bits, shared = (
+            side.bits or (),
+            side.shared_formats(stats.center.shape[-1]) if recipe.catalogue else (),
+        )
         request = Request(
             None,
             0,
@@ -140,25 +158,45 @@ def key_candidates(
             catalogue=shared,
             pairs=rope_pairs,
         )
-        stats = best_center(stats, row.mixed(stats, bits, request) if row.mixed and bits else (), request)
-    pairs = _fitted(row, side, stats, recipe, layer, one_norm=one_norm, output_weight=output_weight, pairs=rope_pairs)
-    return [_key_candidate(fmt, Basis() if fmt.raw else basis, stats, recipe, rope_pairs) for fmt, basis in pairs]
+        stats = best_center(
+            stats, row.mixed(stats, bits, request) if row.mixed and bits else (), request
+        )
+    pairs = _fitted(
+        row,
+        side,
+        stats,
+        recipe,
+        layer,
+        one_norm=one_norm,
+        output_weight=output_weight,
+        pairs=rope_pairs,
+    )
+    return [
+        _key_candidate(fmt, Basis() if fmt.raw else basis, stats, recipe, rope_pairs)
+        for fmt, basis in pairs
+    ]
 
 
-def _value_candidate(fmt: Format, matrix: Tensor, stats: LayerStats, recipe: Recipe) -> ValueCandidate:
+def _value_candidate(
+    fmt: Format, matrix: Tensor, stats: LayerStats, recipe: Recipe
+) -> ValueCandidate:
     name = recipe.value.transform
     names = ("scale",) if name == "none" else (name, "scale")
     values = to_float16(stats.value_sample @ matrix.float().mT).float()
     inverse = torch.linalg.inv(matrix)
     metric = inverse.mT @ stats.output_metric @ inverse
     clip = best_clip(values, fmt, metric) if fmt.kind.minimum and recipe.value.clip else None
-    return ValueCandidate(ValueSpec(fmt, names, clip), matrix, _distortion(values, fmt, metric, clip))
+    return ValueCandidate(
+        ValueSpec(fmt, names, clip), matrix, _distortion(values, fmt, metric, clip)
+    )
 
 
 def value_candidates(stats: LayerStats, recipe: Recipe, layer: int) -> list[ValueCandidate]:
     """Candidates for one layer's values, 16 bits last if offered."""
     found = []
-    for fmt, basis in _fitted(VALUE_TRANSFORMS[recipe.value.transform], recipe.value, stats, recipe, layer):
+    for fmt, basis in _fitted(
+        VALUE_TRANSFORMS[recipe.value.transform], recipe.value, stats, recipe, layer
+    ):
         assert basis.fused is not None
         found.append(_value_candidate(fmt, basis.fused, stats, recipe))
     return found

@@ -1,4 +1,5 @@
-"""Whether a model is what compressing assumes, found out on a real text before anything is searched.
+"""Whether a model is what compressing assumes, found out on a real text before anything is
+searched.
 
 Four things are assumed of every family, and each is compared with what the model itself computes:
 
@@ -9,10 +10,11 @@ Four things are assumed of every family, and each is compared with what the mode
 | a basis of values folds into v_proj and o_proj | the attention's output | FOLDED times the rounding |
 | a pair scale of keys folds into projections or norms | the same | the same |
 
-The rounding is measured in the same run: the basis is folded in, rounded to the type that is computed in, and folded
-out again, which leaves the weights as they were but for that rounding, whatever the model computes between them. Each
-attention is asked on its own, because the experts behind it may be chosen otherwise for the last bit of an input. It
-takes about five passes over CHECKED tokens, one layer at a time.
+The rounding is measured in the same run: the basis is folded in, rounded to the type that is
+computed in, and folded out again, which leaves the weights as they were but for that rounding,
+whatever the model computes between them. Each attention is asked on its own, because the experts
+behind it may be chosen otherwise for the last bit of an input. It takes about five passes over
+CHECKED tokens, one layer at a time.
 """
 
 from collections.abc import Callable
@@ -28,15 +30,25 @@ from kvfold.compress.models.rope import norm_weights, rotate_on, turns
 from kvfold.compress.models.streamed import present
 from kvfold.compress.transforms.basis import mixing_matrix
 from kvfold.errors import KvfoldError
-from kvfold.exports.architectures import Architecture, head_dim_of, last_norm_of, logits_of, num_kv_heads_of
+from kvfold.exports.architectures import (
+    Architecture,
+    head_dim_of,
+    last_norm_of,
+    logits_of,
+    num_kv_heads_of,
+)
 from kvfold.kernels.key_mean import join_pairs
 
 CHECKED = 128  # tokens of text
 STEP = 7  # between the other positions
-LOGITS = 0.02  # relative error of logits; 1e-6 in float32 and 0.005 in bfloat16 where layers are the model's
+# relative error of logits; 1e-6 in float32 and 0.005 in bfloat16 where layers are the model's
+LOGITS = 0.02
 TURNED = 0.05  # of keys; 1e-5 in float32 and 0.006 in bfloat16 where RoPE is understood
-FOLDED = 10  # times the rounding; up to 3 where a fold is exact, 1e6 in float32 and 150 in bfloat16 behind a norm
-LEAST = 1e-6  # relative error that is never asked about: some models compute in float32 whatever their type
+# times the rounding; up to 3 where a fold is exact, 1e6 in float32 and 150 in bfloat16 behind a
+# norm
+FOLDED = 10
+# relative error that is never asked about: some models compute in float32 whatever their type
+LEAST = 1e-6
 
 
 class Call:
@@ -75,7 +87,11 @@ class _Rounded:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.attention, name)
-        own = {k.rpartition(".")[2]: v for k, v in self.parameters.items() if k.rpartition(".")[0] == name}
+        own = {
+            k.rpartition(".")[2]: v
+            for k, v in self.parameters.items()
+            if k.rpartition(".")[0] == name
+        }
         return _Rounded(found, own) if own else self.parameters.get(name, found)
 
 
@@ -86,7 +102,9 @@ def _relative(error: Tensor, to: Tensor) -> float:
 
 
 @torch.no_grad()
-def check_model(model: Any, arch: Architecture, ids: Tensor, name: str, scaled: bool) -> dict[str, float]:
+def check_model(
+    model: Any, arch: Architecture, ids: Tensor, name: str, scaled: bool
+) -> dict[str, float]:
     """Compares what compressing assumes of a model with what the model computes.
 
     Args:
@@ -95,7 +113,8 @@ def check_model(model: Any, arch: Architecture, ids: Tensor, name: str, scaled: 
         name: of the model, for the refusal.
         scaled: whether a pair scale will be folded into queries and keys too.
     Returns:
-        The largest relative errors by name: "logits", "turned", "values", "keys", and the "rounding" of the last two.
+        The largest relative errors by name: "logits", "turned", "values", "keys", and the
+            "rounding" of the last two.
     Raises:
         KvfoldError: which assumption doesn't hold, in which layer.
     """
@@ -117,7 +136,14 @@ def check_model(model: Any, arch: Architecture, ids: Tensor, name: str, scaled: 
     def checked(index: int, attention: Any, hidden: Tensor) -> Tensor:
         keys: list[Tensor] = []
 
-        def note(module: Any, query: Tensor, key: Tensor, *rest: Any, keys: list[Tensor] = keys, **extras: Any) -> None:
+        def note(
+            module: Any,
+            query: Tensor,
+            key: Tensor,
+            *rest: Any,
+            keys: list[Tensor] = keys,
+            **extras: Any,
+        ) -> None:
             keys.append(key)
 
         with tapped(attention, note):
@@ -125,14 +151,23 @@ def check_model(model: Any, arch: Architecture, ids: Tensor, name: str, scaled: 
             with Call(attention) as call:
                 after = near.run(index, hidden)
         apart = [turns(model, arch, index, places * step) for step in (1, STEP)]
-        moved = rotate_on(keys[1], apart[0], apart[1], arch.rope_pairs, norm_weights(attention, arch)[1])
+        moved = rotate_on(
+            keys[1], apart[0], apart[1], arch.rope_pairs, norm_weights(attention, arch)[1]
+        )
         error = _relative(moved - keys[0].float(), keys[0])
-        check("turned", error, TURNED, f"keys of layer {index} at other positions differ from keys that were turned on")
+        check(
+            "turned",
+            error,
+            TURNED,
+            f"keys of layer {index} at other positions differ from keys that were turned on",
+        )
         for side, fold in folds(model, arch, scaled, index).items():
             before = call.output()
             fused = fold(attention, False)
             rounded = {k: v.to(attention.get_parameter(k).dtype) for k, v in fused.items()}
-            rounding = _relative(call.output(fold(_Rounded(attention, rounded), True)) - before, before)
+            rounding = _relative(
+                call.output(fold(_Rounded(attention, rounded), True)) - before, before
+            )
             found["rounding"] = max(found["rounding"], rounding)
             error = _relative(call.output(fused) - before, before)
             what = f"folding a change of basis into layer {index} changes what its attention gives"
@@ -155,7 +190,8 @@ Fold = Callable[[Any, bool], dict[str, Tensor]]
 
 
 def folds(model: Any, arch: Architecture, scaled: bool, layer: int) -> dict[str, Fold]:
-    """What is folded into one layer, and out again: an orthogonal basis of values; then scales of pairs of keys."""
+    """What is folded into one layer, and out again: an orthogonal basis of values; then scales of
+    pairs of keys."""
     heads, dim = num_kv_heads_of(model.config), head_dim_of(model.config)
     generator = torch.Generator().manual_seed(layer)
     matrix = torch.stack([mixing_matrix(dim, generator) for _ in range(heads)])

@@ -1,9 +1,10 @@
-"""Conversations that a chat model is probed on: questions about passages of the calibration text, and its own answers.
+"""Conversations that a chat model is probed on: questions about passages of the calibration text,
+and its own answers.
 
-What a model writes in answer to a question hangs on a few of the question's words, which stand in pages by then, and on
-other layers than plain text does, whose next words follow mostly from the last ones (benchmarks/LOG.md). So a model
-whose tokenizer has a chat template is probed on both; the answers are its own, greedy and unquantised, and only they
-count.
+What a model writes in answer to a question hangs on a few of the question's words, which stand in
+pages by then, and on other layers than plain text does, whose next words follow mostly from the
+last ones (benchmarks/LOG.md). So a model whose tokenizer has a chat template is probed on both; the
+answers are its own, greedy and unquantised, and only they count.
 """
 
 import random
@@ -18,7 +19,8 @@ from transformers import GenerationConfig
 from kvfold.compress.progress import stage
 from kvfold.compress.work import keep, kept
 
-PASSAGE_TOKENS = 288  # with a template's some 30, sinks and the window that is probed, a third of a prompt is in pages
+# with a template's some 30, sinks and the window that is probed, a third of a prompt is in pages
+PASSAGE_TOKENS = 288
 ANSWER_TOKENS = 96
 LEAST_TOKENS = 16  # of an answer that says anything
 QUESTIONS = (
@@ -34,8 +36,8 @@ QUESTIONS = (
 
 
 def ask(tokenizer: Any, sequences: list[Tensor], count: int, seed: int) -> list[list[int]]:
-    """Token ids of `count` prompts, one user turn each: a passage of the sequences in turn, and a question before or
-    after it.
+    """Token ids of `count` prompts, one user turn each: a passage of the sequences in turn, and a
+    question before or after it.
 
     Args:
         tokenizer: with or without a chat template; [] without.
@@ -48,16 +50,24 @@ def ask(tokenizer: Any, sequences: list[Tensor], count: int, seed: int) -> list[
     for i in range(count):
         ids = sequences[i % len(sequences)][0]
         start = rng.randrange(max(1, len(ids) - PASSAGE_TOKENS))
-        passage = tokenizer.decode(ids[start : start + PASSAGE_TOKENS], skip_special_tokens=True).strip()
+        passage = tokenizer.decode(
+            ids[start : start + PASSAGE_TOKENS], skip_special_tokens=True
+        ).strip()
         turn = [QUESTIONS[i % len(QUESTIONS)], passage]
         if rng.random() < 0.5:
             turn.reverse()
         try:
             text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": "\n\n".join(turn)}], add_generation_prompt=True, tokenize=False
+                [{"role": "user", "content": "\n\n".join(turn)}],
+                add_generation_prompt=True,
+                tokenize=False,
             )
-        except Exception as error:  # a template is a program: it may divide by zero, or ask for what isn't there
-            stage(f"the chat template refuses a single user turn ({error}): probing plain text alone")
+        except (
+            Exception
+        ) as error:  # a template is a program: it may divide by zero, or ask for what isn't there
+            stage(
+                f"the chat template refuses a single user turn ({error}): probing plain text alone"
+            )
             return []
         prompts.append(list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids))
     return prompts
@@ -65,7 +75,8 @@ def ask(tokenizer: Any, sequences: list[Tensor], count: int, seed: int) -> list[
 
 @torch.inference_mode()
 def answer(model: Any, prompts: list[list[int]]) -> list[list[int]]:
-    """The model's greedy answers, token ids with the one that ends them, ANSWER_TOKENS at the most."""
+    """The model's greedy answers, token ids with the one that ends them, ANSWER_TOKENS at the
+    most."""
     ends = model.generation_config.eos_token_id
     ends = sorted({i for i in (ends if isinstance(ends, list) else [ends]) if i is not None})
     longest = max(map(len, prompts))
@@ -79,7 +90,11 @@ def answer(model: Any, prompts: list[list[int]]) -> list[list[int]]:
         do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, max_new_tokens=ANSWER_TOKENS,
         eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0,
     )  # fmt: skip
-    out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
+    out = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=config,
+    )
     found = []
     for row in out[:, longest:].tolist():
         end = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
@@ -88,7 +103,13 @@ def answer(model: Any, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def write_conversations(
-    model: Any, tokenizer: Any, sequences: list[Tensor], count: int, most: int, seed: int, work: Path
+    model: Any,
+    tokenizer: Any,
+    sequences: list[Tensor],
+    count: int,
+    most: int,
+    seed: int,
+    work: Path,
 ) -> list[tuple[Tensor, int]]:
     """Prompts with answers.
 
@@ -109,7 +130,11 @@ def write_conversations(
         return []
     stage(f"writing {len(prompts)} answers to be probed on")
     answers = answer(model, prompts)
-    found = [(torch.tensor([p + a]), len(p)) for p, a in zip(prompts, answers, strict=True) if len(a) >= LEAST_TOKENS]
+    found = [
+        (torch.tensor([p + a]), len(p))
+        for p, a in zip(prompts, answers, strict=True)
+        if len(a) >= LEAST_TOKENS
+    ]
     if found:
         tensors = {
             name: tensor

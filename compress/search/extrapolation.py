@@ -1,8 +1,9 @@
 """Which candidates' losses are measured, and those of the others.
 
-KL is quadratic in a small error, so the loss of one format follows from that of another of its kind and from the two
-formats' distortions, which are measured on calibration tokens without the model. Kinds are measured apart, because
-symmetric and minimum-maximum codes spend equal distortions on different tokens.
+KL is quadratic in a small error, so the loss of one format follows from that of another of its kind
+and from the two formats' distortions, which are measured on calibration tokens without the model.
+Kinds are measured apart, because symmetric and minimum-maximum codes spend equal distortions on
+different tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,16 +13,24 @@ import numpy as np
 from kvfold.compress.search.candidates import KeyCandidate, ValueCandidate
 from kvfold.compress.search.sensitivity import Candidate, Job
 
-SPREAD_BITS = 0.75  # how far around the budget's payload a side is probed where more than one format is
-NEAR_BITS = 1.5  # a kind of formats further than this from the budget's payload is not probed for itself
+SPREAD_BITS = (
+    0.75  # how far around the budget's payload a side is probed where more than one format is
+)
+NEAR_BITS = (
+    1.5  # a kind of formats further than this from the budget's payload is not probed for itself
+)
 
 
 def probed(group: Sequence[Candidate], bits: float, count: int) -> list[int]:
-    """Which candidates of a side are measured: of each kind of parameters, `count` quantised ones, spread over
-    SPREAD_BITS around `bits` of payload. A kind that has nothing within NEAR_BITS is not measured, unless no kind
-    has."""
-    offsets = [SPREAD_BITS * (2 * i / (count - 1) - 1) for i in range(count)] if count > 1 else [0.0]
-    distance = {i: c.spec.format.payload_bits - bits for i, c in enumerate(group) if not c.spec.format.raw}
+    """Which candidates of a side are measured: of each kind of parameters, `count` quantised ones,
+    spread over SPREAD_BITS around `bits` of payload. A kind that has nothing within NEAR_BITS is
+    not measured, unless no kind has."""
+    offsets = (
+        [SPREAD_BITS * (2 * i / (count - 1) - 1) for i in range(count)] if count > 1 else [0.0]
+    )
+    distance = {
+        i: c.spec.format.payload_bits - bits for i, c in enumerate(group) if not c.spec.format.raw
+    }
     kinds: dict[str, list[int]] = {}
     for i in distance:
         kinds.setdefault(group[i].spec.format.params, []).append(i)
@@ -39,9 +48,9 @@ def extrapolate(group: Sequence[Candidate], measured: dict[int, float]) -> list[
     Args:
         measured: index of a candidate → its loss.
     Returns:
-        Loss of each candidate: its distortion times loss / distortion of the measured ones of its kind (of any, if none
-        of its kind was), whose logarithm is interpolated over the logarithm of the distortion, and constant beyond
-        them.
+        Loss of each candidate: its distortion times loss / distortion of the measured ones of its
+        kind (of any, if none of its kind was), whose logarithm is interpolated over the logarithm
+        of the distortion, and constant beyond them.
     """
 
     def known(kind: str | None) -> list[tuple[float, float]]:
@@ -57,7 +66,9 @@ def extrapolate(group: Sequence[Candidate], measured: dict[int, float]) -> list[
         loss = measured.get(i)
         if loss is None and points and candidate.distortion > 0:
             x, ratio = np.log([d for d, _ in points]), np.log([loss / d for d, loss in points])
-            loss = float(candidate.distortion * np.exp(np.interp(np.log(candidate.distortion), x, ratio)))
+            loss = float(
+                candidate.distortion * np.exp(np.interp(np.log(candidate.distortion), x, ratio))
+            )
         losses.append(loss or 0.0)
     return losses
 
@@ -78,7 +89,10 @@ def sensitivities(
     Returns:
         (losses of key candidates, losses of value candidates), one list a layer.
     """
-    sides: tuple[tuple[str, Sequence[Sequence[Candidate]]], ...] = (("key", keys), ("value", values))
+    sides: tuple[tuple[str, Sequence[Sequence[Candidate]]], ...] = (
+        ("key", keys),
+        ("value", values),
+    )
     jobs = [
         (side, layer, c)
         for layer in range(len(keys))
@@ -89,7 +103,9 @@ def sensitivities(
 
     def losses(side: str, groups: Sequence[Sequence[Candidate]]) -> list[list[float]]:
         return [
-            extrapolate(group, {c: found[side, layer, c] for s, i, c in jobs if s == side and i == layer})
+            extrapolate(
+                group, {c: found[side, layer, c] for s, i, c in jobs if s == side and i == layer}
+            )
             for layer, group in enumerate(groups)
         ]
 

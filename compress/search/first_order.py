@@ -1,10 +1,11 @@
 """PM-KVQ's sensitivities (2505.18610): to first order, quantising x to x + Δ changes the loss by at most Σ|g·Δ|, g =
 ∂L/∂x.
 
-L is the mean cross-entropy of the next token. One backward pass a sequence gives g for every layer's keys (after RoPE)
-and values; then a candidate costs one trip through its own quantiser and no further pass. Δ is taken in the model's own
-coordinates, of all tokens but the sinks. The backward pass keeps every layer's activations, so this needs more memory
-than measuring the KL, and a hundredth of the time.
+L is the mean cross-entropy of the next token. One backward pass a sequence gives g for every
+layer's keys (after RoPE) and values; then a candidate costs one trip through its own quantiser and
+no further pass. Δ is taken in the model's own coordinates, of all tokens but the sinks. The
+backward pass keeps every layer's activations, so this needs more memory than measuring the KL, and
+a hundredth of the time.
 """
 
 from contextlib import ExitStack
@@ -47,7 +48,8 @@ def attend_whole(
     softcap: float | None = None,
     sinks_logit: Tensor | None = None,
 ) -> Tensor:
-    """Attention with soft-cap and sink logits that autograd follows: kernels.attention works in place.
+    """Attention with soft-cap and sink logits that autograd follows: kernels.attention works in
+    place.
 
     Args:
         query, key, value: [1, H or Hkv, T, D].
@@ -64,13 +66,18 @@ def attend_whole(
     visible = torch.ones_like(scores, dtype=torch.bool).tril() if mask is None else mask
     scores = scores.masked_fill(~visible, -torch.inf)
     if sinks_logit is not None:
-        scores = torch.cat((scores, sinks_logit.float()[None, :, None, None].expand(*scores.shape[:3], 1)), -1)
+        scores = torch.cat(
+            (scores, sinks_logit.float()[None, :, None, None].expand(*scores.shape[:3], 1)), -1
+        )
     weights = scores.softmax(-1)[..., : keys.shape[2]]
     return (weights @ values).transpose(1, 2).to(query.dtype)
 
 
-def gradients(probe: Probe, index: int, input_ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """(keys, values, ∂L/∂keys, ∂L/∂values) of every layer for one of the probe's sequences, [Hkv, T, D] each.
+def gradients(
+    probe: Probe, index: int, input_ids: Tensor
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """(keys, values, ∂L/∂keys, ∂L/∂values) of every layer for one of the probe's sequences, [Hkv,
+    T, D] each.
 
     Args:
         input_ids: int64 [1, T], the sequence itself.
@@ -94,7 +101,10 @@ def gradients(probe: Probe, index: int, input_ids: Tensor) -> list[tuple[Tensor,
         for start in range(0, len(targets), KL_BLOCK):  # the logits of a block at a time
             rows = slice(start, start + KL_BLOCK)
             logits = logits_of(model, leaf[rows])
-            (torch.nn.functional.cross_entropy(logits, targets[rows], reduction="sum") / len(targets)).backward()
+            (
+                torch.nn.functional.cross_entropy(logits, targets[rows], reduction="sum")
+                / len(targets)
+            ).backward()
         final.backward(leaf.grad)
     found = []
     for key, value in seen:
@@ -127,7 +137,11 @@ def first_order_losses(
     for index, input_ids in enumerate(progress(sequences, "first order", "sequence")):
         for layer, (k, v, key_grad, value_grad) in enumerate(gradients(probe, index, input_ids)):
             for c, key in enumerate(keys[layer]):
-                key_losses[layer][c] += _sum(key_error(k, key, geometry.sinks) * key_grad, geometry) / len(sequences)
+                key_losses[layer][c] += _sum(
+                    key_error(k, key, geometry.sinks) * key_grad, geometry
+                ) / len(sequences)
             for c, value in enumerate(values[layer]):
-                value_losses[layer][c] += _sum(value_error(v, value) * value_grad, geometry) / len(sequences)
+                value_losses[layer][c] += _sum(value_error(v, value) * value_grad, geometry) / len(
+                    sequences
+                )
     return key_losses, value_losses

@@ -1,18 +1,20 @@
 """How much each layer's keys or values matter, to second order: no forward pass for each candidate.
 
-A change Δo of a layer's attention output changes the logits by J·Δo to first order, and the KL of the next token by
+A change Δo of a layer's attention output changes the logits by J·Δo to first order, and the KL of
+the next token by
 
     KL ≈ ½ · Δoᵀ·F·Δo,  F = Σ_s J_sᵀ (diag(p_s) − p_s·p_sᵀ) J_s,
 
-F being the Fisher information of the output at o, p_s the probabilities at position s. F is never formed: with ξ of
-random signs, u_s = √p_s ∘ ξ − p_s·(√p_sᵀξ) has the covariance diag(p_s) − p_s·p_sᵀ, so that G = Σ_s J_sᵀ·u_s, one
-backward pass for all layers and positions, has E[(G·Δo)²] = Δoᵀ·F·Δo. The errors of the KV heads of a layer are
-rounding errors of different numbers, which add up in squares: E[(G·Δo)²] is the sum over KV heads of E[(G_h·Δo_h)²],
-and that estimate is as many times less noisy.
+F being the Fisher information of the output at o, p_s the probabilities at position s. F is never
+formed: with ξ of random signs, u_s = √p_s ∘ ξ − p_s·(√p_sᵀξ) has the covariance diag(p_s) −
+p_s·p_sᵀ, so that G = Σ_s J_sᵀ·u_s, one backward pass for all layers and positions, has E[(G·Δo)²] =
+Δoᵀ·F·Δo. The errors of the KV heads of a layer are rounding errors of different numbers, which add
+up in squares: E[(G·Δo)²] is the sum over KV heads of E[(G_h·Δo_h)²], and that estimate is as many
+times less noisy.
 
-Δo of a candidate takes that layer's attention alone, through packed bytes as in sensitivity.py. Layers are run again
-one at a time from stored hidden states, so that one layer's activations are in memory, and only positions that read
-pages are run at all.
+Δo of a candidate takes that layer's attention alone, through packed bytes as in sensitivity.py.
+Layers are run again one at a time from stored hidden states, so that one layer's activations are in
+memory, and only positions that read pages are run at all.
 """
 
 from collections.abc import Sequence
@@ -127,7 +129,9 @@ def passage_losses(
             if gradient is None:
                 state = probe.normed(index, state, first)
                 gradient = directions(probe, index, state, count, seed)
-            both = [torch.autograd.grad(state, (leaf, tap.out), g, retain_graph=True) for g in gradient]
+            both = [
+                torch.autograd.grad(state, (leaf, tap.out), g, retain_graph=True) for g in gradient
+            ]
         gradient = torch.stack([by_leaf for by_leaf, _ in both])
         by_out = torch.stack([g[0] for _, g in both]).transpose(1, 2).float()  # [count, H, n, D]
         del state, both
@@ -137,8 +141,13 @@ def passage_losses(
         for side, at, c in jobs:
             if at != layer:
                 continue
-            specs = {name: x.to(probe.device) for name, x in specs_of(side, keys, values, layer, c).items()}
-            error = packed_attention(tap.query, tap.key, tap.value, geometry, tap.scaling, **specs, **options)
+            specs = {
+                name: x.to(probe.device)
+                for name, x in specs_of(side, keys, values, layer, c).items()
+            }
+            error = packed_attention(
+                tap.query, tap.key, tap.value, geometry, tap.scaling, **specs, **options
+            )
             error -= plain
             products = (heads * error.unflatten(0, (geometry.num_kv_heads, -1))).flatten(2).sum(-1)
             found[side, at, c] = float(products.double().square().sum() / (2 * count))
@@ -168,7 +177,10 @@ def fisher_losses(
     """
     path = work / "fisher.json"
     found = kept(path, read_losses, {})
-    names = [{job: f"{index}.{'.'.join(map(str, job))}" for job in jobs} for index in range(len(probe.passages))]
+    names = [
+        {job: f"{index}.{'.'.join(map(str, job))}" for job in jobs}
+        for index in range(len(probe.passages))
+    ]
     for index, own in enumerate(progress(names, "sensitivity", "passage")):
         if all(name in found for name in own.values()):
             continue

@@ -1,7 +1,8 @@
-"""How much each layer's keys or values matter: the KL that quantising them alone costs, measured on the real model.
+"""How much each layer's keys or values matter: the KL that quantising them alone costs, measured on
+the real model.
 
-One probe quantises one side of one layer through packed bytes, sinks and window (of 128 tokens at the most) left in 16
-bits, and runs the rest of the model as it is. It is cheap because
+One probe quantises one side of one layer through packed bytes, sinks and window (of 128 tokens at
+the most) left in 16 bits, and runs the rest of the model as it is. It is cheap because
 - a probe starts at its layer from stored hidden states, so that it costs half a forward pass on average;
 - one format of each kind of a side is probed, not all (extrapolation.py);
 - the layers' losses add up (the artifact states how well), so that choices need no probing together;
@@ -9,8 +10,9 @@ bits, and runs the rest of the model as it is. It is cheap because
   computed, with the first ones' keys and values as they were;
 - logits are compared at every `stride`-th position of plain text only, with the baseline's probabilities kept where
   they fit BASE_NBYTES.
-With L layers and n probed formats a layer that is n·L/2 forward passes a sequence, less those first tokens. It runs in
-float32, because in bfloat16 the rounding of the rest of the model alone is as large as one layer's KL.
+With L layers and n probed formats a layer that is n·L/2 forward passes a sequence, less those first
+tokens. It runs in float32, because in bfloat16 the rounding of the rest of the model alone is as
+large as one layer's KL.
 """
 
 import json
@@ -41,7 +43,9 @@ KL_BLOCK = 128  # positions whose logits are in memory at a time
 Candidate = KeyCandidate | ValueCandidate
 Job = tuple[str, int, int]  # "key" or "value", layer, candidate
 BASE_NBYTES = 1 << 30  # of the baseline's log-probabilities
-TILE_TOKENS = 512  # of a sequence; a tile that no query of a block may read from its side is left out
+TILE_TOKENS = (
+    512  # of a sequence; a tile that no query of a block may read from its side is left out
+)
 
 
 def packed_attention(
@@ -57,11 +61,13 @@ def packed_attention(
     softcap: float | None = None,
     sinks_logit: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of one sequence as the packed cache computes it, with either side left as it is.
+    """Causal attention of one sequence as the packed cache computes it, with either side left as it
+    is.
 
     Args:
         query: [H, n, D], of the last n ≤ T tokens; key, value: [Hkv, T, D]; after RoPE.
-        value_matrix: float [Hkv, D, D], the basis that values are quantised in; it is undone on the output.
+        value_matrix: float [Hkv, D, D], the basis that values are quantised in; it is undone on the
+            output.
         mask: bool [n, T] where attention is narrower than causal, e.g. a sliding window.
         softcap, sinks_logit: as in kernels.attention.attend.
     Returns:
@@ -73,7 +79,11 @@ def packed_attention(
     seen = (asked + 1 - geometry.sinks - geometry.window).clamp_min(0)
     limit = geometry.sinks + seen // geometry.page_tokens * geometry.page_tokens
     raw_k, raw_v = key.float(), value.float()
-    shift = key_spec.shift(query) if key_spec is not None and (softcap is not None or sinks_logit is not None) else None
+    shift = (
+        key_spec.shift(query)
+        if key_spec is not None and (softcap is not None or sinks_logit is not None)
+        else None
+    )
     mean = None
     if key_spec is not None:
         if key_spec.turns:
@@ -91,9 +101,14 @@ def packed_attention(
         cached_v = round_trip(to_float16(raw_v), value_spec.format, clip_rows(value_spec.clip))
     sinks, end = min(geometry.sinks, tokens), int(limit[-1])
     raw_cuts = [0, *range(sinks, tokens, TILE_TOKENS), tokens]
-    tiles = [Tile(raw_k[:, a:b], raw_v[:, a:b], positions[a:b], False) for a, b in pairwise(raw_cuts)]
+    tiles = [
+        Tile(raw_k[:, a:b], raw_v[:, a:b], positions[a:b], False) for a, b in pairwise(raw_cuts)
+    ]
     packed_cuts = [*range(sinks, end, TILE_TOKENS), end]
-    tiles += [Tile(cached_k[:, a:b], cached_v[:, a:b], positions[a:b], True) for a, b in pairwise(packed_cuts)]
+    tiles += [
+        Tile(cached_k[:, a:b], cached_v[:, a:b], positions[a:b], True)
+        for a, b in pairwise(packed_cuts)
+    ]
     out = attend(
         query, asked, limit, tiles,
         sinks=geometry.sinks, scaling=scaling, mask=mask, softcap=softcap, sinks_logit=sinks_logit, shift=shift,
@@ -130,7 +145,9 @@ class Probe:
         early: first positions that no tap of `measure` changes anything for.
     """
 
-    def __init__(self, model: Any, arch: Architecture, passages: Sequence[Passage], early: int = 0) -> None:
+    def __init__(
+        self, model: Any, arch: Architecture, passages: Sequence[Passage], early: int = 0
+    ) -> None:
         self.model, self.passages = model, passages
         self.attentions = arch.attention_modules(model)
         self.device = next(model.parameters()).device
@@ -138,8 +155,12 @@ class Probe:
         self.early = [min(early, x.ids.shape[1] - 1) for x in passages]
         self.hidden: list[list[Tensor]] = []
         self.final: list[Tensor] = []
-        self.past: list[list[tuple[Tensor, Tensor]]] = []  # keys and values [1, Hkv, early, D] of each layer
-        for runner, first in zip(progress(self.runners, "baseline", "sequence"), self.early, strict=True):
+        self.past: list[
+            list[tuple[Tensor, Tensor]]
+        ] = []  # keys and values [1, Hkv, early, D] of each layer
+        for runner, first in zip(
+            progress(self.runners, "baseline", "sequence"), self.early, strict=True
+        ):
             states, past = [runner.embedded], list[tuple[Tensor, Tensor]]()
             for i, attention in enumerate(self.attentions):
                 with tapped(attention, _keep(past, first)):
@@ -152,30 +173,36 @@ class Probe:
         self.base = [logits_of(model, x).log_softmax(-1) for x in self.final] if small else None
 
     def normed(self, index: int, hidden: Tensor, first: int = 0) -> Tensor:
-        """[n, hidden_size] at the positions of a passage that count, of its last layer's states [1, T − first,
-        hidden_size]."""
+        """[n, hidden_size] at the positions of a passage that count, of its last layer's states [1,
+        T − first, hidden_size]."""
         passage = self.passages[index]
         skipped = max(0, -(-(first - passage.start) // passage.stride))
         kept = hidden[0, passage.start + skipped * passage.stride - first :: passage.stride]
         return last_norm_of(self.model)(kept)
 
     def kl(self, finals: list[Tensor]) -> float:
-        """Mean KL(baseline ‖ probe) in nats over the positions that count; `finals`: normed hidden states [n,
-        hidden_size], of the last n of them where they are fewer: the others are taken to be the baseline's."""
+        """Mean KL(baseline ‖ probe) in nats over the positions that count; `finals`: normed hidden
+        states [n, hidden_size], of the last n of them where they are fewer: the others are taken to
+        be the baseline's."""
         total, count = 0.0, 0
         for i, (base, other) in enumerate(zip(self.final, finals, strict=True)):
             first = len(base) - len(other)
             for block in range(0, len(other), KL_BLOCK):
                 q = logits_of(self.model, other[block : block + KL_BLOCK]).log_softmax(-1)
                 rows = slice(first + block, first + block + len(q))
-                p = logits_of(self.model, base[rows]).log_softmax(-1) if self.base is None else self.base[i][rows]
+                p = (
+                    logits_of(self.model, base[rows]).log_softmax(-1)
+                    if self.base is None
+                    else self.base[i][rows]
+                )
                 total += float((p.exp() * (p - q)).sum())
             count += len(base)
         check_finite_loss(total)
         return max(total / count, 0.0)
 
     def measure(self, layer: int, tap: Tap) -> float:
-        """KL with one layer's attention replaced by `tap`, which leaves the `early` positions as they are."""
+        """KL with one layer's attention replaced by `tap`, which leaves the `early` positions as
+        they are."""
         finals = []
         for i, (runner, hidden, past, first) in enumerate(
             zip(self.runners, self.hidden, self.past, self.early, strict=True)
@@ -183,7 +210,9 @@ class Probe:
             with ExitStack() as stack:
                 stack.enter_context(tapped(self.attentions[layer], tap))
                 state = runner.run(layer, hidden[layer])[:, first:]
-                for attention, (keys, values) in zip(self.attentions[layer + 1 :], past[layer + 1 :], strict=True):
+                for attention, (keys, values) in zip(
+                    self.attentions[layer + 1 :], past[layer + 1 :], strict=True
+                ):
                     if first:
                         stack.enter_context(tapped(attention, _behind(keys, values)))
                 state = runner.run_from(layer + 1, state, first)
@@ -191,14 +220,20 @@ class Probe:
         return self.kl(finals)
 
     def whole_model(self, taps: list[Tap] | None = None) -> float:
-        """KL of the model as its weights are now, with every layer tapped if `taps` are given, against the baseline."""
+        """KL of the model as its weights are now, with every layer tapped if `taps` are given,
+        against the baseline."""
         with ExitStack() as stack:
             for attention, tap in zip(self.attentions, taps or [], strict=False):
                 stack.enter_context(tapped(attention, tap))
             return self._whole_model()
 
     def _whole_model(self) -> float:
-        return self.kl([self.normed(i, runner.run_from(0, runner.embedded)) for i, runner in enumerate(self.runners)])
+        return self.kl(
+            [
+                self.normed(i, runner.run_from(0, runner.embedded))
+                for i, runner in enumerate(self.runners)
+            ]
+        )
 
 
 def check_finite_loss(loss: float) -> None:
@@ -233,7 +268,9 @@ def put_behind(
     """
     first, tokens = keys.shape[2], key.shape[2]
     if mask is None:
-        mask = torch.ones(tokens, first + tokens, dtype=torch.bool, device=key.device).tril(first)[None, None]
+        mask = torch.ones(tokens, first + tokens, dtype=torch.bool, device=key.device).tril(first)[
+            None, None
+        ]
     return torch.cat((keys, key), 2), torch.cat((values, value), 2), mask
 
 
@@ -263,7 +300,9 @@ def packing_tap(
 
     def tap(module, query, key, value, mask, scaling, **extras):
         narrow = None if mask is None else mask[0, 0]
-        out = packed_attention(query[0], key[0], value[0], geometry, scaling, mask=narrow, **options, **extras)
+        out = packed_attention(
+            query[0], key[0], value[0], geometry, scaling, mask=narrow, **options, **extras
+        )
         return out.transpose(0, 1)[None].to(query.dtype)
 
     return tap
@@ -315,7 +354,11 @@ def measured(
 
 
 def specs_of(
-    side: str, keys: list[list[KeyCandidate]], values: list[list[ValueCandidate]], layer: int, candidate: int
+    side: str,
+    keys: list[list[KeyCandidate]],
+    values: list[list[ValueCandidate]],
+    layer: int,
+    candidate: int,
 ) -> dict[str, Any]:
     """One candidate as arguments of `packing_tap` and `packed_attention`."""
     if side == "key":

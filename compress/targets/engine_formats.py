@@ -1,4 +1,5 @@
-"""The 8- and 4-bit float caches of other engines, emulated: what a value becomes once it is stored and read back.
+"""The 8- and 4-bit float caches of other engines, emulated: what a value becomes once it is stored
+and read back.
 
 | format | bits an element | how |
 |---|---|---|
@@ -28,7 +29,8 @@ def _e4m3(x: Tensor) -> Tensor:
 
 
 def fp8(x: Tensor, scale: Tensor) -> Tensor:
-    """x float [...], scale float32 that broadcasts to it → what an FP8 cache gives back, float32."""
+    """x float [...], scale float32 that broadcasts to it → what an FP8 cache gives back,
+    float32."""
     return _e4m3(x.float() / scale) * scale
 
 
@@ -59,8 +61,11 @@ def nvfp4(x: Tensor, scale: Tensor) -> Tensor:
 ROUNDINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"FP8": fp8, "NVFP4": nvfp4}
 
 
-def rounding_tap(key_algo: str | None, value_algo: str | None, key_scale: Tensor, value_scale: Tensor) -> Tap:
-    """A tap whose attention reads keys and values back from an emulated cache; every token, sinks and latest included.
+def rounding_tap(
+    key_algo: str | None, value_algo: str | None, key_scale: Tensor, value_scale: Tensor
+) -> Tap:
+    """A tap whose attention reads keys and values back from an emulated cache; every token, sinks
+    and latest included.
 
     Args:
         key_algo, value_algo: "FP8" or "NVFP4"; None for 16 bits.
@@ -68,10 +73,15 @@ def rounding_tap(key_algo: str | None, value_algo: str | None, key_scale: Tensor
     """
 
     def read_back(x: Tensor, algo: str | None, scale: Tensor) -> Tensor:
-        return x if algo is None else ROUNDINGS[algo](x, scale.to(x.device)[:, None, None]).to(x.dtype)
+        return (
+            x if algo is None else ROUNDINGS[algo](x, scale.to(x.device)[:, None, None]).to(x.dtype)
+        )
 
     def tap(module, query, key, value, mask, scaling, **extras):
-        stored_k, stored_v = read_back(key, key_algo, key_scale), read_back(value, value_algo, value_scale)
+        stored_k, stored_v = (
+            read_back(key, key_algo, key_scale),
+            read_back(value, value_algo, value_scale),
+        )
         if extras:
             out = attend_plain(query, stored_k, stored_v, scaling, mask, **extras)
             return out.transpose(1, 2).to(query.dtype)

@@ -19,9 +19,13 @@ from kvfold.pretrained import tokenizer_from_pretrained
 
 FORMS = ("packed", "gqa", "16bit")
 NEEDED = ("onnx", "onnxscript")
-CHANGING_ROPE = ("longrope", "dynamic")  # another table beyond some length, chosen while the model runs
+CHANGING_ROPE = (
+    "longrope",
+    "dynamic",
+)  # another table beyond some length, chosen while the model runs
 
-EXPERTS_CHUNK = 8  # tokens at a time where a layer has experts: the graph gathers the weights of each token's experts
+# tokens at a time where a layer has experts: the graph gathers the weights of each token's experts
+EXPERTS_CHUNK = 8
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ def check_onnx(artifact: Artifact, form: str, bits: int | None) -> None:
     """Refuses what can't be expressed, before anything is computed.
 
     Raises:
-        KvfoldError: an unknown form, bits that go with another, a missing package, or a family that can't be expressed.
+        KvfoldError: an unknown form, bits that go with another, a missing package, or a family that
+            can't be expressed.
     """
     if form not in FORMS:
         raise KvfoldError(
@@ -54,10 +59,14 @@ def check_onnx(artifact: Artifact, form: str, bits: int | None) -> None:
             f"--bits {bits} goes with --form gqa; the form '{form}' has the bits that it has, leave it out."
         )
     if bits not in (None, 4, 8):
-        raise KvfoldError(f"--bits {bits} is not a width that GroupQueryAttention stores; give 8 or 4.")
+        raise KvfoldError(
+            f"--bits {bits} is not a width that GroupQueryAttention stores; give 8 or 4."
+        )
     for name in NEEDED:
         if find_spec(name) is None:
-            raise KvfoldError(f"The ONNX export needs the package {name}; install it with: pip install 'kvfold[onnx]'.")
+            raise KvfoldError(
+                f"The ONNX export needs the package {name}; install it with: pip install 'kvfold[onnx]'."
+            )
     config = read_config(artifact.path)
     family = architecture_of(config).model_type
     if architecture_of(config).tower:
@@ -80,12 +89,19 @@ def check_onnx(artifact: Artifact, form: str, bits: int | None) -> None:
 
 
 def export_onnx(
-    artifact_dir: Path, out: Path, form: str, bits: int | None, calib: str | None, device: torch.device
+    artifact_dir: Path,
+    out: Path,
+    form: str,
+    bits: int | None,
+    calib: str | None,
+    device: torch.device,
 ) -> OnnxExport:
-    """Writes prefill.onnx, decode.onnx and weights.bin, with tokenizer and licence files beside them.
+    """Writes prefill.onnx, decode.onnx and weights.bin, with tokenizer and licence files beside
+    them.
 
     Args:
-        form: "packed" (the artifact's own formats), "gqa" (uniform codes with static scales), or "16bit".
+        form: "packed" (the artifact's own formats), "gqa" (uniform codes with static scales), or
+            "16bit".
         bits: of "gqa": 8 (default) or 4.
         calib: of "gqa": text source, None for the built-in text.
     Raises:
@@ -100,7 +116,9 @@ def export_onnx(
     return OnnxExport(sum(p.stat().st_size for p in out.iterdir()), cache_bits, kl)
 
 
-def _calibrate(artifact: Artifact, bits: int, calib: str | None, device: torch.device) -> tuple[list, float]:
+def _calibrate(
+    artifact: Artifact, bits: int, calib: str | None, device: torch.device
+) -> tuple[list, float]:
     """Codecs of all layers, and the KL that they cost together."""
     from kvfold.compress.search.sensitivity import Passage, Probe
     from kvfold.compress.targets.onnx_scales import calibrate_codecs, codec_tap
@@ -109,14 +127,18 @@ def _calibrate(artifact: Artifact, bits: int, calib: str | None, device: torch.d
     name, documents = read_documents(calib)
     stated = artifact.metadata.calibration
     stage(f"reading {artifact.path.name}")
-    model: Any = load_model(artifact.path, torch.float32 if device.type == "cpu" else "auto", device)
+    model: Any = load_model(
+        artifact.path, torch.float32 if device.type == "cpu" else "auto", device
+    )
     arch = architecture_of(model.config)
     length = min(SEQ_LEN, model.config.max_position_embeddings)
     tokenizer = tokenizer_from_pretrained(artifact.path)
     sequences = sample_sequences(tokenizer, documents, NUM_SEQUENCES, length, stated.seed, name)
     with torch.inference_mode():
         codecs = calibrate_codecs(model, arch, sequences, stated.spread, bits)
-        probe = Probe(model, arch, [Passage(ids[:, :PROBE_LEN], PROBE_STRIDE) for ids in sequences[:1]])
+        probe = Probe(
+            model, arch, [Passage(ids[:, :PROBE_LEN], PROBE_STRIDE) for ids in sequences[:1]]
+        )
         kl = probe.whole_model([codec_tap(pair) for pair in codecs])
     return codecs, kl
 
@@ -136,7 +158,9 @@ def _write(artifact: Artifact, folder: Path, form: str, codecs: list | None) -> 
         stated["chunk"] = EXPERTS_CHUNK
     make: Any
     if codecs is not None:
-        tensors = [gqa_tensors(codecs[0][0].bits, geometry.num_kv_heads, geometry.head_dim)] * len(specs)
+        tensors = [gqa_tensors(codecs[0][0].bits, geometry.num_kv_heads, geometry.head_dim)] * len(
+            specs
+        )
         bits = float(codecs[0][0].bits)
 
         def make(single: bool) -> GqaAttention:
@@ -144,7 +168,11 @@ def _write(artifact: Artifact, folder: Path, form: str, codecs: list | None) -> 
     elif form == "packed":
         tensors = [packed_tensors(geometry, spec) for spec in specs]
         bits = artifact.metadata.account.payload_bits
-        stated |= {"sinks": geometry.sinks, "window": geometry.window, "page_tokens": geometry.page_tokens}
+        stated |= {
+            "sinks": geometry.sinks,
+            "window": geometry.window,
+            "page_tokens": geometry.page_tokens,
+        }
         stated["formats"] = [[k.to_dict(), v.to_dict()] for k, v in artifact.formats]
 
         def make(single: bool) -> PackedAttention:

@@ -1,4 +1,5 @@
-"""Static scales for the uniform int8 and int4 cache of onnxruntime's GroupQueryAttention, one for each channel."""
+"""Static scales for the uniform int8 and int4 cache of onnxruntime's GroupQueryAttention, one for
+each channel."""
 
 from typing import Any
 
@@ -23,7 +24,8 @@ def fit_codec(x: Tensor, bits: int, centred: bool) -> UniformCodec:
     Args:
         x: float32 [Hkv, N, D].
         bits: 8 or 4.
-        centred: put the middle of a channel's range in the middle of the codes; else its offset is 0.
+        centred: put the middle of a channel's range in the middle of the codes; else its offset is
+            0.
     """
     levels = 2**bits
     low, high = x.amin(1), x.amax(1)
@@ -47,13 +49,14 @@ def fit_codec(x: Tensor, bits: int, centred: bool) -> UniformCodec:
 def calibrate_codecs(
     model: Any, arch: Architecture, sequences: list[Tensor], spread: int, bits: int
 ) -> list[tuple[UniformCodec, UniformCodec]]:
-    """(keys, values) of every layer, from all tokens of calibration text, since the operator keeps no token in 16 bits.
+    """(keys, values) of every layer, from all tokens of calibration text, since the operator keeps
+    no token in 16 bits.
 
     Args:
         model: loaded with attention tap.NAME.
         sequences: int64 [1, T] each.
-        spread: distance between the positions of neighbouring tokens: key channels that RoPE turns slowly show their
-            range only over a long context (see calibrate.py).
+        spread: distance between the positions of neighbouring tokens: key channels that RoPE turns
+            slowly show their range only over a long context (see calibrate.py).
     """
     device = next(model.parameters()).device
     runners = [LayerRunner(model, arch, ids.to(device)) for ids in sequences]
@@ -63,7 +66,9 @@ def calibrate_codecs(
         seen: dict[str, list[Tensor]] = {"key": [], "value": []}
         seen_by: set[str] = set()
 
-        def tap(module, query, key, value, mask, scaling, seen=seen, seen_by=seen_by, i=i, **extras):
+        def tap(
+            module, query, key, value, mask, scaling, seen=seen, seen_by=seen_by, i=i, **extras
+        ):
             places = torch.arange(key.shape[2], device=key.device)[None]
             near, far = (turns(model, arch, i, places * step) for step in (1, spread))
             seen["key"] += [key[0].float(), rotate_on(key, near, far)[0]]
@@ -73,10 +78,12 @@ def calibrate_codecs(
 
         with tapped(attention, tap):
             hidden = [runner.run(i, h) for runner, h in zip(runners, hidden, strict=True)]
-        # a soft-cap and a sink logit see the shift of logits that an offset of keys makes; with the latter weights
-        # don't sum to 1
+        # a soft-cap and a sink logit see the shift of logits that an offset of keys makes; with the
+        # latter weights don't sum to 1
         key = fit_codec(torch.cat(seen["key"], 1).cpu(), bits, centred=not seen_by)
-        value = fit_codec(torch.cat(seen["value"], 1).cpu(), bits, centred="sinks_logit" not in seen_by)
+        value = fit_codec(
+            torch.cat(seen["value"], 1).cpu(), bits, centred="sinks_logit" not in seen_by
+        )
         found.append((key, value))
     return found
 
@@ -85,7 +92,13 @@ def codec_tap(codecs: tuple[UniformCodec, UniformCodec]) -> Tap:
     """A tap whose attention reads keys and values back as the operator stores them."""
 
     def tap(module, query, key, value, mask, scaling, **extras):
-        stored_k, stored_v = (codec.round_trip(x.float()) for codec, x in zip(codecs, (key, value), strict=True))
-        return attend_plain(query.float(), stored_k, stored_v, scaling, mask, **extras).transpose(1, 2).to(query.dtype)
+        stored_k, stored_v = (
+            codec.round_trip(x.float()) for codec, x in zip(codecs, (key, value), strict=True)
+        )
+        return (
+            attend_plain(query.float(), stored_k, stored_v, scaling, mask, **extras)
+            .transpose(1, 2)
+            .to(query.dtype)
+        )
 
     return tap

@@ -1,4 +1,5 @@
-"""Rows of a dataset that a task reads: a .jsonl file (or .jsonl.gz), a folder that holds it, or a `datasets` id."""
+"""Rows of a dataset that a task reads: a .jsonl file (or .jsonl.gz), a folder that holds it, or a
+`datasets` id."""
 
 import gzip
 import json
@@ -26,12 +27,16 @@ def read_rows(
     if path.is_dir():
         found = [path / name for name in files if (path / name).is_file()]
         if not found:
-            raise KvfoldError(f"--task-data '{source}' is a folder without {' or '.join(files)}; give one that has it.")
+            raise KvfoldError(
+                f"--task-data '{source}' is a folder without {' or '.join(files)}; give one that has it."
+            )
         path = found[0]
     if path.is_file():
         rows = _read_lines(path, limit)
     elif path.suffix in (".jsonl", ".json", ".gz") or source.startswith((".", "/", "~")):
-        raise KvfoldError(f"--task-data '{source}' does not exist; give a .jsonl file, a folder or a datasets id.")
+        raise KvfoldError(
+            f"--task-data '{source}' does not exist; give a .jsonl file, a folder or a datasets id."
+        )
     else:
         rows = _read_dataset(source, limit)
     for i, row in enumerate(rows):
@@ -42,14 +47,20 @@ def read_rows(
                     "own data."
                 )
     if not rows:
-        raise KvfoldError(f"--task-data '{source}' has no rows; give a file with one JSON object a line.")
+        raise KvfoldError(
+            f"--task-data '{source}' has no rows; give a file with one JSON object a line."
+        )
     return rows
 
 
 def _read_lines(path: Path, limit: int | None) -> list[Any]:
     rows: list[Any] = []
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        with (
+            gzip.open(path, "rt", encoding="utf-8")
+            if path.suffix == ".gz"
+            else path.open(encoding="utf-8") as file
+        ):
             for line in file:
                 if limit is not None and len(rows) >= limit:
                     break
@@ -75,7 +86,10 @@ def _read_dataset(source: str, limit: int | None) -> list[Any]:
         ) from None
     try:
         rows = load_dataset(name, config or None, split=split or "test")
-        return [dict(row) for row in rows.select(range(min(len(rows), len(rows) if limit is None else limit)))]
+        return [
+            dict(row)
+            for row in rows.select(range(min(len(rows), len(rows) if limit is None else limit)))
+        ]
     except Exception as error:  # datasets raises a dozen kinds, offline, missing, gated, broken
         raise KvfoldError(
             f"'{source}' is neither a file nor a dataset that can be loaded ({type(error).__name__}); "

@@ -14,14 +14,18 @@ from kvfold.errors import KvfoldError
 from kvfold.runtime.load import plain_cache
 
 CacheName = Literal["16bit", "packed"]
-PREFILL_CHUNK = 4096  # columns of longer prompts that go through the model at a time: bounds masks and activations
-BATCH_TOKENS = 1 << 18  # columns of a batch, answers included, so that long prompts come in smaller batches
+# columns of longer prompts that go through the model at a time: bounds masks and activations
+PREFILL_CHUNK = 4096
+BATCH_TOKENS = (
+    1 << 18
+)  # columns of a batch, answers included, so that long prompts come in smaller batches
 
 
 class StopTexts(StoppingCriteria):
     """Ends a row once one of the texts stands in what is new in it.
 
-    transformers' own `stop_strings` needs a vocabulary whose pieces join into text, which not every tokenizer has.
+    transformers' own `stop_strings` needs a vocabulary whose pieces join into text, which not every
+    tokenizer has.
 
     Args:
         tokenizer: decodes.
@@ -31,7 +35,9 @@ class StopTexts(StoppingCriteria):
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], prompt_tokens: int) -> None:
         self.tokenizer, self.stops, self.prompt_tokens = tokenizer, tuple(stops), prompt_tokens
-        self.tail = max(map(len, stops)) + 1  # tokens: none but parts of one character decode to nothing
+        self.tail = (
+            max(map(len, stops)) + 1
+        )  # tokens: none but parts of one character decode to nothing
         self.done: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -54,19 +60,40 @@ class PairedGenerator:
     """
 
     def __init__(self, model: Any, tokenizer: Any, temperature: float = 0.0, seed: int = 0) -> None:
-        self.model, self.tokenizer, self.temperature, self.seed = model, tokenizer, temperature, seed
+        self.model, self.tokenizer, self.temperature, self.seed = (
+            model,
+            tokenizer,
+            temperature,
+            seed,
+        )
         ends = model.generation_config.eos_token_id
-        found = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id, tokenizer.pad_token_id}
+        found = {
+            *(ends if isinstance(ends, list) else [ends]),
+            tokenizer.eos_token_id,
+            tokenizer.pad_token_id,
+        }
         self.ends = sorted(i for i in found if i is not None)
-        self.pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, *self.ends) if i is not None), 0)
+        self.pad = next(
+            (
+                i
+                for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, *self.ends)
+                if i is not None
+            ),
+            0,
+        )
 
     def generate(
-        self, prompts: Sequence[Prompt], cache: CacheName, max_new_tokens: int, stops: Sequence[str] = ()
+        self,
+        prompts: Sequence[Prompt],
+        cache: CacheName,
+        max_new_tokens: int,
+        stops: Sequence[str] = (),
     ) -> list[tuple[str, int]]:
         """(text, number of new tokens) for each prompt, up to an end-of-text token or a stop.
 
         Args:
-            cache: "packed", or "16bit" for transformers' own cache in the type that the model computes in.
+            cache: "packed", or "16bit" for transformers' own cache in the type that the model
+                computes in.
             stops: texts that end a continuation and are not part of it.
         Raises:
             KvfoldError: the device has not enough memory.
@@ -78,7 +105,8 @@ class PairedGenerator:
             ids[row, longest - len(prompt.ids) :] = torch.tensor(prompt.ids)
             mask[row, longest - len(prompt.ids) :] = 1
         if self.temperature:
-            name = f"{self.seed} {prompts[0].id}"  # both caches draw alike, and part only where probabilities do
+            # both caches draw alike, and part only where probabilities do
+            name = f"{self.seed} {prompts[0].id}"
             torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big"))
         try:
             out = self._continue(ids, mask, cache, max_new_tokens, stops)
@@ -107,29 +135,42 @@ class PairedGenerator:
             eos_token_id=self.ends or None,
             prefill_chunk_size=PREFILL_CHUNK if longest > PREFILL_CHUNK else None,
         )
-        criteria = StoppingCriteriaList([StopTexts(self.tokenizer, stops, longest)] if stops else [])
+        criteria = StoppingCriteriaList(
+            [StopTexts(self.tokenizer, stops, longest)] if stops else []
+        )
         inputs = {"input_ids": ids.to(place), "attention_mask": mask.to(place)}
         with torch.inference_mode():
             if cache == "packed":
-                return self.model.generate(**inputs, generation_config=config, stopping_criteria=criteria)
+                return self.model.generate(
+                    **inputs, generation_config=config, stopping_criteria=criteria
+                )
             plain = DynamicCache(config=self.model.config)
             with plain_cache(self.model):
                 return self.model.generate(
-                    **inputs, generation_config=config, stopping_criteria=criteria, past_key_values=plain
+                    **inputs,
+                    generation_config=config,
+                    stopping_criteria=criteria,
+                    past_key_values=plain,
                 )
 
     def _text(self, new: list[int], stops: Sequence[str]) -> tuple[str, int]:
-        count = next((i for i, token in enumerate(new) if token in self.ends or token == self.pad), len(new))
+        count = next(
+            (i for i, token in enumerate(new) if token in self.ends or token == self.pad), len(new)
+        )
         return cut_at(self.tokenizer.decode(new[:count], skip_special_tokens=True), stops), count
 
 
 def batches_of(prompts: Sequence[Prompt], batch_size: int, new_tokens: int) -> list[list[Prompt]]:
-    """Prompts of like length together: at most `batch_size`, and at most BATCH_TOKENS columns unless one alone passes
-    them."""
+    """Prompts of like length together: at most `batch_size`, and at most BATCH_TOKENS columns
+    unless one alone passes them."""
     batches: list[list[Prompt]] = []
     for prompt in sorted(prompts, key=lambda p: (len(p.ids), p.id)):
         columns = len(prompt.ids) + new_tokens
-        if batches and len(batches[-1]) < batch_size and (len(batches[-1]) + 1) * columns <= BATCH_TOKENS:
+        if (
+            batches
+            and len(batches[-1]) < batch_size
+            and (len(batches[-1]) + 1) * columns <= BATCH_TOKENS
+        ):
             batches[-1].append(prompt)
         else:
             batches.append([prompt])

@@ -1,4 +1,5 @@
-"""GSM8K (Cobbe et al. 2021, arXiv 2110.14168): grade-school word problems, judged by the last number of the answer."""
+"""GSM8K (Cobbe et al. 2021, arXiv 2110.14168): grade-school word problems, judged by the last
+number of the answer."""
 
 import re
 from decimal import Decimal
@@ -11,7 +12,8 @@ DEFAULT = "openai/gsm8k:main:test"
 FILES = ("gsm8k/test.jsonl", "test.jsonl")
 NUMBER = re.compile(r"(?:(?<![\w)])-\s?\$?)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 
-# Chain of thought (Wei et al. 2022, arXiv 2201.11903) with examples of our own: none is from the dataset.
+# Chain of thought (Wei et al. 2022, arXiv 2201.11903) with examples of our own: none is from the
+# dataset.
 EXAMPLES = (
     ("A baker fills 6 trays with 12 rolls each. He sells 45 rolls in the morning and 18 in the afternoon. "
      "How many rolls are left?",
@@ -35,7 +37,8 @@ EXAMPLES = (
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number in a text, without currency signs and thousands separators; None if there is none."""
+    """The last number in a text, without currency signs and thousands separators; None if there is
+    none."""
     found = NUMBER.findall(text)
     return Decimal(re.sub(r"[\s$,]", "", found[-1])) if found else None
 
@@ -49,11 +52,14 @@ def encode(setting: Setting, question: str, shots: int) -> list[int]:
 
 
 def prompts(setting: Setting) -> list[Prompt]:
-    """The first rows of the dataset, each after as many of the five worked examples as the context leaves room for."""
+    """The first rows of the dataset, each after as many of the five worked examples as the context
+    leaves room for."""
     rows = read_rows(setting.data or DEFAULT, FILES, ("question", "answer"), setting.limit)
     longest = max((row["question"] for row in rows), key=lambda q: len(encode(setting, q, 0)))
     room = setting.context - TASK.max_new_tokens
-    shots = next((n for n in range(len(EXAMPLES), -1, -1) if len(encode(setting, longest, n)) <= room), None)
+    shots = next(
+        (n for n in range(len(EXAMPLES), -1, -1) if len(encode(setting, longest, n)) <= room), None
+    )
     if shots is None:
         raise KvfoldError(
             f"The longest GSM8K question and {TASK.max_new_tokens} tokens of answer pass the context of "
@@ -63,8 +69,16 @@ def prompts(setting: Setting) -> list[Prompt]:
     for i, row in enumerate(rows):
         gold = last_number(row["answer"].rpartition("####")[2])
         if gold is None:
-            raise KvfoldError(f"Row {i} of the GSM8K data has no number after '####'; give the dataset's own file.")
-        made.append(Prompt(f"gsm8k/{i}", encode(setting, row["question"], shots), {"gold": str(gold), "shots": shots}))
+            raise KvfoldError(
+                f"Row {i} of the GSM8K data has no number after '####'; give the dataset's own file."
+            )
+        made.append(
+            Prompt(
+                f"gsm8k/{i}",
+                encode(setting, row["question"], shots),
+                {"gold": str(gold), "shots": shots},
+            )
+        )
     return made
 
 
@@ -72,7 +86,8 @@ def judge(prompt: Prompt, text: str) -> Judgement:
     """Right if the last number equals the dataset's."""
     number = last_number(text)
     return Judgement(
-        "" if number is None else str(number), number is not None and number == Decimal(prompt.facts["gold"])
+        "" if number is None else str(number),
+        number is not None and number == Decimal(prompt.facts["gold"]),
     )
 
 

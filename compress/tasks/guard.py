@@ -1,13 +1,15 @@
-"""Runs one program under limits, as a process of its own: `python -I guard.py PROGRAM NBYTES SECONDS FILE_NBYTES`.
+"""Runs one program under limits, as a process of its own: `python -I guard.py PROGRAM NBYTES
+SECONDS FILE_NBYTES`.
 
-A token comes in on stdin, and goes out on stdout if the program ran to its end: no way of ending the process, and
-nothing that is printed, says so by itself. It must not import anything of the package: nothing but this folder and the
-standard library is there.
+A token comes in on stdin, and goes out on stdout if the program ran to its end: no way of ending
+the process, and nothing that is printed, says so by itself. It must not import anything of the
+package: nothing but this folder and the standard library is there.
 
-Three fences, each where the system has it: audit hooks of Python, what Linux refuses a process (walls.py), and the
-namespaces that sandbox.py starts this file in. They stop accidents and what a model writes without thinking. They are
-no wall against a program that means harm: it may read what this user may read, and one that looks for the token through
-its own interpreter, or redefines its tests, passes.
+Three fences, each where the system has it: audit hooks of Python, what Linux refuses a process
+(walls.py), and the namespaces that sandbox.py starts this file in. They stop accidents and what a
+model writes without thinking. They are
+no wall against a program that means harm: it may read what this user may read, and one that looks
+for the token through its own interpreter, or redefines its tests, passes.
 """
 
 import os
@@ -29,7 +31,8 @@ BLOCKED = {
     "socket.gethostbyname", "socket.sendmsg", "socket.sendto", "subprocess.Popen", "sys._current_exceptions",
     "sys._current_frames",
 }  # fmt: skip
-# call C by themselves, past every event; and what makes processes for subprocess and multiprocessing
+# call C by themselves, past every event; and what makes processes for subprocess and
+# multiprocessing
 BLOCKED_MODULES = {
     "_cffi_backend",
     "_ctypes",
@@ -64,7 +67,8 @@ def limit(nbytes: int, seconds: int, file_nbytes: int) -> None:
 
 
 def plain(path: Any) -> str:
-    """A path as text; of a subclass of str or bytes the text itself, and not what its methods say."""
+    """A path as text; of a subclass of str or bytes the text itself, and not what its methods
+    say."""
     path = os.fspath(path)
     return (
         str.__getitem__(path, slice(None))
@@ -74,7 +78,8 @@ def plain(path: Any) -> str:
 
 
 def watch(folder: str) -> None:
-    """Refuses, from now on, what a pure function has no use for: processes, connections, writing outside `folder`."""
+    """Refuses, from now on, what a pure function has no use for: processes, connections, writing
+    outside `folder`."""
     inside = os.path.realpath(folder) + os.sep
     changes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
     realpath, is_folder, opens = os.path.realpath, os.path.isdir, ("open", "sqlite3.connect")
@@ -92,7 +97,9 @@ def watch(folder: str) -> None:
                 writes = args[2] & changes
                 if path.startswith("/proc/") and path.endswith("/mem"):
                     raise PermissionError(f"reading {path!r} is not allowed here")
-                if args[1] is None and is_folder(path):  # to open files relative to it, which no event would tell
+                if args[1] is None and is_folder(
+                    path
+                ):  # to open files relative to it, which no event would tell
                     raise PermissionError(f"opening the folder {path!r} is not allowed here")
             if writes and not (path + os.sep).startswith(inside):
                 raise PermissionError(f"writing {path!r} is not allowed here")
@@ -115,14 +122,15 @@ def watch(folder: str) -> None:
 
 
 def supervise(child: int) -> NoReturn:
-    """Waits for the program's process and ends as it did, or with 128 + its signal: the first process of a namespace
-    can't end by one."""
+    """Waits for the program's process and ends as it did, or with 128 + its signal: the first
+    process of a namespace can't end by one."""
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os._exit(code if code >= 0 else 128 - code)
 
 
 def steps(program: str, verdict: int) -> tuple[list[Any], list[dict]]:
-    """The program, and what says that it came to its end; each as code and the namespace that it runs in."""
+    """The program, and what says that it came to its end; each as code and the namespace that it
+    runs in."""
     token = b""
     while part := os.read(0, 64):
         token += part

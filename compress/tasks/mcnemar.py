@@ -1,4 +1,5 @@
-"""Tests for paired right-or-wrong answers: McNemar's exact one, and one for several answers to a question."""
+"""Tests for paired right-or-wrong answers: McNemar's exact one, and one for several answers to a
+question."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ class Paired:
         gained: pairs in which only the second is right.
         points: accuracy of the second minus that of the first, in percentage points.
         points_se: its standard error over questions; None for fewer than two.
-        p: two-sided, of the hypothesis that both are equally likely to be the only one that is right.
+        p: two-sided, of the hypothesis that both are equally likely to be the only one that is
+            right.
     """
 
     n: int
@@ -33,8 +35,9 @@ class Paired:
 
 
 def compare(first: list[bool], second: list[bool]) -> Paired:
-    """McNemar's test (Psychometrika 12, 1947) in its exact form: given the number of questions on which the two differ,
-    each is equally likely to go either way, so `lost` is binomial with probability 1/2.
+    """McNemar's test (Psychometrika 12, 1947) in its exact form: given the number of questions on
+    which the two differ, each is equally likely to go either way, so `lost` is binomial with
+    probability 1/2.
 
     The standard error is that of the mean of the n differences −1, 0, 1.
 
@@ -63,8 +66,9 @@ def compare(first: list[bool], second: list[bool]) -> Paired:
 def compare_draws(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]]) -> Paired:
     """As `compare`, of several drawn answers to each question.
 
-    Answers to one question are not independent, so a question counts as the difference of its shares of right answers;
-    p is of a permutation test that flips the signs of those (RESAMPLES of them, seeded).
+    Answers to one question are not independent, so a question counts as the difference of its
+    shares of right answers; p is of a permutation test that flips the signs of those (RESAMPLES of
+    them, seeded).
 
     Args:
         first, second: answers of each question, as many of one as of the other.
@@ -73,7 +77,9 @@ def compare_draws(first: Sequence[Sequence[bool]], second: Sequence[Sequence[boo
     flat = [pair for question in pairs for pair in question]
     whole = compare([a for a, _ in flat], [b for _, b in flat])
     shares = np.array([sum(b - a for a, b in question) / len(question) for question in pairs])
-    test = permutation_test((shares,), np.mean, permutation_type="samples", n_resamples=RESAMPLES, rng=0)
+    test = permutation_test(
+        (shares,), np.mean, permutation_type="samples", n_resamples=RESAMPLES, rng=0
+    )
     return Paired(
         n=whole.n,
         accuracy_first=float(np.mean([sum(a) / len(a) for a in first])),

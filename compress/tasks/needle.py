@@ -1,4 +1,5 @@
-"""A needle in a haystack: one sentence with a number, at a given depth of a long text, asked for at its end."""
+"""A needle in a haystack: one sentence with a number, at a given depth of a long text, asked for at
+its end."""
 
 import random
 import re
@@ -20,35 +21,52 @@ CITIES = (
 LEAD = "Remember the number that is hidden in this text."
 
 
-def grid(setting: Setting, new_tokens: int, count: int = COUNT) -> list[tuple[int, int, float, random.Random]]:
-    """Cases as (index, tokens of the prompt at the most, depth, generator of its own), lengths and depths in turn.
+def grid(
+    setting: Setting, new_tokens: int, count: int = COUNT
+) -> list[tuple[int, int, float, random.Random]]:
+    """Cases as (index, tokens of the prompt at the most, depth, generator of its own), lengths and
+    depths in turn.
 
-    Lengths are the context less the answer, its half, quarter and eighth. Up to four of them and five depths share no
-    factor, so twenty cases have every pair, and any limit leaves a mix; a case does not depend on the limit.
+    Lengths are the context less the answer, its half, quarter and eighth. Up to four of them and
+    five depths share no factor, so twenty cases have every pair, and any limit leaves a mix; a case
+    does not depend on the limit.
 
     Raises:
         KvfoldError: the context is too short for the shortest prompt.
     """
-    lengths = [n for n in ((setting.context - new_tokens) >> shift for shift in range(4)) if n >= LEAST]
+    lengths = [
+        n for n in ((setting.context - new_tokens) >> shift for shift in range(4)) if n >= LEAST
+    ]
     if not lengths:
         raise KvfoldError(
             f"A context of {setting.context} is too short for long prompts; give {LEAST + new_tokens} or more."
         )
     return [
-        (i, lengths[i % len(lengths)], DEPTHS[i % len(DEPTHS)], random.Random(f"{setting.seed}/{i}"))
+        (
+            i,
+            lengths[i % len(lengths)],
+            DEPTHS[i % len(DEPTHS)],
+            random.Random(f"{setting.seed}/{i}"),
+        )
         for i in range(count if setting.limit is None else setting.limit)
     ]
 
 
 def sentences(text: str) -> list[str]:
-    """A text cut behind full stops, question and exclamation marks; what has digits, a question's label or no end is
-    left out, so that the needle is the only number and the only question is the last one."""
+    """A text cut behind full stops, question and exclamation marks; what has digits, a question's
+    label or no end is left out, so that the needle is the only number and the only question is the
+    last one."""
     pieces = (" ".join(s.split()) for s in re.split(r"(?<=[.!?])\s+|\n\n+", text))
-    return [s for s in pieces if re.fullmatch(r"[A-Z][^\d{}=_]*[.!?]", s) and not re.search(r"Question:|Answer", s)]
+    return [
+        s
+        for s in pieces
+        if re.fullmatch(r"[A-Z][^\d{}=_]*[.!?]", s) and not re.search(r"Question:|Answer", s)
+    ]
 
 
 def insert(hay: list[str], sizes: list[int], needle: str, depth: float) -> str:
-    """The sentences joined by blanks, the needle before the first one that begins at or after depth · sum(sizes)."""
+    """The sentences joined by blanks, the needle before the first one that begins at or after depth
+    · sum(sizes)."""
     starts = [0, *accumulate(sizes)]
     at = next(i for i, start in enumerate(starts) if start >= depth * starts[-1])
     return " ".join([*hay[:at], needle, *hay[at:]])
@@ -62,7 +80,9 @@ def prompts(setting: Setting) -> list[Prompt]:
 
     @cache
     def size(i: int) -> int:
-        return len(setting.tokenizer(" " + pieces[i], add_special_tokens=False, verbose=False).input_ids)
+        return len(
+            setting.tokenizer(" " + pieces[i], add_special_tokens=False, verbose=False).input_ids
+        )
 
     made = []
     for i, length, depth, rng in grid(setting, TASK.max_new_tokens):
@@ -80,13 +100,19 @@ def prompts(setting: Setting) -> list[Prompt]:
         hay = [pieces[(first + k) % len(pieces)] for k in range(len(sizes))]
         ids = []
         while hay:  # the seams may take a few tokens more
-            ids = ask_ids(setting.tokenizer, f"{LEAD}\n\n{insert(hay, sizes, needle, depth)}", question)
+            ids = ask_ids(
+                setting.tokenizer, f"{LEAD}\n\n{insert(hay, sizes, needle, depth)}", question
+            )
             if len(ids) <= length:
                 break
             hay, sizes = hay[:-1], sizes[:-1]
         if not hay:
-            raise KvfoldError(f"A prompt of {length} tokens has no room for needle and text; give a larger --context.")
-        made.append(Prompt(f"needle/{i}", ids, {"length": length, "depth": depth, "number": number}))
+            raise KvfoldError(
+                f"A prompt of {length} tokens has no room for needle and text; give a larger --context."
+            )
+        made.append(
+            Prompt(f"needle/{i}", ids, {"length": length, "depth": depth, "number": number})
+        )
     return made
 
 

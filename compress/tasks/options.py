@@ -44,7 +44,8 @@ def parse_tasks(names: str, data: str | None, run_code: bool) -> list[str]:
     """The tasks of a comma-separated list, each once.
 
     Raises:
-        KvfoldError: an unknown task; one that runs code without `run_code`; data that no task, or more than one, reads.
+        KvfoldError: an unknown task; one that runs code without `run_code`; data that no task, or
+            more than one, reads.
     """
     wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     for name in wanted:
@@ -63,5 +64,7 @@ def parse_tasks(names: str, data: str | None, run_code: bool) -> list[str]:
             f"--task-data '{data}' is read by none of {', '.join(wanted)}, which make their own; drop it."
         )
     if data is not None and len(readers) > 1 and not Path(data).is_dir():
-        raise KvfoldError(f"--task-data '{data}' cannot serve {' and '.join(readers)}; give a folder that holds both.")
+        raise KvfoldError(
+            f"--task-data '{data}' cannot serve {' and '.join(readers)}; give a folder that holds both."
+        )
     return wanted

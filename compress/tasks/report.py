@@ -16,8 +16,8 @@ from kvfold.kernels.formats import Format
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task's figures over the prompts that both caches answered; accuracies are shares of 1, points percentage
-    points."""
+    """One task's figures over the prompts that both caches answered; accuracies are shares of 1,
+    points percentage points."""
 
     task: str
     prompts: int  # that there are
@@ -28,11 +28,12 @@ class TaskResult:
     gained: int  # right with the packed cache alone
     points: float
     points_se: float | None
-    p: float  # two-sided: McNemar, exact; for several draws of a prompt a permutation test over prompts
+    # two-sided: McNemar, exact; for several draws of a prompt a permutation test over prompts
+    p: float
     same_text: float  # share of pairs with the same continuation to the last character
-    packed_share: (
-        float  # of the tokens that a new token reads, those read from pages: mean over new tokens, then prompts
-    )
+    # of the tokens that a new token reads, those read from pages: mean over new tokens, then
+    # prompts
+    packed_share: float
     prompt_tokens: float  # mean
     new_tokens_16bit: float  # mean
     new_tokens: float  # mean
@@ -42,7 +43,8 @@ class TaskResult:
 
 
 def packed_share(geometry: Geometry, prompt_tokens: int, new_tokens: int) -> float:
-    """Share of tokens read from pages when a token is made, mean over the new ones (at least the first)."""
+    """Share of tokens read from pages when a token is made, mean over the new ones (at least the
+    first)."""
     shares = [
         packed_tokens(n, geometry.sinks, geometry.window, geometry.page_tokens) / n
         for n in range(prompt_tokens, prompt_tokens + max(1, new_tokens))
@@ -61,14 +63,18 @@ def summarise(
 
     Args:
         prompts: how many the task has.
-        records: those that both caches answered, as they stand in the file of answers; at least one.
+        records: those that both caches answered, as they stand in the file of answers; at least
+            one.
         geometry: sinks, window, page length and heads of the packed cache.
         formats: its (key format, value format) of each layer.
     """
     questions: dict[str, list[dict[str, Any]]] = {}
     for r in records:
         questions.setdefault(r["id"].partition(DRAW)[0], []).append(r)
-    sides = [[[r[cache]["correct"] for r in rows] for rows in questions.values()] for cache in ("16bit", "packed")]
+    sides = [
+        [[r[cache]["correct"] for r in rows] for rows in questions.values()]
+        for cache in ("16bit", "packed")
+    ]
     single = len(questions) == len(records)
     pair = compare(*([x[0] for x in side] for side in sides)) if single else compare_draws(*sides)
     lengths = [r["prompt_tokens"] + r["packed"]["new_tokens"] for r in records]

@@ -1,4 +1,5 @@
-"""Key-value retrieval (Liu et al. 2023, arXiv 2307.03172): one value asked for out of a JSON object of random UUIDs."""
+"""Key-value retrieval (Liu et al. 2023, arXiv 2307.03172): one value asked for out of a JSON object
+of random UUIDs."""
 
 import json
 import random
@@ -31,10 +32,14 @@ def prompts(setting: Setting) -> list[Prompt]:
     """Seeded cases: as many pairs as fit, the one asked for at the given depth of them."""
     made = []
     for i, length, depth, rng in grid(setting, TASK.max_new_tokens):
-        pairs = [(make_uuid(rng), make_uuid(rng)) for _ in range(length // 36 + 2)]  # two UUIDs are never fewer tokens
+        pairs = [
+            (make_uuid(rng), make_uuid(rng)) for _ in range(length // 36 + 2)
+        ]  # two UUIDs are never fewer tokens
         sample = min(12, len(pairs))
         least, more = (len(encode(setting, pairs[:n], pairs[0][0])) for n in (2, sample))
-        count = min(len(pairs), 2 + int((length - least) * (sample - 2) / (more - least)) + 2)  # then down to what fits
+        count = min(
+            len(pairs), 2 + int((length - least) * (sample - 2) / (more - least)) + 2
+        )  # then down to what fits
         while count >= 2:
             asked = min(int(depth * count), count - 1)
             ids = encode(setting, pairs[:count], pairs[asked][0])
@@ -42,15 +47,25 @@ def prompts(setting: Setting) -> list[Prompt]:
                 break
             count -= 1
         if count < 2:
-            raise KvfoldError(f"A prompt of {length} tokens has no room for two pairs; give a larger --context.")
-        facts = {"length": length, "depth": depth, "pairs": count, "key": pairs[asked][0], "value": pairs[asked][1]}
+            raise KvfoldError(
+                f"A prompt of {length} tokens has no room for two pairs; give a larger --context."
+            )
+        facts = {
+            "length": length,
+            "depth": depth,
+            "pairs": count,
+            "key": pairs[asked][0],
+            "value": pairs[asked][1],
+        }
         made.append(Prompt(f"retrieval/{i}", ids, facts))
     return made
 
 
 def judge(prompt: Prompt, text: str) -> Judgement:
     """Right if the first UUID is the value; the key, which an answer may repeat, doesn't count."""
-    answer = next((found for found in UUID.findall(text.lower()) if found != prompt.facts["key"]), "")
+    answer = next(
+        (found for found in UUID.findall(text.lower()) if found != prompt.facts["key"]), ""
+    )
     return Judgement(answer, answer == prompt.facts["value"])
 
 

@@ -1,4 +1,5 @@
-"""What every prompt got from either cache, as JSON lines: to look at, and for an interrupted run to go on from."""
+"""What every prompt got from either cache, as JSON lines: to look at, and for an interrupted run to
+go on from."""
 
 import json
 from pathlib import Path
@@ -9,15 +10,16 @@ from kvfold.errors import KvfoldError
 
 
 class Samples:
-    """The file of one task. Its first line says what the answers depend on, each further one is a prompt.
+    """The file of one task. Its first line says what the answers depend on, each further one is a
+    prompt.
 
     Args:
         path: FOLDER/TASK.jsonl; the folder is made.
         key: what answers depend on besides the prompt: artifact, device, dtype, versions.
         resume: go on with what the file has; otherwise it begins anew.
     Raises:
-        KvfoldError: to be resumed, but the answers come from another artifact, device or version, or it is no such
-            file.
+        KvfoldError: to be resumed, but the answers come from another artifact, device or version,
+            or it is no such file.
     """
 
     def __init__(self, path: Path, key: dict[str, Any], resume: bool) -> None:
@@ -40,7 +42,9 @@ class Samples:
             header, *records = [json.loads(line) for line in whole.splitlines()] or [None]
             self.records = {record["id"]: record for record in records}
         except (ValueError, TypeError, KeyError):
-            raise KvfoldError(f"'{self.path}' is not a file of answers; move it away or drop --resume.") from None
+            raise KvfoldError(
+                f"'{self.path}' is not a file of answers; move it away or drop --resume."
+            ) from None
         if header is None:  # killed before the first line was whole
             header = key
         if header != key:

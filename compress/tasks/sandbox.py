@@ -1,4 +1,5 @@
-"""Runs code that a model wrote: a process of its own, with limits and a folder that is gone afterwards."""
+"""Runs code that a model wrote: a process of its own, with limits and a folder that is gone
+afterwards."""
 
 import functools
 import os
@@ -21,8 +22,19 @@ TIMEOUT = 5.0  # seconds of wall clock
 NBYTES = 1 << 30  # of address space
 ENDING = 2.0  # seconds for killed processes to be gone
 FILE_NBYTES = 16 << 20  # of any file written, what is printed included
-# no network, other users, other processes; what is left when the first process ends is ended by the kernel
-NAMESPACES = ("--user", "--map-root-user", "--net", "--ipc", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
+# no network, other users, other processes; what is left when the first process ends is ended by the
+# kernel
+NAMESPACES = (
+    "--user",
+    "--map-root-user",
+    "--net",
+    "--ipc",
+    "--uts",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "--mount-proc",
+)
 
 
 @dataclass(frozen=True)
@@ -35,14 +47,16 @@ class Outcome:
 
 @functools.cache
 def namespaces() -> tuple[str, ...]:
-    """The command (util-linux' `unshare`) that starts another one in namespaces of its own; empty where this system has
-    or allows none."""
+    """The command (util-linux' `unshare`) that starts another one in namespaces of its own; empty
+    where this system has or allows none."""
     command = shutil.which("unshare") if sys.platform == "linux" else None
     if command is None:
         return ()
     with suppress(OSError, subprocess.TimeoutExpired):
         tried = subprocess.run(
-            [command, *NAMESPACES, sys.executable, "-I", "-S", "-c", ""], capture_output=True, timeout=30
+            [command, *NAMESPACES, sys.executable, "-I", "-S", "-c", ""],
+            capture_output=True,
+            timeout=30,
         )
         if tried.returncode == 0:
             return (command, *NAMESPACES)
@@ -50,11 +64,13 @@ def namespaces() -> tuple[str, ...]:
 
 
 def run_program(program: str, timeout: float = TIMEOUT, nbytes: int = NBYTES) -> Outcome:
-    """Runs Python source with `python -I` in an empty folder, without input, environment or inherited files.
+    """Runs Python source with `python -I` in an empty folder, without input, environment or
+    inherited files.
 
     Args:
-        program: source; it passes if it ends without an exception and does not exit by itself. What says so is a token
-            that nobody can guess, so neither an exit code nor anything that is printed does.
+        program: source; it passes if it ends without an exception and does not exit by itself. What
+            says so is a token that nobody can guess, so neither an exit code nor anything that is
+            printed does.
         timeout: seconds of wall clock; CPU time is limited to the next whole second above.
         nbytes: of address space.
     """
@@ -65,7 +81,12 @@ def run_program(program: str, timeout: float = TIMEOUT, nbytes: int = NBYTES) ->
         command = [*namespaces(), sys.executable, "-I", str(GUARD), str(path)]
         command += [str(nbytes), str(int(timeout) + 1), str(FILE_NBYTES)]
         # BLAS libraries reserve address space for every core's thread
-        environment = {"HOME": folder, "TMPDIR": folder, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        environment = {
+            "HOME": folder,
+            "TMPDIR": folder,
+            "OPENBLAS_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
+        }
         with errors.open("wb") as stderr:
             process = subprocess.Popen(
                 command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
@@ -87,13 +108,16 @@ def _wait(process: subprocess.Popen, token: bytes, timeout: float) -> bytes:
         process.stdin.write(token)
     with suppress(subprocess.TimeoutExpired):
         process.wait(timeout)
-        os.set_blocking(process.stdout.fileno(), False)  # something that was left behind may hold the other end
+        os.set_blocking(
+            process.stdout.fileno(), False
+        )  # something that was left behind may hold the other end
         return process.stdout.read(len(token) + 1) or b""
     return b""
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ends the process and whatever it started, and waits until none of them holds the other end of its output."""
+    """Ends the process and whatever it started, and waits until none of them holds the other end of
+    its output."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()

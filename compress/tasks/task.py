@@ -17,7 +17,8 @@ class Setting:
         tokenizer: the artifact's.
         context: tokens that prompt and answer together may take.
         limit: prompts at the most; None for all that the task has.
-        data: where a task with data of its own reads it: file, folder or datasets id; None for its default id.
+        data: where a task with data of its own reads it: file, folder or datasets id; None for its
+            default id.
         haystack: text that long prompts are filled with.
         seed: of everything random.
     """
@@ -46,17 +47,24 @@ class Prompt:
 
     def draws(self, count: int) -> "list[Prompt]":
         """The same question `count` times, told apart by their ids."""
-        return [self] if count == 1 else [replace(self, id=f"{self.id}{DRAW}{i}") for i in range(count)]
+        return (
+            [self]
+            if count == 1
+            else [replace(self, id=f"{self.id}{DRAW}{i}") for i in range(count)]
+        )
 
     @property
     def sha256(self) -> str:
         """Of the tokens and the facts: equal exactly if the question is."""
-        return hashlib.sha256(json.dumps([self.ids, self.facts], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([self.ids, self.facts], sort_keys=True).encode()
+        ).hexdigest()
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What was made of a continuation: the answer found in it, in words, and whether it is right."""
+    """What was made of a continuation: the answer found in it, in words, and whether it is
+    right."""
 
     answer: str
     correct: bool
@@ -83,7 +91,9 @@ class Task:
     runs_code: bool = False
 
 
-def chat_ids(tokenizer: Any, turns: Sequence[tuple[str, str]], user: str, answer: str = "") -> list[int]:
+def chat_ids(
+    tokenizer: Any, turns: Sequence[tuple[str, str]], user: str, answer: str = ""
+) -> list[int]:
     """Tokens of a conversation that the model is to continue.
 
     Args:
@@ -104,13 +114,14 @@ def chat_ids(tokenizer: Any, turns: Sequence[tuple[str, str]], user: str, answer
 
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text to continue, for models without a chat template; a BOS token comes first if the tokenizer adds
-    one."""
+    """Tokens of a text to continue, for models without a chat template; a BOS token comes first if
+    the tokenizer adds one."""
     return list(tokenizer(text, verbose=False).input_ids)
 
 
 def ask_ids(tokenizer: Any, document: str, question: str) -> list[int]:
-    """Tokens of a question after a document: one user turn, or plain text that ends in "Answer:"."""
+    """Tokens of a question after a document: one user turn, or plain text that ends in
+    "Answer:"."""
     if tokenizer.chat_template:
         return chat_ids(tokenizer, (), f"{document}\n\n{question}")
     return plain_ids(tokenizer, f"{document}\n\nQuestion: {question}\nAnswer:")

@@ -1,8 +1,9 @@
-"""What Linux itself refuses a process from now on, whatever runs in it: writing outside a folder (Landlock), and other
-processes, connections, mounts (seccomp). `guard.py` runs it by its path, so it imports the standard library only.
+"""What Linux itself refuses a process from now on, whatever runs in it: writing outside a folder
+(Landlock), and other processes, connections, mounts (seccomp). `guard.py` runs it by its path, so
+it imports the standard library only.
 
-Both are one-way, need no rights, and are inherited. Where the kernel or the machine's architecture has one of them not,
-the other is put up.
+Both are one-way, need no rights, and are inherited. Where the kernel or the machine's architecture
+has one of them not, the other is put up.
 """
 
 import ctypes
@@ -12,7 +13,11 @@ import platform
 import struct
 
 NO_NEW_PRIVS, SET_SECCOMP, FILTER = 38, 22, 2  # of prctl(2)
-CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # Landlock's calls, of the same number everywhere
+CREATE_RULESET, ADD_RULE, RESTRICT_SELF = (
+    444,
+    445,
+    446,
+)  # Landlock's calls, of the same number everywhere
 ALLOW, DENY, ABSENT = 0x7FFF0000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
 CLONE_THREAD = 0x10000
 NONE = 1 << 20  # no call has that number
@@ -49,7 +54,8 @@ def put_up(folder: str) -> None:
 
 
 def keep_inside(libc: ctypes.CDLL, folder: str) -> None:
-    """Landlock: files are made, written, renamed and removed beneath `folder` only, and none is executed."""
+    """Landlock: files are made, written, renamed and removed beneath `folder` only, and none is
+    executed."""
     abi = libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1)
     if abi < 1:
         return
@@ -74,7 +80,8 @@ def keep_inside(libc: ctypes.CDLL, folder: str) -> None:
 
 
 def refuse_calls(libc: ctypes.CDLL, machine: str) -> None:
-    """seccomp: the system calls of CALLS fail; but threads are still made, and signals sent to oneself."""
+    """seccomp: the system calls of CALLS fail; but threads are still made, and signals sent to
+    oneself."""
     if machine not in MACHINES or struct.calcsize("P") != 8:
         return
     column, arch = MACHINES[machine]
@@ -87,9 +94,18 @@ def refuse_calls(libc: ctypes.CDLL, machine: str) -> None:
 
 def filter_code(column: int, arch: int, pid: int) -> list[tuple[int, int, int, int]]:
     """The filter as BPF instructions (code, jump if true, jump if false, operand)."""
-    number, architecture, first_argument = 0, 4, 16  # offsets in seccomp_data; both machines are little-endian
+    number, architecture, first_argument = (
+        0,
+        4,
+        16,
+    )  # offsets in seccomp_data; both machines are little-endian
     load, equal, at_least, any_bit, back = 0x20, 0x15, 0x35, 0x45, 0x06
-    code = [(load, 0, 0, architecture), (equal, 1, 0, arch), (back, 0, 0, DENY), (load, 0, 0, number)]
+    code = [
+        (load, 0, 0, architecture),
+        (equal, 1, 0, arch),
+        (back, 0, 0, DENY),
+        (load, 0, 0, number),
+    ]
     code += [(at_least, 0, 1, 1 << 30), (back, 0, 0, DENY)]  # x86_64's second table of calls
     wanted = {"clone": (any_bit, CLONE_THREAD), "kill": (equal, pid), "tgkill": (equal, pid), "prlimit64": (equal, 0),
               "sched_setaffinity": (equal, 0)}  # fmt: skip

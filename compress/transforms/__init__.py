@@ -16,9 +16,12 @@
 from kvfold.compress.transforms import reorder, rotate, smooth, whiten
 from kvfold.compress.transforms.interface import Basis, Request, Transform, identity
 
-KEY_TRANSFORMS = {row.name: row for row in (Transform("none", identity), smooth.KEYS, reorder.KEYS, whiten.KEYS)}
+KEY_TRANSFORMS = {
+    row.name: row for row in (Transform("none", identity), smooth.KEYS, reorder.KEYS, whiten.KEYS)
+}
 VALUE_TRANSFORMS = {
-    row.name: row for row in (rotate.PLAIN, reorder.VALUES, rotate.ROTATE, rotate.BALANCE, whiten.VALUES)
+    row.name: row
+    for row in (rotate.PLAIN, reorder.VALUES, rotate.ROTATE, rotate.BALANCE, whiten.VALUES)
 }
 
 __all__ = ["KEY_TRANSFORMS", "VALUE_TRANSFORMS", "Basis", "Request", "Transform"]

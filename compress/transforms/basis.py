@@ -4,12 +4,14 @@ import torch
 from scipy.linalg import hadamard
 from torch import Tensor
 
-EPS = 1e-3  # of the mean eigenvalue, added before a root or an inverse is taken: rank-deficient heads stay invertible
+# of the mean eigenvalue, added before a root or an inverse is taken: rank-deficient heads stay
+# invertible
+EPS = 1e-3
 
 
 def mixing_matrix(n: int, generator: torch.Generator) -> Tensor:
-    """An orthogonal float64 [n, n] that spreads every channel over all: Hadamard with random signs, or, where n is not
-    a power of two, the orthogonal factor of a Gaussian matrix."""
+    """An orthogonal float64 [n, n] that spreads every channel over all: Hadamard with random signs,
+    or, where n is not a power of two, the orthogonal factor of a Gaussian matrix."""
     if n & (n - 1) == 0:
         signs = torch.randint(0, 2, (n,), generator=generator).double() * 2 - 1
         return torch.from_numpy(hadamard(n)).double() * signs / n**0.5

@@ -1,8 +1,8 @@
 """What a transform is: statistics of one layer in, a basis out.
 
-A basis B stores x as z = online·(fused·x − m), m the offset or, with frequencies, the offset turned to x's position.
-The fused part goes into the weights, the online part and the offset are applied when a token arrives, and whoever reads
-z takes the inverse: o_proj for values, the query for keys.
+A basis B stores x as z = online·(fused·x − m), m the offset or, with frequencies, the offset turned
+to x's position. The fused part goes into the weights, the online part and the offset are applied
+when a token arrives, and whoever reads z takes the inverse: o_proj for values, the query for keys.
 """
 
 from collections.abc import Callable
@@ -21,11 +21,13 @@ class Basis:
     """What a transform yields for one layer; an absent part does nothing.
 
     Attributes:
-        fused: float64 [Hkv, D, D], folded into the weights. Of keys only a diagonal that is equal inside each RoPE
-            pair, because rotation commutes with nothing else; of values any invertible matrix.
+        fused: float64 [Hkv, D, D], folded into the weights. Of keys only a diagonal that is equal
+            inside each RoPE pair, because rotation commutes with nothing else; of values any
+            invertible matrix.
         online: float64 [Hkv, D, D], invertible, applied to new keys; values have none.
         offset: float64 [Hkv, D], subtracted from new keys; values have none.
-        frequencies: float32 [n/2], ω of RoPE where the offset is a mean before it (kernels/key_mean.py).
+        frequencies: float32 [n/2], ω of RoPE where the offset is a mean before it
+            (kernels/key_mean.py).
     """
 
     fused: Tensor | None = None
@@ -54,7 +56,8 @@ class Request:
         fmt: the format it is for; None where one basis serves all formats.
         group_size: channels that share parameters; 0 for the whole head.
         seed: of everything random in this layer.
-        one_norm: the model normalises all its heads' keys by one k_norm, so all must share what is fused.
+        one_norm: the model normalises all its heads' keys by one k_norm, so all must share what is
+            fused.
         without: parts of the transform that are left out, by name.
         output_weight: float [hidden_size, H·D], o_proj; None where unknown.
         catalogue: the mixed formats to choose from; empty: each layer makes its own cuts.
@@ -82,7 +85,8 @@ class Transform:
     Attributes:
         name: in recipes and artifacts.
         fit: statistics → basis.
-        mixed: (statistics, mean code bits, request) → formats with classes of their own, if the transform has any.
+        mixed: (statistics, mean code bits, request) → formats with classes of their own, if the
+            transform has any.
         each_format: the basis depends on the format.
     """
 

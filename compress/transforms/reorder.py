@@ -1,8 +1,9 @@
 """Channel reordering (after SKVQ, 2405.06219): channels with like ranges share a group.
 
-Channels are clustered by their (minimum, maximum) over the calibration tokens with k-means, one cluster for each group,
-and laid out cluster after cluster. SKVQ lets clusters of any size span all heads; here a group is a contiguous run of
-`group_size` channels of one head, so a cluster that is larger runs on into the next group.
+Channels are clustered by their (minimum, maximum) over the calibration tokens with k-means, one
+cluster for each group, and laid out cluster after cluster. SKVQ lets clusters of any size span all
+heads; here a group is a contiguous run of `group_size` channels of one head, so a cluster that is
+larger runs on into the next group.
 """
 
 import warnings
@@ -22,7 +23,8 @@ def reorder(ranges: Tensor, group_size: int, seed: int) -> Tensor:
 
     Args:
         ranges: float64 [Hkv, 2, D], minimum and maximum of each channel.
-        group_size: channels of a group; 0 for the whole head (then the order does not matter and stays).
+        group_size: channels of a group; 0 for the whole head (then the order does not matter and
+            stays).
     Returns:
         float64 [Hkv, D, D], rows of the identity.
     """
@@ -34,8 +36,12 @@ def reorder(ranges: Tensor, group_size: int, seed: int) -> Tensor:
     orders = []
     for low, high in ranges:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # dead channels: fewer ranges than groups is fine
-            labels = KMeans(groups, n_init=10, random_state=seed).fit_predict(torch.stack((low, high), -1).numpy())
+            warnings.simplefilter(
+                "ignore", ConvergenceWarning
+            )  # dead channels: fewer ranges than groups is fine
+            labels = KMeans(groups, n_init=10, random_state=seed).fit_predict(
+                torch.stack((low, high), -1).numpy()
+            )
         width = high - low
         key = [(float(width[labels == label].mean()), i) for i, label in enumerate(labels)]
         orders.append(eye[sorted(range(head_dim), key=key.__getitem__)])
@@ -47,7 +53,9 @@ def _keys(stats: LayerStats, request: Request) -> Basis:
 
 
 def _values(stats: LayerStats, request: Request) -> Basis:
-    return Basis(fused=unit_scale(stats) @ reorder(stats.value_range, request.group_size, request.seed))
+    return Basis(
+        fused=unit_scale(stats) @ reorder(stats.value_range, request.group_size, request.seed)
+    )
 
 
 KEYS = Transform("reorder", _keys)

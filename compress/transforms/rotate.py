@@ -1,9 +1,10 @@
 """Values in an orthogonal or balanced basis, fused into v_proj and o_proj.
 
-rotate: M = 2^e · H Uᵀ with Σ_v = U Λ Uᵀ: every channel gets the same variance, and the power of two (exact in any float
-type) brings it near 1, where 8-bit scales are precise. balance: M = 2^e · H Λ^(−¼) Uᵀ G^½ with G the output metric and
-G^½ Σ_v G^½ = U Λ Uᵀ, the value side's half-whitening. Neither subtracts an offset: tokens with small values often draw
-the most attention, and their error must stay in proportion to their own norm.
+rotate: M = 2^e · H Uᵀ with Σ_v = U Λ Uᵀ: every channel gets the same variance, and the power of two
+(exact in any float type) brings it near 1, where 8-bit scales are precise. balance: M = 2^e · H
+Λ^(−¼) Uᵀ G^½ with G the output metric and G^½ Σ_v G^½ = U Λ Uᵀ, the value side's half-whitening.
+Neither subtracts an offset: tokens with small values often draw the most attention, and their error
+must stay in proportion to their own norm.
 """
 
 import torch
@@ -39,9 +40,14 @@ def balance(stats: LayerStats, generator: torch.Generator) -> Tensor:
     root = symmetric_power(stats.output_metric, 0.5)
     values, vectors = torch.linalg.eigh(root @ stats.value_cov @ root)
     quarter = regularised(values) ** -0.25
-    return _to_unit(mixing_matrix(vectors.shape[-1], generator) @ (quarter[:, :, None] * (vectors.mT @ root)), stats)
+    return _to_unit(
+        mixing_matrix(vectors.shape[-1], generator) @ (quarter[:, :, None] * (vectors.mT @ root)),
+        stats,
+    )
 
 
 PLAIN = Transform("none", lambda stats, request: Basis(fused=unit_scale(stats)))
 ROTATE = Transform("rotate", lambda stats, request: Basis(fused=rotate(stats, request.generator())))
-BALANCE = Transform("balance", lambda stats, request: Basis(fused=balance(stats, request.generator())))
+BALANCE = Transform(
+    "balance", lambda stats, request: Basis(fused=balance(stats, request.generator()))
+)

@@ -1,4 +1,5 @@
-"""Pair-shared smoothing of keys (PM-KVQ, 2505.18610): k_i / s_i and q_i · s_i with s equal inside each RoPE pair.
+"""Pair-shared smoothing of keys (PM-KVQ, 2505.18610): k_i / s_i and q_i · s_i with s equal inside
+each RoPE pair.
 
 s_i is the larger of a pair's two largest |k|, to the power of α, over calibration tokens at interpolated positions. α
 comes from a grid of 21 values in [0, 1] by the error of the attention's output, ‖(softmax(q kᵀ) v − softmax(q k̂ᵀ) v̂)
@@ -19,8 +20,11 @@ GRID = 21
 LEAST, MOST = 1e-4, 1e4  # of a scale
 
 
-def pair_scale(stats: LayerStats, alpha: float, shared: bool = False, pairs: RopePairs = "halves") -> Tensor:
-    """float64 [Hkv, D], equal inside each of `pairs`; `shared`: one scale for all heads, as a QK norm needs."""
+def pair_scale(
+    stats: LayerStats, alpha: float, shared: bool = False, pairs: RopePairs = "halves"
+) -> Tensor:
+    """float64 [Hkv, D], equal inside each of `pairs`; `shared`: one scale for all heads, as a QK
+    norm needs."""
     absmax = stats.key_range.abs().amax(1)
     if shared:
         absmax = absmax.amax(0, keepdim=True).expand_as(absmax)
@@ -28,7 +32,9 @@ def pair_scale(stats: LayerStats, alpha: float, shared: bool = False, pairs: Rop
     return join_pairs(top, top, pairs)
 
 
-def attention_output(stats: LayerStats, keys: Tensor, values: Tensor, output_weight: Tensor) -> Tensor:
+def attention_output(
+    stats: LayerStats, keys: Tensor, values: Tensor, output_weight: Tensor
+) -> Tensor:
     """Causal attention among the sampled tokens of each sequence, through o_proj.
 
     Args:
@@ -51,12 +57,17 @@ def attention_output(stats: LayerStats, keys: Tensor, values: Tensor, output_wei
     return torch.cat(found) @ output_weight.mT
 
 
-def output_error(stats: LayerStats, fmt: Format, scale: Tensor, target: Tensor, output_weight: Tensor) -> float:
-    """Mean squared error of the attention's output with keys smoothed by `scale` and both sides in `fmt`."""
+def output_error(
+    stats: LayerStats, fmt: Format, scale: Tensor, target: Tensor, output_weight: Tensor
+) -> float:
+    """Mean squared error of the attention's output with keys smoothed by `scale` and both sides in
+    `fmt`."""
     divisor = scale[:, None].float()
     keys = round_trip(stats.key_sample / divisor, fmt) * divisor
     return float(
-        (attention_output(stats, keys, round_trip(stats.value_sample, fmt), output_weight) - target).square().mean()
+        (attention_output(stats, keys, round_trip(stats.value_sample, fmt), output_weight) - target)
+        .square()
+        .mean()
     )
 
 
@@ -65,7 +76,10 @@ def smooth(stats: LayerStats, request: Request) -> Basis:
     assert request.fmt is not None and request.output_weight is not None
     weight = request.output_weight.float().cpu()
     target = attention_output(stats, stats.key_sample, stats.value_sample, weight)
-    scales = [pair_scale(stats, step / (GRID - 1), request.one_norm, request.pairs) for step in range(GRID)]
+    scales = [
+        pair_scale(stats, step / (GRID - 1), request.one_norm, request.pairs)
+        for step in range(GRID)
+    ]
     errors = [output_error(stats, request.fmt, scale, target, weight) for scale in scales]
     return Basis(fused=torch.diag_embed(1 / scales[errors.index(min(errors))]))
 

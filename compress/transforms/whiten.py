@@ -1,21 +1,25 @@
-"""Keys and values in the whitened eigenbasis of the metric that their error is felt in, with bits by reverse
-water-filling.
+"""Keys and values in the whitened eigenbasis of the metric that their error is felt in, with bits
+by reverse water-filling.
 
-With Σ_q = E[q qᵀ], W = Σ_q^½ and W Σ_k W = U Λ Uᵀ (λ falling), the error of a logit is the plain squared error of
-z = Uᵀ W (k − m_t), whose channels have variances λ. Channels are cut into contiguous classes; class c of n channels
-with L levels costs D(L)·(Σ_{i∈c} √λ_i)²/n once it is half-whitened, which is the smallest that one shared scale allows:
-M_c = H_n Λ_c^(−¼), H_n orthogonal and mixing. So M = blockdiag(M_c) Uᵀ W. Rows are then divided by their calibrated
-standard deviation, so that the quantiser sees unit variance and one scale a token serves all channels.
+With Σ_q = E[q qᵀ], W = Σ_q^½ and W Σ_k W = U Λ Uᵀ (λ falling), the error of a logit is the plain
+squared error of z = Uᵀ W (k − m_t), whose channels have variances λ. Channels are cut into
+contiguous classes; class c of n channels with L levels costs D(L)·(Σ_{i∈c} √λ_i)²/n once it is
+half-whitened, which is the smallest that one shared scale allows: M_c = H_n Λ_c^(−¼), H_n
+orthogonal and mixing. So M = blockdiag(M_c) Uᵀ W. Rows are then divided by their calibrated
+standard deviation, so that the quantiser sees unit variance and one scale a token serves all
+channels.
 
-For values the metric is G = mean W_oᵀ W_o in the place of Σ_q, M is fused into v_proj and o_proj, and there is no
-offset, so Σ_v = E[v vᵀ] is not centred: tokens with small values often draw the most attention, and their error must
-stay in proportion to their own norm.
+For values the metric is G = mean W_oᵀ W_o in the place of Σ_q, M is fused into v_proj and o_proj,
+and there is no offset, so Σ_v = E[v vᵀ] is not centred: tokens with small values often draw the
+most attention, and their error must stay in proportion to their own norm.
 
-m_t is the rotating mean of keys, their mean before RoPE turned to the key's position (kernels/key_mean.py), and Σ_k the
-second moment of what it leaves; in a layer without RoPE m_t = μ = E[k].
+m_t is the rotating mean of keys, their mean before RoPE turned to the key's position
+(kernels/key_mean.py), and Σ_k the second moment of what it leaves; in a layer without RoPE m_t = μ
+= E[k].
 
-Four parts of the keys' can be left out, to see what each is worth: "metric" (W = I: the keys' own eigenbasis), "mixing"
-(H_n = I), "rotation" (m_t = μ, the mean after RoPE, in every layer) and "offset" (m_t = 0, and Σ_k not centred).
+Four parts of the keys' can be left out, to see what each is worth: "metric" (W = I: the keys' own
+eigenbasis), "mixing" (H_n = I), "rotation" (m_t = μ, the mean after RoPE, in every layer) and
+"offset" (m_t = 0, and Σ_k not centred).
 """
 
 import itertools
@@ -60,8 +64,13 @@ def value_moment(stats: LayerStats) -> Tensor:
 
 
 def eigenbasis(moment: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Uᵀ W and λ of every head, from Σ and W² (None for the identity): float64 [Hkv, D, D] and [Hkv, D], λ falling."""
-    root = symmetric_power(metric, 0.5) if metric is not None else torch.eye(moment.shape[-1], dtype=torch.float64)
+    """Uᵀ W and λ of every head, from Σ and W² (None for the identity): float64 [Hkv, D, D] and
+    [Hkv, D], λ falling."""
+    root = (
+        symmetric_power(metric, 0.5)
+        if metric is not None
+        else torch.eye(moment.shape[-1], dtype=torch.float64)
+    )
     values, vectors = torch.linalg.eigh(root @ moment @ root)
     return vectors.flip(-1).mT @ root, values.flip(-1).clamp_min(0)
 
@@ -73,8 +82,8 @@ def whitened(stats: LayerStats, without: tuple[str, ...] = ()) -> tuple[Tensor, 
 
 @cache
 def compositions(head_dim: int) -> np.ndarray:
-    """All ways to cut head_dim channels into the classes of CLASS_LEVELS: int [cuts, classes] channels, in a fixed
-    order."""
+    """All ways to cut head_dim channels into the classes of CLASS_LEVELS: int [cuts, classes]
+    channels, in a fixed order."""
     unit = 8
     parts = len(CLASS_LEVELS) - 1
     while np.prod([(head_dim // unit + i) / i for i in range(1, parts + 1)]) > MAX_COMPOSITIONS:
@@ -82,8 +91,12 @@ def compositions(head_dim: int) -> np.ndarray:
     total = head_dim // unit
     bars = np.array(list(itertools.combinations(range(total + parts), parts)))
     ends = np.full((len(bars), 1), total + parts)
-    sizes = (np.diff(np.concatenate([np.full((len(bars), 1), -1), bars, ends], 1), axis=1) - 1) * unit
-    rest = head_dim - total * unit  # where the coarser unit does not divide head_dim: the first class takes the rest
+    sizes = (
+        np.diff(np.concatenate([np.full((len(bars), 1), -1), bars, ends], 1), axis=1) - 1
+    ) * unit
+    rest = (
+        head_dim - total * unit
+    )  # where the coarser unit does not divide head_dim: the first class takes the rest
     sizes[np.arange(len(sizes)), np.argmax(sizes > 0, axis=1)] += rest
     return sizes
 
@@ -104,7 +117,9 @@ def cut_distortions(variances: np.ndarray) -> np.ndarray:
     """
     sizes = compositions(variances.shape[-1])  # [cuts, classes]
     edges = np.concatenate([np.zeros((len(sizes), 1), int), sizes.cumsum(1)], 1)
-    roots = np.concatenate([np.zeros((len(variances), 1)), np.sqrt(variances)], 1).cumsum(1)  # [Hkv, D+1]
+    roots = np.concatenate([np.zeros((len(variances), 1)), np.sqrt(variances)], 1).cumsum(
+        1
+    )  # [Hkv, D+1]
     cost = np.zeros(len(sizes))
     mse = np.array([GAUSSIAN_MSE[n] for n in CLASS_LEVELS])
     for head, total in zip(roots, np.maximum(variances.sum(-1), 1e-30).tolist(), strict=True):
@@ -139,10 +154,13 @@ def water_fill(variances: Tensor, mean_bits: tuple[float, ...]) -> list[Format]:
 
 
 def half_whitened(
-    moment: Tensor, metric: Tensor | None, request: Request, eigen: tuple[Tensor, Tensor] | None = None
+    moment: Tensor,
+    metric: Tensor | None,
+    request: Request,
+    eigen: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """M for one format, float64 [Hkv, D, D]; for a format of one class it is the balanced basis. eigen: of
-    `eigenbasis`, if known."""
+    """M for one format, float64 [Hkv, D, D]; for a format of one class it is the balanced basis.
+    eigen: of `eigenbasis`, if known."""
     assert request.fmt is not None
     basis, variances = eigen or eigenbasis(moment, metric)
     quarter = regularised(variances) ** -0.25
@@ -152,13 +170,17 @@ def half_whitened(
     for channels, _ in request.fmt.classes:
         part = slice(start, start + channels)
         block = quarter[:, part, None] * basis[:, part]
-        rows.append(block if "mixing" in request.without else mixing_matrix(channels, generator) @ block)
+        rows.append(
+            block if "mixing" in request.without else mixing_matrix(channels, generator) @ block
+        )
         start += channels
     matrix = torch.cat(rows, 1)
     variance = torch.einsum("hij,hjk,hik->hi", matrix, moment, matrix)
     top = variance.amax(-1, keepdim=True)
     # a channel that calibration saw dead may fire later: it must not saturate the 16-bit rows
-    variance = torch.where(top > DEAD, torch.maximum(variance, FLOOR * top), torch.ones_like(variance))
+    variance = torch.where(
+        top > DEAD, torch.maximum(variance, FLOOR * top), torch.ones_like(variance)
+    )
     return matrix / variance.sqrt()[..., None]
 
 
@@ -179,14 +201,17 @@ def whiten_values(stats: LayerStats, request: Request) -> Basis:
 KEYS = Transform(
     "whiten",
     whiten,
-    mixed=lambda stats, bits, request: list(request.catalogue) or water_fill(whitened(stats, request.without)[1], bits),
+    mixed=lambda stats, bits, request: (
+        list(request.catalogue) or water_fill(whitened(stats, request.without)[1], bits)
+    ),
     each_format=True,
 )
 VALUES = Transform(
     "whiten",
     whiten_values,
     mixed=lambda stats, bits, request: (
-        list(request.catalogue) or water_fill(eigenbasis(value_moment(stats), stats.output_metric)[1], bits)
+        list(request.catalogue)
+        or water_fill(eigenbasis(value_moment(stats), stats.output_metric)[1], bits)
     ),
     each_format=True,
 )

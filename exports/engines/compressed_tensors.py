@@ -1,8 +1,10 @@
-"""The artifact's weights as a compressed-tensors checkpoint with a calibrated fp8 KV cache, for vLLM and SGLang.
+"""The artifact's weights as a compressed-tensors checkpoint with a calibrated fp8 KV cache, for
+vLLM and SGLang.
 
-Only the cache is quantised: the weights are plain. `quantization_config` in config.json is that project's own object
-with a `kv_cache_scheme`; the scales are tensors `model.layers.N.self_attn.k_scale` and `.v_scale`, so that an engine
-stores e4m3(k / k_scale). Strategy "tensor" has one scale a layer and side, "attn_head" one for each KV head.
+Only the cache is quantised: the weights are plain. `quantization_config` in config.json is that
+project's own object with a `kv_cache_scheme`; the scales are tensors
+`model.layers.N.self_attn.k_scale` and `.v_scale`, so that an engine stores e4m3(k / k_scale).
+Strategy "tensor" has one scale a layer and side, "attn_head" one for each KV head.
 """
 
 import importlib.util
@@ -26,13 +28,19 @@ def kv_cache_config(strategy: str) -> dict[str, Any]:
         KvfoldError: compressed-tensors is missing, or too old to know the strategy.
     """
     if strategy not in STRATEGIES:
-        raise KvfoldError(f"--strategy {strategy} is not one of {', '.join(STRATEGIES)}; choose one of those.")
+        raise KvfoldError(
+            f"--strategy {strategy} is not one of {', '.join(STRATEGIES)}; choose one of those."
+        )
     if importlib.util.find_spec("compressed_tensors") is None:
         raise KvfoldError(
             "compressed-tensors is not installed, and this export needs it; say pip install 'kvfold[engines]'."
         )
     import compressed_tensors
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationStatus
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationStatus,
+    )
 
     try:
         scheme = QuantizationArgs.model_validate(
@@ -60,7 +68,8 @@ def write_compressed_tensors(
 
     Args:
         strategy: "tensor" or "attn_head".
-        key_scales, value_scales: float32 [num_layers, 1] or [num_layers, num_kv_heads], by strategy.
+        key_scales, value_scales: float32 [num_layers, 1] or [num_layers, num_kv_heads], by
+            strategy.
     Raises:
         KvfoldError: compressed-tensors is missing, or the family can't be expressed.
     """

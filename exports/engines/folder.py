@@ -19,7 +19,13 @@ from kvfold.exports.reader import Artifact
 from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME
 from kvfold.pretrained import config_from_pretrained
 
-OURS = {METADATA_NAME, TENSORS_NAME, REPORT_NAME, "recipe.yaml", "README.md"}  # of no use to an engine
+OURS = {
+    METADATA_NAME,
+    TENSORS_NAME,
+    REPORT_NAME,
+    "recipe.yaml",
+    "README.md",
+}  # of no use to an engine
 INDEX = "model.safetensors.index.json"
 
 
@@ -30,12 +36,17 @@ def check_engine_folder(artifact: Artifact, out: Path) -> None:
         KvfoldError: it exists and isn't empty, can't be written, or the disk is too full.
     """
     if out.is_dir() and any(out.iterdir()):
-        raise KvfoldError(f"Output '{out}' exists and is not empty; choose another folder or empty it.")
-    check_output(out, sum(p.stat().st_size for p in artifact.path.glob("*.safetensors")) + (16 << 20))
+        raise KvfoldError(
+            f"Output '{out}' exists and is not empty; choose another folder or empty it."
+        )
+    check_output(
+        out, sum(p.stat().st_size for p in artifact.path.glob("*.safetensors")) + (16 << 20)
+    )
 
 
 def attention_names(artifact: Artifact) -> list[str]:
-    """Name of each layer's attention module, "model.layers.0.self_attn", under which engines look for scales.
+    """Name of each layer's attention module, "model.layers.0.self_attn", under which engines look
+    for scales.
 
     Raises:
         KvfoldError: a family whose attention modules are called something else.
@@ -48,7 +59,9 @@ def attention_names(artifact: Artifact) -> list[str]:
             f"model.layers.N.self_attn, this family keeps its attention at {arch.layers}.N.{arch.attention}; "
             "export another family."
         )
-    return [f"{arch.layers}.{i}.{arch.attention}" for i in range(artifact.metadata.cache.num_layers)]
+    return [
+        f"{arch.layers}.{i}.{arch.attention}" for i in range(artifact.metadata.cache.num_layers)
+    ]
 
 
 def write_engine_folder(
@@ -73,7 +86,12 @@ def write_engine_folder(
     """
     with new_folder(out) as scratch:
         for path in sorted(artifact.path.iterdir()):
-            if path.is_file() and path.name not in OURS and path.suffix != ".safetensors" and path.name != INDEX:
+            if (
+                path.is_file()
+                and path.name not in OURS
+                and path.suffix != ".safetensors"
+                and path.name != INDEX
+            ):
                 shutil.copyfile(path, scratch / path.name)
         _write_weights(artifact.path, scratch, scales)
         config = json.loads((scratch / "config.json").read_text(encoding="utf-8"))
@@ -93,7 +111,8 @@ def _dump(path: Path, data: Any) -> None:
 
 
 def _write_weights(source: Path, target: Path, scales: Mapping[str, Tensor]) -> None:
-    """Copies the weight shards under new numbers and adds the scales as the last one, with an index over all."""
+    """Copies the weight shards under new numbers and adds the scales as the last one, with an index
+    over all."""
     shards = sorted(p for p in source.glob("*.safetensors") if p.name != TENSORS_NAME)
     count = len(shards) + 1
     where: dict[str, str] = {}
@@ -105,8 +124,17 @@ def _write_weights(source: Path, target: Path, scales: Mapping[str, Tensor]) -> 
             where |= dict.fromkeys(stored.keys(), name)
         total += shard.stat().st_size
     name = f"model-{count:05d}-of-{count:05d}.safetensors"
-    save_file({key: tensor.contiguous() for key, tensor in scales.items()}, target / name, metadata={"format": "pt"})
-    shutil.copymode(target / "config.json", target / name)  # safetensors makes files that only their owner can read
+    save_file(
+        {key: tensor.contiguous() for key, tensor in scales.items()},
+        target / name,
+        metadata={"format": "pt"},
+    )
+    shutil.copymode(
+        target / "config.json", target / name
+    )  # safetensors makes files that only their owner can read
     where |= dict.fromkeys(scales, name)
     total += sum(tensor.nbytes for tensor in scales.values())
-    _dump(target / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+    _dump(
+        target / INDEX,
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))},
+    )

@@ -1,8 +1,10 @@
-"""The artifact's weights as a Model Optimizer checkpoint whose layers keep their KV cache in FP8 or NVFP4.
+"""The artifact's weights as a Model Optimizer checkpoint whose layers keep their KV cache in FP8 or
+NVFP4.
 
-hf_quant_config.json carries `kv_cache_quantized_layers`, schema version 1: attention module → `quant_algo` of its keys
-and values, the same for both. Scales are `model.layers.N.self_attn.k_proj.k_scale` and `.v_proj.v_scale`, absmax / 448
-for both formats: NVFP4's second-level scale is a sixth of that.
+hf_quant_config.json carries `kv_cache_quantized_layers`, schema version 1: attention module →
+`quant_algo` of its keys and values, the same for both. Scales are
+`model.layers.N.self_attn.k_proj.k_scale` and `.v_proj.v_scale`, absmax / 448 for both formats:
+NVFP4's second-level scale is a sixth of that.
 """
 
 from collections.abc import Sequence
@@ -15,7 +17,10 @@ from kvfold.exports.engines.folder import attention_names, write_engine_folder
 from kvfold.exports.reader import Artifact
 from kvfold.version import __version__
 
-KV_BITS = {"FP8": 8.0, "NVFP4": 4.5}  # payload bits an element: e4m3; e2m1 and an e4m3 scale for 16 elements
+KV_BITS = {
+    "FP8": 8.0,
+    "NVFP4": 4.5,
+}  # payload bits an element: e4m3; e2m1 and an e4m3 scale for 16 elements
 SCHEMA_VERSION = 1
 QUANT_CONFIG_NAME = "hf_quant_config.json"
 
@@ -33,7 +38,9 @@ def quant_config(names: Sequence[str], algos: Sequence[str]) -> dict[str, Any]:
         "quantization": {
             "quant_algo": None,
             "kv_cache_quant_algo": kinds.pop() if len(kinds) == 1 else "MIXED_PRECISION",
-            "kv_cache_quantized_layers": {n: {"quant_algo": a} for n, a in zip(names, algos, strict=True)},
+            "kv_cache_quantized_layers": {
+                n: {"quant_algo": a} for n, a in zip(names, algos, strict=True)
+            },
             "kv_cache_schema_version": SCHEMA_VERSION,
             "exclude_modules": [],
         },
@@ -41,7 +48,8 @@ def quant_config(names: Sequence[str], algos: Sequence[str]) -> dict[str, Any]:
 
 
 def embedded_config(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json's `quantization_config` for an hf_quant_config.json: what the project's own converter makes of it."""
+    """config.json's `quantization_config` for an hf_quant_config.json: what the project's own
+    converter makes of it."""
     stated = config["quantization"]
     algo = stated["kv_cache_quant_algo"]
     embedded: dict[str, Any] = {
@@ -82,4 +90,6 @@ def write_modelopt(
         f"in FP8, {algos.count('NVFP4')} in NVFP4, with static scales, chosen by kvfold. Engines that read "
         f"`kv_cache_quantized_layers` (schema version {SCHEMA_VERSION}) use it."
     )
-    write_engine_folder(artifact, out, scales, embedded_config(config), {QUANT_CONFIG_NAME: config}, about)
+    write_engine_folder(
+        artifact, out, scales, embedded_config(config), {QUANT_CONFIG_NAME: config}, about
+    )

@@ -1,10 +1,11 @@
-"""One layer of the packed cache as ONNX nodes: append, pack what leaves the window, attend. See kernels/attention.py
-for the rule of who reads what, and FORMAT.md for the bytes of a page.
+"""One layer of the packed cache as ONNX nodes: append, pack what leaves the window, attend. See
+kernels/attention.py for the rule of who reads what, and FORMAT.md for the bytes of a page.
 
 The cache of a layer is three tensors, all sequences of a batch equally long:
 
-    pages     uint8 [B, n, bytes of a page]      keys of each KV head, then values of each, as the runtime packs them
-    key_rows, value_rows     float16 [B, Hkv, R, D]      the sinks, then all tokens behind the last page
+    pages     uint8 [B, n, bytes of a page]      keys of each KV head, then values of each, as the
+    runtime packs them key_rows, value_rows     float16 [B, Hkv, R, D]      the sinks, then all
+    tokens behind the last page
 """
 
 from dataclasses import dataclass, field
@@ -40,7 +41,8 @@ class Call:
 
 @dataclass(frozen=True)
 class CacheTensor:
-    """A tensor of one layer's cache: its name's last part, its ONNX type, and its dimensions, free ones by name."""
+    """A tensor of one layer's cache: its name's last part, its ONNX type, and its dimensions, free
+    ones by name."""
 
     name: str
     dtype: int
@@ -91,12 +93,14 @@ class PackedAttention:
         self.sizes: Sizes | None = None
         self.means: dict[tuple[float, ...], TurningMean] = {}
 
-    def write(self, constants: Constants, call: Call, tensors: list[str]) -> tuple[Graph, list[str]]:
+    def write(
+        self, constants: Constants, call: Call, tensors: list[str]
+    ) -> tuple[Graph, list[str]]:
         """Nodes of one layer.
 
         Args:
-            tensors: query [B, H, T, D], key and value [B, Hkv, T, D], float32; the layer's cache; a sink logit for each
-                head where the model has them, [H].
+            tensors: query [B, H, T, D], key and value [B, Hkv, T, D], float32; the layer's cache; a
+                sink logit for each head where the model has them, [H].
         Returns:
             The nodes, and (output [B, T, H, D], the cache with the new tokens in it).
         """
@@ -125,7 +129,9 @@ class PackedAttention:
             Side(spec.value.format, self.geometry.num_kv_heads, self.geometry.page_tokens),
         )
         pages, *kept = self._pack(g, spec, sides, cache[0], raw)
-        out = self._attend(g, call, query, sides, pages, kept if self.single else raw, sinks_logit, shift)
+        out = self._attend(
+            g, call, query, sides, pages, kept if self.single else raw, sinks_logit, shift
+        )
         return g, [out, pages, *kept]
 
     def _sizes(self, g: Graph, key: str, past: str, pages: str | None) -> Sizes:
@@ -140,21 +146,32 @@ class PackedAttention:
         count = g.op("Div", g.op("Max", seen, g.ints(0)), g.ints(geo.page_tokens))
         packed = g.op("Mul", count, g.ints(geo.page_tokens))
         new_pages = g.op("Sub", count, g.size(pages, 1))
-        first = g.op("Unsqueeze", g.op("Mul", _count(g, g.ints(0), count), g.ints(geo.page_tokens)), g.ints(1))
-        page_places = g.reshape(g.op("Add", first, g.ints(*(word_order(geo.page_tokens) + geo.sinks))), -1)
-        base = packed if self.single else before  # tokens in pages that lie between the sinks and other rows
+        first = g.op(
+            "Unsqueeze",
+            g.op("Mul", _count(g, g.ints(0), count), g.ints(geo.page_tokens)),
+            g.ints(1),
+        )
+        page_places = g.reshape(
+            g.op("Add", first, g.ints(*(word_order(geo.page_tokens) + geo.sinks))), -1
+        )
+        base = (
+            packed if self.single else before
+        )  # tokens in pages that lie between the sinks and other rows
         place = _count(g, g.ints(0), g.op("Sub", total, base))
         late = g.op("GreaterOrEqual", place, g.ints(geo.sinks))
         row_places = g.op("Where", late, g.op("Add", place, base), place)
-        queries, places = _count(g, g.op("Sub", total, new), total), g.concat([page_places, row_places], 0)
+        queries, places = (
+            _count(g, g.op("Sub", total, new), total),
+            g.concat([page_places, row_places], 0),
+        )
         due = g.op("Greater", new_pages, g.ints(0))
         return Sizes(packed, count, new_pages, due, queries, page_places, row_places, places, late)
 
     def _take_mean(
         self, g: Graph, call: Call, spec: KeySpec, query: str, key: str, sinks_logit: str | None
     ) -> tuple[str, str | None]:
-        """(keys without their mean, what every logit of the scaled queries [B, Hkv, G·T, D] lacks of it; None where
-        softmax doesn't see that)."""
+        """(keys without their mean, what every logit of the scaled queries [B, Hkv, G·T, D] lacks
+        of it; None where softmax doesn't see that)."""
         assert self.sizes and spec.offset is not None
         if spec.frequencies is not None:
             if spec.frequencies not in self.means:
@@ -167,10 +184,13 @@ class PackedAttention:
         shift = g.total(g.op("Mul", query, offset), -1, keep=True) if seen else None
         return g.op("Sub", key, offset), shift
 
-    # -- append --------------------------------------------------------------------------------------------------------
+    # -- append ------------------------------------------------------------------------------------
 
-    def _pack(self, g: Graph, spec: LayerSpec, sides: tuple[Side, Side], pages: str, raw: list[str]) -> list[str]:
-        """Moves whole pages of the rows behind the sinks to `pages`, if any are due: (pages, key rows, value rows)."""
+    def _pack(
+        self, g: Graph, spec: LayerSpec, sides: tuple[Side, Side], pages: str, raw: list[str]
+    ) -> list[str]:
+        """Moves whole pages of the rows behind the sinks to `pages`, if any are due: (pages, key
+        rows, value rows)."""
         assert self.sizes
         sinks = self.geometry.sinks
         then, other = Graph(g.constants), Graph(g.constants)
@@ -186,7 +206,7 @@ class PackedAttention:
         same = [other.op("Identity", t) for t in (pages, *raw)]
         return g.choose(self.sizes.due, (then, [longer, *kept]), (other, same))
 
-    # -- attend --------------------------------------------------------------------------------------------------------
+    # -- attend ------------------------------------------------------------------------------------
 
     def _attend(
         self,
@@ -199,7 +219,8 @@ class PackedAttention:
         sinks_logit: str | None,
         shift: str | None,
     ) -> str:
-        """Softmax attention of queries [B, Hkv, G·T, D], scaled and in the keys' basis → [B, T, H, D]."""
+        """Softmax attention of queries [B, Hkv, G·T, D], scaled and in the keys' basis → [B, T, H,
+        D]."""
         assert self.sizes
         key_rows, value_rows = (g.cast(rows, FLOAT) for rows in raw)
         scores = [g.op("MatMul", query, g.transpose(key_rows, 0, 1, 3, 2))]
@@ -211,17 +232,28 @@ class PackedAttention:
         if shift is not None:
             logits = g.op("Add", logits, shift)
         if call.softcap is not None:
-            logits = g.op("Mul", g.op("Tanh", g.op("Mul", logits, g.number(1 / call.softcap))), g.number(call.softcap))
+            logits = g.op(
+                "Mul",
+                g.op("Tanh", g.op("Mul", logits, g.number(1 / call.softcap))),
+                g.number(call.softcap),
+            )
         logits = self._visible(g, call, logits, bool(sides))
         if sinks_logit is not None:
             kv_heads = self.geometry.num_kv_heads
             grouped = g.op(
                 "Reshape",
                 logits,
-                g.op("Concat", g.ints(0, 0, call.num_heads // kv_heads, -1), g.size(logits, 3), axis=0),
+                g.op(
+                    "Concat",
+                    g.ints(0, 0, call.num_heads // kv_heads, -1),
+                    g.size(logits, 3),
+                    axis=0,
+                ),
             )
             column = g.reshape(sinks_logit, 1, kv_heads, -1, 1, 1)
-            column = g.op("Expand", column, g.op("Concat", g.op("Shape", grouped, end=4), g.ints(1), axis=0))
+            column = g.op(
+                "Expand", column, g.op("Concat", g.op("Shape", grouped, end=4), g.ints(1), axis=0)
+            )
             logits = g.concat([logits, g.reshape(column, 0, 0, -1, 1)], 3)
         weights = g.op("Softmax", logits, axis=-1)
         packed = self.sizes.packed
@@ -229,7 +261,9 @@ class PackedAttention:
         out = g.op("MatMul", g.slice(weights, 3, packed, end), value_rows)
         if sides:
             out = g.op("Add", out, self._sum(g, sides[1], g.slice(weights, 3, 0, packed), data[1]))
-        return g.transpose(g.reshape(out, 0, call.num_heads, -1, self.geometry.head_dim), 0, 2, 1, 3)
+        return g.transpose(
+            g.reshape(out, 0, call.num_heads, -1, self.geometry.head_dim), 0, 2, 1, 3
+        )
 
     def _score(self, g: Graph, side: Side, query: str, packed: str) -> str:
         """Queries times packed keys: [B, Hkv, G·T, n·P], tokens in the order of words."""
@@ -237,9 +271,13 @@ class PackedAttention:
         codes, scale, minimum = side.decode(g, packed)
         own = g.concat([g.slice(query, 3, a, b) for a, b in side.coded], 3)
         channels = sum(b - a for a, b in side.coded) // groups
-        own = g.transpose(g.reshape(own, 0, 0, 0, groups, channels), 0, 1, 3, 2, 4)  # [B, Hkv, groups, G·T, channels]
+        own = g.transpose(
+            g.reshape(own, 0, 0, 0, groups, channels), 0, 1, 3, 2, 4
+        )  # [B, Hkv, groups, G·T, channels]
         scores = g.op("MatMul", own, g.reshape(codes, 0, 0, groups, channels, -1))
-        scores = side.to_words(g, g.reshape(scores, 0, 0, 0, 0, -1, page))  # [B, Hkv, groups, G·T, n, P]
+        scores = side.to_words(
+            g, g.reshape(scores, 0, 0, 0, 0, -1, page)
+        )  # [B, Hkv, groups, G·T, n, P]
         if scale is not None:
             scores = g.op("Mul", scores, g.op("Unsqueeze", scale, g.ints(3)))
         if minimum is not None:
@@ -250,7 +288,8 @@ class PackedAttention:
         return g.reshape(g.op("Squeeze", scores, g.ints(2)), 0, 0, 0, -1)
 
     def _sum(self, g: Graph, side: Side, weights: str, packed: str) -> str:
-        """Packed values weighted: [B, Hkv, G·T, n·P], tokens in the order of words → [B, Hkv, G·T, D]."""
+        """Packed values weighted: [B, Hkv, G·T, n·P], tokens in the order of words → [B, Hkv, G·T,
+        D]."""
         groups, page, dim = side.groups, side.page, side.fmt.head_dim
         codes, scale, minimum = side.decode(g, packed)
         channels = sum(b - a for a, b in side.coded) // groups
@@ -259,7 +298,9 @@ class PackedAttention:
         if scale is not None:
             scaled = g.op("Mul", scaled, g.op("Unsqueeze", scale, g.ints(3)))
         scaled = g.transpose(g.reshape(side.from_words(g, scaled), 0, 0, 0, 0, -1), 0, 1, 2, 4, 3)
-        out = g.op("MatMul", g.reshape(codes, 0, 0, groups, channels, -1), scaled)  # [B, Hkv, groups, channels, G·T]
+        out = g.op(
+            "MatMul", g.reshape(codes, 0, 0, groups, channels, -1), scaled
+        )  # [B, Hkv, groups, channels, G·T]
         if minimum is not None:
             column = g.reshape(minimum, 0, 0, groups, -1, 1)
             out = g.op("Add", out, g.transpose(g.op("MatMul", flat, column), 0, 1, 2, 4, 3))
@@ -273,7 +314,7 @@ class PackedAttention:
         place = np.concatenate([np.eye(dim, dtype=np.float32)[a:b] for a, b in side.coded])
         return g.op("MatMul", out, g.array(place))  # channels without codes are zero
 
-    # -- who sees what -------------------------------------------------------------------------------------------------
+    # -- who sees what -----------------------------------------------------------------------------
 
     def _visible(self, g: Graph, call: Call, logits: str, packed: bool) -> str:
         """Logits with −inf where a query doesn't look.
@@ -298,13 +339,19 @@ class PackedAttention:
         seen = g.op("LessOrEqual", sizes.row_places, query)
         if packed:
             whole = g.op("Max", g.op("Sub", query, g.ints(geo.sinks + geo.window - 1)), g.ints(0))
-            whole = g.op("Mul", g.op("Div", whole, g.ints(geo.page_tokens)), g.ints(geo.page_tokens))
+            whole = g.op(
+                "Mul", g.op("Div", whole, g.ints(geo.page_tokens)), g.ints(geo.page_tokens)
+            )
             limit = g.op("Add", whole, g.ints(geo.sinks))
-            outside = g.op("Or", g.op("Not", sizes.late), g.op("GreaterOrEqual", sizes.row_places, limit))
+            outside = g.op(
+                "Or", g.op("Not", sizes.late), g.op("GreaterOrEqual", sizes.row_places, limit)
+            )
             seen = g.op("And", seen, outside)
             seen = g.concat([g.op("Less", sizes.page_places, limit), seen], 1)
         if sliding:
-            seen = g.op("And", seen, g.op("Greater", sizes.places, g.op("Sub", query, g.ints(sliding))))
+            seen = g.op(
+                "And", seen, g.op("Greater", sizes.places, g.op("Sub", query, g.ints(sliding)))
+            )
         return seen
 
 

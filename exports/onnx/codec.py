@@ -1,15 +1,16 @@
-"""The page codec as ONNX nodes: `kernels.quantizer` byte for byte, where a runtime has no code of ours.
+"""The page codec as ONNX nodes: `kernels.quantizer` byte for byte, where a runtime has no code of
+ours.
 
-Decoding looks bytes up in tables: one Gather turns a byte into the numbers of all tokens or codes in it, so nothing is
-shifted or masked. Bytes are transposed before they are looked up, while they are still few,
-to rows of channels with tokens along them:
+Decoding looks bytes up in tables: one Gather turns a byte into the numbers of all tokens or codes
+in it, so nothing is shifted or masked. Bytes are transposed before they are looked up, while they
+are still few, to rows of channels with tokens along them:
 
     keys or values    float32 [B, Hkv, coded channels, n·P]
 
-Within a page tokens stand in the order that needs no further move (`Side.tokens`), which is the order of words
-(FORMAT.md) where no plane has 4 bits. Attention doesn't mind the order of tokens, as long as weights follow it
-(`to_words`, `from_words`). Scales stay apart and multiply scores or weights,
-one number a token and group in place of one a channel.
+Within a page tokens stand in the order that needs no further move (`Side.tokens`), which is the
+order of words (FORMAT.md) where no plane has 4 bits. Attention doesn't mind the order of tokens, as
+long as weights follow it (`to_words`, `from_words`). Scales stay apart and multiply scores or
+weights, one number a token and group in place of one a channel.
 """
 
 from dataclasses import dataclass
@@ -59,9 +60,13 @@ class Side:
 
     def __post_init__(self) -> None:
         """Raises KvfoldError where there are no ONNX nodes for the format."""
-        known = all(plane.storage.binary or plane.width in (TRIT, SIXTEEN) for plane in self.fmt.planes)
+        known = all(
+            plane.storage.binary or plane.width in (TRIT, SIXTEEN) for plane in self.fmt.planes
+        )
         if self.fmt.kind.device or not known:
-            raise KvfoldError(f"There are no ONNX nodes for pages of '{self.fmt}'; compress with another format.")
+            raise KvfoldError(
+                f"There are no ONNX nodes for pages of '{self.fmt}'; compress with another format."
+            )
 
     @property
     def rows(self) -> int:
@@ -119,7 +124,8 @@ class Side:
 
         Returns:
             codes: float32 [B, Hkv, coded channels, n·P], as a token's scale of 1 makes them.
-            scale, minimum: float32 [B, Hkv, groups, n, P], in the order of words; None where the format has none.
+            scale, minimum: float32 [B, Hkv, groups, n, P], in the order of words; None where the
+                format has none.
         """
         kind = self.fmt.kind
         heads = g.reshape(packed, 0, 0, self.heads, self.fmt.nbytes(self.page))
@@ -140,7 +146,9 @@ class Side:
             if plane.width == TRIT:
                 data = self._trits(g, part, plane.channels, step, middle)
             else:
-                data = self._plane(g, part, plane.channels, plane.width, step, middle, 2**plane.shift)
+                data = self._plane(
+                    g, part, plane.channels, plane.width, step, middle, 2**plane.shift
+                )
             found[plane.start] = g.op("Add", found[plane.start], data) if plane.shift else data
         parts = list(found.values())
         params = self._params(g, g.slice(heads, 3, offset))
@@ -153,27 +161,39 @@ class Side:
             g.op("Slice", params, g.ints(0), g.ints(2**62), g.ints(2), g.ints(2)),
         )
 
-    def _plane(self, g: Graph, part: str, n: int, width: int, step: float, middle: float, unit: int) -> str:
-        """A plane of `width` bits of n channels → float32 [B, Hkv, n, pages · P]: (code · unit − middle) · step."""
+    def _plane(
+        self, g: Graph, part: str, n: int, width: int, step: float, middle: float, unit: int
+    ) -> str:
+        """A plane of `width` bits of n channels → float32 [B, Hkv, n, pages · P]: (code · unit −
+        middle) · step."""
 
         def look_up(data: str, codes: np.ndarray) -> str:
             table = ((codes * unit - middle) * np.float32(step)).astype(np.float32)
-            return g.reshape(g.op("Gather", g.array(table), data), 0, 0, n if width > 1 else n // 2, -1)
+            return g.reshape(
+                g.op("Gather", g.array(table), data), 0, 0, n if width > 1 else n // 2, -1
+            )
 
         wide = any(plane.width == 4 for plane in self.fmt.planes)
         fields = np.array(ORDER_4BIT[:4] if wide else (0, 1, 2, 3))
         if width == 4:
             data = g.reshape(part, 0, 0, self.heads, 2, self.rows, n, 2)
-            data = g.cast(g.transpose(data, 0, 2, 5, 1, 4, 3, 6), INT32)  # [B, Hkv, n, pages, R, set, byte]
+            data = g.cast(
+                g.transpose(data, 0, 2, 5, 1, 4, 3, 6), INT32
+            )  # [B, Hkv, n, pages, R, set, byte]
             return look_up(data, np.stack((BYTES & 15, BYTES >> 4), 1))
         data = g.reshape(part, 0, 0, self.heads, self.rows, n * width // 2, 2)
-        data = g.cast(g.transpose(data, 0, 2, 4, 1, 3, 5), INT32)  # [B, Hkv, channels, pages, R, byte]
+        data = g.cast(
+            g.transpose(data, 0, 2, 4, 1, 3, 5), INT32
+        )  # [B, Hkv, channels, pages, R, byte]
         if width == 2:
             return look_up(data, BYTES[:, None] >> 2 * fields & 3)
-        return g.concat([look_up(data, BYTES[:, None] >> 2 * fields + half & 1) for half in (0, 1)], 2)
+        return g.concat(
+            [look_up(data, BYTES[:, None] >> 2 * fields + half & 1) for half in (0, 1)], 2
+        )
 
     def _trits(self, g: Graph, part: str, n: int, step: float, middle: float) -> str:
-        """A ternary plane of n channels → float32 [B, Hkv, n, pages · P]: (code − middle) · step."""
+        """A ternary plane of n channels → float32 [B, Hkv, n, pages · P]: (code − middle) ·
+        step."""
         rows, tiles = self.rows, n // TRIT_CHANNELS
         whole, left = trit_parts(n)
         count = whole + (left > 2)
@@ -187,7 +207,9 @@ class Side:
         start = count // 2 * rows * TRIT_CHANNELS * 2
         halves = []
         if count > 1:  # [B, Hkv, 16, pages, R, bytes] of [B, pages, Hkv, pairs, R, 16, byte]
-            pairs = g.transpose(lines(0, start, count // 2, rows, TRIT_CHANNELS, 2), 0, 2, 5, 1, 4, 3, 6)
+            pairs = g.transpose(
+                lines(0, start, count // 2, rows, TRIT_CHANNELS, 2), 0, 2, 5, 1, 4, 3, 6
+            )
             halves.append(g.reshape(pairs, 0, 0, 0, 0, rows, count // 2 * 2))
         if count % 2:
             size = -(-rows // 2)
@@ -206,8 +228,12 @@ class Side:
         elif left:
             size = -(-rows // 4)
             data = lines(start, size * TRIT_CHANNELS * 2, size, TRIT_CHANNELS, 2)
-            data = g.cast(g.transpose(data, 0, 2, 4, 1, 3, 5), INT32)  # [B, Hkv, 16, pages, lines, byte]
-            table = np.stack([rest & 3, np.stack([BYTES >> 4 + 2 * j & 3 for j in range(left)], 1)], 1)
+            data = g.cast(
+                g.transpose(data, 0, 2, 4, 1, 3, 5), INT32
+            )  # [B, Hkv, 16, pages, lines, byte]
+            table = np.stack(
+                [rest & 3, np.stack([BYTES >> 4 + 2 * j & 3 for j in range(left)], 1)], 1
+            )
             tail = g.op("Gather", g.array(value(table)), data)
             numbered.append(g.slice(g.reshape(tail, 0, 0, 0, 0, 4 * size, left), 4, 0, rows))
         codes = g.reshape(g.concat(numbered, 5), 0, 0, 0, 0, rows, tiles, FIELDS)
@@ -220,8 +246,14 @@ class Side:
 
     def _float16(self, g: Graph, data: str) -> str:
         """Bytes [..., 2] → float32 [...]."""
-        low, high = (g.op("Gather", g.cast(data, INT32), g.array(i, np.int64), axis=-1) for i in (0, 1))
-        return g.op("Gather", g.array(fp16_values()), g.op("Add", low, g.op("Mul", high, g.array(256, np.int32))))
+        low, high = (
+            g.op("Gather", g.cast(data, INT32), g.array(i, np.int64), axis=-1) for i in (0, 1)
+        )
+        return g.op(
+            "Gather",
+            g.array(fp16_values()),
+            g.op("Add", low, g.op("Mul", high, g.array(256, np.int32))),
+        )
 
     def _params(self, g: Graph, part: str) -> str:
         """→ float32 [B, Hkv, parameters, n, P], in the order of words."""

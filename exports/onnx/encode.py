@@ -1,6 +1,6 @@
-"""Encodes pages in ONNX nodes, byte for byte as `kernels.quantizer.encode` does, with no operation that a runtime might
-lack: codes are float32 until the last cast, since numbers below 256 are exact there, and bits of e4m3 and float16 come
-from comparisons, for want of a bit cast.
+"""Encodes pages in ONNX nodes, byte for byte as `kernels.quantizer.encode` does, with no operation
+that a runtime might lack: codes are float32 until the last cast, since numbers below 256 are exact
+there, and bits of e4m3 and float16 come from comparisons, for want of a bit cast.
 """
 
 import numpy as np
@@ -51,7 +51,11 @@ def encode(side: Side, g: Graph, x: str, clip: str | None = None) -> str:
 def _symmetric(side: Side, g: Graph, x: str, clip: str | None) -> tuple[str, str]:
     """(codes float32 [B, Hkv, n, P, D], parameters uint8 [B, Hkv, n, P])."""
     runs = side.coded
-    own = g.concat([g.slice(x, 4, a, b) for a, b in runs], 4) if runs != [(0, side.fmt.head_dim)] else x
+    own = (
+        g.concat([g.slice(x, 4, a, b) for a, b in runs], 4)
+        if runs != [(0, side.fmt.head_dim)]
+        else x
+    )
     tau = g.op("Sqrt", g.op("ReduceMean", g.op("Mul", own, own), g.ints(4), keepdims=1))
     data, tau = _store(side, g, tau)
     levels = np.array([n for channels, n in side.fmt.classes for _ in range(channels)], np.float32)
@@ -64,15 +68,21 @@ def _symmetric(side: Side, g: Graph, x: str, clip: str | None) -> tuple[str, str
 def _asymmetric(side: Side, g: Graph, x: str, clip: str | None) -> tuple[str, str]:
     """(codes float32 [B, Hkv, n, P, D], parameters uint8 [B, Hkv, n, 2 · groups · P · size])."""
     groups, dim, top = side.groups, side.fmt.head_dim, float(side.fmt.classes[0][1] - 1)
-    grouped = g.op("Reshape", x, g.op("Concat", g.op("Shape", x, end=4), g.ints(groups, dim // groups), axis=0))
+    grouped = g.op(
+        "Reshape", x, g.op("Concat", g.op("Shape", x, end=4), g.ints(groups, dim // groups), axis=0)
+    )
     low = g.op("ReduceMin", grouped, g.ints(5), keepdims=0)
     high = g.op("ReduceMax", grouped, g.ints(5), keepdims=0)
     if clip is not None:
         low, high = g.op("Mul", low, clip), g.op("Mul", high, clip)
     span = g.op("Div", g.op("Sub", high, low), g.number(top))
-    pair = g.op("Concat", *(g.op("Unsqueeze", t, g.ints(5)) for t in (low, span)), axis=5)  # [B, Hkv, n, P, G, 2]
+    pair = g.op(
+        "Concat", *(g.op("Unsqueeze", t, g.ints(5)) for t in (low, span)), axis=5
+    )  # [B, Hkv, n, P, G, 2]
     data, pair = _store(side, g, g.reshape(pair, 0, 0, 0, 0, 2 * groups))
-    ends = g.op("Reshape", pair, g.op("Concat", g.op("Shape", pair, end=4), g.ints(groups, 2), axis=0))
+    ends = g.op(
+        "Reshape", pair, g.op("Concat", g.op("Shape", pair, end=4), g.ints(groups, 2), axis=0)
+    )
     minimum, scale = (g.slice(ends, 5, i, i + 1) for i in (0, 1))
     u = g.op("Div", g.op("Sub", grouped, minimum), g.op("Max", scale, g.number(TINY)))
     codes = g.clamp(g.op("Round", u), g.number(0.0), g.number(top))
@@ -80,7 +90,8 @@ def _asymmetric(side: Side, g: Graph, x: str, clip: str | None) -> tuple[str, st
 
 
 def _store(side: Side, g: Graph, values: str) -> tuple[str, str]:
-    """Parameters [B, Hkv, n, P, p] → (bytes in the order of words [B, Hkv, n, p · P · size], rounded parameters)."""
+    """Parameters [B, Hkv, n, P, p] → (bytes in the order of words [B, Hkv, n, p · P · size],
+    rounded parameters)."""
     count, size = side.fmt.num_params, side.fmt.param_nbytes
     if size == 2:
         rounded = g.cast(g.half(values), FLOAT)
@@ -88,10 +99,14 @@ def _store(side: Side, g: Graph, values: str) -> tuple[str, str]:
     else:
         data = g.op("Unsqueeze", _e4m3_bytes(side, g, values), g.ints(5))
         rounded = g.op(
-            "Gather", g.array(np.nan_to_num(e4m3_values())), g.cast(g.reshape(data, 0, 0, 0, 0, count), INT32)
+            "Gather",
+            g.array(np.nan_to_num(e4m3_values())),
+            g.cast(g.reshape(data, 0, 0, 0, 0, count), INT32),
         )
     data = g.reshape(data, 0, 0, 0, FIELDS, side.rows, count, size)
-    return g.reshape(g.transpose(data, 0, 1, 2, 5, 4, 3, 6), 0, 0, 0, count * side.page * size), rounded
+    return g.reshape(
+        g.transpose(data, 0, 1, 2, 5, 4, 3, 6), 0, 0, 0, count * side.page * size
+    ), rounded
 
 
 def _negative(side: Side, g: Graph, x: str) -> str:
@@ -100,26 +115,36 @@ def _negative(side: Side, g: Graph, x: str) -> str:
 
 
 def _e4m3_bytes(side: Side, g: Graph, x: str) -> str:
-    reached = g.op("GreaterOrEqual", g.op("Unsqueeze", g.op("Abs", x), g.ints(-1)), g.array(e4m3_thresholds()))
+    reached = g.op(
+        "GreaterOrEqual", g.op("Unsqueeze", g.op("Abs", x), g.ints(-1)), g.array(e4m3_thresholds())
+    )
     code = g.total(g.cast(reached, FLOAT), -1)
     return g.cast(g.op("Add", code, g.op("Mul", _negative(side, g, x), g.number(128.0))), UINT8)
 
 
 def _float16_bytes(side: Side, g: Graph, x: str) -> str:
-    """float32 → the two bytes of its float16, saturating: uint8 [..., 2]. Arithmetic on exact numbers,
-    for want of a bit cast."""
+    """float32 → the two bytes of its float16, saturating: uint8 [..., 2]. Arithmetic on exact
+    numbers, for want of a bit cast."""
     x = g.cast(g.half(x), FLOAT)
     size = g.op("Abs", x)
     bounds = g.array(2.0 ** np.arange(-14, 16))
-    exponent = g.total(g.cast(g.op("GreaterOrEqual", g.op("Unsqueeze", size, g.ints(-1)), bounds), FLOAT), -1)  # 0 … 30
-    unit = g.op("Gather", g.array(2.0 ** (25 - np.maximum(np.arange(31), 1))), g.cast(exponent, INT32))
+    exponent = g.total(
+        g.cast(g.op("GreaterOrEqual", g.op("Unsqueeze", size, g.ints(-1)), bounds), FLOAT), -1
+    )  # 0 … 30
+    unit = g.op(
+        "Gather", g.array(2.0 ** (25 - np.maximum(np.arange(31), 1))), g.cast(exponent, INT32)
+    )
     whole = g.op("Mul", g.op("Relu", g.op("Sub", exponent, g.number(1.0))), g.number(1024.0))
     word = g.op(
-        "Add", g.op("Add", whole, g.op("Mul", size, unit)), g.op("Mul", _negative(side, g, x), g.number(32768.0))
+        "Add",
+        g.op("Add", whole, g.op("Mul", size, unit)),
+        g.op("Mul", _negative(side, g, x), g.number(32768.0)),
     )
     high = g.op("Floor", g.op("Mul", word, g.number(1 / 256)))
     low = g.op("Sub", word, g.op("Mul", high, g.number(256.0)))
-    return g.cast(g.op("Concat", *(g.op("Unsqueeze", t, g.ints(-1)) for t in (low, high)), axis=-1), UINT8)
+    return g.cast(
+        g.op("Concat", *(g.op("Unsqueeze", t, g.ints(-1)) for t in (low, high)), axis=-1), UINT8
+    )
 
 
 def _pack_plane(side: Side, g: Graph, codes: str, n: int, width: int) -> str:
@@ -144,36 +169,67 @@ def _pack_trits(side: Side, g: Graph, codes: str, n: int) -> list[str]:
     rows, tiles = side.rows, n // TRIT_CHANNELS
     whole, left = trit_parts(n)
     fields = g.reshape(codes, 0, 0, 0, FIELDS, rows, tiles, TRIT_CHANNELS)
-    numbered = g.reshape(g.transpose(fields, 0, 1, 2, 5, 3, 4, 6), 0, 0, 0, tiles * FIELDS, rows, TRIT_CHANNELS)
-    first = g.reshape(
-        g.slice(numbered, 3, 0, TRITS_PER_BYTE * whole), 0, 0, 0, whole, TRITS_PER_BYTE, rows * TRIT_CHANNELS
+    numbered = g.reshape(
+        g.transpose(fields, 0, 1, 2, 5, 3, 4, 6), 0, 0, 0, tiles * FIELDS, rows, TRIT_CHANNELS
     )
-    value = g.cast(g.total(g.op("Mul", first, g.array([[81.0], [27.0], [9.0], [3.0], [1.0]])), 4), INT32)
+    first = g.reshape(
+        g.slice(numbered, 3, 0, TRITS_PER_BYTE * whole),
+        0,
+        0,
+        0,
+        whole,
+        TRITS_PER_BYTE,
+        rows * TRIT_CHANNELS,
+    )
+    value = g.cast(
+        g.total(g.op("Mul", first, g.array([[81.0], [27.0], [9.0], [3.0], [1.0]])), 4), INT32
+    )
     scaled = g.op("Add", g.op("Mul", value, g.array(256, np.int32)), g.array(242, np.int32))
-    halves = [g.cast(g.op("Div", scaled, g.array(243, np.int32)), FLOAT)]  # [B, Hkv, n, whole, R · 16]
+    halves = [
+        g.cast(g.op("Div", scaled, g.array(243, np.int32)), FLOAT)
+    ]  # [B, Hkv, n, whole, R · 16]
     rest = ""
     if left:
-        last = g.reshape(g.slice(numbered, 3, TRITS_PER_BYTE * whole), 0, 0, 0, left, rows * TRIT_CHANNELS)
+        last = g.reshape(
+            g.slice(numbered, 3, TRITS_PER_BYTE * whole), 0, 0, 0, left, rows * TRIT_CHANNELS
+        )
         rest = g.total(g.op("Mul", last, g.array(4.0 ** np.arange(left)[:, None])), 3, keep=True)
     if left > 2:
         halves.append(rest)
     data, count, parts = g.concat(halves, 3), whole + (left > 2), []
     if count > 1:
-        pairs = g.reshape(g.slice(data, 3, 0, count // 2 * 2), 0, 0, 0, count // 2, 2, rows * TRIT_CHANNELS)
-        parts.append(g.reshape(g.transpose(pairs, 0, 1, 2, 3, 5, 4), 0, 0, 0, count // 2 * rows * TRIT_CHANNELS * 2))
+        pairs = g.reshape(
+            g.slice(data, 3, 0, count // 2 * 2), 0, 0, 0, count // 2, 2, rows * TRIT_CHANNELS
+        )
+        parts.append(
+            g.reshape(
+                g.transpose(pairs, 0, 1, 2, 3, 5, 4), 0, 0, 0, count // 2 * rows * TRIT_CHANNELS * 2
+            )
+        )
     if count % 2:
         padded = _pad_rows(side, g, g.slice(data, 3, count - 1), 2)  # [B, Hkv, n, rows / 2, 2, 16]
-        parts.append(g.reshape(g.transpose(padded, 0, 1, 2, 3, 5, 4), 0, 0, 0, -(-rows // 2) * TRIT_CHANNELS * 2))
+        parts.append(
+            g.reshape(
+                g.transpose(padded, 0, 1, 2, 3, 5, 4), 0, 0, 0, -(-rows // 2) * TRIT_CHANNELS * 2
+            )
+        )
     if 0 < left <= 2:
         padded = _pad_rows(side, g, rest, 4)
         byte = g.reshape(padded, 0, 0, 0, -(-rows // 4), 2, 2, TRIT_CHANNELS)
-        byte = g.total(g.op("Mul", byte, g.array([[1.0], [16.0]])), 5)  # [B, Hkv, n, lines, byte, 16]
-        parts.append(g.reshape(g.transpose(byte, 0, 1, 2, 3, 5, 4), 0, 0, 0, -(-rows // 4) * TRIT_CHANNELS * 2))
+        byte = g.total(
+            g.op("Mul", byte, g.array([[1.0], [16.0]])), 5
+        )  # [B, Hkv, n, lines, byte, 16]
+        parts.append(
+            g.reshape(
+                g.transpose(byte, 0, 1, 2, 3, 5, 4), 0, 0, 0, -(-rows // 4) * TRIT_CHANNELS * 2
+            )
+        )
     return [g.cast(part, UINT8) for part in parts]
 
 
 def _pad_rows(side: Side, g: Graph, data: str, multiple: int) -> str:
-    """[B, Hkv, n, 1, R · 16] → [B, Hkv, n, rows / multiple, multiple, 16], with zeros behind the last row."""
+    """[B, Hkv, n, 1, R · 16] → [B, Hkv, n, rows / multiple, multiple, 16], with zeros behind the
+    last row."""
     size = -(-side.rows // multiple)
     flat = g.reshape(data, 0, 0, 0, side.rows * TRIT_CHANNELS)
     extra = (size * multiple - side.rows) * TRIT_CHANNELS

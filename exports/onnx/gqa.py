@@ -1,9 +1,11 @@
-"""A uniform int8 or int4 cache that onnxruntime's GroupQueryAttention (domain com.microsoft) reads and writes itself.
+"""A uniform int8 or int4 cache that onnxruntime's GroupQueryAttention (domain com.microsoft) reads
+and writes itself.
 
-With a static scale s and offset μ of each channel, a key is stored as clamp(round((k − μ) / s)), −128 … 127 or −8 … 7.
-The operator knows no offsets: keys and values are shifted before it. A shift of all keys by μ adds the same to every
-logit of a query, which softmax doesn't see; values' is added to the output, since weights sum to 1. int4 codes plus 8
-lie two to a byte, the even channel low.
+With a static scale s and offset μ of each channel, a key is stored as clamp(round((k − μ) / s)),
+−128 … 127 or −8 … 7. The operator knows no offsets: keys and values are shifted before it. A shift
+of all keys by μ adds the same to every logit of a query, which softmax doesn't see; values' is
+added to the output, since weights sum to 1. int4 codes plus 8 lie two to a byte, the even channel
+low.
 """
 
 from dataclasses import dataclass
@@ -33,7 +35,9 @@ class UniformCodec:
         """What the operator reads back of float32 [..., Hkv, T, D]."""
         half = 2 ** (self.bits - 1)
         scale = self.scale[:, None].to(x.device)
-        offset = torch.zeros_like(scale) if self.offset is None else self.offset[:, None].to(x.device)
+        offset = (
+            torch.zeros_like(scale) if self.offset is None else self.offset[:, None].to(x.device)
+        )
         return ((x - offset) / scale).round().clamp(-half, half - 1) * scale + offset
 
 
@@ -54,7 +58,9 @@ class GqaAttention:
         self.codecs = codecs
         self.lengths: tuple[str, str] | None = None
 
-    def write(self, constants: Constants, call: Call, tensors: list[str]) -> tuple[Graph, list[str]]:
+    def write(
+        self, constants: Constants, call: Call, tensors: list[str]
+    ) -> tuple[Graph, list[str]]:
         """Nodes of one layer; see PackedAttention.write."""
         g = Graph(constants)
         query, key, value, past_key, past_value, *sinks_logit = tensors

@@ -9,7 +9,12 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 OPSET = 21
 IR_VERSION = 10  # of opset 21
-FLOAT, FLOAT16, UINT8, INT8 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8, TensorProto.INT8
+FLOAT, FLOAT16, UINT8, INT8 = (
+    TensorProto.FLOAT,
+    TensorProto.FLOAT16,
+    TensorProto.UINT8,
+    TensorProto.INT8,
+)
 INT32, INT64, BOOL = TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL
 
 
@@ -45,7 +50,9 @@ class Graph:
         self.constants = constants
         self.nodes: list[NodeProto] = []
 
-    def op(self, kind: str, *inputs: str, domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
+    def op(
+        self, kind: str, *inputs: str, domain: str = "", outputs: int = 1, **attributes: Any
+    ) -> Any:
         """Adds a node; its output's name, or a list of names for several."""
         names = [self.constants.name(kind) for _ in range(outputs)]
         self.nodes.append(helper.make_node(kind, inputs, names, domain=domain, **attributes))
@@ -77,7 +84,9 @@ class Graph:
 
     def slice(self, x: str, axis: int, start: int | str, end: int | str | None = None) -> str:
         """x[start:end] along an axis; bounds are numbers or names of int64 [1]."""
-        bounds = [b if isinstance(b, str) else self.ints(2**62 if b is None else b) for b in (start, end)]
+        bounds = [
+            b if isinstance(b, str) else self.ints(2**62 if b is None else b) for b in (start, end)
+        ]
         return self.op("Slice", x, *bounds, self.ints(axis))
 
     def concat(self, parts: Sequence[str], axis: int) -> str:
@@ -100,11 +109,16 @@ class Graph:
         """float32 → float16, saturating at ±65504 as quantizer.to_float16 does."""
         return self.cast(self.op("Clip", x, self.number(-65504.0), self.number(65504.0)), FLOAT16)
 
-    def choose(self, condition: str, then: tuple["Graph", list[str]], other: tuple["Graph", list[str]]) -> list[str]:
+    def choose(
+        self, condition: str, then: tuple["Graph", list[str]], other: tuple["Graph", list[str]]
+    ) -> list[str]:
         """The outputs of one of two branches; `condition` is bool [1]."""
         branches = [
             helper.make_graph(
-                graph.nodes, self.constants.name("branch"), [], [helper.make_empty_tensor_value_info(n) for n in names]
+                graph.nodes,
+                self.constants.name("branch"),
+                [],
+                [helper.make_empty_tensor_value_info(n) for n in names],
             )
             for graph, names in (then, other)
         ]

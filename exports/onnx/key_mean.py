@@ -1,8 +1,9 @@
-"""The rotating mean of keys (kernels/key_mean.py) as ONNX nodes: taken off keys that are written, given back to logits.
+"""The rotating mean of keys (kernels/key_mean.py) as ONNX nodes: taken off keys that are written,
+given back to logits.
 
-Complex tensors are pairs of names, (real, imaginary); pairs of channels stand with the fastest first. A turn
-e^{jω(start + unit·n)} is the product of two looked-up ones: cosines of many thousand radians are wrong in float32, and
-not all runtimes have float64.
+Complex tensors are pairs of names, (real, imaginary); pairs of channels stand with the fastest
+first. A turn e^{jω(start + unit·n)} is the product of two looked-up ones: cosines of many thousand
+radians are wrong in float32, and not all runtimes have float64.
 """
 
 import numpy as np
@@ -40,7 +41,8 @@ def _channels(g: Graph, x: str, index: Tensor) -> str:
 class TurningMean:
     """Writes the nodes of all layers of one graph that share their frequencies.
 
-    What depends on positions alone is written with the first layer that asks, and read by the others.
+    What depends on positions alone is written with the first layer that asks, and read by the
+    others.
 
     Args:
         tables: of these frequencies, on the CPU.
@@ -62,7 +64,9 @@ class TurningMean:
         t = self.tables
         self.new = self.new or self._turns(g, positions)
         real, imaginary = product(g, self._mean(g, offset), self.new)
-        mean = _channels(g, g.concat([real, imaginary], 2), torch.cat((t.first, t.second)).argsort())
+        mean = _channels(
+            g, g.concat([real, imaginary], 2), torch.cat((t.first, t.second)).argsort()
+        )
         return g.op("Sub", key, mean)
 
     def logits(self, g: Graph, query: str, offset: Tensor, positions: str) -> str:
@@ -80,7 +84,9 @@ class TurningMean:
             real, imaginary = self._turns(g, positions)
             self.cached = g.transpose(g.concat([real, g.op("Neg", imaginary)], 1), 1, 0)  # [D, N]
         conjugate = _channels(g, query, t.first), g.op("Neg", _channels(g, query, t.second))
-        return g.op("MatMul", g.concat(list(product(g, conjugate, self._mean(g, offset))), 3), self.cached)
+        return g.op(
+            "MatMul", g.concat(list(product(g, conjugate, self._mean(g, offset))), 3), self.cached
+        )
 
     def _mean(self, g: Graph, offset: Tensor) -> Complex:
         """b as constants [Hkv, 1, D/2]."""
@@ -105,10 +111,17 @@ class TurningMean:
         u = g.op("Max", g.op("Sub", positions, g.ints(t.sinks)), g.ints(0))
         span = self._look_up(g, t.omega[: t.fast], t.sinks, SPAN, g.op("Div", u, g.ints(SPAN)))
         place = g.op("Mod", u, g.ints(SPAN))
-        within = [g.op("Gather", g.array(x.numpy()), place, axis=0) for x in (t.within.real, t.within.imag)]
+        within = [
+            g.op("Gather", g.array(x.numpy()), place, axis=0)
+            for x in (t.within.real, t.within.imag)
+        ]
         fast = product(g, span, (within[0], within[1]))
-        slow = self._look_up(g, t.omega[t.fast :], t.sinks + STEP // 2, STEP, g.op("Div", u, g.ints(STEP)))
+        slow = self._look_up(
+            g, t.omega[t.fast :], t.sinks + STEP // 2, STEP, g.op("Div", u, g.ints(STEP))
+        )
         behind = g.cast(g.op("GreaterOrEqual", positions, g.ints(t.sinks)), FLOAT)
         behind = g.op("Unsqueeze", behind, g.ints(1))
-        real, imaginary = (g.op("Mul", g.concat([a, b], 1), behind) for a, b in zip(fast, slow, strict=True))
+        real, imaginary = (
+            g.op("Mul", g.concat([a, b], 1), behind) for a, b in zip(fast, slow, strict=True)
+        )
         return real, imaginary

@@ -3,8 +3,9 @@
     runner = OnnxRunner("smollm2-onnx")
     for token in runner.generate([[504, 1536, 28]], max_new_tokens=32): ...
 
-Both graphs take token ids and a cache and give logits and the longer cache; what a call's outputs name "present.…", the
-next call's inputs name "past.…". An empty cache has zero in every free dimension but the batch.
+Both graphs take token ids and a cache and give logits and the longer cache; what a call's outputs
+name "present.…", the next call's inputs name "past.…". An empty cache has zero in every free
+dimension but the batch.
 """
 
 import json
@@ -15,7 +16,12 @@ import numpy as np
 import onnxruntime
 
 CHUNK = 512  # tokens of a prompt at a time: bounds the score matrix; any split gives the same cache
-NUMPY = {"tensor(uint8)": np.uint8, "tensor(int8)": np.int8, "tensor(float16)": np.float16, "tensor(float)": np.float32}
+NUMPY = {
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+    "tensor(float16)": np.float16,
+    "tensor(float)": np.float32,
+}
 
 Cache = dict[str, onnxruntime.OrtValue]
 
@@ -38,7 +44,10 @@ class OnnxRunner:
             for stem in ("prefill", "decode")
         )
         # GroupQueryAttention takes several tokens behind others for one sequence only
-        stated = {name: json.loads(text) for name, text in self.prefill.get_modelmeta().custom_metadata_map.items()}
+        stated = {
+            name: json.loads(text)
+            for name, text in self.prefill.get_modelmeta().custom_metadata_map.items()
+        }
         self.whole_batches = stated.get("kvfold.form") == "gqa"
         self.chunk = int(stated.get("kvfold.chunk", CHUNK))
         self.past = [i for i in self.prefill.get_inputs() if i.name.startswith("past.")]
@@ -48,16 +57,25 @@ class OnnxRunner:
         """A cache of no tokens for `batch` sequences of one length."""
         cache = {}
         for tensor in self.past:
-            shape = [batch if d == "batch" else 0 if isinstance(d, str) else d for d in tensor.shape]
-            cache[tensor.name] = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, NUMPY[tensor.type]))
+            shape = [
+                batch if d == "batch" else 0 if isinstance(d, str) else d for d in tensor.shape
+            ]
+            cache[tensor.name] = onnxruntime.OrtValue.ortvalue_from_numpy(
+                np.zeros(shape, NUMPY[tensor.type])
+            )
         return cache
 
     @staticmethod
     def cache_of(arrays: dict[str, np.ndarray]) -> Cache:
         """A cache of given arrays by name, e.g. one that was saved."""
-        return {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for name, x in arrays.items()}
+        return {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x))
+            for name, x in arrays.items()
+        }
 
-    def __call__(self, ids: np.ndarray, cache: Cache, keep: Sequence[int] | None = None) -> tuple[np.ndarray, Cache]:
+    def __call__(
+        self, ids: np.ndarray, cache: Cache, keep: Sequence[int] | None = None
+    ) -> tuple[np.ndarray, Cache]:
         """One call of a graph: `decode` for one token, else `prefill`.
 
         Args:
@@ -76,11 +94,15 @@ class OnnxRunner:
         }
         logits, *present = session.run_with_ort_values(self.outputs, feeds | cache)
         return logits.numpy(), {
-            name.replace("present.", "past."): t for name, t in zip(self.outputs[1:], present, strict=True)
+            name.replace("present.", "past."): t
+            for name, t in zip(self.outputs[1:], present, strict=True)
         }
 
-    def read(self, ids: np.ndarray, cache: Cache | None = None, chunk: int | None = None) -> tuple[np.ndarray, Cache]:
-        """Takes in a prompt [B, T], `chunk` tokens at a time: (logits of its last token [B, vocabulary], the cache)."""
+    def read(
+        self, ids: np.ndarray, cache: Cache | None = None, chunk: int | None = None
+    ) -> tuple[np.ndarray, Cache]:
+        """Takes in a prompt [B, T], `chunk` tokens at a time: (logits of its last token [B,
+        vocabulary], the cache)."""
         ids = np.asarray(ids)
         cache = self.empty(len(ids)) if cache is None else cache
         chunk = ids.shape[1] if self.whole_batches and len(ids) > 1 else chunk or self.chunk
@@ -92,7 +114,8 @@ class OnnxRunner:
     def generate(
         self, ids: Sequence[Sequence[int]] | np.ndarray, max_new_tokens: int, end: int | None = None
     ) -> Iterator[np.ndarray]:
-        """Greedy continuation of prompts of one length: yields int64 [B] a token, until all sequences have ended.
+        """Greedy continuation of prompts of one length: yields int64 [B] a token, until all
+        sequences have ended.
 
         Args:
             ids: [B, T].

@@ -1,5 +1,6 @@
-"""Traces a transformers model around its cache: everything but attention becomes ONNX nodes by `torch.onnx.export`, and
-each attention becomes one node of the domain "kvfold", for the writer of a form to put its own nodes in place of it."""
+"""Traces a transformers model around its cache: everything but attention becomes ONNX nodes by
+`torch.onnx.export`, and each attention becomes one node of the domain "kvfold", for the writer of a
+form to put its own nodes in place of it."""
 
 import contextlib
 import io
@@ -21,7 +22,10 @@ from kvfold.exports.onnx.graph import FLOAT16, INT8, OPSET, UINT8
 
 NAME = "kvfold-onnx"  # load a model with this attention to trace it
 DOMAIN = "kvfold"
-BATCH, TOKENS = 2, 5  # of the example inputs; other lengths are free, but 0 and 1 would be taken for constants
+BATCH, TOKENS = (
+    2,
+    5,
+)  # of the example inputs; other lengths are free, but 0 and 1 would be taken for constants
 LENGTHS = {"pages": 3, "rows": 7, "past": 7}
 DTYPES: dict[int, torch.dtype] = {UINT8: torch.uint8, INT8: torch.int8, FLOAT16: torch.float16}
 
@@ -54,7 +58,18 @@ class _Recorder:
 _recorder = _Recorder()
 
 
-def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, s_aux=None, **kwargs):
+def _forward(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    softcap=None,
+    s_aux=None,
+    **kwargs,
+):
     batch, heads, tokens, dim = query.shape
     call = Call(
         module.layer_idx,
@@ -95,7 +110,9 @@ class _Step(nn.Module):
         if cache[0][0].dim() == 3:
             past = past + cache[0][0].shape[1] * self.page_tokens
         positions = torch.arange(input_ids.shape[1])[None] + past
-        out = self.model(input_ids=input_ids, position_ids=positions, use_cache=False, logits_to_keep=logits_at)
+        out = self.model(
+            input_ids=input_ids, position_ids=positions, use_cache=False, logits_to_keep=logits_at
+        )
         return out.logits, _recorder.present
 
 
@@ -130,20 +147,33 @@ def trace(model: Any, tensors: Sequence[Sequence[CacheTensor]], page_tokens: int
     import onnx_ir
 
     if getattr(model.config, "num_local_experts", None):
-        model.set_experts_implementation("batched_mm")  # the default is one operation that ONNX has no nodes for
+        model.set_experts_implementation(
+            "batched_mm"
+        )  # the default is one operation that ONNX has no nodes for
     example, shapes = [], []
     free = torch.export.Dim.DYNAMIC
     for layer in tensors:
-        sizes = [[BATCH if d == "batch" else LENGTHS[d] if isinstance(d, str) else d for d in t.dims] for t in layer]
-        example.append([torch.zeros(s, dtype=DTYPES[t.dtype]) for s, t in zip(sizes, layer, strict=True)])
-        shapes.append([{i: free for i, d in enumerate(t.dims) if isinstance(d, str)} for t in layer])
+        sizes = [
+            [BATCH if d == "batch" else LENGTHS[d] if isinstance(d, str) else d for d in t.dims]
+            for t in layer
+        ]
+        example.append(
+            [torch.zeros(s, dtype=DTYPES[t.dtype]) for s, t in zip(sizes, layer, strict=True)]
+        )
+        shapes.append(
+            [{i: free for i, d in enumerate(t.dims) if isinstance(d, str)} for t in layer]
+        )
     ids = torch.zeros(BATCH, TOKENS, dtype=torch.int64)
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 _Step(model, page_tokens).eval(),
                 (ids, torch.arange(TOKENS - 1), example),
-                dynamic_shapes={"input_ids": {0: free, 1: free}, "logits_at": {0: free}, "cache": shapes},
+                dynamic_shapes={
+                    "input_ids": {0: free, 1: free},
+                    "logits_at": {0: free},
+                    "cache": shapes,
+                },
                 input_names=["input_ids", "logits_at", *names_of(tensors, "past")],
                 output_names=["logits", *names_of(tensors, "present")],
                 dynamo=True,
@@ -160,7 +190,9 @@ def trace(model: Any, tensors: Sequence[Sequence[CacheTensor]], page_tokens: int
     calls, _recorder.cache, _recorder.present = list(_recorder.calls), [], []
     graph = program.model.graph
     weights = {
-        name: value.const_value.numpy() for name, value in graph.initializers.items() if value.const_value is not None
+        name: value.const_value.numpy()
+        for name, value in graph.initializers.items()
+        if value.const_value is not None
     }
     graph.initializers.clear()
     proto = onnx_ir.to_proto(program.model)

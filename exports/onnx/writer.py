@@ -24,8 +24,11 @@ GRAPHS = {"prefill": False, "decode": True}  # file name's stem → one token at
 class Form(Protocol):
     """Writes the attention of one graph."""
 
-    def write(self, constants: Constants, call: Call, tensors: list[str]) -> tuple[Graph, list[str]]:
-        """Nodes of one layer, and the names of its output and its cache; see PackedAttention.write."""
+    def write(
+        self, constants: Constants, call: Call, tensors: list[str]
+    ) -> tuple[Graph, list[str]]:
+        """Nodes of one layer, and the names of its output and its cache; see
+        PackedAttention.write."""
         ...
 
 
@@ -37,7 +40,9 @@ class WeightFile:
         self.places: dict[str, tuple[int, int]] = {}
         self.end = 0
 
-    def add(self, stream: BinaryIO, name: str, dtype: int, shape: Sequence[int], data: memoryview) -> TensorProto:
+    def add(
+        self, stream: BinaryIO, name: str, dtype: int, shape: Sequence[int], data: memoryview
+    ) -> TensorProto:
         """A tensor whose bytes stand in the file."""
         digest = hashlib.sha256(data).hexdigest()
         if digest not in self.places:
@@ -47,7 +52,9 @@ class WeightFile:
             self.places[digest] = (start, len(data))
             self.end = start + len(data)
         offset, length = self.places[digest]
-        tensor = TensorProto(name=name, data_type=dtype, dims=shape, data_location=TensorProto.EXTERNAL)
+        tensor = TensorProto(
+            name=name, data_type=dtype, dims=shape, data_location=TensorProto.EXTERNAL
+        )
         for key, value in (("location", self.path.name), ("offset", offset), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))
         return tensor
@@ -60,13 +67,18 @@ def _narrow(array: np.ndarray) -> tuple[int, np.ndarray] | None:
         return TensorProto.BFLOAT16, (words >> 16).astype(np.uint16)
     with np.errstate(over="ignore"):
         half = array.astype(np.float16)
-    return (TensorProto.FLOAT16, half.view(np.uint16)) if (half.astype(np.float32) == array).all() else None
+    return (
+        (TensorProto.FLOAT16, half.view(np.uint16))
+        if (half.astype(np.float32) == array).all()
+        else None
+    )
 
 
 def _store(
     file: WeightFile, stream: BinaryIO, arrays: Mapping[str, np.ndarray]
 ) -> tuple[list[TensorProto], list[NodeProto]]:
-    """Tensors for a graph, and the casts that make those float32 again which the file holds in 16 bits."""
+    """Tensors for a graph, and the casts that make those float32 again which the file holds in 16
+    bits."""
     tensors, casts = [], []
     for name, array in arrays.items():
         if array.nbytes <= INLINE_NBYTES:
@@ -89,9 +101,12 @@ def _value_info(name: str, dtype: int, dims: Sequence[str | int]) -> ValueInfoPr
 
 
 def _renamed(tensors: Sequence[Sequence[CacheTensor]], prefix: str) -> list[ValueInfoProto]:
-    """Inputs or outputs of the cache; lengths that a call changes have names of their own on either side."""
+    """Inputs or outputs of the cache; lengths that a call changes have names of their own on either
+    side."""
     found = []
-    for name, tensor in zip(names_of(tensors, prefix), (t for layer in tensors for t in layer), strict=True):
+    for name, tensor in zip(
+        names_of(tensors, prefix), (t for layer in tensors for t in layer), strict=True
+    ):
         dims = [d if d == "batch" or isinstance(d, int) else f"{prefix}_{d}" for d in tensor.dims]
         found.append(_value_info(name, tensor.dtype, dims))
     return found
@@ -108,26 +123,37 @@ def _assemble(
         if node.domain != DOMAIN:
             bare = NodeProto()
             bare.CopyFrom(node)
-            bare.ClearField("metadata_props")  # the exporter's notes: source files, with this machine's paths
+            bare.ClearField(
+                "metadata_props"
+            )  # the exporter's notes: source files, with this machine's paths
             bare.ClearField("doc_string")
             nodes.append(bare)
             continue
         layer = helper.get_node_attr_value(node, "layer")
         graph, names = form.write(constants, calls[layer], list(node.input))
         nodes += graph.nodes
-        nodes += [helper.make_node("Identity", [a], [b]) for a, b in zip(names, node.output, strict=True) if b]
+        nodes += [
+            helper.make_node("Identity", [a], [b])
+            for a, b in zip(names, node.output, strict=True)
+            if b
+        ]
     tokens = 1 if single else "tokens"
     inputs = [
         _value_info("input_ids", INT64, ["batch", tokens]),
         _value_info("logits_at", INT64, ["kept"]),
         *_renamed(tensors, "past"),
     ]
-    outputs = [_value_info("logits", TensorProto.FLOAT, ["batch", "kept", vocab]), *_renamed(tensors, "present")]
+    outputs = [
+        _value_info("logits", TensorProto.FLOAT, ["batch", "kept", vocab]),
+        *_renamed(tensors, "present"),
+    ]
     made = helper.make_graph(nodes, "decode" if single else "prefill", inputs, outputs)
     opsets = [helper.make_opsetid("", OPSET)]
     if any(node.domain == "com.microsoft" for node in nodes):
         opsets.append(helper.make_opsetid("com.microsoft", 1))
-    return helper.make_model(made, opset_imports=opsets, ir_version=IR_VERSION, producer_name="kvfold"), constants
+    return helper.make_model(
+        made, opset_imports=opsets, ir_version=IR_VERSION, producer_name="kvfold"
+    ), constants
 
 
 def write_graphs(
@@ -158,7 +184,9 @@ def write_graphs(
             del model.graph.node[:]
             model.graph.node.extend(nodes)
             model.graph.initializer.extend(stored)
-            helper.set_model_props(model, {f"kvfold.{key}": json.dumps(value) for key, value in metadata.items()})
+            helper.set_model_props(
+                model, {f"kvfold.{key}": json.dumps(value) for key, value in metadata.items()}
+            )
             (folder / f"{stem}.onnx").write_bytes(model.SerializeToString())
     for stem in GRAPHS:
         onnx.checker.check_model(str(folder / f"{stem}.onnx"))

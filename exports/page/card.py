@@ -1,4 +1,5 @@
-"""The model card: generated beside the artifact, given its repository's id and measured figures when it is pushed."""
+"""The model card: generated beside the artifact, given its repository's id and measured figures
+when it is pushed."""
 
 import json
 import re
@@ -91,7 +92,9 @@ def model_card(metadata: Metadata, name: str, base: Base) -> str:
     return f"---\n{data.to_yaml()}\n---\n{body}"
 
 
-def published_card(text: str, metadata: Metadata, repo_id: str, results: Sequence[dict[str, Any]]) -> str:
+def published_card(
+    text: str, metadata: Metadata, repo_id: str, results: Sequence[dict[str, Any]]
+) -> str:
     """A card as it goes to the Hub: its commands name the repository, its figures are `results`.
     What people wrote stays.
 
@@ -105,15 +108,22 @@ def published_card(text: str, metadata: Metadata, repo_id: str, results: Sequenc
     body = re.sub(r"(`kvfold (?:inspect|eval|generate|validate) )[^\s`]+", rf"\g<1>{repo_id}", body)
     if results:
         section = quality_section(metadata, repo_id, results)
-        body = QUALITY.sub(lambda _: section, body) if QUALITY.search(body) else f"{body.rstrip()}\n\n{section}\n"
+        body = (
+            QUALITY.sub(lambda _: section, body)
+            if QUALITY.search(body)
+            else f"{body.rstrip()}\n\n{section}\n"
+        )
         card.data["model_name"] = repo_id.rpartition("/")[2]
-        card.data["eval_results"] = [figure for result in results for figure in _eval_results(result)]
+        card.data["eval_results"] = [
+            figure for result in results for figure in _eval_results(result)
+        ]
     card.text = body
     return str(card)
 
 
 def read_results(file: Path, metadata: Metadata) -> dict[str, Any]:
-    """Reads figures that `kvfold eval … --json FILE` wrote, and checks that they are of this artifact.
+    """Reads figures that `kvfold eval … --json FILE` wrote, and checks that they are of this
+    artifact.
 
     Raises:
         KvfoldError: no such file, not such figures, or figures of another artifact.
@@ -127,12 +137,21 @@ def read_results(file: Path, metadata: Metadata) -> dict[str, Any]:
     for name, kind in FIGURES.items():
         value = found.get(name) if isinstance(found, dict) else None
         if not isinstance(value, kind) or (isinstance(value, float) and not abs(value) < 1e30):
-            raise KvfoldError(f"Results '{file}' have no figure '{name}'; give what `kvfold eval … --json FILE` wrote.")
+            raise KvfoldError(
+                f"Results '{file}' have no figure '{name}'; give what `kvfold eval … --json FILE` wrote."
+            )
     geometry, formats = metadata.geometry, metadata.formats
     tokens = found["seq_len"]
-    bits = 8 * cache_nbytes(geometry, formats, tokens) / geometry.elements(tokens, len(formats)) if tokens > 0 else 0
+    bits = (
+        8 * cache_nbytes(geometry, formats, tokens) / geometry.elements(tokens, len(formats))
+        if tokens > 0
+        else 0
+    )
     stated = (found["effective_bits"], found["payload_bits"])
-    if max(abs(a - b) for a, b in zip(stated, (bits, metadata.account.payload_bits), strict=True)) > 1e-9:
+    if (
+        max(abs(a - b) for a, b in zip(stated, (bits, metadata.account.payload_bits), strict=True))
+        > 1e-9
+    ):
         raise KvfoldError(
             f"Results '{file}' are of another artifact: {stated[0]:.4f} effective bits at {tokens} tokens, but this "
             f"one has {bits:.4f}; measure it with `kvfold eval`."
@@ -141,7 +160,8 @@ def read_results(file: Path, metadata: Metadata) -> dict[str, Any]:
 
 
 def quality_section(metadata: Metadata, name: str, results: Sequence[dict[str, Any]]) -> str:
-    """The table of measured figures, each row with its command, between marks by which it is found again."""
+    """The table of measured figures, each row with its command, between marks by which it is found
+    again."""
     rows = [{**result, "command": _eval_command(metadata, name, result)} for result in results]
     return render("quality.md.jinja", name=name, rows=rows).strip()
 
@@ -158,16 +178,30 @@ def _eval_command(metadata: Metadata, name: str, result: dict[str, Any]) -> str:
 
 def _compress_command(metadata: Metadata) -> str:
     budget, source = metadata.budget, metadata.calibration.source
-    options = ["--budget", budget.request, *([] if "@" in budget.request else ["--context", budget.at])]
+    options = [
+        "--budget",
+        budget.request,
+        *([] if "@" in budget.request else ["--context", budget.at]),
+    ]
     options += ["--recipe", "recipe.yaml", *([] if source == BUILT_IN else ["--calib", source])]
-    return " ".join(["kvfold compress", *(shlex.quote(str(word)) for word in (metadata.provenance.model, *options))])
+    return " ".join(
+        [
+            "kvfold compress",
+            *(shlex.quote(str(word)) for word in (metadata.provenance.model, *options)),
+        ]
+    )
 
 
 def _length_table(metadata: Metadata) -> list[tuple[int, int, int]]:
     """(tokens, packed bytes, bytes in 16 bits) of a few lengths, the budget's own among them."""
     geometry, formats = metadata.geometry, metadata.formats
-    lengths = sorted({metadata.account.at, *(2**i for i in range(9, 31) if 2**i < metadata.account.at)})[-LENGTHS:]
-    return [(n, cache_nbytes(geometry, formats, n), 2 * geometry.elements(n, len(formats))) for n in lengths]
+    lengths = sorted(
+        {metadata.account.at, *(2**i for i in range(9, 31) if 2**i < metadata.account.at)}
+    )[-LENGTHS:]
+    return [
+        (n, cache_nbytes(geometry, formats, n), 2 * geometry.elements(n, len(formats)))
+        for n in lengths
+    ]
 
 
 def _eval_results(result: dict[str, Any]) -> list[EvalResult]:
@@ -179,9 +213,14 @@ def _eval_results(result: dict[str, Any]) -> list[EvalResult]:
     figures = (
         ("perplexity", "perplexity, packed cache", result["ppl"]),
         ("perplexity", "perplexity, unquantised cache", result["ppl_16bit"]),
-        ("kl_divergence", "KL divergence of the packed from the unquantised cache, nats", result["kl"]),
+        (
+            "kl_divergence",
+            "KL divergence of the packed from the unquantised cache, nats",
+            result["kl"],
+        ),
         ("top_1_agreement", "top-1 agreement with the unquantised cache", result["top1_agreement"]),
     )
     return [
-        EvalResult(**place, metric_type=kind, metric_name=name, metric_value=value) for kind, name, value in figures
+        EvalResult(**place, metric_type=kind, metric_name=name, metric_value=value)
+        for kind, name, value in figures
     ]

@@ -1,7 +1,8 @@
-"""Where the marks of report.html's charts stand: plain numbers in the units of an SVG viewBox; the template draws them.
+"""Where the marks of report.html's charts stand: plain numbers in the units of an SVG viewBox; the
+template draws them.
 
-Every chart is laid out for a given width, so that the report can hold one drawing for a desktop and one for a phone:
-text in an SVG that is merely scaled down can't be read.
+Every chart is laid out for a given width, so that the report can hold one drawing for a desktop and
+one for a phone: text in an SVG that is merely scaled down can't be read.
 """
 
 import math
@@ -24,7 +25,8 @@ class Tick:
 
 @dataclass(frozen=True)
 class Mark:
-    """A bar (x, y, width, height) or a point (x, y) of a series, with the text that hovering shows."""
+    """A bar (x, y, width, height) or a point (x, y) of a series, with the text that hovering
+    shows."""
 
     series: str
     x: float
@@ -37,7 +39,8 @@ class Mark:
 
 @dataclass(frozen=True)
 class Chart:
-    """One drawing: its size, ticks, marks, and lines as (series, points attribute of an SVG polyline)."""
+    """One drawing: its size, ticks, marks, and lines as (series, points attribute of an SVG
+    polyline)."""
 
     width: int
     height: int
@@ -52,7 +55,8 @@ class Chart:
 
 
 def _r(value: float) -> float:
-    """Rounded for the page: a tenth of a pixel is enough, and the text is the same on every machine."""
+    """Rounded for the page: a tenth of a pixel is enough, and the text is the same on every
+    machine."""
     return round(value, 1)
 
 
@@ -89,7 +93,9 @@ def tokens_label(tokens: float) -> str:
     return f"{tokens:.0f}"
 
 
-def layer_bars(width: int, series: Mapping[str, Sequence[float]], tips: Sequence[str], stacked: bool) -> Chart:
+def layer_bars(
+    width: int, series: Mapping[str, Sequence[float]], tips: Sequence[str], stacked: bool
+) -> Chart:
     """Bars over layers, the series side by side or on top of each other.
 
     Args:
@@ -98,7 +104,10 @@ def layer_bars(width: int, series: Mapping[str, Sequence[float]], tips: Sequence
     """
     names = list(series)
     count = len(tips)
-    tops = [sum(series[n][i] for n in names) if stacked else max(series[n][i] for n in names) for i in range(count)]
+    tops = [
+        sum(series[n][i] for n in names) if stacked else max(series[n][i] for n in names)
+        for i in range(count)
+    ]
     ticks = linear_ticks(max(tops))
     plot_w, plot_h = width - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     slot = plot_w / count
@@ -118,7 +127,9 @@ def layer_bars(width: int, series: Mapping[str, Sequence[float]], tips: Sequence
     return Chart(width, HEIGHT, x_ticks, y_ticks, marks, [])
 
 
-def memory_lines(width: int, lines: Mapping[str, Sequence[tuple[int, int]]], point: tuple[int, int]) -> Chart:
+def memory_lines(
+    width: int, lines: Mapping[str, Sequence[tuple[int, int]]], point: tuple[int, int]
+) -> Chart:
     """Bytes against tokens, both axes logarithmic.
 
     Args:
@@ -135,13 +146,18 @@ def memory_lines(width: int, lines: Mapping[str, Sequence[tuple[int, int]]], poi
         x = LEFT + plot_w * (math.log2(t) - lo_x) / max(hi_x - lo_x, 1e-9)
         return _r(x), _r(HEIGHT - BOTTOM - plot_h * (math.log2(b) - lo_y) / max(hi_y - lo_y, 1e-9))
 
-    drawn = [(name, " ".join(f"{x},{y}" for x, y in (place(*p) for p in points))) for name, points in lines.items()]
+    drawn = [
+        (name, " ".join(f"{x},{y}" for x, y in (place(*p) for p in points)))
+        for name, points in lines.items()
+    ]
     marks = [
         Mark(name, *place(t, b), f"{name}: {format_nbytes(b)} at {t} tokens")
         for name, points in lines.items()
         for t, b in points
     ]
-    marks.append(Mark("budget", *place(*point), f"budgeted: {format_nbytes(point[1])} at {point[0]} tokens"))
+    marks.append(
+        Mark("budget", *place(*point), f"budgeted: {format_nbytes(point[1])} at {point[0]} tokens")
+    )
     step_x = max(1, math.ceil((hi_x - lo_x) / max(1, plot_w // 52)))
     step_y = max(1, math.ceil((hi_y - lo_y) / 6))
     x_ticks = [
@@ -149,7 +165,8 @@ def memory_lines(width: int, lines: Mapping[str, Sequence[tuple[int, int]]], poi
         for e in range(math.ceil(lo_x), math.floor(hi_x) + 1, step_x)
     ]
     y_ticks = [
-        Tick(place(2.0**lo_x, 2.0**e)[1], format_nbytes(2**e).replace(".00", "")) for e in range(lo_y, hi_y + 1, step_y)
+        Tick(place(2.0**lo_x, 2.0**e)[1], format_nbytes(2**e).replace(".00", ""))
+        for e in range(lo_y, hi_y + 1, step_y)
     ]
     return Chart(width, HEIGHT, x_ticks, y_ticks, marks, drawn)
 
@@ -170,7 +187,9 @@ def loss_points(width: int, points: Sequence[tuple[str, float, float, str, str]]
         height = (math.log10(max(kl, 10.0**lo_y)) - lo_y) / (hi_y - lo_y)
         return _r(LEFT + plot_w * bits / ticks[-1]), _r(HEIGHT - BOTTOM - plot_h * height)
 
-    marks = [Mark(series, *place(bits, kl), tip, label=label) for series, bits, kl, label, tip in points]
+    marks = [
+        Mark(series, *place(bits, kl), tip, label=label) for series, bits, kl, label, tip in points
+    ]
     x_ticks = [Tick(place(t, 1.0)[0], short(t)) for t in ticks]
     y_ticks = [Tick(place(0, 10.0**e)[1], short(10.0**e)) for e in range(lo_y, hi_y + 1)]
     return Chart(width, HEIGHT, x_ticks, y_ticks, marks, [])

@@ -1,9 +1,11 @@
-"""`push_to_hub`: an artifact as one commit on the Hub, validated before it goes and compared after it went.
+"""`push_to_hub`: an artifact as one commit on the Hub, validated before it goes and compared after
+it went.
 
-One `create_commit` carries the whole folder. That is what `upload_folder` itself does without Xet, but with Xet it cuts
-large folders into several commits, as `upload_large_folder` always did, and a reader in between would get half an
-artifact. Nothing of resuming is lost: large files travel before the commit, by content, and a second run sends only
-those (with Xet: only those chunks) that the Hub does not hold yet.
+One `create_commit` carries the whole folder. That is what `upload_folder` itself does without Xet,
+but with Xet it cuts large folders into several commits, as `upload_large_folder` always did, and a
+reader in between would get half an artifact. Nothing of resuming is lost: large files travel before
+the commit, by content, and a second run sends only those (with Xet: only those chunks) that the Hub
+does not hold yet.
 """
 
 import hashlib
@@ -61,7 +63,8 @@ def push_to_hub(
     allow_restricted_licence: bool = False,
     results: Sequence[str | Path] = (),
 ) -> Pushed:
-    """Publishes an artifact; the folder itself is not changed. Interrupted, the same call goes on where it was.
+    """Publishes an artifact; the folder itself is not changed. Interrupted, the same call goes on
+    where it was.
 
     Args:
         path: the artifact's folder. Only its listed files, its card and its report go up.
@@ -70,13 +73,17 @@ def push_to_hub(
         revision: branch; made if it does not exist. Default: main.
         token: of the Hub; default: what `hf auth login` or HF_TOKEN set.
         allow_restricted_licence: the caller knows that the base model's licence lets them do this.
-        results: files of `kvfold eval … --json FILE`, put into the card's table and its `model-index`.
+        results: files of `kvfold eval … --json FILE`, put into the card's table and its
+            `model-index`.
     Raises:
-        KvfoldError: the artifact is not valid, its licence is not known to allow it, `repo_id` holds something else, or
-            the Hub refuses; nothing is uploaded then, unless the sentence says otherwise.
+        KvfoldError: the artifact is not valid, its licence is not known to allow it, `repo_id`
+            holds something else, or the Hub refuses; nothing is uploaded then, unless the sentence
+            says otherwise.
     """
     artifact = read_artifact(path)
-    card = _card(artifact, repo_id, [read_results(Path(file), artifact.metadata) for file in results])
+    card = _card(
+        artifact, repo_id, [read_results(Path(file), artifact.metadata) for file in results]
+    )
     if not allow_restricted_licence:
         stated = card_fields(artifact.path / CARD_NAME).get("license")
         check_redistributable(stated, artifact.metadata.provenance.model, artifact.path / CARD_NAME)
@@ -87,8 +94,13 @@ def push_to_hub(
         parent = _prepare(api, repo_id, branch, private, artifact.metadata)
         remote = _tree(api, repo_id, parent)
         stale = _check_content(api, repo_id, parent, remote, artifact.metadata)
-        operations: list[Any] = [CommitOperationAdd(name, artifact.path / name) for name in _names(artifact)]
-        operations += [CommitOperationAdd(CARD_NAME, card.encode()), *(CommitOperationDelete(name) for name in stale)]
+        operations: list[Any] = [
+            CommitOperationAdd(name, artifact.path / name) for name in _names(artifact)
+        ]
+        operations += [
+            CommitOperationAdd(CARD_NAME, card.encode()),
+            *(CommitOperationDelete(name) for name in stale),
+        ]
         with warnings.catch_warnings():  # the Hub's advice on the card's front matter
             warnings.simplefilter("ignore")
             done = api.create_commit(
@@ -119,12 +131,18 @@ def _card(artifact: Artifact, repo_id: str, results: list[dict[str, Any]]) -> st
 def _check_id(repo_id: str, user: str) -> None:
     validate_repo_id(repo_id)
     if "/" not in repo_id:
-        raise KvfoldError(f"REPO_ID '{repo_id}' names no owner; write for example '{user}/{repo_id}'.")
+        raise KvfoldError(
+            f"REPO_ID '{repo_id}' names no owner; write for example '{user}/{repo_id}'."
+        )
 
 
 def _names(artifact: Artifact) -> list[str]:
     """Files to send, but for the card. Others that lie in the folder stay there."""
-    names = [*artifact.metadata.files, METADATA_NAME, *(n for n in OPTIONAL if (artifact.path / n).is_file())]
+    names = [
+        *artifact.metadata.files,
+        METADATA_NAME,
+        *(n for n in OPTIONAL if (artifact.path / n).is_file()),
+    ]
     names = sorted(dict.fromkeys(names))
     left = sorted({p.name for p in artifact.path.iterdir()} - {*names, CARD_NAME})
     if left:
@@ -159,8 +177,11 @@ def _tree(api: HfApi, repo_id: str, commit: str) -> dict[str, RepoFile]:
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
-def _check_content(api: HfApi, repo_id: str, commit: str, remote: dict[str, RepoFile], metadata: Metadata) -> list[str]:
-    """Refuses to write over anything but an artifact of the same model. Returns that one's files that ours lacks."""
+def _check_content(
+    api: HfApi, repo_id: str, commit: str, remote: dict[str, RepoFile], metadata: Metadata
+) -> list[str]:
+    """Refuses to write over anything but an artifact of the same model. Returns that one's files
+    that ours lacks."""
     if not remote.keys() - OWN_FILES:
         return []
     if METADATA_NAME not in remote:
@@ -185,7 +206,9 @@ def _check_content(api: HfApi, repo_id: str, commit: str, remote: dict[str, Repo
 def _remote_metadata(api: HfApi, repo_id: str, commit: str) -> Metadata:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(api.hf_hub_download(repo_id, METADATA_NAME, revision=commit, local_dir=folder))
-        return parse_metadata(file.read_text(encoding="utf-8"), f"{METADATA_NAME} of repository '{repo_id}'")
+        return parse_metadata(
+            file.read_text(encoding="utf-8"), f"{METADATA_NAME} of repository '{repo_id}'"
+        )
 
 
 def _check_upload(api: HfApi, repo_id: str, commit: str, artifact: Artifact, card: str) -> None:
@@ -201,7 +224,9 @@ def _check_upload(api: HfApi, repo_id: str, commit: str, artifact: Artifact, car
                 "push again."
             )
     if _remote_metadata(api, repo_id, commit) != artifact.metadata:
-        raise KvfoldError(f"{METADATA_NAME} in commit {commit} of '{repo_id}' differs from the local one; push again.")
+        raise KvfoldError(
+            f"{METADATA_NAME} in commit {commit} of '{repo_id}' differs from the local one; push again."
+        )
 
 
 def _hashed(artifact: Artifact) -> list[str]:
@@ -209,11 +234,12 @@ def _hashed(artifact: Artifact) -> list[str]:
 
 
 def _same(remote: RepoFile, file: Path, sha256: str | None, content: bytes | None) -> bool:
-    """Whether a file on the Hub has the content that was validated; small ones are known by git's hash,
-    large ones by SHA-256."""
+    """Whether a file on the Hub has the content that was validated; small ones are known by git's
+    hash, large ones by SHA-256."""
     if remote.lfs is not None:
         return remote.lfs.sha256 == (
-            sha256 or (hashlib.sha256(content).hexdigest() if content is not None else file_sha256(file))
+            sha256
+            or (hashlib.sha256(content).hexdigest() if content is not None else file_sha256(file))
         )
     local = file.read_bytes() if content is None else content
     if sha256 is not None and hashlib.sha256(local).hexdigest() != sha256:
@@ -234,11 +260,17 @@ def _one_sentence(repo_id: str, branch: str) -> Iterator[None]:
             "run `hf auth login` or set HF_TOKEN."
         ) from None
     except HFValidationError as error:
-        raise KvfoldError(f"REPO_ID '{repo_id}' is not valid ({_line(error)}); write OWNER/NAME.") from None
+        raise KvfoldError(
+            f"REPO_ID '{repo_id}' is not valid ({_line(error)}); write OWNER/NAME."
+        ) from None
     except OfflineModeIsEnabled:
-        raise KvfoldError(f"HF_HUB_OFFLINE is set, so nothing can be pushed to '{repo_id}'; unset it.") from None
+        raise KvfoldError(
+            f"HF_HUB_OFFLINE is set, so nothing can be pushed to '{repo_id}'; unset it."
+        ) from None
     except Exception as error:
-        if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):  # the Hub's check of the card
+        if isinstance(error, ValueError) and not isinstance(
+            error, HfHubHTTPError
+        ):  # the Hub's check of the card
             reason = _line(error).rstrip(".")
             raise KvfoldError(
                 f"The Hub refuses what was to go to '{repo_id}': {reason}; correct it and push again."
@@ -254,7 +286,8 @@ def _one_sentence(repo_id: str, branch: str) -> Iterator[None]:
         raise
 
 
-# httpx's base of everything that can go wrong on the way; huggingface_hub has its own copy of httpx in newer releases
+# httpx's base of everything that can go wrong on the way; huggingface_hub has its own copy of httpx
+# in newer releases
 TRANSPORT: Any = next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
 
 
@@ -291,7 +324,9 @@ def _status_sentence(answer: Any, repo_id: str, branch: str) -> str:
     if status == 409:
         return f"The Hub refuses '{repo_id}', since something of this name exists already (409); choose another name."
     if status == 412:
-        return f"Someone else has written to '{repo_id}' meanwhile (412); look at it, then push again."
+        return (
+            f"Someone else has written to '{repo_id}' meanwhile (412); look at it, then push again."
+        )
     if status == 429:
         wait = answer.headers.get("Retry-After")
         return (

@@ -12,10 +12,17 @@ from huggingface_hub import ModelCard
 from kvfold.errors import KvfoldError
 
 UNKNOWN = "unknown"  # the Hub's own word for it
-TEXTS = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")  # what a redistributor has to pass on
+TEXTS = (
+    "LICENSE*",
+    "LICENCE*",
+    "COPYING*",
+    "NOTICE*",
+    "USE_POLICY*",
+)  # what a redistributor has to pass on
 LARGEST = 1 << 20  # bytes; no licence is longer
 
-# Hub identifiers of licences that let anyone pass on a changed copy. Everything else is asked about.
+# Hub identifiers of licences that let anyone pass on a changed copy. Everything else is asked
+# about.
 REDISTRIBUTABLE = re.compile(
     r"apache-2\.0|mit|isc|zlib|unlicense|wtfpl|ncsa|ms-pl|postgresql|bsl-1\.0|afl-3\.0|artistic-2\.0|osl-3\.0"
     r"|ecl-2\.0|epl-[12]\.0|eupl-1\.[12]|mpl-2\.0|lppl-1\.3c|bsd(-[23]-clause(-clear)?)?|(a|l)?gpl(-[23]\.[01])?"
@@ -31,7 +38,10 @@ WORDINGS = (
     ("bsd-3-clause", ("Redistribution and use in source and binary forms", "Neither the name")),
     ("bsd-2-clause", ("Redistribution and use in source and binary forms",)),
     ("gemma", ("Gemma Terms of Use",)),
-    *((f"llama{v}", (f"LLAMA {v} COMMUNITY LICENSE AGREEMENT",)) for v in ("4", "3.3", "3.2", "3.1")),
+    *(
+        (f"llama{v}", (f"LLAMA {v} COMMUNITY LICENSE AGREEMENT",))
+        for v in ("4", "3.3", "3.2", "3.1")
+    ),
     ("llama3", ("META LLAMA 3 COMMUNITY LICENSE AGREEMENT",)),
     ("llama2", ("LLAMA 2 COMMUNITY LICENSE AGREEMENT",)),
 )
@@ -60,10 +70,16 @@ def find_licence(folder: Path) -> Licence:
     card = card_fields(folder / "README.md")
     if isinstance(card.get("license"), str):
         link = card.get("license_link")
-        shipped = isinstance(link, str) and any(link.rsplit("/", 1)[-1] == text.name for text in texts)
-        # a link that is relative to the base model's folder holds in ours too, if we carry the file over
+        shipped = isinstance(link, str) and any(
+            link.rsplit("/", 1)[-1] == text.name for text in texts
+        )
+        # a link that is relative to the base model's folder holds in ours too, if we carry the file
+        # over
         return Licence(
-            card["license"], card.get("license_name"), link if shipped or "://" in str(link) else None, texts
+            card["license"],
+            card.get("license_name"),
+            link if shipped or "://" in str(link) else None,
+            texts,
         )
     try:
         stated = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("license")
@@ -86,13 +102,17 @@ def read_card(text: str, name: str) -> ModelCard:
     Raises:
         KvfoldError: the front matter is not YAML, or no mapping.
     """
-    if not text.lstrip().startswith("---"):  # huggingface_hub logs a warning about an absent front matter
+    if not text.lstrip().startswith(
+        "---"
+    ):  # huggingface_hub logs a warning about an absent front matter
         text = f"---\n{{}}\n---\n{text}"
     try:
         return ModelCard(text, ignore_metadata_errors=True)
     except Exception as error:  # yaml's kinds of error, and ValueError
         reason = " ".join(str(error).split())
-        raise KvfoldError(f"The front matter of '{name}' is not valid ({reason}); correct its YAML.") from None
+        raise KvfoldError(
+            f"The front matter of '{name}' is not valid ({reason}); correct its YAML."
+        ) from None
 
 
 def check_redistributable(licence_id: Any, model: str, card: Path) -> None:
@@ -114,7 +134,9 @@ def check_redistributable(licence_id: Any, model: str, card: Path) -> None:
             "or say --i-know if you may redistribute the model."
         )
     fault = (
-        "forbids sharing changed versions" if NO_DERIVATIVES.fullmatch(found) else "has terms of its own for sharing"
+        "forbids sharing changed versions"
+        if NO_DERIVATIVES.fullmatch(found)
+        else "has terms of its own for sharing"
     )
     raise KvfoldError(
         f"The licence '{found}' of the base model '{model}' {fault}; read it, "
@@ -123,7 +145,11 @@ def check_redistributable(licence_id: Any, model: str, card: Path) -> None:
 
 
 def _is_text(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size <= LARGEST and path.suffix.lower() in ("", ".txt", ".md", ".pdf")
+    return (
+        path.is_file()
+        and path.stat().st_size <= LARGEST
+        and path.suffix.lower() in ("", ".txt", ".md", ".pdf")
+    )
 
 
 def _recognise(texts: tuple[Path, ...]) -> str:

@@ -1,4 +1,5 @@
-"""The model card's two pictures, drawn from kv_cache.json alone: the same metadata gives the same bytes."""
+"""The model card's two pictures, drawn from kv_cache.json alone: the same metadata gives the same
+bytes."""
 
 from pathlib import Path
 from typing import Any
@@ -8,19 +9,25 @@ from kvfold.exports.schema import Metadata
 
 BITS_NAME = "bits.png"
 MEMORY_NAME = "memory.png"
-KEY_COLOUR, VALUE_COLOUR, PLAIN_COLOUR = "#0072b2", "#d55e00", "#808080"  # told apart by the colour-blind too
+KEY_COLOUR, VALUE_COLOUR, PLAIN_COLOUR = (
+    "#0072b2",
+    "#d55e00",
+    "#808080",
+)  # told apart by the colour-blind too
 POINTS = 64  # of each line in the memory plot
 
 
 def draw_plots(folder: Path, metadata: Metadata) -> None:
-    """Writes bits.png (payload bits of each layer's keys and values) and memory.png (bytes against tokens) into a
-    folder."""
+    """Writes bits.png (payload bits of each layer's keys and values) and memory.png (bytes against
+    tokens) into a folder."""
     _save(folder / BITS_NAME, _bits(metadata))
     _save(folder / MEMORY_NAME, _memory(metadata))
 
 
 def _figure() -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # without pyplot: no display, no state of the process is touched
+    from matplotlib.figure import (
+        Figure,
+    )  # without pyplot: no display, no state of the process is touched
 
     figure = Figure(figsize=(7.2, 2.8), dpi=120, layout="constrained")
     axes = figure.add_subplot()
@@ -61,9 +68,17 @@ def _memory(metadata: Metadata) -> Any:
     plain = [2 * geometry.elements(n, len(formats)) / 2**20 for n in lengths]
     axes.plot(lengths, plain, color=PLAIN_COLOUR, linestyle="--", label="16-bit cache")
     axes.plot(
-        lengths, [cache_nbytes(geometry, formats, n) / 2**20 for n in lengths], color=KEY_COLOUR, label="packed cache"
+        lengths,
+        [cache_nbytes(geometry, formats, n) / 2**20 for n in lengths],
+        color=KEY_COLOUR,
+        label="packed cache",
     )
-    axes.set(xlabel="tokens of one sequence", ylabel="MiB resident", xlim=(0, longest), ylim=(0, plain[-1] * 1.05))
+    axes.set(
+        xlabel="tokens of one sequence",
+        ylabel="MiB resident",
+        xlim=(0, longest),
+        ylim=(0, plain[-1] * 1.05),
+    )
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend(frameon=False, loc="upper left")
     return figure

@@ -20,14 +20,18 @@ from kvfold.exports.units import format_nbytes
 from kvfold.kernels.formats import Format
 from kvfold.version import __version__
 
-WIDTHS = {"wide": 545, "narrow": 340}  # of the two drawings of each chart: about a card's pixels, desktop and phone
+WIDTHS = {
+    "wide": 545,
+    "narrow": 340,
+}  # of the two drawings of each chart: about a card's pixels, desktop and phone
 
 
 class Result(BaseModel):
-    """One measured row: KL in nats per token to the 16-bit cache at `payload_bits`. Other fields of a row are ignored.
+    """One measured row: KL in nats per token to the 16-bit cache at `payload_bits`. Other fields of
+    a row are ignored.
 
-    `name` defaults to the artifact's, as `kvfold eval --json` writes it; effective_bits, kl_se, text, windows and
-    seq_len are shown where they are given.
+    `name` defaults to the artifact's, as `kvfold eval --json` writes it; effective_bits, kl_se,
+    text, windows and seq_len are shown where they are given.
     """
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
@@ -44,8 +48,8 @@ class Result(BaseModel):
 
 
 def read_results(path: Path) -> list[Result]:
-    """Measured rows of a JSON file: one object of `kvfold eval --json`, a list of such, or a benchmark's object with
-    `rows`, whose own text, windows and seq_len hold for every row.
+    """Measured rows of a JSON file: one object of `kvfold eval --json`, a list of such, or a
+    benchmark's object with `rows`, whose own text, windows and seq_len hold for every row.
 
     Raises:
         KvfoldError: no such file, not JSON, or a row without payload_bits, kl and a name.
@@ -57,10 +61,15 @@ def read_results(path: Path) -> list[Result]:
             f"--results '{path}' cannot be read; give a JSON file that `kvfold eval --json` wrote."
         ) from None
     except ValueError as error:
-        raise KvfoldError(f"--results '{path}' is not JSON ({error}); give a file of `kvfold eval --json`.") from None
+        raise KvfoldError(
+            f"--results '{path}' is not JSON ({error}); give a file of `kvfold eval --json`."
+        ) from None
     shared: dict[str, Any] = {}
     if isinstance(data, dict) and isinstance(data.get("rows"), list):
-        shared, data = {k: data[k] for k in ("text", "windows", "seq_len") if k in data}, data["rows"]
+        shared, data = (
+            {k: data[k] for k in ("text", "windows", "seq_len") if k in data},
+            data["rows"],
+        )
     rows = data if isinstance(data, list) else [data]
     if not rows:
         raise KvfoldError(f"--results '{path}' holds no row; give one object or a list of objects.")
@@ -88,16 +97,24 @@ def code_row_nbytes(fmt: Format) -> int:
 
 
 def account_parts(metadata: Metadata) -> list[tuple[str, str, int]]:
-    """The account at the budget's length, cut up: (id, what, bytes); the bytes add up to `account.bytes`.
+    """The account at the budget's length, cut up: (id, what, bytes); the bytes add up to
+    `account.bytes`.
 
     What a page takes beyond its codes and parameters is padding.
     """
     geometry, at = metadata.geometry, metadata.account.at
     layers = metadata.cache.num_layers
-    sides = [(fmt, geometry.sliding_of(i)) for i, pair in enumerate(metadata.formats) for fmt in pair]
-    rows = [geometry.held_pages(at, sliding) * geometry.page_tokens * geometry.num_kv_heads for _, sliding in sides]
+    sides = [
+        (fmt, geometry.sliding_of(i)) for i, pair in enumerate(metadata.formats) for fmt in pair
+    ]
+    rows = [
+        geometry.held_pages(at, sliding) * geometry.page_tokens * geometry.num_kv_heads
+        for _, sliding in sides
+    ]
     codes = sum(n * code_row_nbytes(fmt) for n, (fmt, _) in zip(rows, sides, strict=True))
-    params = sum(n * fmt.num_params * fmt.param_nbytes for n, (fmt, _) in zip(rows, sides, strict=True))
+    params = sum(
+        n * fmt.num_params * fmt.param_nbytes for n, (fmt, _) in zip(rows, sides, strict=True)
+    )
     packed = sum(geometry.side_nbytes(fmt, at, sliding) for fmt, sliding in sides)
     token = layers * geometry.num_kv_heads * geometry.head_dim * 2 * RAW_NBYTES
     state = layers * STATE_NBYTES
@@ -108,7 +125,11 @@ def account_parts(metadata: Metadata) -> list[tuple[str, str, int]]:
         ("params", "scales and minima in pages", params),
         ("padding", "padding of pages", packed - codes - params),
         ("window", f"window of {geometry.window} tokens, 16-bit", token * geometry.window),
-        ("open", f"open page of {geometry.page_tokens} tokens, 16-bit", token * geometry.page_tokens),
+        (
+            "open",
+            f"open page of {geometry.page_tokens} tokens, 16-bit",
+            token * geometry.page_tokens,
+        ),
         ("sinks", f"{geometry.sinks} sinks, 16-bit", token * geometry.sinks),
         ("tables", "block tables", table),
         ("state", "lengths and page counts", state),
@@ -116,7 +137,8 @@ def account_parts(metadata: Metadata) -> list[tuple[str, str, int]]:
 
 
 def _lengths(metadata: Metadata) -> list[int]:
-    """Powers of two from 512 up to the longest length that the artifact accounts for, and the budget's length."""
+    """Powers of two from 512 up to the longest length that the artifact accounts for, and the
+    budget's length."""
     top = max([metadata.account.at, *(int(n) for n in metadata.account.bytes_at)])
     powers = [2**i for i in range(9, 31) if 2**i <= top]
     return sorted({*powers, metadata.account.at})
@@ -134,7 +156,15 @@ def _memory(width: int, metadata: Metadata) -> Chart:
 
 def _loss(width: int, metadata: Metadata, results: Sequence[Result]) -> Chart:
     bits, kl = metadata.account.payload_bits, metadata.calibration.kl
-    points = [("predicted", bits, kl, "0", f"0: this artifact on calibration text, {kl:.4g} nats at {bits:.3f} bits")]
+    points = [
+        (
+            "predicted",
+            bits,
+            kl,
+            "0",
+            f"0: this artifact on calibration text, {kl:.4g} nats at {bits:.3f} bits",
+        )
+    ]
     for i, r in enumerate(results, 1):
         tip = f"{i}: {r.name}, {r.kl:.4g} nats at {r.payload_bits:.3f} bits"
         points.append(("kvfold" if r.ours else "other", r.payload_bits, r.kl, str(i), tip))
@@ -161,7 +191,9 @@ def report_html(metadata: Metadata, results: Sequence[Result] = ()) -> str:
             "value_loss": v.predicted_loss,
             "value_transforms": ", ".join(v.transforms),
             "bytes": sum(
-                metadata.geometry.side_nbytes(fmt, metadata.account.at, metadata.geometry.sliding_of(i))
+                metadata.geometry.side_nbytes(
+                    fmt, metadata.account.at, metadata.geometry.sliding_of(i)
+                )
                 for fmt in formats[i]
             ),
         }
@@ -169,11 +201,24 @@ def report_html(metadata: Metadata, results: Sequence[Result] = ()) -> str:
     ]
     bits = {"K": [r["key_bits"] for r in rows], "V": [r["value_bits"] for r in rows]}
     loss = {"K": [r["key_loss"] for r in rows], "V": [r["value_loss"] for r in rows]}
-    bit_tips = [f"layer {r['layer']}: K {r['key_bits']:.3f} bits, V {r['value_bits']:.3f} bits" for r in rows]
-    loss_tips = [f"layer {r['layer']}: K {r['key_loss']:.2e}, V {r['value_loss']:.2e} nats" for r in rows]
+    bit_tips = [
+        f"layer {r['layer']}: K {r['key_bits']:.3f} bits, V {r['value_bits']:.3f} bits"
+        for r in rows
+    ]
+    loss_tips = [
+        f"layer {r['layer']}: K {r['key_loss']:.2e}, V {r['value_loss']:.2e} nats" for r in rows
+    ]
     parts, total, start = [], metadata.account.bytes, 0
     for name, what, nbytes in account_parts(metadata):
-        parts.append({"id": name, "what": what, "bytes": nbytes, "share": nbytes / total, "start": start / total})
+        parts.append(
+            {
+                "id": name,
+                "what": what,
+                "bytes": nbytes,
+                "share": nbytes / total,
+                "start": start / total,
+            }
+        )
         start += nbytes
     env = Environment(
         loader=PackageLoader("kvfold.exports.page", "."),
@@ -199,7 +244,8 @@ def report_html(metadata: Metadata, results: Sequence[Result] = ()) -> str:
 
 
 def write_report(folder: Path, results: Sequence[Result] = ()) -> Path:
-    """Rewrites report.html of an artifact's folder, with measured rows if there are any; it appears complete.
+    """Rewrites report.html of an artifact's folder, with measured rows if there are any; it appears
+    complete.
 
     Raises:
         KvfoldError: no artifact there, or a folder that can't be written.

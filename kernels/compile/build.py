@@ -60,15 +60,21 @@ class Job(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The kernel's name, and what tells it from others of that name: short constants, and the hash's beginning."""
+        """The kernel's name, and what tells it from others of that name: short constants, and the
+        hash's beginning."""
         function = function_of(self)
-        constants = {function.arg_names[path[0]]: value for path, value in self.constants.items() if len(path) == 1}
+        constants = {
+            function.arg_names[path[0]]: value
+            for path, value in self.constants.items()
+            if len(path) == 1
+        }
         short = ", ".join(f"{k}={v}" for k, v in constants.items() if len(str(v)) < 12)
         return f"{self.name}[{self.hash[:8]}]({short})"
 
     @property
     def weight(self) -> int:
-        """How long it may take to compile, in no unit: formats are constants, and the code of each is unrolled."""
+        """How long it may take to compile, in no unit: formats are constants, and the code of each
+        is unrolled."""
         return sum(len(str(value)) for value in self.constants.values())
 
 
@@ -102,7 +108,8 @@ def target_of(device: torch.device | str) -> GPUTarget:
 
 
 def jobs_of(launches: Iterable[Launch], target: GPUTarget) -> list[Job]:
-    """The distinct kernels of launches, as Triton tells them apart, those that may take longest first.
+    """The distinct kernels of launches, as Triton tells them apart, those that may take longest
+    first.
 
     Each launch goes through JITFunction.run, so that signature, alignments, constants and key are
     Triton's own, and is caught where the compiler would begin. Launches of Triton's interpreter
@@ -128,7 +135,9 @@ def jobs_of(launches: Iterable[Launch], target: GPUTarget) -> list[Job]:
             seen.add(kernel)
             for _, signature, _, constants, options, attrs, *_ in caught:
                 source = ASTSource(kernel, signature, constants, attrs)
-                digest = hashlib.sha256(get_cache_key(source, backend, options, env).encode()).hexdigest()
+                digest = hashlib.sha256(
+                    get_cache_key(source, backend, options, env).encode()
+                ).hexdigest()
                 found.setdefault(
                     digest,
                     Job(
@@ -183,7 +192,8 @@ class Builder:
         self.begun = time.monotonic()
 
     def start(self) -> None:
-        """Starts the first process, which takes a moment to import the compiler, before it is known what to compile."""
+        """Starts the first process, which takes a moment to import the compiler, before it is known
+        what to compile."""
         if self.server is not None:
             return
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the processes
@@ -200,7 +210,8 @@ class Builder:
         self.server.stdout.close()
 
     def build(self, jobs: Sequence[Job]) -> None:
-        """Begins to compile those that the cache folder lacks; returns at once. To be called once."""
+        """Begins to compile those that the cache folder lacks; returns at once. To be called
+        once."""
         self.count = len(jobs)
         missing = [job for job in jobs if knobs.compilation.always_compile or not is_built(job)]
         if not missing:
@@ -218,7 +229,10 @@ class Builder:
         """Reads what the processes report, and shows it."""
         done = self.count - len(missing)
         log.info(
-            "kernels: %d of %d to be compiled by %d processes", len(missing), self.count, min(self.limit, len(missing))
+            "kernels: %d of %d to be compiled by %d processes",
+            len(missing),
+            self.count,
+            min(self.limit, len(missing)),
         )
         form = "kernels: {n_fmt} of {total_fmt} compiled, {elapsed_s:.0f} s"
         left = dict(enumerate(missing))
@@ -250,8 +264,14 @@ class Builder:
             self.thread.join(TICK)  # in pieces, so that Ctrl-C gets through
         if self.thread is not None and self.lost:
             self.errors.seek(0)
-            lines = self.errors.read().decode(errors="replace").strip().splitlines() or ["no message"]
-            log.warning("%d kernels are compiled at their first use: the compilers ended (%s)", self.lost, lines[-1])
+            lines = self.errors.read().decode(errors="replace").strip().splitlines() or [
+                "no message"
+            ]
+            log.warning(
+                "%d kernels are compiled at their first use: the compilers ended (%s)",
+                self.lost,
+                lines[-1],
+            )
         self.stop()
 
     def stop(self) -> None:

@@ -29,7 +29,9 @@ def compile_job(job: tuple) -> None:
     Triton needs a compiler for that too."""
     module, name, signature, constants, attrs, options, target, _ = job
     function = getattr(importlib.import_module(module), name)
-    found = compile(ASTSource(function, signature, constants, attrs), target=GPUTarget(*target), options=options)
+    found = compile(
+        ASTSource(function, signature, constants, attrs), target=GPUTarget(*target), options=options
+    )
     build_launcher(found)
 
 
@@ -38,9 +40,9 @@ def build_launcher(kernel: Any) -> None:
     second each; it needs CUDA's library."""
     try:
         backends["nvidia"].driver().launcher_cls(kernel.src, kernel.metadata)
-    except (
-        BaseException
-    ):  # no such library here, where kernels are compiled for another machine: it is done at the first launch
+    # no such library here, where kernels are compiled for another machine: it is done at the first
+    # launch
+    except BaseException:
         return
 
 
@@ -53,7 +55,9 @@ class Server:
         reply: is told (number of a job, why it failed or "").
     """
 
-    def __init__(self, limit: int, jobs: list[tuple], reply: Callable[[tuple[int, str]], None]) -> None:
+    def __init__(
+        self, limit: int, jobs: list[tuple], reply: Callable[[tuple[int, str]], None]
+    ) -> None:
         self.limit, self.jobs, self.reply = limit, jobs, reply
         self.waiting = list(range(len(jobs) - 1, -1, -1))
         self.running: dict[int, tuple[int, int]] = {}  # pipe → number of the job, process
@@ -97,7 +101,9 @@ def _run(job: tuple, writer: int) -> None:
     except BaseException as error:
         lines = str(error).strip().splitlines() or [""]
         message = f"{type(error).__name__}: {lines[-1]}".strip()
-    os.write(writer, message.encode()[:2048] + (SEPARATOR + faults[0].encode()[:512] if faults else b""))
+    os.write(
+        writer, message.encode()[:2048] + (SEPARATOR + faults[0].encode()[:512] if faults else b"")
+    )
     os._exit(1 if message else 0)
 
 

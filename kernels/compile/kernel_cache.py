@@ -28,7 +28,11 @@ _told: list[str] = []
 def tell(reason: str) -> None:
     """Warns, once in a process, that the folder can't be written."""
     if not _told:
-        log.warning("compiled kernels can't be kept in %s (%s); the next process compiles them again", folder(), reason)
+        log.warning(
+            "compiled kernels can't be kept in %s (%s); the next process compiles them again",
+            folder(),
+            reason,
+        )
     _told.append(reason)
 
 
@@ -94,7 +98,9 @@ class KernelCache(FileCacheManager):
     def get_group(self, filename: str) -> dict[str, str] | None:
         if self.plain:
             return super().get_group(filename)
-        return next((group for place in self._places() if (group := _read_group(place, filename))), None)
+        return next(
+            (group for place in self._places() if (group := _read_group(place, filename))), None
+        )
 
     def put(self, data: Any, filename: str, binary: bool = True) -> str:
         if self.plain:
@@ -104,7 +110,9 @@ class KernelCache(FileCacheManager):
             return super().put(data, filename, binary)
         except OSError as error:
             reason = error.strerror or str(error)
-        for left in glob.glob(os.path.join(glob.escape(self.cache_dir), f"tmp.pid_{os.getpid()}_*")):
+        for left in glob.glob(
+            os.path.join(glob.escape(self.cache_dir), f"tmp.pid_{os.getpid()}_*")
+        ):
             shutil.rmtree(left, ignore_errors=True)
         other = FileCacheManager.__new__(FileCacheManager)
         other.key, other.cache_dir = self.key, os.path.join(spare(), self.key)
@@ -115,11 +123,14 @@ class KernelCache(FileCacheManager):
 
     def put_group(self, filename: str, group: dict[str, str]) -> str:
         sizes = {name: os.path.getsize(path) for name, path in group.items()}
-        return self.put(json.dumps({"child_paths": group, "sizes": sizes}), PREFIX + filename, binary=False)
+        return self.put(
+            json.dumps({"child_paths": group, "sizes": sizes}), PREFIX + filename, binary=False
+        )
 
 
 def _read_group(place: str, filename: str) -> dict[str, str] | None:
-    """The files of an entry in `place`, whatever path they were written under; None unless all are there and whole."""
+    """The files of an entry in `place`, whatever path they were written under; None unless all are
+    there and whole."""
     try:
         with open(os.path.join(place, PREFIX + filename), encoding="utf-8") as file:
             listed = json.load(file)
@@ -140,7 +151,8 @@ def _read_group(place: str, filename: str) -> dict[str, str] | None:
 
 
 def install() -> None:
-    """Makes Triton keep its kernels through KernelCache in this process, unless it was told another way."""
+    """Makes Triton keep its kernels through KernelCache in this process, unless it was told another
+    way."""
     if knobs.cache.manager_class is None:
         knobs.cache.manager_class = KernelCache
     # TorchInductor names a folder of its own when it first compiles, unless one is named: kernels

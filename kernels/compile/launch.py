@@ -1,4 +1,5 @@
-"""The one way in which kernels are started: at once, or noted down so that they can be compiled ahead.
+"""The one way in which kernels are started: at once, or noted down so that they can be compiled
+ahead.
 
 Every host function of this package starts its kernels through `launch`. Inside `noting`, nothing
 runs: the host functions are called with tensors of the right types and shapes, and what they would
@@ -34,7 +35,9 @@ def settle(kernel: Any) -> None:
     were hashed before: left to itself, what was launched earlier in a process decides where a
     kernel is looked up, and the next process may not find it.
     """
-    if id(kernel) in _settled or not hasattr(type(kernel), "cache_key"):  # of the type: it is computed when asked for
+    if id(kernel) in _settled or not hasattr(
+        type(kernel), "cache_key"
+    ):  # of the type: it is computed when asked for
         return
     _settled.add(id(kernel))
     for name in kernel.fn.__code__.co_names:
@@ -44,7 +47,8 @@ def settle(kernel: Any) -> None:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Starts `kernel` on `grid` with `args`; `options` are its constants and the compiler's options."""
+    """Starts `kernel` on `grid` with `args`; `options` are its constants and the compiler's
+    options."""
     settle(kernel)
     if _noted is None:
         kernel[grid](*args, **options)
@@ -56,7 +60,11 @@ def multiprocessors(device: torch.device) -> int:
     """Of a device, or while `noting` of the one that will run what is noted; 0 for a CPU."""
     if _noted is not None:
         return _multiprocessors
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 0
+    )
 
 
 @contextmanager
@@ -97,12 +105,19 @@ class Branches:
 
     def __init__(self, device: torch.device, count: int) -> None:
         self.others: list[torch.cuda.Stream] = []
-        if count < 2 or device.type != "cuda" or _noted is not None or not torch.cuda.is_current_stream_capturing():
+        if (
+            count < 2
+            or device.type != "cuda"
+            or _noted is not None
+            or not torch.cuda.is_current_stream_capturing()
+        ):
             return
         self.main = torch.cuda.current_stream(device)
         kept = _streams.by_device.setdefault(self.main.device, [])
         while len(kept) < count - 1:
-            kept.append(torch.cuda.Stream(device, priority=-1))  # of a pool of their own, which captures don't run on
+            kept.append(
+                torch.cuda.Stream(device, priority=-1)
+            )  # of a pool of their own, which captures don't run on
         self.others = kept[: count - 1]
         begun = self.main.record_event()
         for stream in self.others:
@@ -110,7 +125,8 @@ class Branches:
 
     @contextmanager
     def branch(self, index: int) -> Iterator[None]:
-        """While this lasts, launches belong to branch `index`; branch 0 is the current stream itself."""
+        """While this lasts, launches belong to branch `index`; branch 0 is the current stream
+        itself."""
         if not self.others or index == 0:
             yield
             return

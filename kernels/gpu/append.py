@@ -1,4 +1,5 @@
-"""One decoding step of one layer up to the attention: transform, window, page, queries. A single launch.
+"""One decoding step of one layer up to the attention: transform, window, page, queries. A single
+launch.
 
 What the host must know is known when the step is captured: lengths, pages and their addresses are
 read on the device, so the launch can be part of a CUDA graph. The lengths move on in the kernel
@@ -30,15 +31,19 @@ from kvfold.kernels.pages import anchor
 
 BLOCK: tl.constexpr = tl.constexpr(32)  # rows of a matrix at a time
 UNROLL: tl.constexpr = tl.constexpr(2)  # fields of a page at a time
-# of a thread: steps that write no page, nearly all, want many programs at once and not what a page takes
+# of a thread: steps that write no page, nearly all, want many programs at once and not what a page
+# takes
 REGISTERS = 96
 NO_TRANSFORM = KeyTransform()
 UNMARKED = 2**63 - 1  # of a sequence whose keys and values were all finite
-LABELS: tl.constexpr = tl.constexpr(65536)  # marks of one token; twice as many as there may be layers
+LABELS: tl.constexpr = tl.constexpr(
+    65536
+)  # marks of one token; twice as many as there may be layers
 
 
 def empty_marks(batch: int, device: torch.device) -> Tensor:
-    """int64 [batch], for `append_step`: no sequence has had a key or value that is NaN or infinite."""
+    """int64 [batch], for `append_step`: no sequence has had a key or value that is NaN or
+    infinite."""
     return torch.full((batch,), UNMARKED, dtype=torch.int64, device=device)
 
 
@@ -72,7 +77,9 @@ def _write_row(
     if MARKS:
         _mark(mark, x, j, token, label)
     if MEAN > 0:
-        mean = key_mean(offset, spans, within, steps, channels, tl.maximum(u, 0), j, DIM, DIM // 8, MEAN)
+        mean = key_mean(
+            offset, spans, within, steps, channels, tl.maximum(u, 0), j, DIM, DIM // 8, MEAN
+        )
         x = x - tl.where(u >= 0, mean, 0.0)
     elif OFFSET:
         x = x - tl.load(offset + j, mask=j < DIM, other=0.0)
@@ -103,8 +110,14 @@ def _write_queries(
         for start in tl.range(0, pow2(DIM), BLOCK, num_stages=3):
             i = start + tl.arange(0, BLOCK)
             inside = (n < GROUP)[:, None] & (i < DIM)[None, :]
-            a = tl.load(q_ptr + n[:, None] * stride + i[None, :], mask=inside, other=0.0).to(tl.float32)
-            m = tl.load(matrix + i[:, None] * DIM + j[None, :], mask=(i < DIM)[:, None] & (j < DIM)[None, :], other=0.0)
+            a = tl.load(q_ptr + n[:, None] * stride + i[None, :], mask=inside, other=0.0).to(
+                tl.float32
+            )
+            m = tl.load(
+                matrix + i[:, None] * DIM + j[None, :],
+                mask=(i < DIM)[:, None] & (j < DIM)[None, :],
+                other=0.0,
+            )
             q = tl.dot(a, m, q, input_precision="tf32x3")
     else:
         inside = (n < GROUP)[:, None] & (j < DIM)[None, :]
@@ -112,18 +125,27 @@ def _write_queries(
     if SHIFT:  # of the query as it came
         mu = tl.load(offset + j, mask=j < DIM, other=0.0)
         own = (n < GROUP)[:, None] & (j < DIM)[None, :]
-        given = tl.load(q_ptr + n[:, None] * stride + j[None, :], mask=own, other=0.0).to(tl.float32)
+        given = tl.load(q_ptr + n[:, None] * stride + j[None, :], mask=own, other=0.0).to(
+            tl.float32
+        )
         tl.store(shift + n, tl.sum(given * mu[None, :], 1) * scaling, mask=n < N)
     largest = tl.maximum(tl.max(tl.max(tl.abs(q), 1), 0), 1.0e-30)
     bits = largest.to(tl.int32, bitcast=True)
-    above = (bits >> 23) - 127 + ((bits & 0x7FFFFF) != 0).to(tl.int32)  # the logarithm to base 2, rounded up
+    above = (
+        (bits >> 23) - 127 + ((bits & 0x7FFFFF) != 0).to(tl.int32)
+    )  # the logarithm to base 2, rounded up
     power = ((TOP - above + 127) << 23).to(tl.float32, bitcast=True)
     back = ((above - TOP + 127) << 23).to(tl.float32, bitcast=True)
     tl.store(scale, factor * back)
-    tl.store(out + n[:, None] * DIM + j[None, :], to_fp16(q * power), mask=(n < N)[:, None] & (j < DIM)[None, :])
+    tl.store(
+        out + n[:, None] * DIM + j[None, :],
+        to_fp16(q * power),
+        mask=(n < N)[:, None] & (j < DIM)[None, :],
+    )
 
 
-# numbers that vary from layer to layer, or from format to format, must not each compile a kernel of their own
+# numbers that vary from layer to layer, or from format to format, must not each compile a kernel of
+# their own
 @triton.jit(
     do_not_specialize=[
         "label", "k_clip_r", "k_clip_h", "k_clip_g", "v_clip_r", "v_clip_h", "v_clip_g", "rung_count", "given_rungs",
@@ -147,7 +169,8 @@ def _append_kernel(
     SHIFT: tl.constexpr, MARKS: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, TOP: tl.constexpr,
     MEAN: tl.constexpr, BIAS: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (sequences, KV heads, keys, values or queries, and with MEAN every BIAS steps of the slow pairs)."""
+    """Grid: (sequences, KV heads, keys, values or queries, and with MEAN every BIAS steps of the
+    slow pairs)."""
     b = tl.program_id(0)
     head = tl.program_id(1)
     heads = tl.num_programs(1)
@@ -238,7 +261,8 @@ def append_step(
     marks: Tensor | None = None,
     layer: int = 0,
 ) -> None:
-    """Appends one token to every sequence and prepares its queries; the cache's state is not moved on.
+    """Appends one token to every sequence and prepares its queries; the cache's state is not moved
+    on.
 
     z = M(k − m_t) in float32, saturated to float16, and v go to row sinks + (t − sinks) mod ring of
     the 16-bit rows (row t for t < sinks), t being the sequence's length. If the window and the
@@ -274,11 +298,15 @@ def append_step(
     sinks, window, page_tokens = regions.sinks, regions.window, regions.page_tokens
     ring = cache.raw_keys.shape[2] - sinks
     if ring < window + page_tokens:
-        raise KvfoldError(f"The ring has {ring} rows, but a window of {window} and a page of {page_tokens} must fit.")
+        raise KvfoldError(
+            f"The ring has {ring} rows, but a window of {window} and a page of {page_tokens} must fit."
+        )
     _check(keys, values, query, cache, transform, rungs)
     shift, mean = queries.shift, queries.mean
     if shift is not None and transform.offset is None:
-        raise KvfoldError("The queries have a shift, but the keys no offset; make them without, or give the offset.")
+        raise KvfoldError(
+            "The queries have a shift, but the keys no offset; make them without, or give the offset."
+        )
     if mean is not None and (transform.offset is None or shift is not None):
         raise KvfoldError(
             "A rotating mean of keys is made from their offset, and leaves no shift; give the first alone."
@@ -288,12 +316,24 @@ def append_step(
     term, chunks, bias_steps = [none] * 7, 0, 0
     if mean is not None:
         turns = mean.tables
-        term = [mean.coefficients, mean.bias, turns.spans, turns.within, turns.steps, turns.pairs, turns.channels]
+        term = [
+            mean.coefficients,
+            mean.bias,
+            turns.spans,
+            turns.within,
+            turns.steps,
+            turns.pairs,
+            turns.channels,
+        ]
         bias_steps = mean.bias.shape[3]
         chunks = bias_steps // STEPS_BLOCK
     k_clip, *k_strides = clips_of([x.key_clip for x in formats], [x.key for x in formats], kv_heads)
-    v_clip, *v_strides = clips_of([x.value_clip for x in formats], [x.value for x in formats], kv_heads)
-    tables = format_tables([[x.key for x in formats], [x.value for x in formats]], page_tokens, keys.device)
+    v_clip, *v_strides = clips_of(
+        [x.value_clip for x in formats], [x.value for x in formats], kv_heads
+    )
+    tables = format_tables(
+        [[x.key for x in formats], [x.value for x in formats]], page_tokens, keys.device
+    )
     launch(
         _append_kernel, (batch, kv_heads, 3 + chunks),
         # cache and new tokens
@@ -316,19 +356,33 @@ def append_step(
 
 
 def _check(
-    keys: Tensor, values: Tensor, query: Tensor, cache: PagedCache, transform: KeyTransform, rungs: Tensor | None
+    keys: Tensor,
+    values: Tensor,
+    query: Tensor,
+    cache: PagedCache,
+    transform: KeyTransform,
+    rungs: Tensor | None,
 ) -> None:
-    """Raises KvfoldError where tensors of a step lie otherwise in memory than its kernel reads them."""
+    """Raises KvfoldError where tensors of a step lie otherwise in memory than its kernel reads
+    them."""
     if (transform.matrix is None) != (transform.query_matrix is None):
         raise KvfoldError("matrix and query_matrix belong together; give both or neither.")
     rows = cache.raw_keys
-    if rows.stride() != cache.raw_values.stride() or any(x.stride(-1) != 1 for x in (keys, values, query, rows)):
-        raise KvfoldError("16-bit keys and values need the same strides, and every tensor its channels side by side.")
+    if rows.stride() != cache.raw_values.stride() or any(
+        x.stride(-1) != 1 for x in (keys, values, query, rows)
+    ):
+        raise KvfoldError(
+            "16-bit keys and values need the same strides, and every tensor its channels side by side."
+        )
     for x in transform:
         if x is not None and not (x.is_contiguous() and x.dtype == torch.float32):
             raise KvfoldError(
                 "A key transform is not contiguous float32 (an inverse comes transposed); copy it once before."
             )
     batch = len(keys)
-    if rungs is not None and (rungs.shape != (batch,) or rungs.dtype != torch.int32 or not rungs.is_contiguous()):
-        raise KvfoldError(f"rungs are {rungs.dtype} {tuple(rungs.shape)}; give contiguous int32 ({batch},).")
+    if rungs is not None and (
+        rungs.shape != (batch,) or rungs.dtype != torch.int32 or not rungs.is_contiguous()
+    ):
+        raise KvfoldError(
+            f"rungs are {rungs.dtype} {tuple(rungs.shape)}; give contiguous int32 ({batch},)."
+        )

@@ -1,8 +1,8 @@
 """Attention over a packed cache with Triton: one split-K kernel over sinks, pages and window, and
 one that merges its parts.
 
-Lengths and the block table live on the device, so a decoding step can be captured in a CUDA graph. Runs under Triton's
-interpreter on a CPU too (TRITON_INTERPRET=1 before Triton is imported).
+Lengths and the block table live on the device, so a decoding step can be captured in a CUDA graph.
+Runs under Triton's interpreter on a CPU too (TRITON_INTERPRET=1 before Triton is imported).
 """
 
 import os
@@ -35,16 +35,20 @@ MOST_RUNGS: tl.constexpr = tl.constexpr(8)
 TILE_TOKENS = 128  # packed tokens at a time
 FIXED_TILES = 8  # tiles in a part, where results may not depend on the batch
 LEAST_TOKENS = 128  # of a part, where the batch may decide
-WAVE = 8  # programs of one warp that share a multiprocessor: two to a scheduler, as the registers allow
+# programs of one warp that share a multiprocessor: two to a scheduler, as the registers allow
+WAVE = 8
 STAGES, AHEAD_STAGES = 4, 3  # tiles in flight and one
-# of steps over 4-bit pages: with the 255 that it may take, Triton 3.6's ptxas spills 57 times a tile, with these never
+# of steps over 4-bit pages: with the 255 that it may take, Triton 3.6's ptxas spills 57 times a
+# tile, with these never
 FOUR_BIT_REGISTERS = 240
 # 16 bytes of 16-bit rows, so that a step needs no kernel of its own to be known as aligned
 ROW_UNIT: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit
-def rung_parts(edges, rung, rungs, first_page, last_page, raw_count, splits, least, pages_each: tl.constexpr):
+def rung_parts(
+    edges, rung, rungs, first_page, last_page, raw_count, splits, least, pages_each: tl.constexpr
+):
     """(the first part of a rung, units of a part), where the tiles of all rungs, and the 16-bit
     rows' blocks behind the last one's, are shared out so that all parts are equally large: they are
     `splits`, and one more for each rung whose last part is not full."""
@@ -57,7 +61,8 @@ def rung_parts(edges, rung, rungs, first_page, last_page, raw_count, splits, lea
     return tl.sum(tl.where(r < rung, (units + each - 1) // each, 0), 0), each
 
 
-# numbers that vary from call to call, and where a batch's rows begin, must not each compile a kernel of their own
+# numbers that vary from call to call, and where a batch's rows begin, must not each compile a
+# kernel of their own
 @triton.jit(
     do_not_specialize=[
         "new", "table_width", "sinks", "window", "ring", "sliding", "query_blocks", "splits", "slots", "least", "skip",
@@ -99,12 +104,18 @@ def _attention_kernel(
     last_rung = rung == rungs - 1
     n = tl.arange(0, N)
     total = tl.load(state + 2 * b) + new
-    pages = tl.maximum(tl.load(state + 2 * b + 1), tl.maximum(total - sinks - window, 0) // page_tokens)
+    pages = tl.maximum(
+        tl.load(state + 2 * b + 1), tl.maximum(total - sinks - window, 0) // page_tokens
+    )
     if PROMPT:
         before = tl.load(packed_before + b)
-        queries = tl.minimum(block * (COLUMNS // GROUP) + n // GROUP, total - 1 - tl.load(first_query + b))
+        queries = tl.minimum(
+            block * (COLUMNS // GROUP) + n // GROUP, total - 1 - tl.load(first_query + b)
+        )
         last = tl.load(first_query + b) + queries
-        limit = sinks + tl.maximum(tl.maximum(last + 1 - sinks - window, 0) // page_tokens * page_tokens, before)
+        limit = sinks + tl.maximum(
+            tl.maximum(last + 1 - sinks - window, 0) // page_tokens * page_tokens, before
+        )
         raw_from = sinks + before
         last_page = (tl.max(limit, 0) - sinks) // page_tokens
     else:
@@ -123,14 +134,18 @@ def _attention_kernel(
     edges = segments + b * (rungs + 1)
     first_page = tl.maximum(first_page, skip)
     from_page = tl.maximum(first_page, tl.load(edges + rung, mask=rung > 0, other=0))
-    to_page = tl.minimum(last_page, tl.load(edges + rung + 1, mask=rung < rungs - 1, other=0x7FFFFFFF))
+    to_page = tl.minimum(
+        last_page, tl.load(edges + rung + 1, mask=rung < rungs - 1, other=0x7FFFFFFF)
+    )
     # tiles lie at multiples of 128 tokens behind the sinks, wherever the first page is
     tile_page = from_page // pages_each * pages_each
     tiles = tl.where(from_page < to_page, (to_page - tile_page + pages_each - 1) // pages_each, 0)
     raw_count, raw_first = raw_blocks(total, raw_from, sinks, ring, limit, last, BLOCK, MASKED)
     slot, each, parts = split, tl.maximum((tiles + raw_count + splits - 1) // splits, least), splits
     if rungs > 1:
-        first_slot, each = rung_parts(edges, rung, rungs, first_page, last_page, raw_count, splits, least, pages_each)
+        first_slot, each = rung_parts(
+            edges, rung, rungs, first_page, last_page, raw_count, splits, least, pages_each
+        )
         slot, parts = first_slot + split, splits + rungs
     raw_count = tl.where(last_rung, raw_count, 0)
     units = tiles + raw_count
@@ -177,7 +192,8 @@ class Prompt:
         packed_before: int32 [B], tokens in pages that every query reads from pages.
         together: of one sequence, without sliding window and soft-cap: the runs of its first pages,
             all of which every query reads; a library's attention takes them (prompt.py).
-        together_mean: what the keys of these pages were stored without, if anything; see `read_together`.
+        together_mean: what the keys of these pages were stored without, if anything; see
+            `read_together`.
     """
 
     first_query: Tensor
@@ -208,11 +224,13 @@ def attention(
     Args:
         queries: see Queries.
         cache: of one layer.
-        formats: (key format, value format) of every page; or, with `cache.segments`, of each of their R rungs.
+        formats: (key format, value format) of every page; or, with `cache.segments`, of each of
+            their R rungs.
         out: [B, T, num_heads, head_dim], any float type; written.
         regions: of the cache.
         logits: what is done to them.
-        new: tokens in the rows that the cache's state does not count yet; with `advance` it does afterwards.
+        new: tokens in the rows that the cache's state does not count yet; with `advance` it does
+            afterwards.
         prompt: many queries of each sequence; None: one, its last token.
         splits: programs that share the pages of one head and sequence; 0 chooses.
         batch_invariant: divide the pages by the sequence's own length alone, so that what a
@@ -223,7 +241,12 @@ def attention(
     """
     batch, kv_heads, blocks, padded, dim = queries.data.shape
     _check_rungs(cache.segments, len(formats), batch)
-    sinks, window, page_tokens, table = regions.sinks, regions.window, regions.page_tokens, cache.table
+    sinks, window, page_tokens, table = (
+        regions.sinks,
+        regions.window,
+        regions.page_tokens,
+        cache.table,
+    )
     fixed = batch_invariant and prompt is None
     places = batch * kv_heads * blocks
     splits = _splits(splits, cache, page_tokens, places, fixed)
@@ -243,7 +266,14 @@ def attention(
     term: tuple = (queries.scale, queries.scale, queries.scale, queries.scale, 0, 0)
     if mean is not None:
         tables = mean.tables
-        term = (mean.coefficients, mean.bias, tables.spans, tables.within, mean.bias.shape[3], mean.first_step)
+        term = (
+            mean.coefficients,
+            mean.bias,
+            tables.spans,
+            tables.within,
+            mean.bias.shape[3],
+            mean.first_step,
+        )
     cap = float(logits.softcap or 0.0)
     raw_keys, raw_values = cache.raw_keys, cache.raw_values
     if any(step % ROW_UNIT.value for step in raw_keys.stride()[:3]):
@@ -298,7 +328,9 @@ def _check_rungs(segments: Tensor | None, rungs: int, batch: int) -> None:
             f"give int32 [{batch}, formats + 1] with formats, or neither."
         )
     if rungs > MOST_RUNGS.value:
-        raise KvfoldError(f"Pages of {rungs} formats are too many for one call; give {MOST_RUNGS.value} at the most.")
+        raise KvfoldError(
+            f"Pages of {rungs} formats are too many for one call; give {MOST_RUNGS.value} at the most."
+        )
 
 
 def _splits(given: int, cache: PagedCache, page_tokens: int, places: int, fixed: bool) -> int:
@@ -309,7 +341,9 @@ def _splits(given: int, cache: PagedCache, page_tokens: int, places: int, fixed:
         raw = -(-cache.raw_keys.shape[2] // RAW_BLOCK)
         units = -(-cache.table.shape[1] * page_tokens // TILE_TOKENS) + raw
         return min(-(-units // (FIXED_TILES * 32)) * 32, most)  # in whole blocks of the merge
-    return given or min(pick_splits(places, cache.table.shape[1] * page_tokens, cache.table.device), most)
+    return given or min(
+        pick_splits(places, cache.table.shape[1] * page_tokens, cache.table.device), most
+    )
 
 
 def pick_splits(programs: int, tokens: int, device: torch.device) -> int:

@@ -39,9 +39,15 @@ def clips_of(
     groups = max(fmt.num_groups for fmt in formats)
     if all(clip is None for clip in used):
         return None, 0, 0, 0
-    name = (groups, *(None if clip is None else (clip.device, clip.data_ptr(), clip.shape) for clip in used))
+    name = (
+        groups,
+        *(None if clip is None else (clip.device, clip.data_ptr(), clip.shape) for clip in used),
+    )
     if name not in _side_by_side:
-        _side_by_side[name] = used, _joined(used, heads, groups)  # as long as one is kept, its address names it
+        _side_by_side[name] = (
+            used,
+            _joined(used, heads, groups),
+        )  # as long as one is kept, its address names it
     return _side_by_side[name][1], heads * groups, groups, 1
 
 

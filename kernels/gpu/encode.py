@@ -25,7 +25,8 @@ from kvfold.kernels.pages import anchor
 UNROLL: tl.constexpr = tl.constexpr(4)  # fields of 16-bit rows at a time
 
 
-# numbers that vary from call to call, or from format to format, must not each compile a kernel of their own
+# numbers that vary from call to call, or from format to format, must not each compile a kernel of
+# their own
 @triton.jit(
     do_not_specialize=[
         "k_clip_h", "k_clip_g", "v_clip_h", "v_clip_g", "table_length", "stride_b", "stride_h", "stride_t",
@@ -95,7 +96,18 @@ def _lower_kernel(
     old = table + 2 * table_length
     src += head * tl.load(old + NBYTES)
     block += head * tl.load(table + NBYTES)
-    write_block(block, table, clip, clip_step, clipped, PackedBlock(src, old, read_header(old)), ROWS, True, OWN, 1)
+    write_block(
+        block,
+        table,
+        clip,
+        clip_step,
+        clipped,
+        PackedBlock(src, old, read_header(old)),
+        ROWS,
+        True,
+        OWN,
+        1,
+    )
 
 
 def encode_pages(
@@ -110,10 +122,12 @@ def encode_pages(
     sinks: int = 0,
     ring: int = 0,
 ) -> None:
-    """Packs whole pages of 16-bit rows, keys and values in one launch; returns nothing and waits for nothing.
+    """Packs whole pages of 16-bit rows, keys and values in one launch; returns nothing and waits
+    for nothing.
 
     Args:
-        keys, values: float16 [B, Hkv, rows, head_dim], the same strides, the last one 1; keys in their stored basis.
+        keys, values: float16 [B, Hkv, rows, head_dim], the same strides, the last one 1; keys in
+            their stored basis.
         fmt: of the pages.
         pages: int64 [n], addresses of the pages to be written (`page_address`).
         sequences: int32 [n], the sequence that each page belongs to.
@@ -123,7 +137,9 @@ def encode_pages(
         KvfoldError: keys or values are not float16 or lie differently, or a clip has another shape.
     """
     if str(keys.dtype) != "torch.float16" or keys.dtype != values.dtype or keys.stride(-1) != 1:
-        raise KvfoldError(f"Pages are packed from float16 rows, not {keys.dtype} and {values.dtype}; cast them first.")
+        raise KvfoldError(
+            f"Pages are packed from float16 rows, not {keys.dtype} and {values.dtype}; cast them first."
+        )
     if keys.shape != values.shape or keys.stride() != values.stride():
         raise KvfoldError(
             f"keys {tuple(keys.shape)} and values {tuple(values.shape)} must have one shape and one layout."
@@ -154,13 +170,22 @@ def encode_pages(
 
 
 def lower_pages(
-    sources: Tensor, pages: Tensor, old: PageFormat, new: PageFormat, *, num_kv_heads: int, page_tokens: int
+    sources: Tensor,
+    pages: Tensor,
+    old: PageFormat,
+    new: PageFormat,
+    *,
+    num_kv_heads: int,
+    page_tokens: int,
 ) -> None:
-    """Re-quantises pages of one layer: decodes and encodes a field of rows at a time, without a 16-bit copy in memory.
+    """Re-quantises pages of one layer: decodes and encodes a field of rows at a time, without a
+    16-bit copy in memory.
 
     Args:
-        sources, pages: int64 [n], addresses of the pages to be read and to be written; none may overlap.
-        old, new: of the pages read and of the pages written, of one head_dim; clips of `old` mean nothing.
+        sources, pages: int64 [n], addresses of the pages to be read and to be written; none may
+            overlap.
+        old, new: of the pages read and of the pages written, of one head_dim; clips of `old` mean
+            nothing.
     Raises:
         KvfoldError: a clip has another shape.
     """
@@ -187,4 +212,8 @@ def _clips(fmt: PageFormat, heads: int, device: torch.device) -> tuple[Tensor | 
     next one's, of each."""
     none = anchor(device).view(torch.float32)  # a pointer of the right type that nothing reads
     clips = [none if clip is None else clip for clip in (fmt.key_clip, fmt.value_clip)]
-    return *clips, *clip_strides(fmt.key_clip, fmt.key, heads), *clip_strides(fmt.value_clip, fmt.value, heads)
+    return (
+        *clips,
+        *clip_strides(fmt.key_clip, fmt.key, heads),
+        *clip_strides(fmt.value_clip, fmt.value, heads),
+    )

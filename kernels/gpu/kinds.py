@@ -1,4 +1,5 @@
-"""Device code of the kinds of code, found by the name that a kind or a storage gives (kernels/kinds/).
+"""Device code of the kinds of code, found by the name that a kind or a storage gives
+(kernels/kinds/).
 
 A layout's `device` has the functions themselves, and kernels that are compiled for a format call
 them by it: `K.device.add_products(…)`. The kernels that read formats from tables know the kinds
@@ -22,8 +23,8 @@ FUNCTIONS = ("add_products", "add_values", "element_values", "write_block")
 class DeviceCode:
     """Functions of one module, as constants of kernels.
 
-    Triton looks a compiled kernel up by the text of its constants, so that of this one has a hash of
-    the functions; a process that compiles takes it by the module's name.
+    Triton looks a compiled kernel up by the text of its constants, so that of this one has a hash
+    of the functions; a process that compiles takes it by the module's name.
 
     Args:
         module: dotted name.
@@ -76,5 +77,6 @@ def _own(names: tuple[str, ...]) -> tuple[DeviceCode, ...]:
 
 
 def own_code(formats: Iterable[Format]) -> tuple[DeviceCode, ...]:
-    """Code of those of the formats' kinds that need their own in the kernels that read tables, each once, by name."""
+    """Code of those of the formats' kinds that need their own in the kernels that read tables, each
+    once, by name."""
     return _own(tuple(sorted({fmt.kind.device for fmt in formats if fmt.kind.device})))

@@ -53,7 +53,11 @@ def _merge_kernel(
     slot = tl.arange(0, BLOCK)
     if ONCE:  # asked for before the weights are known, which take a barrier
         inside = slot < slots
-        values = tl.load(parts + slot[:, None] * (padded * DIM), mask=inside[:, None] & (d < DIM)[None, :], other=0.0)
+        values = tl.load(
+            parts + slot[:, None] * (padded * DIM),
+            mask=inside[:, None] & (d < DIM)[None, :],
+            other=0.0,
+        )
         top = tl.load(base + slot * step, mask=inside, other=NEVER)
         part = tl.load(base + slot * step + padded, mask=inside, other=0.0)
         best = tl.max(top, 0)
@@ -96,7 +100,9 @@ def _merge_kernel(
     if advance != 0:
         if (head == 0) & (n == 0) & (block == 0) & (tl.program_id(2) == 0):
             length = tl.load(state + 2 * b) + new
-            pages = tl.maximum(tl.load(state + 2 * b + 1), tl.maximum(length - sinks - window, 0) // page_tokens)
+            pages = tl.maximum(
+                tl.load(state + 2 * b + 1), tl.maximum(length - sinks - window, 0) // page_tokens
+            )
             tl.store(state + 2 * b, length)
             tl.store(state + 2 * b + 1, pages)
 

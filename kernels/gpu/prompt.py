@@ -41,9 +41,20 @@ class PageRun(NamedTuple):
     end: int
 
 
-@triton.jit(do_not_specialize=["table_length"], do_not_specialize_on_alignment=["pages", "factors", "keys", "values"])
+@triton.jit(
+    do_not_specialize=["table_length"],
+    do_not_specialize_on_alignment=["pages", "factors", "keys", "values"],
+)
 def _decode_kernel(
-    anchor_ptr, pages, factors, keys, values, tables, table_length, ROWS: tl.constexpr, OWN: tl.constexpr
+    anchor_ptr,
+    pages,
+    factors,
+    keys,
+    values,
+    tables,
+    table_length,
+    ROWS: tl.constexpr,
+    OWN: tl.constexpr,
 ):
     """Grid: (pages, KV heads, keys or values). A tile holds some channels of all tokens."""
     i = tl.program_id(0)
@@ -97,16 +108,21 @@ def decode_pages(
     )  # fmt: skip
 
 
-def plain_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def plain_attention(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """Attention without a mask, by a library on a GPU.
 
     Args:
         query: float16 [1, Hkv, T, head_dim]; keys, values: float16 [1, Hkv, S, head_dim].
     Returns:
-        (float16 [1, Hkv, T, head_dim], float32 [1, Hkv, T], natural logarithms of the sums of weights)
+        (float16 [1, Hkv, T, head_dim], float32 [1, Hkv, T], natural logarithms of the sums of
+        weights)
     """
     if query.is_cuda:
-        found = torch.ops.aten._scaled_dot_product_flash_attention(query, keys, values, 0.0, False, False, scale=scale)
+        found = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, keys, values, 0.0, False, False, scale=scale
+        )
         return found[0], found[1]
     scores = query.float() @ keys.float().mT * scale
     return (scores.softmax(-1) @ values.float()).half(), scores.logsumexp(-1)
@@ -128,8 +144,10 @@ def read_together(
         query, scale: `data` and `scale` of a `Queries` of one sequence.
         runs: pages that every query reads.
         table: int64 [entries], addresses of the sequence's pages.
-        out: float32 [Hkv · query blocks, N, head_dim], a part of the outputs, with weights' sum 1; written.
-        ml: float32 [Hkv · query blocks, 2, N], logarithms to base 2 of the sums of weights, and ones; written.
+        out: float32 [Hkv · query blocks, N, head_dim], a part of the outputs, with weights' sum 1;
+            written.
+        ml: float32 [Hkv · query blocks, 2, N], logarithms to base 2 of the sums of weights, and
+            ones; written.
         mean: what keys were stored without, if anything: (first entry, end) → float32 [Hkv, tokens,
             head_dim] in their stored basis.
     """
@@ -137,7 +155,10 @@ def read_together(
     flat = query.view(1, heads, -1, dim)
     tokens = max(1, SCRATCH_NBYTES // (4 * heads * dim * page_tokens)) * page_tokens
     tokens = min(tokens, max(run.end - run.first for run in runs) * page_tokens)
-    keys, values = (torch.empty(heads * tokens * dim, dtype=torch.float16, device=query.device) for _ in range(2))
+    keys, values = (
+        torch.empty(heads * tokens * dim, dtype=torch.float16, device=query.device)
+        for _ in range(2)
+    )
     factors = scale.view(heads) * (KEY_SCALE / LOG2_E.value)
     total = sums = None
     step = tokens // page_tokens

@@ -29,7 +29,8 @@ class Queries:
     Attributes:
         data: float16 [B, Hkv, query blocks, N, head_dim]; column n of a block is query n // G, head
             n mod G of the group.
-        scale: float32 [B, Hkv], softmax scaling, log2 e and the inverse of what `data` was multiplied with.
+        scale: float32 [B, Hkv], softmax scaling, log2 e and the inverse of what `data` was
+            multiplied with.
         columns: of N that are queries; N is padded to 8 at least.
         group: G, query heads of a KV head.
         tokens: queries of a sequence.
@@ -56,13 +57,16 @@ def prepare_queries(
     shift: Tensor | None = None,
     mean: MeanOf | None = None,
 ) -> Queries:
-    """Scales queries [B, num_heads, T, head_dim], in the keys' basis, to float16's middle and lays them out.
+    """Scales queries [B, num_heads, T, head_dim], in the keys' basis, to float16's middle and lays
+    them out.
 
-    The power of two is one for all queries of a KV head, so that it can go into the scale of the keys.
+    The power of two is one for all queries of a KV head, so that it can go into the scale of the
+    keys.
 
     Args:
         shift: float32 [B, num_heads, T], q·μ of what the keys leave out; None for zero.
-        mean: of keys that are stored without a mean that turns, with the queries before they went into the keys' basis.
+        mean: of keys that are stored without a mean that turns, with the queries before they went
+            into the keys' basis.
     """
     batch, heads, tokens, dim = query.shape
     group = heads // num_kv_heads
@@ -76,7 +80,9 @@ def prepare_queries(
 
     def columns_of(x: Tensor, dtype: torch.dtype) -> Tensor:
         """[B, Hkv, group, tokens, n] → [B, Hkv, blocks, padded, n]."""
-        data = torch.zeros(batch, num_kv_heads, blocks * each, group, x.shape[-1], dtype=dtype, device=query.device)
+        data = torch.zeros(
+            batch, num_kv_heads, blocks * each, group, x.shape[-1], dtype=dtype, device=query.device
+        )
         data[:, :, :tokens] = x.transpose(2, 3)
         data = data.view(batch, num_kv_heads, blocks, columns, x.shape[-1])
         return torch.nn.functional.pad(data, (0, 0, 0, padded - columns)).contiguous()
@@ -100,7 +106,8 @@ def empty_queries(
     tables: TurnTables | None = None,
     tokens: int = 0,
 ) -> Queries:
-    """Room for the queries of one decoding step, which `append_step` fills; with `shift`, for Queries.shift too.
+    """Room for the queries of one decoding step, which `append_step` fills; with `shift`, for
+    Queries.shift too.
 
     Args:
         tables: of the rotating mean that the layer's keys are stored without; None for none.

@@ -1,4 +1,5 @@
-"""Kernels that only read, in several shapes of grid, program and pipeline: what a device's memory gives at the most."""
+"""Kernels that only read, in several shapes of grid, program and pipeline: what a device's memory
+gives at the most."""
 
 from typing import NamedTuple
 
@@ -14,10 +15,12 @@ class Setting(NamedTuple):
     """How `read_words` reads.
 
     Attributes:
-        words: int32 words that a program loads at a time, a power of two; each thread loads runs of four (16 bytes).
+        words: int32 words that a program loads at a time, a power of two; each thread loads runs of
+            four (16 bytes).
         warps: of a program.
         programs: for each multiprocessor.
-        stages: loads in flight of the pipeline, through shared memory; 1 for none, straight into registers.
+        stages: loads in flight of the pipeline, through shared memory; 1 for none, straight into
+            registers.
     """
 
     words: int
@@ -64,5 +67,12 @@ def read_words(x: Tensor, out: Tensor, setting: Setting) -> None:
     blocks = x.numel() // setting.words
     assert x.dtype == out.dtype == torch.int32 and blocks * setting.words == x.numel() < 2**31
     launch(
-        _read_kernel, (len(out),), x, out, blocks, WORDS=setting.words, STAGES=setting.stages, num_warps=setting.warps
+        _read_kernel,
+        (len(out),),
+        x,
+        out,
+        blocks,
+        WORDS=setting.words,
+        STAGES=setting.stages,
+        num_warps=setting.warps,
     )

@@ -33,7 +33,8 @@ class PagedCache(NamedTuple):
     Attributes:
         table: int64 [B, entries], addresses of pages (`page_address`), in rising position.
         state: int32 [B, 2], tokens and pages of each sequence.
-        raw_keys, raw_values: float16 [B, Hkv, rows, head_dim], same strides: sinks, then what `Regions.ring` says.
+        raw_keys, raw_values: float16 [B, Hkv, rows, head_dim], same strides: sinks, then what
+            `Regions.ring` says.
         segments: int32 [B, R + 1], contiguous, where pages have R formats: pages segments[b, r] …
             segments[b, r + 1] − 1 of sequence b are of format r, the oldest of format 0. Column 0
             counts as 0 and column R as the number of pages, whatever they hold: a page that comes
@@ -81,7 +82,8 @@ class LogitOptions(NamedTuple):
 
     Attributes:
         softcap: cap·tanh(logit / cap); 0 or None for none.
-        sink_logits: [num_heads], logits that join the denominator only (attention sinks of gpt-oss), or None.
+        sink_logits: [num_heads], logits that join the denominator only (attention sinks of
+            gpt-oss), or None.
         sliding: tokens that a query sees at the most; 0 for all.
     """
 

@@ -70,7 +70,9 @@ def _header(layout: HeadLayout, own: tuple[DeviceCode, ...]) -> list[int]:
 @cache
 def _numbers(fmt: Format, page_tokens: int, own: tuple[DeviceCode, ...]) -> tuple[int, ...]:
     if page_tokens not in (8, 16, 32, 64, 128):
-        raise KvfoldError(f"page_tokens={page_tokens} is not a power of two from 8 to 128; choose one that is.")
+        raise KvfoldError(
+            f"page_tokens={page_tokens} is not a power of two from 8 to 128; choose one that is."
+        )
     layout = head_layout(fmt, page_tokens)
     dim = layout.head_dim
     rows = [[0] * dim for _ in range(ROWS.value)]
@@ -94,7 +96,9 @@ def _numbers(fmt: Format, page_tokens: int, own: tuple[DeviceCode, ...]) -> tupl
 
 
 @cache
-def _tables(formats: tuple[tuple[Format, ...], ...], page_tokens: int, device: torch.device) -> Tensor:
+def _tables(
+    formats: tuple[tuple[Format, ...], ...], page_tokens: int, device: torch.device
+) -> Tensor:
     for row in formats:
         for fmt in row:
             if fmt.head_dim != formats[0][0].head_dim:
@@ -105,14 +109,20 @@ def _tables(formats: tuple[tuple[Format, ...], ...], page_tokens: int, device: t
     own = own_code(fmt for row in formats for fmt in row)
     data = [[_numbers(fmt, page_tokens, own) for fmt in row] for row in formats]
     with torch.inference_mode(False):  # it outlives the mode of whoever asks first
-        return torch.tensor(data, dtype=torch.int32).to(device, non_blocking=True)  # a step must not wait for it
+        return torch.tensor(data, dtype=torch.int32).to(
+            device, non_blocking=True
+        )  # a step must not wait for it
 
 
-def format_tables(formats: Sequence[Sequence[Format]], page_tokens: int, device: torch.device) -> Tensor:
-    """The tables of some rows of formats, as many in each: int32 [rows, formats, table_length]. Made once and kept.
+def format_tables(
+    formats: Sequence[Sequence[Format]], page_tokens: int, device: torch.device
+) -> Tensor:
+    """The tables of some rows of formats, as many in each: int32 [rows, formats, table_length].
+    Made once and kept.
 
     Raises:
-        KvfoldError: page_tokens is not a power of two from 8 to 128, or the formats are of several head_dim.
+        KvfoldError: page_tokens is not a power of two from 8 to 128, or the formats are of several
+            head_dim.
     """
     return _tables(tuple(tuple(row) for row in formats), page_tokens, device)
 

@@ -1,12 +1,12 @@
-"""Bit planes: codes of 1, 2 and 4 bits of a page packed into bytes, and back. Plain torch; gpu/device/binary.py reads
-and writes the same on a GPU.
+"""Bit planes: codes of 1, 2 and 4 bits of a page packed into bytes, and back. Plain torch;
+gpu/device/binary.py reads and writes the same on a GPU.
 
-A page holds P tokens, P = 8·R. Token f·R + r (0 ≤ f < 8, 0 ≤ r < R) is field f of row r, so that one
-16-bit word of row r and one channel holds that channel's codes of eight tokens, and `word & mask`
-without a shift gives one token's code times a power of four: what a tensor core can multiply as it
-stands (a masked word is an fp16 subnormal, code·4^g·2^−24 with g = f mod 4; fields 4 to 7 come down
-with one shift by 8). Words are little-endian; the n channels of a row stand side by side, rows
-follow each other:
+A page holds P tokens, P = 8·R. Token f·R + r (0 ≤ f < 8, 0 ≤ r < R) is field f of row r, so that
+one 16-bit word of row r and one channel holds that channel's codes of eight tokens, and `word &
+mask` without a shift gives one token's code times a power of four: what a tensor core can multiply
+as it stands (a masked word is an fp16 subnormal, code·4^g·2^−24 with g = f mod 4; fields 4 to 7
+come down with one shift by 8). Words are little-endian; the n channels of a row stand side by side,
+rows follow each other:
 
     w = 2   R rows × n words        bits 2f … 2f+1 are field f
     w = 1   R rows × n/2 words      bit 2f is field f of channel j, bit 2f+1 that of channel j + n/2
@@ -57,9 +57,15 @@ def unpack_plane(packed: Tensor, width: int, tokens: int, channels: int) -> Tens
     """Inverse of `pack_plane`: uint8 [..., P·n·width/8] → uint8 [..., P, n]."""
     rows = tokens // FIELDS
     if width == 4:
-        data = packed.unflatten(-1, (2, rows, channels, 2)).movedim(-1, -3)  # [..., set, byte, R, n]
-        return torch.stack((data & 15, data >> 4), -4).flatten(-5, -2)  # of [..., set, high, byte, R, n]
-    words = packed.unflatten(-1, (rows, channels * width // 2, 2)).movedim(-1, -3)  # [..., byte, R, channels]
+        data = packed.unflatten(-1, (2, rows, channels, 2)).movedim(
+            -1, -3
+        )  # [..., set, byte, R, n]
+        return torch.stack((data & 15, data >> 4), -4).flatten(
+            -5, -2
+        )  # of [..., set, high, byte, R, n]
+    words = packed.unflatten(-1, (rows, channels * width // 2, 2)).movedim(
+        -1, -3
+    )  # [..., byte, R, channels]
     if width == 2:
         return torch.stack([(words >> s) & 3 for s in (0, 2, 4, 6)], -3).flatten(-4, -2)
     low = torch.stack([(words >> s) & 1 for s in (0, 2, 4, 6)], -3)  # [..., byte, 4, R, n/2]

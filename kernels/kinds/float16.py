@@ -1,5 +1,5 @@
-"""16-bit channels: float16 numbers, token by token, without parameters; gpu/device/sixteen.py reads and writes them on
-a GPU."""
+"""16-bit channels: float16 numbers, token by token, without parameters; gpu/device/sixteen.py reads
+and writes them on a GPU."""
 
 import torch
 from torch import Tensor

@@ -53,11 +53,14 @@ class CodeKind:
         grouped: channels may share parameters in groups.
         device: name of a module with device code for the kind itself (docs/kernels.md says which
             functions); "" where that of its planes, and the kernels that read tables, do.
-        unit, field_units: as in `Storage`, of what `device` gives tensor cores; None for the plane's own.
+        unit, field_units: as in `Storage`, of what `device` gives tensor cores; None for the
+            plane's own.
     """
 
     name: str
-    planes: Mapping[int, tuple[int, ...]] = {n: planes for n, planes in PLANE_WIDTHS.items() if n != RAW}
+    planes: Mapping[int, tuple[int, ...]] = {
+        n: planes for n, planes in PLANE_WIDTHS.items() if n != RAW
+    }
     uniform = True
     raw = False
     minimum = False
@@ -112,7 +115,8 @@ class CodeKind:
 
         Args:
             x: float32 [..., T, head_dim].
-            clip: factor on (minimum, maximum), broadcastable to [..., 1, 1], or None; for kinds with a minimum.
+            clip: factor on (minimum, maximum), broadcastable to [..., 1, 1], or None; for kinds
+                with a minimum.
         Returns:
             (uint8 [..., T, head_dim], or float16 of raw kinds;
             bytes of the parameters, uint8 [..., T, parameters · size], or None)
@@ -120,10 +124,13 @@ class CodeKind:
         raise NotImplementedError
 
     def decode(self, codes: Tensor, params: Tensor, fmt: Layout) -> Tensor:
-        """Codes, uint8 [..., T, head_dim], and parameters, float32 [..., T, parameters], to float32 of codes' shape."""
+        """Codes, uint8 [..., T, head_dim], and parameters, float32 [..., T, parameters], to float32
+        of codes' shape."""
         found, start = self.values(codes).float(), 0
         for channels, count in fmt.classes:
             if count:
-                found[..., start : start + channels].sub_(self.middle(count)).mul_(params * self.step(count))
+                found[..., start : start + channels].sub_(self.middle(count)).mul_(
+                    params * self.step(count)
+                )
             start += channels
         return found

@@ -1,8 +1,8 @@
 """Codes between a token's minimum and maximum, over all channels or a group of them.
 
-x̂_i = m + s·c_i, c in 0 … L−1, with m = clip·min, s = clip·(max − min)/(L − 1) over the token's group (asymmetric
-per-token codes as KIVI's, 2402.02750, stores values; the clip is SKVQ's, 2405.06219), both rounded to their stored type
-before coding.
+x̂_i = m + s·c_i, c in 0 … L−1, with m = clip·min, s = clip·(max − min)/(L − 1) over the token's
+group (asymmetric per-token codes as KIVI's, 2402.02750, stores values; the clip is SKVQ's,
+2405.06219), both rounded to their stored type before coding.
 """
 
 import torch
@@ -24,7 +24,9 @@ class MinMax(CodeKind):
         """As in `CodeKind`."""
         super().check(classes)
         if len(classes) != 1 or classes[0][1] == 0:
-            raise KvfoldError("A format with params 'scale_min' has exactly one class of 2 to 256 levels.")
+            raise KvfoldError(
+                "A format with params 'scale_min' has exactly one class of 2 to 256 levels."
+            )
 
     def label(self, fmt: Layout) -> str:
         """As in `CodeKind`."""

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 E4M3_MAX = 448.0
-E4M3_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # of every byte
+E4M3_VALUES = (
+    torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+)  # of every byte
 FP16_MAX = 65504.0
 TINY = torch.finfo(torch.float32).tiny  # a scale that is divided by counts as this at the least
 PARAM_NBYTES = {"e4m3": 1, "fp16": 2}

@@ -21,10 +21,11 @@ class Storage(NamedTuple):
         device: name of the module with the plane's device code (gpu/device/).
         name: as people are told.
         tile: channels of a class are a multiple of it.
-        binary: codes are bit fields, so that a plane may hold some bits of a code; else it holds all
-            of it, and all of the head's channels.
+        binary: codes are bit fields, so that a plane may hold some bits of a code; else it holds
+            all of it, and all of the head's channels.
         run: channels of one operand of a tensor core; 0: as many as may be.
-        ahead: reading takes more instructions than the bytes hide: pages' addresses are loaded one tile ahead.
+        ahead: reading takes more instructions than the bytes hide: pages' addresses are loaded one
+            tile ahead.
         unit, field_units: what a code that was masked out of its word is to be multiplied with, all
             fields by `unit`, to be worth code · 2^−24.
         parts: channels → named tuple of up to three integers that the device code needs besides.

@@ -1,7 +1,8 @@
 """Codes that are symmetric about zero, with one scale a token for the whole head.
 
-x̂_i = τ·step(L_i)·(c_i − (L_i − 1)/2), c in 0 … L−1, with τ = rms over the stored channels. The caller brings channels
-to unit variance, so step(L) is the Gaussian optimum and no zero point is needed.
+x̂_i = τ·step(L_i)·(c_i − (L_i − 1)/2), c in 0 … L−1, with τ = rms over the stored channels. The
+caller brings channels to unit variance, so step(L) is the Gaussian optimum and no zero point is
+needed.
 """
 
 from functools import partial
@@ -40,7 +41,9 @@ class Symmetric(CodeKind):
         tau = x[..., coded].square().mean(-1, keepdim=True).sqrt()
         params, tau = store_param(tau, fmt.param_dtype)
         u = x / (tau.clamp_min(TINY) * steps) + levels / 2
-        return torch.minimum(u.floor().clamp_min(0), (levels - 1).clamp_min(0)).to(torch.uint8), params
+        return torch.minimum(u.floor().clamp_min(0), (levels - 1).clamp_min(0)).to(
+            torch.uint8
+        ), params
 
 
 SYMMETRIC = Symmetric()

@@ -76,16 +76,19 @@ class LayerTensors(NamedTuple):
     Attributes:
         layer_idx: number of the layer.
         geometry: sinks, window, page size and head shape.
-        rungs: formats and transforms that pages may stand in, floor first; all have the floor's basis.
+        rungs: formats and transforms that pages may stand in, floor first; all have the floor's
+            basis.
         raw_keys, raw_values: float16 [B, num_kv_heads, sinks + ring, head_dim].
         state: int32 [B, 2], tokens and pages of each sequence.
         block_table: int64 [B, entries], addresses of pages (kernels.pages).
-        segments: int32 [B, len(rungs) + 1]: which pages stand on which rung, where there are several.
+        segments: int32 [B, len(rungs) + 1]: which pages stand on which rung, where there are
+            several.
         next_rungs: int32 [B], the rung of the page that comes due next; None where there is one.
         pages: the same pages by number.
         workspace: buffers that stay.
         batch_invariant: a sequence's pages are divided by its own length alone, not by the batch's.
-        marks: int64 [B], what `append_and_attend` notes NaN and infinity in; None where it is not called.
+        marks: int64 [B], what `append_and_attend` notes NaN and infinity in; None where it is not
+            called.
     """
 
     layer_idx: int
@@ -131,13 +134,16 @@ class Backend(Protocol):
     Attributes:
         reads_masks: `attend` computes any mask; else calls with other masks than causal over what
             is not padding are the reference's.
-        reads_addresses: pages are found by the block table, so those in host memory must be brought before it attends.
+        reads_addresses: pages are found by the block table, so those in host memory must be brought
+            before it attends.
     """
 
     reads_masks: bool
     reads_addresses: bool
 
-    def append(self, layer: LayerTensors, b: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    def append(
+        self, layer: LayerTensors, b: int, slots: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
         """Stores 16-bit rows.
 
         Args:
@@ -166,14 +172,22 @@ class Backend(Protocol):
             [B, num_heads, T, head_dim], float32 or the query's own type.
         """
 
-    def write_pages(self, layer: LayerTensors, ids: list[int], keys: Tensor, values: Tensor) -> None:
+    def write_pages(
+        self, layer: LayerTensors, ids: list[int], keys: Tensor, values: Tensor
+    ) -> None:
         """Packs float16 rows [num_kv_heads, len(ids)·page_tokens, head_dim], keys in their stored
         basis, into pages, of any rungs."""
 
     def lower_pages(
-        self, geometry: Geometry, old: list[Tensor], new: list[Tensor], source: LayerSpec, target: LayerSpec
+        self,
+        geometry: Geometry,
+        old: list[Tensor],
+        new: list[Tensor],
+        source: LayerSpec,
+        target: LayerSpec,
     ) -> None:
-        """Re-quantises pages, uint8 tensors, of the formats of `source` into `new`, of the formats of `target`."""
+        """Re-quantises pages, uint8 tensors, of the formats of `source` into `new`, of the formats
+        of `target`."""
 
 
 @runtime_checkable
@@ -182,7 +196,13 @@ class StepBackend(Backend, Protocol):
     the token: its `update` stores nothing, and `append_and_attend` does."""
 
     def append_and_attend(
-        self, layer: LayerTensors, keys: Tensor, values: Tensor, query: Tensor, scaling: float, options: LogitOptions
+        self,
+        layer: LayerTensors,
+        keys: Tensor,
+        values: Tensor,
+        query: Tensor,
+        scaling: float,
+        options: LogitOptions,
     ) -> Tensor:
         """Stores one token of every sequence, packs the page that came due (its memory is there,
         and its block table entry), moves `layer.state` on by the token and the page, and attends.

@@ -14,12 +14,15 @@ from kvfold.kernels.quantizer import decode, encode
 from kvfold.runtime.backends.base import LayerTensors, LogitOptions, Pages, RowView
 
 TILE_TOKENS = 1024  # packed tokens decoded at a time while attending
-CODE_TOKENS = 2**14  # packed tokens that one query attends to at a time, and the most bytes that are copied for that
+CODE_TOKENS = (
+    2**14
+)  # packed tokens that one query attends to at a time, and the most bytes that are copied for that
 CODE_NBYTES = 2**21
 
 
 def pack(keys: Tensor, values: Tensor, spec: LayerSpec, page_tokens: int) -> Tensor:
-    """Rows [Hkv, n·page_tokens, head_dim], keys in their stored basis → uint8 [n, bytes of a page]."""
+    """Rows [Hkv, n·page_tokens, head_dim], keys in their stored basis → uint8 [n, bytes of a
+    page]."""
 
     def side(x: Tensor, spec: KeySpec | ValueSpec) -> Tensor:
         blocks = x.unflatten(1, (-1, page_tokens)).transpose(0, 1)  # [n, Hkv, page, D]
@@ -29,22 +32,29 @@ def pack(keys: Tensor, values: Tensor, spec: LayerSpec, page_tokens: int) -> Ten
 
 
 def unpack(data: Tensor, spec: LayerSpec, heads: int, page_tokens: int) -> tuple[Tensor, Tensor]:
-    """Inverse of `pack` up to quantisation: uint8 [n, bytes] → two float32 [Hkv, n·page_tokens, head_dim]."""
+    """Inverse of `pack` up to quantisation: uint8 [n, bytes] → two float32 [Hkv, n·page_tokens,
+    head_dim]."""
     split = heads * spec.key.format.nbytes(page_tokens)
 
     def side(part: Tensor, spec: KeySpec | ValueSpec) -> Tensor:
-        blocks = decode(part.unflatten(1, (heads, -1)), spec.format, page_tokens)  # [n, Hkv, page, D]
+        blocks = decode(
+            part.unflatten(1, (heads, -1)), spec.format, page_tokens
+        )  # [n, Hkv, page, D]
         return blocks.transpose(0, 1).flatten(1, 2)
 
     return side(data[:, :split], spec.key), side(data[:, split:], spec.value)
 
 
-def read_pages(pages: Pages, ids: list[int], rungs: Sequence[LayerSpec], geometry: Geometry) -> tuple[Tensor, Tensor]:
+def read_pages(
+    pages: Pages, ids: list[int], rungs: Sequence[LayerSpec], geometry: Geometry
+) -> tuple[Tensor, Tensor]:
     """Decodes pages of any rungs: (keys, values), float32 [Hkv, len(ids)·page_tokens, head_dim],
     keys in their stored basis."""
     parts = []
     for rung, run in groupby(ids, pages.rung):
-        parts.append(unpack(pages.load(list(run)), rungs[rung], geometry.num_kv_heads, geometry.page_tokens))
+        parts.append(
+            unpack(pages.load(list(run)), rungs[rung], geometry.num_kv_heads, geometry.page_tokens)
+        )
     if len(parts) == 1:
         return parts[0]
     keys, values = zip(*parts, strict=True)
@@ -57,11 +67,15 @@ class Reference:
     reads_masks = True
     reads_addresses = False
 
-    def append(self, layer: LayerTensors, b: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    def append(
+        self, layer: LayerTensors, b: int, slots: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
         layer.raw_keys[b, :, slots] = keys
         layer.raw_values[b, :, slots] = values
 
-    def write_pages(self, layer: LayerTensors, ids: list[int], keys: Tensor, values: Tensor) -> None:
+    def write_pages(
+        self, layer: LayerTensors, ids: list[int], keys: Tensor, values: Tensor
+    ) -> None:
         size = layer.geometry.page_tokens
         for rung, run, rows in runs_of(layer, ids):
             packed = pack(keys[:, rows], values[:, rows], layer.rungs[rung], size)
@@ -69,7 +83,12 @@ class Reference:
                 layer.pages.page(number).copy_(data)
 
     def lower_pages(
-        self, geometry: Geometry, old: list[Tensor], new: list[Tensor], source: LayerSpec, target: LayerSpec
+        self,
+        geometry: Geometry,
+        old: list[Tensor],
+        new: list[Tensor],
+        source: LayerSpec,
+        target: LayerSpec,
     ) -> None:
         keys, values = unpack(torch.stack(old), source, geometry.num_kv_heads, geometry.page_tokens)
         for page, data in zip(new, pack(keys, values, target, geometry.page_tokens), strict=True):
@@ -134,7 +153,8 @@ def tiles(layer: LayerTensors, row: RowView) -> Iterator[Tile]:
     """What the queries of one sequence read, a tile at a time."""
     g, sliding = layer.geometry, layer.geometry.sliding_of(layer.layer_idx)
     raw, one = row.keys.shape[1], row.positions.numel() == 1
-    # for a prompt the sinks come apart: later runs of raw tokens are then skipped by the queries that read them packed
+    # for a prompt the sinks come apart: later runs of raw tokens are then skipped by the queries
+    # that read them packed
     cuts = [0, raw] if one else [0, *range(min(g.sinks, raw), raw, TILE_TOKENS // 2), raw]
     for start, end in pairwise(cuts):
         part = slice(start, end)
@@ -151,8 +171,11 @@ def tiles(layer: LayerTensors, row: RowView) -> Iterator[Tile]:
             yield Tile(*read_pages(layer.pages, ids, layer.rungs, g), positions, True)
 
 
-def _tile_runs(layer: LayerTensors, pages: list[int], start: int, one: bool) -> Iterator[tuple[int, list[int]]]:
-    """Cuts the pages from number `start` on into tiles, of one rung each for one query: (first number, pages)."""
+def _tile_runs(
+    layer: LayerTensors, pages: list[int], start: int, one: bool
+) -> Iterator[tuple[int, list[int]]]:
+    """Cuts the pages from number `start` on into tiles, of one rung each for one query: (first
+    number, pages)."""
     size = layer.geometry.page_tokens
     step = max(1, TILE_TOKENS // size)
     if not one:
@@ -169,10 +192,14 @@ def _read_codes(layer: LayerTensors, ids: list[int]) -> tuple[Codes, Codes]:
     """Packed pages, all of one rung, to multiply with: (keys, values)."""
     g, number = layer.geometry, layer.pages.rung(ids[0])
     rung, buffers = layer.rungs[number], layer.workspace.codes
-    data = scratch(buffers, (len(ids) * layer.pages.sizes[number],), torch.uint8, layer.raw_keys.device)
+    data = scratch(
+        buffers, (len(ids) * layer.pages.sizes[number],), torch.uint8, layer.raw_keys.device
+    )
     data = torch.cat(layer.pages.readable(ids), out=data).unflatten(0, (len(ids), -1))
     split = g.num_kv_heads * rung.key.format.nbytes(g.page_tokens)
     parts = [part.unflatten(1, (g.num_kv_heads, -1)) for part in (data[:, :split], data[:, split:])]
     formats = rung.key.format, rung.value.format
-    keys, values = (Codes(x, fmt, g.page_tokens, buffers) for x, fmt in zip(parts, formats, strict=True))
+    keys, values = (
+        Codes(x, fmt, g.page_tokens, buffers) for x, fmt in zip(parts, formats, strict=True)
+    )
     return keys, values

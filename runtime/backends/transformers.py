@@ -29,12 +29,14 @@ def attention_forward(
 
     Args:
         query: [B, num_heads, T, head_dim].
-        attention_mask: bool [B, 1, T, columns] or None for plain causal. A sliding window is in the mask.
+        attention_mask: bool [B, 1, T, columns] or None for plain causal. A sliding window is in the
+            mask.
         softcap, s_aux: the soft-cap and [num_heads] sink logits of models that have them.
     Returns:
         ([B, T, num_heads, head_dim] of the query's dtype, None)
     Raises:
-        NotImplementedError: the model asks for a position bias, which this function does not compute.
+        NotImplementedError: the model asks for a position bias, which this function does not
+            compute.
     """
     if isinstance(key, Tensor) and isinstance(value, Tensor) and softcap is None and s_aux is None:
         return sdpa_attention_forward(
@@ -50,9 +52,13 @@ def attention_forward(
         return out.transpose(1, 2).to(query.dtype).contiguous(), None
     assert isinstance(key, LayerView)
     if dropout:
-        raise KvfoldError(f"Attention with dropout ({dropout}) reads no packed cache; call model.eval().")
+        raise KvfoldError(
+            f"Attention with dropout ({dropout}) reads no packed cache; call model.eval()."
+        )
     with neutral():
-        out = key.attend(query, scale, attention_mask, softcap, s_aux, kwargs.get("sliding_window") or 0)
+        out = key.attend(
+            query, scale, attention_mask, softcap, s_aux, kwargs.get("sliding_window") or 0
+        )
         out = out.transpose(1, 2).to(query.dtype).contiguous()
     return no_gradient(out, query, *key.sources), None
 
@@ -71,7 +77,10 @@ def attend_stock(
     if not torch.is_grad_enabled() and (mask is None or mask.dtype == torch.bool):
         return attend_plain(query, key, value, scaling, mask, softcap, s_aux)
     groups = query.shape[1] // key.shape[1]
-    keys, values = key.repeat_interleave(groups, 1).float(), value.repeat_interleave(groups, 1).float()
+    keys, values = (
+        key.repeat_interleave(groups, 1).float(),
+        value.repeat_interleave(groups, 1).float(),
+    )
     scores = query.float() @ keys.mT * scaling
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
@@ -87,6 +96,7 @@ def attend_stock(
     return torch.cat((scores, sinks), -1).softmax(-1)[..., :-1] @ values
 
 
-# Without a mask of its own name, transformers passes no mask at all and left padding is lost in silence.
+# Without a mask of its own name, transformers passes no mask at all and left padding is lost in
+# silence.
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -26,7 +26,13 @@ from kvfold.runtime.backends.base import LayerTensors, LogitOptions, RowView
 from kvfold.runtime.backends.reference import runs_of
 from kvfold.runtime.cache.upload import on_device
 
-__all__ = ["LABELS", "UNMARKED", "TritonKernels", "empty_marks", "read_mark"]  # the marks are read by cache.nan_check
+__all__ = [
+    "LABELS",
+    "UNMARKED",
+    "TritonKernels",
+    "empty_marks",
+    "read_mark",
+]  # the marks are read by cache.nan_check
 
 QUERY_CHUNK = 4096  # queries of a prompt at a time: what all of them read is decoded once
 LEAST_PACKED = 1024  # tokens in pages, and
@@ -39,16 +45,25 @@ class TritonKernels:
     reads_masks = False
     reads_addresses = True
 
-    def append(self, layer: LayerTensors, b: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    def append(
+        self, layer: LayerTensors, b: int, slots: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
         layer.raw_keys[b, :, slots] = keys
         layer.raw_values[b, :, slots] = values
 
-    def write_pages(self, layer: LayerTensors, ids: list[int], keys: Tensor, values: Tensor) -> None:
+    def write_pages(
+        self, layer: LayerTensors, ids: list[int], keys: Tensor, values: Tensor
+    ) -> None:
         for rung, run, rows in runs_of(layer, ids):
             _encode(layer, keys[:, rows], values[:, rows], run, layer.rungs[rung])
 
     def lower_pages(
-        self, geometry: Geometry, old: list[Tensor], new: list[Tensor], source: LayerSpec, target: LayerSpec
+        self,
+        geometry: Geometry,
+        old: list[Tensor],
+        new: list[Tensor],
+        source: LayerSpec,
+        target: LayerSpec,
     ) -> None:
         addresses = [[page_address(page) for page in pages] for pages in (old, new)]
         sources, pages = on_device(addresses, torch.int64, old[0].device)
@@ -81,14 +96,22 @@ class TritonKernels:
         return out.transpose(1, 2)
 
     def append_and_attend(
-        self, layer: LayerTensors, keys: Tensor, values: Tensor, query: Tensor, scaling: float, options: LogitOptions
+        self,
+        layer: LayerTensors,
+        keys: Tensor,
+        values: Tensor,
+        query: Tensor,
+        scaling: float,
+        options: LogitOptions,
     ) -> Tensor:
         batch, heads, tokens, dim = query.shape
         out = torch.empty(batch, tokens, heads, dim, dtype=query.dtype, device=query.device)
         spec, geometry = layer.spec, layer.geometry
         queries = _queries(layer, query, _shifted(spec.key, options))
         segments = layer.segments if len(layer.rungs) > 1 else None
-        cache = PagedCache(layer.block_table, layer.state, layer.raw_keys, layer.raw_values, segments)
+        cache = PagedCache(
+            layer.block_table, layer.state, layer.raw_keys, layer.raw_values, segments
+        )
         regions = _regions(geometry, geometry.ring)
         append_step(
             keys.contiguous(),
@@ -113,7 +136,8 @@ class TritonKernels:
             regions,
             _logits(options),
             new=1,
-            advance=True,  # the last kernel moves `state` on by the token and the page: all was read by then
+            # the last kernel moves `state` on by the token and the page: all was read by then
+            advance=True,
             batch_invariant=layer.batch_invariant,
         )
         return out.transpose(1, 2)
@@ -143,8 +167,13 @@ def _page_format(spec: LayerSpec) -> PageFormat:
 
 
 def _shifted(key: KeySpec, options: LogitOptions) -> bool:
-    """Whether kernels must add what an offset of the keys takes off every logit, which a softmax alone does not see."""
-    return key.offset is not None and not key.turns and (options.softcap is not None or options.sinks_logit is not None)
+    """Whether kernels must add what an offset of the keys takes off every logit, which a softmax
+    alone does not see."""
+    return (
+        key.offset is not None
+        and not key.turns
+        and (options.softcap is not None or options.sinks_logit is not None)
+    )
 
 
 def _queries(layer: LayerTensors, query: Tensor, shifted: bool) -> Queries:
@@ -159,8 +188,11 @@ def _queries(layer: LayerTensors, query: Tensor, shifted: bool) -> Queries:
     return kept[name]
 
 
-def _encode(layer: LayerTensors, keys: Tensor, values: Tensor, ids: list[int], spec: LayerSpec) -> None:
-    """Packs 16-bit rows [Hkv, len(ids)·page_tokens, head_dim] into pages of one rung, whose formats `spec` has."""
+def _encode(
+    layer: LayerTensors, keys: Tensor, values: Tensor, ids: list[int], spec: LayerSpec
+) -> None:
+    """Packs 16-bit rows [Hkv, len(ids)·page_tokens, head_dim] into pages of one rung, whose formats
+    `spec` has."""
     device, size = keys.device, layer.geometry.page_tokens
     pages = on_device(layer.pages.addresses(ids), torch.int64, device)
     tokens = torch.arange(len(ids), dtype=torch.int32, device=device) * size
@@ -176,20 +208,30 @@ def _encode(layer: LayerTensors, keys: Tensor, values: Tensor, ids: list[int], s
 
 
 def _prompt(
-    layer: LayerTensors, b: int, row: RowView, query: Tensor, out: Tensor, scaling: float, options: LogitOptions
+    layer: LayerTensors,
+    b: int,
+    row: RowView,
+    query: Tensor,
+    out: Tensor,
+    scaling: float,
+    options: LogitOptions,
 ) -> None:
-    """The queries [1, num_heads, T, head_dim] of one sequence, whose keys and values were appended before."""
+    """The queries [1, num_heads, T, head_dim] of one sequence, whose keys and values were appended
+    before."""
     key, geometry, device = layer.spec.key, layer.geometry, query.device
     before = torch.tensor([row.packed_before], dtype=torch.int32, device=device)
     # of this sequence alone, whatever the batch has room for
     table = layer.block_table[b : b + 1, : max(1, len(row.pages))]
-    # a copy: where it begins decides how it is aligned, and each alignment would compile a kernel of its own
+    # a copy: where it begins decides how it is aligned, and each alignment would compile a kernel
+    # of its own
     state = layer.state[b : b + 1].clone()
     keys, mean = row.keys, None
     if key.turns:  # a prompt's kernel reads its 16-bit rows with their mean, and pages without
         assert key.offset is not None
         mean = partial(_stored_mean, key, geometry)
-        keys = to_float16(keys.float() + _stored(key, row.raw_positions, geometry.sinks, row.length))
+        keys = to_float16(
+            keys.float() + _stored(key, row.raw_positions, geometry.sinks, row.length)
+        )
     segments = layer.segments[b : b + 1].clone() if len(layer.rungs) > 1 else None
     cache = PagedCache(table, state, keys[None], row.values[None], segments)
     for start in range(0, query.shape[2], QUERY_CHUNK):
@@ -204,11 +246,21 @@ def _prompt(
         if key.turns:
             assert key.offset is not None
             first_page = together[-1].end if together else row.passed
-            packed = packed_tokens(row.length, geometry.sinks, geometry.window, geometry.page_tokens)
-            steps = first_page * geometry.page_tokens // STEP, max(packed, row.packed_before) // STEP + 1
+            packed = packed_tokens(
+                row.length, geometry.sinks, geometry.window, geometry.page_tokens
+            )
+            steps = (
+                first_page * geometry.page_tokens // STEP,
+                max(packed, row.packed_before) // STEP + 1,
+            )
             term = MeanOf(key.tables(geometry.sinks), key.offset, chunk, *steps)
         queries = prepare_queries(
-            key.apply_query(chunk), geometry.num_kv_heads, scaling, options.softcap or 0.0, shift, term
+            key.apply_query(chunk),
+            geometry.num_kv_heads,
+            scaling,
+            options.softcap or 0.0,
+            shift,
+            term,
         )
         attention(
             queries,
@@ -222,8 +274,8 @@ def _prompt(
 
 
 def _stored(key: KeySpec, positions: Tensor, sinks: int, end: int) -> Tensor:
-    """The mean that keys at int64 positions [n], all below `end`, were stored without, in their stored basis: float32
-    [Hkv, n, head_dim]."""
+    """The mean that keys at int64 positions [n], all below `end`, were stored without, in their
+    stored basis: float32 [Hkv, n, head_dim]."""
     mean = key.mean(positions, sinks, end)
     assert mean is not None
     return key.transform(mean)
@@ -232,8 +284,12 @@ def _stored(key: KeySpec, positions: Tensor, sinks: int, end: int) -> Tensor:
 def _stored_mean(key: KeySpec, geometry: Geometry, first: int, end: int) -> Tensor:
     """`_stored` of pages first … end − 1."""
     assert key.offset is not None
-    tokens = torch.arange(first * geometry.page_tokens, end * geometry.page_tokens, device=key.offset.device)
-    return _stored(key, geometry.sinks + tokens, geometry.sinks, geometry.sinks + end * geometry.page_tokens)
+    tokens = torch.arange(
+        first * geometry.page_tokens, end * geometry.page_tokens, device=key.offset.device
+    )
+    return _stored(
+        key, geometry.sinks + tokens, geometry.sinks, geometry.sinks + end * geometry.page_tokens
+    )
 
 
 def page_runs(layer: LayerTensors, row: RowView, position: int, rows: int) -> list[PageRun]:
@@ -244,7 +300,10 @@ def page_runs(layer: LayerTensors, row: RowView, position: int, rows: int) -> li
         rows: queries times heads of a group.
     """
     g = layer.geometry
-    count = max(row.packed_before, packed_tokens(position + 1, g.sinks, g.window, g.page_tokens)) // g.page_tokens
+    count = (
+        max(row.packed_before, packed_tokens(position + 1, g.sinks, g.window, g.page_tokens))
+        // g.page_tokens
+    )
     if count * g.page_tokens < LEAST_PACKED or rows < LEAST_ROWS:
         return []
     runs, first = [], 0

@@ -23,7 +23,8 @@ class Policy(ABC):
         budget: bytes that the cache may never pass; None for no limit.
 
     Attributes:
-        keeps_pages: a page that is written stays as it is, so that caches may share it and a file may hold it.
+        keeps_pages: a page that is written stays as it is, so that caches may share it and a file
+            may hold it.
         moves_pages: pages may leave the device, so that no captured step finds them.
         floor: how `need` is to be read, for messages; `stored` the same of `hold`.
     """
@@ -36,7 +37,7 @@ class Policy(ABC):
     def __init__(self, budget: int | None = None) -> None:
         self.budget = budget
 
-    # -- the contract --------------------------------------------------------------------------------------------------
+    # -- the contract ------------------------------------------------------------------------------
 
     @abstractmethod
     def need(self, layers: Layers, batch_size: int, tokens: int) -> int:
@@ -66,7 +67,8 @@ class Policy(ABC):
         return self.budget is None or self.nbytes(layers) + more <= self.budget
 
     def admits_together(self, layers: Layers, due: list[int]) -> bool:
-        """Whether all layers may take the new pages of the sequences `due` before any of them gives pages back."""
+        """Whether all layers may take the new pages of the sequences `due` before any of them gives
+        pages back."""
         return True
 
     def hold(self, layers: Layers, lengths: Sequence[int], pages: int) -> int:
@@ -90,10 +92,11 @@ class Policy(ABC):
         """The cache forgets everything."""
 
     def copy(self) -> "Policy":
-        """The policy of a cache that goes on from here by itself and shares pages with this one's."""
+        """The policy of a cache that goes on from here by itself and shares pages with this
+        one's."""
         return type(self)(self.budget)
 
-    # -- bytes ---------------------------------------------------------------------------------------------------------
+    # -- bytes -------------------------------------------------------------------------------------
 
     @property
     def host_nbytes(self) -> int:
@@ -108,7 +111,7 @@ class Policy(ABC):
         """Resident bytes of the cache, on the device."""
         return sum(layer.nbytes for layer in layers) + sum(t.nbytes for t in self.tensors())
 
-    # -- for all policies ----------------------------------------------------------------------------------------------
+    # -- for all policies --------------------------------------------------------------------------
 
     def set_budget(self, budget: int | None) -> None:
         """The budget from here on."""
@@ -141,14 +144,23 @@ def coming(layers: Layers, batch_size: int, tokens: int) -> tuple[list[int], lis
     lengths = first.lengths() or [0] * batch_size
     have = first.page_counts(batch_size)
     pads = first.shared.pads(batch_size)
-    total = [n + tokens - min(max(pad - first.columns, 0), tokens) for n, pad in zip(lengths, pads, strict=True)]
-    return have, total, [max(0, first.geometry.num_pages(n) - pages) for n, pages in zip(total, have, strict=True)]
+    total = [
+        n + tokens - min(max(pad - first.columns, 0), tokens)
+        for n, pad in zip(lengths, pads, strict=True)
+    ]
+    return (
+        have,
+        total,
+        [max(0, first.geometry.num_pages(n) - pages) for n, pages in zip(total, have, strict=True)],
+    )
 
 
 def fixed_nbytes(layer: PackedLayer, batch_size: int, pages: list[int]) -> int:
     """Bytes of a layer besides pages, once sequences have so many pages more."""
     g = layer.geometry
-    room = table_entries(max(n + more for n, more in zip(layer.page_counts(batch_size), pages, strict=True)))
+    room = table_entries(
+        max(n + more for n, more in zip(layer.page_counts(batch_size), pages, strict=True))
+    )
     if layer.is_initialized:
         room = max(room, layer.table.block_table.shape[1])
     return batch_size * (g.table_nbytes(room) + g.segments_nbytes(len(layer.rungs)))
@@ -168,7 +180,8 @@ def floor_nbytes(layers: Layers, batch_size: int, pages: list[int]) -> int:
 
 
 def rollback_nbytes(layers: Layers, tokens: int) -> int:
-    """Bytes that stand beside what is resident while 16-bit rings grow to a rollback of `tokens` tokens."""
+    """Bytes that stand beside what is resident while 16-bit rings grow to a rollback of `tokens`
+    tokens."""
     held = [layer for layer in layers if layer.is_initialized]
     g = layers[0].geometry
     rows = replace(g, rollback=tokens).raw_rows - g.raw_rows
@@ -178,7 +191,8 @@ def rollback_nbytes(layers: Layers, tokens: int) -> int:
 
 
 def regroup_nbytes(layers: Layers, sequences: int) -> int:
-    """Bytes that stand beside what is resident while a batch is put together anew from `sequences` sequences."""
+    """Bytes that stand beside what is resident while a batch is put together anew from `sequences`
+    sequences."""
     own = [sum(t.nbytes for t in layer.own_tensors()) for layer in layers]
     before = layers[0].batch_size
     after = [nbytes // before * sequences for nbytes in own]

@@ -30,7 +30,9 @@ def check_choice(has_budget: bool, progressive: bool, offload: bool) -> None:
         )
 
 
-def choose(budget: int | None, ladders: Ladders | None = None, pager: Pager | None = None) -> Policy:
+def choose(
+    budget: int | None, ladders: Ladders | None = None, pager: Pager | None = None
+) -> Policy:
     """The policy of one cache: progressive with `ladders`, offload with `pager`, else floor.
 
     Raises:

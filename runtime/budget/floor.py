@@ -10,7 +10,9 @@ class Floor(Policy):
     def need(self, layers: Layers, batch_size: int, tokens: int) -> int:
         end = layers[0].get_seq_length() + tokens
         lengths = [max(0, end - pad) for pad in layers[0].shared.pads(batch_size)]
-        return batch_nbytes(layers[0].geometry, [layer.formats for layer in layers], lengths, tokens)
+        return batch_nbytes(
+            layers[0].geometry, [layer.formats for layer in layers], lengths, tokens
+        )
 
     def admit(self, layers: Layers, batch_size: int, tokens: int) -> bool:
         self.check(layers, batch_size, tokens)
@@ -24,7 +26,8 @@ class Floor(Policy):
             raise self.exceeded(layers[0].get_seq_length(), sequences, peak)
 
     def admits_together(self, layers: Layers, due: list[int]) -> bool:
-        # layers that slide give pages back as they go: all new ones at once may be more than the budget has room for
+        # layers that slide give pages back as they go: all new ones at once may be more than the
+        # budget has room for
         if self.budget is None or not due or not any(layers[0].geometry.sliding):
             return True
         batch_size = layers[0].batch_size

@@ -1,6 +1,8 @@
-"""The ladders of formats that pages go down under the progressive policy, and the order in which they do.
+"""The ladders of formats that pages go down under the progressive policy, and the order in which
+they do.
 
-After PM-KVQ (arXiv 2505.18610), which lowers whole layers; here one page goes down at a time, the least harmful first.
+After PM-KVQ (arXiv 2505.18610), which lowers whole layers; here one page goes down at a time, the
+least harmful first.
 
 **Ladder.** Each layer has rungs, floor first: the searched formats, 4 bits, 8 bits, 16 bits, keys
 and values together. A rung that is hardly larger than the one below is left out. All rungs have the
@@ -34,33 +36,49 @@ from kvfold.kernels.kinds import STORAGES
 from kvfold.kernels.kinds.levels import PLANE_WIDTHS
 
 CODE_BITS = (4, 8)  # of the rungs between the floor and 16 bits
-# how many times larger a rung must be than the one below, or it is left out: to lower it would free too little
+# how many times larger a rung must be than the one below, or it is left out: to lower it would free
+# too little
 WORTH = 1.125
 WIDTHS = {  # bits → levels of binary codes
-    sum(widths): levels for levels, widths in PLANE_WIDTHS.items() if all(STORAGES[width].binary for width in widths)
+    sum(widths): levels
+    for levels, widths in PLANE_WIDTHS.items()
+    if all(STORAGES[width].binary for width in widths)
 }
 
 
 def finer(floor: Format, bits: int) -> Format:
-    """`floor` with more bits, so that a channel has `bits` in the mean; `floor` itself if it takes as much already."""
+    """`floor` with more bits, so that a channel has `bits` in the mean; `floor` itself if it takes
+    as much already."""
     if floor.raw:
         return floor
-    if bits == 8:  # parameters of 8 bits, or a range fixed by a scale, would cost more than the codes do
+    if (
+        bits == 8
+    ):  # parameters of 8 bits, or a range fixed by a scale, would cost more than the codes do
         found = uniform(floor.head_dim, 256, "fp16")
     elif floor.kind.minimum:
         found = uniform(floor.head_dim, 2**bits, floor.param_dtype, floor.group_size)
     else:
         shared = floor in key_formats(floor.head_dim) or floor in value_formats(floor.head_dim)
-        found = widened(floor, bits) if floor.kind.uniform and not shared else uniform(floor.head_dim, 2**bits)
+        found = (
+            widened(floor, bits)
+            if floor.kind.uniform and not shared
+            else uniform(floor.head_dim, 2**bits)
+        )
     return found if found.payload_bits > floor.payload_bits else floor
 
 
 def widened(floor: Format, bits: int) -> Format:
     """Classes of symmetric codes with the same number of bits more, up to 8, the least that gives
     `bits` in the mean."""
-    own = [(n, math.ceil(sum(STORAGES[width].bits for width in PLANE_WIDTHS[levels]))) for n, levels in floor.classes]
+    own = [
+        (n, math.ceil(sum(STORAGES[width].bits for width in PLANE_WIDTHS[levels])))
+        for n, levels in floor.classes
+    ]
     for more in range(9):
-        wide = [(channels, min(w for w in WIDTHS if w >= min(width + more, 8))) for channels, width in own]
+        wide = [
+            (channels, min(w for w in WIDTHS if w >= min(width + more, 8)))
+            for channels, width in own
+        ]
         if sum(channels * width for channels, width in wide) >= bits * floor.head_dim:
             break
     merged: list[tuple[int, int]] = []
@@ -94,7 +112,9 @@ def distortion(fmt: Format, floor: Format) -> float:
         return [fmt.kind.error(levels) for channels, levels in fmt.classes for _ in range(channels)]
 
     parts = [a / b if b else 0.0 for a, b in zip(errors(fmt), errors(floor), strict=True)]
-    return min(1.0, sum(parts) / len(parts))  # a rung that the mean takes for worse measures better than the floor
+    return min(
+        1.0, sum(parts) / len(parts)
+    )  # a rung that the mean takes for worse measures better than the floor
 
 
 @dataclass(frozen=True)
@@ -112,7 +132,8 @@ class Plan:
     """Pages to be lowered and rungs for new ones.
 
     Attributes:
-        moves: [layer][rung], resident pages that go from that rung to the next lower one; the top rung's go first.
+        moves: [layer][rung], resident pages that go from that rung to the next lower one; the top
+            rung's go first.
         fresh: [layer][rung], new pages that are written on that rung.
     """
 
@@ -125,18 +146,27 @@ class Ladders:
 
     Args:
         specs: of the layers.
-        losses: predicted loss, nats, of each layer's keys and values on the floor, from kv_cache.json.
+        losses: predicted loss, nats, of each layer's keys and values on the floor, from
+            kv_cache.json.
         geometry: of the cache.
     """
 
-    whole_layers = False  # a step takes all pages of a layer at once, and new pages start where the layer stands
+    # a step takes all pages of a layer at once, and new pages start where the layer stands
+    whole_layers = False
 
-    def __init__(self, specs: Sequence[LayerSpec], losses: Sequence[tuple[float, float]], geometry: Geometry) -> None:
+    def __init__(
+        self, specs: Sequence[LayerSpec], losses: Sequence[tuple[float, float]], geometry: Geometry
+    ) -> None:
         self.rungs = [ladder(spec) for spec in specs]
-        self.sizes = [[geometry.pair_nbytes(r.key.format, r.value.format) for r in rungs] for rungs in self.rungs]
+        self.sizes = [
+            [geometry.pair_nbytes(r.key.format, r.value.format) for r in rungs]
+            for rungs in self.rungs
+        ]
         # bytes to keep free while any page may go down: it stands on both rungs for a moment
         self.slack = max((sizes[-2] for sizes in self.sizes if len(sizes) > 1), default=0)
-        self.order = sorted(self.steps(losses), key=lambda step: (step.harm, -step.rung, step.layer))
+        self.order = sorted(
+            self.steps(losses), key=lambda step: (step.harm, -step.rung, step.layer)
+        )
 
     def steps(self, losses: Sequence[tuple[float, float]]) -> list[Step]:
         """All steps of all layers; the harm of a layer's steps never falls on the way down."""
@@ -159,11 +189,17 @@ class Ladders:
 
     def least_nbytes(self, geometry: Geometry, tokens: int) -> int:
         """Bytes of one sequence's cache with all pages on the floor."""
-        fixed = sum(geometry.fixed_nbytes(tokens) + geometry.segments_nbytes(len(sizes)) for sizes in self.sizes)
+        fixed = sum(
+            geometry.fixed_nbytes(tokens) + geometry.segments_nbytes(len(sizes))
+            for sizes in self.sizes
+        )
         return fixed + geometry.num_pages(tokens) * sum(sizes[0] for sizes in self.sizes)
 
-    def plan(self, counts: Sequence[Sequence[int]], new: int, nbytes: int, budget: int) -> Plan | None:
-        """Lowers pages, resident and new ones, until all fit; resident ones of a rung before new ones.
+    def plan(
+        self, counts: Sequence[Sequence[int]], new: int, nbytes: int, budget: int
+    ) -> Plan | None:
+        """Lowers pages, resident and new ones, until all fit; resident ones of a rung before new
+        ones.
 
         Args:
             counts: [layer][rung], resident pages.
@@ -178,7 +214,11 @@ class Ladders:
         have = [list(row) for row in counts]
         excess = nbytes + self.slack - budget
         for row, sizes, young in zip(have, self.sizes, fresh, strict=True):
-            start = next((r for r, n in enumerate(row) if n), len(sizes) - 1) if self.whole_layers else len(sizes) - 1
+            start = (
+                next((r for r, n in enumerate(row) if n), len(sizes) - 1)
+                if self.whole_layers
+                else len(sizes) - 1
+            )
             young[start] = new
             excess += new * sizes[start]
         if excess <= 0:
@@ -197,4 +237,6 @@ class Ladders:
             excess -= count * step.freed
             if excess <= 0:
                 return Plan(moves, fresh)
-        return Plan(moves, fresh) if excess <= self.slack else None  # all on the floor: none will stand on two rungs
+        return (
+            Plan(moves, fresh) if excess <= self.slack else None
+        )  # all on the floor: none will stand on two rungs

@@ -55,7 +55,9 @@ class Offload(Policy):
     def need(self, layers: Layers, batch_size: int, tokens: int) -> int:
         due = coming(layers, batch_size, tokens)[2]
         fixed = sum(fixed_nbytes(layer, batch_size, due) for layer in layers)
-        waiting = sum(due) if tokens == 1 else min(1, sum(due))  # the kernel of a step fills all pages at once
+        waiting = (
+            sum(due) if tokens == 1 else min(1, sum(due))
+        )  # the kernel of a step fills all pages at once
         return self.pager.most_fixed(self, fixed) + self.pager.needed(sum(due), waiting)
 
     def admit(self, layers: Layers, batch_size: int, tokens: int) -> bool:
@@ -83,7 +85,10 @@ class Offload(Policy):
         return need
 
     def _push_out(self, layers: Layers, nbytes: int) -> bool:
-        """Moves pages to host memory until the cache has `nbytes` left in its budget; False if that can't be."""
-        fixed = sum(t.nbytes for layer in layers if layer.is_initialized for t in layer.own_tensors())
+        """Moves pages to host memory until the cache has `nbytes` left in its budget; False if that
+        can't be."""
+        fixed = sum(
+            t.nbytes for layer in layers if layer.is_initialized for t in layer.own_tensors()
+        )
         self.pager.reserve(self, fixed, self.limit)
         return self.pager.spare(nbytes)

@@ -1,9 +1,17 @@
-"""The progressive policy: pages start in 16 bits and go down their layers' ladders as the budget fills."""
+"""The progressive policy: pages start in 16 bits and go down their layers' ladders as the budget
+fills."""
 
 from collections.abc import Sequence
 
 from kvfold.exports.spec import LayerSpec
-from kvfold.runtime.budget.base import Layers, Policy, coming, fixed_nbytes, floor_nbytes, regroup_nbytes
+from kvfold.runtime.budget.base import (
+    Layers,
+    Policy,
+    coming,
+    fixed_nbytes,
+    floor_nbytes,
+    regroup_nbytes,
+)
 from kvfold.runtime.budget.ladder import Ladders, Plan
 
 GROUP_TOKENS = 1024  # re-quantised at a time while a prompt waits
@@ -63,7 +71,9 @@ class Progressive(Policy):
         if plan is None or self.ladders.whole_layers:
             return True
         full = [g.sinks + g.window + (pages + 1) * g.page_tokens for pages in have]
-        steps = min(end - n for n, end in zip(total, full, strict=True))  # up to the one that takes the next page
+        steps = min(
+            end - n for n, end in zip(total, full, strict=True)
+        )  # up to the one that takes the next page
         left = sum(map(sum, plan.moves))
         limit = max(len(layers), -(-left // steps))
         self._carry_out(layers, plan, limit)
@@ -91,7 +101,8 @@ class Progressive(Policy):
         return self.ladders.plan(counts, sum(pages), fixed + resident, self.limit)
 
     def _carry_out(self, layers: Layers, plan: Plan, limit: int | None) -> None:
-        """Lowers a plan's resident pages in the ladders' order; `limit`: pages at the most, None for all."""
+        """Lowers a plan's resident pages in the ladders' order; `limit`: pages at the most, None
+        for all."""
         if not any(map(any, plan.moves)):
             return
         left = sum(map(sum, plan.moves)) if limit is None else limit
@@ -104,7 +115,9 @@ class Progressive(Policy):
             sizes = layer.table.pool.sizes if count else ()
             while count:
                 before, after = sizes[step.rung], sizes[step.rung - 1]
-                group = max(1, min(count, room // after, GROUP_TOKENS // layer.geometry.page_tokens))
+                group = max(
+                    1, min(count, room // after, GROUP_TOKENS // layer.geometry.page_tokens)
+                )
                 layer.held.lower(layer.table.oldest(step.rung, group))
                 room += group * (before - after)
                 count -= group

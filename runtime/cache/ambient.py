@@ -1,4 +1,5 @@
-"""What PyTorch's ambient modes would do to the cache, kept out: autograd, inference mode, autocast, a default device.
+"""What PyTorch's ambient modes would do to the cache, kept out: autograd, inference mode, autocast,
+a default device.
 
 A cache outlives the mode of whoever fills it: what is made in inference mode can't be written
 outside of it, what is recorded for autograd is kept alive and may not be written at all, and
@@ -20,10 +21,13 @@ NOTHING = nullcontext()
 
 
 def neutral() -> AbstractContextManager[Any]:
-    """A context in which code computes as without any ambient mode, and records nothing for autograd."""
+    """A context in which code computes as without any ambient mode, and records nothing for
+    autograd."""
     casts = [device for device in AUTOCAST if torch.is_autocast_enabled(device)]
     placed = torch.get_default_device().type != "cpu"  # tensors that name no device are the host's
-    if not (casts or placed or torch.is_inference_mode_enabled()):  # as a rule: a step has many layers
+    if not (
+        casts or placed or torch.is_inference_mode_enabled()
+    ):  # as a rule: a step has many layers
         return torch.no_grad() if torch.is_grad_enabled() else NOTHING
     return _without(casts, placed)
 

@@ -1,7 +1,6 @@
 """The packed KV cache as a transformers `Cache`."""
 
 import copy
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import partial
@@ -25,31 +24,27 @@ from kvfold.runtime.cache.ambient import neutral, neutrally
 from kvfold.runtime.cache.layer import PackedLayer
 from kvfold.runtime.cache.nan_check import Bad, not_finite
 from kvfold.runtime.cache.pager import Pager
-from kvfold.runtime.cache.shared import SharedState
+from kvfold.runtime.cache.shared import SharedState, say
 from kvfold.runtime.cache.storage import save_layers
 from kvfold.runtime.generate.steps import HostSteps
 
-log = logging.getLogger("kvfold")
-
-
-def say(key: str, message: str, *args: Any) -> None:
-    """A warning of a cache that belongs to no model."""
-    log.warning(message, *args)
-
 
 class QuantizedKVCache(Cache):
-    """Keys and values of all layers: sinks and window in 16 bits, everything between packed in pages.
+    """Keys and values of all layers: sinks and window in 16 bits, everything between packed in
+    pages.
 
     Args:
         specs: one LayerSpec a layer.
         geometry: sinks, window, page size and head shape.
         budget: bytes that `nbytes` may never pass; None for no limit.
         backend: reads and writes the tensors (runtime.backends.base); plain torch by default.
-        ladders: pages start in 16 bits and go down them as the budget fills; None stores at the searched bits at once.
+        ladders: pages start in 16 bits and go down them as the budget fills; None stores at the
+            searched bits at once.
         offload: old pages go to host memory as the budget, then of bytes on the device, fills; None
             keeps all on the device.
         batch_invariant: attention gives a sequence the same bits in any batch.
-        artifact: digest of the artifact that the cache belongs to; None for a cache made by hand, which can't be saved.
+        artifact: digest of the artifact that the cache belongs to; None for a cache made by hand,
+            which can't be saved.
         ephemeral: made for one forward pass with use_cache=False, and not returned.
         tell: says a warning, by a word that it is said once for.
     Raises:
@@ -81,8 +76,6 @@ class QuantizedKVCache(Cache):
         super().__init__(layers=layers)  # type: ignore[arg-type]
         self.artifact, self.ephemeral, self.tell = artifact, ephemeral, tell
         self.steps = HostSteps()
-
-    # -- what it is ----------------------------------------------------------------------------------------------------
 
     @property
     def geometry(self) -> Geometry:
@@ -125,9 +118,9 @@ class QuantizedKVCache(Cache):
         / elements)."""
         return [layer.report() for layer in self.layers]
 
-    # -- a call comes --------------------------------------------------------------------------------------------------
-
-    def note_padding(self, attention_mask: Tensor | None, batch_size: int, tokens: int | None = None) -> None:
+    def note_padding(
+        self, attention_mask: Tensor | None, batch_size: int, tokens: int | None = None
+    ) -> None:
         """Learns each sequence's left padding, and whether anything else is hidden, before the
         forward pass that it belongs to.
 
@@ -137,13 +130,15 @@ class QuantizedKVCache(Cache):
             batch_size: B.
             tokens: new columns; None for what the mask has beyond those seen.
         Raises:
-            KvfoldError: the mask has another batch, or shows columns that an earlier one said are padding.
+            KvfoldError: the mask has another batch, or shows columns that an earlier one said are
+                padding.
         """
         self.shared.note_padding(attention_mask, batch_size, self.get_seq_length(), tokens)
 
     @neutrally
     def positions(self, tokens: int, device: torch.device) -> Tensor:
-        """Positions int64 [B, tokens] of the next tokens, counted from each sequence's first real one."""
+        """Positions int64 [B, tokens] of the next tokens, counted from each sequence's first real
+        one."""
         return self.shared.positions(self.get_seq_length(), tokens, device)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
@@ -152,7 +147,8 @@ class QuantizedKVCache(Cache):
         PackedLayer.update.
 
         Raises:
-            KVBudgetExceeded: the tokens would take the whole cache past its budget; nothing is stored.
+            KVBudgetExceeded: the tokens would take the whole cache past its budget; nothing is
+                stored.
             FloatingPointError: a key or value is NaN or infinite; what earlier layers have stored
                 of the call is taken back. A decoding step by kernels waits for nothing: its keys
                 and values are reported before the next page is packed.
@@ -161,7 +157,9 @@ class QuantizedKVCache(Cache):
             return self.layers[layer_idx].update(key_states, value_states)
         sources = (key_states, value_states) if torch.is_grad_enabled() else ()
         with neutral():
-            view, _ = self._update(key_states.detach(), value_states.detach(), layer_idx, *args, **kwargs)
+            view, _ = self._update(
+                key_states.detach(), value_states.detach(), layer_idx, *args, **kwargs
+            )
         view = view.with_sources(sources)
         return view, view
 
@@ -176,8 +174,6 @@ class QuantizedKVCache(Cache):
         except FloatingPointError:
             self.take_back(layer_idx, key_states.shape[2])
             raise
-
-    # -- a decoding step for all layers at once ------------------------------------------------------------------------
 
     def begin_step(self) -> bool:
         """Before a decoding step of one token a sequence by kernels: all that the host does for it.
@@ -203,13 +199,13 @@ class QuantizedKVCache(Cache):
         if not self.steps.quiet:
             self.steps.finish(self.layers)
 
-    # -- NaN and infinity ----------------------------------------------------------------------------------------------
-
     def _check_marks_before(self, tokens: int) -> None:
         """Reports what is marked before the next `tokens` columns pack it."""
         if self.layers[0].is_initialized:
             shared, lengths = self.shared, self.layers[0].lengths()
-            self._raise_marked(shared.marks.before_packing(self.geometry, lengths, tokens, self.tokens))
+            self._raise_marked(
+                shared.marks.before_packing(self.geometry, lengths, tokens, self.tokens)
+            )
 
     def look(self) -> None:
         """Waits for the device and reports marks of all steps so far.
@@ -237,8 +233,6 @@ class QuantizedKVCache(Cache):
             end = "a sliding window has left behind what going back takes, so reset() the cache or take a new one."
         raise not_finite(bad.layer, bad.name, column, bad.sequence, end)
 
-    # -- back ----------------------------------------------------------------------------------------------------------
-
     @neutrally
     def reset(self) -> None:
         super().reset()
@@ -252,7 +246,8 @@ class QuantizedKVCache(Cache):
         """Removes the last |n| tokens for n ≤ 0; for n > 0 keeps the first n columns. See PackedLayer.crop.
 
         Raises:
-            KvfoldError: what is left would need tokens that a sliding window has left behind; nothing is removed.
+            KvfoldError: what is left would need tokens that a sliding window has left behind;
+                nothing is removed.
         """
         for layer in self.layers:
             layer.check_crop(tokens_to_remove)
@@ -275,13 +270,15 @@ class QuantizedKVCache(Cache):
         """Removes the latest `tokens` tokens from the first `count` layers, after a call that
         failed in the next one."""
         self.steps.disturb()
-        with suppress(KvfoldError):  # a sliding window forbids it: then check_whole refuses the cache
+        # where a sliding window forbids it, check_whole refuses the cache
+        with suppress(KvfoldError):
             for layer in self.layers[:count]:
                 layer.crop(-tokens, undo=True)
 
     @neutrally
     def extend_rollback(self, tokens: int) -> None:
-        """Makes crops of up to `tokens` tokens exact from here on, if they aren't: the 16-bit ring grows.
+        """Makes crops of up to `tokens` tokens exact from here on, if they aren't: the 16-bit ring
+        grows.
 
         Raises:
             KVBudgetExceeded: there is no room for that in the budget; nothing has changed.
@@ -299,8 +296,6 @@ class QuantizedKVCache(Cache):
         self.shared.extend_rollback(tokens)
         for layer in self.layers:
             layer.extend_ring()
-
-    # -- the batch -----------------------------------------------------------------------------------------------------
 
     @neutrally
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -333,14 +328,13 @@ class QuantizedKVCache(Cache):
             if layer.is_initialized:
                 layer.table.set_segments()
 
-    # -- caches that go on from here -----------------------------------------------------------------------------------
-
     @neutrally
     def fork(self, count: int) -> "list[QuantizedKVCache]":
         """`count` caches that go on from here, each by itself, and so does this one. Packed pages
         are shared, not copied.
 
-        `nbytes` of each counts the pages that it reads, shared or not; `resident_nbytes` counts each page once.
+        `nbytes` of each counts the pages that it reads, shared or not; `resident_nbytes` counts
+        each page once.
         """
         if count < 1:
             raise KvfoldError(f"fork({count}) makes no cache; give 1 or more.")
@@ -368,7 +362,9 @@ class QuantizedKVCache(Cache):
         steps, shared, policy = self.steps.twin(), self.shared.copy(), self.policy.copy()
         layers = [layer.copy(shared, policy.new_pool, shares_pages) for layer in self.layers]
         other: QuantizedKVCache = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, steps=steps, shared=shared, policy=policy, layers=layers)
+        other.__dict__.update(
+            self.__dict__, steps=steps, shared=shared, policy=policy, layers=layers
+        )
         if policy.moves_pages and not all(layer.is_initialized for layer in layers):
             other.reset()  # layers that have no pool yet would each bring their own to one pager
         return other
@@ -383,11 +379,14 @@ class QuantizedKVCache(Cache):
     def _refuse_policy(self, what: str) -> None:
         """A policy that rewrites pages in place would change them under another cache's hands."""
         if not self.policy.keeps_pages:
-            raise KvfoldError(f"{what}() needs pages that stay as they are; load with policy='floor'.")
+            raise KvfoldError(
+                f"{what}() needs pages that stay as they are; load with policy='floor'."
+            )
 
     @neutrally
     def save(self, path: str | PathLike) -> None:
-        """Writes the cache to a file that `runtime.load_cache` restores; see runtime/cache/storage.py.
+        """Writes the cache to a file that `runtime.load_cache` restores; see
+        runtime/cache/storage.py.
 
         Raises:
             KvfoldError: the cache holds no tokens, was made by hand, or `path` can't be written.

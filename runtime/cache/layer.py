@@ -1,4 +1,5 @@
-"""One layer of the packed cache: a 16-bit window (sinks, then a ring) and pages, for each sequence of a batch."""
+"""One layer of the packed cache: a 16-bit window (sinks, then a ring) and pages, for each sequence
+of a batch."""
 
 from collections.abc import Callable, Sequence
 
@@ -26,7 +27,8 @@ NewPool = Callable[[int, list[int], torch.device], PagePool]
 
 
 def new_pool(layer_idx: int, sizes: list[int], device: torch.device) -> PagePool:
-    """A pool of pages that stay on the device; `sizes`: bytes of a page on each rung, floor first."""
+    """A pool of pages that stay on the device; `sizes`: bytes of a page on each rung, floor
+    first."""
     return PagePool(sizes, device)
 
 
@@ -55,7 +57,9 @@ class PackedLayer(SizedLayer):
     ) -> None:
         super().__init__(rungs, shared, layer_idx)
         self.backend, self._new_pool = backend, new_pool
-        self.steps = backend if isinstance(backend, StepBackend) else None  # takes a decoding step in one go
+        self.steps = (
+            backend if isinstance(backend, StepBackend) else None
+        )  # takes a decoding step in one go
         self._planned: list[list[int]] = []  # before there are sequences
 
     @neutrally
@@ -73,7 +77,7 @@ class PackedLayer(SizedLayer):
         self._columns.set(0)
         self.is_initialized = True
 
-    # -- append --------------------------------------------------------------------------------------------------------
+    # -- append ------------------------------------------------------------------------------------
 
     def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs
@@ -106,7 +110,8 @@ class PackedLayer(SizedLayer):
         return view, view
 
     def plan(self, rungs: list[list[int]]) -> None:
-        """Says which rungs each sequence's next pages are written on, oldest first; [] for the highest."""
+        """Says which rungs each sequence's next pages are written on, oldest first; [] for the
+        highest."""
         if self.is_initialized:
             self.table.plan(rungs)
         else:
@@ -128,9 +133,15 @@ class PackedLayer(SizedLayer):
     def due(self) -> list[int]:
         """Sequences whose next token brings a page."""
         g = self.geometry
-        return [b for b, s in enumerate(self.table.sequences) if g.num_pages(s.length + 1) > len(s.pages)]
+        return [
+            b
+            for b, s in enumerate(self.table.sequences)
+            if g.num_pages(s.length + 1) > len(s.pages)
+        ]
 
-    def store(self, key_states: Tensor, value_states: Tensor, skips: list[int], pads: list[int]) -> StoredView:
+    def store(
+        self, key_states: Tensor, value_states: Tensor, skips: list[int], pads: list[int]
+    ) -> StoredView:
         """Stores keys and values.
 
         Args:
@@ -160,10 +171,15 @@ class PackedLayer(SizedLayer):
         columns = torch.arange(tokens, device=self.device)
         return (columns + on_device(starts, torch.int64, self.device)[:, None]).clamp_min(0)
 
-    # -- read ----------------------------------------------------------------------------------------------------------
+    # -- read --------------------------------------------------------------------------------------
 
     def attend(
-        self, rows: list[RowView], query: Tensor, scaling: float, options: LogitOptions, mask: Tensor | None
+        self,
+        rows: list[RowView],
+        query: Tensor,
+        scaling: float,
+        options: LogitOptions,
+        mask: Tensor | None,
     ) -> Tensor:
         """Attention over what `store` stored; see Backend.attend."""
         backend = self.backend if self.shared.plain or self.backend.reads_masks else REFERENCE
@@ -182,7 +198,9 @@ class PackedLayer(SizedLayer):
         if self.backend.reads_addresses:
             self.table.bring()
         marks = self.shared.marks.on(query.shape[0], query.device)
-        out = self.steps.append_and_attend(self.held.record(marks), keys, values, query, scaling, options)
+        out = self.steps.append_and_attend(
+            self.held.record(marks), keys, values, query, scaling, options
+        )
         if not self.shared.stepping:
             self.table.pool.written()
             self.release_passed()
@@ -213,7 +231,9 @@ class PackedLayer(SizedLayer):
 
     def removed(self, tokens_to_remove: int) -> int:
         """Columns that `crop` would remove."""
-        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.columns - tokens_to_remove)
+        remove = (
+            -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.columns - tokens_to_remove)
+        )
         return min(remove, self.columns)
 
     def crop(self, tokens_to_remove: int, undo: bool = False) -> bool:
@@ -224,11 +244,13 @@ class PackedLayer(SizedLayer):
         quantised values, and whole pages stay pages.
 
         Args:
-            undo: as if they had never come also without a rollback, where the 16-bit rows happen to be there still.
+            undo: as if they had never come also without a rollback, where the 16-bit rows happen to
+                be there still.
         Returns:
             whether the tokens that are left stand as if the others had never come.
         Raises:
-            KvfoldError: what is left would need tokens that a sliding window has left behind; nothing is removed.
+            KvfoldError: what is left would need tokens that a sliding window has left behind;
+                nothing is removed.
         """
         self.check_crop(tokens_to_remove)
         remove = self.removed(tokens_to_remove)
@@ -240,7 +262,7 @@ class PackedLayer(SizedLayer):
         self.table.fit()
         return all(whole)
 
-    # -- whole sequences -----------------------------------------------------------------------------------------------
+    # -- whole sequences ---------------------------------------------------------------------------
 
     def extend_ring(self) -> None:
         """Follows the cache's geometry, whose `rollback` has grown: what the ring holds moves to
@@ -265,7 +287,9 @@ class PackedLayer(SizedLayer):
             other.adopt(self.held.copy(shared, shares_pages), self.columns, self.dtype, self.device)
         return other
 
-    def adopt(self, held: LayerStore, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+    def adopt(
+        self, held: LayerStore, columns: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         """Goes on with what is there already.
 
         Args:
@@ -281,7 +305,9 @@ class PackedLayer(SizedLayer):
         self._columns.set(columns)
 
     def __reduce_ex__(self, protocol: object) -> str:
-        raise KvfoldError("A layer of a packed cache can't be copied by itself; copy the cache, or its fork(n).")
+        raise KvfoldError(
+            "A layer of a packed cache can't be copied by itself; copy the cache, or its fork(n)."
+        )
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the sequences `indices`, int64 [n], in that order; an index may repeat. Pages are

@@ -16,7 +16,8 @@ from torch import Tensor
 from kvfold.exports.account import Geometry
 from kvfold.runtime.cache.upload import on_device
 
-LEAD = 2  # steps before a page that the host asks for the marks, so that they are there when it needs them
+# steps before a page that the host asks for the marks, so that they are there when it needs them
+LEAD = 2
 
 
 class Bad(NamedTuple):
@@ -57,12 +58,16 @@ class NanMarks:
         self.tensor, self._asked = None, None
 
     def lead(self, geometry: Geometry) -> int:
-        """Steps before a page at which the marks are asked for; 0: they are read when the page is due."""
+        """Steps before a page at which the marks are asked for; 0: they are read when the page is
+        due."""
         assert self.tensor is not None
         return min(geometry.window, LEAD) if self.tensor.device.type == "cuda" else 0
 
-    def before_packing(self, geometry: Geometry, lengths: Sequence[int], tokens: int, columns: int) -> list[Bad]:
-        """Sees to it that the host knows the marks of what the next `tokens` columns pack, and returns what is marked.
+    def before_packing(
+        self, geometry: Geometry, lengths: Sequence[int], tokens: int, columns: int
+    ) -> list[Bad]:
+        """Sees to it that the host knows the marks of what the next `tokens` columns pack, and
+        returns what is marked.
 
         On a GPU it asks for them some steps before a page is due, if the window is that long, and
         reads the answer when the page is due: by then the steps that it waits for are done. Without
@@ -128,10 +133,13 @@ class NanMarks:
     def _read(self, marks: Tensor) -> list[Bad]:
         from kvfold.runtime.backends.triton import UNMARKED, read_mark
 
-        return [Bad(b, *read_mark(mark)) for b, mark in enumerate(marks.tolist()) if mark != UNMARKED]
+        return [
+            Bad(b, *read_mark(mark)) for b, mark in enumerate(marks.tolist()) if mark != UNMARKED
+        ]
 
     def unmark(self, lengths: Sequence[int]) -> None:
-        """After a crop to these lengths: marks of tokens that are gone go with them, without a wait."""
+        """After a crop to these lengths: marks of tokens that are gone go with them, without a
+        wait."""
         self._asked = None
         if self.tensor is None or not lengths:
             return
@@ -141,7 +149,9 @@ class NanMarks:
         self.tensor.masked_fill_(self.tensor >= ends, UNMARKED)
 
 
-def check_finite(layer_idx: int, keys: Tensor, values: Tensor, columns: int, skips: Sequence[int]) -> None:
+def check_finite(
+    layer_idx: int, keys: Tensor, values: Tensor, columns: int, skips: Sequence[int]
+) -> None:
     """Refuses keys and values [B, num_kv_heads, T, head_dim] that are about to be stored.
 
     Args:
@@ -159,7 +169,9 @@ def check_finite(layer_idx: int, keys: Tensor, values: Tensor, columns: int, ski
                 raise not_finite(layer_idx, name, columns + skip + int(bad[0]), b)
 
 
-def not_finite(layer_idx: int, name: str, position: int, sequence: int, end: str = "") -> FloatingPointError:
+def not_finite(
+    layer_idx: int, name: str, position: int, sequence: int, end: str = ""
+) -> FloatingPointError:
     """The error of a key or value, at a column, that is not finite."""
     return FloatingPointError(
         f"Layer {layer_idx} computed a {name} that is NaN or infinite at position {position} of sequence {sequence}; "

@@ -36,14 +36,23 @@ def onnx_inputs(cache: QuantizedKVCache) -> dict[str, np.ndarray]:
             )
         window, pool, ids_of = layer.window, layer.table.pool, layer.table.pages()
         sinks, length, count = layer.geometry.sinks, lengths[0], len(ids_of[0])
-        pages = torch.zeros(len(lengths), count, pool.page_nbytes, dtype=torch.uint8, device=layer.device)
+        pages = torch.zeros(
+            len(lengths), count, pool.page_nbytes, dtype=torch.uint8, device=layer.device
+        )
         for row, ids in zip(pages, ids_of, strict=True):
             passed = ids.count(PASSED)
             if passed < count:
                 row[passed:] = pool.load(ids[passed:])
         slots = torch.cat(
-            (window.slots(0, min(sinks, length)), window.slots(sinks + count * layer.geometry.page_tokens, length))
+            (
+                window.slots(0, min(sinks, length)),
+                window.slots(sinks + count * layer.geometry.page_tokens, length),
+            )
         )
-        tensors = {"pages": pages, "key_rows": window.keys[:, :, slots], "value_rows": window.values[:, :, slots]}
+        tensors = {
+            "pages": pages,
+            "key_rows": window.keys[:, :, slots],
+            "value_rows": window.values[:, :, slots],
+        }
         found |= {f"past.{i}.{name}": tensor.cpu().numpy() for name, tensor in tensors.items()}
     return found

@@ -14,7 +14,8 @@ from kvfold.runtime.cache.upload import Upload, on_device
 
 
 class PageTable:
-    """The sequences of a layer and their pages. Along a sequence rungs never fall: old pages have the fewest bits.
+    """The sequences of a layer and their pages. Along a sequence rungs never fall: old pages have
+    the fewest bits.
 
     Args:
         pool: the pages.
@@ -68,10 +69,11 @@ class PageTable:
         """Distinct pages of these sequences."""
         return {i for ids in self.pages() for i in ids if i != PASSED}
 
-    # -- what the device knows -----------------------------------------------------------------------------------------
+    # -- what the device knows ---------------------------------------------------------------------
 
     def enter(self, b: int, first: int) -> None:
-        """Writes the pages of sequence b into its row of the block table, from page number `first` on."""
+        """Writes the pages of sequence b into its row of the block table, from page number `first`
+        on."""
         self._enter(b, first, self.sequences[b].pages[first:])
 
     def _enter(self, b: int, first: int, ids: list[int]) -> None:
@@ -87,12 +89,15 @@ class PageTable:
 
     @neutrally
     def fit(self, entries: int = 0) -> None:
-        """Gives the block table room for `entries` pages a sequence, or for those that there are, in whole steps."""
+        """Gives the block table room for `entries` pages a sequence, or for those that there are,
+        in whole steps."""
         entries = max(entries, *(len(ids) for ids in self.pages()), 0)
         room = table_entries(entries)
         if room != self.block_table.shape[1]:
             batch = len(self.sequences)
-            self.block_table = self.block_table.new_zeros(batch, 0)  # the old one goes before the new one comes
+            self.block_table = self.block_table.new_zeros(
+                batch, 0
+            )  # the old one goes before the new one comes
             self.block_table = self.block_table.new_zeros(batch, room)
             for b in range(batch):
                 self.enter(b, 0)
@@ -111,11 +116,15 @@ class PageTable:
                 self.enter(b, sequence.passed)
 
     def set_segments(self, upload: Upload | None = None) -> None:
-        """Brings `segments` up to date, where pages have rungs. With `upload`, once that is sent."""
+        """Brings `segments` up to date, where pages have rungs. With `upload`, once that is
+        sent."""
         if self.rungs == 1:
             return
         rung = self.pool.rung
-        bounds = [[*(bisect_left(ids, r, key=rung) for r in range(self.rungs)), len(ids)] for ids in self.pages()]
+        bounds = [
+            [*(bisect_left(ids, r, key=rung) for r in range(self.rungs)), len(ids)]
+            for ids in self.pages()
+        ]
         if bounds == self._bounds and len(self.segments):
             return
         self._bounds = bounds
@@ -139,10 +148,11 @@ class PageTable:
             self._next = there, [last] * batch
         return self._next
 
-    # -- pages come, go and change -------------------------------------------------------------------------------------
+    # -- pages come, go and change -----------------------------------------------------------------
 
     def plan(self, rungs: list[list[int]]) -> None:
-        """Says which rungs each sequence's next pages are written on, oldest first; [] for the highest."""
+        """Says which rungs each sequence's next pages are written on, oldest first; [] for the
+        highest."""
         if rungs or self._planned:
             for b, sequence in enumerate(self.sequences):
                 sequence.plan(rungs[b] if rungs else [])
@@ -170,10 +180,15 @@ class PageTable:
         else:
             for b in due:
                 ids = self.sequences[b].pages
-                news.add(self.block_table[b, len(ids) - 1 : len(ids)], self.pool.addresses(ids[-1:]))
+                news.add(
+                    self.block_table[b, len(ids) - 1 : len(ids)], self.pool.addresses(ids[-1:])
+                )
         self.set_segments(news)
         there, here = self.next_rungs()
-        wanted = [self.pool.rung(self.sequences[b].pages[-1]) if b in due else rung for b, rung in enumerate(here)]
+        wanted = [
+            self.pool.rung(self.sequences[b].pages[-1]) if b in due else rung
+            for b, rung in enumerate(here)
+        ]
         if there is not None and wanted != here:
             here[:] = wanted
             news.add(there, wanted)
@@ -185,7 +200,8 @@ class PageTable:
     def drop_passed(self, geometry: Geometry, sliding: int) -> None:
         """Frees pages that lie behind a sliding window of every query to come.
 
-        Their block table entries become 0, which no kernel reads: it starts at the first visible page.
+        Their block table entries become 0, which no kernel reads: it starts at the first visible
+        page.
         """
         for b, sequence in enumerate(self.sequences):
             first, passed = sequence.passed, geometry.passed_pages(sequence.length, sliding)
@@ -218,7 +234,7 @@ class PageTable:
                 start -= 1
             self._enter(b, start, row[start:end])
 
-    # -- whole sequences -----------------------------------------------------------------------------------------------
+    # -- whole sequences ---------------------------------------------------------------------------
 
     def select(self, chosen: list[int], index: Tensor) -> None:
         """Keeps the sequences `chosen`, also given as int64 [n] on the device, in that order; one

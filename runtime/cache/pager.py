@@ -28,24 +28,34 @@ CHUNK_PAGES = 16  # pages that are taken, and copied, together
 
 
 class Pager:
-    """What the layers of a cache, and of its forks, share: the staging buffers, and the bytes that they leave to pages.
+    """What the layers of a cache, and of its forks, share: the staging buffers, and the bytes that
+    they leave to pages.
 
     Args:
         sizes: bytes of a page of each layer.
         chunk_pages: slots by which host memory and staging buffers grow.
-        buffers: staging buffers that layers take turns with; 2 to copy one layer's pages while another attends.
+        buffers: staging buffers that layers take turns with; 2 to copy one layer's pages while
+            another attends.
     """
 
-    def __init__(self, sizes: Sequence[int], chunk_pages: int = CHUNK_PAGES, buffers: int = 1) -> None:
+    def __init__(
+        self, sizes: Sequence[int], chunk_pages: int = CHUNK_PAGES, buffers: int = 1
+    ) -> None:
         self.sizes, self.chunk_pages, self.buffers = list(sizes), chunk_pages, buffers
         self.limit = 0  # bytes of pages and staging buffers on the device, see `admit`
         self.most = 1  # new pages that may wait for their bytes together
-        self.pools: weakref.WeakValueDictionary[int, PagingPool] = weakref.WeakValueDictionary()  # by layer
-        self._fixed: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # bytes of caches besides pages
+        self.pools: weakref.WeakValueDictionary[int, PagingPool] = (
+            weakref.WeakValueDictionary()
+        )  # by layer
+        self._fixed: weakref.WeakKeyDictionary[Any, int] = (
+            weakref.WeakKeyDictionary()
+        )  # bytes of caches besides pages
         self.stages: list[list[Tensor]] = [[] for _ in range(buffers)]
         self.held: list[weakref.ref | None] = [None] * buffers  # whose pages each buffer has
         self.stream: torch.cuda.Stream | None = None
-        self.copied: list[torch.cuda.Event | None] = [None] * buffers  # the end of a copy that was started early
+        self.copied: list[torch.cuda.Event | None] = [
+            None
+        ] * buffers  # the end of a copy that was started early
 
     def new(self) -> "Pager":
         """Another one of the same kind, for a cache that begins anew."""
@@ -55,7 +65,7 @@ class Pager:
         """Moves the pages of this pool too."""
         self.pools[pool.index] = pool
 
-    # -- bytes ---------------------------------------------------------------------------------------------------------
+    # -- bytes -------------------------------------------------------------------------------------
 
     def chunk_nbytes(self, buffer: int) -> int:
         """Bytes of a chunk of a staging buffer, which must do for all layers that use it."""
@@ -63,7 +73,10 @@ class Pager:
 
     def staging(self, chunks: dict[int, int]) -> int:
         """Bytes of staging buffers for so many chunks of host memory in each layer."""
-        most = [max((n for i, n in chunks.items() if i % self.buffers == b), default=0) for b in range(self.buffers)]
+        most = [
+            max((n for i, n in chunks.items() if i % self.buffers == b), default=0)
+            for b in range(self.buffers)
+        ]
         return sum(n * self.chunk_nbytes(b) for b, n in enumerate(most))
 
     @property
@@ -86,7 +99,8 @@ class Pager:
         return sum(pool.host_nbytes for pool in self.pools.values())
 
     def needed(self, new: int, waiting: int) -> int:
-        """The least bytes of pages and staging buffers on the device, once every layer has `new` pages more.
+        """The least bytes of pages and staging buffers on the device, once every layer has `new`
+        pages more.
 
         Args:
             waiting: of these, pages that wait for their bytes together and so can't leave.
@@ -101,7 +115,8 @@ class Pager:
         return min(out, sum((n + new) * self.sizes[i] for i, n in counts.items()))
 
     def join(self, owner: Any, like: Any) -> None:
-        """The cache of policy `owner` shares pages from here on, and is as large as that of `like`."""
+        """The cache of policy `owner` shares pages from here on, and is as large as that of
+        `like`."""
         self._fixed[owner] = self._fixed.get(like, 0)
 
     def leave(self, owner: Any) -> None:
@@ -110,29 +125,37 @@ class Pager:
 
     def most_fixed(self, owner: Any, fixed: int) -> int:
         """The most bytes besides pages of one cache, if that of `owner` has `fixed`."""
-        return max([fixed, *(nbytes for other, nbytes in self._fixed.items() if other is not owner)])
+        return max(
+            [fixed, *(nbytes for other, nbytes in self._fixed.items() if other is not owner)]
+        )
 
     def reserve(self, owner: Any, fixed: int, budget: int) -> None:
-        """Leaves `budget` less the `fixed` bytes of the cache of `owner` to pages and staging buffers."""
+        """Leaves `budget` less the `fixed` bytes of the cache of `owner` to pages and staging
+        buffers."""
         self._fixed[owner] = fixed
         self.limit = budget - max(self._fixed.values())
 
     def admit(self, owner: Any, fixed: int, budget: int, new: int = 0) -> None:
-        """`reserve`, and makes room in what is left; `new`: pages that each layer is about to get."""
+        """`reserve`, and makes room in what is left; `new`: pages that each layer is about to
+        get."""
         self.reserve(owner, fixed, budget)
         self.push_out(0)
         on_device = self.allotted + new * sum(self.sizes) <= self.limit
-        self.most = max(1, new if on_device else (self.limit - self.needed(new, 0)) // max(self.sizes))
+        self.most = max(
+            1, new if on_device else (self.limit - self.needed(new, 0)) // max(self.sizes)
+        )
 
     def spare(self, nbytes: int) -> bool:
-        """`push_out`, which moves nothing if there would not be room with all pages in host memory."""
+        """`push_out`, which moves nothing if there would not be room with all pages in host
+        memory."""
         if self.allotted + nbytes <= self.limit:
             return True
         # with few layers to a buffer all pages in host memory may take more than some
         return self.needed(0, 0) + nbytes <= self.limit and self.push_out(nbytes)
 
     def push_out(self, nbytes: int) -> bool:
-        """Moves pages to host memory until `nbytes` more fit on the device; False if there are none left to move.
+        """Moves pages to host memory until `nbytes` more fit on the device; False if there are none
+        left to move.
 
         Pages go first, and the staging buffer grows when they are gone: at no instant is more on
         the device than `limit`.
@@ -153,12 +176,16 @@ class Pager:
         self.fit()
         return enough
 
-    # -- staging -------------------------------------------------------------------------------------------------------
+    # -- staging -----------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        """Gives the staging buffers as many chunks as the layers that use them have, and new slots their addresses."""
+        """Gives the staging buffers as many chunks as the layers that use them have, and new slots
+        their addresses."""
         for b, stage in enumerate(self.stages):
-            count = max((len(pool.chunks) for i, pool in self.pools.items() if i % self.buffers == b), default=0)
+            count = max(
+                (len(pool.chunks) for i, pool in self.pools.items() if i % self.buffers == b),
+                default=0,
+            )
             if len(stage) > count:
                 self._wait(b)
                 del stage[count:]
@@ -172,13 +199,17 @@ class Pager:
         chunk = torch.empty(self.chunk_nbytes(buffer), dtype=torch.uint8, device=device)
         if self.buffers > 1 and device.type == "cuda":
             self.stream = self.stream or torch.cuda.Stream(device)
-            chunk.record_stream(self.stream)  # whenever it is freed, a copy that was started early ends first
+            chunk.record_stream(
+                self.stream
+            )  # whenever it is freed, a copy that was started early ends first
         return chunk
 
     def place(self, pool: "PagingPool", slot: int) -> Tensor:
         """A slot of the staging buffer, as a page of this pool."""
         first = slot % self.chunk_pages * pool.page_nbytes
-        return self.stages[pool.index % self.buffers][slot // self.chunk_pages][first : first + pool.page_nbytes]
+        return self.stages[pool.index % self.buffers][slot // self.chunk_pages][
+            first : first + pool.page_nbytes
+        ]
 
     def bring(self, pool: "PagingPool") -> None:
         """Makes a layer's pages in host memory readable in the staging buffer, until another layer
@@ -197,7 +228,9 @@ class Pager:
             self._copy(pool)
             return
         assert self.stream is not None  # chunks came with it
-        self.stream.wait_stream(torch.cuda.current_stream(pool.device))  # the buffer's last reader has attended
+        self.stream.wait_stream(
+            torch.cuda.current_stream(pool.device)
+        )  # the buffer's last reader has attended
         with torch.cuda.stream(self.stream):
             self._copy(pool)
             self.copied[index % self.buffers] = self.stream.record_event()
@@ -242,7 +275,8 @@ class PagingPool(PagePool):
         pager.add(self)
 
     def allocate(self, count: int, rung: int = -1) -> list[int]:
-        """As PagePool.allocate; they stay on the device until `written` says that their bytes are there."""
+        """As PagePool.allocate; they stay on the device until `written` says that their bytes are
+        there."""
         ids = []
         for _ in range(count):
             enough = self.pager.push_out(self.page_nbytes)
@@ -264,7 +298,8 @@ class PagingPool(PagePool):
         return next((i for i in self.resident if i not in self.waiting), None)
 
     def push(self) -> None:
-        """Moves the oldest page to host memory. Its slot gets an address when the staging buffer has grown to it."""
+        """Moves the oldest page to host memory. Its slot gets an address when the staging buffer
+        has grown to it."""
         number, size, per = self.movable(), self.page_nbytes, self.pager.chunk_pages
         assert number is not None
         if not self.free:
@@ -324,7 +359,10 @@ class PagingPool(PagePool):
 
     def readable(self, ids: list[int]) -> list[Tensor]:
         self.bring()
-        return [self.pager.place(self, self.slots[i]) if i in self.slots else self._pages[i] for i in ids]
+        return [
+            self.pager.place(self, self.slots[i]) if i in self.slots else self._pages[i]
+            for i in ids
+        ]
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,5 @@
-"""Pages of packed tokens of one layer, shared by reference count between sequences (beams, forked prompts)."""
+"""Pages of packed tokens of one layer, shared by reference count between sequences (beams, forked
+prompts)."""
 
 from collections.abc import Sequence
 
@@ -10,9 +11,11 @@ from kvfold.runtime.cache.sequence import PASSED
 
 
 class PagePool:
-    """Pages of bytes, each of the size of its rung. A full page never changes its tokens, so sequences may share it.
+    """Pages of bytes, each of the size of its rung. A full page never changes its tokens, so
+    sequences may share it.
 
-    A page is a tensor of its own, so that growing copies nothing and moves nothing, and freeing returns memory.
+    A page is a tensor of its own, so that growing copies nothing and moves nothing, and freeing
+    returns memory.
 
     Args:
         page_nbytes: bytes of a page, a multiple of 16; of one on each rung, floor first, where
@@ -40,7 +43,8 @@ class PagePool:
         return other
 
     def _adopt(self, ids: list[int], source: "PagePool") -> None:
-        """Copies another pool's pages to this one, which is empty; each has as many owners as it is listed times."""
+        """Copies another pool's pages to this one, which is empty; each has as many owners as it is
+        listed times."""
         for number in ids:
             if number in self._pages:
                 self._owners[number] += 1
@@ -53,7 +57,8 @@ class PagePool:
 
     @property
     def page_nbytes(self) -> int:
-        """Bytes of a page on the highest rung, which new pages have unless `allocate` is told otherwise."""
+        """Bytes of a page on the highest rung, which new pages have unless `allocate` is told
+        otherwise."""
         return self.sizes[-1]
 
     def allocate(self, count: int, rung: int = -1) -> list[int]:
@@ -73,7 +78,11 @@ class PagePool:
         return torch.empty(self.sizes[rung], dtype=torch.uint8, device=self.device)
 
     def _place(self, number: int, rung: int, page: Tensor) -> None:
-        self._pages[number], self._rungs[number], self._addresses[number] = page, rung, page_address(page)
+        self._pages[number], self._rungs[number], self._addresses[number] = (
+            page,
+            rung,
+            page_address(page),
+        )
 
     def page(self, number: int) -> Tensor:
         """A page's bytes, uint8 [size of its rung]."""
@@ -108,7 +117,8 @@ class PagePool:
         return [self._addresses.get(i, 0) for i in ids]
 
     def readable(self, ids: list[int]) -> list[Tensor]:
-        """The bytes of pages on the device, uint8 [page size] each, until other pages are asked for."""
+        """The bytes of pages on the device, uint8 [page size] each, until other pages are asked
+        for."""
         return [self._pages[i] for i in ids]
 
     def load(self, ids: list[int]) -> Tensor:

@@ -13,14 +13,17 @@ from kvfold.runtime.cache.storage import read_file, restore_layer
 
 @neutrally
 def load_cache(path: str | PathLike, model: Any) -> QuantizedKVCache:
-    """The cache that `cache.save` wrote, on the device of `model`, which must be of the same artifact.
+    """The cache that `cache.save` wrote, on the device of `model`, which must be of the same
+    artifact.
 
     Raises:
         KvfoldError: no such file, a damaged one, or one of another artifact or version.
         KVBudgetExceeded: it takes more than the model's kv_budget.
     """
     if not hasattr(model, "new_kv_cache"):
-        raise KvfoldError("A cache is restored for a model that runtime.load_pretrained has loaded; this one is not.")
+        raise KvfoldError(
+            "A cache is restored for a model that runtime.load_pretrained has loaded; this one is not."
+        )
     body, tensors = read_file(Path(path))
     digest = model.kv_artifact.metadata.digest
     if body.get("artifact") != digest:

@@ -34,24 +34,38 @@ def check_saved(
 
     def need(fits: bool, what: str) -> None:
         if not fits:
-            raise KvfoldError(f"'{path}' describes no cache of this model: {what}; save the cache again.")
+            raise KvfoldError(
+                f"'{path}' describes no cache of this model: {what}; save the cache again."
+            )
 
-    need(set(body) == {"version", "artifact", "rollback", "padding", "layers"}, "it lacks a field, or has one too many")
+    need(
+        set(body) == {"version", "artifact", "rollback", "padding", "layers"},
+        "it lacks a field, or has one too many",
+    )
     need(_count(body["rollback"], MOST_TOKENS), "rollback is no number of tokens")
     need(_counts(body["padding"]), "padding is no list of columns")
     layers = body["layers"]
-    need(isinstance(layers, list) and len(layers) == len(formats), f"it has not {len(formats)} layers")
+    need(
+        isinstance(layers, list) and len(layers) == len(formats),
+        f"it has not {len(formats)} layers",
+    )
     fields = {"columns", "length", "oldest", "pages"}
-    need(all(isinstance(layer, dict) and set(layer) == fields for layer in layers), "a layer has other fields")
+    need(
+        all(isinstance(layer, dict) and set(layer) == fields for layer in layers),
+        "a layer has other fields",
+    )
     geometry = replace(geometry, rollback=max(geometry.rollback, body["rollback"]))
     for i, layer in enumerate(layers):
         _check_layer(layer, layers[0], body["padding"], geometry, geometry.sliding_of(i), i, need)
-    names = {f"layers.{i}.{name}" for i in range(len(layers)) for name in ("keys", "values", "pages")}
+    names = {
+        f"layers.{i}.{name}" for i in range(len(layers)) for name in ("keys", "values", "pages")
+    }
     need(set(tensors) == names, "its tensors are not three a layer")
     for i, (layer, pair) in enumerate(zip(layers, formats, strict=True)):
         found = {name: tensors[f"layers.{i}.{name}"] for name in ("keys", "values", "pages")}
         rows = sum(
-            min(geometry.sinks, n) + max(0, n - low) for n, low in zip(layer["length"], layer["oldest"], strict=True)
+            min(geometry.sinks, n) + max(0, n - low)
+            for n, low in zip(layer["length"], layer["oldest"], strict=True)
         )
         shape = (geometry.num_kv_heads, rows, geometry.head_dim)
         for name in ("keys", "values"):
@@ -62,7 +76,10 @@ def check_saved(
             need(bool(torch.isfinite(found[name]).all()), f"layers.{i}.{name} is not finite")
         pages = found["pages"]
         size = geometry.pair_nbytes(*pair)
-        need(pages.dtype == torch.uint8 and pages.shape == (len(pages), size), f"layers.{i}.pages has another shape")
+        need(
+            pages.dtype == torch.uint8 and pages.shape == (len(pages), size),
+            f"layers.{i}.pages has another shape",
+        )
         used = {row for rows in layer["pages"] for row in rows if row != GONE}
         need(used == set(range(len(pages))), f"layer {i} has other pages than layers.{i}.pages")
 
@@ -86,18 +103,28 @@ def _check_layer(
     )
     need(len(lengths) == len(oldest) == len(pages), f"layer {i} has not as many pages as sequences")
     need(
-        lengths == first["length"] and layer["columns"] == first["columns"], f"layer {i} has other lengths than layer 0"
+        lengths == first["length"] and layer["columns"] == first["columns"],
+        f"layer {i} has other lengths than layer 0",
     )
-    need(_count(layer["columns"], MOST_TOKENS) and len(padding) == len(lengths), "padding is of another batch")
+    need(
+        _count(layer["columns"], MOST_TOKENS) and len(padding) == len(lengths),
+        "padding is of another batch",
+    )
     for length, low, rows, pad in zip(lengths, oldest, pages, padding, strict=True):
         need(length == max(0, layer["columns"] - pad), "padding does not fit the lengths")
         packed = g.sinks + len(rows) * g.page_tokens
         need(not rows or packed <= length, f"layer {i} has more pages than tokens")
         need(length - packed <= g.ring, f"layer {i} has too few pages for its tokens")
-        need(g.sinks <= low <= max(packed, g.sinks) and length - low <= g.ring, f"layer {i} lacks 16-bit rows")
+        need(
+            g.sinks <= low <= max(packed, g.sinks) and length - low <= g.ring,
+            f"layer {i} lacks 16-bit rows",
+        )
         gone = rows.count(GONE)
         need(all(row >= 0 for row in rows[gone:]), f"layer {i} lacks a page in the middle")
-        need(gone <= g.passed_pages(length + g.rollback, sliding), f"layer {i} lacks pages that are still read")
+        need(
+            gone <= g.passed_pages(length + g.rollback, sliding),
+            f"layer {i} lacks pages that are still read",
+        )
 
 
 def _count(value: Any, most: int) -> bool:

@@ -38,9 +38,11 @@ class Sequence:
     """One sequence of one layer.
 
     Attributes:
-        pages: numbers in the pool, oldest first; PASSED for pages that a sliding window has left behind.
+        pages: numbers in the pool, oldest first; PASSED for pages that a sliding window has left
+            behind.
         passed: leading pages that are gone.
-        oldest: lowest token of the 16-bit ring whose row is there, unless the ring has come round since.
+        oldest: lowest token of the 16-bit ring whose row is there, unless the ring has come round
+            since.
         due: rungs of its next pages, oldest first; [] for the highest.
     """
 
@@ -94,7 +96,8 @@ class Sequence:
         self.oldest, self.pages, self.passed = oldest, pages, pages.count(PASSED)
 
     def copy(self, clock: Clock | None = None) -> "Sequence":
-        """The same sequence, by another clock if one is given; what a policy has planned for it stays behind."""
+        """The same sequence, by another clock if one is given; what a policy has planned for it
+        stays behind."""
         other = Sequence(clock or self._tokens.clock, self.oldest)
         other.restore(self.length, self.oldest, list(self.pages))
         return other

@@ -1,8 +1,10 @@
 """What the layers of one cache share."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,13 @@ from kvfold.runtime.cache.nan_check import NanMarks
 from kvfold.runtime.cache.sequence import Clock
 from kvfold.runtime.calls.masks import read_columns, settle
 
+log = logging.getLogger("kvfold")
+
+
+def say(key: str, message: str, *args: Any) -> None:
+    """A warning of a cache that belongs to no model."""
+    log.warning(message, *args)
+
 
 class SharedState:
     """State of a cache that all its layers read.
@@ -21,18 +30,22 @@ class SharedState:
     Args:
         geometry: sinks, window, page size and head shape.
         padding: left padding of each sequence, in columns.
-        batch_invariant: kernels divide a sequence's pages by its own length alone, not by the batch's.
+        batch_invariant: kernels divide a sequence's pages by its own length alone, not by the
+            batch's.
 
     Attributes:
         plain: the current call's mask hides left padding, the future and what lies behind a sliding
             window, and nothing else: what kernels know. Other calls are the reference's.
-        clock: decoding steps that the host has prepared for all layers at once (runtime.generate.steps).
+        clock: decoding steps that the host has prepared for all layers at once
+            (runtime.generate.steps).
         stepping: such a step is being run, or captured: layers leave their host's state alone.
         marks: of keys and values that are NaN or infinite.
         workspace: buffers of the backend.
     """
 
-    def __init__(self, geometry: Geometry, padding: list[int] | None = None, batch_invariant: bool = False) -> None:
+    def __init__(
+        self, geometry: Geometry, padding: list[int] | None = None, batch_invariant: bool = False
+    ) -> None:
         self.geometry, self.padding, self.batch_invariant = geometry, padding or [], batch_invariant
         self.plain, self.stepping = True, False
         self.clock, self.marks, self.workspace = Clock(), NanMarks(), Workspace()
@@ -49,7 +62,9 @@ class SharedState:
         """Whether kernels can read the current call's mask."""
         self.plain = plain
 
-    def note_padding(self, mask: Tensor | None, batch_size: int, seen: int, tokens: int | None) -> None:
+    def note_padding(
+        self, mask: Tensor | None, batch_size: int, seen: int, tokens: int | None
+    ) -> None:
         """See QuantizedKVCache.note_padding; `seen`: columns of the cache."""
         if len(self.padding) != batch_size:
             self.padding = [0] * batch_size

@@ -92,7 +92,11 @@ class SizedLayer(CacheLayerMixin):
 
     def page_counts(self, batch_size: int) -> list[int]:
         """Pages of each of `batch_size` sequences, those counted that are gone."""
-        return [len(s.pages) for s in self.held.table.sequences] if self.is_initialized else [0] * batch_size
+        return (
+            [len(s.pages) for s in self.held.table.sequences]
+            if self.is_initialized
+            else [0] * batch_size
+        )
 
     def num_pages(self) -> int:
         """Distinct resident pages."""

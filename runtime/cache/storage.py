@@ -3,8 +3,8 @@ as if it had never stopped.
 
 Tensors of layer I, with R 16-bit rows and P distinct pages of all sequences together:
 
-    layers.I.keys, layers.I.values    float16 [num_kv_heads, R, head_dim]: of each sequence its sinks, then its window
-    layers.I.pages                    uint8 [P, page_nbytes]
+    layers.I.keys, layers.I.values    float16 [num_kv_heads, R, head_dim]: of each sequence its
+    sinks, then its window layers.I.pages                    uint8 [P, page_nbytes]
 
 The JSON object: `version`; `artifact`, the digest of the artifact's kv_cache.json; `rollback`;
 `padding`, columns of each sequence; `layers`, of each layer `columns`, and of each sequence
@@ -46,7 +46,9 @@ def save_layers(path: str | PathLike, layers: Sequence[PackedLayer], artifact: s
             "This cache belongs to no artifact, so no file could say when it fits; save one of generate's."
         )
     if not layers[0].get_seq_length():
-        raise KvfoldError("This cache holds no tokens, so there is nothing to save; run the model on a prompt first.")
+        raise KvfoldError(
+            "This cache holds no tokens, so there is nothing to save; run the model on a prompt first."
+        )
     tensors: dict[str, Tensor] = {}
     shared = layers[0].shared
     body = {
@@ -61,7 +63,9 @@ def save_layers(path: str | PathLike, layers: Sequence[PackedLayer], artifact: s
     try:
         write_whole(path, lambda scratch: save_file(tensors, scratch, metadata={FIELD: header}))
     except (OSError, SafetensorError) as error:
-        raise KvfoldError(f"The cache cannot be written to '{path}' ({error}); choose another place.") from None
+        raise KvfoldError(
+            f"The cache cannot be written to '{path}' ({error}); choose another place."
+        ) from None
 
 
 def _layer_state(layer: Any, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -78,7 +82,9 @@ def _layer_state(layer: Any, prefix: str, tensors: dict[str, Tensor]) -> dict[st
             rows.append(part.cpu())
     tensors[prefix + "keys"], tensors[prefix + "values"] = torch.cat(keys, 1), torch.cat(values, 1)
     pages = [pool.page(number).cpu() for number in numbers]
-    tensors[prefix + "pages"] = torch.stack(pages) if pages else torch.zeros(0, pool.page_nbytes, dtype=torch.uint8)
+    tensors[prefix + "pages"] = (
+        torch.stack(pages) if pages else torch.zeros(0, pool.page_nbytes, dtype=torch.uint8)
+    )
     return {
         "columns": layer.columns,
         "length": layer.lengths(),
@@ -88,15 +94,22 @@ def _layer_state(layer: Any, prefix: str, tensors: dict[str, Tensor]) -> dict[st
 
 
 def restore_layer(
-    layer: PackedLayer, state: dict[str, Any], prefix: str, tensors: dict[str, Tensor], parameter: Tensor
+    layer: PackedLayer,
+    state: dict[str, Any],
+    prefix: str,
+    tensors: dict[str, Tensor],
+    parameter: Tensor,
 ) -> None:
-    """Fills a new layer with what `_layer_state` gave; `parameter` has the model's type and device."""
+    """Fills a new layer with what `_layer_state` gave; `parameter` has the model's type and
+    device."""
     g, lengths = layer.geometry, state["length"]
     like = parameter.new_zeros(len(lengths), g.num_kv_heads, 0, g.head_dim)
     layer.lazy_initialization(like, like)
     sequences = list(zip(lengths, state["oldest"], state["pages"], strict=True))
     counts = [min(g.sinks, length) + max(0, length - oldest) for length, oldest, _ in sequences]
-    rows = zip(*(tensors[prefix + name].split(counts, 1) for name in ("keys", "values")), strict=True)
+    rows = zip(
+        *(tensors[prefix + name].split(counts, 1) for name in ("keys", "values")), strict=True
+    )
     layer.held.restore(sequences, list(rows), list(tensors[prefix + "pages"]))
     layer.count(state["columns"])
 
@@ -108,10 +121,13 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as stored:
             header = (stored.metadata() or {}).get(FIELD)
-            tensors = {} if header is None else {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            names = [] if header is None else list(stored.keys())
+            tensors = {name: stored.get_tensor(name) for name in names}
         body = None if header is None else json.loads(header)
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
-        raise KvfoldError(f"'{path}' is not a readable cache file ({error}); save the cache again.") from None
+        raise KvfoldError(
+            f"'{path}' is not a readable cache file ({error}); save the cache again."
+        ) from None
     if not isinstance(body, dict):
         raise KvfoldError(f"'{path}' is no cache of kvfold; give what `cache.save` wrote.")
     if body.get("version") != VERSION:
@@ -121,7 +137,9 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     digest = body.pop("sha256", None)
     if digest != _sha256(body, tensors):
-        raise KvfoldError(f"'{path}' does not match its own sha256; the file is damaged, save the cache again.")
+        raise KvfoldError(
+            f"'{path}' does not match its own sha256; the file is damaged, save the cache again."
+        )
     return body, tensors
 
 

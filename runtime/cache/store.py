@@ -70,7 +70,10 @@ class LayerStore:
         table, pool = self.table, self.table.pool
         if not table.shares_pool:
             return [*self.own_tensors(), *pool.tensors()]
-        return [*self.own_tensors(), *(pool.page(i) for i in sorted(table.own_pages()) if pool.on_device(i))]
+        return [
+            *self.own_tensors(),
+            *(pool.page(i) for i in sorted(table.own_pages()) if pool.on_device(i)),
+        ]
 
     def own_tensors(self) -> list[Tensor]:
         """Every resident tensor but the pages."""
@@ -83,7 +86,7 @@ class LayerStore:
             return sum(t.nbytes for t in self.tensors())
         return sum(t.nbytes for t in self.own_tensors()) + self.table.pool.nbytes
 
-    # -- tokens come ---------------------------------------------------------------------------------------------------
+    # -- tokens come -------------------------------------------------------------------------------
 
     def append(self, b: int, keys: Tensor, values: Tensor, skip: int, pad: int) -> RowView:
         """Appends keys in their stored basis and values, float16 [Hkv, n, D], to sequence b, and
@@ -94,7 +97,9 @@ class LayerStore:
             pad: the same of the whole sequence.
         """
         one = keys.shape[1] == 1
-        rows, packed = self._append_token(b, keys, values) if one else self._append_chunk(b, keys, values)
+        rows, packed = (
+            self._append_token(b, keys, values) if one else self._append_chunk(b, keys, values)
+        )
         return self._grown(b, keys.shape[1], skip, pad, rows, packed)
 
     def _packed_after(self, b: int, total: int) -> tuple[int, int]:
@@ -103,7 +108,9 @@ class LayerStore:
         packed = len(self.table.sequences[b].pages) * g.page_tokens
         return packed, max(packed, packed_tokens(total, g.sinks, g.window, g.page_tokens))
 
-    def _append_token(self, b: int, keys: Tensor, values: Tensor) -> tuple[tuple[Tensor, Tensor], int]:
+    def _append_token(
+        self, b: int, keys: Tensor, values: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], int]:
         """One token: (16-bit rows that its query reads, first tokens that it reads from pages)."""
         g, window = self.geometry, self.window
         length = self.table.sequences[b].length
@@ -113,10 +120,14 @@ class LayerStore:
         if packed_after > packed:
             self._write_pages(b, *window.page(b, packed // g.page_tokens))
         sinks = min(g.sinks, total)
-        held = torch.cat((window.slots(0, sinks), window.slots(max(sinks, g.sinks + packed_after), total)))
+        held = torch.cat(
+            (window.slots(0, sinks), window.slots(max(sinks, g.sinks + packed_after), total))
+        )
         return window.read(b, held), packed_after
 
-    def _append_chunk(self, b: int, keys: Tensor, values: Tensor) -> tuple[tuple[Tensor, Tensor], int]:
+    def _append_chunk(
+        self, b: int, keys: Tensor, values: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], int]:
         """A prompt or a chunk, whose queries still read in 16 bits what this very call packs;
         returns as `_append_token`."""
         g, window, sequence = self.geometry, self.window, self.table.sequences[b]
@@ -124,12 +135,17 @@ class LayerStore:
         total = length + keys.shape[1]
         packed, packed_after = self._packed_after(b, total)
         sinks = min(g.sinks, length)
-        held = torch.cat((window.slots(0, sinks), window.slots(max(sinks, g.sinks + packed), length)))
-        rows = [torch.cat(parts, 1) for parts in zip(window.read(b, held), (keys, values), strict=True)]
+        held = torch.cat(
+            (window.slots(0, sinks), window.slots(max(sinks, g.sinks + packed), length))
+        )
+        rows = [
+            torch.cat(parts, 1) for parts in zip(window.read(b, held), (keys, values), strict=True)
+        ]
         if packed_after > packed:
             end = g.sinks + packed_after - packed
             self._write_pages(b, rows[0][:, g.sinks : end], rows[1][:, g.sinks : end])
-        # first new token whose row is kept: of the window, or what a crop of `rollback` tokens would bring back there
+        # first new token whose row is kept: of the window, or what a crop of `rollback` tokens
+        # would bring back there
         least = packed_tokens(max(0, total - g.rollback), g.sinks, g.window, g.page_tokens)
         kept = max(length, g.sinks + least)
         if kept > length:
@@ -141,7 +157,9 @@ class LayerStore:
         self.backend.append(self.record(), b, slots, keys[:, source], values[:, source])
         return (rows[0], rows[1]), packed
 
-    def _grown(self, b: int, new: int, skip: int, pad: int, rows: tuple[Tensor, Tensor], packed: int) -> RowView:
+    def _grown(
+        self, b: int, new: int, skip: int, pad: int, rows: tuple[Tensor, Tensor], packed: int
+    ) -> RowView:
         """Counts sequence b's new tokens and says what their queries read: 16-bit rows, and the
         first `packed` tokens from pages."""
         g, sequence, (keys, values) = self.geometry, self.table.sequences[b], rows
@@ -155,7 +173,19 @@ class LayerStore:
         raw_positions = torch.arange(keys.shape[1], device=device)
         raw_positions[g.sinks :] += packed
         ids = list(sequence.pages)
-        return RowView(skip, pad, positions, limit, keys, values, raw_positions, ids, packed, total, sequence.passed)
+        return RowView(
+            skip,
+            pad,
+            positions,
+            limit,
+            keys,
+            values,
+            raw_positions,
+            ids,
+            packed,
+            total,
+            sequence.passed,
+        )
 
     def _write_pages(self, b: int, keys: Tensor, values: Tensor) -> None:
         """Packs whole pages of float16 [Hkv, n·page_tokens, D] behind the pages that sequence b
@@ -167,20 +197,22 @@ class LayerStore:
             self.backend.write_pages(self.record(), ids, *part)
             self.table.pool.written()
 
-    # -- pages are read and change -------------------------------------------------------------------------------------
+    # -- pages are read and change -----------------------------------------------------------------
 
     def read_pages(self, ids: list[int]) -> tuple[Tensor, Tensor]:
-        """Decodes pages: (keys, values), float32 [Hkv, len(ids)·page_tokens, D], keys in their stored basis."""
+        """Decodes pages: (keys, values), float32 [Hkv, len(ids)·page_tokens, D], keys in their
+        stored basis."""
         return read_pages(self.table.pool, ids, self.rungs, self.geometry)
 
     def lower(self, ids: list[int]) -> None:
-        """Re-quantises pages of one rung to the next lower one, once for all their owners. Both stand for a moment."""
+        """Re-quantises pages of one rung to the next lower one, once for all their owners. Both
+        stand for a moment."""
         rung = self.table.pool.rung(ids[0])
         old, new = self.table.pool.lower(ids)
         self.backend.lower_pages(self.geometry, old, new, self.rungs[rung], self.rungs[rung - 1])
         self.table.enter_lowered(ids, rung)
 
-    # -- tokens go -----------------------------------------------------------------------------------------------------
+    # -- tokens go ---------------------------------------------------------------------------------
 
     def crop(self, b: int, remove: int, exact: bool) -> bool:
         """Crops one sequence; whether no token that is left is quantised that would not be if the
@@ -190,14 +222,21 @@ class LayerStore:
         oldest = self.window.oldest(sequence)
         whole = min(g.num_pages(kept), pages)
         same = True
-        if whole == pages or (exact and g.sinks + whole * g.page_tokens >= oldest):  # the rows are still there
+        if whole == pages or (
+            exact and g.sinks + whole * g.page_tokens >= oldest
+        ):  # the rows are still there
             self.table.drop(b, whole)
         else:
-            same = self._lossless(sequence.pages[whole : -(-max(0, kept - g.sinks) // g.page_tokens)])
+            same = self._lossless(
+                sequence.pages[whole : -(-max(0, kept - g.sinks) // g.page_tokens)]
+            )
             whole = min(max(0, kept - g.sinks) // g.page_tokens, pages)
             first = g.sinks + whole * g.page_tokens
             if whole < pages and kept > first:
-                cut = (to_float16(x[:, : kept - first]) for x in self.read_pages(sequence.pages[whole : whole + 1]))
+                cut = (
+                    to_float16(x[:, : kept - first])
+                    for x in self.read_pages(sequence.pages[whole : whole + 1])
+                )
                 self.window.write(b, self.window.slots(first, kept), *cut)
             self.table.drop(b, whole)
             oldest = first
@@ -211,18 +250,24 @@ class LayerStore:
         rungs = [self.rungs[self.table.pool.rung(i)] for i in ids]
         return all(rung.key.format.raw and rung.value.format.raw for rung in rungs)
 
-    # -- whole sequences -----------------------------------------------------------------------------------------------
+    # -- whole sequences ---------------------------------------------------------------------------
 
     def select(self, chosen: Tensor, device: torch.device) -> None:
-        """Keeps the sequences `chosen`, int64 [n], in that order; an index may repeat. Pages are shared, not copied."""
+        """Keeps the sequences `chosen`, int64 [n], in that order; an index may repeat. Pages are
+        shared, not copied."""
         index = chosen.to(device)
         self.window.select(index)
         self.table.select(chosen.tolist(), index)
 
     def copy(self, shared: SharedState, shares_pages: bool) -> "LayerStore":
-        """The same for a cache that goes on from here by itself, with the same pages or with copies of them."""
-        table = self.table.fork(shared.clock) if shares_pages else self.table.duplicate(shared.clock)
-        return LayerStore(self.window.copy(), table, self.rungs, shared, self.layer_idx, self.backend)
+        """The same for a cache that goes on from here by itself, with the same pages or with copies
+        of them."""
+        table = (
+            self.table.fork(shared.clock) if shares_pages else self.table.duplicate(shared.clock)
+        )
+        return LayerStore(
+            self.window.copy(), table, self.rungs, shared, self.layer_idx, self.backend
+        )
 
     def restore(
         self,
@@ -233,12 +278,16 @@ class LayerStore:
         """Fills a new store with what was saved of one.
 
         Args:
-            sequences: (tokens, first token of the ring that is there, pages), pages as places in `pages`, of each.
-            rows: keys and values [num_kv_heads, n, head_dim] of each: sinks, then the ring from that token on.
+            sequences: (tokens, first token of the ring that is there, pages), pages as places in
+                `pages`, of each.
+            rows: keys and values [num_kv_heads, n, head_dim] of each: sinks, then the ring from
+                that token on.
             pages: uint8 [page size] each.
         """
         g, table = self.geometry, self.table
-        for b, ((length, oldest, _), (keys, values)) in enumerate(zip(sequences, rows, strict=True)):
+        for b, ((length, oldest, _), (keys, values)) in enumerate(
+            zip(sequences, rows, strict=True)
+        ):
             slots = (self.window.slots(0, min(g.sinks, length)), self.window.slots(oldest, length))
             self.window.write(b, torch.cat(slots), keys.to(table.device), values.to(table.device))
         numbers = []
@@ -247,7 +296,9 @@ class LayerStore:
             table.pool.page(numbers[-1]).copy_(page)
             table.pool.written()
         for sequence, (length, oldest, places) in zip(table.sequences, sequences, strict=True):
-            sequence.restore(length, oldest, [PASSED if place == PASSED else numbers[place] for place in places])
+            sequence.restore(
+                length, oldest, [PASSED if place == PASSED else numbers[place] for place in places]
+            )
             table.pool.share([i for i in sequence.pages if i != PASSED])
         table.pool.release(numbers)  # each sequence owns them now
         table.fit()

@@ -1,4 +1,5 @@
-"""Small numbers on their way to the device, from pinned memory, so that the host never waits for it."""
+"""Small numbers on their way to the device, from pinned memory, so that the host never waits for
+it."""
 
 from collections.abc import Sequence
 
@@ -22,7 +23,8 @@ class Upload:
         }
 
     def add(self, target: Tensor, numbers: list[int]) -> None:
-        """`target`, int64 or int32 of one dimension, will hold these numbers; of int32 none is negative."""
+        """`target`, int64 or int32 of one dimension, will hold these numbers; of int32 none is
+        negative."""
         targets, values = self._news[target.dtype]
         targets.append(target)
         values.append(numbers)

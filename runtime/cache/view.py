@@ -14,7 +14,12 @@ class Attends(Protocol):
     """The layer behind a handle."""
 
     def attend(
-        self, rows: list[RowView], query: Tensor, scaling: float, options: LogitOptions, mask: Tensor | None
+        self,
+        rows: list[RowView],
+        query: Tensor,
+        scaling: float,
+        options: LogitOptions,
+        mask: Tensor | None,
     ) -> Tensor:
         """Attention over what was stored."""
 
@@ -52,25 +57,30 @@ class LayerView:
         sinks_logit: Tensor | None = None,
         sliding: int = 0,
     ) -> Tensor:
-        """Attention of query [B, num_heads, T, head_dim] → the same shape, float32 or the query's own type.
+        """Attention of query [B, num_heads, T, head_dim] → the same shape, float32 or the query's
+        own type.
 
         Args:
             mask: bool [B, 1, T, columns] or None for plain causal over what is not padding.
             softcap, sinks_logit: as in kernels.attention.attend.
-            sliding: tokens that a query sees at the most, 0 for all; the mask says so too, kernels go by this.
+            sliding: tokens that a query sees at the most, 0 for all; the mask says so too, kernels
+                go by this.
         """
         raise NotImplementedError
 
 
 @dataclass
 class StoredView(LayerView):
-    """The handle of a call whose keys and values are stored; `rows`: what each sequence's queries read."""
+    """The handle of a call whose keys and values are stored; `rows`: what each sequence's queries
+    read."""
 
     rows: list[RowView] | None = None
 
     def attend(self, query, scaling, mask, softcap=None, sinks_logit=None, sliding=0) -> Tensor:
         assert self.rows is not None
-        return self.layer.attend(self.rows, query, scaling, LogitOptions(softcap, sinks_logit, sliding), mask)
+        return self.layer.attend(
+            self.rows, query, scaling, LogitOptions(softcap, sinks_logit, sliding), mask
+        )
 
 
 @dataclass
@@ -82,4 +92,6 @@ class DeferredView(LayerView):
 
     def attend(self, query, scaling, mask, softcap=None, sinks_logit=None, sliding=0) -> Tensor:
         assert self.new is not None
-        return self.layer.append_and_attend(*self.new, query, scaling, LogitOptions(softcap, sinks_logit, sliding))
+        return self.layer.append_and_attend(
+            *self.new, query, scaling, LogitOptions(softcap, sinks_logit, sliding)
+        )

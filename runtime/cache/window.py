@@ -1,4 +1,5 @@
-"""The 16-bit rows of a layer: sinks, then a ring that holds the window and what isn't packed yet."""
+"""The 16-bit rows of a layer: sinks, then a ring that holds the window and what isn't packed
+yet."""
 
 from collections.abc import Iterable
 
@@ -16,7 +17,8 @@ def slots_of(geometry: Geometry, positions: Tensor) -> Tensor:
 
 
 class RawWindow:
-    """Keys in their stored basis and values, float16 [B, num_kv_heads, sinks + ring, head_dim] each.
+    """Keys in their stored basis and values, float16 [B, num_kv_heads, sinks + ring, head_dim]
+    each.
 
     Args:
         geometry: sinks, ring and head shape.
@@ -38,7 +40,9 @@ class RawWindow:
     def _new_rows(self, batch_size: int) -> tuple[Tensor, Tensor]:
         g = self.geometry
         shape = (batch_size, g.num_kv_heads, g.raw_rows, g.head_dim)
-        keys, values = (torch.empty(shape, dtype=torch.float16, device=self.device) for _ in range(2))
+        keys, values = (
+            torch.empty(shape, dtype=torch.float16, device=self.device) for _ in range(2)
+        )
         return keys, values
 
     def tensors(self) -> list[Tensor]:
@@ -47,7 +51,9 @@ class RawWindow:
 
     def slots(self, start: int, end: int) -> Tensor:
         """Rows that tokens start … end − 1 stand in, int64 [end − start]."""
-        return slots_of(self.geometry, torch.arange(start, max(start, end))).to(self.device, non_blocking=True)
+        return slots_of(self.geometry, torch.arange(start, max(start, end))).to(
+            self.device, non_blocking=True
+        )
 
     def read(self, b: int, slots: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Keys and values of some rows of sequence b, float16 [num_kv_heads, n, head_dim]."""
@@ -59,13 +65,15 @@ class RawWindow:
         self.values[b, :, slots] = values
 
     def page(self, b: int, number: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the tokens of sequence b that become its page `number`: such rows lie in a row."""
+        """Keys and values of the tokens of sequence b that become its page `number`: such rows lie
+        in a row."""
         g = self.geometry
         first = g.sinks + number * g.page_tokens % g.ring
         return self.read(b, slice(first, first + g.page_tokens))
 
     def oldest(self, sequence: Sequence) -> int:
-        """Lowest token of the ring whose row is there: a slot is written anew when the ring comes round."""
+        """Lowest token of the ring whose row is there: a slot is written anew when the ring comes
+        round."""
         g = self.geometry
         return max(g.sinks, sequence.oldest, sequence.length - g.ring)
 
@@ -79,7 +87,12 @@ class RawWindow:
         held = []
         for sequence in sequences:
             sequence.keep_rows_from(self.oldest(sequence))
-            held.append([*range(min(geometry.sinks, sequence.length)), *range(sequence.oldest, sequence.length)])
+            held.append(
+                [
+                    *range(min(geometry.sinks, sequence.length)),
+                    *range(sequence.oldest, sequence.length),
+                ]
+            )
         self.geometry = geometry
         buffers = self._new_rows(len(held))
         for b, tokens in enumerate(held):
@@ -95,4 +108,6 @@ class RawWindow:
 
     def copy(self) -> "RawWindow":
         """The same rows, in memory of their own."""
-        return RawWindow(self.geometry, len(self.keys), self.device, (self.keys.clone(), self.values.clone()))
+        return RawWindow(
+            self.geometry, len(self.keys), self.device, (self.keys.clone(), self.values.clone())
+        )

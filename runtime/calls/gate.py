@@ -28,7 +28,9 @@ from kvfold.runtime.calls.masks import Place, read_squares
 log = logging.getLogger("kvfold")
 
 HOW = "inside `with runtime.plain_cache(model):`"
-MARK = "kvfold_artifact"  # attribute of a cache that isn't packed: the artifact whose model fills it
+MARK = (
+    "kvfold_artifact"  # attribute of a cache that isn't packed: the artifact whose model fills it
+)
 
 
 class Gate:
@@ -56,7 +58,8 @@ class Gate:
             log.warning(message, *args)
 
     def normal(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """A call of the base model by keywords, with no cache for an empty one, as pipelines of old pass it."""
+        """A call of the base model by keywords, with no cache for an empty one, as pipelines of old
+        pass it."""
         if args:
             names = list(inspect.signature(type(module).forward).parameters)[1:]
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -77,7 +80,8 @@ class Gate:
         """What may have been done to a model since it was loaded.
 
         Raises:
-            KvfoldError: another attention function, a mask that isn't causal, or adapters of another basis.
+            KvfoldError: another attention function, a mask that isn't causal, or adapters of
+                another basis.
         """
         config = model.config
         if config._attn_implementation != NAME:
@@ -85,7 +89,10 @@ class Gate:
                 f"attn_implementation='{config._attn_implementation}' reads no packed cache; go back with "
                 f"model.set_attn_implementation('{NAME}'), or run the call {HOW}."
             )
-        if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False:
+        if (
+            getattr(config, "use_bidirectional_attention", False)
+            or getattr(config, "is_causal", True) is False
+        ):
             raise KvfoldError(
                 "This model's config asks for attention that looks both ways, but a packed cache is causal; set "
                 "use_bidirectional_attention to false and is_causal to true."
@@ -113,13 +120,15 @@ class Gate:
             )
 
     def other_cache(self, cache: Any, asked: bool = False) -> None:
-        """A cache that isn't packed: 16 bits are what is measured then, which nobody should do unawares.
+        """A cache that isn't packed: 16 bits are what is measured then, which nobody should do
+        unawares.
 
         Args:
             asked: it is what somebody wanted (runtime.plain_cache).
 
         Raises:
-            KvfoldError: no cache of transformers, or one that holds what another model has computed.
+            KvfoldError: no cache of transformers, or one that holds what another model has
+                computed.
         """
         if not isinstance(cache, Cache):
             raise KvfoldError(
@@ -168,7 +177,8 @@ class Gate:
                 )
 
     def check_positions(self, kwargs: dict[str, Any], batch: int) -> None:
-        """Of a call without a cache and without a mask, where transformers takes positions that restart for documents.
+        """Of a call without a cache and without a mask, where transformers takes positions that
+        restart for documents.
 
         Raises:
             KvfoldError: they restart.
@@ -187,7 +197,8 @@ class Gate:
         """A call on a packed cache: learns padding, and decides which path reads its mask.
 
         Args:
-            kwargs: of the call; a mask of four dimensions is replaced by its bool form, and positions are filled in.
+            kwargs: of the call; a mask of four dimensions is replaced by its bool form, and
+                positions are filled in.
             tokens: input_ids [B, T] or inputs_embeds [B, T, …].
         Raises:
             KvfoldError: the cache, the mask or the batch can't be computed as transformers would.
@@ -202,7 +213,9 @@ class Gate:
             seen = cache.get_seq_length()
             pads = tuple(min(pad, seen) for pad in cache.shared.padding)
             windows = tuple(layer.sliding for layer in cache.layers)
-            kwargs["attention_mask"], plain = read_squares(mask, Place(seen, count, pads, windows), tokens.device)
+            kwargs["attention_mask"], plain = read_squares(
+                mask, Place(seen, count, pads, windows), tokens.device
+            )
             cache.shared.set_plain(plain)
         if not cache.shared.plain and not cache.layers[0].backend.reads_masks:
             self.tell(

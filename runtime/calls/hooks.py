@@ -61,7 +61,10 @@ class Calls:
         away = None
         if self.offload:
             buffers = 2 if next(model.parameters()).device.type == "cuda" else 1
-            away = Pager([self.geometry.pair_nbytes(*pair) for pair in self.artifact.formats], buffers=buffers)
+            away = Pager(
+                [self.geometry.pair_nbytes(*pair) for pair in self.artifact.formats],
+                buffers=buffers,
+            )
         return QuantizedKVCache(
             self.artifact.specs,
             self.geometry,
@@ -76,15 +79,23 @@ class Calls:
         )
 
     def prepare_cache(
-        self, model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        model: Any,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
-        """In place of generate's own `_prepare_cache_for_generation`, which serves in `plain_cache`."""
+        """In place of generate's own `_prepare_cache_for_generation`, which serves in
+        `plain_cache`."""
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, tuple | list) and not len(cache):
             cache = None
         if cache is None and not model.base_model.kv_packed:
             model_kwargs.pop("past_key_values", None)
-            type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
+            type(model)._prepare_cache_for_generation(
+                model, generation_config, model_kwargs, *args, **kwargs
+            )
             return
         if cache is not None:
             if not isinstance(cache, QuantizedKVCache):
@@ -92,7 +103,9 @@ class Calls:
             cache._is_user_defined = True  # to generate, which then hands it back
         else:
             wanted = generation_config.cache_implementation
-            stated = model.generation_config.cache_implementation  # generation_config.json may be the base model's
+            stated = (
+                model.generation_config.cache_implementation
+            )  # generation_config.json may be the base model's
             if wanted not in (None, "dynamic", stated):
                 raise KvfoldError(
                     f"cache_implementation='{wanted}' names another cache, but this model brings its own packed one; "
@@ -102,15 +115,20 @@ class Calls:
                 cache = model_kwargs["past_key_values"] = self.new_cache(model)
             else:
                 model_kwargs.pop("past_key_values", None)
-        if getattr(generation_config, "is_assistant", False) and isinstance(cache, QuantizedKVCache):
+        if getattr(generation_config, "is_assistant", False) and isinstance(
+            cache, QuantizedKVCache
+        ):
             cache.extend_rollback(own_drafts(generation_config))
 
     def update_kwargs(
         self, model: Any, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """generate's own `_update_model_kwargs_for_generation`; the mask of the next step need not be read then."""
+        """generate's own `_update_model_kwargs_for_generation`; the mask of the next step need not
+        be read then."""
         old = model_kwargs.get("attention_mask")
-        found = type(model)._update_model_kwargs_for_generation(model, outputs, model_kwargs, *args, **kwargs)
+        found = type(model)._update_model_kwargs_for_generation(
+            model, outputs, model_kwargs, *args, **kwargs
+        )
         new = found.get("attention_mask")
         if old is not None and new is not None and new is not old and new.dim() == 2:
             grown(old, new)
@@ -131,7 +149,9 @@ class Calls:
                 self.covered,
             )
 
-    def before(self, model: Any, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def before(
+        self, model: Any, module: Any, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
         """Before the base model's forward pass. Without a cache it would make a stock one of 16
         bits, and perplexity would measure nothing."""
         kwargs = self.gate.normal(module, args, kwargs)
@@ -141,7 +161,8 @@ class Calls:
             return (), kwargs
         if cache is None and module.training:
             self.gate.tell(
-                "training", "in training mode the model keeps no packed cache; call model.eval() to measure one"
+                "training",
+                "in training mode the model keeps no packed cache; call model.eval() to measure one",
             )
             return (), kwargs
         if cache is not None and not isinstance(cache, QuantizedKVCache):
@@ -160,16 +181,23 @@ class Calls:
         self.gate.admit(cache, kwargs, tokens)
         cache.policy.check(cache.layers, tokens.shape[0], tokens.shape[1])
         self.note_length(cache.get_seq_length() + tokens.shape[1])
-        images = any(name.startswith("pixel_values") and x is not None for name, x in kwargs.items())
-        seen = images and row_of(module.config).rope_axes > 1  # such a model gives images rows and columns itself
+        images = any(
+            name.startswith("pixel_values") and x is not None for name, x in kwargs.items()
+        )
+        seen = (
+            images and row_of(module.config).rope_axes > 1
+        )  # such a model gives images rows and columns itself
         if kwargs.get("position_ids") is None and any(cache.shared.padding) and not seen:
-            # generate counts positions from the first real token; a plain call must too, or a padded row's keys are
-            # rotated, and so quantised, unlike the same row's alone
+            # generate counts positions from the first real token; a plain call must too, or a
+            # padded row's keys are rotated, and so quantised, unlike the same row's alone
             kwargs["position_ids"] = cache.positions(tokens.shape[1], tokens.device)
         return (), kwargs
 
     def after(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        """Without use_cache nobody may go on with the cache: generate would feed it the whole text again."""
-        if getattr(kwargs.get("past_key_values"), "ephemeral", False) and isinstance(output, ModelOutput):
+        """Without use_cache nobody may go on with the cache: generate would feed it the whole text
+        again."""
+        if getattr(kwargs.get("past_key_values"), "ephemeral", False) and isinstance(
+            output, ModelOutput
+        ):
             return type(output)(**{**output, "past_key_values": None})
         return output

@@ -38,18 +38,23 @@ def locate(name: Any, hub: dict[str, Any]) -> tuple[bool, str | None]:
         name: as `from_pretrained` takes it.
         hub: options of hf_hub_download that were given.
     Returns:
-        (it is one, the revision with the commit that it was found to be; None where nothing was found out).
+        (it is one, the revision with the commit that it was found to be; None where nothing was
+        found out).
     """
     try:
         if Path(name).exists():
             return is_artifact(Path(name)), None
         return _ask(str(name), hub)
-    except Exception:  # not there, or not to be reached: what transformers says of it is the better message
+    except (
+        Exception
+    ):  # not there, or not to be reached: what transformers says of it is the better message
         return False, None
 
 
 def _ask(repo_id: str, hub: dict[str, Any]) -> tuple[bool, str | None]:
-    options: dict[str, Any] = {name: hub[name] for name in ("revision", "cache_dir", "token") if name in hub}
+    options: dict[str, Any] = {
+        name: hub[name] for name in ("revision", "cache_dir", "token") if name in hub
+    }
     options["local_files_only"] = bool(hub.get("local_files_only")) or constants.HF_HUB_OFFLINE
     api = _Asking()
     if not hasattr(
@@ -60,12 +65,16 @@ def _ask(repo_id: str, hub: dict[str, Any]) -> tuple[bool, str | None]:
     if api.names is not None:
         return METADATA_NAME in api.names, revision
     there = {
-        name: try_to_load_from_cache(repo_id, name, cache_dir=hub.get("cache_dir"), revision=revision.resolved)
+        name: try_to_load_from_cache(
+            repo_id, name, cache_dir=hub.get("cache_dir"), revision=revision.resolved
+        )
         for name in (METADATA_NAME, CONFIG)
     }
     if any(isinstance(found, str) for found in there.values()):
         return isinstance(there[METADATA_NAME], str), revision
-    return _fetched(repo_id, {**hub, "revision": revision}), revision  # a commit by its hash, of which nothing is here
+    return _fetched(
+        repo_id, {**hub, "revision": revision}
+    ), revision  # a commit by its hash, of which nothing is here
 
 
 def _fetched(repo_id: str, hub: dict[str, Any]) -> bool:

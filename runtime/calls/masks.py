@@ -17,9 +17,8 @@ from kvfold.errors import KvfoldError
 from kvfold.runtime.cache.upload import on_device
 
 HIDDEN = -1e4  # an additive mask hides what it takes below this: e^-10000 is 0
-TAG = (
-    "kvfold_columns"  # attribute of a 2-D mask that was read: its Columns and its version, which grows as it is written
-)
+# attribute of a 2-D mask that was read: its Columns and its version, which grows as it is written
+TAG = "kvfold_columns"
 UNKNOWN, MADE = -1, -2  # versions of tensors of inference mode, which count none
 FULL, SLIDING = "full_attention", "sliding_attention"  # keys of a dict of masks
 
@@ -56,18 +55,30 @@ def read_columns(mask: Tensor, width: int) -> Columns:
     """Reads a mask [B, n]; columns that it lacks are hidden, as to transformers. On a GPU this
     waits for the device, unless the mask is one that `grown` knows."""
     known, version = getattr(mask, TAG, (None, UNKNOWN))
-    if known is not None and known.width == width and version == (MADE if mask.is_inference() else mask._version):
+    if (
+        known is not None
+        and known.width == width
+        and version == (MADE if mask.is_inference() else mask._version)
+    ):
         return known
     visible = (mask != 0)[:, :width]
-    leads = visible.cumsum(-1).eq(0).sum(-1) + (width - visible.shape[1]) * visible.any(-1).logical_not()
+    leads = (
+        visible.cumsum(-1).eq(0).sum(-1)
+        + (width - visible.shape[1]) * visible.any(-1).logical_not()
+    )
     found = torch.stack((leads, visible.sum(-1))).tolist()
     return note(mask, Columns(width, tuple(found[0]), tuple(found[1])))
 
 
 def grown(old: Any, new: Any) -> None:
-    """Tells of a mask [B, n] that it is `old`, with columns behind it that are visible: then no step need read it."""
+    """Tells of a mask [B, n] that it is `old`, with columns behind it that are visible: then no
+    step need read it."""
     known, version = getattr(old, TAG, (None, UNKNOWN))
-    if known is None or known.width != old.shape[1] or not (old.is_inference() or version == old._version):
+    if (
+        known is None
+        or known.width != old.shape[1]
+        or not (old.is_inference() or version == old._version)
+    ):
         return
     more = new.shape[1] - known.width
     # of a sequence that was hidden altogether the padding ends where the new columns begin
@@ -93,7 +104,8 @@ def settle(columns: Columns, pads: Sequence[int], seen: int) -> tuple[list[int],
     Returns:
         (padding of each sequence, whether nothing but padding is hidden)
     Raises:
-        KvfoldError: the mask shows columns that are not cached, because an earlier mask said that they are padding.
+        KvfoldError: the mask shows columns that are not cached, because an earlier mask said that
+            they are padding.
     """
     found, plain = [], True
     for b, (lead, shown) in enumerate(zip(columns.leads, columns.shown, strict=True)):
@@ -117,7 +129,8 @@ def read_squares(mask: Any, place: Place, device: torch.device) -> tuple[Any, bo
         (the same as bool [B, 1, T, columns], whether nothing but padding, the future and what lies
         behind a window is hidden)
     Raises:
-        KvfoldError: not one of these; or a mask that hides less than a causal one, or more by adding to logits.
+        KvfoldError: not one of these; or a mask that hides less than a causal one, or more by
+            adding to logits.
     """
     if not isinstance(mask, dict):
         return read_square(mask, place, sorted(set(place.windows)), device)
@@ -135,7 +148,9 @@ def read_squares(mask: Any, place: Place, device: torch.device) -> tuple[Any, bo
     return found, plain
 
 
-def read_square(mask: Any, place: Place, windows: Sequence[int], device: torch.device) -> tuple[Tensor, bool]:
+def read_square(
+    mask: Any, place: Place, windows: Sequence[int], device: torch.device
+) -> tuple[Tensor, bool]:
     """Checks one mask of four dimensions for layers with these windows; see read_squares."""
     batch, wanted = len(place.pads), (len(place.pads), 1, place.tokens, place.width)
     if not isinstance(mask, Tensor) or mask.dim() != 4:
@@ -149,8 +164,14 @@ def read_square(mask: Any, place: Place, windows: Sequence[int], device: torch.d
             f"attention_mask has {mask.shape[1]} heads, but a packed cache takes one mask for all "
             f"heads; give {list(wanted)}."
         )
-    if mask.shape[0] not in (1, batch) or mask.shape[2] not in (1, place.tokens) or mask.shape[3] != place.width:
-        raise KvfoldError(f"attention_mask is {list(mask.shape)}, but this call needs {list(wanted)}; give that.")
+    if (
+        mask.shape[0] not in (1, batch)
+        or mask.shape[2] not in (1, place.tokens)
+        or mask.shape[3] != place.width
+    ):
+        raise KvfoldError(
+            f"attention_mask is {list(mask.shape)}, but this call needs {list(wanted)}; give that."
+        )
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise KvfoldError(
             f"attention_mask of four dimensions is {mask.dtype}; give bool, True where visible, "
@@ -164,7 +185,11 @@ def read_square(mask: Any, place: Place, windows: Sequence[int], device: torch.d
     query = torch.arange(place.seen, place.width, device=device)[:, None]
     column = torch.arange(place.width, device=device)
     pads = on_device(list(place.pads), torch.int64, device)[:, None, None, None]
-    real, padding, ahead = query >= pads, column < pads, column > query  # what padding attends to is read by nobody
+    real, padding, ahead = (
+        query >= pads,
+        column < pads,
+        column > query,
+    )  # what padding attends to is read by nobody
     odd = [biased, (visible & ahead & real).any(), (visible & padding & real).any()]
     for window in windows:
         behind = (column <= query - window) if window else torch.zeros_like(ahead)

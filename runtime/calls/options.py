@@ -11,13 +11,19 @@ from huggingface_hub import snapshot_download
 
 from kvfold.errors import KvfoldError
 
-HUB = frozenset(inspect.signature(snapshot_download).parameters) - {"repo_id", "repo_type", "revision", "dry_run"}
+HUB = frozenset(inspect.signature(snapshot_download).parameters) - {
+    "repo_id",
+    "repo_type",
+    "revision",
+    "dry_run",
+}
 PASSED_ON = {  # of from_pretrained, and mean there what they mean to transformers
     "config", "generation_config", "dtype", "torch_dtype", "device_map", "output_loading_info",
     "max_memory", "offload_folder",
     "offload_buffers", "low_cpu_mem_usage", "weights_only", "tqdm_class", "proxies", "code_revision", "adapter_kwargs",
 }  # fmt: skip
-REFUSED = {  # options of transformers that would change what is computed, or whose effect kvfold would undo
+# options of transformers that would change what is computed, or whose effect kvfold would undo
+REFUSED = {
     "attn_implementation": "an artifact brings its own attention; load_pretrained's "
     "attention='reference' or 'triton' chooses",
     "experts_implementation": "an artifact is computed as its family's own code does",
@@ -41,7 +47,9 @@ REFUSED = {  # options of transformers that would change what is computed, or wh
 PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
-def check_names(function: str, given: Mapping[str, Any], known: Iterable[str], elsewhere: Iterable[str] = ()) -> None:
+def check_names(
+    function: str, given: Mapping[str, Any], known: Iterable[str], elsewhere: Iterable[str] = ()
+) -> None:
     """Refuses options that nobody knows.
 
     Args:
@@ -53,11 +61,15 @@ def check_names(function: str, given: Mapping[str, Any], known: Iterable[str], e
     """
     known = sorted(known)
     for name, value in given.items():
-        unset = value is None or value is (name == "use_safetensors")  # what wrappers pass on where nobody set anything
+        unset = value is None or value is (
+            name == "use_safetensors"
+        )  # what wrappers pass on where nobody set anything
         if name in known or (unset and name in REFUSED):
             continue
         if name in REFUSED:
-            raise TypeError(f"{function}() does not take {name}={value!r}: {REFUSED[name]}; leave it out.")
+            raise TypeError(
+                f"{function}() does not take {name}={value!r}: {REFUSED[name]}; leave it out."
+            )
         if name in elsewhere:
             raise TypeError(
                 f"{function}() of an artifact does not take '{name}'; load it with kvfold's "
@@ -69,7 +81,8 @@ def check_names(function: str, given: Mapping[str, Any], known: Iterable[str], e
 
 
 def dtype_of(name: str, value: Any) -> torch.dtype | str | None:
-    """A floating type given as torch.bfloat16 or "bfloat16"; "auto" is the checkpoint's own; None stays.
+    """A floating type given as torch.bfloat16 or "bfloat16"; "auto" is the checkpoint's own; None
+    stays.
 
     Raises:
         KvfoldError: it is none.
@@ -96,7 +109,9 @@ def device_of(value: Any, name: str = "device") -> torch.device:
     except (RuntimeError, AssertionError, TypeError, ValueError):
         device = None
     if device is None or device.type == "meta":
-        raise KvfoldError(f"{name}={value!r} is not a device that this PyTorch can compute on; give 'cpu' or 'cuda'.")
+        raise KvfoldError(
+            f"{name}={value!r} is not a device that this PyTorch can compute on; give 'cpu' or 'cuda'."
+        )
     return device
 
 

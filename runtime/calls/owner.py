@@ -18,7 +18,9 @@ class Owner:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Owner":
         model = self()
-        return Owner(memo.get(id(model), model))  # copy puts a copy there before it goes on to its attributes
+        return Owner(
+            memo.get(id(model), model)
+        )  # copy puts a copy there before it goes on to its attributes
 
 
 class Bound:

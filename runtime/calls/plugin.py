@@ -1,4 +1,5 @@
-"""What `AutoModelForCausalLM.from_pretrained` does once `kvfold.register()` was called (kvfold/autoclass.py)."""
+"""What `AutoModelForCausalLM.from_pretrained` does once `kvfold.register()` was called
+(kvfold/autoclass.py)."""
 
 import inspect
 from collections.abc import Callable
@@ -51,9 +52,18 @@ def load_if_artifact(stock: Callable[..., Any], name: Any, *args: Any, **kwargs:
         option: value for option, value in kwargs.items() if not option.startswith("_")
     }  # of pipelines, for themselves
     known = {*PASSED_ON, *HUB_OPTIONS, "trust_remote_code"}
-    check_names("from_pretrained", given, known, (HUB | set(inspect.signature(load_pretrained).parameters)) - known)
+    check_names(
+        "from_pretrained",
+        given,
+        known,
+        (HUB | set(inspect.signature(load_pretrained).parameters)) - known,
+    )
     folder = resolve_artifact(name, **hub)
-    options = {option: value for option, value in kwargs.items() if option not in HUB_OPTIONS and option not in REFUSED}
+    options = {
+        option: value
+        for option, value in kwargs.items()
+        if option not in HUB_OPTIONS and option not in REFUSED
+    }
     wants_info = options.pop("output_loading_info", False)
     device = None if options.get("device_map") is not None else default_device()
     dtype = options.get("dtype") if options.get("dtype") is not None else options.get("torch_dtype")
@@ -64,7 +74,9 @@ def load_if_artifact(stock: Callable[..., Any], name: Any, *args: Any, **kwargs:
     kernels = None
     if device is not None and choose_triton("auto", device, read_metadata(folder)):
         known_dtype = dtype_of("dtype", options.get("dtype") or options.get("torch_dtype"))
-        kernels = begin_folder(folder, device, known_dtype if isinstance(known_dtype, torch.dtype) else None, False)
+        kernels = begin_folder(
+            folder, device, known_dtype if isinstance(known_dtype, torch.dtype) else None, False
+        )
     artifact = read_artifact(folder)
     options["ignore_mismatched_sizes"] = True  # the report names them, the error doesn't
     model, info = code_free(stock, artifact.path, *args, **options, output_loading_info=True)

@@ -1,1 +1,2 @@
-"""Decoding: a step's host part, captured steps, compiled operations, drafts, and kernels compiled ahead."""
+"""Decoding: a step's host part, captured steps, compiled operations, drafts, and kernels compiled
+ahead."""

@@ -1,4 +1,5 @@
-"""Kernels of the catalogue's other pairs of formats, compiled behind an artifact's own while its process lives.
+"""Kernels of the catalogue's other pairs of formats, compiled behind an artifact's own while its
+process lives.
 
 An attention kernel is compiled for a pair of formats, and an artifact of other bits has others of
 the catalogue's short list (kernels/catalogue.py). Once a model is loaded, a process of the lowest
@@ -40,7 +41,9 @@ def templates(kinds: Iterable[Kind]) -> list[Kind]:
     for kind in kinds:
         key = kind.spec.key
         if not key.format.raw:  # which has no basis that the others could have
-            found.setdefault((kind.sliding > 0, key.turns, key.matrix is None, key.offset is None), kind)
+            found.setdefault(
+                (kind.sliding > 0, key.turns, key.matrix is None, key.offset is None), kind
+            )
     return list(found.values())
 
 
@@ -59,8 +62,11 @@ def _with_formats(spec: LayerSpec, key: Format, value: Format) -> LayerSpec:
     return LayerSpec(side, ValueSpec(value))
 
 
-def begin_ahead(folder: Path, device: torch.device, dtype: torch.dtype | None, progressive: bool) -> None:
-    """Starts to compile what the catalogue has besides an artifact's own kernels, which must be there; returns at once.
+def begin_ahead(
+    folder: Path, device: torch.device, dtype: torch.dtype | None, progressive: bool
+) -> None:
+    """Starts to compile what the catalogue has besides an artifact's own kernels, which must be
+    there; returns at once.
 
     Args:
         folder: the artifact's.
@@ -83,11 +89,19 @@ def begin_ahead(folder: Path, device: torch.device, dtype: torch.dtype | None, p
     mark = stamp(task)
     if mark is None or mark.exists():
         return
-    command = [sys.executable, "-c", START, json.dumps(task), *(path or os.getcwd() for path in sys.path)]
+    command = [
+        sys.executable,
+        "-c",
+        START,
+        json.dumps(task),
+        *(path or os.getcwd() for path in sys.path),
+    ]
     null = subprocess.DEVNULL
     with suppress(OSError):  # no more processes: the next artifact compiles its own
         _running.append(
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=null, stderr=null, start_new_session=True)
+            subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=null, stderr=null, start_new_session=True
+            )
         )
 
 
@@ -109,12 +123,31 @@ def stamp(task: dict[str, Any]) -> Path | None:
     if not any((kind.spec.key.format, kind.spec.value.format) in listed for kind in kinds):
         return None
     sorts = [
-        (kind.sliding > 0, kind.softcap, kind.sinks_logit, kind.spec.key.turns, kind.spec.key.matrix is None)
+        (
+            kind.sliding > 0,
+            kind.softcap,
+            kind.sinks_logit,
+            kind.spec.key.turns,
+            kind.spec.key.matrix is None,
+        )
         for kind in templates(kinds)
     ]
-    shape = geometry.num_kv_heads, geometry.head_dim, geometry.page_tokens, heads, str(dtype), sorted(sorts, key=str)
-    rest = [*shape, *(task[name] for name in ("progressive", "arch", "multiprocessors")), triton.__version__]
-    sources = b"".join(path.read_bytes() for path in sorted(Path(catalogue.__file__).parent.rglob("*.py")))
+    shape = (
+        geometry.num_kv_heads,
+        geometry.head_dim,
+        geometry.page_tokens,
+        heads,
+        str(dtype),
+        sorted(sorts, key=str),
+    )
+    rest = [
+        *shape,
+        *(task[name] for name in ("progressive", "arch", "multiprocessors")),
+        triton.__version__,
+    ]
+    sources = b"".join(
+        path.read_bytes() for path in sorted(Path(catalogue.__file__).parent.rglob("*.py"))
+    )
     digest = hashlib.sha256(sources + json.dumps(rest).encode()).hexdigest()
     return Path(kernel_cache.folder()) / f"kvfold-catalogue-{digest[:16]}"
 
@@ -125,7 +158,9 @@ def _dtype(task: dict[str, Any]) -> torch.dtype | None:
 
 def _end_with_caller() -> None:
     """Ends this process when its caller's end of the pipe is closed, however the caller ended."""
-    while os.read(0, 1):  # not sys.stdin, whose lock this thread would hold when the interpreter ends
+    while os.read(
+        0, 1
+    ):  # not sys.stdin, whose lock this thread would hold when the interpreter ends
         pass
     os.killpg(0, signal.SIGKILL)  # the compilers, which are a session of their own, notice that
 

@@ -1,4 +1,5 @@
-"""Assisted and prompt-lookup decoding: the cache learns how many drafted tokens may be taken back before they come."""
+"""Assisted and prompt-lookup decoding: the cache learns how many drafted tokens may be taken back
+before they come."""
 
 import weakref
 from typing import Any
@@ -19,7 +20,10 @@ def get_candidate_generator(model: Any, *args: Any, **kwargs: Any) -> Any:
     """
     generator = type(model)._get_candidate_generator(model, *args, **kwargs)
     cache = kwargs["model_kwargs"].get("past_key_values")
-    draft, owner = type(generator).get_candidates, weakref.ref(generator)  # no cycle, which would keep the cache
+    draft, owner = (
+        type(generator).get_candidates,
+        weakref.ref(generator),
+    )  # no cycle, which would keep the cache
     if isinstance(cache, QuantizedKVCache) and cache.tokens:
         raise KvfoldError(
             f"Assisted decoding cannot go on with a cache that holds tokens ({cache.tokens}): "

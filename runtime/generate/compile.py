@@ -27,7 +27,8 @@ CONTEXTS = (
     2**14,
     2**17,
 )  # tokens that block tables have room for: how many parts are merged is a constant of a kernel
-LEAST_CHUNK = 1024  # tokens behind a prompt that is continued, so that its pages are decoded once for all queries
+# tokens behind a prompt that is continued, so that its pages are decoded once for all queries
+LEAST_CHUNK = 1024
 
 
 class Kind(NamedTuple):
@@ -51,7 +52,11 @@ def placeholder(metadata: Metadata, layer: int) -> LayerSpec:
             if tensor == "frequencies":
                 found[tensor] = (1.0,)
             else:
-                one = torch.eye(dim, dtype=torch.float32) if tensor == "matrix" else torch.ones((), dtype=torch.float32)
+                one = (
+                    torch.eye(dim, dtype=torch.float32)
+                    if tensor == "matrix"
+                    else torch.ones((), dtype=torch.float32)
+                )
                 found[tensor] = one.expand(shape).contiguous()
         return found
 
@@ -100,14 +105,24 @@ def launches_of(
     return found
 
 
-def _walk(kind: Kind, geometry: Geometry, num_heads: int, dtype: torch.dtype, progressive: bool) -> None:
+def _walk(
+    kind: Kind, geometry: Geometry, num_heads: int, dtype: torch.dtype, progressive: bool
+) -> None:
     from kvfold.runtime.backends.triton import TRITON
     from kvfold.runtime.budget.ladder import Ladders
     from kvfold.runtime.cache.cache import QuantizedKVCache
 
     heads, dim, page = geometry.num_kv_heads, geometry.head_dim, geometry.page_tokens
     logits = torch.zeros(num_heads, dtype=dtype) if kind.sinks_logit else None
-    own = Geometry(heads, dim, geometry.sinks, geometry.window, page, (kind.sliding,) if kind.sliding else (), 0)
+    own = Geometry(
+        heads,
+        dim,
+        geometry.sinks,
+        geometry.window,
+        page,
+        (kind.sliding,) if kind.sliding else (),
+        0,
+    )
     ladders = Ladders([kind.spec], [(1.0, 1.0)], own) if progressive else None
     first = own.sinks + own.window + 2 * page
     rungs = len(ladders.rungs[0]) if ladders else 1
@@ -118,7 +133,13 @@ def _walk(kind: Kind, geometry: Geometry, num_heads: int, dtype: torch.dtype, pr
         cache = QuantizedKVCache([kind.spec], own, AMPLE if progressive else None, TRITON, ladders)
         longest = tokens >= LEAST_CHUNK
         # a page more at each rung, so that one of them comes due on the way down
-        calls = [tokens, 1, *([page] * 2 * rungs if progressive else []), *([LEAST_CHUNK] if longest else []), 1]
+        calls = [
+            tokens,
+            1,
+            *([page] * 2 * rungs if progressive else []),
+            *([LEAST_CHUNK] if longest else []),
+            1,
+        ]
         for new in calls:
             keys, values = (torch.zeros(batch, heads, new, dim, dtype=dtype) for _ in range(2))
             query = torch.zeros(batch, num_heads, new, dim, dtype=dtype)
@@ -137,7 +158,12 @@ def _walk(kind: Kind, geometry: Geometry, num_heads: int, dtype: torch.dtype, pr
             view = cache.update(step, step, 0)[0]
             layer.table.reserve(context // page)
             view.attend(
-                torch.zeros(1, num_heads, 1, dim, dtype=dtype), dim**-0.5, None, kind.softcap, logits, kind.sliding
+                torch.zeros(1, num_heads, 1, dim, dtype=dtype),
+                dim**-0.5,
+                None,
+                kind.softcap,
+                logits,
+                kind.sliding,
             )
 
 
@@ -177,7 +203,9 @@ class Compilation:
         job, message = self.builder.failed[0]
         text = f"{len(self.builder.failed)} of {len(self.jobs)} kernels can't be compiled, {job.label} first: {message}"
         if required:
-            raise KvfoldError(f"attention='triton' can't be used: {text}; use attention='auto' or 'reference'.")
+            raise KvfoldError(
+                f"attention='triton' can't be used: {text}; use attention='auto' or 'reference'."
+            )
         log.warning("attention: plain-torch reference, because %s", text)
         return False
 
@@ -197,7 +225,9 @@ def compiling() -> Iterator[None]:
         _begun.reset(token)
 
 
-def begin(device: torch.device, find: Callable[[int], list[Launch]], jobs: int | None = None) -> Compilation:
+def begin(
+    device: torch.device, find: Callable[[int], list[Launch]], jobs: int | None = None
+) -> Compilation:
     """Starts to compile the kernels of a model.
 
     Args:
@@ -215,11 +245,16 @@ def begin(device: torch.device, find: Callable[[int], list[Launch]], jobs: int |
     if begun is not None:
         begun.append(builder)
     builder.start()
-    return Compilation(find(torch.cuda.get_device_properties(device).multi_processor_count), builder, device)
+    return Compilation(
+        find(torch.cuda.get_device_properties(device).multi_processor_count), builder, device
+    )
 
 
-def begin_folder(folder: Path, device: torch.device, dtype: torch.dtype | None, progressive: bool) -> Compilation:
-    """Starts to compile the kernels of an artifact's folder, of which only kv_cache.json and config.json are read.
+def begin_folder(
+    folder: Path, device: torch.device, dtype: torch.dtype | None, progressive: bool
+) -> Compilation:
+    """Starts to compile the kernels of an artifact's folder, of which only kv_cache.json and
+    config.json are read.
 
     Args:
         dtype: of the model's activations; None for that of its weights.
@@ -248,7 +283,9 @@ def read_kinds(folder: Path, dtype: torch.dtype | None) -> Model:
     return Model(kinds, metadata.geometry, metadata.cache.num_heads, dtype)
 
 
-def artifact_launches(folder: Path, dtype: torch.dtype | None, progressive: bool, multiprocessors: int) -> list[Launch]:
+def artifact_launches(
+    folder: Path, dtype: torch.dtype | None, progressive: bool, multiprocessors: int
+) -> list[Launch]:
     """What a model from an artifact's folder will launch.
 
     Args:

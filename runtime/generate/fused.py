@@ -16,18 +16,24 @@ BATCHES = 64  # sizes that one function is compiled for before others run uncomp
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` by torch.compile, with intermediate results rounded as eager operations round them."""
+    """`function` by torch.compile, with intermediate results rounded as eager operations round
+    them."""
     return torch.compile(function, dynamic=False, options={"emulate_precision_casts": True})
 
 
 def fusible(module: nn.Module) -> bool:
-    """Norms, and MLPs of plain linear layers: what computes the same for any token and reads nothing but its input."""
+    """Norms, and MLPs of plain linear layers: what computes the same for any token and reads
+    nothing but its input."""
     if "forward" in vars(module):  # somebody else's hook
         return False
     name = type(module).__name__
     if name.endswith("RMSNorm"):
         return True
-    layers = [child for child in module.modules() if next(child.parameters(recurse=False), None) is not None]
+    layers = [
+        child
+        for child in module.modules()
+        if next(child.parameters(recurse=False), None) is not None
+    ]
     return name.endswith("MLP") and all(type(layer) is nn.Linear for layer in layers)
 
 

@@ -1,4 +1,5 @@
-"""Decoding by replaying one captured step: Python launches one graph a token instead of a thousand kernels.
+"""Decoding by replaying one captured step: Python launches one graph a token instead of a thousand
+kernels.
 
 Everything that changes from step to step lives on the device: the token, the sequences' lengths,
 the block tables and the pages that they lead to. A page is a tensor of its own, entered between two
@@ -71,16 +72,25 @@ class DecodingStep:
     devices = ("cuda",)
 
     def __init__(
-        self, forward: Callable[..., Any], cache: QuantizedKVCache, batch_size: int, compiled: Any = None
+        self,
+        forward: Callable[..., Any],
+        cache: QuantizedKVCache,
+        batch_size: int,
+        compiled: Any = None,
     ) -> None:
         device = cache.layers[0].device
         with torch.inference_mode(False):  # they outlive the mode of whoever decodes first
-            self.ids, self.positions = torch.zeros(2, batch_size, 1, dtype=torch.long, device=device)
+            self.ids, self.positions = torch.zeros(
+                2, batch_size, 1, dtype=torch.long, device=device
+            )
         self.reads = reads(cache)
         self.graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(device)
         # other threads may do as they like meanwhile
-        with compiled or nullcontext(), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with (
+            compiled or nullcontext(),
+            torch.cuda.graph(self.graph, capture_error_mode="thread_local"),
+        ):
             self.logits = run(forward, cache, self.ids, self.positions)
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -92,18 +102,24 @@ class DecodingStep:
         return self.logits
 
 
-def run(forward: Callable[..., Any], cache: QuantizedKVCache, ids: Tensor, positions: Tensor) -> Tensor:
+def run(
+    forward: Callable[..., Any], cache: QuantizedKVCache, ids: Tensor, positions: Tensor
+) -> Tensor:
     """The logits of a step whose host's part is done."""
     with cache.step():
-        return forward(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
+        return forward(
+            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True
+        ).logits
 
 
 class Decoding:
-    """The `forward` of a model that replays a captured step wherever it can, and is the model's own elsewhere.
+    """The `forward` of a model that replays a captured step wherever it can, and is the model's own
+    elsewhere.
 
     Args:
         model: from load_pretrained; its own `forward` is kept.
-        insist: an error, in the next step, where one can't be captured, instead of a warning and going on without.
+        insist: an error, in the next step, where one can't be captured, instead of a warning and
+            going on without.
         notice: told the columns of a cache now and then.
         capture: makes a captured step.
     """
@@ -115,8 +131,12 @@ class Decoding:
         notice: Callable[[int], None] | None = None,
         capture: Any = DecodingStep,
     ) -> None:
-        # a bound method would keep the model alive; what somebody has set on this model alone is no cycle of ours
-        self.owner, self.forward = Owner(model), vars(model).get("forward") or Bound(type(model).forward, model)
+        # a bound method would keep the model alive; what somebody has set on this model alone is no
+        # cycle of ours
+        self.owner, self.forward = (
+            Owner(model),
+            vars(model).get("forward") or Bound(type(model).forward, model),
+        )
         self.insist, self.notice, self.capture = insist, notice, capture
         self.refused = ""  # why no step of this model can be captured
         self.probed = False  # whether a step was watched for what can't be captured
@@ -158,7 +178,8 @@ class Decoding:
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     def as_forward(self) -> Bound:
-        """What takes the place of the model's `forward`; a copy of the model goes through its own `kv_decoding`."""
+        """What takes the place of the model's `forward`; a copy of the model goes through its own
+        `kv_decoding`."""
 
         @functools.wraps(type(self.model).forward)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -174,34 +195,57 @@ class Decoding:
             return False
         if not first.is_initialized or first.steps is None or cache.policy.moves_pages:
             return False
-        if first.batch_size != len(ids) or ids.device != first.device or first.device.type not in self.capture.devices:
+        if (
+            first.batch_size != len(ids)
+            or ids.device != first.device
+            or first.device.type not in self.capture.devices
+        ):
             return False
-        if any(kwargs[name] is not None and kwargs[name] is not False for name in kwargs.keys() - PLAIN):
+        if any(
+            kwargs[name] is not None and kwargs[name] is not False for name in kwargs.keys() - PLAIN
+        ):
             return False
-        mask, positions, keep = (kwargs.get(name) for name in ("attention_mask", "position_ids", "logits_to_keep"))
-        if kwargs.get("use_cache") is False or kwargs.get("return_dict") is False or isinstance(keep, Tensor):
+        mask, positions, keep = (
+            kwargs.get(name) for name in ("attention_mask", "position_ids", "logits_to_keep")
+        )
+        if (
+            kwargs.get("use_cache") is False
+            or kwargs.get("return_dict") is False
+            or isinstance(keep, Tensor)
+        ):
             return False
         if mask is not None and mask.dim() != 2:
             return False
         if positions is not None and tuple(positions.shape) not in ((1, 1), (len(ids), 1)):
             return False
         pads = cache.shared.padding
-        if len(pads) != len(ids) or max(pads) >= first.columns:  # a sequence of which nothing has come yet
+        if (
+            len(pads) != len(ids) or max(pads) >= first.columns
+        ):  # a sequence of which nothing has come yet
             return False
-        if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
+        if getattr(config, "output_hidden_states", False) or getattr(
+            config, "output_attentions", False
+        ):
             return False
         if self.model.training or torch.compiler.is_compiling() or modes(first.device):
             return False
-        return (mask is None or len(mask) == len(ids)) and self.model.kv_gate.step(self.model, cache, mask, len(ids))
+        return (mask is None or len(mask) == len(ids)) and self.model.kv_gate.step(
+            self.model, cache, mask, len(ids)
+        )
 
-    def logits(self, cache: QuantizedKVCache, ids: Tensor, positions: Tensor, quiet: bool) -> Tensor:
-        """A step, replayed or as it is. `quiet`: nothing of the cache can have been replaced since the last one."""
+    def logits(
+        self, cache: QuantizedKVCache, ids: Tensor, positions: Tensor, quiet: bool
+    ) -> Tensor:
+        """A step, replayed or as it is. `quiet`: nothing of the cache can have been replaced since
+        the last one."""
         step, batch = cache.steps.captured, len(ids)
         fuse = self.steps[batch] >= FUSE_AFTER and os.environ.get("TORCHDYNAMO_DISABLE") != "1"
         if step is WARM:
             step = self.captured(cache, batch, fuse)
             cache.steps.keep(step, (fuse, self.weights()))
-        elif step is not None and (cache.steps.made_with[0] != fuse or (not quiet and not self.holds(step, cache))):
+        elif step is not None and (
+            cache.steps.made_with[0] != fuse or (not quiet and not self.holds(step, cache))
+        ):
             step = None
             cache.steps.keep(None)  # frees what it held before the step runs
         if step is not None:
@@ -258,13 +302,16 @@ class Decoding:
             cache.steps.keep(None)
 
     def hooked(self) -> bool:
-        """Whether somebody's hooks sit on the model's inner modules: a replay would not call them."""
+        """Whether somebody's hooks sit on the model's inner modules: a replay would not call
+        them."""
         own = (self.model, self.model.base_model)
         for module in self.model.modules():
             if hasattr(module, "_hf_hook"):
                 return True
             hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-            if module not in own and any(not getattr(x, "__module__", "").startswith("transformers.") for x in hooks):
+            if module not in own and any(
+                not getattr(x, "__module__", "").startswith("transformers.") for x in hooks
+            ):
                 return True
         return False
 

@@ -22,8 +22,10 @@ class HostSteps:
 
     Attributes:
         quiet: steps to come before which the host has nothing to do.
-        torn: a step failed half way: some layers may have the token, and the host counts it for all.
-        captured: a captured decoding step (runtime.generate.graph), or that the next one may be captured.
+        torn: a step failed half way: some layers may have the token, and the host counts it for
+            all.
+        captured: a captured decoding step (runtime.generate.graph), or that the next one may be
+            captured.
         made_with: what it was made with, whose owner compares.
     """
 
@@ -32,7 +34,9 @@ class HostSteps:
         self.torn = torn
         self.captured: Any = None
         self.made_with: Any = None
-        self._settled: bool | None = None  # of the step that runs: whether pages will be lowered before the next one
+        self._settled: bool | None = (
+            None  # of the step that runs: whether pages will be lowered before the next one
+        )
 
     def begin(self, layers: Sequence[PackedLayer], policy: Policy) -> bool:
         """Before a step of one token a sequence: all that the host does for it, once it has looked
@@ -81,11 +85,13 @@ class HostSteps:
         self.quiet = 0
 
     def keep(self, captured: Any, made_with: Any = None) -> None:
-        """Keeps a captured step and what it was made with, or what says that there may be one; None to let go of it."""
+        """Keeps a captured step and what it was made with, or what says that there may be one; None
+        to let go of it."""
         self.captured, self.made_with = captured, made_with
 
     def drop(self) -> None:
-        """Tensors of the cache are about to be replaced: lets go of a captured step, which holds the old ones."""
+        """Tensors of the cache are about to be replaced: lets go of a captured step, which holds
+        the old ones."""
         self.captured, self.quiet = None, 0
 
     def tear(self) -> None:
@@ -113,7 +119,8 @@ def quiet_steps(layers: Sequence[PackedLayer]) -> int:
     for sliding in {layer.sliding for layer in layers if layer.sliding}:
         layer = next(x for x in layers if x.sliding == sliding)
         for sequence in layer.table.sequences:
-            # a page is passed once it is full and lies behind the window of the token that a crop may come back to
+            # a page is passed once it is full and lies behind the window of the token that a crop
+            # may come back to
             n, seen = sequence.length, (sequence.passed + 1) * g.page_tokens + g.sinks + g.rollback
             steps = min(steps, max(seen + sliding - 1, seen + g.window, n + 1) - n)
     return max(0, steps - 1)

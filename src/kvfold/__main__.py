@@ -1,4 +1,5 @@
-"""The command `kvfold`, before anything large is imported: an interrupt in those seconds ends it in a sentence too."""
+"""The command `kvfold`, before anything large is imported: an interrupt in those seconds ends it in
+a sentence too."""
 
 import os
 import signal
@@ -18,8 +19,8 @@ def main(args: list[str] | None = None, prog: str = "kvfold") -> None:
     )  # else a job in the background, which is not to hear it, or someone else's handler
     if mine:
         signal.signal(signal.SIGINT, _leave)
-    # read when OpenMP is loaded: threads that spin while they wait make a machine with other work on it some thirty
-    # times slower
+    # read when OpenMP is loaded: threads that spin while they wait make a machine with other work
+    # on it some thirty times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from kvfold.compress.cli import main as run

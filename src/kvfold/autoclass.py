@@ -1,9 +1,11 @@
-"""After `kvfold.register()`, transformers' `AutoModelForCausalLM.from_pretrained` gives an artifact its packed cache,
-until `kvfold.unregister()`. It changes the class for the whole process, so it is never done by an import.
+"""After `kvfold.register()`, transformers' `AutoModelForCausalLM.from_pretrained` gives an artifact
+its packed cache, until `kvfold.unregister()`. It changes the class for the whole process, so it is
+never done by an import.
 
-Why it is done by wrapping that one method, and not by a quantizer registered with transformers: a quantizer is chosen
-by `quantization_config` in config.json, and an artifact with one is no plain checkpoint any more: stock transformers
-warns of an unknown quantization type, and other engines refuse it.
+Why it is done by wrapping that one method, and not by a quantizer registered with transformers: a
+quantizer is chosen by `quantization_config` in config.json, and an artifact with one is no plain
+checkpoint any more: stock transformers warns of an unknown quantization type, and other engines
+refuse it.
 
 Why by a hook on the import where transformers isn't imported yet:
 `register` would otherwise load torch and transformers.
@@ -58,7 +60,9 @@ def wrap(module: ModuleType) -> None:
         return
 
     @wraps(stock)
-    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         if not State.registered:
             return stock.__get__(cls)(pretrained_model_name_or_path, *args, **kwargs)
         from kvfold.runtime.calls.plugin import load_if_artifact
@@ -72,7 +76,8 @@ def wrap(module: ModuleType) -> None:
 
 
 def unwrap(module: ModuleType) -> None:
-    """Takes `wrap` back, unless somebody has wrapped the method once more since; then ours hands everything on."""
+    """Takes `wrap` back, unless somebody has wrapped the method once more since; then ours hands
+    everything on."""
     auto: Any = module.AutoModelForCausalLM
     ours: Any = State.wrapper
     there = getattr(vars(auto).get(METHOD), "__func__", None)
@@ -86,9 +91,9 @@ def unwrap(module: ModuleType) -> None:
 
 
 def register() -> None:
-    """Has transformers' `AutoModelForCausalLM.from_pretrained`, and so its pipelines, give an artifact its packed
-    cache, in this process: what `kvfold.runtime.load_pretrained` gives. Other models load as ever. Called again,
-    it changes nothing."""
+    """Has transformers' `AutoModelForCausalLM.from_pretrained`, and so its pipelines, give an
+    artifact its packed cache, in this process: what `kvfold.runtime.load_pretrained` gives. Other
+    models load as ever. Called again, it changes nothing."""
     State.registered = True
     if MODULE in sys.modules:
         wrap(sys.modules[MODULE])
@@ -97,8 +102,8 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Takes `register` back: an artifact then loads as stock transformers loads it, with a 16-bit cache.
-    Models that are loaded stay."""
+    """Takes `register` back: an artifact then loads as stock transformers loads it, with a 16-bit
+    cache. Models that are loaded stay."""
     State.registered = False
     if Watch in sys.meta_path:
         sys.meta_path.remove(Watch)

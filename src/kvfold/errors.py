@@ -12,4 +12,5 @@ class KvfoldError(ValueError):
 
 
 class KVBudgetExceeded(KvfoldError, RuntimeError):
-    """The cache would grow past its byte budget. Raised before anything is stored, so the cache stays usable."""
+    """The cache would grow past its byte budget. Raised before anything is stored, so the cache
+    stays usable."""

@@ -1,4 +1,5 @@
-"""How much memory is left here, and the sentence where it is too little: the system ends a process without one."""
+"""How much memory is left here, and the sentence where it is too little: the system ends a process
+without one."""
 
 import os
 import re
@@ -37,10 +38,11 @@ def reason_of_shortage(error: BaseException) -> str:
 
 
 def memory_left() -> tuple[int, str] | None:
-    """Bytes that this process can still take, and what limits them; None where the system says nothing.
+    """Bytes that this process can still take, and what limits them; None where the system says
+    nothing.
 
-    The least of: the address space that is allowed (ulimit -v), the memory of the control groups that it is in (a
-    container's), and the machine's.
+    The least of: the address space that is allowed (ulimit -v), the memory of the control groups
+    that it is in (a container's), and the machine's.
     """
     found = [x for x in (_of_address_space(), _of_cgroups(), _of_machine()) if x is not None]
     return min(found) if found else None
@@ -79,7 +81,8 @@ def _of_machine() -> tuple[int, str] | None:
 
 
 def _of_cgroups() -> tuple[int, str] | None:
-    """Of version 2, the group of this process and those above it; of version 1, the one of its memory."""
+    """Of version 2, the group of this process and those above it; of version 1, the one of its
+    memory."""
     try:
         lines = OWN.read_text().splitlines()
     except OSError:
@@ -98,8 +101,12 @@ def _of_cgroups() -> tuple[int, str] | None:
         for folder in (place, *place.parents):
             limit, used = _number(folder / most), _number(folder / taken)
             if limit is not None and used is not None:
-                spare = _field(folder / "memory.stat", cached, 1) or 0  # what the system drops when it must
-                found.append((limit - used + spare, f"of {limit >> 20} MiB that its control group may have"))
+                spare = (
+                    _field(folder / "memory.stat", cached, 1) or 0
+                )  # what the system drops when it must
+                found.append(
+                    (limit - used + spare, f"of {limit >> 20} MiB that its control group may have")
+                )
             if folder == root:
                 break
     return min(found) if found else None

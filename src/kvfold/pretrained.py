@@ -1,8 +1,9 @@
 """The one door to transformers' Auto classes: Python code that a model's folder carries never runs.
 
-Left alone, transformers asks on the terminal whether to run what `auto_map` in config.json or tokenizer_config.json
-names, and one `y` in a pipe runs it. Here the answer is always no: a family or tokenizer that transformers knows loads
-as ever, any other is refused in a sentence. A test sees to it that no other file calls the Auto classes.
+Left alone, transformers asks on the terminal whether to run what `auto_map` in config.json or
+tokenizer_config.json names, and one `y` in a pipe runs it. Here the answer is always no: a family
+or tokenizer that transformers knows loads as ever, any other is refused in a sentence. A test sees
+to it that no other file calls the Auto classes.
 """
 
 import json
@@ -67,10 +68,10 @@ def tokenizer_from_pretrained(path: str | Path, **options: Any) -> Any:
 
 
 def stock_from_pretrained(path: str | Path, **options: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained` (of a folder with a model of images and text that has no other class,
-    `AutoModelForImageTextToText`'s) as transformers has it, whether or not `kvfold.register()` holds: of an
-    artifact, the plain model with a 16-bit cache, for instance to compare with `kvfold.runtime.load_pretrained`'s in
-    one process.
+    """`AutoModelForCausalLM.from_pretrained` (of a folder with a model of images and text that has
+    no other class, `AutoModelForImageTextToText`'s) as transformers has it, whether or not
+    `kvfold.register()` holds: of an artifact, the plain model with a 16-bit cache, for instance to
+    compare with `kvfold.runtime.load_pretrained`'s in one process.
 
     Args:
         path: a folder, or a repository of the Hub.
@@ -91,19 +92,24 @@ def stock_from_pretrained(path: str | Path, **options: Any) -> Any:
 
 
 def reads_images(path: str | Path) -> bool:
-    """Whether transformers has a class of images and text for the model in a folder, and none of text alone."""
+    """Whether transformers has a class of images and text for the model in a folder, and none of
+    text alone."""
     try:
-        return only_with_images(json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["model_type"])
+        return only_with_images(
+            json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["model_type"]
+        )
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return False  # not there, or broken: what reads it says so
 
 
 def only_with_images(family: str) -> bool:
-    """Whether transformers has a class of images and text for a model_type, and none of text alone."""
+    """Whether transformers has a class of images and text for a model_type, and none of text
+    alone."""
     from transformers.models.auto import modeling_auto
 
     texts, both = (
-        getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES") for task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")
+        getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES")
+        for task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")
     )
     return family in both and family not in texts
 
@@ -124,15 +130,19 @@ def code_free(stock: Any, path: Any, *args: Any, **options: Any) -> Any:
 
 
 def model_from_config(config: Any, **options: Any) -> Any:
-    """`from_config` of the Auto class that `stock_from_pretrained` takes: a model of random weights."""
+    """`from_config` of the Auto class that `stock_from_pretrained` takes: a model of random
+    weights."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    kind: Any = AutoModelForImageTextToText if only_with_images(config.model_type) else AutoModelForCausalLM
+    kind: Any = (
+        AutoModelForImageTextToText if only_with_images(config.model_type) else AutoModelForCausalLM
+    )
     return kind.from_config(config, **{**options, **CODE_FREE})
 
 
 def refuse_code(path: str | Path, file: str, error: Exception) -> None:
-    """Raises the sentence if transformers' `error` says that code of the model's own would be needed."""
+    """Raises the sentence if transformers' `error` says that code of the model's own would be
+    needed."""
     if "trust_remote_code" not in str(error):
         return
     raise KvfoldError(
@@ -170,8 +180,8 @@ def read_fields(path: str | Path) -> dict[str, Any] | None:
 
 
 def check_fields(path: str | Path) -> None:
-    """Refuses a config.json that names a kernel of the Hub, which transformers would fetch and run, or whose numbers
-    would have it hang or fill the memory before it looks at them.
+    """Refuses a config.json that names a kernel of the Hub, which transformers would fetch and run,
+    or whose numbers would have it hang or fill the memory before it looks at them.
 
     Raises:
         KvfoldError: it does, or it can't be read.
@@ -196,6 +206,7 @@ def check_fields(path: str | Path) -> None:
 
 
 def reason_of(error: BaseException) -> str:
-    """The last line of an error's message: in those of many lines the one that says what is wrong."""
+    """The last line of an error's message: in those of many lines the one that says what is
+    wrong."""
     lines = str(error).strip().splitlines()
     return lines[-1].strip().rstrip(".") if lines else type(error).__name__

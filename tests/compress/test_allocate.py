@@ -26,7 +26,9 @@ def test_allocation_is_the_best_within_the_budget(found, share):
     chosen = allocate(found, budget)
     assert sum(g[c].nbytes for g, c in zip(found, chosen, strict=True)) <= budget
     loss = sum(g[c].loss for g, c in zip(found, chosen, strict=True))
-    fitting = [combo for combo in itertools.product(*found) if sum(c.nbytes for c in combo) <= budget]
+    fitting = [
+        combo for combo in itertools.product(*found) if sum(c.nbytes for c in combo) <= budget
+    ]
     best = min(sum(c.loss for c in combo) for combo in fitting)
     assert loss <= best + 1e-4 * max(max(c.loss for c in g) for g in found) + 1e-12
 
@@ -39,7 +41,10 @@ def test_bytes_go_where_they_help_most():
 
 def test_a_real_size_solves_within_the_budget():
     rng = random.Random(0)
-    found = [[Choice(1000 * (i + 1) + rng.randrange(7), rng.random() * 4.0**-i) for i in range(14)] for _ in range(160)]
+    found = [
+        [Choice(1000 * (i + 1) + rng.randrange(7), rng.random() * 4.0**-i) for i in range(14)]
+        for _ in range(160)
+    ]
     budget = 160 * 4000
     chosen = allocate(found, budget)
     total = sum(g[c].nbytes for g, c in zip(found, chosen, strict=True))
@@ -52,7 +57,11 @@ kinds = st.lists(st.integers(0, 4), min_size=1, max_size=5, unique=True)
 @st.composite
 def shared_groups(draw):
     """Candidates of some of five kinds, a kind's bytes alike in all groups or not."""
-    common = draw(st.lists(st.integers(1, 5000), min_size=5, max_size=5)) if draw(st.booleans()) else None
+    common = (
+        draw(st.lists(st.integers(1, 5000), min_size=5, max_size=5))
+        if draw(st.booleans())
+        else None
+    )
     found, names = [], draw(st.lists(kinds, min_size=1, max_size=5))
     for row in names:
         nbytes = [common[k] if common else draw(st.integers(1, 5000)) for k in row]
@@ -84,8 +93,8 @@ def test_few_kinds_are_the_best_few_within_the_budget(given_groups, share, limit
 
 
 def real_size(layers, seed=0):
-    """Pairs of 17 key and 14 value formats, as a search finds them: distortion falls fourfold a bit, layers differ in
-    weight."""
+    """Pairs of 17 key and 14 value formats, as a search finds them: distortion falls fourfold a
+    bit, layers differ in weight."""
     rng = random.Random(seed)
     keys, values = [0.9 + i / 4 for i in range(17)], [0.6 + i / 3 for i in range(14)]
     found = []
@@ -134,7 +143,22 @@ def test_budgets_in_bits_and_in_bytes_agree():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "abc", "0", "-2", "nan", "inf", "16.01", "1GiB", "1GiB@", "1GiB@x", "1XB@64", "1GiB@9999", "1GiB@64"]
+    "text",
+    [
+        "",
+        "abc",
+        "0",
+        "-2",
+        "nan",
+        "inf",
+        "16.01",
+        "1GiB",
+        "1GiB@",
+        "1GiB@x",
+        "1XB@64",
+        "1GiB@9999",
+        "1GiB@64",
+    ],
 )
 def test_what_is_not_a_budget_is_refused_by_its_text(text):
     with pytest.raises(KvfoldError) as error:

@@ -54,7 +54,9 @@ def test_truncated_weights(refused, checkpoint, size):
 
 @pytest.mark.parametrize("header", [b"[]", b"{}", b'{"a": {}}', b'{"a": 1}', b"nonsense"])
 def test_weights_with_a_senseless_header(refused, checkpoint, header):
-    (checkpoint / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    (checkpoint / "model.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + bytes(8)
+    )
     refused("model.safetensors", "not a readable safetensors file", model=checkpoint)
 
 
@@ -63,7 +65,10 @@ def test_weights_with_a_senseless_header(refused, checkpoint, header):
 )
 def test_senseless_index(refused, checkpoint, content):
     (checkpoint / "model.safetensors.index.json").write_text(content)
-    refused("part-1.safetensors" if "part" in content else "model.safetensors.index.json", model=checkpoint)
+    refused(
+        "part-1.safetensors" if "part" in content else "model.safetensors.index.json",
+        model=checkpoint,
+    )
 
 
 @pytest.mark.parametrize("fault", ["not the shape", "lacks"])
@@ -98,7 +103,9 @@ def test_head_dim_that_cannot_be_packed(refused, checkpoint):
     refused("head_dim 12", "multiple of 8", model=edit_config(checkpoint, head_dim=12))
 
 
-@pytest.mark.parametrize("fields", [{"hidden_size": "wide"}, {"num_attention_heads": 5}, {"dtype": "nonsense"}])
+@pytest.mark.parametrize(
+    "fields", [{"hidden_size": "wide"}, {"num_attention_heads": 5}, {"dtype": "nonsense"}]
+)
 def test_config_that_makes_no_sense(refused, checkpoint, fields):
     refused(checkpoint, *map(str, fields.values()), model=edit_config(checkpoint, **fields))
 
@@ -131,7 +138,9 @@ def test_context(refused, context):
 
 
 @pytest.mark.parametrize("key", ["{}", "{transform: none}", "{transform: reorder, group_size: 8}"])
-def test_smallest_budget_named_is_the_smallest_that_works(refused, kvfold, tmp_path, tiny_folder, text_file, key):
+def test_smallest_budget_named_is_the_smallest_that_works(
+    refused, kvfold, tmp_path, tiny_folder, text_file, key
+):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "{window: 24, page_tokens: 8, sinks: 3, calibration: {num_sequences: 1, seq_len: 256}, "
@@ -143,7 +152,13 @@ def test_smallest_budget_named_is_the_smallest_that_works(refused, kvfold, tmp_p
     refused("out of reach", budget=f"{float(bits) - 0.002:.3f}", context=512, recipe=recipe)
     for i, budget in enumerate((f"{bits}", f"{nbytes}B@512")):
         out = tmp_path / f"least-{i}"
-        options = ["--context=512", f"--out={out}", f"--calib={text_file}", f"--recipe={recipe}", "--accept-loss"]
+        options = [
+            "--context=512",
+            f"--out={out}",
+            f"--calib={text_file}",
+            f"--recipe={recipe}",
+            "--accept-loss",
+        ]
         assert kvfold("compress", tiny_folder, f"--budget={budget}", *options)[0] == 0
         assert read_artifact(out).metadata.account.bytes == int(nbytes)
 
@@ -153,14 +168,21 @@ def test_smallest_budget_named_is_the_smallest_that_works(refused, kvfold, tmp_p
 
 @pytest.mark.parametrize(
     ("content", "word"),
-    [(b"", "empty"), (b" \n\t\n", "empty"), (b"x" * 255, "255 tokens"), (b"\xff\xfe\x00" * 999, "UTF-8")],
+    [
+        (b"", "empty"),
+        (b" \n\t\n", "empty"),
+        (b"x" * 255, "255 tokens"),
+        (b"\xff\xfe\x00" * 999, "UTF-8"),
+    ],
 )
 def test_text(refused, tmp_path, content, word):
     (tmp_path / "some.txt").write_bytes(content)
     refused("some.txt", word, calib=tmp_path / "some.txt")
 
 
-@pytest.mark.parametrize("calib", ["missing.txt", "/no/such/file", "nobody/no-such-dataset:main:train"])
+@pytest.mark.parametrize(
+    "calib", ["missing.txt", "/no/such/file", "nobody/no-such-dataset:main:train"]
+)
 def test_text_that_is_not_there(refused, calib):
     refused(f"'{calib}'", calib=calib)
 
@@ -235,7 +257,9 @@ def test_no_disk_space(refused, monkeypatch):
     refused("1000 B", "disk space")
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), SafetensorError("I/O error: full (os error 28)")])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "full"), SafetensorError("I/O error: full (os error 28)")]
+)
 def test_disk_that_fills_up(refused, monkeypatch, error):
     def fail(*args, **kwargs):
         raise error
@@ -263,7 +287,10 @@ def test_usage(kvfold, args, word):
 @pytest.mark.parametrize("args", [["compress", "smollm9-1b"], ["compress", "--frobnicate"]])
 def test_as_a_process(tmp_path, args):
     done = subprocess.run(
-        [sys.executable, "-m", "kvfold.compress.cli", *args], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-m", "kvfold.compress.cli", *args],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     check_refusal(done.returncode, done.stdout, done.stderr, args[1])
     assert not list(tmp_path.iterdir())
@@ -286,7 +313,9 @@ def test_disk_that_fills_up_while_calibrating(refused, monkeypatch):
 
 
 def test_parents_that_were_made_go_too(refused, monkeypatch, tmp_path):
-    monkeypatch.setattr(writer, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    monkeypatch.setattr(
+        writer, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
+    )
     refused("filled up", out=tmp_path / "new" / "er" / "out")
 
 
@@ -299,7 +328,9 @@ def test_device_without_memory(refused):
 
 
 def test_a_message_is_one_line_whatever_it_quotes():
-    quoted = ValueError("Class validation error for 'architecture':\n    ValueError: 64 is not\r\n a multiple of 3.")
+    quoted = ValueError(
+        "Class validation error for 'architecture':\n    ValueError: 64 is not\r\n a multiple of 3."
+    )
     error = KVBudgetExceeded(f"'two  spaces' cannot be read ({quoted}); give another file.")
     assert str(error) == (
         "'two  spaces' cannot be read (Class validation error for 'architecture': ValueError: 64 is not "

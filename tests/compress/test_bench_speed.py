@@ -63,10 +63,12 @@ def best_of(streams: list[dict]) -> float:
 
 def gate(case: GateCase = GATE, tokens: int = 75, seed: int = 0) -> dict[str, bool]:
     """Whether each check of a case passed."""
-    return {name: error <= most for name, error, most in run_gate(case, *REGIONS, tokens, CPU, seed)}
+    return {
+        name: error <= most for name, error, most in run_gate(case, *REGIONS, tokens, CPU, seed)
+    }
 
 
-# -- cases and the gate ------------------------------------------------------------------------------------------------
+# -- cases and the gate ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sinks, window, page_tokens", [(3, 16, 16), (0, 5, 16), (5, 0, 32)])
@@ -91,12 +93,17 @@ def test_a_case_is_poisoned_where_nothing_may_be_read():
     for c in range(2):
         for b, count in enumerate(counts):
             for i in range(count):
-                assert torch.equal(own[int(case.tables[c, b, i])], case.pages[case.content[c, b, i]])
+                assert torch.equal(
+                    own[int(case.tables[c, b, i])], case.pages[case.content[c, b, i]]
+                )
             assert bool((own[int(case.tables[c, b, count])] == bench_cases.POISON).all())
             held = case.held(b)
             raw = case.raw_keys[c, b].isnan().all(-1)
             assert not raw[:, held].any() and int((~raw).sum()) == 2 * len(held)
-    assert case.packed_nbytes == 3 * sum(map(g.page_nbytes, case.formats)) and case.pages.shape[1] % UNIT == 0
+    assert (
+        case.packed_nbytes == 3 * sum(map(g.page_nbytes, case.formats))
+        and case.pages.shape[1] % UNIT == 0
+    )
 
 
 def test_pages_to_lower_from_have_the_same_channels_and_more_bits():
@@ -124,7 +131,12 @@ def test_the_gate_passes(seed):
 
 def test_the_gate_passes_on_what_is_written():
     passed = gate(GateCase("best", pair("best", 64), (2, 1), writes=True), tokens=40)
-    assert set(passed) == {"best, float16", "best, bfloat16", "best, append", "best, lower"} and all(passed.values())
+    assert set(passed) == {
+        "best, float16",
+        "best, bfloat16",
+        "best, append",
+        "best, lower",
+    } and all(passed.values())
 
 
 def test_the_gate_covers_every_measured_format_and_other_heads():
@@ -132,7 +144,10 @@ def test_the_gate_covers_every_measured_format_and_other_heads():
     assert {c.formats for c in cases} >= {pair(name, 128) for name in bench_cases.PAIRS}
     assert {c.formats[0].head_dim for c in cases} == {64, 80, 96, 128, 256}
     assert len({c.name for c in cases}) == len(cases)
-    assert all(a[0] % a[1] == 0 for a in (c.heads for c in cases)) and len({c.heads for c in cases}) > 3
+    assert (
+        all(a[0] % a[1] == 0 for a in (c.heads for c in cases))
+        and len({c.heads for c in cases}) > 3
+    )
 
 
 @pytest.mark.parametrize("fault", ["scale", "one head", "nothing written", "one token"])
@@ -162,7 +177,7 @@ def test_the_gate_fails_where_nothing_was_written(monkeypatch, name):
     assert [check for check, good in passed.items() if not good] == [f"tiny, {name.split('_')[0]}"]
 
 
-# -- kvfold bench kernel -----------------------------------------------------------------------------------------------
+# -- kvfold bench kernel ---------------------------------------------------------------------------
 
 
 def test_kernel_command(kvfold, small_gate, monkeypatch, tmp_path):
@@ -171,34 +186,74 @@ def test_kernel_command(kvfold, small_gate, monkeypatch, tmp_path):
     file = tmp_path / "k.json"
     shapes = "2/1x1x60,1/1x2x60"
     code, out, err = kvfold(
-        "kernel", "--head-dim", 64, "--formats", "k2v2", "--shapes", shapes, "--gate-tokens", 75, *SMALL, "--json", file
+        "kernel",
+        "--head-dim",
+        64,
+        "--formats",
+        "k2v2",
+        "--shapes",
+        shapes,
+        "--gate-tokens",
+        75,
+        *SMALL,
+        "--json",
+        file,
     )
     assert code == 0, err
     found = json.loads(file.read_text())
     assert found.keys() == {"seed", "gate", "seconds", "rows", "machine", "streams"}
-    assert len(found["gate"]) == 2 and all(c["passed"] and 0 < c["error"] < c["at_most"] for c in found["gate"])
+    assert len(found["gate"]) == 2 and all(
+        c["passed"] and 0 < c["error"] < c["at_most"] for c in found["gate"]
+    )
     small, large = found["rows"]
     assert small["shape"] == "2/1x1x60" and large["shape"] == "1/1x2x60"
     for row in found["rows"]:
         assert row["bytes_per_s"] == pytest.approx(row["packed_bytes"] / row["ms"] * 1e3)
-        assert row["share_of_best_stream"] == pytest.approx(row["bytes_per_s"] / best_of(found["streams"]))
+        assert row["share_of_best_stream"] == pytest.approx(
+            row["bytes_per_s"] / best_of(found["streams"])
+        )
         assert row["ratio_sdpa"] == pytest.approx(row["sdpa_ms"] / row["ms"])
     pages = Geometry(1, 64, *REGIONS).num_pages(60)
-    assert small["packed_bytes"] * 2 == large["packed_bytes"] == 2 * pages * 2 * uniform(64, 4).nbytes(16)
+    assert (
+        small["packed_bytes"] * 2
+        == large["packed_bytes"]
+        == 2 * pages * 2 * uniform(64, 4).nbytes(16)
+    )
     assert small["own16_ms"] is None and small["append_ms"] is None and small["ratio_flex"] is None
     assert large["ratio_own16"] == pytest.approx(large["own16_ms"] / large["ms"])
-    assert large["append_share"] == pytest.approx(large["append_ms"] / large["ms"]) and large["lower_ms"] > 0
+    assert (
+        large["append_share"] == pytest.approx(large["append_ms"] / large["ms"])
+        and large["lower_ms"] > 0
+    )
     assert large["ratio_flex"] == "not compiled on a CPU"
     lines = [line for line in out.splitlines() if "SDPA" in line]
-    assert len(lines) == 2 and all(f"torch {torch.__version__}"[:10] in line and "triton" in line for line in lines)
-    assert "CPU, no measure of speed" in lines[0] and "own 16-bit" in lines[1] and "append" in lines[1]
+    assert len(lines) == 2 and all(
+        f"torch {torch.__version__}"[:10] in line and "triton" in line for line in lines
+    )
+    assert (
+        "CPU, no measure of speed" in lines[0] and "own 16-bit" in lines[1] and "append" in lines[1]
+    )
 
 
-def test_kernel_command_prints_no_speed_if_the_gate_fails(kvfold, small_gate, monkeypatch, tmp_path):
+def test_kernel_command_prints_no_speed_if_the_gate_fails(
+    kvfold, small_gate, monkeypatch, tmp_path
+):
     monkeypatch.setattr(bench_cases, "attention", lambda *args, **kwargs: None)
     monkeypatch.setattr(bench_kernel, "rows", None)  # not even measured
     file = tmp_path / "k.json"
-    args = ("--head-dim", 64, "--formats", "k2v2", "--shapes", "2/1x1x60", "--gate-tokens", 75, *SMALL, "--seed", 7)
+    args = (
+        "--head-dim",
+        64,
+        "--formats",
+        "k2v2",
+        "--shapes",
+        "2/1x1x60",
+        "--gate-tokens",
+        75,
+        *SMALL,
+        "--seed",
+        7,
+    )
     code, out, err = kvfold("kernel", *args, "--json", file)
     assert code == 1 and out == ""
     assert "2 of 2 checks failed (seed 7)" in err
@@ -210,7 +265,9 @@ def test_kernel_command_prints_no_speed_if_the_gate_fails(kvfold, small_gate, mo
 def test_other_processes_compile_and_check(small_gate):
     settings = bench_kernel.Settings(CPU, 64, *REGIONS, gate_tokens=40, jobs=1)
     shapes = [Shape(2, 1, 1, 60)]
-    assert [(s, w) for *_, s, w in bench_kernel.variants(settings, ["k2v2", "k2v2"], shapes)] == [(2, False)]
+    assert [(s, w) for *_, s, w in bench_kernel.variants(settings, ["k2v2", "k2v2"], shapes)] == [
+        (2, False)
+    ]
     checks = bench_kernel.prepare(settings, ["k2v2"], shapes)
     assert [name for name, *_ in checks] == ["tiny, float16", "tiny, bfloat16"]
     assert all(error <= most for _, error, most in checks)
@@ -240,7 +297,9 @@ def test_a_stream_reads_every_word_once(setting):
         assert np.bitwise_xor.reduce(out.numpy()) == np.bitwise_xor.reduce(x.numpy())
 
 
-@pytest.mark.parametrize("text", ["32x1x4096", "32/8x1", "32/0x1x9", "32/5x1x9", "32/8x0x9", "a/bx1x2"])
+@pytest.mark.parametrize(
+    "text", ["32x1x4096", "32/8x1", "32/0x1x9", "32/5x1x9", "32/8x0x9", "a/bx1x2"]
+)
 def test_shapes_that_are_none(text):
     with pytest.raises(KvfoldError, match=text):
         Shape.parse(text)
@@ -267,7 +326,7 @@ def test_wrong_options(kvfold, args, words):
     assert code == 2 and out == "" and words in err and len(err.splitlines()) == 1
 
 
-# -- whole models ------------------------------------------------------------------------------------------------------
+# -- whole models ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["k2v2", "best", "k2v1.6", "16"])
@@ -283,18 +342,25 @@ def test_a_filled_cache_is_what_its_lengths_say(name):
     assert cache.get_seq_length() == tokens and cache.formats == formats
     for layer in cache.layers:
         pages = g.num_pages(tokens)
-        assert layer.table.state.tolist() == [[tokens, pages]] * 2 and layer.lengths() == [tokens] * 2
+        assert (
+            layer.table.state.tolist() == [[tokens, pages]] * 2 and layer.lengths() == [tokens] * 2
+        )
         assert [len(ids) for ids in layer.table.pages()] == [pages] * 2
         for b in range(2):
-            assert layer.table.block_table[b, :pages].tolist() == layer.table.pool.addresses(layer.table.pages()[b])
+            assert layer.table.block_table[b, :pages].tolist() == layer.table.pool.addresses(
+                layer.table.pages()[b]
+            )
             for x in layer.held.read_pages(layer.table.pages()[b]):
-                assert bool(x.isfinite().all()) and 0.2 < float(x.std()) < 2  # of unit normal keys and values
+                assert (
+                    bool(x.isfinite().all()) and 0.2 < float(x.std()) < 2
+                )  # of unit normal keys and values
         assert layer.window.keys.isfinite().all() and layer.window.values.isfinite().all()
 
 
 @torch.no_grad()
 def test_a_filled_cache_goes_on_like_one_that_was_read_in():
-    """After enough steps to move pages out of the window: lengths, pages and bytes of a cache that grew by steps."""
+    """After enough steps to move pages out of the window: lengths, pages and bytes of a cache that
+    grew by steps."""
     model = bench_model.build_model("tiny", CPU)
     g = Geometry(1, 64, *REGIONS)
     formats = bench_model.layer_formats("best", 64, 2)
@@ -305,7 +371,9 @@ def test_a_filled_cache_goes_on_like_one_that_was_read_in():
     for _ in range(20):
         logits = model(input_ids=torch.ones(2, 1, dtype=torch.long), past_key_values=cache).logits
     assert logits.shape == (2, 1, 128) and bool(logits.isfinite().all())
-    assert cache.layers[0].table.state.tolist() == [[70, g.num_pages(70)]] * 2 and g.num_pages(70) > g.num_pages(50)
+    assert cache.layers[0].table.state.tolist() == [[70, g.num_pages(70)]] * 2 and g.num_pages(
+        70
+    ) > g.num_pages(50)
     assert cache.nbytes == batch_nbytes(g, formats, [70] * 2)
 
 
@@ -348,7 +416,9 @@ def test_prompt_command(kvfold, monkeypatch, tmp_path):
     assert code == 0, err
     found = json.loads(file.read_text())
     base, *rows = found["rows"]
-    assert [base["cache"], *(row["cache"] for row in rows)] == ["dynamic", "k2v2", "best"] and base["ratio"] is None
+    assert [base["cache"], *(row["cache"] for row in rows)] == ["dynamic", "k2v2", "best"] and base[
+        "ratio"
+    ] is None
     for row in rows:
         assert row["tokens_per_s"] == pytest.approx(60 / row["ms"] * 1e3)
         assert row["ratio"] == pytest.approx(base["ms"] / row["ms"]) and row["peak_bytes"] is None
@@ -363,7 +433,9 @@ def test_prompt_command_prints_no_speed_if_the_gate_fails(kvfold, monkeypatch, f
         if fault == "all":
             return args[3]  # nothing written
         if together := kwargs["prompt"].together:  # a page is read twice
-            kwargs["prompt"] = replace(kwargs["prompt"], together=[*together, together[0]._replace(end=1)])
+            kwargs["prompt"] = replace(
+                kwargs["prompt"], together=[*together, together[0]._replace(end=1)]
+            )
         return real(*args, **kwargs)
 
     monkeypatch.setattr(bench_prompt, "attention", broken)
@@ -384,7 +456,9 @@ def test_decode_command(kvfold, tmp_path):
     g = Geometry(1, 64, *REGIONS)
     for row, name in zip(found["rows"], ("k2v2", "best"), strict=True):
         assert row["format"] == name and row["batch"] == 2 and row["tokens"] == 60
-        assert row["cache_bytes"] == batch_nbytes(g, bench_model.layer_formats(name, 64, 2), [60, 60])
+        assert row["cache_bytes"] == batch_nbytes(
+            g, bench_model.layer_formats(name, 64, 2), [60, 60]
+        )
         steps = 3 + bench_decode.REPEATS * 2  # a page of each sequence comes due in them
         held = batch_nbytes(g, bench_model.layer_formats(name, 64, 2), [60 + steps] * 2)
         assert row["resident_bytes"] == held > row["cache_bytes"]
@@ -404,9 +478,9 @@ def test_a_baseline_that_fails_says_why(monkeypatch, error):
     monkeypatch.setitem(bench_decode.BASELINES, "eager", fail)
     rows = bench_decode.decode_rows("tiny", 1, 40, ["k2v2"], ["eager"], REGIONS, CPU, 1e9)
     assert rows[0]["ratio"] is None
-    assert ("out of memory" if isinstance(error, torch.OutOfMemoryError) else "no kernel") in rows[0]["baselines_ms"][
-        "eager"
-    ]
+    assert ("out of memory" if isinstance(error, torch.OutOfMemoryError) else "no kernel") in rows[
+        0
+    ]["baselines_ms"]["eager"]
 
 
 def test_eager_baseline_ends_at_the_length_it_says(monkeypatch):
@@ -454,7 +528,9 @@ def test_memory_command(kvfold, tmp_path):
     eager, own, packed = found["rows"]
     assert [row["cache"] for row in found["rows"]] == ["eager", "16", "k2v2"]
     for row in (own, packed):
-        one = batch_nbytes(g, bench_model.layer_formats(row["cache"], 64, 2), [tokens + bench_decode.ROOM])
+        one = batch_nbytes(
+            g, bench_model.layer_formats(row["cache"], 64, 2), [tokens + bench_decode.ROOM]
+        )
         assert row["batch"] == limit // one
     for row in found["rows"]:
         assert row["tokens_per_s"] == pytest.approx(row["batch"] / row["ms"] * 1e3)
@@ -462,6 +538,11 @@ def test_memory_command(kvfold, tmp_path):
     best = max(eager["tokens_per_s"], own["tokens_per_s"])
     assert packed["ratio"] == pytest.approx(packed["tokens_per_s"] / best)
     long = found["long"]
-    assert long["tokens"] == 333 and long["format"] == "k2v1.6" and long["peak_bytes"] is None and long["ms"] > 0
+    assert (
+        long["tokens"] == 333
+        and long["format"] == "k2v1.6"
+        and long["peak_bytes"] is None
+        and long["ms"] > 0
+    )
     assert long["cache_bytes"] == batch_nbytes(g, bench_model.layer_formats("k2v1.6", 64, 2), [333])
     assert len(out.splitlines()) == 4

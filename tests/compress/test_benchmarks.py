@@ -1,5 +1,5 @@
-"""The ablation and the domains command on a tiny model: every row is a real artifact, and a run goes on where it
-stopped."""
+"""The ablation and the domains command on a tiny model: every row is a real artifact, and a run
+goes on where it stopped."""
 
 import json
 import os
@@ -21,18 +21,33 @@ def call(main, *argv):
     main()
 
 
-def test_ablation_rows_are_at_one_payload_and_are_not_run_twice(benchmarks, monkeypatch, tmp_path, tiny_folder, capsys):
+def test_ablation_rows_are_at_one_payload_and_are_not_run_twice(
+    benchmarks, monkeypatch, tmp_path, tiny_folder, capsys
+):
     import ablation
 
     monkeypatch.setattr(sys, "argv", sys.argv)
-    arguments = [tiny_folder, "--bits", 5, "--text", ROOT / "compress/data/heldout.txt", "--windows", 2]
+    arguments = [
+        tiny_folder,
+        "--bits",
+        5,
+        "--text",
+        ROOT / "compress/data/heldout.txt",
+        "--windows",
+        2,
+    ]
     arguments += ["--seq-len", 300, "--out", tmp_path, "--device", "cpu"]
     call(ablation.main, *arguments, "--rows", "no offset")
     call(ablation.main, *arguments, "--rows", "best,no offset,64 sinks")
     shown = capsys.readouterr().out
     made = json.loads((tmp_path / "ablation-tiny-llama.json").read_text())["rows"]
-    assert next(iter(made)) == "K: no offset" and len(made) == 5 and shown.count("tiny-llama\n") == 5
-    assert all(4.5 < row["payload_bits"] <= 5 and len(row["kl"]) == 2 and min(row["kl"]) > 0 for row in made.values())
+    assert (
+        next(iter(made)) == "K: no offset" and len(made) == 5 and shown.count("tiny-llama\n") == 5
+    )
+    assert all(
+        4.5 < row["payload_bits"] <= 5 and len(row["kl"]) == 2 and min(row["kl"]) > 0
+        for row in made.values()
+    )
     assert made["64 sinks"]["kl"] < made["best"]["kl"]
     assert made["best"]["kl"] != made["best, seed 1"]["kl"]
     assert (tmp_path / "ablation-tiny-llama.md").read_text() in shown
@@ -43,18 +58,35 @@ def test_ablation_rows_are_at_one_payload_and_are_not_run_twice(benchmarks, monk
 def test_every_row_of_the_ablation_is_a_valid_recipe(benchmarks, tiny_folder):
     import ablation
 
-    recipes = {name: ablation.recipe_for(change, str(tiny_folder), 4.5) for name, change in ablation.ROWS.items()}
+    recipes = {
+        name: ablation.recipe_for(change, str(tiny_folder), 4.5)
+        for name, change in ablation.ROWS.items()
+    }
     best = recipes.pop("best")
     assert all(recipe != best for recipe in recipes.values())
     fixed = recipes["one format for all layers"]
     assert len(fixed.key.bits) == len(fixed.value.levels) == 1 and not fixed.key.levels
 
 
-def test_domains_compare_each_calibration_with_the_tests_own(benchmarks, monkeypatch, tmp_path, tiny_folder, capsys):
+def test_domains_compare_each_calibration_with_the_tests_own(
+    benchmarks, monkeypatch, tmp_path, tiny_folder, capsys
+):
     import domains
 
     monkeypatch.setattr(sys, "argv", sys.argv)
-    arguments = [tiny_folder, "--bits", 5, "--windows", 2, "--seq-len", 300, "--out", tmp_path, "--device", "cpu"]
+    arguments = [
+        tiny_folder,
+        "--bits",
+        5,
+        "--windows",
+        2,
+        "--seq-len",
+        300,
+        "--out",
+        tmp_path,
+        "--device",
+        "cpu",
+    ]
     call(domains.main, *arguments)
     shown = capsys.readouterr().out
     made = json.loads((tmp_path / "domains-tiny-llama.json").read_text())["rows"]
@@ -77,7 +109,9 @@ def test_tasks_run_side_by_side_and_each_gets_its_own_result(benchmarks, jobs, t
     assert dict(runs.side_by_side(divmod, tasks, jobs)) == {"a": (3, 1), "b": (2, 1), "c": (2, 2)}
     with pytest.raises(ZeroDivisionError):
         list(runs.side_by_side(divmod, {"a": (1, 0)}, jobs))
-    assert runs.folder_of(tmp_path, 1) == tmp_path and runs.folder_of(tmp_path, 2).parent == tmp_path
+    assert (
+        runs.folder_of(tmp_path, 1) == tmp_path and runs.folder_of(tmp_path, 2).parent == tmp_path
+    )
 
 
 @pytest.mark.parametrize(("given", "wanted"), [("", ["0", "1", "0"]), ("5,7", ["5", "7", "5"])])

@@ -1,4 +1,5 @@
-"""Texts and recipes of any size: memory and time are bounded, and what is beyond is refused or left out."""
+"""Texts and recipes of any size: memory and time are bounded, and what is beyond is refused or left
+out."""
 
 import itertools
 
@@ -62,7 +63,9 @@ def test_a_recipes_numbers_have_bounds(tmp_path, field, number):
         load_recipe(tmp_path / "recipe.yaml")
 
 
-@pytest.mark.parametrize("field", ["calibration: {texts: [N]}", "key: {bits: [N]}", "value: {levels: [N]}"])
+@pytest.mark.parametrize(
+    "field", ["calibration: {texts: [N]}", "key: {bits: [N]}", "value: {levels: [N]}"]
+)
 def test_a_recipes_lists_have_bounds(tmp_path, field):
     item = {"t": "prose", "b": "1.5", "l": "4"}[field[field.index("{") + 1]]
     (tmp_path / "recipe.yaml").write_text(field.replace("N", ", ".join([item] * 1000)))

@@ -1,4 +1,5 @@
-"""Models whose files make no sense together are refused before the search, in a sentence; what can be used is."""
+"""Models whose files make no sense together are refused before the search, in a sentence; what can
+be used is."""
 
 import json
 import shutil
@@ -33,7 +34,9 @@ NAN, INF = float("nan"), float("inf")
     ],
 )
 def test_a_weight_that_is_no_number(refused, checkpoint, monkeypatch, name, value):
-    monkeypatch.setattr("kvfold.compress.search.calibrate", None)  # refused before anything is computed
+    monkeypatch.setattr(
+        "kvfold.compress.search.calibrate", None
+    )  # refused before anything is computed
     tensors = load_file(checkpoint / "model.safetensors")
     tensors[name].view(-1)[5] = value
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
@@ -53,7 +56,13 @@ def test_a_row_that_no_text_uses_may_be_anything(tmp_path, checkpoint, text_file
     tensors = load_file(checkpoint / "model.safetensors")
     tensors["model.embed_tokens.weight"][1] = NAN
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    compress(str(checkpoint), "4.0", tmp_path / "out", calib=str(text_file), recipe=load_recipe(recipe_file))
+    compress(
+        str(checkpoint),
+        "4.0",
+        tmp_path / "out",
+        calib=str(text_file),
+        recipe=load_recipe(recipe_file),
+    )
 
 
 def test_finite_weights_whose_logits_are_not(refused, checkpoint):
@@ -92,12 +101,15 @@ def test_index_that_transformers_cannot_use(refused, checkpoint):
     tensors = load_file(checkpoint / "model.safetensors")
     (checkpoint / "model.safetensors").rename(checkpoint / "part.safetensors")
     index = checkpoint / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "part.safetensors")}))  # no "metadata"
+    index.write_text(
+        json.dumps({"weight_map": dict.fromkeys(tensors, "part.safetensors")})
+    )  # no "metadata"
     refused(checkpoint, "make no model", model=checkpoint)
 
 
 @pytest.mark.parametrize(
-    "fields", [{"cache_implementation": "nonsense"}, {"max_new_tokens": -3}, {"num_return_sequences": 3}]
+    "fields",
+    [{"cache_implementation": "nonsense"}, {"max_new_tokens": -3}, {"num_return_sequences": 3}],
 )
 def test_generation_config_that_cannot_be_written_again(refused, checkpoint, fields):
     (checkpoint / "generation_config.json").write_text(json.dumps(fields))
@@ -122,14 +134,30 @@ def test_tokenizer_that_is_none(refused, checkpoint, content):
 
 @pytest.mark.parametrize(
     "template",
-    ["{{ 1 / 0 }}", "{% for i in range(10**9) %}{% endfor %}x", "{{ nothing.of.this }}", "{{ 3 | nonsense }}", "{%"],
+    [
+        "{{ 1 / 0 }}",
+        "{% for i in range(10**9) %}{% endfor %}x",
+        "{{ nothing.of.this }}",
+        "{{ 3 | nonsense }}",
+        "{%",
+    ],
 )
-def test_a_chat_template_that_fails_is_left_out(tmp_path, checkpoint, text_file, recipe_file, template):
+def test_a_chat_template_that_fails_is_left_out(
+    tmp_path, checkpoint, text_file, recipe_file, template
+):
     (checkpoint / "chat_template.jinja").write_text(template)
-    compress(str(checkpoint), "4.0", tmp_path / "out", calib=str(text_file), recipe=load_recipe(recipe_file))
+    compress(
+        str(checkpoint),
+        "4.0",
+        tmp_path / "out",
+        calib=str(text_file),
+        recipe=load_recipe(recipe_file),
+    )
 
 
-def test_several_chat_templates_lie_side_by_side_with_the_rest(tmp_path, checkpoint, text_file, recipe_file):
+def test_several_chat_templates_lie_side_by_side_with_the_rest(
+    tmp_path, checkpoint, text_file, recipe_file
+):
     templates = {
         "default": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
         "tool_use": "{{ tools }}",
@@ -139,13 +167,21 @@ def test_several_chat_templates_lie_side_by_side_with_the_rest(tmp_path, checkpo
     tokenizer.chat_template = templates
     tokenizer.save_pretrained(checkpoint)
     assert (checkpoint / "additional_chat_templates").is_dir()
-    out = compress(str(checkpoint), "4.0", tmp_path / "out", calib=str(text_file), recipe=load_recipe(recipe_file)).path
+    out = compress(
+        str(checkpoint),
+        "4.0",
+        tmp_path / "out",
+        calib=str(text_file),
+        recipe=load_recipe(recipe_file),
+    ).path
     assert all(file.is_file() for file in out.iterdir())
     assert AutoTokenizer.from_pretrained(out).chat_template == templates
     read_artifact(out)
 
 
-def test_a_tokenizer_that_cannot_be_written_is_refused_before_the_search(refused, checkpoint, monkeypatch):
+def test_a_tokenizer_that_cannot_be_written_is_refused_before_the_search(
+    refused, checkpoint, monkeypatch
+):
     def fail(self, *args, **kwargs):
         raise NotImplementedError("no way back")
 
@@ -154,11 +190,21 @@ def test_a_tokenizer_that_cannot_be_written_is_refused_before_the_search(refused
     refused("tokenizer of 'model'", "no way back", model=checkpoint)
 
 
-def test_another_cache_is_left_out_of_the_generation_config(tmp_path, checkpoint, text_file, recipe_file, capsys):
+def test_another_cache_is_left_out_of_the_generation_config(
+    tmp_path, checkpoint, text_file, recipe_file, capsys
+):
     (checkpoint / "generation_config.json").write_text(
-        json.dumps({"cache_implementation": "static", "do_sample": False, "temperature": 0.3, "top_k": 7})
+        json.dumps(
+            {"cache_implementation": "static", "do_sample": False, "temperature": 0.3, "top_k": 7}
+        )
     )
-    out = compress(str(checkpoint), "4.0", tmp_path / "out", calib=str(text_file), recipe=load_recipe(recipe_file)).path
+    out = compress(
+        str(checkpoint),
+        "4.0",
+        tmp_path / "out",
+        calib=str(text_file),
+        recipe=load_recipe(recipe_file),
+    ).path
     written = json.loads((out / "generation_config.json").read_text())
     assert "cache_implementation" not in written and written["top_k"] == 7
     assert "leaving out cache_implementation 'static'" in capsys.readouterr().err
@@ -188,7 +234,9 @@ def test_a_large_text_is_read_in_part(tmp_path, caplog):
         torch.OutOfMemoryError("CUDA out of memory."),
     ],
 )
-def test_too_little_memory_is_no_fault_of_the_files(refused, checkpoint, tiny_artifact, monkeypatch, error):
+def test_too_little_memory_is_no_fault_of_the_files(
+    refused, checkpoint, tiny_artifact, monkeypatch, error
+):
     def fail(*args, **kwargs):
         raise error
 

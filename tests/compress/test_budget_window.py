@@ -32,7 +32,9 @@ def budget(bits: float, at: int) -> Budget:
         (2.0, 2048, 128),
     ],
 )
-def test_the_window_is_a_power_of_two_times_the_shortest_within_an_eighth_of_the_bytes(bits, at, window):
+def test_the_window_is_a_power_of_two_times_the_shortest_within_an_eighth_of_the_bytes(
+    bits, at, window
+):
     assert longest_window(GEOMETRY, budget(bits, at), LEAST) == window
 
 
@@ -45,7 +47,10 @@ def test_the_smallest_formats_always_fit_beside_it(bits, at):
     assert cache_nbytes(replace(GEOMETRY, window=window), LEAST, at) <= allowed.nbytes
     assert window == 128 or window * 4 * 64 * 2 * LAYERS * WINDOW_SHARE <= allowed.nbytes
     tight = Budget("", at, cache_nbytes(GEOMETRY, LEAST, at))
-    assert cache_nbytes(replace(GEOMETRY, window=longest_window(GEOMETRY, tight, LEAST)), LEAST, at) <= tight.nbytes
+    assert (
+        cache_nbytes(replace(GEOMETRY, window=longest_window(GEOMETRY, tight, LEAST)), LEAST, at)
+        <= tight.nbytes
+    )
 
 
 def test_a_sliding_layer_keeps_most_of_what_it_sees_in_pages():
@@ -56,7 +61,10 @@ def test_a_sliding_layer_keeps_most_of_what_it_sees_in_pages():
 
 
 def test_a_plan_says_what_the_window_became_and_a_number_is_kept(tiny_folder):
-    assert Recipe().window == "auto" and load_recipe("skvq").window == load_recipe("pm-kvq").window == 128
+    assert (
+        Recipe().window == "auto"
+        and load_recipe("skvq").window == load_recipe("pm-kvq").window == 128
+    )
     plan = make_plan(str(tiny_folder), "8", None, Recipe(), None)
     assert plan.recipe.window == plan.geometry.window >= 128
     fixed = make_plan(str(tiny_folder), "8", None, Recipe.model_validate({"window": 48}), None)

@@ -1,4 +1,5 @@
-"""Calibration against direct computation, positional interpolation, and going on where a run stopped."""
+"""Calibration against direct computation, positional interpolation, and going on where a run
+stopped."""
 
 from contextlib import ExitStack
 
@@ -19,14 +20,19 @@ from kvfold.exports.architectures import architecture_of
 @pytest.fixture(scope="module", params=FAMILIES)
 def loaded(request, tmp_path_factory):
     folder = save_tiny(tmp_path_factory.mktemp(request.param), request.param)
-    return load_model(folder, torch.float32, torch.device("cpu"), NAME), architecture_of(CONFIGS[request.param]())
+    return load_model(folder, torch.float32, torch.device("cpu"), NAME), architecture_of(
+        CONFIGS[request.param]()
+    )
 
 
-SEQUENCES = [torch.randint(0, 128, (1, n), generator=torch.Generator().manual_seed(n)) for n in (71, 50)]
+SEQUENCES = [
+    torch.randint(0, 128, (1, n), generator=torch.Generator().manual_seed(n)) for n in (71, 50)
+]
 
 
 def captured(model, arch, ids, position_ids=None):
-    """Queries, keys and values that every layer's attention is called with in one ordinary forward pass."""
+    """Queries, keys and values that every layer's attention is called with in one ordinary forward
+    pass."""
     seen = {}
 
     def tap(module, query, key, value, mask, scaling, **extras):
@@ -45,12 +51,18 @@ def test_statistics_equal_those_of_an_ordinary_forward_pass(loaded, tmp_path):
     stats = calibrate(model, arch, SEQUENCES, [1] * len(SEQUENCES), 64, tmp_path)
     runs = [captured(model, arch, ids) for ids in SEQUENCES]
     for layer, found in enumerate(stats):
-        query, key, value = (torch.cat([run[layer][i][:, SKIP_TOKENS:] for run in runs], 1) for i in range(3))
+        query, key, value = (
+            torch.cat([run[layer][i][:, SKIP_TOKENS:] for run in runs], 1) for i in range(3)
+        )
         torch.testing.assert_close(found.key_mean, key.mean(1), rtol=1e-4, atol=1e-4)
         centred = value - value.mean(1, keepdim=True)
-        torch.testing.assert_close(found.value_cov, centred.mT @ centred / value.shape[1], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            found.value_cov, centred.mT @ centred / value.shape[1], rtol=1e-3, atol=1e-4
+        )
         grouped = query.unflatten(0, (2, 2)).flatten(1, 2)
-        torch.testing.assert_close(found.query_moment, grouped.mT @ grouped / grouped.shape[1], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            found.query_moment, grouped.mT @ grouped / grouped.shape[1], rtol=1e-3, atol=1e-4
+        )
         assert found.key_sample.shape == (2, 64, 16)
         wo = arch.attention_modules(model)[layer].o_proj.weight.double()
         heads = [wo[:, h * 16 : (h + 1) * 16] for h in range(2)]
@@ -87,7 +99,11 @@ def test_every_sequence_has_a_step_of_its_own(loaded, tmp_path):
 
 
 def test_steps_rise_from_the_texts_own_positions_to_the_whole_context():
-    assert graded_steps(16, 4) == [1, 3, 6, 16] and graded_steps(1, 4) == [1, 1, 1, 1] and graded_steps(7, 1) == [7]
+    assert (
+        graded_steps(16, 4) == [1, 3, 6, 16]
+        and graded_steps(1, 4) == [1, 1, 1, 1]
+        and graded_steps(7, 1) == [7]
+    )
 
 
 @torch.no_grad()
@@ -108,7 +124,10 @@ def test_calibration_goes_on_where_it_stopped(loaded, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(LayerStats, "save", save_two)
         calibrate(model, arch, SEQUENCES, [3] * len(SEQUENCES), 32, part)
-    assert sorted(p.name for p in part.glob("stats_*s")) == ["stats_000.safetensors", "stats_001.safetensors"]
+    assert sorted(p.name for p in part.glob("stats_*s")) == [
+        "stats_000.safetensors",
+        "stats_001.safetensors",
+    ]
     again = calibrate(model, arch, SEQUENCES, [3] * len(SEQUENCES), 32, part)
     for a, b in zip(expected, again, strict=True):
         assert torch.equal(a.key_cov, b.key_cov) and torch.equal(a.value_sample, b.value_sample)
@@ -121,17 +140,25 @@ def test_the_sample_holds_the_same_tokens_of_all_three_and_the_range_every_token
     runs = [captured(model, arch, ids) for ids in SEQUENCES]
     for layer, found in enumerate(stats):
         assert found.sample_lengths.tolist() == [32, 32]
-        assert float(found.scaling) == pytest.approx(getattr(model.config, "query_pre_attn_scalar", 16) ** -0.5)
+        assert float(found.scaling) == pytest.approx(
+            getattr(model.config, "query_pre_attn_scalar", 16) ** -0.5
+        )
         assert found.query_sample.shape == (4, 64, 16)
         start = 0
         for run, length in zip(runs, found.sample_lengths.tolist(), strict=True):
             whole = [x[:, SKIP_TOKENS:].float() for x in run[layer]]
             drawn = torch.linspace(0, whole[1].shape[1] - 1, length).round().long()
-            for sample, x in zip((found.query_sample, found.key_sample, found.value_sample), whole, strict=True):
-                torch.testing.assert_close(sample[:, start : start + length], x[:, drawn], rtol=1e-4, atol=1e-5)
+            for sample, x in zip(
+                (found.query_sample, found.key_sample, found.value_sample), whole, strict=True
+            ):
+                torch.testing.assert_close(
+                    sample[:, start : start + length], x[:, drawn], rtol=1e-4, atol=1e-5
+                )
             start += length
         keys = torch.cat([run[layer][1][:, SKIP_TOKENS:] for run in runs], 1)
-        torch.testing.assert_close(found.key_range, torch.stack((keys.amin(1), keys.amax(1)), 1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            found.key_range, torch.stack((keys.amin(1), keys.amax(1)), 1), rtol=1e-4, atol=1e-5
+        )
 
 
 @torch.no_grad()
@@ -151,7 +178,10 @@ def test_sequences_are_seeded_and_do_not_overlap(text_file):
     pick = [sample_sequences(char_tokenizer(), documents, 5, 300, seed, name) for seed in (0, 0, 1)]
     assert all(torch.equal(a, b) for a, b in zip(pick[0], pick[1], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(pick[0], pick[2], strict=True))
-    assert all(s.shape == (1, 300) for s in pick[0]) and len({tuple(s[0].tolist()) for s in pick[0]}) == 5
+    assert (
+        all(s.shape == (1, 300) for s in pick[0])
+        and len({tuple(s[0].tolist()) for s in pick[0]}) == 5
+    )
 
 
 def test_the_built_in_text_gives_full_sequences_of_every_kind():

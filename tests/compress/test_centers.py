@@ -1,4 +1,5 @@
-"""Which pairs of a head lose their rotating mean: statistics of any choice, and the choice itself."""
+"""Which pairs of a head lose their rotating mean: statistics of any choice, and the choice
+itself."""
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ def turned(x, places):
 
 
 def stats_of(outliers=0.0, seed=0) -> LayerStats:
-    """Keys with a mean before RoPE. outliers: part of the tokens that lack it in pair 0 of head 1."""
+    """Keys with a mean before RoPE. outliers: part of the tokens that lack it in pair 0 of head
+    1."""
     g = torch.Generator().manual_seed(seed)
     keys = torch.randn(HEADS, TOKENS, DIM, generator=g) * torch.logspace(0.3, -0.7, DIM)
     keys[:, :, [0, DIM // 2, 40, DIM // 2 + 40]] += 200.0
@@ -72,8 +74,8 @@ def stats_keys():
 
 
 def test_a_mean_that_few_tokens_lack_is_left_in_where_they_are():
-    """Head 0 has none of these tokens and loses its whole mean; head 1 keeps that of its fastest pairs, and loses that
-    of pair 40."""
+    """Head 0 has none of these tokens and loses its whole mean; head 1 keeps that of its fastest
+    pairs, and loses that of pair 40."""
     formats = key_formats(DIM)
     plain, mixed = (best_center(stats_of(x), formats, Request(None, 0, 1)) for x in (0.0, 0.04))
     assert bool((plain.center != 0).all())

@@ -1,4 +1,5 @@
-"""What compressing assumes of a family is compared with the model: a row that is wrong is refused, in one sentence."""
+"""What compressing assumes of a family is compared with the model: a row that is wrong is refused,
+in one sentence."""
 
 from dataclasses import replace
 
@@ -39,19 +40,25 @@ def test_models_pass_and_stay_as_they_were(family, dtype):
     found = check_model(model, arch, IDS, family, scaled=True)
     unit = 1e-6 if dtype == torch.float32 else 0.02
     assert max(found.values()) < unit and found["values"] > 0 and found["rounding"] > 0
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True)
+    )
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_norm_before_o_proj_is_seen(bitnet, dtype):
     with pytest.raises(KvfoldError, match=FOLDED):
-        check_model(tiny_model(bitnet, dtype, attention=TAP), ARCHITECTURES[bitnet], IDS, "b", scaled=False)
+        check_model(
+            tiny_model(bitnet, dtype, attention=TAP), ARCHITECTURES[bitnet], IDS, "b", scaled=False
+        )
 
 
 def test_compress_refuses_it_before_the_search_and_leaves_nothing(bitnet, tmp_path, text_file):
     source = save_tiny(tmp_path / "model", bitnet)
-    with pytest.raises(KvfoldError, match="'model' is not what kvfold knows of model family 'bitnet'") as caught:
+    with pytest.raises(
+        KvfoldError, match="'model' is not what kvfold knows of model family 'bitnet'"
+    ) as caught:
         compress(str(source), "9.5", tmp_path / "out", calib=str(text_file))
     assert "\n" not in str(caught.value) and str(caught.value).count(". ") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

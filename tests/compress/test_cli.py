@@ -54,11 +54,18 @@ def check_inspect(info: dict) -> None:
             assert isinstance(layer[side]["transforms"], list)
     elements = 2 * 3 * 2 * 16 * info["at"]
     assert info["effective_bits"] == pytest.approx(8 * info["bytes"] / elements)
-    mean = sum(layer[side]["payload_bits"] for layer in info["layers"] for side in ("key", "value")) / 6
+    mean = (
+        sum(layer[side]["payload_bits"] for layer in info["layers"] for side in ("key", "value"))
+        / 6
+    )
     assert info["payload_bits"] == pytest.approx(mean)
     pairs = {(layer["key"]["format"], layer["value"]["format"]) for layer in info["layers"]}
     sides = [{pair[i] for pair in pairs} for i in (0, 1)]
-    assert info["kernels"] == {"pairs": len(pairs), "key_formats": len(sides[0]), "value_formats": len(sides[1])}
+    assert info["kernels"] == {
+        "pairs": len(pairs),
+        "key_formats": len(sides[0]),
+        "value_formats": len(sides[1]),
+    }
 
 
 @pytest.mark.parametrize("args", [[], ["--help"], ["compress", "--help"]])
@@ -124,12 +131,27 @@ def test_compress_ends_with_the_path(kvfold, tmp_path, tiny_folder, text_file, r
     assert len(out.splitlines()) > 3 + 3  # a table with a row a layer stands above
     assert "kvfold: " in err and "kvfold: " not in out
     account = read_artifact(out_dir).metadata.account
-    assert account.effective_bits <= 5 if budget == "5" else (account.at, account.bytes <= 200 * 1024) == (1024, True)
+    assert (
+        account.effective_bits <= 5
+        if budget == "5"
+        else (account.at, account.bytes <= 200 * 1024) == (1024, True)
+    )
     assert [p.name for p in out_dir.parent.iterdir()] == ["out"]
 
 
 def test_compress_json_is_one_object(kvfold, tmp_path, tiny_folder, text_file, recipe_file):
-    args = ["--budget", "6", "--calib", text_file, "--recipe", recipe_file, "--seed", 7, "--context", 1024]
+    args = [
+        "--budget",
+        "6",
+        "--calib",
+        text_file,
+        "--recipe",
+        recipe_file,
+        "--seed",
+        7,
+        "--context",
+        1024,
+    ]
     out, _ = kvfold("compress", tiny_folder, *args, "--out", tmp_path / "out", "--json")
     info = json.loads(out)
     check_inspect(info)
@@ -143,7 +165,16 @@ def test_default_output_is_named_after_model_and_budget(
     kvfold, tmp_path, monkeypatch, tiny_folder, text_file, recipe_file
 ):
     monkeypatch.chdir(tmp_path)
-    out, _ = kvfold("compress", tiny_folder, "--budget", "200KiB@1024", "--calib", text_file, "--recipe", recipe_file)
+    out, _ = kvfold(
+        "compress",
+        tiny_folder,
+        "--budget",
+        "200KiB@1024",
+        "--calib",
+        text_file,
+        "--recipe",
+        recipe_file,
+    )
     assert out.splitlines()[-1] == "artifacts/tiny-llama-200KiB-at-1024"
     read_artifact(tmp_path / out.splitlines()[-1])
 
@@ -157,7 +188,9 @@ def test_eval_json(kvfold, tmp_path, tiny_artifact, tiny_folder, text_file):
     assert (found["model"], found["artifact"], found["text"]) == ("tiny-llama", "tiny", "text.txt")
     assert (found["windows"], found["seq_len"]) == (2, 256)
     assert found["dnll"] == pytest.approx(found["nll"] - found["nll_16bit"], abs=1e-9)
-    assert found["effective_bits"] == pytest.approx(describe(read_metadata(tiny_artifact), 256)["effective_bits"])
+    assert found["effective_bits"] == pytest.approx(
+        describe(read_metadata(tiny_artifact), 256)["effective_bits"]
+    )
     assert 0 < found["kl"] < 1
     assert 0.3 < found["top1_agreement"] < 1
     assert all(math.isfinite(v) for v in found.values() if isinstance(v, float))
@@ -172,13 +205,17 @@ def test_eval_json(kvfold, tmp_path, tiny_artifact, tiny_folder, text_file):
 
 def test_one_window_has_no_standard_error(kvfold, tmp_path, tiny_artifact, text_file):
     file = tmp_path / "eval.json"
-    out, err = kvfold("eval", tiny_artifact, "--text", text_file, "--windows", 1, "--seq-len", 256, "--json", file)
+    out, err = kvfold(
+        "eval", tiny_artifact, "--text", text_file, "--windows", 1, "--seq-len", 256, "--json", file
+    )
     found = json.loads(file.read_text())
     assert found["dnll_se"] is found["kl_se"] is None
     assert "±" not in out and "UserWarning" not in err
 
 
-def test_eval_refuses_a_file_that_cannot_be_written_before_it_measures(monkeypatch, capsys, tmp_path, tiny_artifact):
+def test_eval_refuses_a_file_that_cannot_be_written_before_it_measures(
+    monkeypatch, capsys, tmp_path, tiny_artifact
+):
     file = tmp_path / "missing" / "eval.json"
     monkeypatch.setattr(sys, "argv", ["kvfold", "eval", str(tiny_artifact), "--json", str(file)])
     with pytest.raises(SystemExit) as stop:
@@ -194,7 +231,9 @@ def test_generate(kvfold, tiny_artifact):
     assert f"{len(prompt) + 24 - 1} tokens in a cache of" in err
     assert kvfold("generate", tiny_artifact, "--prompt", prompt, "--max-new-tokens", 24)[0] == out
     warm = ["--max-new-tokens", 24, "--temperature", 2, "--seed"]
-    sampled = [kvfold("generate", tiny_artifact, "--prompt", prompt, *warm, seed)[0] for seed in (1, 1, 2)]
+    sampled = [
+        kvfold("generate", tiny_artifact, "--prompt", prompt, *warm, seed)[0] for seed in (1, 1, 2)
+    ]
     assert sampled[0] == sampled[1] != sampled[2]
 
 
@@ -202,16 +241,26 @@ def renamed(folder, model: str):
     """An artifact that states another model's name."""
     metadata = read_metadata(folder)
     provenance = metadata.provenance.model_copy(update={"model": model})
-    (folder / "kv_cache.json").write_text(dump_metadata(metadata.model_copy(update={"provenance": provenance})))
+    (folder / "kv_cache.json").write_text(
+        dump_metadata(metadata.model_copy(update={"provenance": provenance}))
+    )
     return folder
 
 
 @pytest.mark.parametrize(
-    "name", ["a [/bold] b", "[v2] [red]x[/red]", "\x1b[31mred\x1b[0m", "two\nlines", "\u202eright to left", "模型 é"]
+    "name",
+    [
+        "a [/bold] b",
+        "[v2] [red]x[/red]",
+        "\x1b[31mred\x1b[0m",
+        "two\nlines",
+        "\u202eright to left",
+        "模型 é",
+    ],
 )
 def test_names_are_printed_as_they_are(kvfold, tmp_path, tiny_artifact, name):
-    """No markup is read out of them, and nothing reaches the terminal that would move its cursor or change its
-    colours."""
+    """No markup is read out of them, and nothing reaches the terminal that would move its cursor or
+    change its colours."""
     folder = renamed(shutil.copytree(tiny_artifact, tmp_path / "artifact"), name)
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
     assert kvfold("inspect", folder)[0].splitlines()[0].startswith(f"{shown}: one sequence of ")
@@ -246,7 +295,9 @@ def test_stdout_that_is_full(monkeypatch, capsys, tiny_artifact, number):
     with pytest.raises(SystemExit) as stop:
         main(["validate", str(tiny_artifact)])
     assert stop.value.code == 1 and calls
-    assert capsys.readouterr().err == "kvfold: what was to be printed could not be written (full).\n"
+    assert (
+        capsys.readouterr().err == "kvfold: what was to be printed could not be written (full).\n"
+    )
 
 
 LATE = """
@@ -271,7 +322,10 @@ sys.exit(exit_code(show, ["inspect"]))
 def test_a_reader_that_has_seen_enough(how):
     """`kvfold … | head -1` has done all the same; what breaks elsewhere is a failure."""
     process = subprocess.Popen(
-        [sys.executable, "-c", LATE, how], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", LATE, how],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     if how != "a connection":
         process.stdout.close()
@@ -283,7 +337,9 @@ def test_a_reader_that_has_seen_enough(how):
         assert (process.returncode, err) == (0, "")
 
 
-def test_figures_are_in_their_file_before_they_are_printed(monkeypatch, capsys, tiny_artifact, text_file, tmp_path):
+def test_figures_are_in_their_file_before_they_are_printed(
+    monkeypatch, capsys, tiny_artifact, text_file, tmp_path
+):
     class Full(io.StringIO):
         def write(self, text):
             raise OSError(errno.ENOSPC, "full")

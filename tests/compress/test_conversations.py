@@ -1,4 +1,5 @@
-"""Conversations that a chat model is probed on: prompts, its own answers, and that the search reads them."""
+"""Conversations that a chat model is probed on: prompts, its own answers, and that the search reads
+them."""
 
 import pytest
 import torch
@@ -20,22 +21,34 @@ from kvfold.compress.search.conversations import (
 
 
 def sequences(*lengths):
-    return [torch.randint(97, 123, (1, n), generator=torch.Generator().manual_seed(n)) for n in lengths]
+    return [
+        torch.randint(97, 123, (1, n), generator=torch.Generator().manual_seed(n)) for n in lengths
+    ]
 
 
 def test_prompts_are_passages_of_all_sequences_with_a_question():
     texts = sequences(500, 400, 100)
     found = [written(ids) for ids in ask(tokenizer(chat=True), texts, 5, seed=3)]
-    turns = [text.removeprefix("<user>").removesuffix("\n<assistant>").split("\n\n") for text in found]
+    turns = [
+        text.removeprefix("<user>").removesuffix("\n<assistant>").split("\n\n") for text in found
+    ]
     assert all(text.startswith("<user>") and text.endswith("\n<assistant>") for text in found)
     for i, parts in enumerate(turns):
         (question,) = set(parts) & set(QUESTIONS)
         (passage,) = set(parts) - {question}
         source = written(texts[i % 3][0].tolist())
-        assert question == QUESTIONS[i] and passage in source and len(passage) == min(PASSAGE_TOKENS, len(source))
+        assert (
+            question == QUESTIONS[i]
+            and passage in source
+            and len(passage) == min(PASSAGE_TOKENS, len(source))
+        )
     assert {parts[0] in QUESTIONS for parts in turns} == {True, False}  # before and after
-    assert ask(tokenizer(chat=True), texts, 5, seed=3) == ask(tokenizer(chat=True), texts, 5, seed=3)
-    assert ask(tokenizer(chat=True), texts, 5, seed=4) != ask(tokenizer(chat=True), texts, 5, seed=3)
+    assert ask(tokenizer(chat=True), texts, 5, seed=3) == ask(
+        tokenizer(chat=True), texts, 5, seed=3
+    )
+    assert ask(tokenizer(chat=True), texts, 5, seed=4) != ask(
+        tokenizer(chat=True), texts, 5, seed=3
+    )
 
 
 def test_without_a_template_that_takes_a_question_there_are_none(capsys):
@@ -76,7 +89,9 @@ def test_a_resumed_run_reads_the_same_conversations(model, tmp_path, monkeypatch
     again = write_conversations(None, None, [], 0, 0, 0, tmp_path)
     assert len(first) == 3
     for (ids, prompt), (other, start) in zip(first, again, strict=True):
-        assert torch.equal(ids, other) and prompt == start and ids.shape == (1, prompt + ANSWER_TOKENS)
+        assert (
+            torch.equal(ids, other) and prompt == start and ids.shape == (1, prompt + ANSWER_TOKENS)
+        )
 
 
 def test_short_answers_and_long_prompts_are_left_out(model, tmp_path, monkeypatch):
@@ -88,7 +103,8 @@ def test_short_answers_and_long_prompts_are_left_out(model, tmp_path, monkeypatc
 
 
 def test_the_search_probes_them(tmp_path, text_file):
-    """The same model and text, with a chat template and without: other losses. And all the same with none asked for."""
+    """The same model and text, with a chat template and without: other losses. And all the same
+    with none asked for."""
     recipe = Recipe.model_validate(
         {
             "window": 24,
@@ -98,11 +114,15 @@ def test_the_search_probes_them(tmp_path, text_file):
             "sensitivity": {"num_sequences": 1, "seq_len": 192, "conversations": 2},
         }
     )
-    none = recipe.model_copy(update={"sensitivity": recipe.sensitivity.model_copy(update={"conversations": 0})})
+    none = recipe.model_copy(
+        update={"sensitivity": recipe.sensitivity.model_copy(update={"conversations": 0})}
+    )
     source = save_tiny(tmp_path / "model")
 
     def losses(name, recipe):
-        made = compress(str(source), "4.0", tmp_path / name, calib=str(text_file), recipe=recipe).metadata
+        made = compress(
+            str(source), "4.0", tmp_path / name, calib=str(text_file), recipe=recipe
+        ).metadata
         return [(layer.key.predicted_loss, layer.value.predicted_loss) for layer in made.layers]
 
     plain = losses("plain", recipe)

@@ -1,5 +1,5 @@
-"""What families have of their own: soft-caps, sink logits, sliding windows, RoPE bases; each against transformers'
-eager attention."""
+"""What families have of their own: soft-caps, sink logits, sliding windows, RoPE bases; each
+against transformers' eager attention."""
 
 import math
 import sys
@@ -40,11 +40,13 @@ def eager_logits(family, ids, **inputs):
 
 
 def raw_specs(offset: str):
-    """Formats that keep every number, float16 rounding aside, and a mean of keys, constant or turning, that the logits
-    must not show."""
+    """Formats that keep every number, float16 rounding aside, and a mean of keys, constant or
+    turning, that the logits must not show."""
     generator = torch.Generator().manual_seed(8)
     mu = torch.randn(HEADS, DIM, generator=generator) if offset else None
-    matrix = torch.linalg.qr(torch.randn(HEADS, DIM, DIM, generator=generator))[0] if offset else None
+    matrix = (
+        torch.linalg.qr(torch.randn(HEADS, DIM, DIM, generator=generator))[0] if offset else None
+    )
     omega = (1.0, 0.5, 0.1, 0.03, 0.01, 1e-3) if offset == "turning" else None
     return LayerSpec(KeySpec(raw16(DIM), (), matrix, mu, frequencies=omega), ValueSpec(raw16(DIM)))
 
@@ -65,7 +67,8 @@ def test_plain_tensors_through_our_functions_are_eager(family):
 @pytest.mark.parametrize("offset", ["", "constant", "turning"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_layers_packed_attention_is_eager(family, offset):
-    """Queries, keys and values that float16 holds exactly, through the cache's pages, prompt and single tokens."""
+    """Queries, keys and values that float16 holds exactly, through the cache's pages, prompt and
+    single tokens."""
     model = tiny_model(family)
     model.set_attn_implementation(TAP)
     eager = tiny_model(family, attention="eager")
@@ -77,7 +80,9 @@ def test_one_layers_packed_attention_is_eager(family, offset):
 
         def tap(module, query, key, value, mask, scaling, seen=seen, **extras):
             query, key, value = query, key.half().float(), value.half().float()
-            seen.update(query=query, key=key, value=value, mask=mask, scaling=scaling, extras=extras)
+            seen.update(
+                query=query, key=key, value=value, mask=mask, scaling=scaling, extras=extras
+            )
 
         with tapped(attention, tap):
             model(IDS, use_cache=False)
@@ -101,7 +106,15 @@ def test_one_layers_packed_attention_is_eager(family, offset):
             assert error(got.transpose(1, 2), expected[:, part]) < tolerance
         assert cache.layers[i].num_pages() == 12
         probed = packed_attention(
-            query[0], key[0], value[0], GEOMETRY, seen["scaling"], spec.key, spec.value, mask=mask, **seen["extras"]
+            query[0],
+            key[0],
+            value[0],
+            GEOMETRY,
+            seen["scaling"],
+            spec.key,
+            spec.value,
+            mask=mask,
+            **seen["extras"],
         )
         assert error(probed.transpose(0, 1), expected[0]) < tolerance
 
@@ -109,8 +122,8 @@ def test_one_layers_packed_attention_is_eager(family, offset):
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_packed_model_is_eager_but_for_float16(family):
-    """Every keyword that a family's attention gets reaches the pages: a prompt, then single tokens, padded on the
-    left."""
+    """Every keyword that a family's attention gets reaches the pages: a prompt, then single tokens,
+    padded on the left."""
     mask = torch.ones_like(IDS)
     mask[1, :13] = 0
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
@@ -121,7 +134,11 @@ def test_a_packed_model_is_eager_but_for_float16(family):
     for part in (slice(0, 90), slice(90, 110), *(slice(t, t + 1) for t in range(110, 117))):
         seen = mask[:, : part.stop]
         cache.note_padding(seen, 2)
-        inputs = {"attention_mask": seen, "position_ids": positions[:, part], "past_key_values": cache}
+        inputs = {
+            "attention_mask": seen,
+            "position_ids": positions[:, part],
+            "past_key_values": cache,
+        }
         parts.append(model(IDS[:, part], **inputs).logits)
     got = torch.cat(parts, 1)
     assert cache.layers[0].lengths() == [117, 104]
@@ -155,7 +172,9 @@ def naive(query, key, value, scaling, mask, softcap, sinks_logit, shift):
             if softcap:
                 logits = softcap * (logits / softcap).tanh()
             powers = logits.exp() * mask[t]
-            total = powers.sum() + (0 if sinks_logit is None else math.exp(float(sinks_logit[head])))
+            total = powers.sum() + (
+                0 if sinks_logit is None else math.exp(float(sinks_logit[head]))
+            )
             out[head, t] = powers @ value[n].double() / total
     return out
 
@@ -176,17 +195,31 @@ def test_soft_cap_sink_logits_and_shift_are_their_formulas(softcap, sinks, shift
     mask = torch.arange(41) <= positions[:, None]
     mask &= torch.arange(41) > positions[:, None] - 15
     expected = naive(query, key, value, 0.6, mask, softcap, sinks_logit, shift)
-    tiles = [Tile(key[:, a:b], value[:, a:b], torch.arange(a, b), False) for a, b in ((0, 7), (7, 30), (30, 41))]
+    tiles = [
+        Tile(key[:, a:b], value[:, a:b], torch.arange(a, b), False)
+        for a, b in ((0, 7), (7, 30), (30, 41))
+    ]
     got = attend(
         query, positions, torch.zeros_like(positions), tiles,
         sinks=0, scaling=0.6, mask=mask, softcap=softcap, sinks_logit=sinks_logit, shift=shift,
     )  # fmt: skip
     assert error(got, expected) < 1e-6
     if not shifted:
-        plain = attend_plain(query[None], key[None], value[None], 0.6, mask[None, None], softcap, sinks_logit)
+        plain = attend_plain(
+            query[None], key[None], value[None], 0.6, mask[None, None], softcap, sinks_logit
+        )
         assert error(plain[0], expected) < 1e-6
         causal = attend_plain(query[None], key[None], value[None], 0.6, None, softcap, sinks_logit)
-        everything = naive(query, key, value, 0.6, torch.arange(41) <= positions[:, None], softcap, sinks_logit, None)
+        everything = naive(
+            query,
+            key,
+            value,
+            0.6,
+            torch.arange(41) <= positions[:, None],
+            softcap,
+            sinks_logit,
+            None,
+        )
         assert error(causal[0], everything) < 1e-6
 
 
@@ -228,7 +261,8 @@ def test_a_layer_without_rope_is_not_turned():
 @torch.no_grad()
 @pytest.mark.parametrize("partial", [1.0, 0.5])
 def test_long_rope_turns_as_at_the_far_positions(partial):
-    """Past the original context every angle and the tables' factor are others; a part of a head may not turn at all."""
+    """Past the original context every angle and the tables' factor are others; a part of a head may
+    not turn at all."""
     pairs = int(DIM * partial) // 2
     config = long_rope_config(partial, pairs)
     model = type(tiny_model("phi3"))(config).eval()

@@ -1,5 +1,5 @@
-"""Losses to second order: the quadratic form is the Fisher information's, and small losses are those that a forward
-pass measures."""
+"""Losses to second order: the quadratic form is the Fisher information's, and small losses are
+those that a forward pass measures."""
 
 import pytest
 import torch
@@ -22,14 +22,19 @@ EARLY = 3 + 24 + 8 - 1
 def make_probe(family: str = "llama", *passages: Passage) -> Probe:
     model = tiny_model(family, attention=NAME)
     ids = torch.randint(0, 128, (2, 90), generator=torch.Generator().manual_seed(3))
-    return Probe(model, architecture_of(model.config), passages or [Passage(x[None]) for x in ids], EARLY)
+    return Probe(
+        model, architecture_of(model.config), passages or [Passage(x[None]) for x in ids], EARLY
+    )
 
 
 def sides(levels: int) -> tuple[list[list[KeyCandidate]], list[list[ValueCandidate]]]:
-    """One candidate of each side of three layers: no transform for keys, a turned basis for values."""
+    """One candidate of each side of three layers: no transform for keys, a turned basis for
+    values."""
     keys = [[KeyCandidate(KeySpec(uniform(16, levels)), None, 1.0)] for _ in range(3)]
     rng = torch.Generator().manual_seed(1)
-    matrix = torch.eye(16, dtype=torch.float64) + 0.2 * torch.randn(2, 16, 16, generator=rng, dtype=torch.float64)
+    matrix = torch.eye(16, dtype=torch.float64) + 0.2 * torch.randn(
+        2, 16, 16, generator=rng, dtype=torch.float64
+    )
     values = [[ValueCandidate(ValueSpec(uniform(16, levels)), matrix, 1.0)] for _ in range(3)]
     return keys, values
 
@@ -75,7 +80,8 @@ def test_only_positions_that_count_are_summed(tmp_path):
 
 @torch.no_grad()
 def test_gradients_are_those_of_the_whole_model(monkeypatch, tmp_path):
-    """By a layer's attention output, run again from its stored states, as by one pass through all layers."""
+    """By a layer's attention output, run again from its stored states, as by one pass through all
+    layers."""
     probe, (keys, values) = make_probe(), sides(16)
     seen: list[torch.Tensor] = []
 
@@ -139,7 +145,9 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(monkeypatch, tmp_path):
     monkeypatch.setattr(fisher, "passage_losses", stopped)
     with pytest.raises(KvfoldError):
         fisher.fisher_losses(probe, JOBS, keys, values, GEOMETRY, 2, 0, again)
-    assert fisher.fisher_losses(probe, JOBS, keys, values, GEOMETRY, 2, 0, again) == whole and calls == [0, 1, 1]
+    assert fisher.fisher_losses(
+        probe, JOBS, keys, values, GEOMETRY, 2, 0, again
+    ) == whole and calls == [0, 1, 1]
     other = tmp_path / "other"
     other.mkdir()
     assert fisher.fisher_losses(probe, JOBS, keys, values, GEOMETRY, 2, 1, other) != whole

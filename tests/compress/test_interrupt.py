@@ -1,4 +1,5 @@
-"""Ctrl-C: exit code 130 and one sentence, wherever it comes, and what --resume promises is there."""
+"""Ctrl-C: exit code 130 and one sentence, wherever it comes, and what --resume promises is
+there."""
 
 import os
 import signal
@@ -46,7 +47,14 @@ def test_in_the_imports(seconds):
 
 def test_in_a_run_which_then_goes_on(tmp_path, tiny_folder, tiny_artifact, text_file, recipe_file):
     out = tmp_path / "tiny"
-    args = ["compress", tiny_folder, "--budget=4.0", f"--out={out}", f"--calib={text_file}", f"--recipe={recipe_file}"]
+    args = [
+        "compress",
+        tiny_folder,
+        "--budget=4.0",
+        f"--out={out}",
+        f"--calib={text_file}",
+        f"--recipe={recipe_file}",
+    ]
     process = start(*args)
     assert process.stderr is not None
     for line in process.stderr:

@@ -21,7 +21,10 @@ def test_small_losses_take_no_words(capsys):
 
 def test_a_large_loss_is_a_warning(capsys):
     check_loss(0.3, accept_loss=False)
-    assert "warning: A KL of 0.300 nats is large: the model's answers will differ" in capsys.readouterr().err
+    assert (
+        "warning: A KL of 0.300 nats is large: the model's answers will differ"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_broken_model_is_written_only_if_that_is_accepted(
@@ -34,7 +37,9 @@ def test_a_broken_model_is_written_only_if_that_is_accepted(
     monkeypatch.setattr(pipeline, "search", worse)
     options = {"calib": str(text_file), "recipe": load_recipe(recipe_file)}
     out = tmp_path / "tiny"
-    with pytest.raises(pipeline.Unfinished, match=r"3\.000 nats is large: the model is broken .* --accept-loss"):
+    with pytest.raises(
+        pipeline.Unfinished, match=r"3\.000 nats is large: the model is broken .* --accept-loss"
+    ):
         compress(str(tiny_folder), "4.0", out, **options)
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.work"]
     made = compress(str(tiny_folder), "4.0", out, **options, resume=True, accept_loss=True)
@@ -42,7 +47,9 @@ def test_a_broken_model_is_written_only_if_that_is_accepted(
     assert made.metadata.calibration.kl == 3 and [p.name for p in tmp_path.iterdir()] == ["tiny"]
 
 
-@pytest.mark.parametrize("kl, words", [(0.02, None), (1.5, "A KL of 1.500 nats is large: the model is broken")])
+@pytest.mark.parametrize(
+    "kl, words", [(0.02, None), (1.5, "A KL of 1.500 nats is large: the model is broken")]
+)
 def test_inspect_says_it(kl, words, tiny_artifact, capsys):
     metadata = read_artifact(tiny_artifact).metadata
     calibration = metadata.calibration.model_copy(update={"kl": kl})

@@ -1,4 +1,5 @@
-"""Families beyond the nine that every other test goes through: each by one tiny model through the whole product."""
+"""Families beyond the nine that every other test goes through: each by one tiny model through the
+whole product."""
 
 from pathlib import Path
 
@@ -13,8 +14,12 @@ from kvfold.exports.refused import REFUSED
 
 
 def test_every_row_has_a_tiny_model_and_a_line_on_the_page():
-    page = (Path(__file__).resolve().parent.parent / "docs" / "families.md").read_text(encoding="utf-8")
-    texts = {text for text, *_ in TINY_TOWERS.values()}  # language models that come with other towers
+    page = (Path(__file__).resolve().parent.parent / "docs" / "families.md").read_text(
+        encoding="utf-8"
+    )
+    texts = {
+        text for text, *_ in TINY_TOWERS.values()
+    }  # language models that come with other towers
     rows = {*ARCHITECTURES, *TOWERS}
     assert set(TINY_TOWERS) == set(TOWERS) and {*FAMILIES, *OWN, *TINY_TOWERS} == {
         family for family in rows if family in (*FAMILIES, *OWN) or family not in texts
@@ -25,7 +30,11 @@ def test_every_row_has_a_tiny_model_and_a_line_on_the_page():
 
 @pytest.mark.parametrize("family", MORE_FAMILIES)
 def test_a_family_is_what_its_row_says(family, tmp_path, monkeypatch):
-    monkeypatch.setattr("kvfold.exports.writer.draw_plots", lambda folder, metadata: None)  # the same for all families
+    monkeypatch.setattr(
+        "kvfold.exports.writer.draw_plots", lambda folder, metadata: None
+    )  # the same for all families
     found = measure(family, tmp_path)
-    assert not {name: value for name, value in found.items() if not value <= BOUNDS.get(name, value)}
+    assert not {
+        name: value for name, value in found.items() if not value <= BOUNDS.get(name, value)
+    }
     assert found["kl"] > 0 and found["decode_kl"] > 0  # something was quantised

@@ -1,4 +1,5 @@
-"""Where an artifact goes that nobody named, by `kvfold compress` and by make alike, whatever the names hold."""
+"""Where an artifact goes that nobody named, by `kvfold compress` and by make alike, whatever the
+names hold."""
 
 import ast
 import os
@@ -33,12 +34,15 @@ def test_names(model, budget, name):
 def test_folders_are_named_by_what_they_are(tmp_path, monkeypatch):
     (tmp_path / "model" / "inner").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "model" / "inner")
-    assert default_output(".", "3").name == "inner-3" and default_output("..", "3").name == "model-3"
+    assert (
+        default_output(".", "3").name == "inner-3" and default_output("..", "3").name == "model-3"
+    )
     assert default_output("../..", "3").name == f"{tmp_path.name}-3"
 
 
 @pytest.mark.parametrize(
-    "model", ["smollm2-135m", "./x/", "x.gguf", "a b/my model", "it's", '"$HOME" `id` $(id)', "#;&|*"]
+    "model",
+    ["smollm2-135m", "./x/", "x.gguf", "a b/my model", "it's", '"$HOME" `id` $(id)', "#;&|*"],
 )
 def test_make_passes_words_as_they_are(tmp_path, model):
     for name in ("kvfold", "python"):
@@ -47,12 +51,35 @@ def test_make_passes_words_as_they_are(tmp_path, model):
     escaped = model.replace("$", "$$")
 
     def make(target: str, *words: str) -> list[str]:
-        command = ["make", "-s", "-o", ".venv/.ready", target, f"BIN={tmp_path}", f"MODEL={escaped}", *words]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
+        command = [
+            "make",
+            "-s",
+            "-o",
+            ".venv/.ready",
+            target,
+            f"BIN={tmp_path}",
+            f"MODEL={escaped}",
+            *words,
+        ]
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ)
+        )
         assert done.returncode == 0, done.stderr
-        return ast.literal_eval(done.stdout.splitlines()[-1])  # a list of strings, by the script above
+        return ast.literal_eval(
+            done.stdout.splitlines()[-1]
+        )  # a list of strings, by the script above
 
-    assert make("compress", "BUDGET=3", "OUT=o'ut")[:5] == ["compress", model, "--budget", "3", "--out"]
-    assert make("compress", "BUDGET=3", "OUT=o'ut", "CALIB=my text")[5:] == ["o'ut", "--calib", "my text"]
+    assert make("compress", "BUDGET=3", "OUT=o'ut")[:5] == [
+        "compress",
+        model,
+        "--budget",
+        "3",
+        "--out",
+    ]
+    assert make("compress", "BUDGET=3", "OUT=o'ut", "CALIB=my text")[5:] == [
+        "o'ut",
+        "--calib",
+        "my text",
+    ]
     assert make("eval", "BUDGET=3", "OUT=o'ut") == ["eval", "o'ut"]
     assert make("eval", "BUDGET=1MiB@512") == ["eval", str(default_output(model, "1MiB@512"))]

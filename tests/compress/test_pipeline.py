@@ -1,4 +1,5 @@
-"""The main job on tiny models: the same twice, the same after a kill, every transform, every family."""
+"""The main job on tiny models: the same twice, the same after a kill, every transform, every
+family."""
 
 import hashlib
 import json
@@ -35,7 +36,9 @@ def test_the_same_twice_byte_for_byte(tmp_path, tiny_folder, tiny_artifact, text
     compress(str(tiny_folder), "4.0", out, calib=str(text_file), recipe=load_recipe(recipe_file))
     assert digest(out) == digest(tiny_artifact)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny"]
-    other = compress(str(tiny_folder), "4.0", out, calib=str(text_file), recipe=load_recipe(recipe_file, seed=1))
+    other = compress(
+        str(tiny_folder), "4.0", out, calib=str(text_file), recipe=load_recipe(recipe_file, seed=1)
+    )
     assert digest(other.path) != digest(tiny_artifact)
 
 
@@ -54,7 +57,9 @@ main()
 """
 
 
-@pytest.mark.parametrize("moment", [3, 7, 9])  # a layer's statistics, a passage, the finished folder's rename
+@pytest.mark.parametrize(
+    "moment", [3, 7, 9]
+)  # a layer's statistics, a passage, the finished folder's rename
 def test_killed_at_any_moment_resume_gives_the_same(
     moment, tmp_path, tiny_folder, tiny_artifact, text_file, recipe_file
 ):
@@ -78,14 +83,22 @@ def test_killed_at_any_moment_resume_gives_the_same(
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert not out.exists() and (tmp_path / "tiny.work").is_dir()
-    compress(str(tiny_folder), "4.0", out, calib=str(text_file), recipe=load_recipe(recipe_file), resume=True)
+    compress(
+        str(tiny_folder),
+        "4.0",
+        out,
+        calib=str(text_file),
+        recipe=load_recipe(recipe_file),
+        resume=True,
+    )
     assert digest(out) == digest(tiny_artifact)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "key, value", [("whiten", "rotate"), ("smooth", "balance"), ("reorder", "reorder"), ("none", "none")]
+    "key, value",
+    [("whiten", "rotate"), ("smooth", "balance"), ("reorder", "reorder"), ("none", "none")],
 )
 def test_every_transform_on_every_family(family, key, value, tmp_path, text_file):
     source = save_tiny(tmp_path / "model", family)
@@ -100,12 +113,21 @@ def test_every_transform_on_every_family(family, key, value, tmp_path, text_file
         family == "phi3"
     ):  # every layer slides: beside the 16-bit rows there is little to cache, and as many bits in that
         budget, context = {"9.0": "15.0", "7.0": "13.9"}[budget], 400
-    artifact = compress(str(source), budget, tmp_path / "out", calib=str(text_file), recipe=recipe, context=context)
+    artifact = compress(
+        str(source), budget, tmp_path / "out", calib=str(text_file), recipe=recipe, context=context
+    )
     account = artifact.metadata.account
-    assert account.bytes <= artifact.metadata.budget.bytes and account.effective_bits <= float(budget)
+    assert account.bytes <= artifact.metadata.budget.bytes and account.effective_bits <= float(
+        budget
+    )
     assert account.bytes == account.page_bytes + account.raw_bytes + account.table_bytes
     figures = evaluate(
-        str(artifact.path), against=str(source), text=str(text_file), windows=2, seq_len=160, device="cpu"
+        str(artifact.path),
+        against=str(source),
+        text=str(text_file),
+        windows=2,
+        seq_len=160,
+        device="cpu",
     )
     assert figures.kl < 0.05 and figures.top1_agreement > 0.85
     assert figures.kl > 1e-6  # something was quantised
@@ -129,13 +151,17 @@ def test_a_sliding_window_stays_one(tmp_path, text_file, recipe_file):
         context=400,
     )
     assert artifact.metadata.format_version == 3 and artifact.geometry.sliding == (50, 50, 50)
-    figures = evaluate(str(artifact.path), text=str(text_file), windows=2, seq_len=160, device="cpu")
+    figures = evaluate(
+        str(artifact.path), text=str(text_file), windows=2, seq_len=160, device="cpu"
+    )
     assert 1e-6 < figures.kl < 0.02  # a query that looked past its window would cost a nat
     with torch.no_grad():
         loaded = runtime.load_pretrained(artifact.path, device="cpu")
         ids = torch.randint(0, 128, (1, 190), generator=torch.Generator().manual_seed(0))
         other = ids.clone()
-        other[:, :30] = (other[:, :30] + 1) % 128  # out of reach of the last query through three layers' windows
+        other[:, :30] = (
+            other[:, :30] + 1
+        ) % 128  # out of reach of the last query through three layers' windows
         cache = [loaded(x[:, :-1]).past_key_values for x in (ids, other)]
         assert (
             [layer.num_pages() for layer in cache[0].layers]
@@ -150,20 +176,35 @@ def test_fewer_bits_cost_more_and_predictions_follow(tmp_path, tiny_folder, text
     kl = {}
     for budget in ("3.5", "5", "8"):
         artifact = compress(
-            str(tiny_folder), budget, tmp_path / budget, calib=str(text_file), recipe=load_recipe(recipe_file)
+            str(tiny_folder),
+            budget,
+            tmp_path / budget,
+            calib=str(text_file),
+            recipe=load_recipe(recipe_file),
         )
-        predicted = sum(layer.key.predicted_loss + layer.value.predicted_loss for layer in artifact.metadata.layers)
-        measured = evaluate(str(artifact.path), text=str(text_file), windows=4, seq_len=192, device="cpu").kl
+        predicted = sum(
+            layer.key.predicted_loss + layer.value.predicted_loss
+            for layer in artifact.metadata.layers
+        )
+        measured = evaluate(
+            str(artifact.path), text=str(text_file), windows=4, seq_len=192, device="cpu"
+        ).kl
         kl[budget] = measured, predicted
     assert kl["3.5"][0] > 2 * kl["5"][0] > 4 * kl["8"][0]
     assert kl["3.5"][1] > kl["5"][1] > kl["8"][1]
     assert 0.2 < kl["8"][0] / kl["8"][1] < 5  # a prediction, not a decoration
 
 
-def test_wide_type_where_rounding_costs_too_much(tmp_path, tiny_folder, text_file, recipe_file, monkeypatch):
+def test_wide_type_where_rounding_costs_too_much(
+    tmp_path, tiny_folder, text_file, recipe_file, monkeypatch
+):
     monkeypatch.setattr("kvfold.compress.export.ROUNDING_LIMIT", 1e-9)
     artifact = compress(
-        str(tiny_folder), "4.0", tmp_path / "out", calib=str(text_file), recipe=load_recipe(recipe_file)
+        str(tiny_folder),
+        "4.0",
+        tmp_path / "out",
+        calib=str(text_file),
+        recipe=load_recipe(recipe_file),
     )
     provenance = artifact.metadata.provenance
     assert provenance.fused_dtype == "float32" and provenance.rounding_kl > 1e-9
@@ -179,8 +220,13 @@ def test_the_checkpoint_is_a_plain_one_with_the_originals_logits(tiny_folder, ti
     from kvfold.autoclass import stock_from_pretrained
 
     ids = char_tokenizer()("a plain checkpoint", return_tensors="pt").input_ids
-    original, stock = (stock_from_pretrained(p, dtype=torch.float32)(ids).logits for p in (tiny_folder, tiny_artifact))
-    assert float((original - stock).norm() / original.norm()) < 0.05  # bfloat16 rounding of random weights
+    original, stock = (
+        stock_from_pretrained(p, dtype=torch.float32)(ids).logits
+        for p in (tiny_folder, tiny_artifact)
+    )
+    assert (
+        float((original - stock).norm() / original.norm()) < 0.05
+    )  # bfloat16 rounding of random weights
     assert type(stock_from_pretrained(tiny_artifact)).__name__ == "LlamaForCausalLM"
 
 
@@ -197,4 +243,7 @@ def test_prediction_equals_the_cache_to_the_byte(tiny_artifact):
     ids = torch.randint(0, 128, (1, account.at), generator=torch.Generator().manual_seed(0))
     cache = model(ids).past_key_values
     assert cache.nbytes == account.bytes
-    assert json.loads((tiny_artifact / "kv_cache.json").read_text())["account"]["bytes"] == cache.nbytes
+    assert (
+        json.loads((tiny_artifact / "kv_cache.json").read_text())["account"]["bytes"]
+        == cache.nbytes
+    )

@@ -1,4 +1,5 @@
-"""benchmarks/progressive.py and cpu_decode.py on a tiny artifact: equal peaks, a run that goes on where it stopped."""
+"""benchmarks/progressive.py and cpu_decode.py on a tiny artifact: equal peaks, a run that goes on
+where it stopped."""
 
 import json
 import sys
@@ -27,7 +28,15 @@ def call(monkeypatch):
 def test_loss_by_position(call, monkeypatch, tmp_path, tiny_artifact, capsys):
     import progressive
 
-    arguments = [tiny_artifact, "--tokens", 600, "--text", ROOT / "compress/data/heldout.txt", "--windows", 2]
+    arguments = [
+        tiny_artifact,
+        "--tokens",
+        600,
+        "--text",
+        ROOT / "compress/data/heldout.txt",
+        "--windows",
+        2,
+    ]
     arguments += ["--chunk", 50, "--device", "cpu", "--out", tmp_path]
     call(progressive.main, *arguments, "--rules", "floor,progressive")
     call(progressive.main, *arguments)
@@ -35,8 +44,13 @@ def test_loss_by_position(call, monkeypatch, tmp_path, tiny_artifact, capsys):
     stem = tmp_path / f"progressive-{tiny_artifact.name}"
     found = json.loads(stem.with_suffix(".json").read_text())
     budget, rows = found["options"]["budget"], found["rows"]
-    assert list(rows)[:4] == ["floor, 0", "progressive, 0", "floor, 1", "progressive, 1"] and len(rows) == 6
-    assert all(len(row[name]) == 599 for row in rows.values() for name in ("nll", "plain_nll", "kl"))
+    assert (
+        list(rows)[:4] == ["floor, 0", "progressive, 0", "floor, 1", "progressive, 1"]
+        and len(rows) == 6
+    )
+    assert all(
+        len(row[name]) == 599 for row in rows.values() for name in ("nll", "plain_nll", "kl")
+    )
     assert all(min(row["kl"]) > -1e-6 for row in rows.values())
     assert rows["floor, 0"]["plain_nll"] == pytest.approx(rows["progressive, 0"]["plain_nll"])
     assert sum(rows["floor, 0"]["kl"]) > sum(rows["progressive, 0"]["kl"]) > 0
@@ -45,11 +59,17 @@ def test_loss_by_position(call, monkeypatch, tmp_path, tiny_artifact, capsys):
         for window in range(2):
             row = rows[f"{rule}, {window}"]
             assert 0.9 * budget < row["peak_bytes"] <= budget and row["positions"][-1] == 600
-            assert row["bits"] == sorted(row["bits"], reverse=True) and row["bits"][0] == 16 and row["bits"][-1] < 6
+            assert (
+                row["bits"] == sorted(row["bits"], reverse=True)
+                and row["bits"][0] == 16
+                and row["bits"][-1] < 6
+            )
             assert max(row["kl"][:49]) < 1e-3  # nothing lowered yet
     assert max(rows["floor, 0"]["bytes"]) <= budget
     whole = rows["whole layers, 0"]["pages"]
-    assert all(sum(count > 0 for count in layer) == 1 for layer in whole)  # a layer's pages stand on one rung
+    assert all(
+        sum(count > 0 for count in layer) == 1 for layer in whole
+    )  # a layer's pages stand on one rung
     monkeypatch.setattr(progressive, "losses_of", None)  # nothing is left to do
     call(progressive.main, *arguments)
     with pytest.raises(KvfoldError, match=r"more than the budget of \d+; raise --share"):
@@ -71,7 +91,20 @@ def test_a_model_is_compressed_to_the_budget(call, tmp_path, tiny_folder, monkey
 def test_decoding_times(call, tmp_path, capsys):
     import cpu_decode
 
-    arguments = ["--tokens", "100,300", "--steps", 2, "--layers", 1, "--heads", 2, "--kv-heads", 1, "--head-dim", 16]
+    arguments = [
+        "--tokens",
+        "100,300",
+        "--steps",
+        2,
+        "--layers",
+        1,
+        "--heads",
+        2,
+        "--kv-heads",
+        1,
+        "--head-dim",
+        16,
+    ]
     call(cpu_decode.main, *arguments, "--json", tmp_path / "times.json")
     rows = json.loads((tmp_path / "times.json").read_text())["rows"]
     assert [row["tokens"] for row in rows] == [100, 300] and all(

@@ -35,7 +35,8 @@ RIVALS = rivals.RIVALS
 
 
 def make_stats(head_dim: int = 64, heads: int = 2, tokens: int = 384) -> LayerStats:
-    """Keys with outlier channels and an offset, values smaller, queries that prefer some channels."""
+    """Keys with outlier channels and an offset, values smaller, queries that prefer some
+    channels."""
     rng = torch.Generator().manual_seed(head_dim)
     key = torch.randn(heads, tokens, head_dim, generator=rng) * (
         0.2 + 3 * torch.rand(heads, 1, head_dim, generator=rng)
@@ -43,7 +44,8 @@ def make_stats(head_dim: int = 64, heads: int = 2, tokens: int = 384) -> LayerSt
     key += torch.randn(heads, 1, head_dim, generator=rng)
     value = 0.3 * torch.randn(heads, tokens, head_dim, generator=rng)
     query = (
-        torch.randn(heads, tokens, head_dim, generator=rng) * torch.rand(heads, 1, head_dim, generator=rng)
+        torch.randn(heads, tokens, head_dim, generator=rng)
+        * torch.rand(heads, 1, head_dim, generator=rng)
     ).double()
 
     def moment(x):
@@ -70,13 +72,15 @@ def fitted(name: str, bits: int, stats: LayerStats):
     return rival
 
 
-# -- sizes -------------------------------------------------------------------------------------------------------------
+# -- sizes -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("shape", [(8,), (3, 24), (2, 5, 40)])
 def test_packed_codes_come_back(bits, shape):
-    codes = torch.randint(0, 2**bits, shape, generator=torch.Generator().manual_seed(bits)).to(torch.uint8)
+    codes = torch.randint(0, 2**bits, shape, generator=torch.Generator().manual_seed(bits)).to(
+        torch.uint8
+    )
     packed = codecs.pack(codes, bits)
     assert packed.shape == (*shape[:-1], shape[-1] * bits // 8) and packed.dtype == torch.uint8
     assert torch.equal(codecs.unpack(packed, bits), codes)
@@ -91,9 +95,15 @@ def test_claimed_bits_are_the_size_of_the_stored_arrays(name, head_dim):
         tokens = 37 if rival.block_tokens == 1 else 2 * rival.block_tokens
         keys, values = stats.key_sample[:, :tokens], stats.value_sample[:, :tokens]
         stored = rival.encode(keys, values)
-        bits_stored = 8 * sum(codecs.nbytes(side) for side in stored) / (keys.numel() + values.numel())
+        bits_stored = (
+            8 * sum(codecs.nbytes(side) for side in stored) / (keys.numel() + values.numel())
+        )
         assert bits_stored == pytest.approx(rival.payload_bits(head_dim), rel=1e-12)
-        allowed = {torch.uint8, torch.float16, torch.float8_e4m3fn}  # nothing wider hides in what is stored
+        allowed = {
+            torch.uint8,
+            torch.float16,
+            torch.float8_e4m3fn,
+        }  # nothing wider hides in what is stored
         assert {array.dtype for side in stored for array in side} <= allowed
 
 
@@ -133,11 +143,13 @@ def test_bits_at_a_length_count_what_an_artifact_counts():
         assert protocol.rival_bits(rival, geometry, 7, tokens) == pytest.approx(own, rel=1e-12)
 
 
-# -- formulas ----------------------------------------------------------------------------------------------------------
+# -- formulas --------------------------------------------------------------------------------------
 
 
 def test_rtn_by_hand():
-    row = torch.tensor([-1.5, -1.4, -0.9, -0.1, 0.2, 0.6, 1.1, 1.5])  # minimum −1.5 and scale 1 are exact in e4m3
+    row = torch.tensor(
+        [-1.5, -1.4, -0.9, -0.1, 0.2, 0.6, 1.1, 1.5]
+    )  # minimum −1.5 and scale 1 are exact in e4m3
     codec = codecs.Affine(2, 8)
     packed, pair = codec.encode(row)
     assert pair.float().tolist() == [[-1.5, 1.0]]
@@ -160,7 +172,9 @@ def test_kivi_keeps_a_constant_channel_and_its_blocks_apart():
     assert torch.equal(before[:, :, 5], keys[:, :, 5])
     keys[:, 128:] *= 7
     after, _ = rival.quantise(keys, keys)
-    assert torch.equal(before[:, :128], after[:, :128]) and not torch.equal(before[:, 128:], after[:, 128:])
+    assert torch.equal(before[:, :128], after[:, :128]) and not torch.equal(
+        before[:, 128:], after[:, 128:]
+    )
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
@@ -186,7 +200,12 @@ def test_normal_float_4_has_its_published_points():
     assert nqkv.normal_float(4).tolist() == pytest.approx(published, abs=1e-6)
     for bits in (2, 3):
         points = nqkv.normal_float(bits)
-        assert len(points) == 2**bits and points[0] == -1 and points[-1] == 1 and 0.0 in points.tolist()
+        assert (
+            len(points) == 2**bits
+            and points[0] == -1
+            and points[-1] == 1
+            and 0.0 in points.tolist()
+        )
         assert (points.diff() > 0).all()
 
 
@@ -223,7 +242,9 @@ def test_clip_search_finds_the_best_of_its_grid():
         delta = (codec.decode(codec.encode(stats.key_sample)) - stats.key_sample).double()
         return torch.einsum("hti,hij,htj->h", delta, stats.query_moment, delta)
 
-    found = codecs.search_clip(stats.key_sample, lambda clip: codecs.Affine(2, 64, clip=clip), stats.query_moment)
+    found = codecs.search_clip(
+        stats.key_sample, lambda clip: codecs.Affine(2, 64, clip=clip), stats.query_moment
+    )
     best = torch.stack([error(torch.full((2, 1, 1), clip)) for clip in codecs.CLIPS]).amin(0)
     assert torch.allclose(error(found), best, rtol=1e-9)
     assert (found < 1).all()
@@ -236,13 +257,16 @@ def test_sinkhorn_brings_rows_and_columns_to_unit_variance():
     y, tokens, channels = kvarn.sinkhorn(x)
     assert torch.allclose(tokens * y * channels, x, rtol=1e-3)
     assert torch.allclose(y.std(-1, correction=0), torch.ones(2, 128), atol=1e-5)
-    columns = y.std(-2, correction=0)  # all alike; 1 but for what centring along the other axis takes
+    columns = y.std(
+        -2, correction=0
+    )  # all alike; 1 but for what centring along the other axis takes
     assert torch.allclose(columns, columns.mean(-1, keepdim=True).expand_as(columns), atol=1e-5)
     assert torch.allclose(columns, torch.ones(2, 64), atol=0.01)
 
 
 def test_kvarn_does_not_care_for_the_size_of_a_token():
-    """A token a hundred times as large shifts the others' error little, where plain blocks lose all the others."""
+    """A token a hundred times as large shifts the others' error little, where plain blocks lose all
+    the others."""
     keys = torch.randn(1, 128, 64, generator=torch.Generator().manual_seed(0))
     keys[:, 7] *= 100
     others = torch.arange(128) != 7
@@ -254,8 +278,8 @@ def test_kvarn_does_not_care_for_the_size_of_a_token():
 
 
 def test_kvarn_keeps_factors_that_e4m3_can_hold():
-    """They are known but for a constant, which must not push those that are kept out of its range, to zero or to its
-    end."""
+    """They are known but for a constant, which must not push those that are kept out of its range,
+    to zero or to its end."""
     rng = torch.Generator().manual_seed(0)
     sizes = torch.randn(2, 1, 64, generator=rng).exp() * torch.randn(2, 256, 1, generator=rng).exp()
     x = 0.3 * torch.randn(2, 256, 64, generator=rng) * sizes
@@ -284,7 +308,8 @@ def test_skvq_order_gathers_like_channels():
     groups = skvq.cluster(sample, 16)
     assert sorted(torch.cat(groups).tolist()) == list(range(32))
     assert sorted(map(set, (g.tolist() for g in groups)), key=min) == sorted(
-        (set(part.nonzero().flatten().tolist()) for part in (large.flatten(), ~large.flatten())), key=min
+        (set(part.nonzero().flatten().tolist()) for part in (large.flatten(), ~large.flatten())),
+        key=min,
     )
     codec = skvq.Reordered(8, groups, torch.ones(2), 2)
     back = codec.decode(codec.encode(sample))
@@ -314,7 +339,7 @@ def test_pm_kvq_scales_rope_pairs_alike_and_is_never_worse_than_none():
     assert error(rival.key) < error(codecs.Affine(2, 64))
 
 
-# -- the window rule ---------------------------------------------------------------------------------------------------
+# -- the window rule -------------------------------------------------------------------------------
 
 
 class Shifted(rivals.Rival):
@@ -331,7 +356,9 @@ class Shifted(rivals.Rival):
 @pytest.mark.parametrize("tokens", [1, 27, 42, 43, 44, 77, 150])
 def test_queries_read_stored_tokens_behind_the_window_only(tokens):
     rng = torch.Generator().manual_seed(tokens)
-    query, key, value = (torch.randn(1, heads, tokens, 16, generator=rng).half().float() for heads in (4, 2, 2))
+    query, key, value = (
+        torch.randn(1, heads, tokens, 16, generator=rng).half().float() for heads in (4, 2, 2)
+    )
     geometry, rival = Geometry(2, 16, 3, 24, 16), Shifted(0.5)
     out = protocol.rival_tap(rival, geometry)(SimpleNamespace(), query, key, value, None, 0.25)
     if tokens < 3 + 24 + 16:
@@ -348,7 +375,10 @@ def test_queries_read_stored_tokens_behind_the_window_only(tokens):
             assert torch.allclose(out[0, t, head], weights @ values[head // 2], atol=1e-5)
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -363,7 +393,10 @@ def test_a_lossless_rival_leaves_the_model_as_it_is(family, device):
             with ExitStack() as stack:
                 for attention in attentions(model):
                     stack.enter_context(
-                        tapped(attention, protocol.rival_tap(Shifted(shift), Geometry(2, 16, 3, 24, 16)))
+                        tapped(
+                            attention,
+                            protocol.rival_tap(Shifted(shift), Geometry(2, 16, 3, 24, 16)),
+                        )
                     )
                 packed = model(ids, use_cache=False).logits
             assert rms_ratio(packed[:, :42], plain[:, :42]) < 0.01  # keys and values are in float16
@@ -390,7 +423,7 @@ def test_a_gpu_quantises_as_a_cpu_does(name):
         assert ((a - b.cpu()).abs() < 1e-4).float().mean() > 0.995
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -407,7 +440,9 @@ def kvfold(monkeypatch, capsys):
     return run
 
 
-def test_one_command_measures_artifacts_and_rivals(kvfold, tiny_folder, tiny_artifact, text_file, tmp_path):
+def test_one_command_measures_artifacts_and_rivals(
+    kvfold, tiny_folder, tiny_artifact, text_file, tmp_path
+):
     shared = [
         tiny_folder,
         "--text",
@@ -429,13 +464,27 @@ def test_one_command_measures_artifacts_and_rivals(kvfold, tiny_folder, tiny_art
     assert list(rows) == [f"kvfold {tiny_artifact.name}", "rtn 2", "kivi 2", "oscar 2"]
     for row in rows.values():
         assert 0 < row["kl"] < 5 and 0 < row["top1_agreement"] <= 1 and row["kl_se"] is not None
-        assert row["bits_at"]["2048"] > row["bits_at"]["8192"] > row["bits_at"]["32768"] > row["payload_bits"]
-        assert row["nll_16bit"] == pytest.approx(rows["rtn 2"]["nll_16bit"], abs=1e-5)  # one reference for all
+        assert (
+            row["bits_at"]["2048"]
+            > row["bits_at"]["8192"]
+            > row["bits_at"]["32768"]
+            > row["payload_bits"]
+        )
+        assert row["nll_16bit"] == pytest.approx(
+            rows["rtn 2"]["nll_16bit"], abs=1e-5
+        )  # one reference for all
     own = rows[f"kvfold {tiny_artifact.name}"]
     alone = evaluate(
-        str(tiny_artifact), against=str(tiny_folder), text=str(text_file), windows=2, seq_len=300, dtype=torch.float32
+        str(tiny_artifact),
+        against=str(tiny_folder),
+        text=str(text_file),
+        windows=2,
+        seq_len=300,
+        dtype=torch.float32,
     )
-    assert own["kl"] == pytest.approx(alone.kl, rel=1e-6) and own["payload_bits"] == alone.payload_bits
+    assert (
+        own["kl"] == pytest.approx(alone.kl, rel=1e-6) and own["payload_bits"] == alone.payload_bits
+    )
     table = (tmp_path / "run" / "quality.md").read_text()
     assert table in out and all(name in table for name in rows) and RIVALS["kivi"].source in table
 
@@ -443,7 +492,10 @@ def test_one_command_measures_artifacts_and_rivals(kvfold, tiny_folder, tiny_art
     (tmp_path / "run" / "quality.json").write_text(json.dumps(result))
     code, out, err = kvfold(*shared, "--rivals", "rtn", "--bits", "2,4", "--resume")
     assert code == 0, err
-    again = {row["name"]: row for row in json.loads((tmp_path / "run" / "quality.json").read_text())["rows"]}
+    again = {
+        row["name"]: row
+        for row in json.loads((tmp_path / "run" / "quality.json").read_text())["rows"]
+    }
     assert list(again) == [*rows, "rtn 4"] and again["rtn 2"]["kl"] == 1.25
     assert again["rtn 4"]["kl"] < rows["rtn 2"]["kl"]
 
@@ -452,7 +504,9 @@ def test_one_command_measures_artifacts_and_rivals(kvfold, tiny_folder, tiny_art
     assert code == 2 and "is of another model, text or protocol" in err and err.count("\n") == 1
 
 
-def test_budgets_are_compressed_and_then_reused(kvfold, tiny_folder, text_file, tmp_path, monkeypatch):
+def test_budgets_are_compressed_and_then_reused(
+    kvfold, tiny_folder, text_file, tmp_path, monkeypatch
+):
     made = []
 
     def compress(model, budget, out, **options):
@@ -477,14 +531,29 @@ def test_budgets_are_compressed_and_then_reused(kvfold, tiny_folder, text_file, 
     assert made == [(str(tiny_folder), "4.5", f"{tiny_folder.name}-4.5")]
 
 
-def test_what_is_not_installed_is_left_out_with_its_reason(kvfold, tiny_folder, text_file, tmp_path, monkeypatch):
+def test_what_is_not_installed_is_left_out_with_its_reason(
+    kvfold, tiny_folder, text_file, tmp_path, monkeypatch
+):
     monkeypatch.setattr(transformers_cache, "find_spec", lambda name: None)
-    options = [tiny_folder, "--text", text_file, "--windows", 1, "--seq-len", 300, "--out", tmp_path]
+    options = [
+        tiny_folder,
+        "--text",
+        text_file,
+        "--windows",
+        1,
+        "--seq-len",
+        300,
+        "--out",
+        tmp_path,
+    ]
     code, out, err = kvfold(*options, "--rivals", "hqq,quanto", "--bits", "2,3")
     assert code == 0, err
     skipped = json.loads((tmp_path / "quality.json").read_text())["skipped"]
     assert "hqq is not installed; run pip install hqq" in skipped["hqq 2"]
-    assert "optimum-quanto is not installed" in skipped["quanto 2"] and "no 3-bit form" in skipped["quanto 3"]
+    assert (
+        "optimum-quanto is not installed" in skipped["quanto 2"]
+        and "no 3-bit form" in skipped["quanto 3"]
+    )
     assert "left out: hqq 2" in out
 
 
@@ -498,7 +567,9 @@ def test_what_is_not_installed_is_left_out_with_its_reason(kvfold, tiny_folder, 
         (["--seq-len", "100000"], "--seq-len 100000 is not between"),
     ],
 )
-def test_wrong_options_are_refused_in_one_line(kvfold, tiny_folder, text_file, tmp_path, options, message):
+def test_wrong_options_are_refused_in_one_line(
+    kvfold, tiny_folder, text_file, tmp_path, options, message
+):
     code, _, err = kvfold(tiny_folder, "--text", text_file, "--out", tmp_path / "out", *options)
     assert code == 2 and message in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -508,7 +579,10 @@ def test_plot_is_written_both_ways(tmp_path):
     pytest.importorskip("matplotlib")
     row = {"kind": "rival", "source": "", "kl_se": 0.01}
     points = (("a", 3), ("a", 2), ("b", 2))
-    rows = [{**row, "name": f"{name} {bits}", "payload_bits": bits + 0.25, "kl": 1 / bits} for name, bits in points]
+    rows = [
+        {**row, "name": f"{name} {bits}", "payload_bits": bits + 0.25, "kl": 1 / bits}
+        for name, bits in points
+    ]
     rows.append(
         {
             **row,

@@ -38,9 +38,9 @@ def command_lines() -> str:
 
 
 def test_a_program_passes_if_it_ends_by_itself(folders):
-    assert run_program("import math, re, typing, collections\nassert math.gcd(4, 6) == 2") == sandbox.Outcome(
-        True, "passed"
-    )
+    assert run_program(
+        "import math, re, typing, collections\nassert math.gcd(4, 6) == 2"
+    ) == sandbox.Outcome(True, "passed")
     assert len(folders) == 1 and not folders[0].exists()
 
 
@@ -111,7 +111,9 @@ def test_memory_is_limited():
 def test_printing_without_end_fills_nothing(folders):
     found = run_program("import sys\nwhile True: sys.stderr.write('x' * 10**6)", timeout=10.0)
     assert not found.passed and found.how != "timed out after 10 s"
-    assert run_program("for _ in range(100): print('x' * 10**6)", timeout=10.0).passed  # goes nowhere
+    assert run_program(
+        "for _ in range(100): print('x' * 10**6)", timeout=10.0
+    ).passed  # goes nowhere
 
 
 @pytest.mark.parametrize(
@@ -163,23 +165,40 @@ def test_what_reaches_outside_is_refused(attempt, tmp_path, folders):
     head = "import gc, io, multiprocessing, os, pathlib, resource, shutil, socket, sqlite3, subprocess, sys\n"
     head += f"target, existing = {str(target)!r}, {str(existing)!r}\n"
     found = run_program(head + attempt)
-    assert not found.passed and found.how.startswith("PermissionError: ") and "not allowed here" in found.how
+    assert (
+        not found.passed
+        and found.how.startswith("PermissionError: ")
+        and "not allowed here" in found.how
+    )
     assert existing.read_text() == "mine" and not target.exists() and not folders[0].exists()
 
 
 @pytest.mark.parametrize(
-    "name", ["ctypes", "_ctypes", "cffi", "_cffi_backend", "_posixsubprocess", "multiprocessing.popen_spawn_posix"]
+    "name",
+    [
+        "ctypes",
+        "_ctypes",
+        "cffi",
+        "_cffi_backend",
+        "_posixsubprocess",
+        "multiprocessing.popen_spawn_posix",
+    ],
 )
 def test_modules_that_call_c_or_make_processes_are_not_imported(name):
     attempts = [f"import {name}", f"import sys\nsys.modules.pop({name!r}, None)\nimport {name}"]
     for attempt in (
-        attempts if "multi" not in name else ["import multiprocessing as m\nm.get_context('spawn').Process().start()"]
+        attempts
+        if "multi" not in name
+        else ["import multiprocessing as m\nm.get_context('spawn').Process().start()"]
     ):
         found = run_program(attempt)
-        assert not found.passed and found.how.startswith(("ImportError: import of", "ModuleNotFoundError")), found
+        assert not found.passed and found.how.startswith(
+            ("ImportError: import of", "ModuleNotFoundError")
+        ), found
 
 
-# What is known of the protocol is tried: nothing that a program can write, print or find by name says that it passed.
+# What is known of the protocol is tried: nothing that a program can write, print or find by name
+# says that it passed.
 FAKES = {
     "prints": "print('passed'); print(0)",
     "every descriptor": "for fd in range(64):\n    try: os.write(fd, b'0' * 32)\n    except OSError: pass",
@@ -219,7 +238,15 @@ for name in ('cmdline', 'environ'):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("fake", FAKES)
 @pytest.mark.parametrize(
-    "end", ["os._exit(0)", "os._exit(42)", "sys.exit(0)", "1 / 0", "os.kill(os.getpid(), 9)", "os.abort()"]
+    "end",
+    [
+        "os._exit(0)",
+        "os._exit(42)",
+        "sys.exit(0)",
+        "1 / 0",
+        "os.kill(os.getpid(), 9)",
+        "os.abort()",
+    ],
 )
 def test_a_verdict_is_not_faked(fake, end):
     assert not run_program(f"import os, sys\n{FAKES[fake]}\n{end}").passed
@@ -289,7 +316,9 @@ def test_what_the_system_refuses_whatever_runs(tmp_path):
     folder.mkdir()
     walls = Path(sandbox.__file__).with_name("walls.py")
     done = subprocess.run(
-        [sys.executable, "-c", BEHIND, folder, walls, target, existing], capture_output=True, text=True
+        [sys.executable, "-c", BEHIND, folder, walls, target, existing],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     found = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
@@ -321,7 +350,11 @@ def test_the_filter_lets_through_what_it_should(column):
             else:
                 jump = (
                     yes
-                    if {0x15: value == operand, 0x35: value >= operand, 0x45: bool(value & operand)}[operation]
+                    if {
+                        0x15: value == operand,
+                        0x35: value >= operand,
+                        0x45: bool(value & operand),
+                    }[operation]
                     else no
                 )
             at += 1 + jump
@@ -344,14 +377,19 @@ def test_the_filter_lets_through_what_it_should(column):
 
 def test_it_may_write_in_its_own_folder_and_nothing_stays(folders):
     assert run_program("open('a.txt', 'w').write('a'); assert open('a.txt').read() == 'a'").passed
-    assert not run_program("open('b', 'wb').write(bytes(17 << 20))").passed  # past the limit of a file
+    assert not run_program(
+        "open('b', 'wb').write(bytes(17 << 20))"
+    ).passed  # past the limit of a file
     assert len(folders) == 2 and not any(folder.exists() for folder in folders)
 
 
 def test_the_guard_needs_nothing_of_the_package():
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import guard, walls; print('kvfold' in sys.modules, guard.EXITED)"
+        "import sys; sys.path.insert(0, sys.argv[1]); import guard, walls; "
+        "print('kvfold' in sys.modules, guard.EXITED)"
     )
     folder = os.path.dirname(sandbox.__file__)
-    done = subprocess.run([sys.executable, "-I", "-c", code, folder], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, folder], capture_output=True, text=True
+    )
     assert done.stdout.split() == ["False", "3"]

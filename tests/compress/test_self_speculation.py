@@ -1,5 +1,5 @@
-"""benchmarks/self_speculation.py on a tiny artifact: rounds counted exactly, an identical drafter never wrong, every
-figure in its place."""
+"""benchmarks/self_speculation.py on a tiny artifact: rounds counted exactly, an identical drafter
+never wrong, every figure in its place."""
 
 import json
 import sys
@@ -51,14 +51,18 @@ def test_combined_figures(benchmarks):
     (row,) = combine(found, 4.0, {1: 10.0, 4: 13.0}).values()
     assert row["ms_a_round"] == 25 and row["tokens_a_second"] == 100
     assert row["over_verifier"] == 1 and row["over_draft"] == pytest.approx(0.4)
-    assert row["over_verifier_error"] == pytest.approx(0.04) and row["over_verifier_bound"] == pytest.approx(25 / 22)
+    assert row["over_verifier_error"] == pytest.approx(0.04) and row[
+        "over_verifier_bound"
+    ] == pytest.approx(25 / 22)
 
 
 @pytest.mark.parametrize("name", ["floor", "8"])
 def test_an_identical_drafter_is_never_wrong(benchmarks, model, name):
     from self_speculation import acceptance
 
-    prompts = [torch.randint(128, (1, n), generator=torch.Generator().manual_seed(n)) for n in (61, 90)]
+    prompts = [
+        torch.randint(128, (1, n), generator=torch.Generator().manual_seed(n)) for n in (61, 90)
+    ]
     found = acceptance(model, prompts, 37, name, name, [1, 3, 5])
     for gamma, row in found.items():
         assert row["accepted"] == (1.0, 0.0) and row["tokens_a_round"] == (gamma + 1, 0.0)
@@ -66,8 +70,8 @@ def test_an_identical_drafter_is_never_wrong(benchmarks, model, name):
 
 
 def test_drafts_are_those_of_a_cache_made_anew(benchmarks, model):
-    """The drafter goes back and on in one cache; at each place a new cache of the verifier's keys and values drafts the
-    same."""
+    """The drafter goes back and on in one cache; at each place a new cache of the verifier's keys
+    and values drafts the same."""
     from self_speculation import Drafter, greedy
 
     ids = torch.randint(128, (1, 70), generator=torch.Generator().manual_seed(5))
@@ -115,15 +119,28 @@ def test_the_command(benchmarks, monkeypatch, tmp_path, tiny_artifact, capsys):
     import self_speculation
 
     out = tmp_path / "out.json"
-    options = {"tokens": 9, "gamma": "1,3", "prompt": 80, "prompts": 2, "context": 200, "repeats": 1, "device": "cpu"}
+    options = {
+        "tokens": 9,
+        "gamma": "1,3",
+        "prompt": 80,
+        "prompts": 2,
+        "context": 200,
+        "repeats": 1,
+        "device": "cpu",
+    }
     options |= {"text": ROOT / "compress/data/heldout.txt", "json": out}
-    arguments = [tiny_artifact, *(part for name, value in options.items() for part in (f"--{name}", value))]
+    arguments = [
+        tiny_artifact,
+        *(part for name, value in options.items() for part in (f"--{name}", value)),
+    ]
     monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, arguments)])
     self_speculation.main()
     shown = capsys.readouterr().out
     found = json.loads(out.read_text())
     assert shown.count("| 16 | ") == 3 and shown.count("| 8 | ") == 3
-    assert set(found["times"]["200"]["8"]) == {"1", "2", "4"} and set(found["times"]["200"]["floor"]) == {"1"}
+    assert set(found["times"]["200"]["8"]) == {"1", "2", "4"} and set(
+        found["times"]["200"]["floor"]
+    ) == {"1"}
     for verifier in ("16", "8"):
         times, row = found["times"]["200"], found["speed"]["200"][verifier]["3"]
         assert row["ms_a_round"] == pytest.approx(3 * times["floor"]["1"] + times[verifier]["4"])

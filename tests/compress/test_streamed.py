@@ -1,4 +1,5 @@
-"""A model read layer by layer gives the artifact of one read whole, byte for byte, and is never in memory whole."""
+"""A model read layer by layer gives the artifact of one read whole, byte for byte, and is never in
+memory whole."""
 
 import hashlib
 from pathlib import Path
@@ -35,17 +36,24 @@ def test_logits_and_saved_files_are_those_of_the_whole_model(family, tmp_path):
     folder = save_tiny(tmp_path / "model", family)
     ids = torch.randint(0, 128, (2, 50), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert torch.equal(streamed(folder, family)(ids).logits, load_model(folder, torch.float32, CPU)(ids).logits)
+        assert torch.equal(
+            streamed(folder, family)(ids).logits, load_model(folder, torch.float32, CPU)(ids).logits
+        )
     save_model(streamed(folder, family, None), tmp_path / "streamed")
     load_model(folder, "auto", CPU).save_pretrained(tmp_path / "whole")
     assert hashes(tmp_path / "streamed") == hashes(tmp_path / "whole")
 
 
-def test_the_artifact_is_the_same(tmp_path, tiny_folder, tiny_artifact, text_file, recipe_file, monkeypatch):
+def test_the_artifact_is_the_same(
+    tmp_path, tiny_folder, tiny_artifact, text_file, recipe_file, monkeypatch
+):
     read = []
     for module in ("kvfold.compress.search", "kvfold.compress.export"):
         monkeypatch.setattr(f"{module}.load_model", lambda *args: pytest.fail("read whole"))
-    monkeypatch.setattr("kvfold.compress.search.load_streamed", lambda *args: read.append(args) or load_streamed(*args))
+    monkeypatch.setattr(
+        "kvfold.compress.search.load_streamed",
+        lambda *args: read.append(args) or load_streamed(*args),
+    )
     out = tmp_path / "tiny"
     recipe = load_recipe(recipe_file)
     compress(str(tiny_folder), "4.0", out, calib=str(text_file), recipe=recipe, max_memory=LITTLE)
@@ -57,7 +65,15 @@ def test_so_is_that_of_a_model_of_experts(tmp_path, text_file, recipe_file):
     for name, most in (("streamed", LITTLE), ("whole", None)):
         out = tmp_path / name / "tiny"
         recipe = load_recipe(recipe_file)
-        compress(str(folder), "9.0", out, calib=str(text_file), recipe=recipe, max_memory=most, accept_loss=True)
+        compress(
+            str(folder),
+            "9.0",
+            out,
+            calib=str(text_file),
+            recipe=recipe,
+            max_memory=most,
+            accept_loss=True,
+        )
     assert hashes(tmp_path / "streamed" / "tiny") == hashes(tmp_path / "whole" / "tiny")
 
 
@@ -127,7 +143,8 @@ def test_files_are_read_as_safetensors_reads_them(tmp_path):
         expected = load_file(tmp_path / "x.safetensors")
         assert file.tensors.keys() == expected.keys()
         assert all(
-            torch.equal(x, expected[name]) and x.dtype == expected[name].dtype for name, x in file.tensors.items()
+            torch.equal(x, expected[name]) and x.dtype == expected[name].dtype
+            for name, x in file.tensors.items()
         )
         file.release()
 

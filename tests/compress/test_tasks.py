@@ -1,4 +1,5 @@
-"""Tasks by generation: what is asked, how answers are read and judged, pairing, resumption, refusals."""
+"""Tasks by generation: what is asked, how answers are read and judged, pairing, resumption,
+refusals."""
 
 import gzip
 import importlib.util
@@ -59,7 +60,8 @@ def written(ids: list[int]) -> str:
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory, text_file) -> Path:
-    """An artifact of a tiny Qwen2 at few bits, so that the two caches part ways; its context is 2048 tokens."""
+    """An artifact of a tiny Qwen2 at few bits, so that the two caches part ways; its context is
+    2048 tokens."""
     folder = tmp_path_factory.mktemp("tasks")
     tiny_model("qwen2", torch.bfloat16).save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
@@ -74,7 +76,7 @@ def model(artifact):
     return runtime.load_pretrained(artifact, device="cpu")
 
 
-# -- pieces ------------------------------------------------------------------------------------------------------------
+# -- pieces ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -149,17 +151,26 @@ def test_share_of_packed_tokens():
 
 
 def test_batches_are_of_like_length_and_bounded():
-    prompts = [Prompt(f"p/{i}", [1] * n) for i, n in enumerate([9, 3, 40_000, 7, 50_000, 5, 60_000])]
+    prompts = [
+        Prompt(f"p/{i}", [1] * n) for i, n in enumerate([9, 3, 40_000, 7, 50_000, 5, 60_000])
+    ]
     batches = batches_of(prompts, 3, 10)
-    assert [[len(p.ids) for p in batch] for batch in batches] == [[3, 5, 7], [9, 40_000, 50_000], [60_000]]
+    assert [[len(p.ids) for p in batch] for batch in batches] == [
+        [3, 5, 7],
+        [9, 40_000, 50_000],
+        [60_000],
+    ]
     assert all(len(b) * (len(b[-1].ids) + 10) <= BATCH_TOKENS for b in batches)
     assert [
-        [len(p.ids) for p in batch] for batch in batches_of([Prompt(f"p/{i}", [1] * 100_000) for i in range(3)], 3, 10)
+        [len(p.ids) for p in batch]
+        for batch in batches_of([Prompt(f"p/{i}", [1] * 100_000) for i in range(3)], 3, 10)
     ] == [[100_000] * 2, [100_000]]
-    assert batches_of([Prompt("p", [1] * 2 * BATCH_TOKENS)], 3, 10) == [[Prompt("p", [1] * 2 * BATCH_TOKENS)]]
+    assert batches_of([Prompt("p", [1] * 2 * BATCH_TOKENS)], 3, 10) == [
+        [Prompt("p", [1] * 2 * BATCH_TOKENS)]
+    ]
 
 
-# -- prompts -----------------------------------------------------------------------------------------------------------
+# -- prompts ---------------------------------------------------------------------------------------
 
 
 def setting(**options) -> Setting:
@@ -171,7 +182,9 @@ def setting(**options) -> Setting:
 def test_the_needle_lies_at_its_depth(chat, depth):
     made = needle.prompts(setting(tokenizer=tokenizer(chat), context=4096, limit=40))
     of_depth = [p for p in made if p.facts["depth"] == depth]
-    assert len(of_depth) == 8 and {p.facts["length"] for p in of_depth} == {4064 >> s for s in range(4)}
+    assert len(of_depth) == 8 and {p.facts["length"] for p in of_depth} == {
+        4064 >> s for s in range(4)
+    }
     for prompt in of_depth:
         text = written(prompt.ids)
         sentence = f"is {prompt.facts['number']}."
@@ -190,7 +203,10 @@ def test_the_needle_lies_at_its_depth(chat, depth):
 
 def test_insertion_by_hand():
     hay = ["A.", "B.", "C.", "D."]
-    at = [needle.insert(hay, [10, 10, 10, 10], "N.", d).split().index("N.") for d in (0, 0.1, 0.25, 0.26, 0.5, 0.8, 1)]
+    at = [
+        needle.insert(hay, [10, 10, 10, 10], "N.", d).split().index("N.")
+        for d in (0, 0.1, 0.25, 0.26, 0.5, 0.8, 1)
+    ]
     assert at == [0, 1, 1, 2, 2, 4, 4]
 
 
@@ -206,7 +222,15 @@ def test_synthetic_prompts_are_seeded_and_do_not_depend_on_the_limit():
         assert len({p.sha256 for p in many}) == 9
         assert few != task.prompts(setting(limit=3, seed=1))
     assert len(needle.prompts(setting())) == needle.COUNT
-    assert len({(p.facts["length"], p.facts["depth"]) for p in needle.prompts(setting(context=4096, limit=20))}) == 20
+    assert (
+        len(
+            {
+                (p.facts["length"], p.facts["depth"])
+                for p in needle.prompts(setting(context=4096, limit=20))
+            }
+        )
+        == 20
+    )
 
 
 def test_retrieval_asks_for_one_of_the_pairs():
@@ -215,29 +239,40 @@ def test_retrieval_asks_for_one_of_the_pairs():
             text = written(prompt.ids)
             pairs = json.loads(text[text.index("{") : text.index("}") + 1])
             assert len(pairs) == prompt.facts["pairs"] >= 2
-            assert pairs[prompt.facts["key"]] == prompt.facts["value"] and text.count(prompt.facts["key"]) == 2
+            assert (
+                pairs[prompt.facts["key"]] == prompt.facts["value"]
+                and text.count(prompt.facts["key"]) == 2
+            )
             assert list(pairs).index(prompt.facts["key"]) == min(
                 int(prompt.facts["depth"] * len(pairs)), len(pairs) - 1
             )
-            assert prompt.facts["length"] - 81 < len(prompt.ids) <= prompt.facts["length"]  # one more pair takes 81
+            assert (
+                prompt.facts["length"] - 81 < len(prompt.ids) <= prompt.facts["length"]
+            )  # one more pair takes 81
 
 
 def test_long_context_answers_are_judged():
     prompt = Prompt("needle/0", [1], {"number": "1234567"})
     assert needle.judge(prompt, "The secret number is 1,234,567.").correct
     assert (
-        not needle.judge(prompt, "12345678").correct and not needle.judge(prompt, "It is 7654321, not 1234567").correct
+        not needle.judge(prompt, "12345678").correct
+        and not needle.judge(prompt, "It is 7654321, not 1234567").correct
     )
     key, value = "0" * 8 + "-0000-4000-8000-" + "0" * 12, "a" * 8 + "-bbbb-4ccc-8ddd-" + "e" * 12
     prompt = Prompt("retrieval/0", [1], {"key": key, "value": value})
-    assert retrieval.judge(prompt, f'The value of "{key}" is "{value.upper()}".') == Judgement(value, True)
+    assert retrieval.judge(prompt, f'The value of "{key}" is "{value.upper()}".') == Judgement(
+        value, True
+    )
     assert retrieval.judge(prompt, f"{key}") == Judgement("", False)
     assert not retrieval.judge(prompt, value[:-1]).correct
 
 
 def gsm8k_file(folder: Path, count: int = 5) -> Path:
     path = folder / "test.jsonl"
-    rows = [{"question": f"What is {i} plus {1000 * i}?", "answer": f"Add. #### {1001 * i:,}"} for i in range(count)]
+    rows = [
+        {"question": f"What is {i} plus {1000 * i}?", "answer": f"Add. #### {1001 * i:,}"}
+        for i in range(count)
+    ]
     path.write_text("\n".join(map(json.dumps, rows)) + "\n")
     return path
 
@@ -247,13 +282,17 @@ def test_gsm8k_prompts(tmp_path):
     made = gsm8k.prompts(setting(data=str(path), context=4096))
     assert [p.facts for p in made] == [{"gold": str(1001 * i), "shots": 5} for i in range(5)]
     text = written(made[1].ids)
-    assert text.startswith("Question: A baker") and text.endswith("\n\nQuestion: What is 1 plus 1000?\nAnswer:")
+    assert text.startswith("Question: A baker") and text.endswith(
+        "\n\nQuestion: What is 1 plus 1000?\nAnswer:"
+    )
     assert text.count("The answer is") == 5
     few = gsm8k.prompts(setting(data=str(path), context=1024, limit=2))
     assert [p.facts["shots"] for p in few] == [2, 2] and all(len(p.ids) + 300 <= 1024 for p in few)
     chat = gsm8k.prompts(setting(tokenizer=tokenizer(True), data=str(tmp_path), context=4096))
     text = written(chat[1].ids)
-    assert text.endswith("<user>What is 1 plus 1000?\n<assistant>") and text.count("<assistant>") == 6
+    assert (
+        text.endswith("<user>What is 1 plus 1000?\n<assistant>") and text.count("<assistant>") == 6
+    )
     with pytest.raises(KvfoldError, match="context of 310"):
         gsm8k.prompts(setting(data=str(path), context=310))
 
@@ -287,7 +326,7 @@ def test_humaneval_prompts_and_programs(tmp_path):
         humaneval.prompts(setting(data=str(tmp_path), context=320))
 
 
-# -- data --------------------------------------------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 
 
 def test_rows_of_a_file_a_folder_and_a_gz(tmp_path):
@@ -316,7 +355,10 @@ def test_bad_data_is_refused(tmp_path, content, message):
 
 
 def test_data_that_is_not_there_is_refused(tmp_path, monkeypatch):
-    for source, message in (("./no.jsonl", "does not exist"), (str(tmp_path), "is a folder without test.jsonl")):
+    for source, message in (
+        ("./no.jsonl", "does not exist"),
+        (str(tmp_path), "is a folder without test.jsonl"),
+    ):
         with pytest.raises(KvfoldError, match=message):
             read_rows(source, ("test.jsonl",), ())
     with pytest.raises(KvfoldError, match="can be loaded"):
@@ -330,7 +372,7 @@ def test_data_that_is_not_there_is_refused(tmp_path, monkeypatch):
         gsm8k.prompts(setting(data=str(path)))
 
 
-# -- generation --------------------------------------------------------------------------------------------------------
+# -- generation ------------------------------------------------------------------------------------
 
 
 def test_draws_of_one_question_count_as_one_difference():
@@ -351,13 +393,17 @@ def test_draws_of_one_question_count_as_one_difference():
 def test_sampled_answers_are_seeded_and_differ_by_draw(model):
     prompts = [draw for prompt in some_prompts(2) for draw in prompt.draws(3)]
     assert [p.id for p in prompts] == [f"p/{i}#{k}" for i in range(2) for k in range(3)]
-    texts = [PairedGenerator(model, tokenizer(), 1.0, seed).generate(prompts, "packed", 12) for seed in (0, 0, 1)]
+    texts = [
+        PairedGenerator(model, tokenizer(), 1.0, seed).generate(prompts, "packed", 12)
+        for seed in (0, 0, 1)
+    ]
     assert texts[0] == texts[1] != texts[2]
     assert len({text for text, _ in texts[0]}) > 3
     # where nothing is packed, both caches draw the same
     short = Prompt("short", prompts[0].ids[:8]).draws(4)
     plain, packed = (
-        PairedGenerator(model, tokenizer(), 1.0).generate(short, cache, 12) for cache in ("16bit", "packed")
+        PairedGenerator(model, tokenizer(), 1.0).generate(short, cache, 12)
+        for cache in ("16bit", "packed")
     )
     assert plain == packed and len({text for text, _ in plain}) > 2
 
@@ -367,7 +413,9 @@ def some_prompts(count: int = 5) -> list[Prompt]:
     return [Prompt(f"p/{i}", list(words[100 * i : 160 * i + 45].encode())) for i in range(count)]
 
 
-def test_a_batch_gives_each_prompt_what_it_gets_alone_from_either_cache(artifact, model, monkeypatch):
+def test_a_batch_gives_each_prompt_what_it_gets_alone_from_either_cache(
+    artifact, model, monkeypatch
+):
     prompts, tok = some_prompts(), tokenizer()
     stock = stock_from_pretrained(artifact, dtype=torch.float32)
     generator = PairedGenerator(model, tok)
@@ -376,13 +424,19 @@ def test_a_batch_gives_each_prompt_what_it_gets_alone_from_either_cache(artifact
         together = generator.generate(prompts, cache, 20)
         for prompt, (text, count) in zip(prompts, together, strict=True):
             alone = reference.generate(
-                torch.tensor([prompt.ids]), max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=0
+                torch.tensor([prompt.ids]),
+                max_new_tokens=20,
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=0,
             )[0, len(prompt.ids) :].tolist()
             alone = alone[: alone.index(0)] if 0 in alone else alone
             assert (text, count) == (tok.decode(alone, skip_special_tokens=True), len(alone))
         alike.append(together)
         monkeypatch.setattr("kvfold.compress.tasks.generator.PREFILL_CHUNK", 64)
-        assert [t[:1] for t, _ in generator.generate(prompts, cache, 20)] == [t[:1] for t, _ in together]
+        assert [t[:1] for t, _ in generator.generate(prompts, cache, 20)] == [
+            t[:1] for t, _ in together
+        ]
         monkeypatch.undo()
     assert alike[0] != alike[1]  # the packed cache was read
     assert model.base_model.kv_packed
@@ -393,13 +447,17 @@ def test_a_row_ends_at_its_stop_or_end_token(model):
     generator = PairedGenerator(model, tok)
     free = generator.generate(prompts, "packed", 24)
     stop = free[0][0][5:7]
-    for (text, count), (whole, most) in zip(generator.generate(prompts, "packed", 24, (stop,)), free, strict=True):
+    for (text, count), (whole, most) in zip(
+        generator.generate(prompts, "packed", 24, (stop,)), free, strict=True
+    ):
         assert text == cut_at(whole, (stop,))
         assert count == (min(most, whole.index(stop) + 2) if stop in whole else most)
     for prompt, (whole, most) in zip(prompts, free, strict=True):  # a stop in the prompt is none
         stop = written(prompt.ids[-2:])
         ends = whole.index(stop) + 2 if stop in whole else most
-        assert generator.generate([prompt], "packed", 24, (stop, "\x01" * 6)) == [(cut_at(whole, (stop,)), ends)]
+        assert generator.generate([prompt], "packed", 24, (stop, "\x01" * 6)) == [
+            (cut_at(whole, (stop,)), ends)
+        ]
     assert max(most for _, most in free) > 6
     generator.ends = [ord(free[1][0][9])]
     text, count = generator.generate(prompts, "packed", 24)[1]
@@ -427,19 +485,34 @@ def test_a_run_and_its_resumption(artifact, tmp_path, monkeypatch):
     def run(task: Task, folder: str, **options) -> dict:
         monkeypatch.setitem(TASKS, "gsm8k", task)
         return run_tasks(
-            str(artifact), "gsm8k", samples=tmp_path / folder, device="cpu", **{"batch_size": 3, **options}
+            str(artifact),
+            "gsm8k",
+            samples=tmp_path / folder,
+            device="cpu",
+            **{"batch_size": 3, **options},
         )
 
     whole = run(parity_task(), "whole")
     (result,) = whole["tasks"]
     assert (result["prompts"], result["pairs"]) == (10, 10)
-    lines = [json.loads(line) for line in (tmp_path / "whole" / "gsm8k.jsonl").read_text().splitlines()]
-    assert lines[0]["task"] == "gsm8k" and sorted(r["id"] for r in lines[1:]) == [f"p/{i}" for i in range(10)]
+    lines = [
+        json.loads(line) for line in (tmp_path / "whole" / "gsm8k.jsonl").read_text().splitlines()
+    ]
+    assert lines[0]["task"] == "gsm8k" and sorted(r["id"] for r in lines[1:]) == [
+        f"p/{i}" for i in range(10)
+    ]
     right = {cache: sum(r[cache]["correct"] for r in lines[1:]) for cache in ("16bit", "packed")}
-    assert (result["accuracy_16bit"], result["accuracy"]) == (right["16bit"] / 10, right["packed"] / 10)
+    assert (result["accuracy_16bit"], result["accuracy"]) == (
+        right["16bit"] / 10,
+        right["packed"] / 10,
+    )
     assert 0 < right["16bit"] < 10 and result["lost"] + result["gained"] > 0
     assert result["points"] == pytest.approx(100 * (result["accuracy"] - result["accuracy_16bit"]))
-    assert 0 < result["packed_share"] < 1 and 3.0 < result["effective_bits"] < 16 and result["same_text"] < 1
+    assert (
+        0 < result["packed_share"] < 1
+        and 3.0 < result["effective_bits"] < 16
+        and result["same_text"] < 1
+    )
 
     with pytest.raises(Interrupted):
         run(parity_task(fail_at=12), "cut")
@@ -452,16 +525,27 @@ def test_a_run_and_its_resumption(artifact, tmp_path, monkeypatch):
     assert len(set(calls)) == 10 - kept + 1
     figures = lambda r: {k: v for k, v in r["tasks"][0].items() if not k.startswith("seconds")}  # noqa: E731
     assert figures(again) == figures(whole)
-    assert figures(run(parity_task(fail_at=0), "cut", resume=True)) == figures(whole)  # nothing is left to answer
+    assert figures(run(parity_task(fail_at=0), "cut", resume=True)) == figures(
+        whole
+    )  # nothing is left to answer
 
     drawn = run(parity_task(), "drawn", draws=3, temperature=1.0, limit=4)["tasks"][0]
     assert (drawn["prompts"], drawn["pairs"]) == (4, 12) and drawn["points_se"] is not None
     with pytest.raises(KvfoldError, match="another temperature"):
         run(parity_task(), "drawn", draws=3, temperature=0.5, limit=4, resume=True)
     run(parity_task(), "rounds", draws=3, temperature=1.0, limit=4, batch_size=4)
-    names = [json.loads(line)["id"] for line in (tmp_path / "rounds" / "gsm8k.jsonl").read_text().splitlines()[1:]]
-    for start in (0, 4, 8):  # a batch has one answer to each prompt, so a run that is cut off has answers to all
-        prompts, draws = zip(*(name.rpartition(DRAW)[::2] for name in names[start : start + 4]), strict=True)
+    names = [
+        json.loads(line)["id"]
+        for line in (tmp_path / "rounds" / "gsm8k.jsonl").read_text().splitlines()[1:]
+    ]
+    for start in (
+        0,
+        4,
+        8,
+    ):  # a batch has one answer to each prompt, so a run that is cut off has answers to all
+        prompts, draws = zip(
+            *(name.rpartition(DRAW)[::2] for name in names[start : start + 4]), strict=True
+        )
         assert len(set(prompts)) == 4 and len(set(draws)) == 1
     few = run(parity_task(fail_at=0), "cut", resume=True, limit=4)["tasks"][0]
     assert (few["prompts"], few["pairs"]) == (4, 4)
@@ -480,18 +564,38 @@ def test_a_time_limit_stops_after_a_batch(artifact, tmp_path, monkeypatch):
         return Judgement("", True)
 
     task = Task(max_new_tokens=2, prompts=lambda s: some_prompts(10), judge=judge)
-    monkeypatch.setattr(PairedGenerator, "generate", lambda self, prompts, *a: [("a", 1)] * len(prompts))
+    monkeypatch.setattr(
+        PairedGenerator, "generate", lambda self, prompts, *a: [("a", 1)] * len(prompts)
+    )
     for name in ("gsm8k", "humaneval"):
         monkeypatch.setitem(TASKS, name, task)
     report = run_tasks(
-        str(artifact), "gsm8k,humaneval", samples=tmp_path, device="cpu", batch_size=2, time_limit=9.0, run_code=True
+        str(artifact),
+        "gsm8k,humaneval",
+        samples=tmp_path,
+        device="cpu",
+        batch_size=2,
+        time_limit=9.0,
+        run_code=True,
     )
-    # a batch takes two seconds: two of them in half of nine seconds, and two in the five that are left
-    assert [(r["prompts"], r["pairs"], r["same_text"]) for r in report["tasks"]] == [(10, 4, 1.0), (10, 4, 1.0)]
+    # a batch takes two seconds: two of them in half of nine seconds, and two in the five that are
+    # left
+    assert [(r["prompts"], r["pairs"], r["same_text"]) for r in report["tasks"]] == [
+        (10, 4, 1.0),
+        (10, 4, 1.0),
+    ]
     report = run_tasks(
-        str(artifact), "gsm8k,humaneval", samples=tmp_path, device="cpu", batch_size=9, time_limit=1.0, run_code=True
+        str(artifact),
+        "gsm8k,humaneval",
+        samples=tmp_path,
+        device="cpu",
+        batch_size=9,
+        time_limit=1.0,
+        run_code=True,
     )
-    assert [(r["task"], r["pairs"]) for r in report["tasks"]] == [("gsm8k", 9)]  # it took all the time that there was
+    assert [(r["task"], r["pairs"]) for r in report["tasks"]] == [
+        ("gsm8k", 9)
+    ]  # it took all the time that there was
 
 
 def test_answers_of_another_run_are_refused(tmp_path):
@@ -517,7 +621,7 @@ def test_answers_of_another_run_are_refused(tmp_path):
         Samples(path / "below", {}, resume=False)
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 def kvfold(monkeypatch, capsys, *args) -> tuple[int, str, str]:
@@ -542,7 +646,9 @@ def test_the_command_end_to_end(artifact, tmp_path, monkeypatch, capsys):
         tmp_path / "answers",
     ]
     options += ["--context", 1200, "--json", tmp_path / "report.json", "--device", "cpu"]
-    code, out, err = kvfold(monkeypatch, capsys, "eval", artifact, "--tasks", ",".join(TASKS), *options)
+    code, out, err = kvfold(
+        monkeypatch, capsys, "eval", artifact, "--tasks", ",".join(TASKS), *options
+    )
     assert code == 0, err
     report = json.loads((tmp_path / "report.json").read_text())
     assert [(r["task"], r["pairs"]) for r in report["tasks"]] == [
@@ -565,7 +671,10 @@ def test_the_command_end_to_end(artifact, tmp_path, monkeypatch, capsys):
         (["--tasks", ","], "names no task"),
         (["--tasks", "gsm8k,humaneval"], "humaneval runs programs that the model writes"),
         (["--tasks", "needle", "--task-data", "x.jsonl"], "'x.jsonl' is read by none of needle"),
-        (["--tasks", "gsm8k,humaneval", "--run-code", "--task-data", "x.jsonl"], "a folder that holds both"),
+        (
+            ["--tasks", "gsm8k,humaneval", "--run-code", "--task-data", "x.jsonl"],
+            "a folder that holds both",
+        ),
         (["--tasks", "needle", "--windows", "3"], "--windows belongs to"),
         (["--tasks", "needle", "--against", "x"], "--against belongs to"),
         (["--limit", "3"], "--limit says"),
@@ -580,7 +689,9 @@ def test_the_command_end_to_end(artifact, tmp_path, monkeypatch, capsys):
 )
 def test_options_are_refused_in_one_line(artifact, tmp_path, monkeypatch, capsys, options, message):
     extra = ["--samples", tmp_path] if "--tasks" in options else []
-    code, out, err = kvfold(monkeypatch, capsys, "eval", artifact, "--device", "cpu", *options, *extra)
+    code, out, err = kvfold(
+        monkeypatch, capsys, "eval", artifact, "--device", "cpu", *options, *extra
+    )
     assert (code, out) == (2, "") and message in err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
@@ -593,17 +704,25 @@ def test_options_and_tasks():
 
 
 def test_the_harness_is_asked_for_where_it_is_missing(monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("lm_eval_run", ROOT / "benchmarks" / "lm_eval_run.py")
+    spec = importlib.util.spec_from_file_location(
+        "lm_eval_run", ROOT / "benchmarks" / "lm_eval_run.py"
+    )
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(KvfoldError, match=r"pip install 'kvfold\[lm-eval\]'"):
         script.import_harness()
     found = {
-        "results": {"t": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "t"}, "n": {"bits_per_byte,none": 1.25}}
+        "results": {
+            "t": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "t"},
+            "n": {"bits_per_byte,none": 1.25},
+        }
     }
     figures = script.figures(found)
-    assert figures == {"t": {"acc,none": 0.5, "acc_stderr,none": 0.1}, "n": {"bits_per_byte,none": 1.25}}
+    assert figures == {
+        "t": {"acc,none": 0.5, "acc_stderr,none": 0.1},
+        "n": {"bits_per_byte,none": 1.25},
+    }
     script.print_table({"16bit": figures, "packed": figures})
     assert capsys.readouterr().out.splitlines()[2:] == [
         "| t | acc,none | 0.5000 ± 0.1000 | 0.5000 ± 0.1000 |",

@@ -29,7 +29,9 @@ def test_a_folder_of_rows_is_read_as_a_dataset(tmp_path):
 
 
 def test_a_dataset_that_cannot_be_loaded_is_named(tmp_path):
-    with pytest.raises(KvfoldError, match="'nobody/nothing:x:y' is neither a text file nor a dataset"):
+    with pytest.raises(
+        KvfoldError, match="'nobody/nothing:x:y' is neither a text file nor a dataset"
+    ):
         read_documents("nobody/nothing:x:y")
     with pytest.raises(KvfoldError, match="neither a text file nor a dataset"):
         read_documents(str(tmp_path))
@@ -44,11 +46,14 @@ def test_evaluation_text_is_not_calibration_text():
 
 
 def test_every_sequence_begins_as_the_tokenizer_begins_a_text(text_file):
-    """Gemma without its BOS token is another model: calibration, probes and evaluation all put it in front."""
+    """Gemma without its BOS token is another model: calibration, probes and evaluation all put it
+    in front."""
     tokenizer = char_tokenizer()
     name, documents = read_documents(str(text_file))
     assert prefix_ids(tokenizer) == []
-    tokenizer._tokenizer.post_processor = TemplateProcessing(single="\x02 $A", special_tokens=[("\x02", 2)])
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="\x02 $A", special_tokens=[("\x02", 2)]
+    )
     assert prefix_ids(tokenizer) == [2]
     for sequence in sample_sequences(tokenizer, documents, 3, 300, 0, name):
         assert sequence.shape == (1, 300) and (sequence == 2).nonzero().tolist() == [[0, 0]]
@@ -69,7 +74,9 @@ def test_a_given_text_is_joined_by_the_built_in_one(text_file):
     given = char_tokenizer().decode(char_tokenizer()(given).input_ids)
     own = [text in given for text in texts(found)]
     assert own == [True, False, True, False, True]
-    assert texts(found)[1] in char_tokenizer().decode(char_tokenizer()(data_text("recall.txt")).input_ids)
+    assert texts(found)[1] in char_tokenizer().decode(
+        char_tokenizer()(data_text("recall.txt")).input_ids
+    )
     again = calibration_sequences(tokenizer, str(text_file), recipe, 4096, 0)[1]
     assert all(map(torch.equal, found, again))
 
@@ -78,12 +85,18 @@ def test_a_text_alone(text_file):
     recipe = CalibrationRecipe(seq_len=256, general=False)
     name, found = calibration_sequences(char_tokenizer(), str(text_file), recipe, 4096, 0)
     given = char_tokenizer().decode(char_tokenizer()(text_file.read_text()).input_ids)
-    assert name == text_file.name and len(found) == 5 and all(text in given for text in texts(found))
+    assert (
+        name == text_file.name and len(found) == 5 and all(text in given for text in texts(found))
+    )
 
 
 def test_the_built_in_text_needs_no_other(text_file):
-    name, found = calibration_sequences(char_tokenizer(), None, CalibrationRecipe(seq_len=300), 256, 0)
-    assert name == "built-in" and [ids.shape for ids in found] == [(1, 256)] * 5  # the model's maximum
+    name, found = calibration_sequences(
+        char_tokenizer(), None, CalibrationRecipe(seq_len=300), 256, 0
+    )
+    assert (
+        name == "built-in" and [ids.shape for ids in found] == [(1, 256)] * 5
+    )  # the model's maximum
 
 
 def test_a_short_text_is_filled_up(tmp_path):
@@ -95,10 +108,14 @@ def test_a_short_text_is_filled_up(tmp_path):
 
 
 def test_the_first_probe_is_the_text_of_long_references():
-    """A layer that only such references need (LOG.md) shows in no other probe; and every text calibrates."""
+    """A layer that only such references need (LOG.md) shows in no other probe; and every text
+    calibrates."""
     recipe = load_recipe()
     _, found = calibration_sequences(char_tokenizer(), None, recipe.calibration, 4096, 0)
-    wholes = {name: char_tokenizer().decode(char_tokenizer()(data_text(name)).input_ids) for name in BUILT_IN}
+    wholes = {
+        name: char_tokenizer().decode(char_tokenizer()(data_text(name)).input_ids)
+        for name in BUILT_IN
+    }
     homes = [name for text in texts(found) for name, whole in wholes.items() if text in whole]
     assert homes[0] == "recall.txt" and sorted(homes) == sorted(BUILT_IN)
     one = recipe.calibration.model_copy(update={"texts": ("maths",)})

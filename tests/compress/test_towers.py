@@ -1,5 +1,5 @@
-"""Models of images and text: the language model's cache is packed, the rest is as it was. (What every family is asked
-is asked of them in test_more_families.py.)"""
+"""Models of images and text: the language model's cache is packed, the rest is as it was. (What
+every family is asked is asked of them in test_more_families.py.)"""
 
 from functools import partial
 
@@ -24,7 +24,9 @@ def _no_plots(monkeypatch):
 
 def packed(family, folder, text):
     source = save_tiny(folder / "model", family, torch.float32)
-    (source / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
+    (source / "preprocessor_config.json").write_text(
+        '{"image_processor_type": "CLIPImageProcessor"}'
+    )
     compress(str(source), "13", folder / "out", calib=str(text), recipe=RECIPE, context=400)
     return source, folder / "out"
 
@@ -32,7 +34,10 @@ def packed(family, folder, text):
 def with_image(family):
     """Text around an image, as a processor would give both."""
     generator = torch.Generator().manual_seed(5)
-    ids, pixels = torch.randint(32, 127, (1, 90), generator=generator), torch.randn(1, 3, 28, 28, generator=generator)
+    ids, pixels = (
+        torch.randint(32, 127, (1, 90), generator=generator),
+        torch.randn(1, 3, 28, 28, generator=generator),
+    )
     ids[0, 20 : 20 + TOWERS[family][2]] = IMAGE
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
     if family.startswith("qwen"):  # patches in rows, and how many there are of each axis
@@ -47,7 +52,9 @@ def with_image(family):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llava", "mistral3", "internvl", "smolvlm", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize(
+    "family", ["llava", "mistral3", "internvl", "smolvlm", "qwen2_5_vl", "qwen3_vl"]
+)
 def test_an_image_is_read_through_packed_pages(family, tmp_path, text_file):
     _, path = packed(family, tmp_path, text_file)
     inputs = with_image(family)
@@ -60,9 +67,16 @@ def test_an_image_is_read_through_packed_pages(family, tmp_path, text_file):
         name: torch.nn.functional.pad(x, (13, 0)) if x.shape == inputs["input_ids"].shape else x
         for name, x in inputs.items()
     }
-    assert kl(expected, model(**padded).logits[:, 13:]) < 0.05  # padding on the left moves no position
-    out = model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
-    assert isinstance(out.past_key_values, runtime.QuantizedKVCache) and out.past_key_values.get_seq_length() == 94
+    assert (
+        kl(expected, model(**padded).logits[:, 13:]) < 0.05
+    )  # padding on the left moves no position
+    out = model.generate(
+        **inputs, max_new_tokens=5, do_sample=False, pad_token_id=0, return_dict_in_generate=True
+    )
+    assert (
+        isinstance(out.past_key_values, runtime.QuantizedKVCache)
+        and out.past_key_values.get_seq_length() == 94
+    )
 
 
 @torch.no_grad()
@@ -85,9 +99,15 @@ def test_an_image_that_looks_both_ways_is_refused(tmp_path, text_file):
 
 def test_other_towers_and_processor_files_are_copied(tmp_path, text_file):
     source, path = packed("mistral3", tmp_path, text_file)
-    assert (path / "preprocessor_config.json").read_bytes() == (source / "preprocessor_config.json").read_bytes()
-    runtime.load_pretrained(path, device="cpu", attention="reference")  # reads what is signed, and nothing else
-    old, new = (stock_from_pretrained(folder, dtype=torch.float32).state_dict() for folder in (source, path))
+    assert (path / "preprocessor_config.json").read_bytes() == (
+        source / "preprocessor_config.json"
+    ).read_bytes()
+    runtime.load_pretrained(
+        path, device="cpu", attention="reference"
+    )  # reads what is signed, and nothing else
+    old, new = (
+        stock_from_pretrained(folder, dtype=torch.float32).state_dict() for folder in (source, path)
+    )
     changed = {name.split(".")[-2] for name in old if not torch.equal(old[name], new[name])}
     assert changed == {"v_proj", "o_proj"} and set(old) == set(new)
     for export in (
@@ -96,5 +116,7 @@ def test_other_towers_and_processor_files_are_copied(tmp_path, text_file):
     ):
         with pytest.raises(KvfoldError, match=r"'mistral3'.* cannot be expressed"):
             export(path, tmp_path / "other", calib=None, device=torch.device("cpu"))
-    figures = evaluate(str(path), against=str(source), text=str(text_file), windows=1, seq_len=160, device="cpu")
+    figures = evaluate(
+        str(path), against=str(source), text=str(text_file), windows=1, seq_len=160, device="cpu"
+    )
     assert 0 < figures.kl < 0.1

@@ -37,14 +37,23 @@ def metadata(tiny_artifact):
         ({"README.md": "---\nlicense: [mit, gemma]\n---\n"}, Licence()),
         ({"config.json": '{"license": "gemma"}'}, Licence("gemma")),
         ({"config.json": "[]"}, Licence()),
-        ({"README.md": "---\nlicense: gemma\n---\n", "config.json": '{"license": "mit"}'}, Licence("gemma")),
+        (
+            {"README.md": "---\nlicense: gemma\n---\n", "config.json": '{"license": "mit"}'},
+            Licence("gemma"),
+        ),
         ({"LICENSE": APACHE}, Licence("apache-2.0")),
         ({"LICENSE.txt": MIT}, Licence("mit")),
-        ({"LICENSE": "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT", "USE_POLICY.md": "No."}, Licence("llama3.2")),
+        (
+            {"LICENSE": "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT", "USE_POLICY.md": "No."},
+            Licence("llama3.2"),
+        ),
         ({"LICENSE": "META LLAMA 3 COMMUNITY LICENSE AGREEMENT"}, Licence("llama3")),
         ({"LICENSE": "All rights reserved."}, Licence()),
         (
-            {"README.md": "---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n", "LICENSE": "Mine."},
+            {
+                "README.md": "---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n",
+                "LICENSE": "Mine.",
+            },
             Licence("other", "mine", "LICENSE"),
         ),
         (
@@ -62,7 +71,9 @@ def test_find_licence(tmp_path, files, wanted):
         (tmp_path / name).write_text(content)
     found = find_licence(tmp_path)
     assert (found.id, found.name, found.link) == (wanted.id, wanted.name, wanted.link)
-    assert [text.name for text in found.texts] == sorted(files.keys() - {"README.md", "config.json"})
+    assert [text.name for text in found.texts] == sorted(
+        files.keys() - {"README.md", "config.json"}
+    )
 
 
 @pytest.mark.parametrize(
@@ -122,17 +133,26 @@ def test_licence_texts_go_along(tmp_path, tiny_folder, text_file, recipe_file):
     source = shutil.copytree(tiny_folder, tmp_path / "model")
     (source / "LICENSE").write_text(APACHE)
     (source / "NOTICE.txt").write_text("By someone.")
-    artifact = compress(str(source), "5.0", tmp_path / "out", calib=str(text_file), recipe=load_recipe(recipe_file))
+    artifact = compress(
+        str(source), "5.0", tmp_path / "out", calib=str(text_file), recipe=load_recipe(recipe_file)
+    )
     assert artifact.metadata.files.keys() > {"LICENSE", "NOTICE.txt", "bits.png", "memory.png"}
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.license == "apache-2.0" and "[NOTICE.txt](NOTICE.txt)" in card.text
 
 
 def test_what_people_wrote_stays(metadata):
-    card = model_card(metadata, "small", Base(licence=Licence("mit"))).replace("## Limits", "By me.\n\n## Limits")
-    published = published_card(card.replace("license: mit", "license: apache-2.0\nlanguage: en"), metadata, "me/it", ())
+    card = model_card(metadata, "small", Base(licence=Licence("mit"))).replace(
+        "## Limits", "By me.\n\n## Limits"
+    )
+    published = published_card(
+        card.replace("license: mit", "license: apache-2.0\nlanguage: en"), metadata, "me/it", ()
+    )
     changed = ModelCard(published)
-    assert (changed.data.license, changed.data.language) == ("apache-2.0", "en") and "By me." in changed.text
+    assert (changed.data.license, changed.data.language) == (
+        "apache-2.0",
+        "en",
+    ) and "By me." in changed.text
     assert 'path = "me/it"' in changed.text and "`kvfold inspect me/it`" in changed.text
     assert not re.search(r"kvfold \w+ small", changed.text)
     assert published_card(published, metadata, "me/it", ()) == published
@@ -147,12 +167,24 @@ def test_a_card_without_the_marks_gets_the_table_at_its_end(metadata):
         "payload_bits": 3.0, "ppl_16bit": 20.0, "ppl": 21.0, "kl": 0.0125, "kl_se": None, "top1_agreement": 0.75,
     }  # fmt: skip
     card = published_card(
-        "# Mine\n", metadata, "me/it", [figures, {**figures, "text": "built-in", "model": "other/base"}]
+        "# Mine\n",
+        metadata,
+        "me/it",
+        [figures, {**figures, "text": "built-in", "model": "other/base"}],
     )
     body = ModelCard(card).text
-    assert body.startswith("# Mine\n\n<!-- quality -->") and "20.000 → 21.000 | 0.0125 | 0.7500 |" in body
-    assert "`kvfold eval me/it --text 'a text.txt' --first-window 1 --windows 2 --seq-len 256` prints row 1." in body
-    assert "`kvfold eval me/it --against other/base --first-window 1 --windows 2 --seq-len 256` prints row 2." in body
+    assert (
+        body.startswith("# Mine\n\n<!-- quality -->")
+        and "20.000 → 21.000 | 0.0125 | 0.7500 |" in body
+    )
+    assert (
+        "`kvfold eval me/it --text 'a text.txt' --first-window 1 --windows 2 --seq-len 256` prints row 1."
+        in body
+    )
+    assert (
+        "`kvfold eval me/it --against other/base --first-window 1 --windows 2 --seq-len 256` prints row 2."
+        in body
+    )
     again = published_card(card, metadata, "me/it", [figures])
     assert again.count("<!-- quality -->") == 1 and "built-in" not in again
 
@@ -160,7 +192,10 @@ def test_a_card_without_the_marks_gets_the_table_at_its_end(metadata):
 def test_a_made_card_names_a_command_for_its_search(tiny_artifact):
     """Budget, context and text as the artifact states them."""
     card = (tiny_artifact / "README.md").read_text()
-    assert "`kvfold compress tiny-llama --budget 4.0 --context 2048 --recipe recipe.yaml --calib text.txt`" in card
+    assert (
+        "`kvfold compress tiny-llama --budget 4.0 --context 2048 --recipe recipe.yaml --calib text.txt`"
+        in card
+    )
 
 
 # -- plots
@@ -173,7 +208,10 @@ def test_plots(tmp_path, metadata, tiny_artifact):
         assert (tmp_path / name).read_bytes() == (tiny_artifact / name).read_bytes()
         assert name in read_artifact(tiny_artifact).metadata.files
         with Image.open(tmp_path / name) as picture:
-            assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(1 << 20) or []) > 20
+            assert (
+                min(picture.size) > 300
+                and len(picture.convert("RGB").getcolors(1 << 20) or []) > 20
+            )
     changed = metadata.model_copy(deep=True)
     changed.layers[0].key.payload_bits += 1
     draw_plots(tmp_path, changed)

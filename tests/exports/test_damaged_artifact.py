@@ -1,4 +1,5 @@
-"""A damaged artifact is refused in one sentence, by `kvfold validate` and by load_pretrained alike."""
+"""A damaged artifact is refused in one sentence, by `kvfold validate` and by load_pretrained
+alike."""
 
 import json
 from pathlib import Path
@@ -27,7 +28,9 @@ def test_the_copy_itself_is_good(artifact):
 
 
 @pytest.mark.parametrize("place", [0, 0.001, 0.3, 0.999])
-@pytest.mark.parametrize("name", ["model.safetensors", TENSORS_NAME, "config.json", "tokenizer.json", "recipe.yaml"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", TENSORS_NAME, "config.json", "tokenizer.json", "recipe.yaml"]
+)
 def test_flipped_byte(artifact, both_refuse, name, place):
     size = (artifact / name).stat().st_size
     flip(artifact / name, int(size * place))
@@ -35,8 +38,9 @@ def test_flipped_byte(artifact, both_refuse, name, place):
 
 
 def test_flipped_byte_in_the_metadata(artifact, tiny_artifact):
-    """Bytes all over kv_cache.json in turn: each is refused, unless the content stays the same to the last bit
-    (1e-05 that became 1E-05, or the last of 17 digits, which a double may not tell apart)."""
+    """Bytes all over kv_cache.json in turn: each is refused, unless the content stays the same to
+    the last bit (1e-05 that became 1E-05, or the last of 17 digits, which a double may not tell
+    apart)."""
     file = artifact / METADATA_NAME
     content = file.read_bytes()
     wanted = read_metadata(tiny_artifact)
@@ -81,7 +85,9 @@ def test_unknown_format_version(artifact, both_refuse, version):
     both_refuse("format_version")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", TENSORS_NAME, "config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", TENSORS_NAME, "config.json", "tokenizer_config.json"]
+)
 def test_missing_file(artifact, both_refuse, name):
     (artifact / name).unlink()
     both_refuse(name)
@@ -154,7 +160,9 @@ def test_tensor_file_that_is_none_under_a_hash_that_fits(artifact, both_refuse):
     both_refuse(TENSORS_NAME)
 
 
-@pytest.mark.parametrize("change", [{"num_key_value_heads": 4}, {"num_hidden_layers": 2}, {"head_dim": 24}])
+@pytest.mark.parametrize(
+    "change", [{"num_key_value_heads": 4}, {"num_hidden_layers": 2}, {"head_dim": 24}]
+)
 def test_config_of_another_shape(artifact, both_refuse, change):
     config = CONFIGS["llama"]()
     config.update(change)
@@ -176,7 +184,8 @@ def test_unknown_field(artifact, both_refuse):
 
 
 @pytest.mark.parametrize(
-    "fault", ["tiny", "huge", "rank 1", "rows alike", "one row of nothing", "one row of almost nothing"]
+    "fault",
+    ["tiny", "huge", "rank 1", "rows alike", "one row of nothing", "one row of almost nothing"],
 )
 def test_a_matrix_that_only_float64_can_undo(artifact, both_refuse, fault):
     """Its logits would be NaN, in the last layer without a word, or noise."""

@@ -1,4 +1,5 @@
-"""Exports for serving engines: other projects' own code reads them, and what it reads is what was calibrated."""
+"""Exports for serving engines: other projects' own code reads them, and what it reads is what was
+calibrated."""
 
 import errno
 import itertools
@@ -96,7 +97,9 @@ def test_rounding_keeps_soft_caps_and_sink_logits(family):
 def test_ranges_are_what_a_stock_cache_holds(family):
     model = tiny_model(family)
     sequences = [some_ids(61), some_ids(33).flip(1)]
-    caches = [DynamicCache() for _ in sequences]  # without the config: a sliding layer keeps every token too
+    caches = [
+        DynamicCache() for _ in sequences
+    ]  # without the config: a sliding layer keeps every token too
     for ids, cache in zip(sequences, caches, strict=True):
         model(ids, past_key_values=cache)
     model.set_attn_implementation(TAP)
@@ -104,7 +107,9 @@ def test_ranges_are_what_a_stock_cache_holds(family):
     for name in ("keys", "values"):
         expected = torch.stack(
             [
-                torch.stack([getattr(cache.layers[i], name)[0].abs().amax((1, 2)) for cache in caches]).amax(0)
+                torch.stack(
+                    [getattr(cache.layers[i], name)[0].abs().amax((1, 2)) for cache in caches]
+                ).amax(0)
                 for i in range(3)
             ]
         )
@@ -122,7 +127,8 @@ def test_scales_are_absmax_over_448():
 
 
 def test_key_headroom_covers_every_position():
-    """A pair of channels turned to any angle stays within the range that its own largest channel gives."""
+    """A pair of channels turned to any angle stays within the range that its own largest channel
+    gives."""
     pair = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
     angles = torch.linspace(0, 6.3, 721)[:, None]
     turned = pair[0] * angles.cos() - pair[1] * angles.sin()
@@ -138,18 +144,31 @@ def test_compressed_tensors_parses_its_config(ct_folders, strategy):
     scheme = config.kv_cache_scheme
     assert (scheme.num_bits, scheme.type, scheme.strategy) == (8, "float", strategy)
     assert scheme.symmetric and scheme.dynamic is False and config.config_groups == {}
-    assert config.requires_calibration_data() and config.quant_method == stated["quant_method"] == "compressed-tensors"
-    assert {**config.model_dump(mode="json"), "version": stated["version"]} == stated == kv_cache_config(strategy)
+    assert (
+        config.requires_calibration_data()
+        and config.quant_method == stated["quant_method"] == "compressed-tensors"
+    )
+    assert (
+        {**config.model_dump(mode="json"), "version": stated["version"]}
+        == stated
+        == kv_cache_config(strategy)
+    )
 
 
 @pytest.mark.parametrize("strategy, shape", [("tensor", (1,)), ("attn_head", (2, 1, 1))])
-def test_the_weights_are_the_artifacts_and_the_scales_beside_them(ct_folders, tiny_artifact, strategy, shape):
+def test_the_weights_are_the_artifacts_and_the_scales_beside_them(
+    ct_folders, tiny_artifact, strategy, shape
+):
     tensors = all_tensors(ct_folders / strategy)
     scales = {name: tensors.pop(name) for name in [f"{n}.{s}_scale" for n in NAMES for s in "kv"]}
     assert all(scale.shape == shape and bool((scale > 0).all()) for scale in scales.values())
     original = load_file(tiny_artifact / "model.safetensors")
-    assert tensors.keys() == original.keys() and all(torch.equal(tensors[k], original[k]) for k in original)
-    assert len({p.stat().st_mode for p in (ct_folders / strategy).iterdir()}) == 1  # a server may run as another user
+    assert tensors.keys() == original.keys() and all(
+        torch.equal(tensors[k], original[k]) for k in original
+    )
+    assert (
+        len({p.stat().st_mode for p in (ct_folders / strategy).iterdir()}) == 1
+    )  # a server may run as another user
     assert not {"kv_cache.json", "kv_cache.safetensors", "recipe.yaml", "report.html"} & {
         p.name for p in (ct_folders / strategy).iterdir()
     }
@@ -164,8 +183,8 @@ def test_per_head_scales_reach_the_tensors_scale(ct_folders):
 @pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
 @torch.no_grad()
 def test_stock_transformers_loads_it(ct_folders, tiny_artifact, strategy):
-    """The artifact's logits with the cache's quantisation switched off; with it on, those of our emulation, by its own
-    code."""
+    """The artifact's logits with the cache's quantisation switched off; with it on, those of our
+    emulation, by its own code."""
     folder, ids = ct_folders / strategy, some_ids()
     model, artifact_model = stock(folder), stock(tiny_artifact)
     tensors = all_tensors(folder)
@@ -233,10 +252,15 @@ def test_nvfp4_is_model_optimizers_own():
     pytest.importorskip("modelopt")
     from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
-    x = torch.randn(37, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 37)[:, None]
+    x = (
+        torch.randn(37, 64, generator=torch.Generator().manual_seed(0))
+        * torch.logspace(-2, 2, 37)[:, None]
+    )
     absmax = x.abs().amax()
     packed, block, outer = NVFP4QTensor.quantize(x, 16, weights_scaling_factor_2=absmax / (6 * 448))
-    theirs = packed.dequantize(scale=block, double_scale=outer, block_sizes={-1: 16}, dtype=torch.float32)
+    theirs = packed.dequantize(
+        scale=block, double_scale=outer, block_sizes={-1: 16}, dtype=torch.float32
+    )
     ours = nvfp4(x, absmax / 448)
     assert float((ours - theirs).abs().max() / absmax) < 1e-6
 
@@ -248,7 +272,9 @@ def test_modelopt_folder(modelopt_folder, tiny_artifact):
         n: {"quant_algo": a} for n, a in zip(NAMES, found.algos, strict=True)
     }
     assert stated["producer"]["name"] == "modelopt"
-    assert json.loads((folder / "config.json").read_text())["quantization_config"] == embedded_config(stated)
+    assert json.loads((folder / "config.json").read_text())[
+        "quantization_config"
+    ] == embedded_config(stated)
     tensors = all_tensors(folder)
     scales = {tensors.pop(f"{n}.{s}_proj.{s}_scale").shape for n in NAMES for s in "kv"}
     assert scales == {torch.Size([])}
@@ -257,7 +283,9 @@ def test_modelopt_folder(modelopt_folder, tiny_artifact):
     assert all(found.losses["NVFP4"][i] > found.losses["FP8"][i] > 0 for i in range(3))
 
 
-def test_stock_transformers_computes_the_artifacts_logits_from_the_modelopt_folder(modelopt_folder, tiny_artifact):
+def test_stock_transformers_computes_the_artifacts_logits_from_the_modelopt_folder(
+    modelopt_folder, tiny_artifact
+):
     ids = some_ids()
     assert torch.equal(logits(stock(modelopt_folder[0]), ids), logits(stock(tiny_artifact), ids))
 
@@ -271,7 +299,9 @@ def test_both_exports_state_the_same_ranges(modelopt_folder, ct_folders):
 
 @pytest.mark.parametrize("algos", [["FP8", "NVFP4", "FP8"], ["FP8"] * 3, ["NVFP4"] * 3])
 def test_model_optimizers_converter_reads_it(algos):
-    convert = pytest.importorskip("modelopt.torch.export.convert_hf_config").convert_hf_quant_config_format
+    convert = pytest.importorskip(
+        "modelopt.torch.export.convert_hf_config"
+    ).convert_hf_quant_config_format
     config = quant_config(NAMES, algos)
     theirs, ours = convert(config), embedded_config(config)
     for name in ("quant_method", "producer", "ignore"):
@@ -279,7 +309,9 @@ def test_model_optimizers_converter_reads_it(algos):
     if len(set(algos)) == 1:
         assert theirs["kv_cache_scheme"] == ours["kv_cache_scheme"]
     else:  # releases that don't read the map pass the name on
-        assert {theirs.get("kv_cache_quant_algo"), theirs.get("kv_cache_scheme")} - {None} == {"MIXED_PRECISION"}
+        assert {theirs.get("kv_cache_quant_algo"), theirs.get("kv_cache_scheme")} - {None} == {
+            "MIXED_PRECISION"
+        }
     if "kv_cache_quantized_layers" in theirs:
         assert theirs["kv_cache_quantized_layers"] == ours["kv_cache_quantized_layers"]
 
@@ -288,7 +320,9 @@ def test_model_optimizer_names_its_scales_so():
     quant_utils = pytest.importorskip("modelopt.torch.export.quant_utils")
     name, amax = NAMES[0], torch.tensor(7.0)
     for s in "kv":
-        found = quant_utils._postprocess_single_tensor(f"{name}.{s}_bmm_quantizer._amax", amax, 448, "FP8")
+        found = quant_utils._postprocess_single_tensor(
+            f"{name}.{s}_bmm_quantizer._amax", amax, 448, "FP8"
+        )
         assert found == (f"{name}.{s}_proj.{s}_scale", amax / 448)
 
 
@@ -297,7 +331,9 @@ def test_quant_config_of_uniform_and_mixed_maps():
         config = quant_config(NAMES, [{"F": "FP8", "N": "NVFP4"}[a] for a in algos])
         assert config["quantization"]["kv_cache_quant_algo"] == stated
         embedded = embedded_config(config)
-        assert embedded["kv_cache_quant_algo"] == stated and embedded["kv_cache_schema_version"] == 1
+        assert (
+            embedded["kv_cache_quant_algo"] == stated and embedded["kv_cache_schema_version"] == 1
+        )
         assert ("kv_cache_scheme" in embedded) == (stated != "MIXED_PRECISION")
 
 
@@ -305,7 +341,10 @@ def test_quant_config_of_uniform_and_mixed_maps():
 def test_the_allocation_is_the_best_of_all(bits):
     generator = torch.Generator().manual_seed(int(bits * 100))
     nvfp4_loss = torch.rand(7, generator=generator)
-    losses = {"FP8": (nvfp4_loss * torch.rand(7, generator=generator) * 0.1).tolist(), "NVFP4": nvfp4_loss.tolist()}
+    losses = {
+        "FP8": (nvfp4_loss * torch.rand(7, generator=generator) * 0.1).tolist(),
+        "NVFP4": nvfp4_loss.tolist(),
+    }
     chosen = allocate_formats(losses, 2 * 2 * 16 * 2048, bits)
     assert sum(KV_BITS[a] for a in chosen) <= 7 * bits + 1e-9
     best = min(
@@ -316,7 +355,9 @@ def test_the_allocation_is_the_best_of_all(bits):
     assert sum(losses[a][i] for i, a in enumerate(chosen)) == pytest.approx(best, rel=1e-4)
 
 
-@pytest.mark.parametrize("request_, payload, chosen", [(None, 2.3, 4.5), (None, 5.5, 5.5), (None, 12, 8), (7, 2.3, 7)])
+@pytest.mark.parametrize(
+    "request_, payload, chosen", [(None, 2.3, 4.5), (None, 5.5, 5.5), (None, 12, 8), (7, 2.3, 7)]
+)
 def test_bits(request_, payload, chosen):
     assert choose_bits(request_, payload) == chosen
 
@@ -334,12 +375,23 @@ def test_shards_are_numbered_again(tmp_path, tiny_artifact):
     stock(tiny_artifact).save_pretrained(source, max_shard_size="60KB")
     assert len(list(source.glob("model-*.safetensors"))) > 1
     scales = {f"{NAMES[0]}.k_scale": torch.tensor([0.5])}
-    write_engine_folder(replace(artifact, path=source), tmp_path / "out", scales, {"quant_method": "modelopt"}, {}, "")
-    assert all_tensors(tmp_path / "out").keys() == stock(tiny_artifact).state_dict().keys() - {"lm_head.weight"} | {
+    write_engine_folder(
+        replace(artifact, path=source),
+        tmp_path / "out",
+        scales,
+        {"quant_method": "modelopt"},
+        {},
+        "",
+    )
+    assert all_tensors(tmp_path / "out").keys() == stock(tiny_artifact).state_dict().keys() - {
+        "lm_head.weight"
+    } | {
         *scales,
         "lm_head.weight",
     }
-    assert torch.equal(logits(stock(tmp_path / "out"), some_ids()), logits(stock(tiny_artifact), some_ids()))
+    assert torch.equal(
+        logits(stock(tmp_path / "out"), some_ids()), logits(stock(tiny_artifact), some_ids())
+    )
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, tiny_artifact, monkeypatch):
@@ -389,7 +441,9 @@ def test_bad_options(refused, tmp_path, tiny_artifact):
     assert "--strategy channel is not one of" in refused(
         "export", "compressed-tensors", tiny_artifact, tmp_path / "out", "--strategy", "channel"
     )
-    assert "--bits 3.0 is outside" in refused("export", "modelopt", tiny_artifact, tmp_path / "out", "--bits", 3)
+    assert "--bits 3.0 is outside" in refused(
+        "export", "modelopt", tiny_artifact, tmp_path / "out", "--bits", 3
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -398,7 +452,9 @@ def test_compressed_tensors_missing(refused, tmp_path, tiny_artifact, monkeypatc
 
     real = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "compressed_tensors" else real(name, *a)
+        importlib.util,
+        "find_spec",
+        lambda name, *a: None if name == "compressed_tensors" else real(name, *a),
     )
     line = refused("export", "compressed-tensors", tiny_artifact, tmp_path / "out")
     assert "compressed-tensors is not installed" in line and "kvfold[engines]" in line
@@ -424,7 +480,15 @@ def test_commands(tmp_path, tiny_artifact, text_file, monkeypatch, capsys):
     monkeypatch.setattr(
         sys,
         "argv",
-        ["kvfold", "export", "modelopt", str(tiny_artifact), str(tmp_path / "out"), "--calib", str(text_file)],
+        [
+            "kvfold",
+            "export",
+            "modelopt",
+            str(tiny_artifact),
+            str(tmp_path / "out"),
+            "--calib",
+            str(text_file),
+        ],
     )
     with pytest.raises(SystemExit) as stop:
         main()

@@ -1,5 +1,5 @@
-"""A config.json whose hash fits and whose numbers would fill the memory or the day is refused first, within a second;
-what no reader needs to read whole isn't read."""
+"""A config.json whose hash fits and whose numbers would fill the memory or the day is refused
+first, within a second; what no reader needs to read whole isn't read."""
 
 import json
 import os
@@ -74,16 +74,24 @@ def test_more_layers_than_the_weights_have_tensors_for(artifact, quickly):
     quickly("too few for the 900 layers")
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "bits.png", "model.safetensors", TENSORS_NAME])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "bits.png", "model.safetensors", TENSORS_NAME]
+)
 def test_a_file_of_two_gibibytes_of_nothing(artifact, quickly, monkeypatch, name):
     hashed = files.file_sha256
-    monkeypatch.setattr(files, "file_sha256", lambda path: hashed(path) if path.stat().st_size < 1 << 30 else "?")
+    monkeypatch.setattr(
+        files, "file_sha256", lambda path: hashed(path) if path.stat().st_size < 1 << 30 else "?"
+    )
     os.truncate(artifact / name, 2 << 30)
     quickly(name)
 
 
-@pytest.mark.parametrize("fields", [{"vocab_size": 10**8}, {"intermediate_size": 2**40}, {"mlp_bias": True}])
-def test_a_checkpoint_is_asked_the_same_before_it_is_loaded(refused, checkpoint, monkeypatch, fields):
+@pytest.mark.parametrize(
+    "fields", [{"vocab_size": 10**8}, {"intermediate_size": 2**40}, {"mlp_bias": True}]
+)
+def test_a_checkpoint_is_asked_the_same_before_it_is_loaded(
+    refused, checkpoint, monkeypatch, fields
+):
     monkeypatch.setattr("kvfold.compress.models.stock_from_pretrained", None)
     refused(str(checkpoint), model=edit_config(checkpoint, **fields))
 

@@ -1,4 +1,5 @@
-"""The model card as it is on the Hub: its figures, the commands beside them, the lines that load it."""
+"""The model card as it is on the Hub: its figures, the commands beside them, the lines that load
+it."""
 
 import json
 import re
@@ -18,7 +19,9 @@ pytest_plugins = ("hub_client",)
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, client, server, tiny_artifact, text_file) -> Path:
     file = tmp_path_factory.mktemp("results") / "results.json"
-    code, _, err = client("eval", tiny_artifact, "--text", text_file, "--windows", 2, "--seq-len", 256, "--json", file)
+    code, _, err = client(
+        "eval", tiny_artifact, "--text", text_file, "--windows", 2, "--seq-len", 256, "--json", file
+    )
     assert code == 0, err
     return file
 
@@ -47,11 +50,15 @@ def test_card_states_what_was_measured(push, hub, artifact, results):
     read_artifact(artifact)
 
 
-def test_every_figure_of_the_card_comes_from_the_command_beside_it(client, push, hub, artifact, results, text_file):
+def test_every_figure_of_the_card_comes_from_the_command_beside_it(
+    client, push, hub, artifact, results, text_file
+):
     push("--results", results)
     card = files_on(hub)["README.md"].decode()
     rows = re.findall(
-        r"^\| (\d+) \| (.+?) \| (.+?) \| (.+?) \| `kvfold (inspect someone/small --at \d+)` \|$", card, re.MULTILINE
+        r"^\| (\d+) \| (.+?) \| (.+?) \| (.+?) \| `kvfold (inspect someone/small --at \d+)` \|$",
+        card,
+        re.MULTILINE,
     )
     assert len(rows) == 3
     for tokens, packed, plain, ratio, command in rows:
@@ -85,7 +92,10 @@ def test_the_lines_that_load_it(push, hub, tmp_path):
     [code] = re.findall(r"```python\n(.+?)```", card, re.DOTALL)
     assert 'path = "someone/small"' in code
     done = subprocess.run(
-        [sys.executable, "-c", code], env=hub.environment(tmp_path / "hf"), capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env=hub.environment(tmp_path / "hf"),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.replace(" ", "").startswith(
@@ -93,7 +103,9 @@ def test_the_lines_that_load_it(push, hub, tmp_path):
     )  # the tiny tokenizer puts spaces between letters
 
 
-@pytest.mark.parametrize("fault", ["missing", "not JSON", "no figures", "another artifact", "infinite"])
+@pytest.mark.parametrize(
+    "fault", ["missing", "not JSON", "no figures", "another artifact", "infinite"]
+)
 def test_results_that_are_not_of_this_artifact(refused, hub, results, tmp_path, fault):
     figures = json.loads(results.read_text())
     file = tmp_path / "wrong.json"
@@ -103,7 +115,9 @@ def test_results_that_are_not_of_this_artifact(refused, hub, results, tmp_path, 
         case "no figures":
             file.write_text("{}")
         case "another artifact":
-            file.write_text(json.dumps({**figures, "effective_bits": figures["effective_bits"] + 0.01}))
+            file.write_text(
+                json.dumps({**figures, "effective_bits": figures["effective_bits"] + 0.01})
+            )
         case "infinite":
             file.write_text(json.dumps({**figures, "kl": float("inf")}))
     refused(str(file), options=["--results", file])

@@ -1,5 +1,5 @@
-"""MODEL as a Hub id and an artifact loaded by Hub id, against a local server that speaks the Hub's download
-protocol."""
+"""MODEL as a Hub id and an artifact loaded by Hub id, against a local server that speaks the Hub's
+download protocol."""
 
 import json
 import subprocess
@@ -11,7 +11,8 @@ from hub_server import Hub
 
 @pytest.fixture
 def hub(tiny_folder, tiny_artifact, tmp_path):
-    """Environment of a process that knows the local server as its only Hub, and the model's commit."""
+    """Environment of a process that knows the local server as its only Hub, and the model's
+    commit."""
     server = Hub()
     commit = server.add("someone/tiny", tiny_folder)
     server.add("someone/small", tiny_artifact)
@@ -20,7 +21,9 @@ def hub(tiny_folder, tiny_artifact, tmp_path):
 
 
 def run(environment, *arguments):
-    return subprocess.run([sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True
+    )
 
 
 def test_a_hub_id_is_fetched_and_its_revision_stated(hub, tmp_path, text_file, recipe_file):

@@ -1,4 +1,5 @@
-"""`kvfold push` against a local server that speaks the Hub's protocol, and what comes back from there."""
+"""`kvfold push` against a local server that speaks the Hub's protocol, and what comes back from
+there."""
 
 import json
 import shutil
@@ -34,23 +35,33 @@ for revision in sys.argv[2:]:
 
 
 def test_round_trip(client, hub, tmp_path, tiny_folder, text_file, recipe_file):
-    """compress → push → load by the repository's id → the same text; and once more from the cache, offline."""
+    """compress → push → load by the repository's id → the same text; and once more from the cache,
+    offline."""
     folder, source = tmp_path / "small", shutil.copytree(tiny_folder, tmp_path / "tiny-llama")
     (source / "LICENSE").write_text("Apache License\nVersion 2.0, January 2004\n")
     options = ["--budget", "4.0", "--calib", text_file, "--recipe", recipe_file, "--out", folder]
     assert client("compress", source, *options)[0] == 0
-    code, out, err = client("push", folder, "someone/small", "--private", "--revision", "v1", "--json")
+    code, out, err = client(
+        "push", folder, "someone/small", "--private", "--revision", "v1", "--json"
+    )
     assert code == 0, err
     pushed = json.loads(out)
-    assert (pushed["repo_id"], pushed["commit"]) == ("someone/small", hub.repos["someone/small"].branches["v1"])
+    assert (pushed["repo_id"], pushed["commit"]) == (
+        "someone/small",
+        hub.repos["someone/small"].branches["v1"],
+    )
     assert hub.repos["someone/small"].private
     assert set(files_on(hub)) == {".gitattributes"}  # another branch
 
     local = {p.name: p.read_bytes() for p in folder.iterdir()}
     remote = files_on(hub, branch="v1")
     assert local.keys() == remote.keys() - {".gitattributes"} and "LICENSE" in local
-    assert {name for name in local if remote[name] != local[name]} == {"README.md"}  # names the repository now
-    assert set(hub.puts()) >= {file_sha256(folder / name) for name in ("model.safetensors", TENSORS_NAME)}
+    assert {name for name in local if remote[name] != local[name]} == {
+        "README.md"
+    }  # names the repository now
+    assert set(hub.puts()) >= {
+        file_sha256(folder / name) for name in ("model.safetensors", TENSORS_NAME)
+    }
 
     prompt = "a cache that comes back from elsewhere, and is as it was"
     model = runtime.load_pretrained(folder, device="cpu")
@@ -77,19 +88,31 @@ def test_a_newer_artifact_replaces_the_older_one(push, hub, artifact):
     """Its files that are gone go; what others put there stays."""
     tensors = load_file(artifact / "model.safetensors")
     names = sorted(tensors)
-    parts = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
+    parts = {
+        "model-00001-of-00002.safetensors": names[:9],
+        "model-00002-of-00002.safetensors": names[9:],
+    }
     whole = shutil.copytree(artifact, artifact.parent / "whole")
     (artifact / "model.safetensors").unlink()
     for file, part in parts.items():
-        save_file({name: tensors[name] for name in part}, artifact / file, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
+        save_file(
+            {name: tensors[name] for name in part}, artifact / file, metadata={"format": "pt"}
+        )
+    index = {
+        "metadata": {},
+        "weight_map": {name: file for file, part in parts.items() for name in part},
+    }
     (artifact / "model.safetensors.index.json").write_text(json.dumps(index))
-    listed = {*read_metadata(artifact).files, *parts, "model.safetensors.index.json"} - {"model.safetensors"}
+    listed = {*read_metadata(artifact).files, *parts, "model.safetensors.index.json"} - {
+        "model.safetensors"
+    }
     remake(artifact, files={name: file_sha256(artifact / name) for name in sorted(listed)})
     push()
     assert set(parts) < files_on(hub).keys()
     held = hub.repos["someone/small"]
-    held.commit("main", {**held.commits[held.branches["main"]], "notes.md": hub.file("notes.md", b"mine")})
+    held.commit(
+        "main", {**held.commits[held.branches["main"]], "notes.md": hub.file("notes.md", b"mine")}
+    )
     push(path=whole)
     there = files_on(hub)
     assert there["notes.md"] == b"mine"
@@ -102,7 +125,9 @@ def test_only_what_belongs_to_the_artifact_goes(push, hub, artifact):
     (artifact / "draft").mkdir()
     (artifact / "draft" / "model.safetensors").write_bytes(b"")
     push()
-    assert files_on(hub).keys() & {".env", "report.html", "draft/model.safetensors"} == {"report.html"}
+    assert files_on(hub).keys() & {".env", "report.html", "draft/model.safetensors"} == {
+        "report.html"
+    }
 
 
 # -- refusals
@@ -158,7 +183,12 @@ def test_no_rights(refused, hub, artifact):
 
 @pytest.mark.parametrize(
     ("repo", "word"),
-    [("small", "'someone/small'"), ("a/b/c", "a/b/c"), ("someone/sm all", "sm all"), ("someone/-x", "-x")],
+    [
+        ("small", "'someone/small'"),
+        ("a/b/c", "a/b/c"),
+        ("someone/sm all", "sm all"),
+        ("someone/-x", "-x"),
+    ],
 )
 def test_repository_id(refused, repo, word):
     refused(word, repo=repo)
@@ -169,7 +199,9 @@ def test_another_models_artifact_is_there(refused, push, hub, artifact):
     hub.log.clear()
     rename_model(artifact, "enormous-llama")
     refused("'tiny-llama'", "'enormous-llama'", "'someone/small'")
-    refused("'tiny-llama'", options=["--revision", "v2"])  # a branch of it would begin with the other's files
+    refused(
+        "'tiny-llama'", options=["--revision", "v2"]
+    )  # a branch of it would begin with the other's files
     assert hub.repos["someone/small"].branches.keys() == {"main"}
 
 
@@ -191,7 +223,9 @@ def test_private_over_a_public_one(refused, push, hub):
     push()
 
 
-@pytest.mark.parametrize("place", ["GET /api/whoami", "GET /api/models/", "POST /api/repos/create", "POST .*/commit/"])
+@pytest.mark.parametrize(
+    "place", ["GET /api/whoami", "GET /api/models/", "POST /api/repos/create", "POST .*/commit/"]
+)
 @pytest.mark.parametrize(
     ("status", "headers", "words"),
     [
@@ -201,7 +235,8 @@ def test_private_over_a_public_one(refused, push, hub):
     ],
 )
 def test_status(client, hub, artifact, place, status, headers, words):
-    """Whatever the Hub answers, wherever: one sentence. 404 of the repository alone is no error, it is made then."""
+    """Whatever the Hub answers, wherever: one sentence. 404 of the repository alone is no error, it
+    is made then."""
     hub.faults.append(Fault(place, answer(status, **headers), times=99))
     code, out, err = client("push", artifact, "someone/small")
     assert (code, out) == (2, ""), err
@@ -213,9 +248,15 @@ def test_status(client, hub, artifact, place, status, headers, words):
 def test_offline(hub, artifact, tmp_path):
     environment = hub.environment(tmp_path / "hf") | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [*KVFOLD, "push", str(artifact), "someone/small"], env=environment, capture_output=True, text=True
+        [*KVFOLD, "push", str(artifact), "someone/small"],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "HF_HUB_OFFLINE" in done.stderr, done.stderr
+    assert (done.returncode, done.stderr.count("\n")) == (
+        2,
+        1,
+    ) and "HF_HUB_OFFLINE" in done.stderr, done.stderr
 
 
 def test_someone_else_writes_meanwhile(client, hub, artifact):
@@ -233,7 +274,9 @@ def test_someone_else_writes_meanwhile(client, hub, artifact):
 
 def test_what_arrives_is_compared(client, hub, artifact):
     """A hub that stores something else is found out: a large file, a small one, the metadata."""
-    for i, name in enumerate(("model.safetensors", "tokenizer_config.json", METADATA_NAME, "README.md")):
+    for i, name in enumerate(
+        ("model.safetensors", "tokenizer_config.json", METADATA_NAME, "README.md")
+    ):
         repo = f"someone/small-{i}"
 
         def commit(handler, name=name, repo=repo):
@@ -274,14 +317,17 @@ def test_connection_that_drops_before_the_commit(client, push, hub, artifact):
 
 
 def test_killed_while_uploading(push, hub, artifact, tmp_path):
-    """The second large file hangs and the process is killed; the next run sends what is missing, and only that."""
+    """The second large file hangs and the process is killed; the next run sends what is missing,
+    and only that."""
     hub.faults.append(Fault(f"PUT /objects/{file_sha256(artifact / 'model.safetensors')}", stall))
     environment = hub.environment(tmp_path / "hf")
     with subprocess.Popen(
         [*KVFOLD, "push", str(artifact), "someone/small"], env=environment, stderr=subprocess.PIPE
     ) as process:
         deadline = time.monotonic() + 60
-        while not (hub.objects and len(hub.puts()) > len(hub.objects)) and time.monotonic() < deadline:
+        while (
+            not (hub.objects and len(hub.puts()) > len(hub.objects)) and time.monotonic() < deadline
+        ):
             time.sleep(0.05)
         time.sleep(0.5)  # the other large files arrive
         process.kill()

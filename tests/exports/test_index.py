@@ -1,4 +1,5 @@
-"""The index of weights: engines that take every safetensors file for weights where there is none read what it names."""
+"""The index of weights: engines that take every safetensors file for weights where there is none
+read what it names."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""Python that a model or an artifact carries never runs, whatever is answered to a prompt; what doesn't need it loads
-all the same."""
+"""Python that a model or an artifact carries never runs, whatever is answered to a prompt; what
+doesn't need it loads all the same."""
 
 import json
 import shutil
@@ -16,12 +16,17 @@ from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import load_recipe
 from kvfold.exports.reader import file_sha256, read_metadata
 from kvfold.exports.schema import dump_metadata
-from kvfold.pretrained import config_from_pretrained, stock_from_pretrained, tokenizer_from_pretrained
+from kvfold.pretrained import (
+    config_from_pretrained,
+    stock_from_pretrained,
+    tokenizer_from_pretrained,
+)
 
 
 @pytest.fixture(autouse=True)
 def ran(tmp_path, monkeypatch) -> Iterator[Path]:
-    """A file that the code in a folder would write. Whoever asks is told yes, but nobody may ask."""
+    """A file that the code in a folder would write. Whoever asks is told yes, but nobody may
+    ask."""
     asked: list[str] = []
     monkeypatch.setattr("builtins.input", lambda *prompt: asked.append(*prompt) or "y")
     yield tmp_path / "ran"
@@ -36,7 +41,11 @@ def edit(file: Path, **fields) -> None:
 def ask_for_code(folder: Path, kind: str) -> Path:
     """Makes a folder ask for the classes of its own.py."""
     if kind == "tokenizer":
-        edit(folder / "tokenizer_config.json", tokenizer_class="C", auto_map={"AutoTokenizer": ["own.C", None]})
+        edit(
+            folder / "tokenizer_config.json",
+            tokenizer_class="C",
+            auto_map={"AutoTokenizer": ["own.C", None]},
+        )
         return folder
     edit(folder / "config.json", auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.C"})
     if kind == "model":
@@ -54,22 +63,32 @@ def seal(folder: Path) -> Path:
     """Lists an artifact's files as they are, without asking whether they may be."""
     metadata = read_metadata(folder)
     files = {name: file_sha256(folder / name) for name in metadata.files}
-    (folder / "kv_cache.json").write_text(dump_metadata(metadata.model_copy(update={"files": files})))
+    (folder / "kv_cache.json").write_text(
+        dump_metadata(metadata.model_copy(update={"files": files}))
+    )
     return folder
 
 
 @pytest.mark.parametrize("kind", ["model", "tokenizer"])
 def test_what_needs_code_is_refused(tmp_path, tiny_folder, ran, kind):
     folder = add_code(ask_for_code(shutil.copytree(tiny_folder, tmp_path / "model"), kind), ran)
-    loads = (config_from_pretrained, stock_from_pretrained) if kind == "model" else (tokenizer_from_pretrained,)
+    loads = (
+        (config_from_pretrained, stock_from_pretrained)
+        if kind == "model"
+        else (tokenizer_from_pretrained,)
+    )
     for load in loads:
-        with pytest.raises(KvfoldError, match=r"Python code of its own .* never runs; give") as error:
+        with pytest.raises(
+            KvfoldError, match=r"Python code of its own .* never runs; give"
+        ) as error:
             load(folder)
         assert "\n" not in str(error.value) and str(folder) in str(error.value)
 
 
 def test_what_does_not_need_it_loads(tmp_path, tiny_folder, ran):
-    folder = add_code(ask_for_code(shutil.copytree(tiny_folder, tmp_path / "model"), "known family"), ran)
+    folder = add_code(
+        ask_for_code(shutil.copytree(tiny_folder, tmp_path / "model"), "known family"), ran
+    )
     assert config_from_pretrained(folder).model_type == "llama"
     assert type(stock_from_pretrained(folder)).__name__ == "LlamaForCausalLM"
     assert tokenizer_from_pretrained(folder)("ab").input_ids == [97, 98]
@@ -92,12 +111,23 @@ COMMANDS = {
 def test_no_command_runs_it(tmp_path, tiny_folder, tiny_artifact, ran, capsys, command, kind):
     source = tiny_folder if command == "compress" else tiny_artifact
     folder = ask_for_code(shutil.copytree(source, tmp_path / "model"), kind)
-    add_code(folder, ran) if command == "compress" else seal(folder)  # beside an artifact the file alone is refused
+    add_code(folder, ran) if command == "compress" else seal(
+        folder
+    )  # beside an artifact the file alone is refused
     with pytest.raises(SystemExit) as stop:
-        main([word.replace("FOLDER", str(folder)).replace("OUT", str(tmp_path / "out")) for word in COMMANDS[command]])
+        main(
+            [
+                word.replace("FOLDER", str(folder)).replace("OUT", str(tmp_path / "out"))
+                for word in COMMANDS[command]
+            ]
+        )
     last = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2
-    wanted = "'own' is not in the table" if (command, kind) == ("compress", "model") else "Python code of its own"
+    wanted = (
+        "'own' is not in the table"
+        if (command, kind) == ("compress", "model")
+        else "Python code of its own"
+    )
     assert last.startswith("kvfold: ") and wanted in last
 
 
@@ -121,7 +151,9 @@ def test_no_loader_runs_it(tmp_path, tiny_artifact, ran, load, trust, registered
         load(folder, trust_remote_code=trust)
 
 
-@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
+@pytest.mark.parametrize(
+    "key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"]
+)
 def test_a_kernel_of_the_hub_is_code_too(tmp_path, tiny_folder, key):
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     edit(folder / "config.json", **{key: "someone/flash-attention"})
@@ -131,7 +163,13 @@ def test_a_kernel_of_the_hub_is_code_too(tmp_path, tiny_folder, key):
 
 
 def test_an_artifact_names_no_code(tmp_path, tiny_folder, ran, text_file, recipe_file):
-    folder = add_code(ask_for_code(shutil.copytree(tiny_folder, tmp_path / "model"), "known family"), ran)
+    folder = add_code(
+        ask_for_code(shutil.copytree(tiny_folder, tmp_path / "model"), "known family"), ran
+    )
     edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.C", None]})
-    out = compress(str(folder), "4.0", tmp_path / "out", calib=str(text_file), recipe=load_recipe(recipe_file)).path
-    assert not any("auto_map" in file.read_text() for file in out.glob("*.json")) and not list(out.glob("*.py"))
+    out = compress(
+        str(folder), "4.0", tmp_path / "out", calib=str(text_file), recipe=load_recipe(recipe_file)
+    ).path
+    assert not any("auto_map" in file.read_text() for file in out.glob("*.json")) and not list(
+        out.glob("*.py")
+    )

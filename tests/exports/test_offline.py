@@ -1,5 +1,5 @@
-"""After `kvfold.register()`, transformers asks the Hub for nothing that it doesn't ask for anyway, online and where
-there is no network."""
+"""After `kvfold.register()`, transformers asks the Hub for nothing that it doesn't ask for anyway,
+online and where there is no network."""
 
 import json
 import subprocess
@@ -8,8 +8,8 @@ import sys
 import pytest
 from hub_server import Hub
 
-# what is loaded, by which requests, and whether with a packed cache: by transformers' method as kvfold wraps it, and as
-# it is
+# what is loaded, by which requests, and whether with a packed cache: by transformers' method as
+# kvfold wraps it, and as it is
 LOAD = """
 import json, sys
 import kvfold
@@ -54,7 +54,9 @@ def hub(tiny_folder, tiny_artifact, tmp_path_factory):
 def load(server: Hub, home, *names: str, **environment: str) -> list[list[dict]]:
     """Of each name what happened with kvfold, and without."""
     env = {**server.environment(home, token=None), **environment}
-    done = subprocess.run([sys.executable, "-c", LOAD, home, *names], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, home, *names], env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -64,10 +66,16 @@ def test_with_a_network(hub):
     assert first[0] == first[1] and first[1]["asked"]  # or nothing was noted
     assert second[0] == second[1]
     assert pinned == [{"packed": False, "asked": []}] * 2
-    assert artifact[0]["packed"] and artifact_again[0]["packed"] and len(artifact_again[0]["asked"]) <= 2
+    assert (
+        artifact[0]["packed"]
+        and artifact_again[0]["packed"]
+        and len(artifact_again[0]["asked"]) <= 2
+    )
 
 
-@pytest.mark.parametrize("environment", [{"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}])
+@pytest.mark.parametrize(
+    "environment", [{"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}]
+)
 def test_without_a_network(hub, environment):
     """Port 9 answers nobody."""
     server, home, _ = hub

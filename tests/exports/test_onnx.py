@@ -60,7 +60,8 @@ def folder(tmp_path_factory, tiny_artifact):
 
 
 def logits_in_parts(runner, ids, split):
-    """(float32 [B, T, vocab_size], the cache at the end) of ids int64 [B, T], fed in parts of `split` tokens."""
+    """(float32 [B, T, vocab_size], the cache at the end) of ids int64 [B, T], fed in parts of
+    `split` tokens."""
     cache, found, start = runner.empty(len(ids)), [], 0
     for count in split:
         logits, cache = runner(ids[:, start : start + count].numpy(), cache)
@@ -70,20 +71,27 @@ def logits_in_parts(runner, ids, split):
 
 
 def test_round_trip(folder, tiny_artifact):
-    """compress → export onnx → onnxruntime: the runtime's text, over several pages; every file is where it is looked
-    for."""
+    """compress → export onnx → onnxruntime: the runtime's text, over several pages; every file is
+    where it is looked for."""
     model = runtime.load_pretrained(tiny_artifact, device="cpu")
     expected = model.generate(IDS, max_new_tokens=64, do_sample=False)[0, IDS.shape[1] :].tolist()
     runner = OnnxRunner(folder, threads=1)
     assert [int(token[0]) for token in runner.generate(IDS.numpy(), 64)] == expected
     names = {p.name for p in folder.iterdir()}
-    assert {"prefill.onnx", "decode.onnx", WEIGHTS_NAME, "config.json", "tokenizer.json", "README.md"} <= names
+    assert {
+        "prefill.onnx",
+        "decode.onnx",
+        WEIGHTS_NAME,
+        "config.json",
+        "tokenizer.json",
+        "README.md",
+    } <= names
     assert not any(name.endswith((".safetensors", ".partial")) for name in names)
 
 
 def test_logits_and_cache_are_the_runtimes(folder, tiny_artifact):
-    """A batch, as one prompt, and as a prompt, tokens and a chunk; the cache takes the bytes that the account
-    states."""
+    """A batch, as one prompt, and as a prompt, tokens and a chunk; the cache takes the bytes that
+    the account states."""
     artifact = read_artifact(tiny_artifact)
     assert all(spec.key.turns for spec in artifact.specs)
     geometry, formats = artifact.metadata.geometry, artifact.metadata.formats
@@ -107,13 +115,15 @@ def test_logits_and_cache_are_the_runtimes(folder, tiny_artifact):
         assert differ < 0.01 * size
         raw = total - geometry.num_pages(total) * geometry.page_tokens
         stated = sum(geometry.side_nbytes(fmt, total) for pair in formats for fmt in pair)
-        assert nbytes(cache) == 2 * (stated + len(formats) * raw * geometry.num_kv_heads * geometry.head_dim * 4)
+        assert nbytes(cache) == 2 * (
+            stated + len(formats) * raw * geometry.num_kv_heads * geometry.head_dim * 4
+        )
 
 
 @pytest.mark.parametrize("tokens", [2, 26, 90])  # not all sinks, no page yet, several pages
 def test_goes_on_with_the_runtimes_own_cache(folder, tiny_artifact, tokens):
-    """Pages are the same bytes: those of the runtime are continued here, and give its next logits to a rounding
-    error."""
+    """Pages are the same bytes: those of the runtime are continued here, and give its next logits
+    to a rounding error."""
     ids = torch.cat((IDS, IDS.flip(1)))[:, : tokens + 1]
     model = runtime.load_pretrained(tiny_artifact, device="cpu")
     runner = OnnxRunner(folder, threads=1)
@@ -121,7 +131,9 @@ def test_goes_on_with_the_runtimes_own_cache(folder, tiny_artifact, tokens):
         held = model(ids[:, :-1]).past_key_values
         feeds = runtime.onnx_inputs(held)
         expected = model(ids[:, -1:], past_key_values=held).logits
-    assert sum(x.nbytes for x in feeds.values()) == nbytes(logits_in_parts(runner, ids[:, :-1], [tokens])[1])
+    assert sum(x.nbytes for x in feeds.values()) == nbytes(
+        logits_in_parts(runner, ids[:, :-1], [tokens])[1]
+    )
     logits, _ = runner(ids[:, -1:].numpy(), runner.cache_of(feeds))
     np.testing.assert_allclose(logits, expected.numpy(), atol=1e-3)
 
@@ -136,7 +148,9 @@ def test_caches_that_graphs_do_not_take(tiny_artifact):
     cache = model(IDS[:, :40].repeat(2, 1), attention_mask=mask).past_key_values
     with pytest.raises(KvfoldError, match=r"have \[33, 40\] tokens"):
         runtime.onnx_inputs(cache)
-    lowers = runtime.load_pretrained(tiny_artifact, device="cpu", policy="progressive", kv_budget="1MiB")
+    lowers = runtime.load_pretrained(
+        tiny_artifact, device="cpu", policy="progressive", kv_budget="1MiB"
+    )
     with pytest.raises(KvfoldError, match="progressive"):
         runtime.onnx_inputs(lowers(IDS).past_key_values)
 
@@ -145,19 +159,35 @@ def test_graphs_are_valid_and_say_nothing_of_this_machine(folder):
     for name in ("prefill.onnx", "decode.onnx"):
         onnx.checker.check_model(str(folder / name), full_check=True)
         text = (folder / name).read_bytes()
-        for word in (b"site-packages", b".py", str(folder.parent).encode(), b"/home/", b"/root/", b"/tmp/"):
+        for word in (
+            b"site-packages",
+            b".py",
+            str(folder.parent).encode(),
+            b"/home/",
+            b"/root/",
+            b"/tmp/",
+        ):
             assert word not in text
         model = onnx.load(str(folder / name), load_external_data=False)
         assert {node.domain for node in model.graph.node} == {""}
         stated = {prop.key: json.loads(prop.value) for prop in model.metadata_props}
         assert stated["kvfold.form"] == "packed" and len(stated["kvfold.formats"]) == 3
-        external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-        dims = {i.name: [d.dim_value or d.dim_param for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
-        assert dims["input_ids"] == ["batch", 1 if name == "decode.onnx" else "tokens"] and dims["past.0.pages"][
-            :2
-        ] == ["batch", "past_pages"]
+        external = [
+            t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL
+        ]
+        dims = {
+            i.name: [d.dim_value or d.dim_param for d in i.type.tensor_type.shape.dim]
+            for i in model.graph.input
+        }
+        assert dims["input_ids"] == ["batch", 1 if name == "decode.onnx" else "tokens"] and dims[
+            "past.0.pages"
+        ][:2] == ["batch", "past_pages"]
         # matrices are in the file once, in the 16 bits that the artifact has them in
-        kinds = {t.data_type for t in external if np.prod(t.dims) >= 64 * 32 and not t.name.startswith("kv.")}
+        kinds = {
+            t.data_type
+            for t in external
+            if np.prod(t.dims) >= 64 * 32 and not t.name.startswith("kv.")
+        }
         assert kinds == {onnx.TensorProto.BFLOAT16}
         ends = {int(e.value) for t in external for e in t.external_data if e.key == "offset"}
         assert (folder / WEIGHTS_NAME).stat().st_size > max(ends)
@@ -182,11 +212,14 @@ def test_runner_needs_numpy_and_onnxruntime_alone(folder):
 def test_generation_ends(folder):
     runner = OnnxRunner(folder, threads=1)
     tokens = [int(t[0]) for t in runner.generate(IDS.numpy(), 20)]
-    assert [int(t[0]) for t in runner.generate(IDS.numpy(), 20, end=tokens[3])] == tokens[: tokens.index(tokens[3]) + 1]
+    assert [int(t[0]) for t in runner.generate(IDS.numpy(), 20, end=tokens[3])] == tokens[
+        : tokens.index(tokens[3]) + 1
+    ]
 
 
 def test_weights_beyond_4_gib(tmp_path):
-    """A tensor far into a file (of holes), as in a large model, is read from there; the same bytes are stored once."""
+    """A tensor far into a file (of holes), as in a large model, is read from there; the same bytes
+    are stored once."""
     from onnx import TensorProto, helper
     from onnxruntime import InferenceSession
 
@@ -195,28 +228,37 @@ def test_weights_beyond_4_gib(tmp_path):
     with open(file.path, "wb") as stream:
         file.end = 5 << 30
         stream.seek(file.end)
-        first, second = (file.add(stream, n, TensorProto.FLOAT, [2048], numbers.data.cast("B")) for n in ("a", "b"))
+        first, second = (
+            file.add(stream, n, TensorProto.FLOAT, [2048], numbers.data.cast("B"))
+            for n in ("a", "b")
+        )
     assert file.path.stat().st_size == (5 << 30) + numbers.nbytes
     value = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2048])
     graph = helper.make_graph(
         [helper.make_node("Add", ["a", "b"], ["y"])], "g", [], [value], initializer=[first, second]
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
+    )
     (tmp_path / "g.onnx").write_bytes(model.SerializeToString())
     onnx.checker.check_model(str(tmp_path / "g.onnx"))
     session = InferenceSession(str(tmp_path / "g.onnx"), providers=["CPUExecutionProvider"])
     np.testing.assert_array_equal(session.run(None, {})[0], 2 * numbers)
 
 
-@pytest.mark.parametrize("family,sliding,softcap", [("gemma2", [0, 40, 0], 4.0), ("gpt_oss", [40, 0, 40], None)])
+@pytest.mark.parametrize(
+    "family,sliding,softcap", [("gemma2", [0, 40, 0], 4.0), ("gpt_oss", [40, 0, 40], None)]
+)
 def test_what_a_family_hands_to_its_attention(tmp_path, family, sliding, softcap):
-    """Soft-caps, sliding windows and sink logits: transformers' logits with keys and values in 16 bits, over more
-    tokens than a window."""
+    """Soft-caps, sliding windows and sink logits: transformers' logits with keys and values in 16
+    bits, over more tokens than a window."""
     model = tiny_model(family, attention=TAP)
     ids = torch.cat((IDS, IDS.flip(1)))
 
     def rounded(module, query, key, value, mask, scaling, **extras):
-        return attend_plain(query, key.half().float(), value.half().float(), scaling, mask, **extras).transpose(1, 2)
+        return attend_plain(
+            query, key.half().float(), value.half().float(), scaling, mask, **extras
+        ).transpose(1, 2)
 
     with torch.no_grad(), ExitStack() as stack:
         for attention in ARCHITECTURES[family].attention_modules(model):
@@ -226,8 +268,12 @@ def test_what_a_family_hands_to_its_attention(tmp_path, family, sliding, softcap
     geometry = Geometry(2, 16, 3, 24, 8)
     tensors = [raw_tensors(geometry)] * 3
     traced = trace(model, tensors, geometry.page_tokens)
-    assert [call.sliding for call in traced.calls] == sliding and {call.softcap for call in traced.calls} == {softcap}
-    write_graphs(tmp_path, traced, tensors, lambda single: PackedAttention(geometry, None, single), 128, {})
+    assert [call.sliding for call in traced.calls] == sliding and {
+        call.softcap for call in traced.calls
+    } == {softcap}
+    write_graphs(
+        tmp_path, traced, tensors, lambda single: PackedAttention(geometry, None, single), 128, {}
+    )
     runner = OnnxRunner(tmp_path, threads=1)
     for split in ([ids.shape[1]], [60, *[1] * (ids.shape[1] - 60)]):
         found, _ = logits_in_parts(runner, ids, split)
@@ -277,7 +323,8 @@ def test_gqa_is_its_emulation(tmp_path, tiny_artifact, text_file, capsys):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_fitted_scales(bits):
-    """Better than the whole range where a few numbers lie far out, exact for what has few values, and never zero."""
+    """Better than the whole range where a few numbers lie far out, exact for what has few values,
+    and never zero."""
     x = torch.randn(2, 500, 3, generator=torch.Generator().manual_seed(1))
     x[0, 7, 0] = 9
     x[1, :, 2] = 4.25
@@ -315,8 +362,13 @@ def test_bad_input(tmp_path, tiny_artifact, capsys, monkeypatch):
     assert "not empty" in refused(tiny_artifact, tmp_path / "full", capsys=capsys)
     assert "kv_cache.json" in refused(tmp_path / "full", out, capsys=capsys)
     real = export_module.find_spec
-    monkeypatch.setattr(export_module, "find_spec", lambda name: None if name == "onnxscript" else real(name))
-    assert "onnxscript" in (text := refused(tiny_artifact, out, capsys=capsys)) and "kvfold[onnx]" in text
+    monkeypatch.setattr(
+        export_module, "find_spec", lambda name: None if name == "onnxscript" else real(name)
+    )
+    assert (
+        "onnxscript" in (text := refused(tiny_artifact, out, capsys=capsys))
+        and "kvfold[onnx]" in text
+    )
     assert not out.exists()
 
 
@@ -327,7 +379,9 @@ def test_a_rope_table_that_changes(tmp_path, tiny_artifact):
     config = json.loads((copy / "config.json").read_text())
     changed = type(artifact)(copy, artifact.metadata, artifact.specs)
     (copy / "config.json").write_text(
-        json.dumps(config | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}})
+        json.dumps(
+            config | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
+        )
     )
     with pytest.raises(KvfoldError, match=r"'llama'.*'dynamic'"):
         check_onnx(changed, "packed", None)
@@ -337,7 +391,10 @@ def test_a_forward_pass_that_cannot_be_traced(monkeypatch):
     model = tiny_model("llama")
     model.set_attn_implementation(NAME)
     monkeypatch.setattr(
-        model.model.layers[0].mlp, "forward", lambda x: x * (1 if float(x.sum()) > 0 else 2), raising=True
+        model.model.layers[0].mlp,
+        "forward",
+        lambda x: x * (1 if float(x.sum()) > 0 else 2),
+        raising=True,
     )
     with pytest.raises(KvfoldError, match="'llama' cannot be expressed"):
         trace(model, [raw_tensors(Geometry(2, 16, 3, 24, 8))] * 3, 8)

@@ -1,4 +1,5 @@
-"""The cache's ONNX nodes against the reference: bytes of pages, and attention over them, without a model around it."""
+"""The cache's ONNX nodes against the reference: bytes of pages, and attention over them, without a
+model around it."""
 
 from importlib.util import find_spec
 from itertools import pairwise
@@ -20,7 +21,16 @@ from kvfold.exports.onnx.codec import Side, e4m3_values
 from kvfold.exports.onnx.encode import e4m3_thresholds
 from kvfold.exports.onnx.encode import encode as encode_nodes
 from kvfold.exports.onnx.gqa import GqaAttention, UniformCodec, gqa_tensors
-from kvfold.exports.onnx.graph import FLOAT, FLOAT16, INT64, IR_VERSION, OPSET, UINT8, Constants, Graph
+from kvfold.exports.onnx.graph import (
+    FLOAT,
+    FLOAT16,
+    INT64,
+    IR_VERSION,
+    OPSET,
+    UINT8,
+    Constants,
+    Graph,
+)
 from kvfold.exports.onnx.key_mean import TurningMean
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec, clip_rows
 from kvfold.kernels.attention import attend_plain
@@ -37,19 +47,26 @@ value_info = helper.make_tensor_value_info
 
 @pytest.fixture(autouse=True)
 def _denormals():
-    """The command line flushes them, and other tests run it in this process; a row of zeros is coded by dividing by
-    one."""
+    """The command line flushes them, and other tests run it in this process; a row of zeros is
+    coded by dividing by one."""
     torch.set_flush_denormal(False)
 
 
 def session(nodes, constants, inputs, outputs, contrib=False):
-    graph = helper.make_graph(nodes, "g", inputs, outputs, initializer=list(constants.tensors.values()))
-    opsets = [helper.make_opsetid("", OPSET), *([helper.make_opsetid("com.microsoft", 1)] if contrib else [])]
+    graph = helper.make_graph(
+        nodes, "g", inputs, outputs, initializer=list(constants.tensors.values())
+    )
+    opsets = [
+        helper.make_opsetid("", OPSET),
+        *([helper.make_opsetid("com.microsoft", 1)] if contrib else []),
+    ]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
     onnx.checker.check_model(model, full_check=not contrib)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
 # -- pages
@@ -62,11 +79,14 @@ FORMATS = [
     Format(((DIM, 2),)),
 ]  # fmt: skip
 # trits of 16, 48 and 64 channels leave 3, 4 and 2 codes over
-WIDE = [Format(((n, 3),), params, "e4m3") for n in (16, 48, 64) for params in ("scale", "scale_min")]
+WIDE = [
+    Format(((n, 3),), params, "e4m3") for n in (16, 48, 64) for params in ("scale", "scale_min")
+]
 
 
 def awkward(batch: int, tokens: int, dim: int) -> torch.Tensor:
-    """float16 [batch, HEADS, tokens, dim]: ordinary rows, large ones, zeros, one far below a scale's least number."""
+    """float16 [batch, HEADS, tokens, dim]: ordinary rows, large ones, zeros, one far below a
+    scale's least number."""
     x = torch.randn(batch, HEADS, tokens, dim, generator=torch.Generator().manual_seed(dim))
     x *= torch.tensor([1.0, 300.0])[:, None, None]
     x[0, 0, 3] = 0
@@ -81,7 +101,11 @@ def test_pages_byte_for_byte(fmt, page):
     dim = fmt.head_dim
     side, clipped = Side(fmt, HEADS, page), fmt.params == "scale_min"
     x = awkward(2, 3 * page, dim)
-    clip = torch.linspace(0.7, 1, HEADS * fmt.num_groups).reshape(HEADS, fmt.num_groups) if clipped else None
+    clip = (
+        torch.linspace(0.7, 1, HEADS * fmt.num_groups).reshape(HEADS, fmt.num_groups)
+        if clipped
+        else None
+    )
     blocks = x.unflatten(2, (3, page)).transpose(1, 2)
     expected = encode(blocks, fmt, clip_rows(clip))
 
@@ -99,7 +123,10 @@ def test_pages_byte_for_byte(fmt, page):
 
     g = Graph(Constants())
     names = [name for name in side.decode(g, "p") if name]
-    outputs = [value_info(name, FLOAT, [f"d{i}{k}" for k in range(5 - (i == 0))]) for i, name in enumerate(names)]
+    outputs = [
+        value_info(name, FLOAT, [f"d{i}{k}" for k in range(5 - (i == 0))])
+        for i, name in enumerate(names)
+    ]
     run = session(g.nodes, g.constants, [value_info("p", UINT8, ["b", "n", side.nbytes])], outputs)
     codes, *params = (torch.from_numpy(x) for x in run.run(None, {"p": got}))
     back = torch.zeros(2, HEADS, dim, 3, page)
@@ -114,14 +141,18 @@ def test_pages_byte_for_byte(fmt, page):
     if len(by_token) > 1:
         back = back + by_token[1]
     expected = decode(expected, fmt, page).permute(0, 2, 4, 1, 3)
-    torch.testing.assert_close(back.flatten(2, 3), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        back.flatten(2, 3), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max())
+    )
 
 
 def test_e4m3_rounding_is_torchs():
     """Every value, every point halfway between two, and their neighbours."""
     values = e4m3_values()[:127]
     middle = (values[1:] + values[:-1]) / 2
-    x = np.concatenate([values, middle, np.nextafter(middle, np.float32(1e9)), np.nextafter(middle, np.float32(0))])
+    x = np.concatenate(
+        [values, middle, np.nextafter(middle, np.float32(1e9)), np.nextafter(middle, np.float32(0))]
+    )
     codes = (x[:, None] >= e4m3_thresholds()).sum(1)
     expected = torch.from_numpy(x).clamp(max=448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
     np.testing.assert_array_equal(codes, expected)
@@ -130,14 +161,24 @@ def test_e4m3_rounding_is_torchs():
 # -- attention
 
 
-FREQUENCIES = tuple(50.0 ** (-i / 12) for i in range(12))  # of 24 channels; RoPE leaves the other 8 alone
+FREQUENCIES = tuple(
+    50.0 ** (-i / 12) for i in range(12)
+)  # of 24 channels; RoPE leaves the other 8 alone
 
 
 def spec_of(key, value, transformed=False, clip=False, frequencies=None):
     generator = torch.Generator().manual_seed(5)
-    matrix = torch.randn(HEADS, DIM, DIM, generator=generator) * 0.1 + torch.eye(DIM) if transformed else None
+    matrix = (
+        torch.randn(HEADS, DIM, DIM, generator=generator) * 0.1 + torch.eye(DIM)
+        if transformed
+        else None
+    )
     offset = torch.randn(HEADS, DIM, generator=generator) if transformed or frequencies else None
-    clips = torch.tensor([0.9, 0.8])[:, None].expand(HEADS, key.num_groups).contiguous() if clip else None
+    clips = (
+        torch.tensor([0.9, 0.8])[:, None].expand(HEADS, key.num_groups).contiguous()
+        if clip
+        else None
+    )
     return LayerSpec(KeySpec(key, (), matrix, offset, clips, frequencies), ValueSpec(value))
 
 
@@ -145,14 +186,32 @@ MIXED = Format(((8, 16), (8, 4), (8, 2), (8, 0)))
 CASES = {  # name → spec, (sinks, window, page), softcap, sliding, sink logits
     "mixed keys, trits": (spec_of(MIXED, uniform(DIM, 3)), (5, 20, 16), None, 0, False),
     "transformed": (spec_of(MIXED, uniform(DIM, 4, "e4m3", 8), True), (3, 24, 8), None, 0, False),
-    "groups and clips": (spec_of(uniform(DIM, 16, "fp16", 8), raw16(DIM), clip=True), (1, 9, 24), None, 0, False),
+    "groups and clips": (
+        spec_of(uniform(DIM, 16, "fp16", 8), raw16(DIM), clip=True),
+        (1, 9, 24),
+        None,
+        0,
+        False,
+    ),
     "16-bit keys": (spec_of(raw16(DIM), Format(((16, 4), (16, 0)))), (4, 16, 16), None, 0, False),
-    "no sinks, no window": (spec_of(Format(((DIM, 4),)), uniform(DIM, 256)), (0, 0, 8), None, 0, False),
+    "no sinks, no window": (
+        spec_of(Format(((DIM, 4),)), uniform(DIM, 256)),
+        (0, 0, 8),
+        None,
+        0,
+        False,
+    ),
     "sliding": (spec_of(MIXED, Format(((DIM, 64),))), (2, 10, 8), None, 30, False),
     "sliding within the window": (spec_of(MIXED, uniform(DIM, 3)), (2, 40, 8), None, 12, False),
     "soft-cap": (spec_of(MIXED, uniform(DIM, 8), True), (3, 16, 16), 5.0, 40, False),
     "sink logits": (spec_of(MIXED, uniform(DIM, 8), True), (3, 16, 16), None, 25, True),
-    "rotating mean": (spec_of(raw16(DIM), raw16(DIM), frequencies=FREQUENCIES), (3, 24, 8), None, 0, False),
+    "rotating mean": (
+        spec_of(raw16(DIM), raw16(DIM), frequencies=FREQUENCIES),
+        (3, 24, 8),
+        None,
+        0,
+        False,
+    ),
     "rotating mean, trits": (
         spec_of(MIXED, uniform(DIM, 3), True, frequencies=FREQUENCIES),
         (0, 20, 16),
@@ -188,7 +247,8 @@ def layer_session(writer, call, tensors, sink, contrib=False):
     shapes = {"query": QUERY_HEADS, "key": HEADS, "value": HEADS}
     inputs = [value_info(n, FLOAT, ["b", heads, "t", DIM]) for n, heads in shapes.items()]
     inputs += [
-        value_info(f"past.{t.name}", t.dtype, [str(d) if isinstance(d, str) else d for d in t.dims]) for t in tensors
+        value_info(f"past.{t.name}", t.dtype, [str(d) if isinstance(d, str) else d for d in t.dims])
+        for t in tensors
     ]
     inputs += [value_info("sink", FLOAT, [QUERY_HEADS])] if sink else []
     constants = Constants()
@@ -213,7 +273,8 @@ def run_layer(sessions, cache, states, split, feeds):
     outs = []
     for first, end in pairwise(np.cumsum([0, *split])):
         part = {
-            n: x[:, :, first:end].contiguous().numpy() for n, x in zip(("query", "key", "value"), states, strict=True)
+            n: x[:, :, first:end].contiguous().numpy()
+            for n, x in zip(("query", "key", "value"), states, strict=True)
         }
         out, *cache_list = sessions[end - first == 1].run(None, {**part, **cache, **feeds})
         cache = dict(zip(cache, cache_list, strict=True))
@@ -225,15 +286,16 @@ def empty(tensors, batch=2):
     types = {FLOAT16: np.float16, UINT8: np.uint8}
     return {
         f"past.{t.name}": np.zeros(
-            [batch if d == "batch" else 0 if isinstance(d, str) else d for d in t.dims], types.get(t.dtype, np.int8)
+            [batch if d == "batch" else 0 if isinstance(d, str) else d for d in t.dims],
+            types.get(t.dtype, np.int8),
         )
         for t in tensors
     }
 
 
 def assert_close_but_for_turned_codes(got, expected, product):
-    """Within 2e-3; with a matrix, whose products another processor rounds otherwise, a code may turn: then one number
-    in 5000 may be 4e-3 off."""
+    """Within 2e-3; with a matrix, whose products another processor rounds otherwise, a code may
+    turn: then one number in 5000 may be 4e-3 off."""
     if product:
         off = (got - expected).abs() > 2e-3 + 2e-3 * expected.abs()
         assert int(off.sum()) <= got.numel() // 5000
@@ -243,8 +305,9 @@ def assert_close_but_for_turned_codes(got, expected, product):
 
 @pytest.mark.parametrize("case", CASES)
 def test_layer_is_the_runtimes(case):
-    """Whatever the split into calls: the runtime's output, its 16-bit rows and its pages, byte for byte where keys have
-    neither matrix nor mean (a product's last bit depends on the library that computes it)."""
+    """Whatever the split into calls: the runtime's output, its 16-bit rows and its pages, byte for
+    byte where keys have neither matrix nor mean (a product's last bit depends on the library that
+    computes it)."""
     spec, sizes, softcap, sliding, has_sink = CASES[case]
     geometry = Geometry(HEADS, DIM, *sizes)
     call = Call(0, QUERY_HEADS, 0.3, softcap, sliding)
@@ -256,7 +319,9 @@ def test_layer_is_the_runtimes(case):
     }
     for split in SPLITS.values():
         states = random_states(sum(split))
-        got, cache = run_layer(sessions, empty(tensors), states, split, {"sink": sink.numpy()} if has_sink else {})
+        got, cache = run_layer(
+            sessions, empty(tensors), states, split, {"sink": sink.numpy()} if has_sink else {}
+        )
         layer = PackedLayer([spec], SharedState(geometry), 0)
         expected = []
         for first, end in pairwise(np.cumsum([0, *split])):
@@ -266,8 +331,12 @@ def test_layer_is_the_runtimes(case):
             if sliding:
                 seen, at = torch.arange(end), torch.arange(first, end)[:, None]
                 mask = ((seen <= at) & (seen > at - sliding))[None, None].expand(2, 1, -1, -1)
-            expected.append(view.attend(query, call.scaling, mask, softcap, sink, sliding).transpose(1, 2))
-        assert_close_but_for_turned_codes(torch.from_numpy(got), torch.cat(expected, 1), spec.key.matrix is not None)
+            expected.append(
+                view.attend(query, call.scaling, mask, softcap, sink, sliding).transpose(1, 2)
+            )
+        assert_close_but_for_turned_codes(
+            torch.from_numpy(got), torch.cat(expected, 1), spec.key.matrix is not None
+        )
         tokens = sum(split)
         assert cache["past.pages"].shape[1] == geometry.num_pages(tokens) > 0
         held = [
@@ -277,7 +346,12 @@ def test_layer_is_the_runtimes(case):
         for b in range(2):
             pages = layer.table.pool.load(layer.table.pages()[b]).numpy()
             slots = torch.tensor(
-                [s if s < geometry.sinks else geometry.sinks + (s - geometry.sinks) % geometry.ring for s in held]
+                [
+                    s
+                    if s < geometry.sinks
+                    else geometry.sinks + (s - geometry.sinks) % geometry.ring
+                    for s in held
+                ]
             )
             rows = [raw[b][:, slots].numpy() for raw in (layer.window.keys, layer.window.values)]
             if spec.key.offset is None:
@@ -291,7 +365,9 @@ def test_layer_is_the_runtimes(case):
 
 @pytest.mark.parametrize("sinks", [0, 64])
 @pytest.mark.parametrize("start", [0, 63, 70000])
-@pytest.mark.parametrize("frequencies", [FREQUENCIES, FREQUENCIES[:1], tuple(10000 ** (-i / 16) for i in range(16))])
+@pytest.mark.parametrize(
+    "frequencies", [FREQUENCIES, FREQUENCIES[:1], tuple(10000 ** (-i / 16) for i in range(16))]
+)
 def test_rotating_mean(frequencies, start, sinks):
     """To float32's rounding what the definition in torch makes, far from the first token too."""
     tables = turn_tables(frequencies, DIM, sinks, torch.device("cpu"))
@@ -304,14 +380,21 @@ def test_rotating_mean(frequencies, start, sinks):
     lacking = writer.logits(g, "query", offset, "places")
     states = [value_info(n, FLOAT, ["b", HEADS, f"t_{n}", DIM]) for n in ("key", "query")]
     numbers = [value_info("positions", INT64, ["n"]), value_info("places", INT64, ["all"])]
-    outputs = [value_info(rest, FLOAT, ["b", HEADS, "t", DIM]), value_info(lacking, FLOAT, ["b", HEADS, "q", "all"])]
+    outputs = [
+        value_info(rest, FLOAT, ["b", HEADS, "t", DIM]),
+        value_info(lacking, FLOAT, ["b", HEADS, "q", "all"]),
+    ]
     positions = torch.arange(start, start + key.shape[2])
     places = torch.arange(start + key.shape[2]).flip(0)
     feeds = {"key": key, "query": query, "positions": positions, "places": places}
     run = session(g.nodes, g.constants, [*states, *numbers], outputs)
-    rest, lacking = (torch.from_numpy(x) for x in run.run(None, {name: x.numpy() for name, x in feeds.items()}))
+    rest, lacking = (
+        torch.from_numpy(x) for x in run.run(None, {name: x.numpy() for name, x in feeds.items()})
+    )
     expected = tables.mean(offset, positions)
-    torch.testing.assert_close(key - rest, expected.expand_as(key), rtol=0, atol=1e-5 * float(offset.abs().max()))
+    torch.testing.assert_close(
+        key - rest, expected.expand_as(key), rtol=0, atol=1e-5 * float(offset.abs().max())
+    )
     assert not sinks or not expected[:, : max(0, sinks - start)].any()
     lacking = lacking.flip(-1)
     exact = query.double() @ expected.double().mT
@@ -324,7 +407,10 @@ def test_rotating_mean(frequencies, start, sinks):
 
 def test_rotating_mean_is_written_once_for_all_layers():
     """Turns are looked up once for each set of frequencies, not in every layer."""
-    specs = [spec_of(raw16(DIM), raw16(DIM), frequencies=f) for f in (FREQUENCIES, FREQUENCIES, FREQUENCIES[:2])]
+    specs = [
+        spec_of(raw16(DIM), raw16(DIM), frequencies=f)
+        for f in (FREQUENCIES, FREQUENCIES, FREQUENCIES[:2])
+    ]
     writer, constants = PackedAttention(Geometry(HEADS, DIM, 3, 24, 8), specs, True), Constants()
     names = ["query", "key", "value", "pages", "key_rows", "value_rows"]
     graphs = [writer.write(constants, Call(i, QUERY_HEADS, 0.3), names)[0] for i in range(3)]
@@ -339,7 +425,10 @@ def test_16bit_layer(sliding):
     geometry = Geometry(HEADS, DIM, 1, 1, 8)
     call = Call(0, QUERY_HEADS, 0.3, None, sliding)
     tensors = raw_tensors(geometry)
-    sessions = {s: layer_session(PackedAttention(geometry, None, s), call, tensors, False) for s in (False, True)}
+    sessions = {
+        s: layer_session(PackedAttention(geometry, None, s), call, tensors, False)
+        for s in (False, True)
+    }
     query, key, value = random_states(70)
     key, value = key.half().float(), value.half().float()
     at = torch.arange(70)
@@ -367,7 +456,10 @@ def test_gqa_layer(bits, offset, softcap, sliding, sink):
         return UniformCodec(bits, scale, x.mean((0, 2)) if shifted else None)
 
     logits = torch.linspace(-1, 2, QUERY_HEADS) if sink else None
-    codecs = (codec(key, offset and softcap is None and not sink), codec(value, offset and not sink))
+    codecs = (
+        codec(key, offset and softcap is None and not sink),
+        codec(value, offset and not sink),
+    )
     tensors = gqa_tensors(bits, HEADS, DIM)
     run = layer_session(GqaAttention([codecs]), call, tensors, sink, contrib=True)
     at = torch.arange(70)
@@ -375,15 +467,21 @@ def test_gqa_layer(bits, offset, softcap, sliding, sink):
     if sliding:
         mask = mask & (at > at[:, None] - sliding)
     stored = [c.round_trip(x) for c, x in zip(codecs, (key, value), strict=True)]
-    expected = attend_plain(query, *stored, 0.3, mask[None, None], softcap, logits).transpose(1, 2).numpy()
+    expected = (
+        attend_plain(query, *stored, 0.3, mask[None, None], softcap, logits).transpose(1, 2).numpy()
+    )
     for split in ([70], [40, *[1] * 30]):
         feeds = {"sink": logits.numpy()} if sink else {}
-        got, cache = run_layer({False: run, True: run}, empty(tensors), (query, key, value), split, feeds)
+        got, cache = run_layer(
+            {False: run, True: run}, empty(tensors), (query, key, value), split, feeds
+        )
         np.testing.assert_allclose(got, expected, atol=1e-4)
         codes = (
             cache["past.key"]
             if bits == 8
-            else np.stack([cache["past.key"] & 15, cache["past.key"] >> 4], -1).reshape(2, HEADS, 70, DIM)
+            else np.stack([cache["past.key"] & 15, cache["past.key"] >> 4], -1).reshape(
+                2, HEADS, 70, DIM
+            )
         )
         shift = 0 if codecs[0].offset is None else codecs[0].offset[:, None]
         half = 2 ** (bits - 1)

@@ -1,4 +1,5 @@
-"""`optimum-cli kvfold …`: the same command line; tests/project/test_wheel.py has the one of the wheel."""
+"""`optimum-cli kvfold …`: the same command line; tests/project/test_wheel.py has the one of the
+wheel."""
 
 import json
 import subprocess
@@ -20,7 +21,14 @@ def both(*args) -> tuple[subprocess.CompletedProcess, subprocess.CompletedProces
 
 @pytest.mark.parametrize(
     "args",
-    [["--help"], [], ["push", "--help"], ["compress", "--bugdet", "2"], ["frobnicate"], ["validate", "no-folder"]],
+    [
+        ["--help"],
+        [],
+        ["push", "--help"],
+        ["compress", "--bugdet", "2"],
+        ["frobnicate"],
+        ["validate", "no-folder"],
+    ],
 )
 def test_same_words(args):
     """Help, errors and exit codes are kvfold's, under optimum's name."""
@@ -47,6 +55,9 @@ def test_optimum_lists_it_and_its_own_commands_stay():
         f"runpy.run_module({OPTIMUM_CLI[2]!r}, run_name='__main__')"
     )
     probe = (
-        f"import atexit, sys; atexit.register(lambda: print('LOADED', 'kvfold.compress.cli' in sys.modules)); {code}"
+        "import atexit, sys; "
+        f"atexit.register(lambda: print('LOADED', 'kvfold.compress.cli' in sys.modules)); {code}"
     )
-    assert "LOADED False" in run((sys.executable, "-c", probe)).stdout  # registering loads nothing of ours
+    assert (
+        "LOADED False" in run((sys.executable, "-c", probe)).stdout
+    )  # registering loads nothing of ours

@@ -1,4 +1,5 @@
-"""OUT and what lies beside it: links, mount points, two runs at once, and nothing that is lost at the last moment."""
+"""OUT and what lies beside it: links, mount points, two runs at once, and nothing that is lost at
+the last moment."""
 
 import errno
 import hashlib
@@ -27,7 +28,9 @@ def run(tiny_folder, text_file, recipe_file):
     """Compresses the tiny model into a folder."""
 
     def call(out: Path, model: Path = tiny_folder, **options):
-        return compress(str(model), "4.0", out, calib=str(text_file), recipe=load_recipe(recipe_file), **options)
+        return compress(
+            str(model), "4.0", out, calib=str(text_file), recipe=load_recipe(recipe_file), **options
+        )
 
     return call
 
@@ -38,7 +41,9 @@ def interrupted(monkeypatch, run):
 
     def call(out: Path, **options) -> Path:
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline, "export", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(
+                pipeline, "export", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+            )
             with pytest.raises(KeyboardInterrupt):
                 run(out, **options)
         return out.with_name(out.name + ".work")
@@ -85,7 +90,9 @@ def test_a_link_to_what_is_not_ours_or_to_itself(tmp_path, run):
         run(tmp_path / "a")
     with pytest.raises(KvfoldError, match="more than 240 bytes"):
         run(tmp_path / ("é" * 121))
-    assert names(tmp_path) == ["a", "b", "mine", "out"] and names(tmp_path / "mine") == ["thesis.tex"]
+    assert names(tmp_path) == ["a", "b", "mine", "out"] and names(tmp_path / "mine") == [
+        "thesis.tex"
+    ]
 
 
 def test_a_link_that_is_turned_while_the_run_lasts_moves_nothing(tmp_path, run, monkeypatch):
@@ -125,7 +132,9 @@ def test_what_is_a_mount_point(tmp_path):
     if subprocess.run(["mount", "--bind", inner, inner], capture_output=True).returncode:
         pytest.skip("this user may not mount")
     try:
-        assert is_mount(inner) and not os.path.ismount(inner)  # of the same disk, as docker's -v may be
+        assert is_mount(inner) and not os.path.ismount(
+            inner
+        )  # of the same disk, as docker's -v may be
         with pytest.raises(KvfoldError, match="mount point"):
             resolve_output(inner)
         assert resolve_output(inner / "artifact") == inner / "artifact"
@@ -152,12 +161,16 @@ def test_an_artifact_that_cannot_be_replaced_comes_back(tmp_path, tiny_artifact,
         patch.setattr(os, "replace", fail)
         with pytest.raises(OSError, match="busy"):
             put_in_place(made, out)
-    assert names(tmp_path) == ["out", "out.old", "out.partial"] and digest(out) == digest(tiny_artifact)
+    assert names(tmp_path) == ["out", "out.old", "out.partial"] and digest(out) == digest(
+        tiny_artifact
+    )
     put_in_place(made, out)
     assert names(tmp_path) == ["out", "out.old"] and names(tmp_path / "out.old") == ["thesis.tex"]
 
 
-def test_what_came_there_meanwhile_stays_and_so_does_what_was_found(tmp_path, tiny_artifact, run, monkeypatch):
+def test_what_came_there_meanwhile_stays_and_so_does_what_was_found(
+    tmp_path, tiny_artifact, run, monkeypatch
+):
     out = tmp_path / "tiny"  # the card states it
     real = pipeline.export
 
@@ -169,12 +182,15 @@ def test_what_came_there_meanwhile_stays_and_so_does_what_was_found(tmp_path, ti
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "export", come)
         with pytest.raises(
-            KvfoldError, match=r"is not an artifact.*tiny\.work': run the same command again with --resume"
+            KvfoldError,
+            match=r"is not an artifact.*tiny\.work': run the same command again with --resume",
         ):
             run(out)
     assert names(tmp_path) == ["tiny", "tiny.work"] and names(out) == ["thesis.tex"]
     shutil.rmtree(out)
-    monkeypatch.setattr("kvfold.compress.search.fisher.passage_losses", None)  # nothing is measured again
+    monkeypatch.setattr(
+        "kvfold.compress.search.fisher.passage_losses", None
+    )  # nothing is measured again
     run(out, resume=True)
     assert digest(out) == digest(tiny_artifact) and names(tmp_path) == ["tiny"]
 
@@ -190,7 +206,10 @@ def test_every_way_to_be_full(tmp_path, number):
         assert words
         with pytest.raises(KvfoldError, match=words.split()[0]), new_folder(tmp_path / "out"):
             raise error
-        with pytest.raises(KvfoldError, match=words.split()[0]), work_folder(tmp_path / "new" / "out", "key", False):
+        with (
+            pytest.raises(KvfoldError, match=words.split()[0]),
+            work_folder(tmp_path / "new" / "out", "key", False),
+        ):
             raise error
     assert full_disk(OSError(errno.EACCES, "x")) is None and full_disk(SafetensorError("x")) is None
     assert names(tmp_path) == []
@@ -204,7 +223,10 @@ def test_one_run_at_a_time(tmp_path):
     with work_folder(out, "one", False) as work:
         (work / "found").write_text("mine")
         for resume in (False, True):
-            with pytest.raises(KvfoldError, match=r"Another run is writing '.*out'"), work_folder(out, "two", resume):
+            with (
+                pytest.raises(KvfoldError, match=r"Another run is writing '.*out'"),
+                work_folder(out, "two", resume),
+            ):
                 pytest.fail("two runs at once")
         assert (work / "found").read_text() == "mine"
         with work_folder(tmp_path / "other", "two", False):
@@ -265,7 +287,9 @@ def test_a_changed_model_is_not_gone_on_with(tmp_path, tiny_folder, run, interru
     assert digest(work) == before
 
 
-def test_a_model_that_was_only_copied_is_the_same(tmp_path, tiny_folder, tiny_artifact, run, interrupted):
+def test_a_model_that_was_only_copied_is_the_same(
+    tmp_path, tiny_folder, tiny_artifact, run, interrupted
+):
     shutil.copytree(tiny_folder, tmp_path / "a" / "tiny-llama")
     interrupted(tmp_path / "tiny", model=tmp_path / "a" / "tiny-llama")
     shutil.move(tmp_path / "a", tmp_path / "b")

@@ -1,4 +1,5 @@
-"""report.html: the account's numbers, the same bytes twice, nothing from outside, nothing that a name can inject."""
+"""report.html: the account's numbers, the same bytes twice, nothing from outside, nothing that a
+name can inject."""
 
 import json
 import re
@@ -12,7 +13,14 @@ from kvfold import KvfoldError
 from kvfold.compress.cli import main
 from kvfold.exports.account import cache_nbytes
 from kvfold.exports.page.charts import layer_bars, linear_ticks, loss_points, memory_lines, short
-from kvfold.exports.page.report import Result, account_parts, code_row_nbytes, read_results, report_html, write_report
+from kvfold.exports.page.report import (
+    Result,
+    account_parts,
+    code_row_nbytes,
+    read_results,
+    report_html,
+    write_report,
+)
 from kvfold.exports.reader import read_artifact, read_metadata
 from kvfold.exports.schema import Metadata
 from kvfold.kernels.formats import Format, raw16, uniform
@@ -56,7 +64,10 @@ def metadata(tiny_artifact) -> Metadata:
 
 def part_bytes(text: str) -> dict[str, int]:
     """Bytes in the page's table of parts."""
-    return {name: int(n.replace(",", "")) for name, n in re.findall(r'data-part="(\w+)">([\d,]+)<', text)}
+    return {
+        name: int(n.replace(",", ""))
+        for name, n in re.findall(r'data-part="(\w+)">([\d,]+)<', text)
+    }
 
 
 def test_it_is_in_the_artifact_and_not_hashed(tiny_artifact, metadata):
@@ -69,7 +80,9 @@ def test_it_is_in_the_artifact_and_not_hashed(tiny_artifact, metadata):
 def test_parts_add_up_to_the_account(metadata):
     parts = {name: nbytes for name, _, nbytes in account_parts(metadata)}
     account, geometry = metadata.account, metadata.geometry
-    assert sum(parts.values()) == account.bytes == cache_nbytes(geometry, metadata.formats, account.at)
+    assert (
+        sum(parts.values()) == account.bytes == cache_nbytes(geometry, metadata.formats, account.at)
+    )
     assert parts["codes"] + parts["params"] + parts["padding"] == account.page_bytes
     assert parts["sinks"] + parts["window"] + parts["open"] == account.raw_bytes
     assert parts["tables"] + parts["state"] == account.table_bytes
@@ -93,23 +106,45 @@ def test_codes_of_a_row(fmt, codes):
 
 def test_numbers_of_every_layer_are_the_metadatas(metadata):
     text = report_html(metadata)
-    body = text[text.index('<table class="sortable">') : text.index("</table>", text.index('<table class="sortable">'))]
+    body = text[
+        text.index('<table class="sortable">') : text.index(
+            "</table>", text.index('<table class="sortable">')
+        )
+    ]
     rows = body.split("<tr>")[2:]
     assert len(rows) == metadata.cache.num_layers
     for i, (row, layer) in enumerate(zip(rows, metadata.layers, strict=True)):
         values = [float(v) for v in re.findall(r'data-value="([^"]+)"', row)]
         k, v = layer.key, layer.value
-        nbytes = sum(metadata.geometry.side_nbytes(side.format.build(), metadata.account.at) for side in (k, v))
-        assert values == [i, k.payload_bits, k.predicted_loss, v.payload_bits, v.predicted_loss, nbytes]
+        nbytes = sum(
+            metadata.geometry.side_nbytes(side.format.build(), metadata.account.at)
+            for side in (k, v)
+        )
+        assert values == [
+            i,
+            k.payload_bits,
+            k.predicted_loss,
+            v.payload_bits,
+            v.predicted_loss,
+            nbytes,
+        ]
 
 
 def test_structure(metadata):
     text = report_html(metadata)
     page = Page(text)
-    assert len(page.all("svg")) == 2 * 4 + 1  # each chart for a desktop and for a phone, and the bar
+    assert (
+        len(page.all("svg")) == 2 * 4 + 1
+    )  # each chart for a desktop and for a phone, and the bar
     for attrs in page.all("svg"):
         x, y, width, height = map(float, attrs["viewbox"].split())
-        assert (x, y) == (0, 0) and width > 0 and height > 0 and attrs["role"] == "img" and attrs["aria-label"]
+        assert (
+            (x, y) == (0, 0)
+            and width > 0
+            and height > 0
+            and attrs["role"] == "img"
+            and attrs["aria-label"]
+        )
     for svg in re.findall(r"<svg.*?</svg>", text, re.S):
         width, height = map(float, re.search(r'viewBox="0 0 (\d+) (\d+)"', svg).groups())
         for element in ET.fromstring(svg):
@@ -118,7 +153,9 @@ def test_structure(metadata):
             assert x + float(element.get("width", "0")) <= width + 0.1
     heads = [attrs for attrs in page.all("th") if attrs.get("scope") == "col"]
     assert len(heads) == len(page.all("button")) == 10
-    assert "aria-sort" in text and "prefers-color-scheme: dark" in text and 'name="viewport"' in text
+    assert (
+        "aria-sort" in text and "prefers-color-scheme: dark" in text and 'name="viewport"' in text
+    )
 
 
 def test_nothing_comes_from_outside(metadata):
@@ -152,10 +189,15 @@ def test_names_are_escaped(metadata):
 def test_a_deep_model_stays_small(metadata):
     layers = 80
     cache = metadata.cache.model_copy(update={"num_layers": layers})
-    deep = metadata.model_copy(update={"layers": [metadata.layers[i % 3] for i in range(layers)], "cache": cache})
+    deep = metadata.model_copy(
+        update={"layers": [metadata.layers[i % 3] for i in range(layers)], "cache": cache}
+    )
     nbytes = cache_nbytes(deep.geometry, deep.formats, deep.account.at)
     deep = deep.model_copy(update={"account": deep.account.model_copy(update={"bytes": nbytes})})
-    text = report_html(deep, [Result(name=f"row {i}", payload_bits=2 + i / 10, kl=0.1 / (i + 1)) for i in range(40)])
+    text = report_html(
+        deep,
+        [Result(name=f"row {i}", payload_bits=2 + i / 10, kl=0.1 / (i + 1)) for i in range(40)],
+    )
     assert len(text.encode()) < 400_000
     assert sum(part_bytes(text).values()) == nbytes
     Page(text)
@@ -186,17 +228,27 @@ def test_measured_rows(tmp_path, tiny_artifact, monkeypatch, capsys):
             "seq_len": 64,
         },
     )
-    others = write(tmp_path / "rivals.json", [{"name": "int4", "payload_bits": 4.25, "kl": 0.0, "effective_bits": 4.5}])
+    others = write(
+        tmp_path / "rivals.json",
+        [{"name": "int4", "payload_bits": 4.25, "kl": 0.0, "effective_bits": 4.5}],
+    )
     monkeypatch.setattr(
-        sys, "argv", ["kvfold", "report", str(folder), "--results", str(ours), "--results", str(others)]
+        sys,
+        "argv",
+        ["kvfold", "report", str(folder), "--results", str(ours), "--results", str(others)],
     )
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 0 and capsys.readouterr().out.strip() == str(folder / "report.html")
     text = (folder / "report.html").read_text()
-    assert '<td class="text">tiny</td><td>2.500</td><td></td><td>0.02</td><td class="text">t.txt (2 × 64)</td>' in text
+    assert (
+        '<td class="text">tiny</td><td>2.500</td><td></td><td>0.02</td><td class="text">t.txt (2 × 64)</td>'
+        in text
+    )
     assert '<td class="text">int4</td><td>4.250</td><td>4.500</td><td>0</td>' in text
-    assert text.count('class="dot-kvfold"') == text.count('class="dot-other"') == 2  # a desktop's and a phone's
+    assert (
+        text.count('class="dot-kvfold"') == text.count('class="dot-other"') == 2
+    )  # a desktop's and a phone's
     assert "2: int4, 0 nats at 4.250 bits" in text
     Page(text)
     read_artifact(folder)  # still valid
@@ -209,7 +261,10 @@ def test_rows_of_a_benchmark_share_its_text(tmp_path):
         {"name": "ours 2", "kind": "artifact", "payload_bits": 2, "kl": 0.1},
         {"name": "b", "payload_bits": 2, "kl": 1},
     ]
-    path = write(tmp_path / "q.json", {"text": "t", "windows": 3, "seq_len": 2048, "model": "m", "rows": rows})
+    path = write(
+        tmp_path / "q.json",
+        {"text": "t", "windows": 3, "seq_len": 2048, "model": "m", "rows": rows},
+    )
     first, second = read_results(path)
     assert (first.text, first.windows, first.seq_len, first.ours) == ("t", 3, 2048, True)
     assert (second.name, second.text, second.ours) == ("b", "t", False)
@@ -221,7 +276,10 @@ def test_rows_of_a_benchmark_share_its_text(tmp_path):
         ("{", "is not JSON"),
         ("[]", "holds no row"),
         ("[1]", "Row 0 .* is not valid"),
-        ('[{"name": "a", "payload_bits": 2, "kl": 0.1}, {"name": "b", "kl": 0.1}]', "Row 1 .*payload_bits"),
+        (
+            '[{"name": "a", "payload_bits": 2, "kl": 0.1}, {"name": "b", "kl": 0.1}]',
+            "Row 1 .*payload_bits",
+        ),
         ('{"payload_bits": 2, "kl": 0.1}', "Row 0 .*name"),
         ('{"name": "a", "payload_bits": 2, "kl": -0.1}', "kl"),
         ('{"name": "a", "payload_bits": 2, "kl": NaN}', "kl"),
@@ -242,13 +300,17 @@ def test_a_folder_that_is_no_artifact(tmp_path):
         write_report(tmp_path)
 
 
-@pytest.mark.parametrize("top, last", [(0, 1), (1e-9, 1e-9), (0.00031, 0.0004), (5.9, 6), (6, 6), (6.01, 8), (97, 100)])
+@pytest.mark.parametrize(
+    "top, last", [(0, 1), (1e-9, 1e-9), (0.00031, 0.0004), (5.9, 6), (6, 6), (6.01, 8), (97, 100)]
+)
 def test_ticks_reach_the_top(top, last):
     ticks = linear_ticks(top)
     assert ticks[0] == 0 and ticks[-1] == pytest.approx(last) and 2 <= len(ticks) <= 7
 
 
-@pytest.mark.parametrize("value, label", [(0, "0"), (2, "2"), (0.0002, "0.0002"), (1e-6, "1e-6"), (0.001, "0.001")])
+@pytest.mark.parametrize(
+    "value, label", [(0, "0"), (2, "2"), (0.0002, "0.0002"), (1e-6, "1e-6"), (0.001, "0.001")]
+)
 def test_short_numbers(value, label):
     assert short(value) == label
 
@@ -257,7 +319,9 @@ def test_bars_are_as_high_as_their_values():
     chart = layer_bars(340, {"K": [1.0, 4.0], "V": [2.0, 0.0]}, ["a", "b"], stacked=False)
     heights = {(m.series, m.tip): m.height for m in chart.marks}
     assert heights["K", "b"] == pytest.approx(4 * heights["K", "a"], abs=0.2)
-    assert heights["V", "b"] == 0 and heights["V", "a"] == pytest.approx(2 * heights["K", "a"], abs=0.2)
+    assert heights["V", "b"] == 0 and heights["V", "a"] == pytest.approx(
+        2 * heights["K", "a"], abs=0.2
+    )
     assert {m.y + m.height for m in chart.marks} == {chart.height - chart.bottom}
     stacked = layer_bars(340, {"K": [1.0], "V": [3.0]}, ["a"], stacked=True).marks
     assert stacked[1].y + stacked[1].height == pytest.approx(stacked[0].y, abs=0.11)
@@ -268,7 +332,14 @@ def test_points_stand_where_their_values_are():
     assert high.y < low.y and high.x > low.x
     zero = loss_points(340, [("a", 2.0, 0.0, "1", "")]).marks[0]
     assert zero.y == 240 - 34
-    chart = memory_lines(340, {"a": [(512, 1024), (1024, 2048)], "b": [(512, 4096), (1024, 8192)]}, (1024, 2048))
-    assert chart.marks[-1].series == "budget" and (chart.marks[-1].x, chart.marks[-1].y) == (326, chart.marks[1].y)
+    chart = memory_lines(
+        340, {"a": [(512, 1024), (1024, 2048)], "b": [(512, 4096), (1024, 8192)]}, (1024, 2048)
+    )
+    assert chart.marks[-1].series == "budget" and (chart.marks[-1].x, chart.marks[-1].y) == (
+        326,
+        chart.marks[1].y,
+    )
     rise = [chart.marks[i].y - chart.marks[i + 1].y for i in (0, 2)]
-    assert rise[0] == pytest.approx(rise[1], abs=0.11)  # a doubling is the same height on both lines
+    assert rise[0] == pytest.approx(
+        rise[1], abs=0.11
+    )  # a doubling is the same height on both lines

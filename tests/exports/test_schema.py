@@ -60,7 +60,10 @@ SPECS = [
         ),
         ValueSpec(uniform(16, 3), ("rotate", "scale"), torch.tensor([0.75, 1.0])),
     ),
-    LayerSpec(KeySpec(raw16(16)), ValueSpec(uniform(16, 3), ("rotate", "scale"), torch.tensor([0.5, 0.875]))),
+    LayerSpec(
+        KeySpec(raw16(16)),
+        ValueSpec(uniform(16, 3), ("rotate", "scale"), torch.tensor([0.5, 0.875])),
+    ),
 ]
 
 
@@ -75,29 +78,48 @@ def test_round_trip():
     text = dump_metadata(metadata)
     assert parse_metadata(text) == metadata
     assert dump_metadata(parse_metadata(text)) == text
-    assert parse_metadata(dump_fields(FIELDS)) == metadata  # another writer may lay the text out as it likes
+    assert (
+        parse_metadata(dump_fields(FIELDS)) == metadata
+    )  # another writer may lay the text out as it likes
     assert metadata.formats == [(spec.key.format, spec.value.format) for spec in SPECS]
-    assert cache_nbytes(metadata.geometry, metadata.formats, 81) == metadata.account.bytes == 6528 + 8960 + 272
+    assert (
+        cache_nbytes(metadata.geometry, metadata.formats, 81)
+        == metadata.account.bytes
+        == 6528 + 8960 + 272
+    )
 
 
 def test_golden_text():
     text = dump_metadata(Metadata.model_validate(FIELDS))
     lines = text.splitlines()
-    assert lines[:5] == ["{", ' "format_version": 1,', ' "cache": {', '  "num_layers": 2,', '  "num_heads": 4,']
+    assert lines[:5] == [
+        "{",
+        ' "format_version": 1,',
+        ' "cache": {',
+        '  "num_layers": 2,',
+        '  "num_heads": 4,',
+    ]
     assert '  "source": "Prosa für Tests",' in lines
     assert '    "predicted_loss": 1e-05' in lines
     assert '  "revision": null,' in lines
-    assert lines[-2:] == [' "digest": "98ea578716c44f97e3b0212323654a99efbc64a0f6537fda70834ee878044f51"', "}"]
+    assert lines[-2:] == [
+        ' "digest": "98ea578716c44f97e3b0212323654a99efbc64a0f6537fda70834ee878044f51"',
+        "}",
+    ]
     assert text.endswith("}\n")
     assert (
-        hashlib.sha256(text.encode()).hexdigest() == "ea757f9bc7f5b7502dee0643929bf8e475fd3f17d0faa17c16910479f4611aaf"
+        hashlib.sha256(text.encode()).hexdigest()
+        == "ea757f9bc7f5b7502dee0643929bf8e475fd3f17d0faa17c16910479f4611aaf"
     )
 
 
 def test_golden_tensors(tmp_path):
     write_tensors(tmp_path / "kv_cache.safetensors", SPECS)
     data = (tmp_path / "kv_cache.safetensors").read_bytes()
-    assert hashlib.sha256(data).hexdigest() == "1fe2d213940df234aeaab39085825170d86bdbf7552f3f7b5ade1ce0a7d08b3e"
+    assert (
+        hashlib.sha256(data).hexdigest()
+        == "1fe2d213940df234aeaab39085825170d86bdbf7552f3f7b5ade1ce0a7d08b3e"
+    )
     with safe_open(tmp_path / "kv_cache.safetensors", framework="pt") as stored:
         shapes = {name: tuple(stored.get_tensor(name).shape) for name in stored.keys()}  # noqa: SIM118
         assert stored.metadata() == {"format": "pt"}
@@ -112,13 +134,16 @@ def test_golden_tensors(tmp_path):
 
 
 def test_no_tensor_at_all_is_a_readable_file(tmp_path):
-    write_tensors(tmp_path / "kv_cache.safetensors", [LayerSpec(KeySpec(raw16(16)), ValueSpec(raw16(16)))])
+    write_tensors(
+        tmp_path / "kv_cache.safetensors", [LayerSpec(KeySpec(raw16(16)), ValueSpec(raw16(16)))]
+    )
     with safe_open(tmp_path / "kv_cache.safetensors", framework="pt") as stored:
         assert list(stored.keys()) == []
 
 
 def changed(path: str, value) -> dict:
-    """FIELDS with one field replaced, or removed where value is Ellipsis; a path is like layers.0.key.format."""
+    """FIELDS with one field replaced, or removed where value is Ellipsis; a path is like
+    layers.0.key.format."""
     fields = copy.deepcopy(FIELDS)
     *parents, last = (int(part) if part.isdigit() else part for part in path.split("."))
     place = fields
@@ -228,8 +253,16 @@ def test_pairs_that_are_not_halves_are_version_4():
     geometry = {**FIELDS["cache"], "rope_pairs": "adjacent"}
     text = dump_fields({**FIELDS, "format_version": 4, "cache": geometry})
     metadata = parse_metadata(text)
-    assert metadata.cache.rope_pairs == "adjacent" and json.loads(dump_metadata(metadata)) == json.loads(text)
-    for version, pairs in ((3, "adjacent"), (1, "swapped"), (4, "halves"), (4, None), (3, "halves")):
+    assert metadata.cache.rope_pairs == "adjacent" and json.loads(
+        dump_metadata(metadata)
+    ) == json.loads(text)
+    for version, pairs in (
+        (3, "adjacent"),
+        (1, "swapped"),
+        (4, "halves"),
+        (4, None),
+        (3, "halves"),
+    ):
         cache = {**FIELDS["cache"], **({} if pairs is None else {"rope_pairs": pairs})}
         with pytest.raises(KvfoldError, match="format_version 4 alone"):
             parse_metadata(dump_fields({**FIELDS, "format_version": version, "cache": cache}))
@@ -255,7 +288,9 @@ def test_reading_from_a_folder(tmp_path):
 @pytest.mark.parametrize("bit", range(8))
 def test_any_flipped_bit_shows(tmp_path, bit):
     data = dump_metadata(Metadata.model_validate(FIELDS)).encode()
-    for at in [i for i, byte in enumerate(data) if byte > ord(" ")][::41]:  # layout alone is not covered
+    for at in [i for i, byte in enumerate(data) if byte > ord(" ")][
+        ::41
+    ]:  # layout alone is not covered
         flipped = bytearray(data)
         flipped[at] ^= 1 << bit
         (tmp_path / "kv_cache.json").write_bytes(flipped)

@@ -1,4 +1,5 @@
-"""What kvfold removes and replaces: its own, and nothing that somebody else has put beside or into OUT."""
+"""What kvfold removes and replaces: its own, and nothing that somebody else has put beside or into
+OUT."""
 
 import json
 import os
@@ -56,14 +57,16 @@ def write_again(source: Path, out: Path) -> None:
 
 
 def killed(source: Path, out: Path, moment: str) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, source, out, moment], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, source, out, moment], capture_output=True, text=True
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 @pytest.fixture
 def neighbours(tmp_path):
-    """Folders of somebody's beside `out`, whose names kvfold might have thought of; gives a check that they are as they
-    were."""
+    """Folders of somebody's beside `out`, whose names kvfold might have thought of; gives a check
+    that they are as they were."""
     fitting = json.dumps({"made_by": "kvfold", "for": "other"})
     for name, mark in {
         "out.partial": None,
@@ -83,7 +86,9 @@ def neighbours(tmp_path):
     before = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
     def check() -> None:
-        assert {p: (tmp_path / p).read_bytes() for p in before if (tmp_path / p).is_file()} == before
+        assert {
+            p: (tmp_path / p).read_bytes() for p in before if (tmp_path / p).is_file()
+        } == before
         assert (tmp_path / "out.part-link0000").is_symlink()
 
     return check
@@ -114,13 +119,17 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path, tiny_artifact, 
     left = set(names(tmp_path)) - {*before, "out"}
     assert left and all(name.startswith("out.part-") for name in left)
     assert out.exists() == (moment != "between")
-    if moment == "between":  # nothing is lost: it is the older artifact again, even if the next run does not get far
+    if (
+        moment == "between"
+    ):  # nothing is lost: it is the older artifact again, even if the next run does not get far
         remove_leftovers(out)
         assert read_artifact(out)
     write_again(tiny_artifact, out)
     assert read_artifact(out)
     left = set(names(tmp_path)) - {*before, "out"}
-    if moment == "after":  # the moment between two renames: the older artifact is kept rather than guessed about
+    if (
+        moment == "after"
+    ):  # the moment between two renames: the older artifact is kept rather than guessed about
         [kept] = left
         assert read_artifact(tmp_path / kept / OLD)
     else:
@@ -149,7 +158,10 @@ def test_two_at_once_have_folders_of_their_own(tmp_path):
 
 
 def test_an_older_artifact_that_cannot_come_back_is_kept(tmp_path, tiny_artifact, monkeypatch):
-    out, new = shutil.copytree(tiny_artifact, tmp_path / "out"), shutil.copytree(tiny_artifact, tmp_path / "made")
+    out, new = (
+        shutil.copytree(tiny_artifact, tmp_path / "out"),
+        shutil.copytree(tiny_artifact, tmp_path / "made"),
+    )
     real = os.replace
 
     def replace(a, b):
@@ -178,14 +190,19 @@ def test_an_artifact_that_holds_something_foreign_is_not_replaced(tmp_path, tiny
     for name in ("thesis.tex", ".git/config", "kv_cache.json.part"):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("irreplaceable")
-        with pytest.raises(KvfoldError, match=f"'{out}'.*holds '{name.split('/')[0]}', which kvfold did not write"):
+        with pytest.raises(
+            KvfoldError, match=f"'{out}'.*holds '{name.split('/')[0]}', which kvfold did not write"
+        ):
             write_again(tiny_artifact, out)
         assert (out / name).read_text() == "irreplaceable" and names(tmp_path) == ["out"]
         (out / name).unlink()
         if "/" in name:
             (out / name).parent.rmdir()
     (out / "kv_cache.json").write_text("{}")  # of another tool, or damaged
-    with pytest.raises(KvfoldError, match=r"which of its files are an artifact's can't be told.*choose another --out"):
+    with pytest.raises(
+        KvfoldError,
+        match=r"which of its files are an artifact's can't be told.*choose another --out",
+    ):
         check_free(out, out)
 
 
@@ -208,7 +225,10 @@ def test_a_file_appears_whole_and_leaves_its_neighbours_alone(tmp_path, tiny_art
     (out / "report.html").chmod(0o604)
     write_report(out)
     assert (out / "report.html").stat().st_mode & 0o777 == 0o604
-    assert all((out / name).read_text() == "irreplaceable" for name in ("report.html.part", "kv_cache.json.part"))
+    assert all(
+        (out / name).read_text() == "irreplaceable"
+        for name in ("report.html.part", "kv_cache.json.part")
+    )
     before = names(out)
 
     def fail(path: Path) -> None:
@@ -239,7 +259,10 @@ def test_a_work_folder_with_somebody_elses_mark_is_refused(tmp_path, mark):
     else:
         (work / "run.json").write_text(mark)
     for resume in (False, True):
-        with pytest.raises(KvfoldError, match="was not made by kvfold"), work_folder(tmp_path / "out", "key", resume):
+        with (
+            pytest.raises(KvfoldError, match="was not made by kvfold"),
+            work_folder(tmp_path / "out", "key", resume),
+        ):
             pass
     assert (work / "thesis.tex").read_text() == "irreplaceable"
 

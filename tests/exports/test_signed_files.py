@@ -1,5 +1,5 @@
-"""Every file that a loader reads is listed, hashed, whole and inside the folder; after an edit an artifact can be
-signed again."""
+"""Every file that a loader reads is listed, hashed, whole and inside the folder; after an edit an
+artifact can be signed again."""
 
 import json
 import shutil
@@ -18,14 +18,22 @@ from transformers import AutoModelForCausalLM
 from kvfold import KvfoldError, runtime
 from kvfold.compress.cli import main
 from kvfold.exports.files import is_read
-from kvfold.exports.reader import MOST_NBYTES, file_sha256, read_artifact, read_metadata, update_artifact
+from kvfold.exports.reader import (
+    MOST_NBYTES,
+    file_sha256,
+    read_artifact,
+    read_metadata,
+    update_artifact,
+)
 from kvfold.exports.schema import METADATA_NAME, MOST_PAGE_TOKENS, MOST_TOKENS, dump_metadata
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def drop(artifact: Path, *names: str) -> None:
-    files = {name: digest for name, digest in read_metadata(artifact).files.items() if name not in names}
+    files = {
+        name: digest for name, digest in read_metadata(artifact).files.items() if name not in names
+    }
     restate(artifact, files=files)
 
 
@@ -38,9 +46,16 @@ def shard(artifact: Path) -> dict[str, str]:
     """Cuts the weights into two shards with an index; returns tensor → shard. Nothing is signed."""
     tensors = load_file(artifact / WEIGHTS)
     (artifact / WEIGHTS).unlink()
-    where = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
+    where = {
+        name: f"model-0000{1 + i % 2}-of-00002.safetensors"
+        for i, name in enumerate(sorted(tensors))
+    }
     for file in set(where.values()):
-        save_file({n: tensors[n] for n in tensors if where[n] == file}, artifact / file, metadata={"format": "pt"})
+        save_file(
+            {n: tensors[n] for n in tensors if where[n] == file},
+            artifact / file,
+            metadata={"format": "pt"},
+        )
     write_index(artifact, where)
     return where
 
@@ -56,8 +71,15 @@ def write_index(artifact: Path, where: dict[str, str]) -> None:
 def test_weights_that_are_not_whole_under_a_hash_that_fits(artifact, both_refuse, content):
     whole = (artifact / WEIGHTS).read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
-    sizes = {"empty": 0, "cut": len(whole) // 2, "one byte less": len(whole) - 1, "header only": header}
-    (artifact / WEIGHTS).write_bytes(whole[: sizes[content]] if content in sizes else b"not tensors at all")
+    sizes = {
+        "empty": 0,
+        "cut": len(whole) // 2,
+        "one byte less": len(whole) - 1,
+        "header only": header,
+    }
+    (artifact / WEIGHTS).write_bytes(
+        whole[: sizes[content]] if content in sizes else b"not tensors at all"
+    )
     rehash(artifact, WEIGHTS)
     both_refuse(WEIGHTS, "not a whole safetensors file")
 
@@ -87,7 +109,11 @@ def test_shards_that_the_index_should_not_name(artifact, both_refuse, tmp_path):
     update_artifact(artifact)
     name, file = next(iter(where.items()))
     shutil.copy(artifact / file, tmp_path / "outside.safetensors")
-    for stray in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "model-00003-of-00003.safetensors"):
+    for stray in (
+        "../outside.safetensors",
+        str(tmp_path / "outside.safetensors"),
+        "model-00003-of-00003.safetensors",
+    ):
         write_index(artifact, {**where, name: stray})
         rehash(artifact, INDEX)
         both_refuse(INDEX, stray)
@@ -131,7 +157,9 @@ def test_code_and_pickles_are_no_part_even_if_listed(artifact, both_refuse, name
     both_refuse(name, "no code and no pickle")
 
 
-@pytest.mark.parametrize("name", ["a/../b", "..", "a\\b", "n" * 300, "\x1b[31m", "new\nline", "/etc/passwd", "", "."])
+@pytest.mark.parametrize(
+    "name", ["a/../b", "..", "a\\b", "n" * 300, "\x1b[31m", "new\nline", "/etc/passwd", "", "."]
+)
 def test_names_that_are_none(artifact, both_refuse, name):
     restate(artifact, files={**read_metadata(artifact).files, name: "0" * 64})
     both_refuse(METADATA_NAME)
@@ -200,7 +228,8 @@ def test_numbers_beyond_reason(artifact, both_refuse, account):
 
 
 @pytest.mark.parametrize(
-    ("field", "most"), [("sinks", MOST_TOKENS), ("window", MOST_TOKENS), ("page_tokens", MOST_PAGE_TOKENS)]
+    ("field", "most"),
+    [("sinks", MOST_TOKENS), ("window", MOST_TOKENS), ("page_tokens", MOST_PAGE_TOKENS)],
 )
 def test_regions_that_nobody_could_allocate(artifact, both_refuse, field, most):
     for value in (2 * most, 10**12, 2**70):
@@ -214,7 +243,16 @@ def test_regions_that_nobody_could_allocate(artifact, both_refuse, field, most):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", "[" * 100_000, "\x00", '{"model_type": "llama", "num_hidden_layers": 1e400}']
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "[" * 100_000,
+        "\x00",
+        '{"model_type": "llama", "num_hidden_layers": 1e400}',
+    ],
 )
 def test_config_that_is_none(artifact, both_refuse, content):
     (artifact / "config.json").write_text(content)
@@ -255,7 +293,9 @@ ODD = st.one_of(
 @given(field=st.sampled_from(sorted(FIELDS)), value=ODD, gone=st.booleans())
 def test_a_config_of_any_content_is_read_or_refused_in_a_sentence(artifact, field, value, gone):
     original = FIELDS if not gone else {k: v for k, v in FIELDS.items() if k != field}
-    (artifact / "config.json").write_text(json.dumps(original if gone else {**original, field: value}))
+    (artifact / "config.json").write_text(
+        json.dumps(original if gone else {**original, field: value})
+    )
     rehash(artifact, "config.json")
     for read in (read_artifact, runtime.load_pretrained):
         try:
@@ -276,7 +316,9 @@ def validate(monkeypatch, capsys, *args: object) -> tuple[int, str, str]:
     return stop.value.code or 0, *capsys.readouterr()
 
 
-@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "recipe.yaml", "config.json"])
+@pytest.mark.parametrize(
+    "name", ["generation_config.json", "tokenizer_config.json", "recipe.yaml", "config.json"]
+)
 def test_an_edit_says_how_to_sign_and_is_signed(artifact, both_refuse, monkeypatch, capsys, name):
     with open(artifact / name, "a") as stream:
         stream.write("\n")
@@ -285,7 +327,9 @@ def test_an_edit_says_how_to_sign_and_is_signed(artifact, both_refuse, monkeypat
         0, f"{artifact}: signed {name} anew.\n{artifact} is a valid artifact of tiny-llama, format_version 3.\n",
     )  # fmt: skip
     assert validate(monkeypatch, capsys, artifact)[0] == 0
-    assert validate(monkeypatch, capsys, artifact, "--update")[1].startswith(f"{artifact}: nothing has changed.\n")
+    assert validate(monkeypatch, capsys, artifact, "--update")[1].startswith(
+        f"{artifact}: nothing has changed.\n"
+    )
     runtime.load_pretrained(artifact)
 
 
@@ -295,16 +339,26 @@ def test_files_that_came_or_went(artifact, tiny_artifact):
     (artifact / "notes.txt").write_text("mine")
     assert update_artifact(artifact) == ["chat_template.jinja", "generation_config.json"]
     files = read_artifact(artifact).metadata.files
-    assert "chat_template.jinja" in files and not {"generation_config.json", "notes.txt"} & files.keys()
+    assert (
+        "chat_template.jinja" in files
+        and not {"generation_config.json", "notes.txt"} & files.keys()
+    )
     assert {*files} - {"chat_template.jinja"} < read_metadata(tiny_artifact).files.keys()
 
 
 @torch.no_grad()
 def test_weights_that_were_changed_on_purpose(artifact):
     tensors = load_file(artifact / WEIGHTS)
-    save_file({name: tensor * 2 for name, tensor in tensors.items()}, artifact / WEIGHTS, metadata={"format": "pt"})
+    save_file(
+        {name: tensor * 2 for name, tensor in tensors.items()},
+        artifact / WEIGHTS,
+        metadata={"format": "pt"},
+    )
     assert update_artifact(artifact) == [WEIGHTS]
-    assert torch.equal(runtime.load_pretrained(artifact, dtype="auto").lm_head.weight, tensors["lm_head.weight"] * 2)
+    assert torch.equal(
+        runtime.load_pretrained(artifact, dtype="auto").lm_head.weight,
+        tensors["lm_head.weight"] * 2,
+    )
 
 
 def test_what_would_not_be_valid_is_not_signed(artifact, monkeypatch, capsys):
@@ -327,7 +381,9 @@ def test_what_would_not_be_valid_is_not_signed(artifact, monkeypatch, capsys):
     assert validate(monkeypatch, capsys, artifact, "--update")[0] == 2
     assert (artifact / METADATA_NAME).read_bytes() == before
     (artifact / METADATA_NAME).write_bytes(before.replace(b'"tiny-llama"', b'"other-model"'))
-    code, _, err = validate(monkeypatch, capsys, artifact, "--update")  # it is no file of theirs to edit
+    code, _, err = validate(
+        monkeypatch, capsys, artifact, "--update"
+    )  # it is no file of theirs to edit
     assert code == 2 and "its own digest" in err
 
 

@@ -1,7 +1,9 @@
-"""`make fuzz [ARGS="--cases N --seed S --kind artifact --only N --jobs N"]`: cases in processes of their own.
+"""`make fuzz [ARGS="--cases N --seed S --kind artifact --only N --jobs N"]`: cases in processes of
+their own.
 
-Prints what became of them, and a line for each that failed; ends with 1 if one did. A process that says nothing for a
-minute, or dies, has failed at the case that it began, and another goes on behind it.
+Prints what became of them, and a line for each that failed; ends with 1 if one did. A process that
+says nothing for a minute, or dies, has failed at the case that it began, and another goes on behind
+it.
 """
 
 import argparse
@@ -44,7 +46,13 @@ def targets(kinds: Sequence[str], scratch: Path) -> list[Target]:
     (scratch / "text.txt").write_text(WORDS * 60)
     (scratch / "recipe.yaml").write_text(TINY_RECIPE)
     model, base = save_tiny(scratch / "tiny"), scratch / "base"
-    compress(str(model), "4.0", base, calib=str(scratch / "text.txt"), recipe=load_recipe(scratch / "recipe.yaml"))
+    compress(
+        str(model),
+        "4.0",
+        base,
+        calib=str(scratch / "text.txt"),
+        recipe=load_recipe(scratch / "recipe.yaml"),
+    )
     made = {
         "artifact": lambda: Artifacts(base),
         "cache": lambda: Caches(base, scratch),
@@ -66,7 +74,11 @@ def work(kinds: Sequence[str], seed: int, first: int, step: int, count: int) -> 
             print(json.dumps({"begin": number, "kind": target.name}), file=said, flush=True)
             report = Report()
             run_case(target, seed, number, scratch, report, SLOW.get(target.name, 5.0))
-            line = {"kind": target.name, "outcome": next(iter(report.outcomes)), "failures": report.failures}
+            line = {
+                "kind": target.name,
+                "outcome": next(iter(report.outcomes)),
+                "failures": report.failures,
+            }
             print(json.dumps({**line, "slowest": report.slowest}), file=said, flush=True)
 
 
@@ -74,9 +86,19 @@ def follow(options: argparse.Namespace, worker: int, total: Report, lock: thread
     """Has a worker's share of the cases run, in one process after another."""
     number, begun = worker, worker
     while number < options.cases:
-        command = [sys.executable, "-m", "fuzz", "--kind", *options.kind, "--seed", str(options.seed)]
+        command = [
+            sys.executable,
+            "-m",
+            "fuzz",
+            "--kind",
+            *options.kind,
+            "--seed",
+            str(options.seed),
+        ]
         command += ["--cases", str(options.cases), "--worker", str(number), str(options.jobs)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=_read, args=(process, lines), daemon=True).start()
         wait, finished = 600.0, False  # the first line comes when all is built
@@ -87,7 +109,10 @@ def follow(options: argparse.Namespace, worker: int, total: Report, lock: thread
                 fault = f"said nothing for {SILENCE:.0f} s"
                 break
             if not text:
-                finished, fault = process.wait() == 0, f"the process ended with {process.returncode}"
+                finished, fault = (
+                    process.wait() == 0,
+                    f"the process ended with {process.returncode}",
+                )
                 break
             line, wait = json.loads(text), SILENCE
             if "begin" in line:
@@ -133,7 +158,9 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="kvfold-fuzz-") as folder:
             made = targets(options.kind, Path(folder))
             target = pick(made, [SHARES[kind] for kind in options.kind], options.seed, options.only)
-            run_case(target, options.seed, options.only, Path(folder), total, SLOW.get(target.name, 5.0))
+            run_case(
+                target, options.seed, options.only, Path(folder), total, SLOW.get(target.name, 5.0)
+            )
         print("\n".join(f"FAILED {failure}" for failure in total.failures))
     else:
         lock = threading.Lock()
@@ -145,7 +172,9 @@ def main() -> int:
             thread.start()
         for thread in workers:
             thread.join()
-    print(f"seed {options.seed}, {time.time() - start:.0f} s; slowest: {total.slowest[0]:.1f} s, {total.slowest[1]}")
+    print(
+        f"seed {options.seed}, {time.time() - start:.0f} s; slowest: {total.slowest[0]:.1f} s, {total.slowest[1]}"
+    )
     print("\n".join(f"{count:6} {name}" for name, count in sorted(Counter(total.outcomes).items())))
     return 1 if total.failures else 0
 

@@ -24,8 +24,25 @@ from kvfold.pretrained import tokenizer_from_pretrained
 
 IDS = torch.randint(1, 128, (1, 70), generator=torch.Generator().manual_seed(3))
 LARGEST = 1 << 26  # bytes of a file that is hashed here
-KINDS = ("bytes", "sealed bytes", "field", "field", "json", "json", "tensors", "weights", "place", "text")
-JSON_FILES = ("config.json", "config.json", "config.json", "generation_config.json", "tokenizer_config.json")
+KINDS = (
+    "bytes",
+    "sealed bytes",
+    "field",
+    "field",
+    "json",
+    "json",
+    "tensors",
+    "weights",
+    "place",
+    "text",
+)
+JSON_FILES = (
+    "config.json",
+    "config.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+)
 
 
 class Artifacts:
@@ -41,7 +58,8 @@ class Artifacts:
         self.check(base, False, Random(1))  # imports what is imported late
 
     def make(self, folder: Path, rng: Random) -> tuple[str, bool]:
-        """Writes a mutation of the artifact into an empty folder; says what it is, and whether the hashes fit it."""
+        """Writes a mutation of the artifact into an empty folder; says what it is, and whether the
+        hashes fit it."""
         for file in self.base.iterdir():
             os.link(file, folder / file.name)
         metadata = json.loads((self.base / METADATA_NAME).read_text())
@@ -100,7 +118,9 @@ class Artifacts:
         report_html(artifact.metadata)
         tokenizer = tokenizer_from_pretrained(folder)
         model: Any = runtime.load_pretrained(folder, device="cpu")
-        if sealed:  # transformers' own errors of odd settings are the caller's: what counts is that it ends
+        if (
+            sealed
+        ):  # transformers' own errors of odd settings are the caller's: what counts is that it ends
             with contextlib.suppress(KvfoldError, FloatingPointError):
                 model(IDS, return_dict=True)
             with contextlib.suppress(Exception):
@@ -126,10 +146,15 @@ def put(file: Path, data: bytes) -> None:
 
 
 def seal(folder: Path, metadata: Any, account: bool = False) -> None:
-    """Writes kv_cache.json with hashes and a digest that fit, and with a fitting account if asked to."""
+    """Writes kv_cache.json with hashes and a digest that fit, and with a fitting account if asked
+    to."""
     files = metadata.get("files") if isinstance(metadata, dict) else None
     for name in list(files) if isinstance(files, dict) else []:
-        file = folder / name if isinstance(name, str) and name.isprintable() and len(name) < 200 else folder
+        file = (
+            folder / name
+            if isinstance(name, str) and name.isprintable() and len(name) < 200
+            else folder
+        )
         if file.is_file() and file.stat().st_size < LARGEST:
             files[name] = hashlib.sha256(file.read_bytes()).hexdigest()
     if isinstance(metadata, dict):
@@ -137,7 +162,10 @@ def seal(folder: Path, metadata: Any, account: bool = False) -> None:
         try:
             model = Metadata.model_validate(body)
             if account:
-                lengths = {n: cache_nbytes(model.geometry, model.formats, int(n)) for n in model.account.bytes_at}
+                lengths = {
+                    n: cache_nbytes(model.geometry, model.formats, int(n))
+                    for n in model.account.bytes_at
+                }
                 nbytes = cache_nbytes(model.geometry, model.formats, model.account.at)
                 metadata["account"].update(bytes=nbytes, bytes_at=lengths)
                 model = Metadata.model_validate({**body, "account": metadata["account"]})

@@ -1,4 +1,5 @@
-"""Saved caches: bytes, the JSON object in the header, tensors; the hash as it was or made to fit."""
+"""Saved caches: bytes, the JSON object in the header, tensors; the hash as it was or made to
+fit."""
 
 import copy
 import json
@@ -38,7 +39,9 @@ class Caches:
         mask = torch.ones(batch, columns + 1, dtype=torch.long)
         for b, pad in enumerate(cache.shared.padding):
             mask[b, :pad] = 0
-        return self.model(torch.ones(batch, 1, dtype=torch.long), attention_mask=mask, past_key_values=cache).logits
+        return self.model(
+            torch.ones(batch, 1, dtype=torch.long), attention_mask=mask, past_key_values=cache
+        ).logits
 
     def make(self, folder: Path, rng: Random) -> tuple[str, bool]:
         file = folder / "cache.kv"
@@ -66,14 +69,17 @@ class Caches:
         cache = runtime.load_cache(folder / "cache.kv", self.model)
         try:
             same = torch.equal(self.go_on(cache), self.logits)
-        except FloatingPointError:  # of numbers that are finite and too large: the runtime says where
+        except (
+            FloatingPointError
+        ):  # of numbers that are finite and too large: the runtime says where
             same = False
         assert same or sealed
         return "same" if same else "another"
 
 
 def reseal(data: bytes, state: Any) -> bytes:
-    """A cache file that states `state` with a hash that fits its tensors, where it can be read at all."""
+    """A cache file that states `state` with a hash that fits its tensors, where it can be read at
+    all."""
     try:
         tensors = load_tensors(data)
         header, body = read_header(data)

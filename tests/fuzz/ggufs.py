@@ -37,7 +37,10 @@ class Ggufs:
             self.wanted = weights(resolve_model(str(file)).path)
 
     def make(self, folder: Path, rng: Random) -> tuple[str, None]:
-        file, kind = folder / "model.gguf", rng.choice(("head", "head", "bytes", "field", "field", "field", "place"))
+        file, kind = (
+            folder / "model.gguf",
+            rng.choice(("head", "head", "bytes", "field", "field", "field", "place")),
+        )
         data = bytearray(self.data)
         file.write_bytes(data)
         if kind == "place":
@@ -45,7 +48,11 @@ class Ggufs:
         if kind == "field":
             name = rng.choice(self.fields)
             place = data.index(name) + len(name) + rng.choice((0, 4, 4, 4, 8, 12))
-            new = struct.pack("<I", rng.choice(NUMBERS)) if rng.random() < 0.8 else rng.randbytes(rng.randrange(1, 9))
+            new = (
+                struct.pack("<I", rng.choice(NUMBERS))
+                if rng.random() < 0.8
+                else rng.randbytes(rng.randrange(1, 9))
+            )
             data[place : place + len(new)] = new
             kind = f"{kind} {name.decode()} {place} {new!r}"
         else:

@@ -1,8 +1,9 @@
-"""Runs killed at random moments, over an older artifact too: what stands there then is whole, and --resume ends with
-the same bytes. `make kills` tries 40 points.
+"""Runs killed at random moments, over an older artifact too: what stands there then is whole, and
+--resume ends with the same bytes. `make kills` tries 40 points.
 
-A moment is counted in what the run does to files: the child that is forked for a run gets SIGKILL when it begins its
-n-th such step, or a random part of a hundredth of a second later, in the middle of whatever it does then.
+A moment is counted in what the run does to files: the child that is forked for a run gets SIGKILL
+when it begins its n-th such step, or a random part of a hundredth of a second later, in the middle
+of whatever it does then.
 """
 
 import argparse
@@ -26,13 +27,25 @@ from kvfold.compress.recipe import load_recipe
 from kvfold.exports.reader import read_artifact
 from kvfold.exports.scratch import OLD
 
-STEPS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.truncate", "shutil.rmtree"}
+STEPS = {
+    "open",
+    "os.rename",
+    "os.mkdir",
+    "os.remove",
+    "os.rmdir",
+    "os.chmod",
+    "os.truncate",
+    "shutil.rmtree",
+}
 REMOVALS = {"os.remove", "os.rmdir"}  # of whole folders: by names inside them
 DELAY = 0.01  # seconds
 
 
-def forked(run: Callable[[], None], folder: Path, number: int, delay: float | None) -> tuple[bool, int]:
-    """Calls `run` in a child that is killed at step `number` in `folder`, or `delay` seconds behind it.
+def forked(
+    run: Callable[[], None], folder: Path, number: int, delay: float | None
+) -> tuple[bool, int]:
+    """Calls `run` in a child that is killed at step `number` in `folder`, or `delay` seconds behind
+    it.
 
     Returns:
         Whether it was killed, and, if not, the steps that there were.
@@ -47,7 +60,9 @@ def forked(run: Callable[[], None], folder: Path, number: int, delay: float | No
 
             def note(event: str, args: tuple) -> None:
                 nonlocal count
-                if event not in STEPS or not (str(args[0]).startswith(place) or (event in REMOVALS and args[-1] != -1)):
+                if event not in STEPS or not (
+                    str(args[0]).startswith(place) or (event in REMOVALS and args[-1] != -1)
+                ):
                     return
                 count += 1
                 if count == number and delay is None:
@@ -82,7 +97,11 @@ class Kills:
     """A model to compress, what becomes of it undisturbed, and an older artifact of fewer bits."""
 
     def __init__(self, scratch: Path) -> None:
-        self.model, self.text, recipe = save_tiny(scratch / "model"), scratch / "text.txt", scratch / "recipe.yaml"
+        self.model, self.text, recipe = (
+            save_tiny(scratch / "model"),
+            scratch / "text.txt",
+            scratch / "recipe.yaml",
+        )
         (self.model / "chat_template.jinja").write_text(CHAT)
         self.text.write_text("".join(WORDS[i % 40 :] for i in range(60)))
         recipe.write_text(TINY_RECIPE)
@@ -95,7 +114,9 @@ class Kills:
         self.wanted, self.before = sums(whole), sums(self.old)
 
     def compress(self, out: Path, resume: bool = False, budget: str = "4.0") -> None:
-        compress(str(self.model), budget, out, calib=str(self.text), recipe=self.recipe, resume=resume)
+        compress(
+            str(self.model), budget, out, calib=str(self.text), recipe=self.recipe, resume=resume
+        )
 
     def point(self, folder: Path, rng: Random) -> str:
         """Kills a run, and at times the one that resumes it, and lets the next one finish.
@@ -109,8 +130,13 @@ class Kills:
             shutil.copytree(self.old, out)
         said = "over an artifact" if over else "into nothing"
         for resume in (False, True)[: rng.choice((1, 1, 2))]:
-            number, delay = rng.randrange(1, self.steps + 1), rng.choice((None, rng.random() * DELAY))
-            killed, _ = forked(lambda resume=resume: self.compress(out, resume), folder, number, delay)
+            number, delay = (
+                rng.randrange(1, self.steps + 1),
+                rng.choice((None, rng.random() * DELAY)),
+            )
+            killed, _ = forked(
+                lambda resume=resume: self.compress(out, resume), folder, number, delay
+            )
             said += f", {'killed' if killed else 'ended'} at step {number} of {self.steps}"
             said += "" if delay is None else f" + {1000 * delay:.1f} ms"
             kept = [path / OLD for path in folder.iterdir() if (path / OLD).is_dir()]
@@ -119,8 +145,12 @@ class Kills:
         self.compress(out, resume=True)
         read_artifact(out)
         assert sums(out) == self.wanted, said
-        for left in folder.iterdir():  # an older artifact that was moved away is kept rather than guessed about
-            assert left == out or (sums(left / OLD) == self.before and left.name.startswith("tiny.part-")), said
+        for left in (
+            folder.iterdir()
+        ):  # an older artifact that was moved away is kept rather than guessed about
+            assert left == out or (
+                sums(left / OLD) == self.before and left.name.startswith("tiny.part-")
+            ), said
         return said
 
 
@@ -133,7 +163,11 @@ def main() -> int:
         scratch = Path(folder)
         kills = Kills(scratch / "made")
         for number in range(options.points):
-            print(number, kills.point(scratch / str(number), Random(f"{options.seed}.{number}")), flush=True)
+            print(
+                number,
+                kills.point(scratch / str(number), Random(f"{options.seed}.{number}")),
+                flush=True,
+            )
     print(f"seed {options.seed}: {options.points} of {options.points} resumed to the same bytes")
     return 0
 

@@ -13,16 +13,47 @@ ODD: tuple[Any, ...] = (
     "llama", "gemma3_text", "mixtral", "nosuch", "a/b", "../../etc/passwd", "A" * 300, "A" * 5000, "\ud800", "\x00",
     "\x1b]0;x\x07", "[/bold]", [], {}, [0], [[8, 4]], [[16, 65536]], ["matrix", "matrix"], {"a": 1},
 )  # fmt: skip
-TYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL", "F8_E4M3", "C64", "F4", "NOPE", "", 3, None)
+TYPES = (
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+    "I64",
+    "I32",
+    "U8",
+    "BOOL",
+    "F8_E4M3",
+    "C64",
+    "F4",
+    "NOPE",
+    "",
+    3,
+    None,
+)
 
 
 def corrupt(data: bytes, rng: Random, most: int | None = None) -> bytes:
-    """Bytes with something flipped, cut, put in, taken out, or blanked; `most`: places lie before that byte."""
+    """Bytes with something flipped, cut, put in, taken out, or blanked; `most`: places lie before
+    that byte."""
     found, size = bytearray(data), min(len(data), most or len(data))
     if not size:
         return b"x"
     place = rng.randrange(size)
-    how = rng.choice(("flip", "flip", "flip", "flips", "cut", "empty", "insert", "delete", "blank", "append", "set"))
+    how = rng.choice(
+        (
+            "flip",
+            "flip",
+            "flip",
+            "flips",
+            "cut",
+            "empty",
+            "insert",
+            "delete",
+            "blank",
+            "append",
+            "set",
+        )
+    )
     if how == "flip":
         found[place] ^= 1 << rng.randrange(8)
     elif how == "flips":
@@ -41,13 +72,21 @@ def corrupt(data: bytes, rng: Random, most: int | None = None) -> bytes:
     elif how == "append":
         found += rng.randbytes(9)
     else:
-        found[place : place + 8] = rng.choice((b"\xff" * 8, struct.pack("<Q", 1 << rng.randrange(64)), bytes(8)))
+        found[place : place + 8] = rng.choice(
+            (b"\xff" * 8, struct.pack("<Q", 1 << rng.randrange(64)), bytes(8))
+        )
     return bytes(found)
 
 
 def places(value: Any, place: tuple = ()) -> list[tuple]:
     """Paths of what is in nested lists and dicts, ten deep at the most, without the whole."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     if len(place) == 10:
         return []
     return [path for key, inner in items for path in ((*place, key), *places(inner, (*place, key)))]
@@ -61,7 +100,12 @@ def tamper(value: Any, rng: Random) -> str:
     inner = value
     for key in path[:-1]:
         inner = inner[key]
-    key, how = path[-1], rng.choice(("odd", "odd", "odd", "odd", "near", "delete", "rename", "twice", "deep", "long"))
+    key, how = (
+        path[-1],
+        rng.choice(
+            ("odd", "odd", "odd", "odd", "near", "delete", "rename", "twice", "deep", "long")
+        ),
+    )
     if how == "delete":
         del inner[key]
     elif how == "near" and isinstance(inner[key], int | float) and not isinstance(inner[key], bool):
@@ -80,7 +124,8 @@ def tamper(value: Any, rng: Random) -> str:
 
 
 def text_bomb(text: str, rng: Random) -> str:
-    """A JSON text that is costly or ambiguous to read, in a way that no object of Python could write."""
+    """A JSON text that is costly or ambiguous to read, in a way that no object of Python could
+    write."""
     place = text.find(": ", rng.randrange(max(1, len(text) - 2))) + 2
     return rng.choice((
         lambda: "[" * 100_000,
@@ -127,9 +172,13 @@ def tamper_tensors(data: bytes, rng: Random) -> tuple[bytes, str]:
         entry["dtype"] = rng.choice(TYPES)
     elif how == "shape" and "shape" in entry:
         shape = entry["shape"]
-        entry["shape"] = rng.choice(([], [0], [-1], [2**62, 4], [1, *shape], shape[::-1], ["a"], [1.5]))
+        entry["shape"] = rng.choice(
+            ([], [0], [-1], [2**62, 4], [1, *shape], shape[::-1], ["a"], [1.5])
+        )
     elif how == "rename":
-        header[rng.choice((name + " ", "a\0b", "x" * 300, "\u202e", "layers.99.key.matrix"))] = header.pop(name)
+        header[rng.choice((name + " ", "a\0b", "x" * 300, "\u202e", "layers.99.key.matrix"))] = (
+            header.pop(name)
+        )
     elif how == "drop":
         del header[name]
     elif how == "swap":
@@ -153,7 +202,9 @@ def tamper_tensors(data: bytes, rng: Random) -> tuple[bytes, str]:
 
 def replace_file(file: Path, rng: Random) -> str:
     """Puts something else in a file's place."""
-    how = rng.choice(("gone", "folder", "fifo", "zero", "null", "nowhere", "circle", "sparse", "empty"))
+    how = rng.choice(
+        ("gone", "folder", "fifo", "zero", "null", "nowhere", "circle", "sparse", "empty")
+    )
     file.unlink()
     if how == "folder":
         file.mkdir()

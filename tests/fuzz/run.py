@@ -58,17 +58,27 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 def peak_nbytes(restart: bool = False) -> int:
-    """The most memory that this process has held since the last restart; 0 where the system doesn't say."""
+    """The most memory that this process has held since the last restart; 0 where the system doesn't
+    say."""
     try:
         if restart:
             Path("/proc/self/clear_refs").write_text("5")
         status = Path("/proc/self/status").read_text()
     except OSError:
         return 0
-    return next((int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM")), 0)
+    return next(
+        (int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM")), 0
+    )
 
 
-def run_case(target: Target, seed: int, number: int, scratch: Path, report: Report, slow: float = MOST_SECONDS) -> None:
+def run_case(
+    target: Target,
+    seed: int,
+    number: int,
+    scratch: Path,
+    report: Report,
+    slow: float = MOST_SECONDS,
+) -> None:
     """Makes case `number` of a seed in a folder of its own and reads it."""
     rng = Random(f"{seed}.{number}.{target.name}")
     folder = scratch / f"{target.name}-{number}"
@@ -87,7 +97,11 @@ def run_case(target: Target, seed: int, number: int, scratch: Path, report: Repo
     except TooLong:
         fault = f"not ended in {slow:.0f} s"
     except Exception as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
+        frames = [
+            f
+            for f in traceback.extract_tb(error.__traceback__)
+            if "site-packages" not in f.filename
+        ]
         where = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames[-3:]))
         fault = f"{type(error).__name__}: {str(error)[:160]!a} at {where}"
     seconds, nbytes = time.perf_counter() - start, peak_nbytes() - before

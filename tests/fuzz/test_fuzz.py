@@ -1,4 +1,5 @@
-"""Some hundred cases of the mutator, the same each time, others in nightly runs (`make fuzz` runs 20,000)."""
+"""Some hundred cases of the mutator, the same each time, others in nightly runs (`make fuzz` runs
+20,000)."""
 
 import logging
 import random
@@ -43,7 +44,9 @@ def test_saved_caches(tmp_path, tiny_artifact):
 
 def test_ggufs(tmp_path):
     report = no_case_fails(Ggufs(tmp_path), 48, tmp_path)
-    assert report.outcomes["refused"] > 20 and report.outcomes["same"] + report.outcomes["another"] > 3
+    assert (
+        report.outcomes["refused"] > 20 and report.outcomes["same"] + report.outcomes["another"] > 3
+    )
 
 
 def test_work_folders(tmp_path):

@@ -1,4 +1,5 @@
-"""A few moments at which a run is killed, the same each time, others in nightly runs (`make kills` tries 40)."""
+"""A few moments at which a run is killed, the same each time, others in nightly runs (`make kills`
+tries 40)."""
 
 import random
 

@@ -1,4 +1,5 @@
-"""Work folders of interrupted runs: --resume ends with the same artifact, to the byte, or refuses the folder."""
+"""Work folders of interrupted runs: --resume ends with the same artifact, to the byte, or refuses
+the folder."""
 
 import hashlib
 import shutil
@@ -42,10 +43,14 @@ class Works:
         finally:
             search.choose = choose
         self.names = sorted(p.name for p in self.good.iterdir())
-        assert {MARK, "conversations.safetensors", "fisher.json", "stats_002.safetensors"} <= set(self.names)
+        assert {MARK, "conversations.safetensors", "fisher.json", "stats_002.safetensors"} <= set(
+            self.names
+        )
 
     def compress(self, out: Path, resume: bool) -> None:
-        compress(str(self.model), "4.0", out, calib=str(self.text), recipe=self.recipe, resume=resume)
+        compress(
+            str(self.model), "4.0", out, calib=str(self.text), recipe=self.recipe, resume=resume
+        )
 
     def make(self, folder: Path, rng: Random) -> tuple[str, None]:
         work = shutil.copytree(self.good, folder / "tiny.work")

@@ -1,4 +1,5 @@
-"""An artifact to be damaged, and both readers that must refuse it (fixtures for the tests that do)."""
+"""An artifact to be damaged, and both readers that must refuse it (fixtures for the tests that
+do)."""
 
 import shutil
 import sys
@@ -21,7 +22,8 @@ def artifact(tmp_path, tiny_artifact) -> Path:
 
 @pytest.fixture
 def both_refuse(artifact, monkeypatch, capsys):
-    """Checks that both readers refuse the artifact with the same sentence, which has these words."""
+    """Checks that both readers refuse the artifact with the same sentence, which has these
+    words."""
 
     def check(*words: str, artifact: Path = artifact) -> None:
         with pytest.raises(KvfoldError) as error:

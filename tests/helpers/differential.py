@@ -1,5 +1,6 @@
-"""Sessions of calls on one cache, drawn by hypothesis and run on several models side by side: transformers' own 16-bit
-cache says what is right, as long as everything stays within the 16-bit window."""
+"""Sessions of calls on one cache, drawn by hypothesis and run on several models side by side:
+transformers' own 16-bit cache says what is right, as long as everything stays within the 16-bit
+window."""
 
 import copy
 from contextlib import ExitStack, contextmanager
@@ -8,7 +9,13 @@ from types import SimpleNamespace
 
 import torch
 from hypothesis import strategies as st
-from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
@@ -54,8 +61,8 @@ SPEC = LayerSpec(
     ValueSpec(uniform(DIM, 16), ("whiten", "scale")),
 )
 
-# norms behind Gemma's attention and MLP make much of a rounding: there keys and values are rounded in the model's own
-# basis
+# norms behind Gemma's attention and MLP make much of a rounding: there keys and values are rounded
+# in the model's own basis
 PLAIN = LayerSpec(KeySpec(uniform(DIM, 16)), ValueSpec(uniform(DIM, 16), ("scale",)))
 SPECS = {"llama": SPEC, "gemma2": PLAIN}
 
@@ -76,10 +83,14 @@ def stock_model(family):
 def packed_model(family, triton=False, spec=None, window=WINDOW, **options):
     """The same on a packed cache whose window holds a whole session."""
     model, spec = stock_model(family), spec or SPECS[family]
-    geometry = Geometry(1, DIM, sinks=3, window=window, page_tokens=8, sliding=sliding_windows_of(model.config))
+    geometry = Geometry(
+        1, DIM, sinks=3, window=window, page_tokens=8, sliding=sliding_windows_of(model.config)
+    )
     calibration = SimpleNamespace(covered_positions=10**6)
     formats = [(spec.key.format, spec.value.format)] * model.config.num_hidden_layers
-    metadata = SimpleNamespace(calibration=calibration, digest="differential", geometry=geometry, formats=formats)
+    metadata = SimpleNamespace(
+        calibration=calibration, digest="differential", geometry=geometry, formats=formats
+    )
     artifact = Artifact(Path("tiny"), metadata, [spec] * model.config.num_hidden_layers)
     return attach(model, artifact, triton=triton, **options)
 
@@ -88,11 +99,25 @@ class HalfCache(DynamicCache):
     """transformers' cache, of numbers rounded to float16 as the window rounds them."""
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
-        return super().update(keys.half().float(), values.half().float(), layer_idx, *args, **kwargs)
+        return super().update(
+            keys.half().float(), values.half().float(), layer_idx, *args, **kwargs
+        )
 
 
 # What is drawn: small numbers and names, which a session reads as its state allows.
-SUPPORTED = ("none", "2d", "2d", "hole", "hole", "wide", "short", "4d", "additive", "documents", "random")
+SUPPORTED = (
+    "none",
+    "2d",
+    "2d",
+    "hole",
+    "hole",
+    "wide",
+    "short",
+    "4d",
+    "additive",
+    "documents",
+    "random",
+)
 REFUSED = (
     "bias",
     "ahead",
@@ -104,7 +129,18 @@ REFUSED = (
     "batch",
     "dropped dimension",
 )
-MODES = ("no_grad", "no_grad", "no_grad", "inference", "inference", "grad", "grad", "bfloat16", "bfloat16", "autocast")
+MODES = (
+    "no_grad",
+    "no_grad",
+    "no_grad",
+    "inference",
+    "inference",
+    "grad",
+    "grad",
+    "bfloat16",
+    "bfloat16",
+    "autocast",
+)
 CHANGES = ("deepcopy", "copied before", "fork", "reorder", "select", "repeat", "crop")
 calls = st.tuples(
     st.sampled_from((*SUPPORTED, *SUPPORTED, *REFUSED)),
@@ -117,7 +153,10 @@ sessions = st.fixed_dictionaries(
     {
         "batch": st.sampled_from((1, 2, 2, 3)),
         "first": st.tuples(
-            st.sampled_from(("none", "2d", "left", "left", "right", "hole", "documents", "additive")), st.integers(3, 9)
+            st.sampled_from(
+                ("none", "2d", "left", "left", "right", "hole", "documents", "additive")
+            ),
+            st.integers(3, 9),
         ),
         "mode": st.sampled_from(MODES),
         "positions": st.sampled_from(("none", "count", "shift")),
@@ -178,7 +217,7 @@ class Session:
                 self.call(kind, tokens, mode)
         return self.count
 
-    # -- masks ---------------------------------------------------------------------------------------------------------
+    # -- masks -------------------------------------------------------------------------------------
 
     def visible(self, tokens):
         """bool [B, columns] that are not hidden, with `tokens` new ones that are visible."""
@@ -191,7 +230,8 @@ class Session:
         return causal & visible[:, None, None]
 
     def mask(self, kind, tokens):
-        """(attention_mask, visible columns [B, columns] from now on, whether it must be refused)."""
+        """(attention_mask, visible columns [B, columns] from now on, whether it must be
+        refused)."""
         visible = self.visible(tokens)
         width, real = visible.shape[1], [pad + 1 for pad in self.pads]
         if kind == "left":
@@ -205,7 +245,9 @@ class Session:
                 for _ in range(self.below(3)):
                     place = real[b] + self.below(width)
                     visible[b, place : place + 1] = False
-        if kind == "none" and any(self.pads):  # without a mask padding stays hidden, which transformers can't know
+        if kind == "none" and any(
+            self.pads
+        ):  # without a mask padding stays hidden, which transformers can't know
             kind = "2d"
         if kind == "none":
             return None, visible, False
@@ -249,7 +291,8 @@ class Session:
         return mask, visible, False
 
     def windows(self, kind, mask, tokens):
-        """A mask of four dimensions as a model with a sliding window takes it: (mask, whether it must be refused)."""
+        """A mask of four dimensions as a model with a sliding window takes it: (mask, whether it
+        must be refused)."""
         if self.family != "gemma2" or mask is None or mask.dim() != 4 or mask.dtype == torch.long:
             return mask, False
         width = mask.shape[-1]
@@ -262,7 +305,7 @@ class Session:
         narrow = mask & near if mask.dtype == torch.bool else mask.masked_fill(~near, LOWEST)
         return {FULL: mask, SLIDES: narrow}, False
 
-    # -- calls ---------------------------------------------------------------------------------------------------------
+    # -- calls -------------------------------------------------------------------------------------
 
     def call(self, kind, tokens, mode):
         """One call on all models: the same logits, or a refusal by all packed ones."""
@@ -277,7 +320,9 @@ class Session:
         if kind == "batch" and not self.seen:
             return
         if self.drawn["positions"] == "count":
-            options["position_ids"] = (visible.long().cumsum(-1) - 1).clamp_min(0)[:, -tokens:].expand(self.batch, -1)
+            options["position_ids"] = (
+                (visible.long().cumsum(-1) - 1).clamp_min(0)[:, -tokens:].expand(self.batch, -1)
+            )
         elif self.drawn["positions"] == "shift":
             options["position_ids"] = (torch.arange(tokens) + self.seen + 7)[None]
         if kind == "batch":
@@ -297,12 +342,18 @@ class Session:
         self.learn(kind, visible)
         places = torch.arange(self.seen - tokens, self.seen) - torch.tensor(self.pads)[:, None]
         found = []
-        for i, (model, cache) in enumerate(zip([self.stock, *self.packed], self.caches, strict=True)):
+        for i, (model, cache) in enumerate(
+            zip([self.stock, *self.packed], self.caches, strict=True)
+        ):
             with ambient("no_grad" if i == 0 and mode != "autocast" else mode):
                 own = (
                     options
                     if i
-                    else {"position_ids": places.clamp_min(0), **options, "attention_mask": self.added(mask)}
+                    else {
+                        "position_ids": places.clamp_min(0),
+                        **options,
+                        "attention_mask": self.added(mask),
+                    }
                 )
                 out = model(ids, past_key_values=cache, **own)
             found.append(out.logits.detach().float())
@@ -310,7 +361,8 @@ class Session:
         self.compare(kind, mode, found, places >= 0)
 
     def added(self, mask):
-        """A mask of four dimensions as transformers' eager attention takes it, which adds it to logits."""
+        """A mask of four dimensions as transformers' eager attention takes it, which adds it to
+        logits."""
         if isinstance(mask, dict):
             return {kind: self.added(part) for kind, part in mask.items()}
         if self.family == "llama" or mask is None or mask.dim() != 4 or mask.dtype != torch.bool:
@@ -343,7 +395,9 @@ class Session:
         """Something that is done to the cache between calls."""
         if name in ("deepcopy", "copied before", "fork"):
             copies = [copy.deepcopy(self.caches[0])]
-            copies += [x.fork(1)[0] if name == "fork" else copy.deepcopy(x) for x in self.caches[1:]]
+            copies += [
+                x.fork(1)[0] if name == "fork" else copy.deepcopy(x) for x in self.caches[1:]
+            ]
             kept = (self.hidden, list(self.pads))
             if name == "copied before":
                 self.caches, copies = copies, self.caches
@@ -371,4 +425,8 @@ class Session:
                     cache.batch_repeat_interleave(2)
                 elif name == "select":
                     cache.batch_select_indices(torch.tensor(chosen))
-            self.batch, self.hidden, self.pads = len(chosen), self.hidden[chosen], [self.pads[b] for b in chosen]
+            self.batch, self.hidden, self.pads = (
+                len(chosen),
+                self.hidden[chosen],
+                [self.pads[b] for b in chosen],
+            )

@@ -1,5 +1,6 @@
-"""What every family is asked: one tiny model of it through the whole product. `measure` gives figures, which
-test_more_families.py has bounds for and benchmarks/families.py puts on docs/families.md."""
+"""What every family is asked: one tiny model of it through the whole product. `measure` gives
+figures, which test_more_families.py has bounds for and benchmarks/families.py puts on
+docs/families.md."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -18,9 +19,17 @@ from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import Recipe
 from kvfold.compress.search.check import Call, check_model, folds
 from kvfold.errors import KvfoldError
-from kvfold.exports.architectures import Architecture, architecture_of, head_dim_of, rotary_dim_of, sliding_windows_of
+from kvfold.exports.architectures import (
+    Architecture,
+    architecture_of,
+    head_dim_of,
+    rotary_dim_of,
+    sliding_windows_of,
+)
 
-IDS = torch.randint(32, 127, (2, 150), generator=torch.Generator().manual_seed(4))  # printable characters
+IDS = torch.randint(
+    32, 127, (2, 150), generator=torch.Generator().manual_seed(4)
+)  # printable characters
 PROMPT, STEPS, PADDING, CONTEXT = 100, 10, 37, 400
 BOUNDS = {
     "turned": 1e-5, "algebra": 1e-9, "logits": 1e-5, "stock": 1e-5, "kl": 0.05, "decode": 0.01, "decode_kl": 0.1,
@@ -46,8 +55,8 @@ def kl(expected: Tensor, found: Tensor) -> float:
 
 @torch.no_grad()
 def algebra(family: str) -> float:
-    """How much a basis of values changes what an attention gives in float64: the largest relative error of all
-    layers."""
+    """How much a basis of values changes what an attention gives in float64: the largest relative
+    error of all layers."""
     model = tiny_model(family, torch.float64, attention="eager")
     model.config._experts_implementation = "eager"  # grouped products have no float64
     arch, worst = architecture_of(model.config), 0.0
@@ -55,7 +64,12 @@ def algebra(family: str) -> float:
         with Call(attention) as call:
             model(IDS[:1, :40], use_cache=False)
         before = call.output()
-        worst = max(worst, relative(call.output(folds(model, arch, False, index)["values"](attention, False)), before))
+        worst = max(
+            worst,
+            relative(
+                call.output(folds(model, arch, False, index)["values"](attention, False)), before
+            ),
+        )
     return worst
 
 
@@ -82,14 +96,29 @@ def measure(family: str, folder: Path) -> dict[str, float]:
     found = {"turned": checked["turned"], "logits": checked["logits"], "algebra": algebra(family)}
 
     text = folder / "text.txt"
-    text.write_text("".join(map(chr, torch.randint(32, 127, (2000,), generator=torch.Generator().manual_seed(1)))))
+    text.write_text(
+        "".join(
+            map(chr, torch.randint(32, 127, (2000,), generator=torch.Generator().manual_seed(1)))
+        )
+    )
     source = save_tiny(folder / "model", family, torch.float32)
     windows = sliding_windows_of(config)
-    budget = 9.5 + 6 * sum(map(bool, windows)) / max(1, len(windows))  # what slides holds little but 16-bit rows
-    artifact = compress(str(source), f"{budget:.2f}", folder / "out", calib=str(text), recipe=RECIPE, context=CONTEXT)
+    budget = 9.5 + 6 * sum(map(bool, windows)) / max(
+        1, len(windows)
+    )  # what slides holds little but 16-bit rows
+    artifact = compress(
+        str(source),
+        f"{budget:.2f}",
+        folder / "out",
+        calib=str(text),
+        recipe=RECIPE,
+        context=CONTEXT,
+    )
     found["payload"] = artifact.metadata.account.payload_bits
     expected = tiny_model(family, attention="eager")(IDS, use_cache=False).logits
-    written: Any = stock_from_pretrained(artifact.path, dtype=torch.float32, attn_implementation="eager")
+    written: Any = stock_from_pretrained(
+        artifact.path, dtype=torch.float32, attn_implementation="eager"
+    )
     found["stock"] = relative(written(IDS, use_cache=False).logits, expected)
 
     model = runtime.load_pretrained(artifact.path, device="cpu", attention="reference")
@@ -97,7 +126,10 @@ def measure(family: str, folder: Path) -> dict[str, float]:
     found["kl"] = kl(expected, whole.logits)
     cache = model.new_kv_cache()
     parts = [model(IDS[:, :PROMPT], past_key_values=cache).logits]
-    parts += [model(IDS[:, t : t + 1], past_key_values=cache).logits for t in range(PROMPT, PROMPT + STEPS)]
+    parts += [
+        model(IDS[:, t : t + 1], past_key_values=cache).logits
+        for t in range(PROMPT, PROMPT + STEPS)
+    ]
     stepped = torch.cat(parts, 1)
     found["decode"] = relative(stepped, whole.logits[:, : stepped.shape[1]])
     found["decode_kl"] = kl(expected[:, PROMPT : stepped.shape[1]], stepped[:, PROMPT:])
@@ -107,6 +139,7 @@ def measure(family: str, folder: Path) -> dict[str, float]:
     found["padding"] = relative(together, alone.logits[0])
     caches = {IDS.shape[1] - PADDING: alone.past_key_values, 9: model(IDS[:1, :9]).past_key_values}
     found["bytes"] = sum(
-        abs(cache.nbytes - describe(artifact.metadata, tokens)["bytes"]) for tokens, cache in caches.items()
+        abs(cache.nbytes - describe(artifact.metadata, tokens)["bytes"])
+        for tokens, cache in caches.items()
     )
     return found

@@ -1,5 +1,5 @@
-"""One tiny configuration for each family beyond the nine of conftest.py: two layers, and what the family has of its own
-small enough that a short text meets it."""
+"""One tiny configuration for each family beyond the nine of conftest.py: two layers, and what the
+family has of its own small enough that a short text meets it."""
 
 from typing import Any
 
@@ -24,7 +24,9 @@ def _rope(**fields: Any) -> dict[str, Any]:
 
 
 BY_TYPE = {
-    "rope_parameters": {kind: {"rope_type": "default", "rope_theta": t} for kind, t in ((FULL, 1e5), (SLIDING, 1e3))}
+    "rope_parameters": {
+        kind: {"rope_type": "default", "rope_theta": t} for kind, t in ((FULL, 1e5), (SLIDING, 1e3))
+    }
 }
 SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
 GRANITE = {"logits_scaling": 4.0, "attention_multiplier": 0.3}
@@ -86,7 +88,8 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 SECTIONS = _rope(mrope_section=[2, 3, 3])
-# checkpoints of several towers: the language model's family, fields, and the tokens of an image of 28 × 28
+# checkpoints of several towers: the language model's family, fields, and the tokens of an image of
+# 28 × 28
 TOWERS: dict[str, tuple[str, dict[str, Any], int]] = {
     "gemma3": ("gemma3_text", {**TWO, **BY_TYPE, "mm_tokens_per_image": 4}, 4),
     "idefics3": ("llama", {"scale_factor": 2}, 4),
@@ -112,9 +115,16 @@ def _tower(family: str) -> Any:
     """A tiny config of images and text."""
     kind: Any = CONFIG_MAPPING[family]
     default, (text, fields, _) = kind(), TOWERS[family]
-    kinds, own = type(default.vision_config), {k: v for k, v in fields.items() if hasattr(default, k)}
+    kinds, own = (
+        type(default.vision_config),
+        {k: v for k, v in fields.items() if hasattr(default, k)},
+    )
     vision = {k: v for k, v in VISION.items() if hasattr(default.vision_config, k)}
-    twice = {k for k in ("image_size", "patch_size") if isinstance(getattr(default.vision_config, k, 0), list | tuple)}
+    twice = {
+        k
+        for k in ("image_size", "patch_size")
+        if isinstance(getattr(default.vision_config, k, 0), list | tuple)
+    }
     vision = {k: [v, v] if k in twice else v for k, v in vision.items()}
     vision = {k: v for k, v in vision.items() if k not in getattr(kinds, "attribute_map", {})}
     language = config_of(text, **{k: v for k, v in fields.items() if k not in own})
@@ -125,7 +135,8 @@ def _tower(family: str) -> Any:
 
 
 def config_of(family: str, **own: Any) -> Any:
-    """A tiny config of a model_type, which need not be one that is supported; `own` fields replace what is there."""
+    """A tiny config of a model_type, which need not be one that is supported; `own` fields replace
+    what is there."""
     if family in TOWERS:
         return _tower(family)
     kind: Any = CONFIG_MAPPING[family]

@@ -1,8 +1,8 @@
-"""A kind of code that the product does not have, in one file: four bits as a sign and a number of 0, ½, 1, 1½, 2, 3, 4
-or 6 (E2M1, as MXFP4's elements), and one scale a token, the root mean square.
+"""A kind of code that the product does not have, in one file: four bits as a sign and a number of
+0, ½, 1, 1½, 2, 3, 4 or 6 (E2M1, as MXFP4's elements), and one scale a token, the root mean square.
 
-Reading costs a shift and two masks a code: its exponent and fraction, where a float16 has the last bits of its
-exponent and the first of its fraction, are the number times 2^−14.
+Reading costs a shift and two masks a code: its exponent and fraction, where a float16 has the last
+bits of its exponent and the first of its fraction, are the number times 2^−14.
 """
 
 # ruff: noqa: RUF005 - Triton's language knows no starred tuples
@@ -31,7 +31,7 @@ STEP = 0.487  # of unit variance: the least error, 0.01268
 LIMITS = tuple((a + b) / 2 for a, b in pairwise(SIZES))
 
 
-# -- torch ---------------------------------------------------------------------------------------------------------
+# -- torch -----------------------------------------------------------------------------------------
 
 
 class Float4(CodeKind):
@@ -56,7 +56,9 @@ class Float4(CodeKind):
     def encode(self, x, fmt, clip):
         params, tau = store_param(x.square().mean(-1, keepdim=True).sqrt(), fmt.param_dtype)
         u = x / (tau.clamp_min(LEAST_SCALE) * torch.tensor(STEP, device=x.device))
-        size = torch.bucketize(u.abs().contiguous(), torch.tensor(LIMITS, device=x.device), right=True)
+        size = torch.bucketize(
+            u.abs().contiguous(), torch.tensor(LIMITS, device=x.device), right=True
+        )
         return (size + 8 * (u < 0)).to(torch.uint8), params
 
 
@@ -70,7 +72,7 @@ def known() -> Iterator[Float4]:
         KINDS.pop("float4", None)
 
 
-# -- device read ---------------------------------------------------------------------------------------------------
+# -- device read -----------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -87,7 +89,8 @@ def _field(low, high, f: tl.constexpr):
 
 @triton.jit
 def _load(base, page, row, T: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Words of fields 0 to 3 and of fields 4 to 7: [rows, channels], or [channels, rows] if TRANSPOSED."""
+    """Words of fields 0 to 3 and of fields 4 to 7: [rows, channels], or [channels, rows] if
+    TRANSPOSED."""
     W: tl.constexpr = T.words
     c = tl.arange(0, T.size)
     rows = row_pointers(base, page, row, W.offset, W.stride).to(tl.pointer_type(tl.int16))
@@ -140,7 +143,7 @@ def element_values(block, table, header, f, row, c, mask, ROWS: tl.constexpr):
     return tl.where(mask, value * (scale * channel_step(table, header.head_dim, c, mask)), 0.0)
 
 
-# -- device write --------------------------------------------------------------------------------------------------
+# -- device write ----------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -163,8 +166,24 @@ def write_block(
             _, scale = load_params(block, header, f, row, c // header.group_size, valid, ROWS)
             u = tl.math.div_rn(x, tl.maximum(scale, TINY) * step)
             size = tl.abs(u)
-            code = (size >= 0.25).to(tl.int32) + (size >= 0.75).to(tl.int32) + (size >= 1.25).to(tl.int32)
-            code += (size >= 1.75).to(tl.int32) + (size >= 2.5).to(tl.int32) + (size >= 3.5).to(tl.int32)
+            code = (
+                (size >= 0.25).to(tl.int32)
+                + (size >= 0.75).to(tl.int32)
+                + (size >= 1.25).to(tl.int32)
+            )
+            code += (
+                (size >= 1.75).to(tl.int32)
+                + (size >= 2.5).to(tl.int32)
+                + (size >= 3.5).to(tl.int32)
+            )
             code += (size >= 5.0).to(tl.int32) + 8 * (u < 0).to(tl.int32)
             words |= field_bits(code, 4, f, 0, valid)
-        store_words(block, words, channel_row(table, dim, c, valid, PLANE_0), tl.where(valid, 4, 0), 0, row, ROWS)
+        store_words(
+            block,
+            words,
+            channel_row(table, dim, c, valid, PLANE_0),
+            tl.where(valid, 4, 0),
+            0,
+            row,
+            ROWS,
+        )

@@ -13,8 +13,15 @@ def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, dtype: torch.dtype, arch: str = "llama", head: torch.Tensor | None = None, without=""):
-    """Writes a tiny Llama as llama.cpp would, matrices in `dtype`, and returns the model that it was made from."""
+def write_gguf(
+    path: Path,
+    dtype: torch.dtype,
+    arch: str = "llama",
+    head: torch.Tensor | None = None,
+    without="",
+):
+    """Writes a tiny Llama as llama.cpp would, matrices in `dtype`, and returns the model that it
+    was made from."""
     model = tiny_model("llama")
     for parameter in model.parameters():
         parameter.data = parameter.to(torch.bfloat16).float()
@@ -44,7 +51,9 @@ def write_gguf(path: Path, dtype: torch.dtype, arch: str = "llama", head: torch.
         if name == "lm_head.weight" and head is not None:
             weight = head
         if "q_proj" in name or "k_proj" in name:
-            weight = interleave(weight, SHAPE["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
+            weight = interleave(
+                weight, SHAPE["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
+            )
         stored = weight.to(dtype if weight.dim() > 1 else torch.float32)
         if name != without:
             writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), stored.numpy())

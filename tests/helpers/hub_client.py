@@ -1,4 +1,5 @@
-"""A process that runs commands against the local Hub, and fixtures around it (a plug-in of the tests that push)."""
+"""A process that runs commands against the local Hub, and fixtures around it (a plug-in of the
+tests that push)."""
 
 import json
 import shutil
@@ -10,8 +11,8 @@ import pytest
 from hub_artifact import set_licence
 from hub_server import OWNER, Hub
 
-# one process imports everything once and forks for each command: huggingface_hub reads its environment when it is
-# imported
+# one process imports everything once and forks for each command: huggingface_hub reads its
+# environment when it is imported
 SERVE = """
 import json, os, sys
 import kvfold.exports.page.hub, kvfold.compress.evaluate
@@ -33,12 +34,21 @@ class Client:
     def __init__(self, environment: dict[str, str], folder: Path):
         self.folder = folder
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVE], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", SERVE],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def __call__(self, *args: object, token: str | None = OWNER) -> tuple[int, str, str]:
         out, err = (self.folder / name for name in ("out", "err"))
-        job = {"args": [*map(str, args)], "env": {"HF_TOKEN": token} if token else {}, "out": str(out), "err": str(err)}
+        job = {
+            "args": [*map(str, args)],
+            "env": {"HF_TOKEN": token} if token else {},
+            "out": str(out),
+            "err": str(err),
+        }
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
@@ -87,10 +97,15 @@ def push(client, hub, artifact):
 
 @pytest.fixture
 def refused(client, hub, artifact):
-    """Pushes; must be refused in one sentence with these words and nothing may have been written."""
+    """Pushes; must be refused in one sentence with these words and nothing may have been
+    written."""
 
     def run(
-        *words: str, options=(), path: Path = artifact, repo: str = "someone/small", token: str | None = OWNER
+        *words: str,
+        options=(),
+        path: Path = artifact,
+        repo: str = "someone/small",
+        token: str | None = OWNER,
     ) -> str:
         before = {name: dict(held.branches) for name, held in hub.repos.items()}
         code, out, err = client("push", path, repo, *options, token=token)

@@ -1,7 +1,8 @@
-"""A Hub in this process: the HTTP protocol that huggingface_hub speaks, on 127.0.0.1, with faults to order.
+"""A Hub in this process: the HTTP protocol that huggingface_hub speaks, on 127.0.0.1, with faults
+to order.
 
-Repositories hold branches, commits and files; large files go through Git LFS (batch, PUT, verify), small ones through
-the commit.
+Repositories hold branches, commits and files; large files go through Git LFS (batch, PUT, verify),
+small ones through the commit.
 """
 
 import base64
@@ -19,10 +20,21 @@ from urllib.parse import unquote
 
 import yaml
 
-OWNER, READER = "hf_owner", "hf_reader"  # tokens: of the user `someone`, and of one who may only read
+OWNER, READER = (
+    "hf_owner",
+    "hf_reader",
+)  # tokens: of the user `someone`, and of one who may only read
 BIG = 20_000  # bytes from which a file goes through LFS, as *.safetensors always do
 ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
-LICENCES = {"apache-2.0", "mit", "gemma", "llama3.2", "other", "unknown", "cc-by-nd-4.0"}  # some of those the Hub knows
+LICENCES = {
+    "apache-2.0",
+    "mit",
+    "gemma",
+    "llama3.2",
+    "other",
+    "unknown",
+    "cc-by-nd-4.0",
+}  # some of those the Hub knows
 
 
 def sha256(content: bytes) -> str:
@@ -92,12 +104,18 @@ class Hub(ThreadingHTTPServer):
     def handle_error(self, request, client_address) -> None:
         """A client that goes away is part of what is tested."""
 
-    def add(self, repo_id: str, folder: Path | None = None, private: bool = False, **files: bytes) -> str:
+    def add(
+        self, repo_id: str, folder: Path | None = None, private: bool = False, **files: bytes
+    ) -> str:
         """Makes a repository and fills it; returns the commit."""
         self.repos[repo_id] = repo = Repo(private)
         content = {p.name: p.read_bytes() for p in sorted(folder.iterdir())} if folder else {}
         return repo.commit(
-            "main", {n: self.file(n, c) for n, c in {**content, **files, ".gitattributes": ATTRIBUTES}.items()}
+            "main",
+            {
+                n: self.file(n, c)
+                for n, c in {**content, **files, ".gitattributes": ATTRIBUTES}.items()
+            },
         )
 
     def file(self, name: str, content: bytes) -> File:
@@ -115,7 +133,11 @@ class Hub(ThreadingHTTPServer):
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
-        ours |= {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1,localhost", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0"}
+        ours |= {
+            "OMP_NUM_THREADS": "1",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
+        }
         return kept | ours | ({"HF_TOKEN": token} if token else {})
 
     def puts(self) -> list[str]:
@@ -157,7 +179,11 @@ class Handler(BaseHTTPRequestHandler):
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
         self.send_response(status)
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **headers}.items():
+        for name, value in {
+            "Content-Type": kind,
+            "Content-Length": str(len(content)),
+            **headers,
+        }.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
@@ -190,7 +216,11 @@ class Handler(BaseHTTPRequestHandler):
         found = self.server.repos.get(repo_id)
         mine = self.user is not None and repo_id.startswith(f"{self.user}/")
         if found is None or (found.private and not mine):
-            self.send(404 if self.user else 401, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+            self.send(
+                404 if self.user else 401,
+                X_Error_Code="RepoNotFound",
+                X_Error_Message="Repository not found",
+            )
         elif write and not mine:
             self.send(403 if self.user else 401, X_Error_Message="You do not have write access")
         else:
@@ -200,7 +230,9 @@ class Handler(BaseHTTPRequestHandler):
     def revision(self, repo: Repo, name: str) -> str | None:
         oid = repo.find(name)
         if oid is None:
-            self.send(404, X_Error_Code="RevisionNotFound", X_Error_Message=f"Invalid rev id: {name}")
+            self.send(
+                404, X_Error_Code="RevisionNotFound", X_Error_Message=f"Invalid rev id: {name}"
+            )
         return oid
 
     # -- reading
@@ -208,9 +240,13 @@ class Handler(BaseHTTPRequestHandler):
     def whoami(self) -> None:
         if self.user is None:
             return self.send(
-                401, {"error": "Invalid credentials"}, X_Error_Message="Invalid credentials in Authorization header"
+                401,
+                {"error": "Invalid credentials"},
+                X_Error_Message="Invalid credentials in Authorization header",
             )
-        self.send(200, {"name": self.user, "type": "user", "orgs": [], "auth": {"type": "access_token"}})
+        self.send(
+            200, {"name": self.user, "type": "user", "orgs": [], "auth": {"type": "access_token"}}
+        )
 
     def info(self, repo: str, rev: str = "main") -> None:
         if (found := self.repo(repo)) and (oid := self.revision(found, rev)):
@@ -223,12 +259,20 @@ class Handler(BaseHTTPRequestHandler):
             for name, file in sorted(found.commits[oid].items()):
                 row = {"type": "file", "path": name, "size": len(file.content), "oid": file.oid}
                 if file.lfs:
-                    row["lfs"] = {"oid": sha256(file.content), "size": len(file.content), "pointerSize": 130}
+                    row["lfs"] = {
+                        "oid": sha256(file.content),
+                        "size": len(file.content),
+                        "pointerSize": 130,
+                    }
                 rows.append(row)
             self.send(200, rows)
 
     def no_folder(self, repo: str, rev: str) -> None:
-        self.send(404, X_Error_Code="EntryNotFound", X_Error_Message=f"No folder of this name in {repo} at {rev}")
+        self.send(
+            404,
+            X_Error_Code="EntryNotFound",
+            X_Error_Message=f"No folder of this name in {repo} at {rev}",
+        )
 
     def resolve(self, repo: str, rev: str, name: str) -> None:
         if (found := self.repo(repo)) and (oid := self.revision(found, rev)):
@@ -240,7 +284,9 @@ class Handler(BaseHTTPRequestHandler):
                 return self.send(200, file.content, **known)
             known |= {"X_Linked_Etag": f'"{file.etag}"', "X_Linked_Size": str(len(file.content))}
             self.send(
-                302, **known, Location=f"http://localhost:{self.server.server_port}/objects/{file.etag}"
+                302,
+                **known,
+                Location=f"http://localhost:{self.server.server_port}/objects/{file.etag}",
             )  # another host, as the Hub's
 
     def download(self, oid: str) -> None:
@@ -256,11 +302,14 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(401, X_Error_Message="Invalid username or password.")
         if owner != self.user or self.user == "reader":
             return self.send(
-                403, X_Error_Message=f"You don't have the rights to create a model under the namespace {owner}"
+                403,
+                X_Error_Message=f"You don't have the rights to create a model under the namespace {owner}",
             )
         if repo_id in self.server.repos:
             return self.send(409, {"error": "You already created this model repo"})
-        self.server.add(repo_id, private=wanted.get("private") is True or wanted.get("visibility") == "private")
+        self.server.add(
+            repo_id, private=wanted.get("private") is True or wanted.get("visibility") == "private"
+        )
         self.send(200, {"url": f"{self.server.url}/{repo_id}", "id": repo_id})
 
     def branch(self, repo: str, rev: str) -> None:
@@ -280,11 +329,21 @@ class Handler(BaseHTTPRequestHandler):
             faults.append('"base_model" is not valid. Use a model id from https://hf.co/models')
         for model in data.get("model-index", []):
             for row in model["results"]:
-                if not row["task"]["type"] or not row["dataset"]["type"] or not row["dataset"]["name"]:
+                if (
+                    not row["task"]["type"]
+                    or not row["dataset"]["type"]
+                    or not row["dataset"]["name"]
+                ):
                     faults.append('"model-index" lacks a task or dataset')
-                if not all(isinstance(metric["value"], int | float) and metric["type"] for metric in row["metrics"]):
+                if not all(
+                    isinstance(metric["value"], int | float) and metric["type"]
+                    for metric in row["metrics"]
+                ):
                     faults.append('"model-index" has a metric without a value')
-        self.send(400 if faults else 200, {"errors": [{"message": fault} for fault in faults], "warnings": []})
+        self.send(
+            400 if faults else 200,
+            {"errors": [{"message": fault} for fault in faults], "warnings": []},
+        )
 
     def preupload(self, repo: str, rev: str) -> None:
         wanted = json.loads(self.body())["files"]
@@ -293,8 +352,14 @@ class Handler(BaseHTTPRequestHandler):
             rows = []
             for file in wanted:
                 lfs = file["path"].endswith(".safetensors") or file["size"] >= BIG
-                row = {"path": file["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
-                rows.append(row | ({"oid": there[file["path"]].etag} if file["path"] in there else {}))
+                row = {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if lfs else "regular",
+                    "shouldIgnore": False,
+                }
+                rows.append(
+                    row | ({"oid": there[file["path"]].etag} if file["path"] in there else {})
+                )
             self.send(200, {"files": rows})
 
     def lfs_batch(self, repo: str) -> None:
@@ -304,7 +369,10 @@ class Handler(BaseHTTPRequestHandler):
         rows = []
         for row in wanted:
             steps = {"upload": "objects", "verify": "verify"}
-            urls = {step: {"href": f"{self.server.url}/{place}/{row['oid']}"} for step, place in steps.items()}
+            urls = {
+                step: {"href": f"{self.server.url}/{place}/{row['oid']}"}
+                for step, place in steps.items()
+            }
             rows.append(row if row["oid"] in self.server.objects else {**row, "actions": urls})
         self.send(200, {"transfer": "basic", "objects": rows})
 
@@ -340,7 +408,14 @@ class Handler(BaseHTTPRequestHandler):
                 case "deletedFile":
                     del files[value["path"]]
         new = found.commit(rev, files)
-        self.send(200, {"commitUrl": f"{self.server.url}/{repo}/commit/{new}", "commitOid": new, "success": True})
+        self.send(
+            200,
+            {
+                "commitUrl": f"{self.server.url}/{repo}/commit/{new}",
+                "commitOid": new,
+                "success": True,
+            },
+        )
 
 
 _REPO, _REV = r"(?P<repo>[\w.-]+/[\w.-]+)", r"(?P<rev>[^/]+)"

@@ -1,4 +1,5 @@
-"""A backend of its own, in one file: a decoding step in plain torch, which sees what kernels see and nothing else."""
+"""A backend of its own, in one file: a decoding step in plain torch, which sees what kernels see
+and nothing else."""
 
 import ctypes
 
@@ -42,7 +43,10 @@ def plain_decode(layer, keys, values, query, scaling):
         return slots_of(g, torch.arange(start, max(start, end)))
 
     queries, out = spec.key.apply_query(query), []
-    rows = to_float16(spec.key.apply(keys, layer.state[:, :1].long(), g.sinks)), to_float16(values.float())
+    rows = (
+        to_float16(spec.key.apply(keys, layer.state[:, :1].long(), g.sinks)),
+        to_float16(values.float()),
+    )
     for b, (length, count) in enumerate(layer.state.tolist()):
         slot = slots(length, length + 1)
         for label, (raw, row, given) in enumerate(
@@ -55,13 +59,17 @@ def plain_decode(layer, keys, values, query, scaling):
             rung = layer.rungs[-1 if layer.next_rungs is None else int(layer.next_rungs[b])]
             first = g.sinks + count * g.page_tokens % g.ring
             part = slice(first, first + g.page_tokens)
-            data = pack(layer.raw_keys[b][:, part], layer.raw_values[b][:, part], rung, g.page_tokens)[0]
+            data = pack(
+                layer.raw_keys[b][:, part], layer.raw_values[b][:, part], rung, g.page_tokens
+            )[0]
             at_address(int(layer.block_table[b, count]), len(data)).copy_(data)
             count += 1
         sinks = min(g.sinks, length + 1)
         raw = torch.cat((slots(0, sinks), slots(g.sinks + count * g.page_tokens, length + 1)))
         parts = [(layer.raw_keys[b][:, raw].float(), layer.raw_values[b][:, raw].float())]
-        for i in range(max(0, length + 1 - sliding - g.sinks) // g.page_tokens if sliding else 0, count):
+        for i in range(
+            max(0, length + 1 - sliding - g.sinks) // g.page_tokens if sliding else 0, count
+        ):
             rung = 0
             if len(layer.rungs) > 1:
                 rung = sum(start <= i for start in layer.segments[b, 1:-1].tolist())

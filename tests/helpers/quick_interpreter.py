@@ -1,8 +1,9 @@
 """Triton's interpreter without the work that it repeats: the same results in half the time.
 
-As it is, each call of a helper inside a kernel patches some 400 names of triton.language anew, the NumPy type of each
-tensor is looked up in a table that is built for that look-up, and for each sum or product of integers it computes
-whether it overflows, by a dozen tensors of its own, and then drops the answer; here an overflow is an error.
+As it is, each call of a helper inside a kernel patches some 400 names of triton.language anew, the
+NumPy type of each tensor is looked up in a table that is built for that look-up, and for each sum
+or product of integers it computes whether it overflows, by a dozen tensors of its own, and then
+drops the answer; here an overflow is an error.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,8 @@ Change = tuple[Any, str, Any]  # an object, a name of it, what that is while a k
 
 
 class Patches:
-    """What the interpreter makes of triton.language while a kernel runs; the helpers it calls find that done."""
+    """What the interpreter makes of triton.language while a kernel runs; the helpers it calls find
+    that done."""
 
     def __init__(self, patch: Callable[[Any], Any]) -> None:
         self.patch = patch
@@ -24,20 +26,24 @@ class Patches:
         self.running = False
 
     def __call__(self, function: Any) -> Any:
-        """In place of interpreter._patch_lang: returns what has a `restore`, which the launch calls at its end."""
+        """In place of interpreter._patch_lang: returns what has a `restore`, which the launch calls
+        at its end."""
         if self.running:
             return _Nothing
         self.changes = self.changes or self.found()
         return _Launch(self)
 
     def found(self) -> list[Change]:
-        """The changes for a kernel that sees triton.language and its core, as our kernels and Triton's own do."""
+        """The changes for a kernel that sees triton.language and its core, as our kernels and
+        Triton's own do."""
 
         def kernel() -> None:
             """Only its globals are read."""
 
         scope = self.patch(type(kernel)(kernel.__code__, {"tl": tl, "core": tl.core}))
-        changes = {(id(thing), name): (thing, name, vars(thing)[name]) for thing, name, _ in scope._changes}
+        changes = {
+            (id(thing), name): (thing, name, vars(thing)[name]) for thing, name, _ in scope._changes
+        }
         scope.restore()
         return list(changes.values())
 
@@ -49,7 +55,9 @@ class _Nothing:
 class _Launch:
     def __init__(self, patches: Patches) -> None:
         self.patches = patches
-        self.before = [(thing, name, vars(thing).get(name, self)) for thing, name, _ in patches.changes]
+        self.before = [
+            (thing, name, vars(thing).get(name, self)) for thing, name, _ in patches.changes
+        ]
         for thing, name, value in patches.changes:
             setattr(thing, name, value)
         patches.running = True
@@ -91,8 +99,13 @@ def check_overflow(semantic: Any, lhs: Any, rhs: Any, operation: Callable) -> No
         return
     apply = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[operation.__name__]
     found = apply(lhs.handle.data, rhs.handle.data, dtype=np.int64)
-    if found.size and not kind.get_int_min_value() <= found.min() <= found.max() <= kind.get_int_max_value():
-        raise OverflowError(f"{operation.__name__} leaves {kind}: from {found.min()} to {found.max()}")
+    if (
+        found.size
+        and not kind.get_int_min_value() <= found.min() <= found.max() <= kind.get_int_max_value()
+    ):
+        raise OverflowError(
+            f"{operation.__name__} leaves {kind}: from {found.min()} to {found.max()}"
+        )
 
 
 def install() -> None:

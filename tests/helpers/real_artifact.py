@@ -1,6 +1,7 @@
 """A real model's artifact and prompts (a plug-in of the tests marked `real`).
 
-KVFOLD_REAL_MODEL names another model than SmolLM2-135M; KVFOLD_REAL_ARTIFACT names an artifact that is taken as it is.
+KVFOLD_REAL_MODEL names another model than SmolLM2-135M; KVFOLD_REAL_ARTIFACT names an artifact that
+is taken as it is.
 """
 
 import os
@@ -41,22 +42,29 @@ def command(*args: object, environment: Mapping[str, str] = os.environ) -> str:
 
 @pytest.fixture(scope="session")
 def real_artifact(tmp_path_factory) -> Path:
-    """What `kvfold compress MODEL --budget 2.5` writes, once for all workers of a run; don't write into it."""
+    """What `kvfold compress MODEL --budget 2.5` writes, once for all workers of a run; don't write
+    into it."""
     if GIVEN:
         return Path(GIVEN).resolve()
     base = tmp_path_factory.getbasetemp()
     out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "real" / Path(MODEL).stem
     with FileLock(out.parent.with_suffix(".lock")):
         if not out.exists():
-            assert command("compress", MODEL, "--budget", BUDGET, "--out", out).splitlines()[-1] == str(out)
+            assert command("compress", MODEL, "--budget", BUDGET, "--out", out).splitlines()[
+                -1
+            ] == str(out)
             if MODEL == "smollm2-135m":
-                assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 * 2**20  # KiB: 4 GiB
+                assert (
+                    resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 * 2**20
+                )  # KiB: 4 GiB
     return out
 
 
 def prose(artifact: Path) -> Tensor:
     """int64 [n]: the held-out text that the package ships."""
-    text = (Path(kvfold.compress.__file__).parent / "data" / "heldout.txt").read_text(encoding="utf-8")
+    text = (Path(kvfold.compress.__file__).parent / "data" / "heldout.txt").read_text(
+        encoding="utf-8"
+    )
     return AutoTokenizer.from_pretrained(artifact)(text, return_tensors="pt").input_ids[0]
 
 
@@ -70,9 +78,9 @@ def padded(tokens: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def in_16_bit_pages(artifact: Path, page_tokens: int = 32) -> Any:
-    """The artifact's weights on a cache whose pages hold 16 bits. In pages of few bits, a sum that is rounded
-    otherwise, as in a batch of another size, turns codes now and then, and a near tie in the logits can go the other
-    way."""
+    """The artifact's weights on a cache whose pages hold 16 bits. In pages of few bits, a sum that
+    is rounded otherwise, as in a batch of another size, turns codes now and then, and a near tie in
+    the logits can go the other way."""
     stored = read_artifact(artifact)
     dim = stored.geometry.head_dim
     specs = [LayerSpec(KeySpec(raw16(dim)), ValueSpec(raw16(dim)))] * len(stored.specs)
@@ -81,9 +89,13 @@ def in_16_bit_pages(artifact: Path, page_tokens: int = 32) -> Any:
     return attach(model, SimpleNamespace(specs=specs, geometry=geometry, metadata=stored.metadata))
 
 
-def greedy(model: Any, ids: Tensor, mask: Tensor | None = None, new: int = 24, **options: Any) -> Tensor:
+def greedy(
+    model: Any, ids: Tensor, mask: Tensor | None = None, new: int = 24, **options: Any
+) -> Tensor:
     """`new` greedy tokens behind the prompt, never fewer."""
-    return model.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, **options)
+    return model.generate(
+        ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, **options
+    )
 
 
 def rms(x: Tensor) -> float:

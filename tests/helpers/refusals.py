@@ -1,4 +1,5 @@
-"""`kvfold compress` with bad input, and the checks of its refusal (fixtures for the tests that give some)."""
+"""`kvfold compress` with bad input, and the checks of its refusal (fixtures for the tests that give
+some)."""
 
 import json
 import shutil
@@ -45,7 +46,8 @@ def check_refusal(code: int, out: str, err: str, *words: object) -> str:
 
 @pytest.fixture
 def refused(kvfold, tmp_path, tiny_folder, text_file, recipe_file):
-    """Runs `compress` with options that replace good ones, and checks the refusal and that the folder is as before."""
+    """Runs `compress` with options that replace good ones, and checks the refusal and that the
+    folder is as before."""
 
     def run(*words: object, **options: object) -> str:
         out = tmp_path / "out"

@@ -1,5 +1,5 @@
-"""What test_compile.py runs in processes of their own, with the compiler: small kernels, for a device that is not
-there."""
+"""What test_compile.py runs in processes of their own, with the compiler: small kernels, for a
+device that is not there."""
 
 import errno
 import json  # noqa: F401 - for the code that imports all of this
@@ -61,22 +61,26 @@ def endless(out_ptr, SIZE: tl.constexpr):
 
 
 def launches(reverse: bool = False) -> list:
-    """Every way in which arguments decide of a kernel: an alignment, a stride of 1, of 16 and of neither, constants of
-    any kind."""
+    """Every way in which arguments decide of a kernel: an alignment, a stride of 1, of 16 and of
+    neither, constants of any kind."""
     x = torch.empty(256, dtype=torch.float16)
     out = torch.empty(256)
     with noting() as noted:
         for stride in (1, 3, 16):
             for free in (1, 16):  # no kernel of its own
-                launch(first, (1,), x, out, stride, free, SIZE=16, PARTS=((1, 2), (3,))[stride == 1])
+                launch(
+                    first, (1,), x, out, stride, free, SIZE=16, PARTS=((1, 2), (3,))[stride == 1]
+                )
         launch(first, (1,), x[1:], out, 16, 1, SIZE=16, PARTS=(1, 2), num_warps=2)
         launch(second, (1,), out, SIZE=32)
     return noted[::-1] if reverse else noted
 
 
-def build(reverse: bool = False, twice: bool = False, broken: bool = False, endless: bool = False) -> dict:
-    """Compiles them; with `broken` also one that does not compile and one whose compiler crashes, with `endless` one
-    that never ends."""
+def build(
+    reverse: bool = False, twice: bool = False, broken: bool = False, endless: bool = False
+) -> dict:
+    """Compiles them; with `broken` also one that does not compile and one whose compiler crashes,
+    with `endless` one that never ends."""
     noted = launches(reverse=reverse)
     out = torch.empty(256)
     with noting() as more:
@@ -106,8 +110,8 @@ def build(reverse: bool = False, twice: bool = False, broken: bool = False, endl
 
 
 class Device:
-    """A driver up to where a kernel would be loaded; its tensors lie as an allocator of a device lays them, in units of
-    512 bytes."""
+    """A driver up to where a kernel would be loaded; its tensors lie as an allocator of a device
+    lays them, in units of 512 bytes."""
 
     def get_current_target(self):
         return TARGET
@@ -130,11 +134,13 @@ class Tensor:
 
 
 def launch_as_on_a_device() -> dict:
-    """The kernels that launches with tensors of a device look up, through JITFunction.run, and whether each is found on
-    disk."""
+    """The kernels that launches with tensors of a device look up, through JITFunction.run, and
+    whether each is found on disk."""
     found: dict[str, bool] = {}
     kernel_cache.install()
-    knobs.compilation.listener = lambda *, metadata, cache_hit, **more: found.setdefault(metadata["hash"], cache_hit)
+    knobs.compilation.listener = lambda *, metadata, cache_hit, **more: found.setdefault(
+        metadata["hash"], cache_hit
+    )
     driver.set_active(Device())
     for noted in launches():
         args = [Tensor(x) if isinstance(x, torch.Tensor) else x for x in noted.args]

@@ -1,5 +1,5 @@
-"""Compiles the attention kernels of pairs of formats for sm_90; a process of its own, because the interpreter is off
-here.
+"""Compiles the attention kernels of pairs of formats for sm_90; a process of its own, because the
+interpreter is off here.
 
 usage: python tests/kernels/compile_kernels.py PROMPT PAIR …, where PAIR may be "cap" (soft-cap), "mean", "merge" or
                                        "decode" (of pages)
@@ -37,9 +37,15 @@ def compile_kernel(function, constants: dict, num_warps: int = 1) -> Any:
     names = function.arg_names
     signature = {n: "constexpr" if n in constants else POINTERS.get(n, "i32") for n in names}
     loose = set(function.do_not_specialize_on_alignment or ())
-    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in POINTERS and n not in loose}
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if n in POINTERS and n not in loose
+    }
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attrs)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "num_stages": 4})
+    return triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "num_stages": 4}
+    )
 
 
 def compile_pair(
@@ -68,7 +74,9 @@ def compile_merge(dim: int, block: int = 256, once: bool = True, shift: bool = F
 
 def compile_decode() -> Any:
     """Decoding of pages that a prompt's queries read together."""
-    return compile_kernel(triton_prompt._decode_kernel, {"ROWS": 4, "OWN": ()}, num_warps=warps_for(32))
+    return compile_kernel(
+        triton_prompt._decode_kernel, {"ROWS": 4, "OWN": ()}, num_warps=warps_for(32)
+    )
 
 
 def main(name: str, prompt: bool) -> None:
@@ -83,7 +91,11 @@ def main(name: str, prompt: bool) -> None:
         for pair in ("mixed keys", "2 bits"):
             compile_pair(*PAIRS[pair], prompt, mean=2 * padded_fast(PAIRS[pair][0].head_dim))
     elif name == "merge":
-        for block, once in ((merge.FEW_SLOTS, True), (merge.MANY_SLOTS, True), (merge.MANY_SLOTS, False)):
+        for block, once in (
+            (merge.FEW_SLOTS, True),
+            (merge.MANY_SLOTS, True),
+            (merge.MANY_SLOTS, False),
+        ):
             compile_merge(64, block, once, shift=not once)
     elif name == "decode":
         compile_decode()

@@ -1,5 +1,5 @@
-"""The catalogue's kernels, compiled behind those of the first artifact: they are the ones that the next artifact asks
-for, and the process that compiles them ends with its caller."""
+"""The catalogue's kernels, compiled behind those of the first artifact: they are the ones that the
+next artifact asks for, and the process that compiles them ends with its caller."""
 
 import json
 import os
@@ -17,7 +17,8 @@ pytest.importorskip("triton")
 from kvfold.kernels import catalogue
 from kvfold.runtime.generate import ahead
 
-# an artifact of six pairs in one process, the catalogue by another artifact of one pair: keys of Triton's cache of both
+# an artifact of six pairs in one process, the catalogue by another artifact of one pair: keys of
+# Triton's cache of both
 COVERED = """
 import json, torch
 from kvfold.exports.account import Geometry
@@ -57,22 +58,33 @@ def test_pairs_are_the_catalogues_formats_at_every_head_dim():
     for dim in catalogue.HEAD_DIMS:
         found = catalogue.pairs(dim)
         assert len(found) == len(set(found)) == len(catalogue.PAIRS)
-        assert all(k in catalogue.key_formats(dim) and v in catalogue.value_formats(dim) for k, v in found)
+        assert all(
+            k in catalogue.key_formats(dim) and v in catalogue.value_formats(dim) for k, v in found
+        )
         sizes = [k.payload_bits + v.payload_bits for k, v in found]
         smallest = [
-            min(f.payload_bits for f in formats(dim)) for formats in (catalogue.key_formats, catalogue.value_formats)
+            min(f.payload_bits for f in formats(dim))
+            for formats in (catalogue.key_formats, catalogue.value_formats)
         ]
         assert min(sizes) == sum(smallest) and max(sizes) == 32.0
     assert catalogue.pairs(72) == ()
 
 
 def task(folder: Path) -> dict:
-    return {"folder": str(folder), "dtype": None, "progressive": False, "arch": 90, "multiprocessors": 132}
+    return {
+        "folder": str(folder),
+        "dtype": None,
+        "progressive": False,
+        "arch": 90,
+        "multiprocessors": 132,
+    }
 
 
 def test_an_artifact_without_the_catalogues_pairs_starts_nothing(tiny_artifact, monkeypatch):
     assert ahead.stamp(task(tiny_artifact)) is None
-    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a process was started"))
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a process was started")
+    )
     ahead.begin_ahead(tiny_artifact, torch.device("cpu"), None, False)
     assert runtime.load_pretrained(tiny_artifact).kv_triton in (False, True)
 

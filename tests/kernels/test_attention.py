@@ -1,5 +1,5 @@
-"""Reference attention against a plain float64 softmax that picks, for each query and position, the raw or the packed
-token."""
+"""Reference attention against a plain float64 softmax that picks, for each query and position, the
+raw or the packed token."""
 
 import math
 
@@ -28,14 +28,17 @@ def naive(query, positions, raw, pages, sinks, window, page_tokens, scaling, mas
         seen = torch.arange(t + 1)
         from_page = ((seen >= sinks) & (seen < sinks + packed))[:, None]
         keys, values = (
-            torch.where(from_page, p[:, : t + 1], r[:, : t + 1]).double() for r, p in zip(raw, pages, strict=True)
+            torch.where(from_page, p[:, : t + 1], r[:, : t + 1]).double()
+            for r, p in zip(raw, pages, strict=True)
         )
         allowed = torch.ones(t + 1, dtype=torch.bool) if mask is None else mask[i, : t + 1]
         if not bool(allowed.any()):
             continue
         for head in range(num_heads):
             group = head // (num_heads // num_kv_heads)
-            logits = (keys[group] @ query[head, i].double() * scaling).masked_fill(~allowed, -math.inf)
+            logits = (keys[group] @ query[head, i].double() * scaling).masked_fill(
+                ~allowed, -math.inf
+            )
             out[head, i] = logits.softmax(0) @ values[group]
     return out
 
@@ -50,11 +53,23 @@ def naive(query, positions, raw, pages, sinks, window, page_tokens, scaling, mas
         (3, 1, 8, 0, 1, 1, 29, 29, [1, 2]),
         (1, 3, 8, 3, 9, 5, 47, 1, [13]),
         (2, 4, 8, 3, 40, 8, 23, 23, [9]),  # nothing packed yet
-        (1, 1, 8, 0, 33, 16, QUERY_BLOCK + 50, QUERY_BLOCK + 50, [100, 33]),  # more than one block of queries
+        (
+            1,
+            1,
+            8,
+            0,
+            33,
+            16,
+            QUERY_BLOCK + 50,
+            QUERY_BLOCK + 50,
+            [100, 33],
+        ),  # more than one block of queries
         (1, 3, 8, 3, 0, 4, 35, 20, [6]),
     ],
 )
-def test_attend_is_the_naive_softmax(num_kv_heads, ratio, head_dim, sinks, window, page, length, chunk, sizes, masked):
+def test_attend_is_the_naive_softmax(
+    num_kv_heads, ratio, head_dim, sinks, window, page, length, chunk, sizes, masked
+):
     generator = torch.Generator().manual_seed(length)
 
     def normal(*shape):
@@ -69,12 +84,18 @@ def test_attend_is_the_naive_softmax(num_kv_heads, ratio, head_dim, sinks, windo
     if masked:
         mask = torch.rand(chunk, length, generator=generator) < 0.6
         mask[0] = chunk == 1  # of several queries, the first may look at nothing
-    limit = torch.tensor([sinks + packed_tokens(t + 1, sinks, window, page) for t in positions.tolist()])
+    limit = torch.tensor(
+        [sinks + packed_tokens(t + 1, sinks, window, page) for t in positions.tolist()]
+    )
     end = sinks + packed_tokens(length, sinks, window, page)
-    first = sinks + packed_tokens(length - chunk + 1, sinks, window, page)  # raw tokens before it are gone
+    first = sinks + packed_tokens(
+        length - chunk + 1, sinks, window, page
+    )  # raw tokens before it are gone
     held = torch.tensor([t for t in range(length) if t < sinks or t >= first])
     tiles = cut(keys[:, held], values[:, held], held, False, sizes)
-    tiles += cut(pages[0][:, sinks:end], pages[1][:, sinks:end], torch.arange(sinks, end), True, sizes)
+    tiles += cut(
+        pages[0][:, sinks:end], pages[1][:, sinks:end], torch.arange(sinks, end), True, sizes
+    )
     tiles.insert(1, Tile(keys[:, :0], values[:, :0], held[:0], False))
     out = attend(query, positions, limit, tiles, sinks=sinks, scaling=0.7, mask=mask)
     expected = naive(query, positions, raw, pages, sinks, window, page, 0.7, mask)
@@ -82,7 +103,8 @@ def test_attend_is_the_naive_softmax(num_kv_heads, ratio, head_dim, sinks, windo
     assert float((out - expected).square().mean().sqrt() / expected.square().mean().sqrt()) <= 1e-5
     if masked and chunk > 1:
         assert bool((out[:, 0] == 0).all())
-    # the order of tiles, and so which of them comes first in the online softmax, is of no consequence
+    # the order of tiles, and so which of them comes first in the online softmax, is of no
+    # consequence
     again = attend(query, positions, limit, tiles[::-1], sinks=sinks, scaling=0.7, mask=mask)
     assert float((again - out).abs().max()) <= 1e-5
 
@@ -92,12 +114,26 @@ def test_logits_of_any_size_stay_finite():
     values = torch.arange(24.0).view(1, 3, 8)
     tiles = cut(keys, values, torch.arange(3), False, [1])
     for sign, winner in ((1.0, 0), (-1.0, 1)):
-        out = attend(torch.full((1, 1, 8), sign), torch.tensor([2]), torch.tensor([0]), tiles, sinks=0, scaling=1.0)
+        out = attend(
+            torch.full((1, 1, 8), sign),
+            torch.tensor([2]),
+            torch.tensor([0]),
+            tiles,
+            sinks=0,
+            scaling=1.0,
+        )
         assert torch.equal(out[0, 0], values[0, winner])
 
 
 def test_no_tile_gives_zeros():
-    out = attend(torch.ones(2, 3, 8), torch.arange(3), torch.zeros(3, dtype=torch.int64), [], sinks=0, scaling=1.0)
+    out = attend(
+        torch.ones(2, 3, 8),
+        torch.arange(3),
+        torch.zeros(3, dtype=torch.int64),
+        [],
+        sinks=0,
+        scaling=1.0,
+    )
     assert torch.equal(out, torch.zeros(2, 3, 8))
 
 

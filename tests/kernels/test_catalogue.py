@@ -1,4 +1,5 @@
-"""The catalogue of formats: valid, ordered, small, and what the search picks from unless a recipe says otherwise."""
+"""The catalogue of formats: valid, ordered, small, and what the search picks from unless a recipe
+says otherwise."""
 
 import itertools
 
@@ -7,7 +8,14 @@ from test_transforms import make_stats
 
 from kvfold.compress.recipe import Recipe, load_recipe
 from kvfold.compress.search.candidates import key_candidates, value_candidates
-from kvfold.compress.transforms.whiten import CLASS_LEVELS, compositions, eigenbasis, value_moment, water_fill, whitened
+from kvfold.compress.transforms.whiten import (
+    CLASS_LEVELS,
+    compositions,
+    eigenbasis,
+    value_moment,
+    water_fill,
+    whitened,
+)
 from kvfold.kernels.catalogue import HEAD_DIMS, code_bits, key_formats, mixed_between, value_formats
 from kvfold.kernels.formats import Format, raw16, uniform
 
@@ -53,7 +61,9 @@ def test_what_the_default_offers_and_the_steps_of_the_ladder_are_in_it(head_dim,
 def test_a_range_of_bits_counts_codes_alone_in_whole_classes():
     formats = key_formats(80)
     found = mixed_between(formats, 0.75, 2.0)
-    assert found and all(0.7 <= code_bits(f) <= 2.0 for f in found)  # 60 bits are 56 in whole classes
+    assert found and all(
+        0.7 <= code_bits(f) <= 2.0 for f in found
+    )  # 60 bits are 56 in whole classes
     assert set(mixed_between(formats, 0.0, 6.0)) == {f for f in formats if f.params == "scale"}
     assert code_bits(Format(((8, 64), (24, 2), (32, 0)))) == (48 + 24) / 64
 
@@ -65,18 +75,29 @@ def test_the_search_evaluates_all_that_the_catalogue_offers(side, find):
     recipe = Recipe()
     found = [c.spec.format for c in find(stats, recipe, 0, *extra)]
     shared = getattr(recipe, side).shared_formats(64)
-    assert set(found) == {*shared, *getattr(recipe, side).uniform_formats(64)} <= set(SIDES[side](64))
+    assert (
+        set(found) == {*shared, *getattr(recipe, side).uniform_formats(64)} <= set(SIDES[side](64))
+    )
     assert len(shared) > 10
     own = Recipe.model_validate({"catalogue": False})
-    spectrum = whitened(stats)[1] if side == "key" else eigenbasis(value_moment(stats), stats.output_metric)[1]
-    expected = [*water_fill(spectrum, getattr(own, side).bits), *getattr(own, side).uniform_formats(64)]
+    spectrum = (
+        whitened(stats)[1]
+        if side == "key"
+        else eigenbasis(value_moment(stats), stats.output_metric)[1]
+    )
+    expected = [
+        *water_fill(spectrum, getattr(own, side).bits),
+        *getattr(own, side).uniform_formats(64),
+    ]
     assert [c.spec.format for c in find(stats, own, 0, *extra)] == expected
 
 
 def test_a_head_dim_without_one_makes_its_own_cuts():
     stats, recipe = make_stats(head_dim=48), Recipe()
     expected = water_fill(whitened(stats)[1], recipe.key.bits)
-    assert [c.spec.format for c in key_candidates(stats, recipe, 0, False)][: len(expected)] == expected
+    assert [c.spec.format for c in key_candidates(stats, recipe, 0, False)][
+        : len(expected)
+    ] == expected
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

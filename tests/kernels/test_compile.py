@@ -1,5 +1,5 @@
-"""What load_pretrained compiles ahead: the right kernels, under the key by which they are looked up, in processes that
-leave nothing behind; and what happens where that goes wrong."""
+"""What load_pretrained compiles ahead: the right kernels, under the key by which they are looked
+up, in processes that leave nothing behind; and what happens where that goes wrong."""
 
 import json
 import os
@@ -29,13 +29,16 @@ from kvfold.runtime.generate import compile as compilation
 ROOT = Path(__file__).parent
 GEOMETRY = Geometry(num_kv_heads=1, head_dim=16, sinks=3, window=9, page_tokens=8)
 KEY, VALUE = Format(((8, 8), (8, 2))), uniform(16, 3)
-SPEC = LayerSpec(KeySpec(KEY, matrix=torch.eye(16)[None], offset=torch.ones(1, 16)), ValueSpec(VALUE))
+SPEC = LayerSpec(
+    KeySpec(KEY, matrix=torch.eye(16)[None], offset=torch.ones(1, 16)), ValueSpec(VALUE)
+)
 KIND = compilation.Kind(SPEC, 0, None, False)
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """(rungs that attention reads, query tokens) and (formats before, after) of pages that go down."""
+    """(rungs that attention reads, query tokens) and (formats before, after) of pages that go
+    down."""
     read, lowered = [], []
     attend, lower = triton_attention.attention, triton_encode.lower_pages
 
@@ -66,7 +69,9 @@ def test_the_progressive_policy_needs_every_rung_and_step_down(calls):
     read, lowered = calls
     rungs = [(rung.key.format, rung.value.format) for rung in ladder(SPEC)]
     assert len(rungs) == 4
-    assert {tokens > 1 for _, tokens in read} == {True, False} and all(list(formats) == rungs for formats, _ in read)
+    assert {tokens > 1 for _, tokens in read} == {True, False} and all(
+        list(formats) == rungs for formats, _ in read
+    )
     assert set(lowered) >= {(rungs[i + 1], rungs[i]) for i in range(3)}
 
 
@@ -95,13 +100,15 @@ def test_the_files_alone_say_what_a_model_launches(tiny_artifact):
 
     artifact, config = read_artifact(tiny_artifact), AutoConfig.from_pretrained(tiny_artifact)
     kinds = compilation.kinds_of(artifact.specs, config)
-    given = compilation.launches_of(kinds, artifact.geometry, config.num_attention_heads, config.dtype)
+    given = compilation.launches_of(
+        kinds, artifact.geometry, config.num_attention_heads, config.dtype
+    )
     found = compilation.artifact_launches(tiny_artifact, None, False, 132)
     assert len(found) == len(given)
     assert [x.options for x in found] == [x.options for x in given]
 
 
-# -- with the compiler, in processes of their own: here kernels are the interpreter's ----------------------------------
+# -- with the compiler, in processes of their own: here kernels are the interpreter's --------------
 
 
 def python(code: str, cache: Path, **env: str) -> subprocess.CompletedProcess:
@@ -124,14 +131,17 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 def test_kernels_are_found_under_the_key_they_are_looked_up_by(tmp_path):
-    """Compiled ahead, then asked for as a launch asks, in a process whose kernels were hashed in another order: nothing
-    is compiled."""
+    """Compiled ahead, then asked for as a launch asks, in a process whose kernels were hashed in
+    another order: nothing is compiled."""
     first = json.loads(python("print(json.dumps(build()))", tmp_path).stdout)
     assert first["compiled"] == first["count"] > 1 and not first["failed"]
     again = json.loads(python("print(json.dumps(build(reverse=True)))", tmp_path).stdout)
     assert again["compiled"] == 0 and again["hashes"] == first["hashes"]
     looked_up = json.loads(python("print(json.dumps(launch_as_on_a_device()))", tmp_path).stdout)
-    assert sorted(looked_up["hashes"]) == first["hashes"] and looked_up["hits"] == [True] * first["count"]
+    assert (
+        sorted(looked_up["hashes"]) == first["hashes"]
+        and looked_up["hits"] == [True] * first["count"]
+    )
 
 
 def test_an_entry_that_is_not_whole_is_compiled_again(tmp_path):
@@ -148,7 +158,9 @@ def test_an_entry_that_is_not_whole_is_compiled_again(tmp_path):
 def test_a_folder_may_be_moved(tmp_path):
     python("build()", tmp_path / "there")
     (tmp_path / "there").rename(tmp_path / "here")
-    assert json.loads(python("print(json.dumps(build()))", tmp_path / "here").stdout)["compiled"] == 0
+    assert (
+        json.loads(python("print(json.dumps(build()))", tmp_path / "here").stdout)["compiled"] == 0
+    )
     assert not (tmp_path / "there").exists()
 
 
@@ -156,7 +168,11 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path):
     (tmp_path / "file").write_text("")
     done = python("print(json.dumps(build(twice=True)))", tmp_path / "file" / "cache")
     found = json.loads(done.stdout)
-    assert found["compiled"] == found["count"] and not found["failed"] and found["built"] == [True] * found["count"]
+    assert (
+        found["compiled"] == found["count"]
+        and not found["failed"]
+        and found["built"] == [True] * found["count"]
+    )
     assert done.stderr.count("can't be kept in") == 1
     assert not any(Path(path).exists() for path in found["spare"])
 
@@ -171,7 +187,12 @@ def test_a_disk_that_fills_up_costs_one_warning(tmp_path):
 def test_two_processes_compile_the_same_at_once(tmp_path):
     code = "from compile_ahead import *\nprint(json.dumps(build()))"
     both = [
-        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment(tmp_path), stdout=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=environment(tmp_path),
+            stdout=subprocess.PIPE,
+        )
         for _ in range(2)
     ]
     found = [json.loads(process.communicate()[0]) for process in both]
@@ -182,7 +203,9 @@ def test_two_processes_compile_the_same_at_once(tmp_path):
 def test_a_kernel_that_does_not_compile_is_named(tmp_path):
     found = json.loads(python("print(json.dumps(build(broken=True)))", tmp_path).stdout)
     assert found["compiled"] == found["count"] - 2
-    (crashed, signalled), (broken, reason) = sorted(found["failed"].items(), key=lambda x: "broken" in x[0])
+    (crashed, signalled), (broken, reason) = sorted(
+        found["failed"].items(), key=lambda x: "broken" in x[0]
+    )
     assert crashed.startswith("crashing") and "SIGABRT" in signalled
     assert broken.startswith("broken") and "not_there" in reason
 
@@ -236,7 +259,10 @@ def test_the_reference_takes_over(tiny_artifact, monkeypatch, caplog):
     monkeypatch.setattr("kvfold.runtime.load.begin_folder", lambda *args: found)
     ids = torch.arange(1, 90)[None]
     model = runtime.load_pretrained(tiny_artifact, device="cpu")
-    assert "1 of 1 kernels can't be compiled, some_kernel[0123](N=8) first: PTXASError: no" in caplog.text
+    assert (
+        "1 of 1 kernels can't be compiled, some_kernel[0123](N=8) first: PTXASError: no"
+        in caplog.text
+    )
     assert not model.kv_triton
     monkeypatch.undo()
     plain = runtime.load_pretrained(tiny_artifact, device="cpu", attention="reference")
@@ -275,9 +301,13 @@ def test_the_command_refuses(options, fault, tiny_artifact, capsys, monkeypatch)
 
     from kvfold.compress.cli import main
 
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the knob itself, once set, would not go by the environment any more
+    monkeypatch.setenv(
+        "TRITON_INTERPRET", "1"
+    )  # the knob itself, once set, would not go by the environment any more
     with pytest.raises(SystemExit) as stopped:
-        main(["kernels", *(str(tiny_artifact) if option == "DIR" else option for option in options)])
+        main(
+            ["kernels", *(str(tiny_artifact) if option == "DIR" else option for option in options)]
+        )
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and fault in error and error.count("\n") == 1
 
@@ -286,5 +316,7 @@ def test_the_command_lists_what_an_artifact_needs(tiny_artifact, tmp_path):
     code = f"from kvfold.compress.cli import main; main(['kernels', 'list', {str(tiny_artifact)!r}, '--json'])"
     found = json.loads(python(code, tmp_path).stdout)
     hashes = [kernel["hash"] for kernel in found["kernels"]]
-    assert len(hashes) == len(set(hashes)) > 4 and not any(kernel["compiled"] for kernel in found["kernels"])
+    assert len(hashes) == len(set(hashes)) > 4 and not any(
+        kernel["compiled"] for kernel in found["kernels"]
+    )
     assert found["folder"] == str(tmp_path)

@@ -31,12 +31,16 @@ def any_format(draw) -> Format:
     if kind == "scale_min":
         levels = draw(st.sampled_from(CODED))
         head_dim = 16 * draw(st.integers(1, 8)) if levels == 3 else 8 * draw(st.integers(1, 16))
-        group = draw(st.sampled_from([g for g in range(0, head_dim + 1) if g == 0 or head_dim % g == 0]))
+        group = draw(
+            st.sampled_from([g for g in range(0, head_dim + 1) if g == 0 or head_dim % g == 0])
+        )
         return Format(((head_dim, levels),), "scale_min", draw(DTYPES), group)
     if draw(st.integers(0, 4)) == 0:
         return Format(((16 * draw(st.integers(1, 8)), 3),), "scale", draw(DTYPES))
     mixed = st.sampled_from(sorted(set(PLANE_WIDTHS) - {3, RAW}))
-    classes = draw(st.lists(st.tuples(st.integers(1, 4).map(lambda n: 8 * n), mixed), min_size=1, max_size=4))
+    classes = draw(
+        st.lists(st.tuples(st.integers(1, 4).map(lambda n: 8 * n), mixed), min_size=1, max_size=4)
+    )
     if all(n == 0 for _, n in classes):
         classes.append((8, 4))
     return Format(tuple(classes), "scale", draw(DTYPES))
@@ -45,7 +49,9 @@ def any_format(draw) -> Format:
 def param_nbytes(fmt: Format) -> int:
     """Bytes of one token's parameters."""
     groups = fmt.head_dim // fmt.group_size if fmt.group_size else 1
-    return {"none": 0, "scale": 1, "scale_min": 2 * groups}[fmt.params] * (1 if fmt.param_dtype == "e4m3" else 2)
+    return {"none": 0, "scale": 1, "scale_min": 2 * groups}[fmt.params] * (
+        1 if fmt.param_dtype == "e4m3" else 2
+    )
 
 
 @given(any_format(), st.integers(0, 9), st.integers(0, 2**31))
@@ -71,16 +77,23 @@ def test_nbytes_by_counting_bits(fmt, rows):
         words += math.ceil(rows / 4) if left in (1, 2) else 0
         codes = 32 * words
     else:
-        codes = rows * sum(channels * (levels - 1).bit_length() for channels, levels in fmt.classes if levels)
+        codes = rows * sum(
+            channels * (levels - 1).bit_length() for channels, levels in fmt.classes if levels
+        )
     assert fmt.nbytes(8 * rows) == codes + 8 * rows * param_nbytes(fmt)
     assert fmt.payload_bits == 8 * fmt.nbytes(32) / (32 * fmt.head_dim)
     if fmt.classes[0][1] != 3:  # the same in pages of any size
-        assert fmt.nbytes(8 * rows) * 8 == pytest.approx(8 * rows * fmt.head_dim * fmt.payload_bits, abs=1e-6)
+        assert fmt.nbytes(8 * rows) * 8 == pytest.approx(
+            8 * rows * fmt.head_dim * fmt.payload_bits, abs=1e-6
+        )
 
 
-@pytest.mark.parametrize(("head_dim", "bits"), [(16, 2), (32, 1.75), (64, 1.625), (80, 1.6), (96, 5 / 3), (128, 1.625)])
+@pytest.mark.parametrize(
+    ("head_dim", "bits"), [(16, 2), (32, 1.75), (64, 1.625), (80, 1.6), (96, 5 / 3), (128, 1.625)]
+)
 def test_bits_of_a_ternary_code(head_dim, bits):
-    """What is left over takes four or eight bits a row and column, and four rows share a word: nothing is empty at
+    """What is left over takes four or eight bits a row and column, and four rows share a word:
+    nothing is empty at
     32."""
     fmt = uniform(head_dim, 3)
     assert fmt.payload_bits == pytest.approx(bits + 16 / head_dim)
@@ -98,7 +111,9 @@ def test_dict_round_trip(fmt):
 
 def test_payload_bits_of_known_formats():
     assert raw16(64).payload_bits == 16.0
-    assert uniform(128, 4).payload_bits == 2.125  # 32 bytes of codes, scale and minimum of 1 byte each
+    assert (
+        uniform(128, 4).payload_bits == 2.125
+    )  # 32 bytes of codes, scale and minimum of 1 byte each
     assert uniform(128, 4, "fp16", 32).payload_bits == 3.0  # four pairs of 2-byte parameters
     assert uniform(128, 3).payload_bits == 1.625 + 2 / 16
     # 8@4 bits, 24@2 bits, 32@1 bit, 64 not stored, one scale byte
@@ -151,13 +166,22 @@ def test_uniform_of_one_group_is_the_same_format_however_it_is_asked_for():
         ({"classes": ((16, 3), (16, 2))}, "A ternary format is one class of a multiple of 16"),
         ({"classes": ((16, 0), (16, 3))}, "A ternary format is one class of a multiple of 16"),
         ({"classes": ((24, 3),)}, "A ternary format is one class of a multiple of 16"),
-        ({"classes": ((24, 3),), "params": "scale_min"}, "A ternary format is one class of a multiple of 16"),
+        (
+            {"classes": ((24, 3),), "params": "scale_min"},
+            "A ternary format is one class of a multiple of 16",
+        ),
         ({"classes": ((8, 4), (8, 4)), "params": "scale_min"}, "exactly one class"),
         ({"classes": ((8, RAW),), "params": "scale_min"}, "A 16-bit format is one class"),
         ({"classes": ((16, 4),), "params": "scale", "group_size": 8}, "group_size=8"),
         ({"classes": ((16, RAW),), "params": "none", "group_size": 8}, "group_size=8"),
-        ({"classes": ((24, 4),), "params": "scale_min", "group_size": 16}, "does not divide head_dim=24"),
-        ({"classes": ((24, 4),), "params": "scale_min", "group_size": 48}, "does not divide head_dim=24"),
+        (
+            {"classes": ((24, 4),), "params": "scale_min", "group_size": 16},
+            "does not divide head_dim=24",
+        ),
+        (
+            {"classes": ((24, 4),), "params": "scale_min", "group_size": 48},
+            "does not divide head_dim=24",
+        ),
     ],
 )
 def test_parts_that_contradict_each_other_are_refused(arguments, message):
@@ -167,7 +191,8 @@ def test_parts_that_contradict_each_other_are_refused(arguments, message):
 
 
 def gaussian_mse(step: float, levels: int) -> float:
-    """Exact E[(x − Q(x))²] for x ~ N(0, 1) and reconstruction points step·(c − (levels − 1)/2), nearest point taken."""
+    """Exact E[(x − Q(x))²] for x ~ N(0, 1) and reconstruction points step·(c − (levels − 1)/2),
+    nearest point taken."""
     points = (np.arange(levels) - (levels - 1) / 2) * step
     inner = (points[1:] + points[:-1]) / 2
     density = np.concatenate(([0.0], np.exp(-(inner**2) / 2) / np.sqrt(2 * np.pi), [0.0]))
@@ -180,7 +205,10 @@ def gaussian_mse(step: float, levels: int) -> float:
 @pytest.mark.parametrize("levels", CODED)
 def test_constants_are_the_best_uniform_quantiser_of_a_gaussian(levels):
     best = minimize_scalar(
-        lambda step: gaussian_mse(step, levels), bounds=(1e-3, 3), method="bounded", options={"xatol": 1e-9}
+        lambda step: gaussian_mse(step, levels),
+        bounds=(1e-3, 3),
+        method="bounded",
+        options={"xatol": 1e-9},
     )
     assert pytest.approx(best.x, rel=1e-3) == GAUSSIAN_STEP[levels]
     assert pytest.approx(best.fun, rel=1e-3) == GAUSSIAN_MSE[levels]
@@ -188,7 +216,9 @@ def test_constants_are_the_best_uniform_quantiser_of_a_gaussian(levels):
 
 def test_the_written_format_states_the_same_steps():
     rows = [
-        line.split("|")[1:-1] for line in FORMAT_MD.read_text(encoding="utf-8").splitlines() if line.count("|") == 5
+        line.split("|")[1:-1]
+        for line in FORMAT_MD.read_text(encoding="utf-8").splitlines()
+        if line.count("|") == 5
     ]
     steps = {int(row[0]): row[3].strip() for row in rows if row[0].strip().isdigit()}
     assert set(steps) == set(PLANE_WIDTHS)

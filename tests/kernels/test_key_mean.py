@@ -1,4 +1,5 @@
-"""The rotating mean of keys: its definition spelled out token by token, its logits, and what an artifact says of it."""
+"""The rotating mean of keys: its definition spelled out token by token, its logits, and what an
+artifact says of it."""
 
 import cmath
 import json
@@ -69,11 +70,16 @@ def test_the_mean_and_its_logits_are_what_the_definition_says(data):
     expected = torch.tensor(
         [[slow_mean(row, omega32, t, sinks) for t in positions.tolist()] for row in offset.tolist()]
     )
-    torch.testing.assert_close(got, expected, rtol=0, atol=3e-4)  # angles of 5000 radians, in float32
+    torch.testing.assert_close(
+        got, expected, rtol=0, atol=3e-4
+    )  # angles of 5000 radians, in float32
     query = torch.randn(6, 3, dim, generator=g)
     logits = tables.logits(tables.coefficients(offset, query), positions)
     torch.testing.assert_close(
-        logits, torch.einsum("htd,hnd->htn", query, got.repeat_interleave(3, 0)), rtol=1e-4, atol=1e-2
+        logits,
+        torch.einsum("htd,hnd->htn", query, got.repeat_interleave(3, 0)),
+        rtol=1e-4,
+        atol=1e-2,
     )
 
 
@@ -100,7 +106,9 @@ def test_other_pairs_are_halves_in_another_order(pairs):
     offset = torch.randn(2, dim, generator=torch.Generator().manual_seed(0))
     query = torch.randn(4, 3, dim, generator=torch.Generator().manual_seed(1))
     positions = torch.arange(300)
-    assert torch.equal(others.mean(offset, positions)[..., order], halves.mean(offset[:, order], positions))
+    assert torch.equal(
+        others.mean(offset, positions)[..., order], halves.mean(offset[:, order], positions)
+    )
     logits = [
         t.logits(t.coefficients(b, q), positions)
         for t, b, q in ((others, offset, query), (halves, offset[:, order], query[..., order]))
@@ -118,7 +126,9 @@ def test_tables_grow_and_old_ones_stay():
     assert tables.spans is spans
     tables.reach(3 * FIRST_TOKENS)
     assert tables.tokens == 4 * FIRST_TOKENS and tables.spans is not spans
-    assert torch.equal(tables.spans[: len(spans)], spans) and torch.equal(tables.steps[: len(steps)], steps)
+    assert torch.equal(tables.spans[: len(spans)], spans) and torch.equal(
+        tables.steps[: len(steps)], steps
+    )
     assert any(kept is spans for pair in tables._old for kept in pair)
 
 
@@ -137,7 +147,10 @@ def test_frequencies_go_with_a_version_and_an_offset():
 
 def test_a_constant_mean_does_not_turn():
     offset = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
-    still, turning = KeySpec(raw16(8), offset=offset), KeySpec(raw16(8), offset=offset, frequencies=(1.0, 0.1))
+    still, turning = (
+        KeySpec(raw16(8), offset=offset),
+        KeySpec(raw16(8), offset=offset, frequencies=(1.0, 0.1)),
+    )
     assert not still.turns and turning.turns
     assert torch.equal(still.mean(torch.arange(5), 3), offset[:, None])
     query = torch.randn(4, 3, 8)

@@ -81,12 +81,21 @@ def test_products_with_packed_codes():
     decoded = decode(packed, float4(48), 16).transpose(0, 1).flatten(1, 2)
     query, weights = torch.randn(2, 5, 48), torch.rand(2, 5, 48)
     codes = Codes(packed, float4(48), 16)
-    torch.testing.assert_close(codes.products(query), field_order(query @ decoded.mT, 16), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(codes.weighted(field_order(weights, 16)), weights @ decoded, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        codes.products(query), field_order(query @ decoded.mT, 16), rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(
+        codes.weighted(field_order(weights, 16)), weights @ decoded, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
-    "pair", [(float4, float4), (float4, lambda dim: uniform(dim, 3)), (lambda dim: uniform(dim, 8), float4)]
+    "pair",
+    [
+        (float4, float4),
+        (float4, lambda dim: uniform(dim, 3)),
+        (lambda dim: uniform(dim, 8), float4),
+    ],
 )
 @pytest.mark.parametrize(("dim", "page"), [(64, 16), (48, 32)])
 def test_attention_over_its_pages(pair, dim, page):
@@ -103,18 +112,29 @@ def test_pages_equal_the_reference(keys):
     zero = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     encode_pages(*rows, PageFormat(*pair), pages.addresses(), zero, zero, page_tokens=tokens)
     want = torch.cat([encode(x[0].cpu(), fmt).flatten() for x, fmt in zip(rows, pair, strict=True)])
-    assert (pages.pages[0].cpu() != want).float().mean() < 0.01  # a root mean square may be rounded the other way
+    assert (
+        pages.pages[0].cpu() != want
+    ).float().mean() < 0.01  # a root mean square may be rounded the other way
     assert pages.untouched()
 
 
 @pytest.mark.parametrize("down", [True, False])
 def test_pages_are_lowered_from_it_and_to_it(down):
     heads, tokens, own = 2, 16, (float4(64), float4(64))
-    old, new = (own, (uniform(64, 4), uniform(64, 3))) if down else ((uniform(64, 256, "fp16"),) * 2, own)
+    old, new = (
+        (own, (uniform(64, 4), uniform(64, 3))) if down else ((uniform(64, 256, "fp16"),) * 2, own)
+    )
     (data,), read = pages_of(old, 1, heads, tokens)
     pages = Pages(1, heads * sum(fmt.nbytes(tokens) for fmt in new))
     source = torch.tensor([page_address(data)], device=DEVICE)
-    lower_pages(source, pages.addresses(), PageFormat(*old), PageFormat(*new), num_kv_heads=heads, page_tokens=tokens)
+    lower_pages(
+        source,
+        pages.addresses(),
+        PageFormat(*old),
+        PageFormat(*new),
+        num_kv_heads=heads,
+        page_tokens=tokens,
+    )
     want = torch.cat([encode(x.cpu(), fmt).flatten() for x, fmt in zip(read, new, strict=True)])
     assert (pages.pages[0].cpu() != want).float().mean() < 0.01 and pages.untouched()
 
@@ -135,15 +155,23 @@ def test_a_cache_on_either_backend(progressive):
     heads, dim = 2, 16
     geometry = Geometry(heads, dim, 3, 6, 8)
     spec = LayerSpec(KeySpec(float4(dim), offset=torch.ones(heads, dim)), ValueSpec(float4(dim)))
-    assert [str(rung.key.format) for rung in ladder(spec)] == ["16@4 float4 e4m3", "16@8 asym fp16", "16"]
+    assert [str(rung.key.format) for rung in ladder(spec)] == [
+        "16@4 float4 e4m3",
+        "16@8 asym fp16",
+        "16",
+    ]
     found = []
     for triton in (False, True):
         options = {"ladders": Ladders([spec], [(1.0, 1.0)], geometry)} if progressive else {}
-        cache = QuantizedKVCache([spec], geometry, 4300 if progressive else None, backend_of(triton), **options)
+        cache = QuantizedKVCache(
+            [spec], geometry, 4300 if progressive else None, backend_of(triton), **options
+        )
         cache.note_padding(None, 1)
         rng, outputs = torch.Generator().manual_seed(1), []
         for tokens in (30, 1, 9, 1, 1):
-            keys, values = (torch.randn(1, heads, tokens, dim, generator=rng).to(DEVICE) for _ in "kv")
+            keys, values = (
+                torch.randn(1, heads, tokens, dim, generator=rng).to(DEVICE) for _ in "kv"
+            )
             query = torch.randn(1, 2 * heads, tokens, dim, generator=rng).to(DEVICE)
             outputs.append(cache.update(keys, values, 0)[0].attend(query, 0.3, None))
         table = cache.layers[0].table
@@ -181,15 +209,17 @@ with known():
 
 
 def test_its_kernels_compile_for_a_gpu(tmp_path):
-    """In a process of its own, without the interpreter; those that are compiled ahead, under the key they are looked
-    up by."""
+    """In a process of its own, without the interpreter; those that are compiled ahead, under the
+    key they are looked up by."""
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     env["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, "-c", COMPILE]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     name, _, digest = done.stdout.strip().partition(":")
-    assert name == "float4" and len(digest) == 16  # a part of that key, so that it follows the source
+    assert (
+        name == "float4" and len(digest) == 16
+    )  # a part of that key, so that it follows the source
 
 
 def test_other_formats_kernels_do_not_know_of_it():
@@ -197,4 +227,6 @@ def test_other_formats_kernels_do_not_know_of_it():
     from kvfold.kernels.gpu.kinds import own_code
 
     assert own_code([uniform(64, 4), Format(((64, 3),))]) == ()
-    assert [code.module for code in own_code([float4(64), uniform(64, 4), float4(32)])] == ["float4"]
+    assert [code.module for code in own_code([float4(64), uniform(64, 4), float4(32)])] == [
+        "float4"
+    ]

@@ -1,4 +1,5 @@
-"""The reference quantiser: exact codes, error bounds, hard inputs, golden bytes, and an independent slow decoder."""
+"""The reference quantiser: exact codes, error bounds, hard inputs, golden bytes, and an independent
+slow decoder."""
 
 import itertools
 import struct
@@ -11,7 +12,9 @@ from kvfold.kernels.formats import Format, raw16, uniform
 from kvfold.kernels.kinds.levels import GAUSSIAN_MSE, GAUSSIAN_STEP, PLANE_WIDTHS, RAW
 from kvfold.kernels.quantizer import decode, encode, round_trip, to_float16
 
-SCALE = [Format(((64, n),), "scale", t) for n in (2, 3, 4, 8, 16, 32, 64, 256) for t in ("e4m3", "fp16")]
+SCALE = [
+    Format(((64, n),), "scale", t) for n in (2, 3, 4, 8, 16, 32, 64, 256) for t in ("e4m3", "fp16")
+]
 MIXED = [
     Format(((8, 16), (8, 8), (8, 2), (8, 0), (8, 4))),
     Format(((8, 64), (16, 32), (24, 2), (16, 0)), "scale", "fp16"),
@@ -64,23 +67,37 @@ def slow_code(plane: bytes, width: int | str, tokens: int, n: int, token: int, c
 
 
 def slow_decode(data: bytes, fmt: Format, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Values, steps and lowest points, float32 [tokens, head_dim], byte by byte from the written layout alone."""
+    """Values, steps and lowest points, float32 [tokens, head_dim], byte by byte from the written
+    layout alone."""
     dim, rows = fmt.head_dim, tokens // 8
     codes, values = np.zeros((tokens, dim), int), np.zeros((tokens, dim), np.float32)
     steps, lowest, at, start = np.zeros_like(values), np.zeros_like(values), 0, 0
     for channels, levels in fmt.classes:
         shift = 0
-        for width in {0: [], 3: ["trit"], 8: [2, 1], 32: [4, 1], 64: [4, 2], 256: [4, 4], RAW: ["f2"]}.get(
-            levels, [max(levels - 1, 1).bit_length()]
-        ):
+        for width in {
+            0: [],
+            3: ["trit"],
+            8: [2, 1],
+            32: [4, 1],
+            64: [4, 2],
+            256: [4, 4],
+            RAW: ["f2"],
+        }.get(levels, [max(levels - 1, 1).bit_length()]):
             for t, c in itertools.product(range(tokens), range(channels)):
                 if width == "f2":
                     values[t, c] = struct.unpack_from("<e", data, 2 * (t * channels + c))[0]
                 else:
-                    codes[t, start + c] |= slow_code(data[at:], width, tokens, channels, t, c) << shift
+                    codes[t, start + c] |= (
+                        slow_code(data[at:], width, tokens, channels, t, c) << shift
+                    )
             if width == "trit":
-                count, left = (channels // 2 + 2) // 5, channels // 2 % 5  # three or four left over take a byte too
-                at += 32 * (count // 2 * rows + count % 2 * -(-rows // 2) + (left in (1, 2)) * -(-rows // 4))
+                count, left = (
+                    (channels // 2 + 2) // 5,
+                    channels // 2 % 5,
+                )  # three or four left over take a byte too
+                at += 32 * (
+                    count // 2 * rows + count % 2 * -(-rows // 2) + (left in (1, 2)) * -(-rows // 4)
+                )
             else:
                 at += 2 * tokens * channels if width == "f2" else tokens * channels * width // 8
                 shift += width if isinstance(width, int) else 0
@@ -89,9 +106,13 @@ def slow_decode(data: bytes, fmt: Format, tokens: int) -> tuple[np.ndarray, np.n
     group = fmt.group_size or dim
     count = {"none": 0, "scale": 1, "scale_min": 2 * dim // group}[fmt.params]
     for t in range(tokens):
-        place = t % rows * 8 + t // rows  # in the order of words: the eight tokens of row 0, of row 1, …
+        place = (
+            t % rows * 8 + t // rows
+        )  # in the order of words: the eight tokens of row 0, of row 1, …
         row = [data[at + size * (i * tokens + place) :][:size] for i in range(count)]
-        params = np.array([e4m3(b[0]) if size == 1 else struct.unpack("<e", b)[0] for b in row], np.float32)
+        params = np.array(
+            [e4m3(b[0]) if size == 1 else struct.unpack("<e", b)[0] for b in row], np.float32
+        )
         levels = np.repeat([n for _, n in fmt.classes], [n for n, _ in fmt.classes])
         for c, n in enumerate(levels):
             if n in (0, RAW):
@@ -120,10 +141,14 @@ def test_decode_is_the_slow_decoder_and_every_value_takes_the_nearest_point(fmt,
         values, steps, lowest = slow_decode(bytes(packed[i].tolist()), fmt, tokens)
         assert np.array_equal(decoded[i].numpy(), values)
         original = x[i].numpy()
-        inside = np.clip(original, lowest, lowest + (levels - 1) * steps)  # what lies outside goes to the end point
+        inside = np.clip(
+            original, lowest, lowest + (levels - 1) * steps
+        )  # what lies outside goes to the end point
         assert (np.abs(inside - values) <= steps * (0.5 + 1e-4) + 1e-6)[:, coded].all()
         assert (values[:, levels == 0] == 0).all()
-        assert np.array_equal(values[:, levels == RAW], original[:, levels == RAW].astype(np.float16))
+        assert np.array_equal(
+            values[:, levels == RAW], original[:, levels == RAW].astype(np.float16)
+        )
 
 
 @pytest.mark.parametrize("fmt", ALL, ids=str)
@@ -146,7 +171,12 @@ def test_parameters_stand_in_the_order_of_words(fmt, tokens):
     rows, groups, e4m3_type = tokens // 8, fmt.num_groups, fmt.param_dtype == "e4m3"
     x = gaussian(tokens, fmt.head_dim, seed=6) * 2.0 ** (torch.arange(tokens) % 9 - 4)[:, None]
     data = encode(x, fmt)[-tokens * fmt.num_params * fmt.param_nbytes :]
-    stored = data.clone().view(torch.float8_e4m3fn if e4m3_type else torch.float16).float().view(fmt.num_params, tokens)
+    stored = (
+        data.clone()
+        .view(torch.float8_e4m3fn if e4m3_type else torch.float16)
+        .float()
+        .view(fmt.num_params, tokens)
+    )
     order = [f * rows + r for r in range(rows) for f in range(8)]
     if fmt.params == "scale":
         coded = torch.tensor([n > 0 for channels, n in fmt.classes for _ in range(channels)])
@@ -160,7 +190,8 @@ def test_parameters_stand_in_the_order_of_words(fmt, tokens):
 
 
 @pytest.mark.parametrize(
-    ("levels", "dtype"), [*((n, "e4m3") for n in (3, 4, 8, 16, 32, 64, 256)), *((n, "fp16") for n in (3, 16, 64, 256))]
+    ("levels", "dtype"),
+    [*((n, "e4m3") for n in (3, 4, 8, 16, 32, 64, 256)), *((n, "fp16") for n in (3, 16, 64, 256))],
 )
 def test_scale_grid_points_round_trip_exactly(levels, dtype):
     fmt = Format(((400, levels),), "scale", dtype)
@@ -169,12 +200,15 @@ def test_scale_grid_points_round_trip_exactly(levels, dtype):
     def grid(codes: torch.Tensor) -> torch.Tensor:
         return (codes - (levels - 1) / 2) * step
 
-    # the encoder finds a grid again only if its own rms is stored as the scale that made it: change codes until it is
+    # the encoder finds a grid again only if its own rms is stored as the scale that made it: change
+    # codes until it is
     generator = torch.Generator().manual_seed(levels)
     codes = (gaussian(400, seed=levels) / step + levels / 2).floor().clamp(0, levels - 1)
     for _ in range(500):
         other = codes.clone()
-        other[torch.randint(400, (1,), generator=generator)] = torch.randint(levels, (1,), generator=generator).float()
+        other[torch.randint(400, (1,), generator=generator)] = torch.randint(
+            levels, (1,), generator=generator
+        ).float()
         codes = min(codes, other, key=lambda c: abs(float(grid(c).square().mean()) - 1))
     x = torch.stack([grid(codes) * 2.0**e for e in (-3, 0, 4)])
     assert torch.equal(round_trip(x, fmt), x)
@@ -193,14 +227,16 @@ def test_scale_min_grid_points_round_trip_exactly(fmt):
 
 
 def test_golden_bytes_of_a_page_of_two_rows():
-    """16 tokens, so token 2f + r is field f of row r; codes (j + f) mod 4 in row 0, 3 − (j + f) mod 4 in row 1."""
+    """16 tokens, so token 2f + r is field f of row r; codes (j + f) mod 4 in row 0, 3 − (j + f) mod
+    4 in row 1."""
     fmt = uniform(8, 4, "fp16")
     t, j = torch.arange(16)[:, None], torch.arange(8)
     codes = (j + t // 2) % 4
     codes = torch.where(t % 2 == 0, codes, 3 - codes)
     x = t + torch.where(t % 2 == 0, 1.0, 0.5) * codes  # minimum t; scale 1 in row 0, 1/2 in row 1
     golden = bytes.fromhex(
-        "e4e4 3939 4e4e 9393 e4e4 3939 4e4e 9393 "  # row 0: fields of channel 0 are 0, 1, 2, 3, 0, 1, 2, 3
+        # row 0: fields of channel 0 are 0, 1, 2, 3, 0, 1, 2, 3
+        "e4e4 3939 4e4e 9393 e4e4 3939 4e4e 9393 "
         "1b1b c6c6 b1b1 6c6c 1b1b c6c6 b1b1 6c6c "  # row 1: 3, 2, 1, 0, …
         "0000 0040 0044 0046 0048 0049 004a 004b "  # minima 0, 2, 4, …, 14
         "003c 0042 0045 0047 8048 8049 804a 804b "  # 1, 3, 5, …, 15
@@ -225,7 +261,10 @@ def test_golden_bytes_of_a_page_of_mixed_classes():
     )
     assert fmt.nbytes(8) == len(golden) == 8 * (4 + 3 + 1 + 1)
     assert bytes(encode(x, fmt).tolist()).hex(" ", 2) == golden.hex(" ", 2)
-    assert np.array_equal(decode(torch.tensor(list(golden), dtype=torch.uint8), fmt, 8), slow_decode(golden, fmt, 8)[0])
+    assert np.array_equal(
+        decode(torch.tensor(list(golden), dtype=torch.uint8), fmt, 8),
+        slow_decode(golden, fmt, 8)[0],
+    )
 
 
 @pytest.mark.parametrize("fmt", ALL, ids=str)
@@ -256,7 +295,12 @@ def test_huge_values_saturate_and_keep_their_sign(fmt, size):
 
 
 def test_float16_saturates_and_raw_channels_are_exact():
-    assert to_float16(torch.tensor([1e9, -1e9, 65504.0, 0.1])).tolist() == [65504, -65504, 65504, 0.0999755859375]
+    assert to_float16(torch.tensor([1e9, -1e9, 65504.0, 0.1])).tolist() == [
+        65504,
+        -65504,
+        65504,
+        0.0999755859375,
+    ]
     bits = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.float16)
     finite = bits[bits.isfinite()][: 63488 // 16 * 16].view(-1, 16)
     assert torch.equal(round_trip(finite, raw16(16)), finite.float())
@@ -273,13 +317,19 @@ def test_clip_narrows_the_range_of_each_head(fmt):
         _, steps, lowest = slow_decode(bytes(packed[head].tolist()), fmt, 24)
         group = 16 // fmt.num_groups
         assert np.array_equal(lowest[:, ::group], low[head].half().float())
-        assert np.array_equal(steps[:, ::group], ((high - low)[head] / (fmt.classes[0][1] - 1)).half().float())
+        assert np.array_equal(
+            steps[:, ::group], ((high - low)[head] / (fmt.classes[0][1] - 1)).half().float()
+        )
     assert torch.equal(packed[1], encode(x[1], fmt))
 
 
-@pytest.mark.parametrize("fmt", [f for f in SCALE if f.classes[0][1] < 64 or f.param_dtype == "fp16"], ids=str)
+@pytest.mark.parametrize(
+    "fmt", [f for f in SCALE if f.classes[0][1] < 64 or f.param_dtype == "fp16"], ids=str
+)
 def test_error_on_gaussian_channels_is_the_one_that_the_search_predicts(fmt):
-    wide = Format(((512, fmt.classes[0][1]),), "scale", fmt.param_dtype)  # so wide that a token's rms is near 1
+    wide = Format(
+        ((512, fmt.classes[0][1]),), "scale", fmt.param_dtype
+    )  # so wide that a token's rms is near 1
     x = gaussian(400, 512, seed=9)
     error = float((round_trip(x, wide) - x).square().mean())
     assert error == pytest.approx(GAUSSIAN_MSE[fmt.classes[0][1]], rel=0.15)
@@ -287,11 +337,15 @@ def test_error_on_gaussian_channels_is_the_one_that_the_search_predicts(fmt):
 
 @pytest.mark.parametrize("fmt", ALL, ids=str)
 def test_layout_of_the_input_does_not_matter(fmt):
-    x = gaussian(fmt.head_dim, 24, 2).permute(2, 1, 0).half()  # [2, 24, head_dim], channels not adjacent
+    x = (
+        gaussian(fmt.head_dim, 24, 2).permute(2, 1, 0).half()
+    )  # [2, 24, head_dim], channels not adjacent
     packed = encode(x, fmt)
     assert torch.equal(packed, encode(x.float().contiguous(), fmt))
     assert torch.equal(packed[0], encode(x[0], fmt))  # pages do not see each other
-    assert torch.equal(decode(packed, fmt, 24)[1], decode(torch.stack((packed[1], packed[0])), fmt, 24)[0])
+    assert torch.equal(
+        decode(packed, fmt, 24)[1], decode(torch.stack((packed[1], packed[0])), fmt, 24)[0]
+    )
     assert torch.equal(decode(packed.T.contiguous().T, fmt, 24), decode(packed, fmt, 24))
 
 

@@ -1,5 +1,5 @@
-"""Attention kernels against plain torch on the same packed bytes: every format, ragged batches, prompts; compiled for a
-GPU."""
+"""Attention kernels against plain torch on the same packed bytes: every format, ragged batches,
+prompts; compiled for a GPU."""
 
 from copy import copy
 
@@ -39,7 +39,9 @@ PAIRS = {
 class Case:
     """Sequences in packed pages and a ring, and what every query should get."""
 
-    def __init__(self, pair, lengths, heads, kv_heads, page, sinks=5, window=24, seed=0, dtype=torch.float32):
+    def __init__(
+        self, pair, lengths, heads, kv_heads, page, sinks=5, window=24, seed=0, dtype=torch.float32
+    ):
         self.key_format, self.value_format = pair
         self.sinks, self.window, self.page, self.lengths = sinks, window, page, lengths
         self.ring = -(-(window + page) // page) * page
@@ -62,9 +64,14 @@ class Case:
             read = [x.float() for x in raw]
             for p in range(count):
                 run = slice(sinks + p * page, sinks + (p + 1) * page)
-                blocks = [encode(raw[i][:, run], (self.key_format, self.value_format)[i]) for i in range(2)]
+                blocks = [
+                    encode(raw[i][:, run], (self.key_format, self.value_format)[i])
+                    for i in range(2)
+                ]
                 for i in range(2):
-                    read[i][:, run] = decode(blocks[i], (self.key_format, self.value_format)[i], page)
+                    read[i][:, run] = decode(
+                        blocks[i], (self.key_format, self.value_format)[i], page
+                    )
                 data = torch.cat([x.flatten() for x in blocks])
                 self.kept.append(data)
                 self.table[b, p] = page_address(data)
@@ -97,7 +104,9 @@ class Case:
     def got(self, softcap=0.0, sliding=0, aux=None, **options):
         dim = self.query.shape[-1]
         queries = prepare_queries(self.query, self.raw_keys.shape[1], dim**-0.5, softcap)
-        out = torch.full((len(self.lengths), 1, self.query.shape[1], dim), float("nan"), device=DEVICE)
+        out = torch.full(
+            (len(self.lengths), 1, self.query.shape[1], dim), float("nan"), device=DEVICE
+        )
         return kernels.attention(
             queries, self.cache(), [(self.key_format, self.value_format)], out.to(self.query.dtype),
             self.regions(self.ring), LogitOptions(softcap, aux, sliding), **options,
@@ -137,7 +146,9 @@ def test_the_number_of_splits_does_not_matter(splits):
 def test_a_rows_bits_do_not_depend_on_its_batch(invariant, monkeypatch):
     """A sequence by itself, and beside a longer one, whose table is wider, and a short one."""
     monkeypatch.setattr(kernels, "FIXED_TILES", 1)
-    monkeypatch.setattr(kernels, "pick_splits", lambda programs, tokens, device: tokens // (256 * programs) + 1)
+    monkeypatch.setattr(
+        kernels, "pick_splits", lambda programs, tokens, device: tokens // (256 * programs) + 1
+    )
     lengths = [420, 5000, 33]  # of 4, 39 and 1 parts
     case = Case(PAIRS["2 bits"], lengths, 2, 1, 32)
     options = {"batch_invariant": invariant}
@@ -168,7 +179,9 @@ def test_soft_cap_and_sink_logits():
 def test_large_queries_and_values_stay_in_range():
     case = Case(PAIRS["2 bits"], [150], 2, 1, 32)
     case.query *= 3e4
-    assert error(case.got(), case.expected()) < 2e-2  # attention of one token, nearly: a rounded query may pick another
+    assert (
+        error(case.got(), case.expected()) < 2e-2
+    )  # attention of one token, nearly: a rounded query may pick another
     case.query *= 1e-9  # equal weights: the output is small beside what is summed
     assert error(case.got(), case.expected()) < 2e-3
 
@@ -189,7 +202,9 @@ def prompt_case(pair, before, chunk, group, kv_heads=2, page=16, sinks=5, window
     total, dim = before + chunk, pair[0].head_dim
     case = Case(pair, [total], group * kv_heads, kv_heads, page, sinks, window)
     raw, read, count = case.rows[0]
-    query = torch.randn(1, group * kv_heads, chunk, dim, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    query = torch.randn(
+        1, group * kv_heads, chunk, dim, generator=torch.Generator().manual_seed(3)
+    ).to(DEVICE)
     packed = packed_tokens(before, sinks, window, page)
     at = torch.arange(total, device=DEVICE)
     limit = sinks + (at[before:] + 1 - sinks - window).clamp_min(0) // page * page
@@ -199,20 +214,28 @@ def prompt_case(pair, before, chunk, group, kv_heads=2, page=16, sinks=5, window
     rows = torch.cat((at[: min(sinks, total)], at[sinks + packed :]))
     raw16s = [x[None, :, rows].contiguous() for x in raw]
     cache = PagedCache(case.table, case.state, *raw16s)
-    prompt = kernels.Prompt(*(torch.tensor([x], dtype=torch.int32, device=DEVICE) for x in (before, packed)))
+    prompt = kernels.Prompt(
+        *(torch.tensor([x], dtype=torch.int32, device=DEVICE) for x in (before, packed))
+    )
     together = (int(limit[0]) - sinks) // page
     return case, query, (at[before:], limit, tiles), cache, prompt, together
 
 
 @pytest.mark.parametrize("name", ["2 bits", "mixed keys", "ternary values", "16 and 8 bits"])
-@pytest.mark.parametrize(("before", "chunk", "group"), [(0, 70, 1), (70, 20, 3), (131, 2, 4), (20, 19, 2)])
+@pytest.mark.parametrize(
+    ("before", "chunk", "group"), [(0, 70, 1), (70, 20, 3), (131, 2, 4), (20, 19, 2)]
+)
 def test_prompts_read_what_token_by_token_reads(name, before, chunk, group):
     pair = PAIRS[name]
     dim = pair[0].head_dim
-    case, query, (positions, limit, tiles), cache, prompt, _ = prompt_case(pair, before, chunk, group)
+    case, query, (positions, limit, tiles), cache, prompt, _ = prompt_case(
+        pair, before, chunk, group
+    )
     want = attend(query[0], positions, limit, tiles, sinks=5, scaling=dim**-0.5)
     out = torch.full((1, chunk, group * 2, dim), float("nan"), device=DEVICE)
-    kernels.attention(prepare_queries(query, 2, dim**-0.5), cache, [pair], out, case.regions(), prompt=prompt)
+    kernels.attention(
+        prepare_queries(query, 2, dim**-0.5), cache, [pair], out, case.regions(), prompt=prompt
+    )
     assert error(out[0].transpose(0, 1), want) < 1e-3
 
 
@@ -229,7 +252,9 @@ def test_prompts_read_all_sinks_however_many_blocks_they_fill(sinks, before, chu
     )
     want = attend(query[0], positions, limit, tiles, sinks=sinks, scaling=dim**-0.5)
     out = torch.full((1, chunk, 4, dim), float("nan"), device=DEVICE)
-    kernels.attention(prepare_queries(query, 2, dim**-0.5), cache, [pair], out, case.regions(), prompt=prompt)
+    kernels.attention(
+        prepare_queries(query, 2, dim**-0.5), cache, [pair], out, case.regions(), prompt=prompt
+    )
     assert error(out[0].transpose(0, 1), want) < 1e-3
 
 
@@ -243,8 +268,8 @@ def test_steps_read_all_sinks_however_many_blocks_they_fill(sinks, length):
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
 @pytest.mark.parametrize("prompt", [False, True])
 def test_compiles_for_a_gpu(prompt):
-    """The interpreter lets through what the compiler refuses. Every kind of plane, in a step or a prompt: a pair takes
-    seconds."""
+    """The interpreter lets through what the compiler refuses. Every kind of plane, in a step or a
+    prompt: a pair takes seconds."""
     import subprocess
     import sys
     from pathlib import Path

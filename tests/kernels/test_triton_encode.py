@@ -1,4 +1,5 @@
-"""The kernels that write pages: bytes of the reference, whatever the format, the rows and what lies around a page."""
+"""The kernels that write pages: bytes of the reference, whatever the format, the rows and what lies
+around a page."""
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ from kvfold.kernels.gpu.records import KeyTransform, PagedCache, PageFormat, Reg
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 POISON = 0xA5
 MIXED = Format(((16, 16), (8, 8), (24, 4), (8, 2), (8, 0)))
-# (keys, values, tokens of a page): every number of levels, kind, parameter type, head size and ternary rest
+# (keys, values, tokens of a page): every number of levels, kind, parameter type, head size and
+# ternary rest
 CASES = [
     (uniform(64, 4), uniform(64, 16, "e4m3", 16), 16),
     (MIXED, uniform(64, 3), 32),
@@ -43,7 +45,9 @@ class Pages:
 
     def __init__(self, count: int, nbytes: int) -> None:
         self.nbytes = nbytes
-        self.room = torch.full((count, (nbytes + 15) // 16 * 16 + 64), POISON, dtype=torch.uint8, device=DEVICE)
+        self.room = torch.full(
+            (count, (nbytes + 15) // 16 * 16 + 64), POISON, dtype=torch.uint8, device=DEVICE
+        )
         starts = [-(row.data_ptr() + 16) % 16 + 16 for row in self.room]
         self.pages = [row[at : at + nbytes] for row, at in zip(self.room, starts, strict=True)]
 
@@ -75,20 +79,28 @@ def reference(k, v, formats, clips) -> torch.Tensor:
     """The bytes of one page of float rows [Hkv, P, D]."""
     parts = []
     for x, fmt, clip in zip((k, v), formats, clips, strict=True):
-        factor = None if clip is None or fmt.params != "scale_min" else clip.cpu().reshape(len(x), 1, -1)
+        factor = (
+            None if clip is None or fmt.params != "scale_min" else clip.cpu().reshape(len(x), 1, -1)
+        )
         parts.append(encode(x.cpu(), fmt, factor).flatten())
     return torch.cat(parts)
 
 
-def assert_page(page: torch.Tensor, expected: torch.Tensor, formats, heads: int, tokens: int) -> None:
-    """Equal bytes. A root mean square may be summed in another order and then, where it lies between two numbers of its
-    type, be rounded the other way: one token in a hundred may, in "scale" formats, with every value within a step. The
-    minimum of −0 and 0 has the sign of the one that was looked at first."""
+def assert_page(
+    page: torch.Tensor, expected: torch.Tensor, formats, heads: int, tokens: int
+) -> None:
+    """Equal bytes. A root mean square may be summed in another order and then, where it lies
+    between two numbers of its type, be rounded the other way: one token in a hundred may, in
+    "scale" formats, with every value within a step. The minimum of −0 and 0 has the sign of the one
+    that was looked at first."""
     page = page.cpu()
     start = 0
     for fmt in formats:
         size = heads * fmt.nbytes(tokens)
-        got, want = page[start : start + size].view(heads, -1), expected[start : start + size].view(heads, -1)
+        got, want = (
+            page[start : start + size].view(heads, -1),
+            expected[start : start + size].view(heads, -1),
+        )
         start += size
         if fmt.params != "scale":
             codes = fmt.nbytes(tokens) - tokens * fmt.num_params * fmt.param_nbytes
@@ -122,10 +134,20 @@ def test_e4m3_is_rounded_to_nearest_even():
     every = every[every.isfinite()]
     ties = (every[:-1] + every[1:]) / 2
     x = torch.cat(
-        (x, every, ties, ties * (1 + 2**-23), ties * (1 - 2**-23), torch.tensor([1e-30, -1e-42, 3e38, 464.0]))
+        (
+            x,
+            every,
+            ties,
+            ties * (1 + 2**-23),
+            ties * (1 - 2**-23),
+            torch.tensor([1e-30, -1e-42, 3e38, 464.0]),
+        )
     )
     x = x.to(DEVICE)
-    out, back = torch.zeros(len(x), dtype=torch.uint8, device=DEVICE), torch.zeros(len(x), device=DEVICE)
+    out, back = (
+        torch.zeros(len(x), dtype=torch.uint8, device=DEVICE),
+        torch.zeros(len(x), device=DEVICE),
+    )
     _round_kernel[(triton.cdiv(len(x), 4096),)](x, out, back, len(x), BLOCK=4096)
     expected = x.clamp(-448, 448).cpu().to(torch.float8_e4m3fn)
     assert torch.equal(out.cpu(), expected.view(torch.uint8))
@@ -136,7 +158,10 @@ def test_e4m3_is_rounded_to_nearest_even():
 def test_pages_equal_the_reference(key_format, value_format, tokens):
     heads, formats = 2, (key_format, value_format)
     k, v = (rows_of(2, heads, 2 * tokens + 5, key_format.head_dim, seed) for seed in (0, 1))
-    clips = [torch.rand(heads, 1) * 0.3 + 0.7, torch.rand(heads, value_format.num_groups) * 0.3 + 0.7]
+    clips = [
+        torch.rand(heads, 1) * 0.3 + 0.7,
+        torch.rand(heads, value_format.num_groups) * 0.3 + 0.7,
+    ]
     pages = Pages(3, heads * (key_format.nbytes(tokens) + value_format.nbytes(tokens)))
     sequences, first = [1, 0, 1], [0, tokens - 3, tokens + 5]
     encode_pages(
@@ -157,7 +182,10 @@ def test_pages_equal_the_reference(key_format, value_format, tokens):
 def test_pages_of_a_ring_wrap_around():
     sinks, ring, tokens, formats = 3, 21, 16, (uniform(16, 4), raw16(16))
     history = [rows_of(1, 1, 64, 16, seed) for seed in (0, 1)]
-    rows = [torch.full((1, 1, sinks + ring, 16), float("nan"), dtype=torch.float16, device=DEVICE) for _ in history]
+    rows = [
+        torch.full((1, 1, sinks + ring, 16), float("nan"), dtype=torch.float16, device=DEVICE)
+        for _ in history
+    ]
     for x, raw in zip(history, rows, strict=True):
         for t in range(40):
             raw[:, :, t if t < sinks else sinks + (t - sinks) % ring] = x[:, :, t]
@@ -180,7 +208,11 @@ LOWER = [
     (uniform(96, 16), uniform(96, 4, "e4m3", 48), 16),
     (uniform(64, 16, "fp16", 32), MIXED, 16),
     (uniform(48, 8), uniform(48, 3), 8),
-    (Format(((8, 64), (32, 32), (16, 16), (8, 0))), Format(((32, 4), (16, 2), (16, 0)), "scale", "fp16"), 16),
+    (
+        Format(((8, 64), (32, 32), (16, 16), (8, 0))),
+        Format(((32, 4), (16, 2), (16, 0)), "scale", "fp16"),
+        16,
+    ),
     (Format(((80, 3),)), uniform(80, 2), 16),
     (uniform(128, 3, "fp16", 32), uniform(128, 2, "fp16", 64), 8),
     (uniform(32, 3), raw16(32), 32),
@@ -192,7 +224,9 @@ def test_lowered_pages_equal_the_reference(old, new, tokens):
     heads, other = 2, raw16(old.head_dim)
     k, v = (rows_of(1, heads, tokens, old.head_dim, seed)[0].cpu() for seed in (2, 3))
     before, after = (old, other), (new, other)
-    sources, pages = (Pages(2, heads * sum(f.nbytes(tokens) for f in pair)) for pair in (before, after))
+    sources, pages = (
+        Pages(2, heads * sum(f.nbytes(tokens) for f in pair)) for pair in (before, after)
+    )
     clip = (torch.rand(heads) * 0.3 + 0.7).to(DEVICE)
     for source, sign in zip(sources.pages, (1, -1), strict=True):
         source.copy_(reference(sign * k, sign * v, before, (None, None)))
@@ -215,13 +249,24 @@ def test_lowered_pages_equal_the_reference(old, new, tokens):
 # (sinks, window, tokens of a page, room beyond the least, head_dim, formats, with a matrix, dtype)
 STEPS = [
     (3, 5, 8, 0, 16, (uniform(16, 4), uniform(16, 3)), True, torch.bfloat16),
-    (0, 0, 8, 3, 24, (Format(((16, 4), (8, 2)), "scale", "fp16"), uniform(24, 16)), False, torch.float32),
+    (
+        0,
+        0,
+        8,
+        3,
+        24,
+        (Format(((16, 4), (8, 2)), "scale", "fp16"), uniform(24, 16)),
+        False,
+        torch.float32,
+    ),
     (1, 0, 16, 0, 80, (uniform(80, 4), uniform(80, 4, "e4m3", 16)), True, torch.float16),
     (2, 7, 16, 1, 32, (raw16(32), raw16(32)), True, torch.bfloat16),
 ]
 
 
-@pytest.mark.parametrize(("sinks", "window", "size", "extra", "dim", "formats", "matrix", "dtype"), STEPS)
+@pytest.mark.parametrize(
+    ("sinks", "window", "size", "extra", "dim", "formats", "matrix", "dtype"), STEPS
+)
 def test_steps_equal_the_reference(sinks, window, size, extra, dim, formats, matrix, dtype):
     batch, heads, group, steps = 2, 2, 3, 2 * size + window + 3
     ring = window + size + extra
@@ -232,7 +277,10 @@ def test_steps_equal_the_reference(sinks, window, size, extra, dim, formats, mat
     inverse = None if spec.query_matrix is None else spec.query_matrix.contiguous()
     clip = (torch.rand(heads, formats[1].num_groups) * 0.2 + 0.8).to(DEVICE)
     raw = [
-        torch.full((batch, heads, sinks + ring, dim), float("nan"), dtype=torch.float16, device=DEVICE) for _ in "kv"
+        torch.full(
+            (batch, heads, sinks + ring, dim), float("nan"), dtype=torch.float16, device=DEVICE
+        )
+        for _ in "kv"
     ]
     pages = Pages(batch * 3, heads * sum(f.nbytes(size) for f in formats))
     table = pages.addresses().view(batch, 3)
@@ -248,7 +296,9 @@ def test_steps_equal_the_reference(sinks, window, size, extra, dim, formats, mat
     state[1] = torch.tensor([ahead, max(0, ahead - sinks - window) // size], dtype=torch.int32)
     written = 0
     for step in range(steps):
-        k, v, q = (torch.randn(batch, n, 1, dim).to(DEVICE, dtype) for n in (heads, heads, heads * group))
+        k, v, q = (
+            torch.randn(batch, n, 1, dim).to(DEVICE, dtype) for n in (heads, heads, heads * group)
+        )
         if step == 4:
             v[0, 0, 0, 1] = 60000
             k[1, 1, 0, 2] = 65504 if dtype == torch.float16 else 3e6
@@ -264,7 +314,9 @@ def test_steps_equal_the_reference(sinks, window, size, extra, dim, formats, mat
             row = t if t < sinks else sinks + (t - sinks) % ring
             got = raw[0][b, :, row]
             if matrix:
-                torch.testing.assert_close(got.float(), to_float16(z[b, :, 0]).float(), rtol=2e-3, atol=2e-4)
+                torch.testing.assert_close(
+                    got.float(), to_float16(z[b, :, 0]).float(), rtol=2e-3, atol=2e-4
+                )
             else:
                 assert torch.equal(got, to_float16(z[b, :, 0]))
             assert torch.equal(raw[1][b, :, row], saved[b, :, 0])
@@ -283,8 +335,14 @@ def test_steps_equal_the_reference(sinks, window, size, extra, dim, formats, mat
         assert torch.equal(pages.room, before)  # no other page
         wanted = prepare_queries(spec.apply_query(q), heads, 0.3)
         torch.testing.assert_close(queries.scale, wanted.scale, rtol=1e-6, atol=0)
-        torch.testing.assert_close(queries.data.float(), wanted.data.float(), rtol=1e-3, atol=2e-3 if matrix else 0)
-        assert (queries.columns, queries.group, queries.tokens) == (wanted.columns, wanted.group, wanted.tokens)
+        torch.testing.assert_close(
+            queries.data.float(), wanted.data.float(), rtol=1e-3, atol=2e-3 if matrix else 0
+        )
+        assert (queries.columns, queries.group, queries.tokens) == (
+            wanted.columns,
+            wanted.group,
+            wanted.tokens,
+        )
     assert written >= 4
     assert pages.untouched()
 
@@ -301,10 +359,24 @@ def test_what_cannot_be_packed_is_refused():
     with pytest.raises(KvfoldError, match="page_tokens=24"):
         lower_pages(one.long(), one.long(), fmt, fmt, num_kv_heads=2, page_tokens=24)
     with pytest.raises(KvfoldError, match="head_dim 32 and 16"):
-        lower_pages(one.long(), one.long(), fmt, fmt._replace(value=raw16(32)), num_kv_heads=2, page_tokens=16)
+        lower_pages(
+            one.long(),
+            one.long(),
+            fmt,
+            fmt._replace(value=raw16(32)),
+            num_kv_heads=2,
+            page_tokens=16,
+        )
     queries = empty_queries(1, 2, 2, 16, DEVICE)
     state = torch.zeros(1, 2, dtype=torch.int32, device=DEVICE)
-    step = (x[:, :, :1], x[:, :, :1], x[:, :, :1], PagedCache(one.long()[None], state, x, x), queries, [fmt])
+    step = (
+        x[:, :, :1],
+        x[:, :, :1],
+        x[:, :, :1],
+        PagedCache(one.long()[None], state, x, x),
+        queries,
+        [fmt],
+    )
     with pytest.raises(KvfoldError, match=r"torch.int64 \(1,\); give contiguous int32"):
         append_step(*step, Regions(0, 0, 16), scaling=1.0, rungs=one.long())
     with pytest.raises(KvfoldError, match="ring"):

@@ -1,5 +1,5 @@
-"""NaN and infinity in a decoding step by kernels: marked on the device, reported by the host before they reach a
-page."""
+"""NaN and infinity in a decoding step by kernels: marked on the device, reported by the host before
+they reach a page."""
 
 import pytest
 import torch
@@ -18,16 +18,21 @@ from kvfold.runtime.backends.triton import TRITON
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS, DIM = 1, 16
 GEOMETRY = Geometry(HEADS, DIM, sinks=3, window=5, page_tokens=16)
-MATRIX = torch.eye(DIM) + 0.2 * torch.randn(HEADS, DIM, DIM, generator=torch.Generator().manual_seed(3))
+MATRIX = torch.eye(DIM) + 0.2 * torch.randn(
+    HEADS, DIM, DIM, generator=torch.Generator().manual_seed(3)
+)
 SPECS = [
-    LayerSpec(KeySpec(uniform(DIM, 16), (), MATRIX, torch.ones(HEADS, DIM)), ValueSpec(uniform(DIM, 4))),
+    LayerSpec(
+        KeySpec(uniform(DIM, 16), (), MATRIX, torch.ones(HEADS, DIM)), ValueSpec(uniform(DIM, 4))
+    ),
     LayerSpec(KeySpec(Format(((8, 16), (8, 4)))), ValueSpec(raw16(DIM))),
 ]
 NAN, INF = float("nan"), float("inf")
 
 
 class Feed:
-    """A cache fed with random keys and values, the same for each seed; `bad` changes them before they go in."""
+    """A cache fed with random keys and values, the same for each seed; `bad` changes them before
+    they go in."""
 
     def __init__(self, geometry=GEOMETRY, pads=(0,), specs=SPECS, seed=0, **options):
         self.cache = QuantizedKVCache(specs, geometry, backend=TRITON, **options)
@@ -39,7 +44,9 @@ class Feed:
         mask = torch.arange(cache.get_seq_length() + tokens) >= torch.tensor(self.pads)[:, None]
         cache.note_padding(mask.long(), rows)
         for i in range(len(cache.layers)):
-            q, *states = (torch.randn(rows, HEADS, tokens, DIM, generator=self.generator) for _ in "qkv")
+            q, *states = (
+                torch.randn(rows, HEADS, tokens, DIM, generator=self.generator) for _ in "qkv"
+            )
             if bad is not None and i == bad[0]:
                 _, name, sequence, number = bad
                 states[name == "value"][sequence, 0, -1, 7] = number
@@ -51,7 +58,11 @@ class Feed:
     def steps_to_a_page(self):
         """1 if the next step brings one."""
         lengths = self.cache.layers[0].lengths()
-        return next(i for i in range(1, 99) if any(GEOMETRY.num_pages(n + i) > GEOMETRY.num_pages(n) for n in lengths))
+        return next(
+            i
+            for i in range(1, 99)
+            if any(GEOMETRY.num_pages(n + i) > GEOMETRY.num_pages(n) for n in lengths)
+        )
 
     def until_a_page_is_due(self):
         """Steps up to the one before."""
@@ -63,13 +74,20 @@ def same(one, other):
     """Whether two caches hold the same tokens, to the bit."""
     for a, b in zip(one.layers, other.layers, strict=True):
         assert (
-            a.lengths() == b.lengths() and a.table.state.tolist() == b.table.state.tolist() and a.columns == b.columns
+            a.lengths() == b.lengths()
+            and a.table.state.tolist() == b.table.state.tolist()
+            and a.columns == b.columns
         )
         for s, length in enumerate(a.lengths()):
             pages = [[layer.table.pool.page(i) for i in layer.table.pages()[s]] for layer in (a, b)]
-            assert len(pages[0]) == len(pages[1]) and all(torch.equal(x, y) for x, y in zip(*pages, strict=True))
+            assert len(pages[0]) == len(pages[1]) and all(
+                torch.equal(x, y) for x, y in zip(*pages, strict=True)
+            )
             first = max(GEOMETRY.sinks, a.geometry.sinks + len(pages[0]) * a.geometry.page_tokens)
-            slots = [torch.cat((x.window.slots(0, min(3, length)), x.window.slots(first, length))) for x in (a, b)]
+            slots = [
+                torch.cat((x.window.slots(0, min(3, length)), x.window.slots(first, length)))
+                for x in (a, b)
+            ]
             assert torch.equal(a.window.keys[s][:, slots[0]], b.window.keys[s][:, slots[1]])
             assert torch.equal(a.window.values[s][:, slots[0]], b.window.values[s][:, slots[1]])
     return True
@@ -114,7 +132,9 @@ def test_the_earliest_column_is_the_one_reported():
     feed(1, (1, "value", 0, NAN))
     feed(1, (0, "key", 1, INF))
     feed(1, (0, "key", 0, INF))
-    with pytest.raises(FloatingPointError, match=r"Layer 1 computed a value .* at position 25 of sequence 0"):
+    with pytest.raises(
+        FloatingPointError, match=r"Layer 1 computed a value .* at position 25 of sequence 0"
+    ):
         feed(2)  # a chunk looks as well
     assert feed.cache.get_seq_length() == 25
     feed(40)
@@ -128,7 +148,9 @@ def test_without_a_window_it_is_reported_in_the_next_step():
         one(18)
     feed(1, (0, "value", 0, INF))  # the last row of a page
     assert len(feed.cache.layers[0].table.pages()[0]) == 1
-    with pytest.raises(FloatingPointError, match=r"Layer 0 computed a value .* at position 18 of sequence 0"):
+    with pytest.raises(
+        FloatingPointError, match=r"Layer 0 computed a value .* at position 18 of sequence 0"
+    ):
         feed(1)
     assert same(feed.cache, twin.cache)
 
@@ -148,7 +170,9 @@ def test_what_a_crop_takes_away_is_not_reported():
     feed(1, (1, "key", 0, NAN))
     feed(1)
     feed.cache.crop(-1)  # what is left has it still
-    with pytest.raises(FloatingPointError, match=r"Layer 1 computed a key .* at position 40 of sequence 0"):
+    with pytest.raises(
+        FloatingPointError, match=r"Layer 1 computed a key .* at position 40 of sequence 0"
+    ):
         feed(40)
 
 
@@ -166,7 +190,9 @@ def test_no_other_way_leads_past_the_look(way, tmp_path):
         "fork": lambda cache: cache.fork(2),
         "save": lambda cache: cache.save(tmp_path / "cache.kv"),
     }
-    with pytest.raises(FloatingPointError, match=r"Layer 0 computed a key .* at position 30 of sequence 1"):
+    with pytest.raises(
+        FloatingPointError, match=r"Layer 0 computed a key .* at position 30 of sequence 1"
+    ):
         calls[way](feed.cache)
     assert feed.cache.get_seq_length() == 30 and not list(tmp_path.iterdir())
     calls[way](feed.cache)  # now there is nothing to report
@@ -194,7 +220,9 @@ def test_a_sliding_window_may_forbid_to_go_back():
     feed(1), feed(1)  # tokens 3 … 18 have passed
     assert feed.cache.layers[1].table.sequences[0].passed == 1
     for _ in range(2):
-        with pytest.raises(FloatingPointError, match=r"at position 40 of sequence 0; a sliding window .* reset\(\)"):
+        with pytest.raises(
+            FloatingPointError, match=r"at position 40 of sequence 0; a sliding window .* reset\(\)"
+        ):
             feed(16)
     feed.cache.reset()
     feed(54), feed(1)

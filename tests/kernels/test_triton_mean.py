@@ -1,4 +1,5 @@
-"""The rotating mean in the kernels against the plain-torch reference: prompts, steps, chunks, every size of page."""
+"""The rotating mean in the kernels against the plain-torch reference: prompts, steps, chunks, every
+size of page."""
 
 import pytest
 import torch
@@ -46,12 +47,15 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_kernels_add_what_keys_lack(case):
-    """A ragged batch of two: a prompt, steps in which pages come due, a chunk, a step; logits of a hundred and more."""
+    """A ragged batch of two: a prompt, steps in which pages come due, a chunk, a step; logits of a
+    hundred and more."""
     dim, rotated, geometry, softcap, sink = CASES[case]
     pairs = case.split()[0] if "pairs" in case else "halves"
     spec = spec_of(dim, rotated, 6.0, pairs)
     generator = torch.Generator().manual_seed(1)
-    caches = [QuantizedKVCache([spec], geometry, backend=backend_of(triton)) for triton in (False, True)]
+    caches = [
+        QuantizedKVCache([spec], geometry, backend=backend_of(triton)) for triton in (False, True)
+    ]
     mask = torch.ones(2, 400)
     mask[1, :7] = 0
     logits = torch.linspace(-1, 2, GROUP * HEADS) if sink else None
@@ -73,7 +77,11 @@ def test_kernels_add_what_keys_lack(case):
             view, _ = cache.update(keys.to(DEVICE), values.to(DEVICE), 0)
             aux = None if logits is None else logits.to(DEVICE)
             outs.append(
-                view.attend(query.to(DEVICE), 0.3, visible.to(DEVICE), softcap or None, aux, sliding).float().cpu()
+                view.attend(
+                    query.to(DEVICE), 0.3, visible.to(DEVICE), softcap or None, aux, sliding
+                )
+                .float()
+                .cpu()
             )
         kept = mask[:, start:end].bool()
         got, expected = (out.transpose(1, 2)[kept] for out in (outs[1], outs[0]))

@@ -1,5 +1,5 @@
-"""A whole model with `attention="triton"` against the plain-torch reference, under the interpreter where there is no
-GPU."""
+"""A whole model with `attention="triton"` against the plain-torch reference, under the interpreter
+where there is no GPU."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -25,7 +25,12 @@ pytest.importorskip("triton")
 from kvfold.runtime.backends import triton as runtime_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = {**SHAPE, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}  # the interpreter is slow
+SMALL = {
+    **SHAPE,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}  # the interpreter is slow
 TEXTS = ["of it", "the cache of a long sequence holds keys and values for it"]
 
 
@@ -37,9 +42,14 @@ def models(tmp_path_factory, text_file):
         patch.setitem(CONFIGS, "llama", lambda: LlamaConfig(**SMALL))
         source = save_tiny(folder / "model")
     recipe = load_recipe(folder / "recipe.yaml")
-    path = compress(str(source), "9.0", folder / "artifact", calib=str(text_file), recipe=recipe).path
+    path = compress(
+        str(source), "9.0", folder / "artifact", calib=str(text_file), recipe=recipe
+    ).path
     names = ("reference", "triton")
-    return [runtime.load_pretrained(path, device=DEVICE, dtype=torch.float32, attention=name) for name in names]
+    return [
+        runtime.load_pretrained(path, device=DEVICE, dtype=torch.float32, attention=name)
+        for name in names
+    ]
 
 
 def batch_of(texts):
@@ -54,12 +64,16 @@ def error(got, expected):
 
 @torch.no_grad()
 def test_logits_are_the_references(models):
-    """A prompt, steps, a chunk, a step: pages come due at 43, 59 and 75 tokens, in a step, the chunk and a step."""
+    """A prompt, steps, a chunk, a step: pages come due at 43, 59 and 75 tokens, in a step, the
+    chunk and a step."""
     assert [model.kv_triton for model in models] == [False, True]
     ids = batch_of([TEXTS[1] * 2]).input_ids
     caches, start = [None, None], 0
     for end in (40, 41, 42, 43, 44, 73, 74, 75):
-        outs = [model(ids[:, start:end], past_key_values=cache) for model, cache in zip(models, caches, strict=True)]
+        outs = [
+            model(ids[:, start:end], past_key_values=cache)
+            for model, cache in zip(models, caches, strict=True)
+        ]
         caches, start = [out.past_key_values for out in outs], end
         assert error(outs[1].logits, outs[0].logits) < 1e-2
         assert caches[0].nbytes == caches[1].nbytes
@@ -75,10 +89,18 @@ def test_more_sinks_than_a_block_of_rows_has(models):
     outs = []
     for model in models:
         geometry = replace(model.kv_artifact.geometry, sinks=40)
-        cache = QuantizedKVCache(model.kv_artifact.specs, geometry, backend=backend_of(model.kv_triton))
+        cache = QuantizedKVCache(
+            model.kv_artifact.specs, geometry, backend=backend_of(model.kv_triton)
+        )
         cut = batch.input_ids.shape[1] - 1
-        first = model(batch.input_ids[:, :cut], attention_mask=batch.attention_mask[:, :cut], past_key_values=cache)
-        last = model(batch.input_ids[:, cut:], attention_mask=batch.attention_mask, past_key_values=cache)
+        first = model(
+            batch.input_ids[:, :cut],
+            attention_mask=batch.attention_mask[:, :cut],
+            past_key_values=cache,
+        )
+        last = model(
+            batch.input_ids[:, cut:], attention_mask=batch.attention_mask, past_key_values=cache
+        )
         outs.append((first.logits * batch.attention_mask[:, :cut, None], last.logits))
     for one, other in zip(*outs, strict=True):
         assert error(other, one) < 1e-2
@@ -86,17 +108,21 @@ def test_more_sinks_than_a_block_of_rows_has(models):
 
 @torch.no_grad()
 def test_a_prompt_whose_queries_read_pages_together(models, monkeypatch):
-    """In chunks of queries, of a padded batch: the second ones read pages that the same call packed."""
+    """In chunks of queries, of a padded batch: the second ones read pages that the same call
+    packed."""
     monkeypatch.setattr(runtime_triton, "QUERY_CHUNK", 48)
     monkeypatch.setattr(runtime_triton, "LEAST_PACKED", 16)
     monkeypatch.setattr(runtime_triton, "LEAST_ROWS", 64)
     seen = []
     real = runtime_triton.page_runs
-    monkeypatch.setattr(runtime_triton, "page_runs", lambda *args: seen.append(real(*args)) or seen[-1])
+    monkeypatch.setattr(
+        runtime_triton, "page_runs", lambda *args: seen.append(real(*args)) or seen[-1]
+    )
     batch = batch_of([TEXTS[1] + TEXTS[0], TEXTS[1] * 2])
     logits = [model(**batch).logits[batch.attention_mask.bool()] for model in models]
     assert error(logits[1], logits[0]) < 1e-2
-    # of each row's chunks, in two layers: from query 48 on a page is packed, if there are 32 queries or more
+    # of each row's chunks, in two layers: from query 48 on a page is packed, if there are 32
+    # queries or more
     assert [[run.end for run in runs] for runs in seen] == [[], [], [], [1], []] * 2
 
 
@@ -104,17 +130,29 @@ def test_a_prompt_whose_queries_read_pages_together(models, monkeypatch):
 def test_pages_of_several_rungs_are_the_references(models, tmp_path):
     """A prompt, steps and a chunk under a budget that lowers pages on the way."""
     path = models[0].kv_artifact.path
-    options = {"device": DEVICE, "dtype": torch.float32, "policy": "progressive", "kv_budget": 21_000}
-    pair = [runtime.load_pretrained(path, attention=name, **options) for name in ("reference", "triton")]
+    options = {
+        "device": DEVICE,
+        "dtype": torch.float32,
+        "policy": "progressive",
+        "kv_budget": 21_000,
+    }
+    pair = [
+        runtime.load_pretrained(path, attention=name, **options) for name in ("reference", "triton")
+    ]
     assert [model.kv_triton for model in pair] == [False, True]
     ids = batch_of([TEXTS[1] * 3]).input_ids
     caches, start, seen = [None, None], 0, set()
     for end in (74, 75, 76, 91, 92, 107, 108, 123, 124):
-        outs = [model(ids[:, start:end], past_key_values=cache) for model, cache in zip(pair, caches, strict=True)]
+        outs = [
+            model(ids[:, start:end], past_key_values=cache)
+            for model, cache in zip(pair, caches, strict=True)
+        ]
         caches, start = [out.past_key_values for out in outs], end
         assert error(outs[1].logits, outs[0].logits) < 1e-2
         assert caches[0].nbytes == caches[1].nbytes <= 21_000
-        assert [x.table.pool.counts for x in caches[0].layers] == [x.table.pool.counts for x in caches[1].layers]
+        assert [x.table.pool.counts for x in caches[0].layers] == [
+            x.table.pool.counts for x in caches[1].layers
+        ]
         seen |= {tuple(layer.table.pool.counts) for layer in caches[1].layers}
     assert any(sum(count > 0 for count in counts) > 1 for counts in seen)
 
@@ -161,7 +199,8 @@ def offset_specs(heads, dim):
     offset = torch.randn(heads, dim, generator=generator)
     matrix = torch.eye(dim) + 0.2 * torch.randn(heads, dim, dim, generator=generator)
     keys = [
-        KeySpec(Format(((dim, 256),), "scale", "fp16"), ("offset",), m, offset) for m in (None, matrix.contiguous())
+        KeySpec(Format(((dim, 256),), "scale", "fp16"), ("offset",), m, offset)
+        for m in (None, matrix.contiguous())
     ]
     return [LayerSpec(key, ValueSpec(uniform(dim, 256, "fp16"))) for key in keys]
 
@@ -169,8 +208,8 @@ def offset_specs(heads, dim):
 @torch.no_grad()
 @pytest.mark.parametrize("family", BENT)
 def test_models_that_bend_their_logits(family, monkeypatch):
-    """A soft-cap and sink logits see what an offset takes off the keys: prompt, chunk and steps, a padded row,
-    windows."""
+    """A soft-cap and sink logits see what an offset takes off the keys: prompt, chunk and steps, a
+    padded row, windows."""
     monkeypatch.setitem(CONFIGS, family, lambda: BENT[family])
     model = tiny_model(family).to(DEVICE)
     model.set_attn_implementation(NAME)
@@ -188,7 +227,11 @@ def test_models_that_bend_their_logits(family, monkeypatch):
         for part in (slice(0, 70), slice(70, 75), *(slice(t, t + 1) for t in range(75, 83))):
             seen = mask[:, : part.stop]
             cache.note_padding(seen, 2)
-            inputs = {"attention_mask": seen, "position_ids": positions[:, part], "past_key_values": cache}
+            inputs = {
+                "attention_mask": seen,
+                "position_ids": positions[:, part],
+                "past_key_values": cache,
+            }
             parts.append(model(ids[:, part], **inputs).logits)
         outs.append(torch.cat(parts, 1)[mask.bool()])
         assert cache.layers[0].lengths() == [83, 76]
@@ -208,7 +251,9 @@ def test_batch_invariance_reaches_the_kernels(models, monkeypatch):
         return real(*args, **kwargs)
 
     path = models[1].kv_artifact.path
-    model = runtime.load_pretrained(path, device=DEVICE, dtype=torch.float32, attention="triton", batch_invariant=True)
+    model = runtime.load_pretrained(
+        path, device=DEVICE, dtype=torch.float32, attention="triton", batch_invariant=True
+    )
     monkeypatch.setattr(runtime_triton, "attention", spy)
     ids = batch_of(TEXTS[1:]).input_ids
     cache = model(ids[:, :50]).past_key_values  # prompts are run a sequence at a time

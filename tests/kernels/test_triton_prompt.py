@@ -1,4 +1,5 @@
-"""Pages that all queries of a prompt read together: decoding by kernel, and the same attention as token by token."""
+"""Pages that all queries of a prompt read together: decoding by kernel, and the same attention as
+token by token."""
 
 from dataclasses import replace
 
@@ -24,21 +25,29 @@ def pages_of(pair, count, heads, page, seed=0):
     rng = torch.Generator().manual_seed(seed)
     data, read = [], ([], [])
     for _ in range(count):
-        blocks = [encode(torch.randn(heads, page, f.head_dim, generator=rng).half().to(DEVICE), f) for f in pair]
+        blocks = [
+            encode(torch.randn(heads, page, f.head_dim, generator=rng).half().to(DEVICE), f)
+            for f in pair
+        ]
         for side, block, fmt in zip(read, blocks, pair, strict=True):
             side.append(decode(block, fmt, page))
         data.append(torch.cat([x.flatten() for x in blocks]))
     return data, tuple(torch.cat(side, 1) for side in read)
 
 
-@pytest.mark.parametrize(("name", "page"), [*((name, 32) for name in PAIRS), ("mixed both", 8), ("ternary 96", 128)])
+@pytest.mark.parametrize(
+    ("name", "page"), [*((name, 32) for name in PAIRS), ("mixed both", 8), ("ternary 96", 128)]
+)
 def test_pages_decode_to_what_the_reference_reads(name, page):
     heads, dim = 2, PAIRS[name][0].head_dim
     data, (keys, values) = pages_of(PAIRS[name], 2, heads, page)
     pages = torch.tensor([page_address(x) for x in reversed(data)], device=DEVICE)
     order = torch.arange(2 * page, device=DEVICE).view(2, page).flip(0).flatten()
     factors = torch.tensor([0.25, 64.0], device=DEVICE)
-    got = [torch.full((heads, 2 * page, dim), torch.nan, dtype=torch.float16, device=DEVICE) for _ in range(2)]
+    got = [
+        torch.full((heads, 2 * page, dim), torch.nan, dtype=torch.float16, device=DEVICE)
+        for _ in range(2)
+    ]
     decode_pages(pages, *PAIRS[name], factors, *got, page)
     wanted = ((keys * factors[:, None, None])[:, order], values[:, order])
     for found, want in zip(got, wanted, strict=True):
@@ -55,10 +64,14 @@ def test_pages_decode_to_what_the_reference_reads(name, page):
         ("4 and 5 bits, 96", 80, 20, 3, False),
     ],
 )
-def test_reading_pages_together_changes_nothing(name, before, chunk, group, sink_logits, monkeypatch):
+def test_reading_pages_together_changes_nothing(
+    name, before, chunk, group, sink_logits, monkeypatch
+):
     pair = PAIRS[name]
     dim = pair[0].head_dim
-    case, query, (positions, limit, tiles), cache, prompt, together = prompt_case(pair, before, chunk, group)
+    case, query, (positions, limit, tiles), cache, prompt, together = prompt_case(
+        pair, before, chunk, group
+    )
     assert together > 1
     monkeypatch.setattr(triton_prompt, "SCRATCH_NBYTES", 4 * 2 * dim * 32)  # two pages at a time
     aux = torch.linspace(-3, 3, group * 2, device=DEVICE) if sink_logits else None
@@ -73,10 +86,13 @@ def test_reading_pages_together_changes_nothing(name, before, chunk, group, sink
 
 
 def test_runs_of_several_formats_are_read_together():
-    """Two rungs, the second in 16 bits; all of the first and part of the second are read together."""
+    """Two rungs, the second in 16 bits; all of the first and part of the second are read
+    together."""
     dim, page, sinks = 64, 16, 5
     pairs = [PAIRS["mixed keys"], (raw16(dim), uniform(dim, 256, "fp16"))]
-    case, query, (positions, limit, tiles), cache, prompt, together = prompt_case(pairs[0], 150, 18, 2)
+    case, query, (positions, limit, tiles), cache, prompt, together = prompt_case(
+        pairs[0], 150, 18, 2
+    )
     count = case.rows[0][2]
     data, read = pages_of(pairs[1], count - 4, 2, page, seed=9)
     for i, block in enumerate(data):
@@ -88,7 +104,10 @@ def test_runs_of_several_formats_are_read_together():
     segments = torch.tensor([[0, 4, count]], dtype=torch.int32, device=DEVICE)
     assert together > 6
     for end in (2, 6):
-        runs = [PageRun(*pairs[0], 0, min(end, 4)), *([PageRun(*pairs[1], 4, end)] if end > 4 else [])]
+        runs = [
+            PageRun(*pairs[0], 0, min(end, 4)),
+            *([PageRun(*pairs[1], 4, end)] if end > 4 else []),
+        ]
         out = torch.full((1, 18, 4, dim), float("nan"), device=DEVICE)
         kernels.attention(
             prepare_queries(query, 2, dim**-0.5), cache._replace(segments=segments), pairs, out, case.regions(),

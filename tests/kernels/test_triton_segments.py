@@ -1,5 +1,5 @@
-"""Pages of different formats in one call: the kernels against plain torch on the same bytes, from 16 bits down to the
-floor."""
+"""Pages of different formats in one call: the kernels against plain torch on the same bytes, from
+16 bits down to the floor."""
 
 import subprocess
 import sys
@@ -32,7 +32,11 @@ HALF = (uniform(64, 16), uniform(64, 16))
 LADDERS = {
     "four rungs": [(MIX, uniform(64, 3)), HALF, BYTE, RAW],
     "two rungs": [(uniform(64, 4), uniform(64, 4)), RAW],
-    "classes above classes": [(MIX, uniform(64, 4)), (Format(((40, 256), (24, 16))), uniform(64, 16, "e4m3", 32)), RAW],
+    "classes above classes": [
+        (MIX, uniform(64, 4)),
+        (Format(((40, 256), (24, 16))), uniform(64, 16, "e4m3", 32)),
+        RAW,
+    ],
 }
 
 
@@ -43,14 +47,14 @@ def decode_rungs(
     num_kv_heads: int,
     page_tokens: int,
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values of one sequence's pages of several formats, in plain torch: what the attention kernels' `formats`
-    and `segments` mean.
+    """Keys and values of one sequence's pages of several formats, in plain torch: what the
+    attention kernels' `formats` and `segments` mean.
 
     Args:
         pages: uint8, [keys of all heads | values of all heads] each, in rising position.
         formats: (key format, value format) of each of R rungs.
-        segments: R + 1 rising numbers; pages segments[r] … segments[r + 1] − 1 are of rung r. The first counts as 0,
-            the last as the number of pages, whatever they are.
+        segments: R + 1 rising numbers; pages segments[r] … segments[r + 1] − 1 are of rung r. The
+            first counts as 0, the last as the number of pages, whatever they are.
     Returns:
         Two float32 [num_kv_heads, len(pages)·page_tokens, head_dim].
     """
@@ -60,7 +64,12 @@ def decode_rungs(
         split = num_kv_heads * pair[0].nbytes(page_tokens)
         for page in pages[start:end]:
             blocks = (page[:split], page[split:])
-            parts.append([decode(x.view(num_kv_heads, -1), f, page_tokens) for x, f in zip(blocks, pair, strict=True)])
+            parts.append(
+                [
+                    decode(x.view(num_kv_heads, -1), f, page_tokens)
+                    for x, f in zip(blocks, pair, strict=True)
+                ]
+            )
     if not parts:
         empty = torch.zeros(num_kv_heads, 0, formats[0][0].head_dim, dtype=torch.float32)
         return empty, empty
@@ -70,18 +79,32 @@ def decode_rungs(
 class Mixed:
     """Sequences whose pages are of several formats, the oldest of the lowest rung."""
 
-    def __init__(self, ladder, lengths, cuts, heads=4, kv_heads=2, page=16, sinks=5, window=24, seed=0):
-        self.ladder, self.lengths, self.page, self.sinks, self.window = ladder, lengths, page, sinks, window
+    def __init__(
+        self, ladder, lengths, cuts, heads=4, kv_heads=2, page=16, sinks=5, window=24, seed=0
+    ):
+        self.ladder, self.lengths, self.page, self.sinks, self.window = (
+            ladder,
+            lengths,
+            page,
+            sinks,
+            window,
+        )
         self.kv_heads, self.ring = kv_heads, -(-(window + page) // page) * page
         dim = ladder[0][0].head_dim
         rng = torch.Generator().manual_seed(seed)
         counts = [packed_tokens(n, sinks, window, page) // page for n in lengths]
         shape = (len(lengths), kv_heads, sinks + self.ring, dim)
         self.raw = [torch.full(shape, 1e4, dtype=torch.float16, device=DEVICE) for _ in "kv"]
-        self.table = torch.zeros(len(lengths), max(*counts, 1) + 1, dtype=torch.int64, device=DEVICE)
-        self.state = torch.tensor(list(zip(lengths, counts, strict=True)), dtype=torch.int32, device=DEVICE)
+        self.table = torch.zeros(
+            len(lengths), max(*counts, 1) + 1, dtype=torch.int64, device=DEVICE
+        )
+        self.state = torch.tensor(
+            list(zip(lengths, counts, strict=True)), dtype=torch.int32, device=DEVICE
+        )
         # the outer columns mean nothing
-        self.segments = torch.tensor([[77, *cut, -5] for cut in cuts], dtype=torch.int32, device=DEVICE)
+        self.segments = torch.tensor(
+            [[77, *cut, -5] for cut in cuts], dtype=torch.int32, device=DEVICE
+        )
         self.query = torch.randn(len(lengths), heads, 1, dim, generator=rng).to(DEVICE)
         self.pages, self.rows = [], []
         for b, (n, count) in enumerate(zip(lengths, counts, strict=True)):
@@ -90,7 +113,11 @@ class Mixed:
             for p in range(count):
                 run = slice(sinks + p * page, sinks + (p + 1) * page)
                 pair = ladder[sum(p >= cut for cut in cuts[b])]
-                pages.append(torch.cat([encode(x[:, run], f).flatten() for x, f in zip(raw, pair, strict=True)]))
+                pages.append(
+                    torch.cat(
+                        [encode(x[:, run], f).flatten() for x, f in zip(raw, pair, strict=True)]
+                    )
+                )
                 self.table[b, p] = page_address(pages[-1])
             for t in [*range(min(sinks, n)), *range(sinks + count * page, n)]:
                 slot = t if t < sinks else sinks + (t - sinks) % self.ring
@@ -117,12 +144,25 @@ class Mixed:
             tiles = [Tile(*self.read(b), at, False)]
             scaling = self.query.shape[-1] ** -0.5
             none = torch.zeros_like(at[-1:])
-            out.append(attend(self.query[b], at[-1:], none, tiles, sinks=0, scaling=scaling, mask=mask, **options))
+            out.append(
+                attend(
+                    self.query[b],
+                    at[-1:],
+                    none,
+                    tiles,
+                    sinks=0,
+                    scaling=scaling,
+                    mask=mask,
+                    **options,
+                )
+            )
         return torch.stack(out).transpose(1, 2)
 
     def got(self, sliding=0, softcap=0.0, aux=None, **options):
         dim = self.query.shape[-1]
-        out = torch.full((len(self.lengths), 1, self.query.shape[1], dim), float("nan"), device=DEVICE)
+        out = torch.full(
+            (len(self.lengths), 1, self.query.shape[1], dim), float("nan"), device=DEVICE
+        )
         return attention(
             prepare_queries(self.query, self.kv_heads, dim**-0.5, softcap), self.cache(), self.ladder, out,
             self.regions(), LogitOptions(softcap, aux, sliding), **options,
@@ -141,7 +181,11 @@ def error(got, expected):
 
 # of 21, 3, 8 and 0 pages: ragged cuts; all in the floor; all in one rung between; none
 LENGTHS = [5 + 24 + 21 * 16 + 3, 77, 5 + 24 + 8 * 16, 3]
-CUTS = {2: [[9], [3], [0], [0]], 3: [[9, 9], [3, 3], [0, 8], [0, 0]], 4: [[2, 9, 15], [3, 3, 3], [0, 8, 8], [0, 0, 0]]}
+CUTS = {
+    2: [[9], [3], [0], [0]],
+    3: [[9, 9], [3, 3], [0, 8], [0, 0]],
+    4: [[2, 9, 15], [3, 3, 3], [0, 8, 8], [0, 0, 0]],
+}
 
 
 @pytest.mark.parametrize("name", LADDERS)
@@ -154,7 +198,9 @@ def test_pages_of_several_formats(name, splits):
 
 @pytest.mark.parametrize(("page", "sliding"), [(8, 100), (32, 20), (128, 0)])
 def test_other_page_sizes_and_windows(page, sliding):
-    case = Mixed(LADDERS["four rungs"], [29 + 6 * page + 1, 29 + page], [[1, 3, 4], [0, 0, 1]], page=page)
+    case = Mixed(
+        LADDERS["four rungs"], [29 + 6 * page + 1, 29 + page], [[1, 3, 4], [0, 0, 1]], page=page
+    )
     assert error(case.got(sliding=sliding), case.expected(sliding=sliding)) < 1e-3
 
 
@@ -165,7 +211,9 @@ def test_soft_cap_and_sink_logits():
     assert error(case.got(aux=aux), case.expected(sinks_logit=aux)) < 1e-3
 
 
-@pytest.mark.parametrize(("before", "chunk", "cut"), [(209, 20, [2, 6, 9]), (131, 2, [6, 6, 6]), (70, 33, [0, 0, 0])])
+@pytest.mark.parametrize(
+    ("before", "chunk", "cut"), [(209, 20, [2, 6, 9]), (131, 2, [6, 6, 6]), (70, 33, [0, 0, 0])]
+)
 def test_prompts(before, chunk, cut):
     """A chunk's queries read pages of every rung, and in 16 bits what the chunk itself packed."""
     total, dim, ladder = before + chunk, 64, LADDERS["four rungs"]
@@ -174,15 +222,21 @@ def test_prompts(before, chunk, cut):
     query = torch.randn(1, 4, chunk, dim, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     packed = packed_tokens(before, sinks, window, page)
     at = torch.arange(total, device=DEVICE)
-    limit = (sinks + (at[before:] + 1 - sinks - window).clamp_min(0) // page * page).clamp_min(sinks + packed)
+    limit = (sinks + (at[before:] + 1 - sinks - window).clamp_min(0) // page * page).clamp_min(
+        sinks + packed
+    )
     raw, read = case.rows[0], case.read(0)
     middle = slice(sinks, sinks + len(case.pages[0]) * page)
     tiles = [Tile(*raw, at, False), Tile(read[0][:, middle], read[1][:, middle], at[middle], True)]
     want = attend(query[0], at[before:], limit, tiles, sinks=sinks, scaling=dim**-0.5)
     rows = torch.cat((at[:sinks], at[sinks + packed :]))
     out = torch.full((1, chunk, 4, dim), float("nan"), device=DEVICE)
-    cache = PagedCache(case.table, case.state, *(x[None, :, rows].contiguous() for x in raw), case.segments)
-    prompt = Prompt(*(torch.tensor([x], dtype=torch.int32, device=DEVICE) for x in (before, packed)))
+    cache = PagedCache(
+        case.table, case.state, *(x[None, :, rows].contiguous() for x in raw), case.segments
+    )
+    prompt = Prompt(
+        *(torch.tensor([x], dtype=torch.int32, device=DEVICE) for x in (before, packed))
+    )
     attention(
         prepare_queries(query, 2, dim**-0.5), cache, ladder, out, Regions(sinks, window, page), prompt=prompt
     )  # fmt: skip
@@ -190,7 +244,8 @@ def test_prompts(before, chunk, cut):
 
 
 def test_steps_add_pages_to_the_last_rung_and_lowering_moves_the_cuts():
-    """Pages come due in 16 bits, and old ones go down a rung at a time; `segments` is written only for the latter."""
+    """Pages come due in 16 bits, and old ones go down a rung at a time; `segments` is written only
+    for the latter."""
     ladder, dim, page = LADDERS["four rungs"], 64, 16
     case = Mixed(ladder, [5 + 24 + 4 * page + 13, 58], [[1, 2, 4], [0, 0, 1]])
     sizes = [2 * sum(f.nbytes(page) for f in pair) for pair in ladder]
@@ -200,20 +255,30 @@ def test_steps_add_pages_to_the_last_rung_and_lowering_moves_the_cuts():
     for step in range(20):
         for b, (n, count) in enumerate(case.state.tolist()):
             if (n + 1 - case.sinks - case.window) // page > count:
-                case.pages[b].append(torch.full((sizes[-1],), 0xA5, dtype=torch.uint8, device=DEVICE))
+                case.pages[b].append(
+                    torch.full((sizes[-1],), 0xA5, dtype=torch.uint8, device=DEVICE)
+                )
                 case.table[b, count] = page_address(case.pages[b][-1])
         if step in (3, 9):
             rung = 2 if step == 3 else 1  # the oldest page of `rung` + 1 goes down
             for b in range(2):
                 at = int(case.segments[b, rung + 1])
                 old = case.pages[b][at]
-                case.pages[b][at] = torch.full((sizes[rung],), 0xA5, dtype=torch.uint8, device=DEVICE)
-                places = [torch.tensor([page_address(x)], device=DEVICE) for x in (old, case.pages[b][at])]
-                lower_pages(*places, formats[rung + 1], formats[rung], num_kv_heads=2, page_tokens=page)
+                case.pages[b][at] = torch.full(
+                    (sizes[rung],), 0xA5, dtype=torch.uint8, device=DEVICE
+                )
+                places = [
+                    torch.tensor([page_address(x)], device=DEVICE) for x in (old, case.pages[b][at])
+                ]
+                lower_pages(
+                    *places, formats[rung + 1], formats[rung], num_kv_heads=2, page_tokens=page
+                )
                 case.table[b, at] = places[1]
                 case.segments[b, rung + 1] += 1
         keys, values, query = (torch.randn(2, heads, 1, dim, device=DEVICE) for heads in (2, 2, 4))
-        append_step(keys, values, query, case.cache(), queries, formats, case.regions(), scaling=0.125)
+        append_step(
+            keys, values, query, case.cache(), queries, formats, case.regions(), scaling=0.125
+        )
         case.query = query
         case.rows = [
             [torch.cat((x, new[b].half()), 1) for x, new in zip(raw, (keys, values), strict=True)]
@@ -223,7 +288,9 @@ def test_steps_add_pages_to_the_last_rung_and_lowering_moves_the_cuts():
         out = torch.full((2, 1, 4, dim), float("nan"), device=DEVICE)
         attention(queries, case.cache(), ladder, out, case.regions(), new=1, advance=True)
         assert error(out, case.expected()) < 1e-3
-        assert case.state.tolist() == [[n, len(pages)] for n, pages in zip(case.lengths, case.pages, strict=True)]
+        assert case.state.tolist() == [
+            [n, len(pages)] for n, pages in zip(case.lengths, case.pages, strict=True)
+        ]
     assert case.segments[:, 1:4].tolist() == [[1, 3, 5], [0, 1, 2]]
 
 

@@ -1,5 +1,5 @@
-"""Kernels on layers whose sliding window has left pages behind: their block table entries are 0, and nobody reads
-them."""
+"""Kernels on layers whose sliding window has left pages behind: their block table entries are 0,
+and nobody reads them."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,12 @@ from kvfold.runtime.load import attach
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = {**SHAPE, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}  # the interpreter is slow
+SMALL = {
+    **SHAPE,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}  # the interpreter is slow
 SPEC = LayerSpec(KeySpec(Format(((8, 64), (8, 16)))), ValueSpec(uniform(16, 16, "fp16")))
 GEOMETRY = Geometry(1, 16, 3, 16, 16, (40, 40), rollback=12)
 
@@ -25,13 +30,19 @@ def attached(triton):
     torch.manual_seed(0)
     model = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=40))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():  # before it goes to a GPU, which draws other numbers
+        for (
+            name,
+            parameter,
+        ) in model.named_parameters():  # before it goes to a GPU, which draws other numbers
             if "norm" not in name:
                 parameter.normal_(0, 0.3)
     model = model.to(DEVICE)
     known = SimpleNamespace(calibration=SimpleNamespace(covered_positions=10**9), digest="")
     return attach(
-        model, SimpleNamespace(specs=[SPEC] * 2, geometry=GEOMETRY, metadata=known), triton=triton, rollback=12
+        model,
+        SimpleNamespace(specs=[SPEC] * 2, geometry=GEOMETRY, metadata=known),
+        triton=triton,
+        rollback=12,
     )
 
 
@@ -46,17 +57,27 @@ def test_logits_and_bytes_are_the_references(monkeypatch):
     caches, start = [None, None], 0
     try:
         for end in (101, 102, 118):
-            outs = [model(ids[:, start:end], past_key_values=x) for model, x in zip(models, caches, strict=True)]
+            outs = [
+                model(ids[:, start:end], past_key_values=x)
+                for model, x in zip(models, caches, strict=True)
+            ]
             caches, start = [out.past_key_values for out in outs], end
             assert float((outs[1].logits - outs[0].logits).norm() / outs[0].logits.norm()) < 1e-2
-            assert caches[0].nbytes == caches[1].nbytes == batch_nbytes(GEOMETRY, caches[0].formats, [end] * 2)
+            assert (
+                caches[0].nbytes
+                == caches[1].nbytes
+                == batch_nbytes(GEOMETRY, caches[0].formats, [end] * 2)
+            )
             if end == 102:  # back over a page boundary, and on
                 for cache in caches:
                     cache.crop(-5)
                 start = 97
         for layer in caches[1].layers:
             passed = layer.table.sequences[0].passed
-            assert passed == GEOMETRY.passed_pages(118, 40) > 1 and not layer.table.block_table[:, :passed].any()
+            assert (
+                passed == GEOMETRY.passed_pages(118, 40) > 1
+                and not layer.table.block_table[:, :passed].any()
+            )
             assert layer.table.block_table[:, passed : len(layer.table.pages()[0])].ne(0).all()
     finally:
         memory.zero_()

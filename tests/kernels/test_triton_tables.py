@@ -1,4 +1,5 @@
-"""The kernels that write pages take formats as data: the device chooses among them, and none is compiled for."""
+"""The kernels that write pages take formats as data: the device chooses among them, and none is
+compiled for."""
 
 import os
 import subprocess
@@ -23,8 +24,8 @@ from kvfold.kernels.gpu.records import PagedCache, PageFormat, Regions
 
 @pytest.mark.parametrize("given", [True, False])
 def test_the_device_chooses_the_rung_of_a_page(given):
-    """The page that comes due has the formats that `rungs` names when the step runs, clips included; without it the
-    last ones."""
+    """The page that comes due has the formats that `rungs` names when the step runs, clips
+    included; without it the last ones."""
     heads, dim, size, sinks = 2, 64, 16, 1
     pairs = [
         (MIXED, uniform(dim, 3)), (uniform(dim, 4, "e4m3", 32), uniform(dim, 16, "fp16")), (raw16(dim), raw16(dim)),
@@ -48,7 +49,10 @@ def test_the_device_chooses_the_rung_of_a_page(given):
         *new,
         PagedCache(pages.addresses().view(batch, 1), state, *raw),
         empty_queries(batch, heads, heads, dim, DEVICE),
-        [PageFormat(*pair, *own) for pair, own in zip(pairs, zip(*moved, strict=True), strict=True)],
+        [
+            PageFormat(*pair, *own)
+            for pair, own in zip(pairs, zip(*moved, strict=True), strict=True)
+        ],
         Regions(sinks, 0, size),
         scaling=1.0,
         rungs=rungs if given else None,
@@ -88,10 +92,15 @@ def test_one_kernel_serves_all_formats(monkeypatch):
     for first, *others in zip(*started, strict=True):
         for other in others:
             assert other.kernel is first.kernel
-            constants = [{k: v for k, v in x.options.items() if k not in ("DIM", "TABLE")} for x in (first, other)]
+            constants = [
+                {k: v for k, v in x.options.items() if k not in ("DIM", "TABLE")}
+                for x in (first, other)
+            ]
             assert constants[0] == constants[1]
             for name, a, b in zip(first.kernel.arg_names, first.args, other.args, strict=False):
-                assert type(a) is type(b) and (not isinstance(a, torch.Tensor) or a.dtype == b.dtype), name
+                assert type(a) is type(b) and (
+                    not isinstance(a, torch.Tensor) or a.dtype == b.dtype
+                ), name
 
 
 COMPILE = """
@@ -142,11 +151,13 @@ print("compiled")
 
 
 def test_kernels_compile_for_a_gpu(tmp_path):
-    """The interpreter lets through what the compiler does not: variables that change type, shapes that are no
-    constants."""
+    """The interpreter lets through what the compiler does not: variables that change type, shapes
+    that are no constants."""
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     file = tmp_path / "compile_kernels.py"
     file.write_text(COMPILE)
-    done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, env=env, cwd=Path.cwd())
+    done = subprocess.run(
+        [sys.executable, str(file)], capture_output=True, text=True, env=env, cwd=Path.cwd()
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "compiled"

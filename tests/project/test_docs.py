@@ -1,4 +1,5 @@
-"""The documentation against the product: links lead somewhere, commands and options exist, the README's Python runs."""
+"""The documentation against the product: links lead somewhere, commands and options exist, the
+README's Python runs."""
 
 import re
 import shlex
@@ -10,7 +11,9 @@ from kvfold.compress.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "exports").glob("*.md")])
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "exports").glob("*.md")]
+)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -20,7 +23,9 @@ def name(page: Path) -> str:
 
 def anchors(page: Path) -> set[str]:
     """Of a page's headings, as code hosts make them."""
-    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    headings = re.findall(
+        r"^#+ (.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE
+    )
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -28,9 +33,13 @@ def test_the_readme_is_short_and_begins_with_what_to_do():
     lines = README.splitlines()
     assert len(lines) < 120 and max(map(len, lines)) <= 120
     first = "\n".join(lines[:30])
-    assert "make compress " in first and "make test" in first and "pip install dist/kvfold-" in first
+    assert (
+        "make compress " in first and "make test" in first and "pip install dist/kvfold-" in first
+    )
     [code] = [block for language, block in FENCE.findall(README) if language == "python"]
-    assert len(code.split("\n\n")) == 2 and len(code.strip().replace("\n\n", "\n").splitlines()) == 6
+    assert (
+        len(code.split("\n\n")) == 2 and len(code.strip().replace("\n\n", "\n").splitlines()) == 6
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -55,10 +64,13 @@ def test_scripts_that_pages_name_exist(page):
 
 
 def commands() -> dict[str, set[str]]:
-    """The README's commands, each with the options that its row, or the line where it stands, names."""
+    """The README's commands, each with the options that its row, or the line where it stands,
+    names."""
     found: dict[str, set[str]] = {}
     rows = [line for line in README.splitlines() if line.startswith("| `kvfold ")]
-    lines = [line.partition("#")[0] for _, block in FENCE.findall(README) for line in block.splitlines()]
+    lines = [
+        line.partition("#")[0] for _, block in FENCE.findall(README) for line in block.splitlines()
+    ]
     for line in [*rows, *(line for line in lines if line.startswith("kvfold "))]:
         words = shlex.split(line.split("`")[1] if line.startswith("|") else line)[1:]
         command = [word for word in words[:2] if word.islower() and not word.startswith("-")]
@@ -67,7 +79,14 @@ def commands() -> dict[str, set[str]]:
 
 
 def test_the_readme_names_commands():
-    assert {"compress", "eval", "push", "export onnx", "kernels build", "bench quality"} <= commands().keys()
+    assert {
+        "compress",
+        "eval",
+        "push",
+        "export onnx",
+        "kernels build",
+        "bench quality",
+    } <= commands().keys()
 
 
 @pytest.mark.parametrize("command", commands())

@@ -28,15 +28,25 @@ def load(name: str) -> ModuleType:
 
 
 def test_quickstart_generates_and_says_what_the_cache_takes(tiny_artifact, capsys):
-    load("quickstart").main([str(tiny_artifact), "--prompt", "the cache of a long sequence", "--max-new-tokens", "40"])
+    load("quickstart").main(
+        [str(tiny_artifact), "--prompt", "the cache of a long sequence", "--max-new-tokens", "40"]
+    )
     shown = capsys.readouterr().out
-    assert shown.replace(" ", "").startswith("thecacheofalongsequence")  # the tokenizer is one of characters
-    assert "67 tokens take" in shown and "15 pages are packed" in shown  # 5 a layer; the last token is never read
+    assert shown.replace(" ", "").startswith(
+        "thecacheofalongsequence"
+    )  # the tokenizer is one of characters
+    assert (
+        "67 tokens take" in shown and "15 pages are packed" in shown
+    )  # 5 a layer; the last token is never read
     account = read_metadata(tiny_artifact).account
-    assert shown.splitlines()[-1].startswith(f"{account.at} tokens would take {account.bytes:,} bytes")
+    assert shown.splitlines()[-1].startswith(
+        f"{account.at} tokens would take {account.bytes:,} bytes"
+    )
 
 
-def test_quickstart_compresses_where_nothing_is_named_and_nothing_there(monkeypatch, tmp_path, tiny_artifact):
+def test_quickstart_compresses_where_nothing_is_named_and_nothing_there(
+    monkeypatch, tmp_path, tiny_artifact
+):
     asked = []
 
     def run(command, check):
@@ -54,7 +64,9 @@ def test_quickstart_compresses_where_nothing_is_named_and_nothing_there(monkeypa
     assert command[-2:] == ["--out", "artifacts/smollm2-135m-2.5"]
 
 
-def test_long_document_is_lowered_as_the_budget_fills_and_never_passes_it(tiny_artifact, text_file, tmp_path, capsys):
+def test_long_document_is_lowered_as_the_budget_fills_and_never_passes_it(
+    tiny_artifact, text_file, tmp_path, capsys
+):
     document = tmp_path / "document.txt"
     document.write_text(text_file.read_text()[:1500])
     options = ["--chunk", "250", "--max-new-tokens", "20", "--question", "what is read"]
@@ -66,19 +78,43 @@ def test_long_document_is_lowered_as_the_budget_fills_and_never_passes_it(tiny_a
     assert rows[0].endswith(" in 16 bits") and "," not in rows[0].split("bytes: ")[1]
     assert " in 16 bits" not in rows[-1] and " in 8 or 4 bits" in rows[-1]
     with pytest.raises(KVBudgetExceeded):
-        load("long_document").main([str(tiny_artifact), str(document), "--budget", "80KiB", *options])
+        load("long_document").main(
+            [str(tiny_artifact), str(document), "--budget", "80KiB", *options]
+        )
 
 
-def test_compress_and_push_publishes_what_it_measured(tmp_path, tiny_folder, text_file, recipe_file):
+def test_compress_and_push_publishes_what_it_measured(
+    tmp_path, tiny_folder, text_file, recipe_file
+):
     """In a process of its own: huggingface_hub reads its environment when it is imported."""
     hub = Hub()
     out = tmp_path / "small"
-    options = ["--budget", "4.0", "--out", out, "--calib", text_file, "--recipe", recipe_file, "--windows", "1"]
-    command = [sys.executable, EXAMPLES / "compress_and_push.py", tiny_folder, "someone/small", *options]
+    options = [
+        "--budget",
+        "4.0",
+        "--out",
+        out,
+        "--calib",
+        text_file,
+        "--recipe",
+        recipe_file,
+        "--windows",
+        "1",
+    ]
+    command = [
+        sys.executable,
+        EXAMPLES / "compress_and_push.py",
+        tiny_folder,
+        "someone/small",
+        *options,
+    ]
     command += ["--seq-len", "256", "--i-know", "--private"]
     try:
         done = subprocess.run(
-            list(map(str, command)), env=hub.environment(tmp_path / "hf"), capture_output=True, text=True
+            list(map(str, command)),
+            env=hub.environment(tmp_path / "hf"),
+            capture_output=True,
+            text=True,
         )
     finally:
         hub.shutdown()
@@ -86,7 +122,9 @@ def test_compress_and_push_publishes_what_it_measured(tmp_path, tiny_folder, tex
     assert "loaded someone/small again: 3 layers" in done.stdout
     measured = json.loads((tmp_path / "small.eval.json").read_text())
     files = files_on(hub)
-    assert hub.repos["someone/small"].private and {"kv_cache.json", "model.safetensors"} < files.keys()
+    assert (
+        hub.repos["someone/small"].private and {"kv_cache.json", "model.safetensors"} < files.keys()
+    )
     assert f"{measured['kl']:.4f}" in files["README.md"].decode()
 
 
@@ -105,12 +143,19 @@ def test_notebook_runs_from_top_to_bottom(tiny_artifact, text_file, capsys):
     for source, tags in cells("quality.ipynb"):
         exec(compile(source, "quality.ipynb", "exec"), names)
         if "parameters" in tags:
-            names |= {"ARTIFACT": str(tiny_artifact), "TEXT": str(text_file), "TOKENS": 300, "STEP": 50}
+            names |= {
+                "ARTIFACT": str(tiny_artifact),
+                "TEXT": str(text_file),
+                "TOKENS": 300,
+                "STEP": 50,
+            }
     figures = [value for value in names.values() if isinstance(value, drawn)]
     assert len(figures) == 3
     assert read_metadata(tiny_artifact).provenance.model in capsys.readouterr().out
     kl = names["kl"]
-    assert len(kl) == 299 and kl[:24].max() < 1e-3 < kl[60:].mean()  # the window is not packed, what is behind it is
+    assert (
+        len(kl) == 299 and kl[:24].max() < 1e-3 < kl[60:].mean()
+    )  # the window is not packed, what is behind it is
 
 
 def test_notebook_keeps_small_outputs():

@@ -1,4 +1,5 @@
-"""The layout: one-way imports, the folders' names, and life beside an installed Hugging Face `kernels` package."""
+"""The layout: one-way imports, the folders' names, and life beside an installed Hugging Face
+`kernels` package."""
 
 import ast
 import os
@@ -46,9 +47,12 @@ def imported(tree: ast.Module) -> set[str]:
 
 
 def run(code: str, *path: Path, cwd: Path = ROOT) -> str:
-    """stdout of `python -c code` in the repository root, with `path` in front of the installed packages."""
+    """stdout of `python -c code` in the repository root, with `path` in front of the installed
+    packages."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -64,17 +68,28 @@ def test_imports_go_one_way():
         allowed = MAY_IMPORT[name.split("/")[0]] | ({"runtime"} if name in LOADERS else set())
         for module in imported(parse(file)):
             top, _, rest = module.partition(".")
-            assert top not in FOLDERS, f"{name} imports {module}, which is only kvfold.{module} when installed"
+            assert top not in FOLDERS, (
+                f"{name} imports {module}, which is only kvfold.{module} when installed"
+            )
             if top == "kvfold" and rest.split(".")[0] in FOLDERS:
                 assert rest.split(".")[0] in allowed, f"{name} imports {module}"
 
 
 def test_the_top_imports_nothing():
-    """Of kvfold or others, when it is imported; the hook on transformers' loader does when that is called."""
+    """Of kvfold or others, when it is imported; the hook on transformers' loader does when that is
+    called."""
     for file in (ROOT / "src" / "kvfold").glob("*.py"):
-        at_import = ast.Module([n for n in parse(file).body if isinstance(n, ast.Import | ast.ImportFrom)], [])
+        at_import = ast.Module(
+            [n for n in parse(file).body if isinstance(n, ast.Import | ast.ImportFrom)], []
+        )
         for name in imported(at_import):
-            ours = ("kvfold.errors", "kvfold.autoclass", "kvfold.memory", "kvfold.pretrained", "kvfold.version")
+            ours = (
+                "kvfold.errors",
+                "kvfold.autoclass",
+                "kvfold.memory",
+                "kvfold.pretrained",
+                "kvfold.version",
+            )
             assert name.startswith(ours) or name.split(".")[0] in sys.stdlib_module_names
 
 
@@ -88,7 +103,9 @@ def module_name(file: Path) -> str:
 
 def circles(imports: dict[str, set[str]]) -> list[list[str]]:
     """Modules that import each other, directly or not: each circle once, sorted."""
-    left = {name: {other for other in others if other in imports} for name, others in imports.items()}
+    left = {
+        name: {other for other in others if other in imports} for name, others in imports.items()
+    }
     reach: dict[str, set[str]] = {}
     for name in left:
         seen, todo = set(), [name]
@@ -102,24 +119,32 @@ def circles(imports: dict[str, set[str]]) -> list[list[str]]:
 
 
 def imports_of(file: Path, modules: set[str]) -> set[str]:
-    """Modules of the product that a file imports anywhere: at its top, inside functions, and for types alone."""
+    """Modules of the product that a file imports anywhere: at its top, inside functions, and for
+    types alone."""
     found = set()
     for name in imported(parse(file)):
-        # `from kvfold.runtime import load` is the module load, and `from kvfold.errors import KvfoldError` is
-        # kvfold.errors
+        # `from kvfold.runtime import load` is the module load, and `from kvfold.errors import
+        # KvfoldError` is kvfold.errors
         found |= {name} & modules or {name.rpartition(".")[0]} & modules
     return found - {module_name(file)}
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    """Imports inside functions and for types count: what needs them can't be understood, or replaced, alone."""
+    """Imports inside functions and for types count: what needs them can't be understood, or
+    replaced, alone."""
     files = {module_name(file): file for file in (*FILES, *(ROOT / "src" / "kvfold").glob("*.py"))}
-    assert len(files) > 150 and {"kvfold", "kvfold.runtime.cache.cache", "kvfold.kernels.formats"} <= set(files)
+    assert len(files) > 150 and {
+        "kvfold",
+        "kvfold.runtime.cache.cache",
+        "kvfold.kernels.formats",
+    } <= set(files)
     assert circles({name: imports_of(file, set(files)) for name, file in files.items()}) == []
 
 
 def test_that_test_sees_circles():
-    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "a"}, "d": {"a", "e"}, "e": set()}) == [["a", "b", "c"]]
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "a"}, "d": {"a", "e"}, "e": set()}) == [
+        ["a", "b", "c"]
+    ]
     assert circles({"a": {"b"}, "b": {"a"}, "c": {"d"}, "d": {"c"}}) == [["a", "b"], ["c", "d"]]
     assert circles({"a": {"b", "json"}, "b": {"c"}, "c": set()}) == []
 
@@ -130,7 +155,9 @@ def test_kernels_is_no_package_of_its_own():
 
 def test_a_wheel_has_every_folder():
     find = pytest.importorskip("setuptools").find_namespace_packages
-    wanted = {f"kvfold.{file.relative_to(ROOT).parent.as_posix().replace('/', '.')}" for file in FILES}
+    wanted = {
+        f"kvfold.{file.relative_to(ROOT).parent.as_posix().replace('/', '.')}" for file in FILES
+    }
     assert wanted <= set(find(str(ROOT / "src")))
 
 
@@ -143,7 +170,10 @@ def test_what_runs_on_the_device_knows_nothing_of_what_launches_it():
 def test_the_reference_needs_no_triton():
     for file in [*(ROOT / "kernels").glob("*.py"), *(ROOT / "kernels" / "kinds").glob("*.py")]:
         names = imported(parse(file))
-        assert not any(name.split(".")[0] == "triton" or name.startswith("kvfold.kernels.gpu") for name in names), file
+        assert not any(
+            name.split(".")[0] == "triton" or name.startswith("kvfold.kernels.gpu")
+            for name in names
+        ), file
 
 
 def test_links_lead_to_the_folders():
@@ -160,7 +190,9 @@ def test_files_are_short_and_say_what_they_are():
         tree = parse(file)
         assert ast.get_docstring(tree), f"{relative(file)} has no docstring"
         for node in tree.body:
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+            if isinstance(
+                node, ast.FunctionDef | ast.AsyncFunctionDef
+            ) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{node.name} in {relative(file)} has no docstring"
 
 
@@ -168,7 +200,15 @@ def test_nothing_unpickles():
     for file in FILES:
         tree = parse(file)
         tops = {name.split(".")[0] for name in imported(tree)}
-        assert not tops & {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}, relative(file)
+        assert not tops & {
+            "pickle",
+            "cPickle",
+            "dill",
+            "cloudpickle",
+            "marshal",
+            "shelve",
+            "joblib",
+        }, relative(file)
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
@@ -178,19 +218,28 @@ def test_nothing_unpickles():
 
 DOOR = ROOT / "src" / "kvfold" / "pretrained.py"
 HOOK = ROOT / "src" / "kvfold" / "autoclass.py"
-SOURCES = sorted({*FILES, *(ROOT / "src").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")} - {DOOR, HOOK})
+SOURCES = sorted(
+    {*FILES, *(ROOT / "src").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")} - {DOOR, HOOK}
+)
 
 
 def doors_of(tree: ast.Module) -> list[str]:
-    """What in a module could load a model's own code: Auto classes, pipelines, dynamic modules, classes'
-    `from_pretrained`."""
+    """What in a module could load a model's own code: Auto classes, pipelines, dynamic modules,
+    classes' `from_pretrained`."""
     found = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("transformers", "optimum", "peft")):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+            ("transformers", "optimum", "peft")
+        ):
             names = [alias.name for alias in node.names]
-            found += [name for name in names if name.startswith(("Auto", "pipeline", "dynamic_module", "get_class_"))]
+            found += [
+                name
+                for name in names
+                if name.startswith(("Auto", "pipeline", "dynamic_module", "get_class_"))
+            ]
         if isinstance(node, ast.Attribute) and (
-            node.attr in ("from_pretrained", "from_config", "load_custom_generate") or node.attr.startswith("AutoModel")
+            node.attr in ("from_pretrained", "from_config", "load_custom_generate")
+            or node.attr.startswith("AutoModel")
         ):
             found.append(ast.unparse(node))
         if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "custom_generate"):
@@ -204,11 +253,17 @@ def test_nothing_but_the_one_door_loads_from_a_models_folder():
 
 
 def test_the_door_itself_never_trusts_code():
-    calls = [n for n in ast.walk(parse(DOOR)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
+    calls = [
+        n
+        for n in ast.walk(parse(DOOR))
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
+    ]
     calls = [n for n in calls if n.func.attr in ("from_pretrained", "from_config")]  # type: ignore[attr-defined]
     assert len(calls) == 3
     for call in calls:
-        assert [ast.unparse(k.value) for k in call.keywords if k.arg is None][-1].endswith("**CODE_FREE}")
+        assert [ast.unparse(k.value) for k in call.keywords if k.arg is None][-1].endswith(
+            "**CODE_FREE}"
+        )
     from kvfold.pretrained import CODE_FREE
 
     assert CODE_FREE == {"trust_remote_code": False}
@@ -244,7 +299,8 @@ def __getattr__(name):
     return Anything
 """
 IMPORTS = (
-    "import transformers; from transformers import LlamaForCausalLM; import kvfold.runtime, kvfold.kernels.formats; "
+    "import transformers; from transformers import LlamaForCausalLM; "
+    "import kvfold.runtime, kvfold.kernels.formats; "
 )
 
 
@@ -261,13 +317,15 @@ def install_fake(folder: Path, version: str) -> Path:
 
 @pytest.mark.parametrize("version", ["in range", "0.0.1"])
 def test_beside_an_installed_kernels_package(tmp_path, version):
-    """In transformers' range of versions its models import a dozen names from `kernels`, out of it they leave it
-    alone."""
+    """In transformers' range of versions its models import a dozen names from `kernels`, out of it
+    they leave it alone."""
     inside = version == "in range"
     if inside:
         from transformers.utils import import_utils
 
-        version = getattr(import_utils, "KERNELS_MIN_VERSION", None) or pytest.skip("this transformers states no range")
+        version = getattr(import_utils, "KERNELS_MIN_VERSION", None) or pytest.skip(
+            "this transformers states no range"
+        )
     fake = install_fake(tmp_path, version)
     code = IMPORTS + (
         "import kernels; from transformers.utils import is_kernels_available; "

@@ -19,13 +19,20 @@ from kvfold.memory import is_out_of_memory, memory_left, need_memory, reason_of_
 
 def test_what_does_not_fit_is_refused_before_it_is_read(tiny_folder, tiny_artifact, monkeypatch):
     need = weights_nbytes(tiny_folder, torch.float32)
-    assert need == 2 * weights_nbytes(tiny_folder, torch.bfloat16) > weights_nbytes(tiny_folder, "auto") > 0
+    assert (
+        need
+        == 2 * weights_nbytes(tiny_folder, torch.bfloat16)
+        > weights_nbytes(tiny_folder, "auto")
+        > 0
+    )
     monkeypatch.setattr(memory, "memory_left", lambda: (need - 1, "of a box"))
     for read in (
         lambda: load_model(tiny_folder, torch.float32, torch.device("cpu")),
         lambda: runtime.load_pretrained(tiny_artifact, device="cpu", dtype=torch.float32),
     ):
-        with pytest.raises(KvfoldError, match=r"too little memory: .*weights alone, takes.*are left \(of a box\)"):
+        with pytest.raises(
+            KvfoldError, match=r"too little memory: .*weights alone, takes.*are left \(of a box\)"
+        ):
             read()
     monkeypatch.setattr(memory, "memory_left", lambda: (need, "of a box"))
     load_model(tiny_folder, torch.float32, torch.device("cpu"))
@@ -42,7 +49,10 @@ def test_the_least_of_the_control_groups_above_a_process(tmp_path, monkeypatch, 
     root = tmp_path if version == 2 else tmp_path / "memory"
     inner = root / "slice" / "job"
     inner.mkdir(parents=True)
-    for folder, limit, used, cached in ((inner, "max", 5, 0), (inner.parent, 1000 << 20, 900 << 20, 30 << 20)):
+    for folder, limit, used, cached in (
+        (inner, "max", 5, 0),
+        (inner.parent, 1000 << 20, 900 << 20, 30 << 20),
+    ):
         (folder / names[0]).write_text(f"{limit}\n")
         (folder / names[1]).write_text(f"{used}\n")
         (folder / "memory.stat").write_text(f"anon 3\n{names[2]} {cached}\n")
@@ -68,15 +78,22 @@ def test_the_least_of_the_control_groups_above_a_process(tmp_path, monkeypatch, 
 )  # fmt: skip
 def test_what_errors_say(error, words):
     assert is_out_of_memory(error) and words in reason_of_shortage(error)
-    assert not is_out_of_memory(ValueError("out of memory")) and not is_out_of_memory(RuntimeError("no such thing"))
+    assert not is_out_of_memory(ValueError("out of memory")) and not is_out_of_memory(
+        RuntimeError("no such thing")
+    )
 
 
 def test_a_process_that_may_not_even_begin():
     done = subprocess.run(
-        ["bash", "-c", 'ulimit -v 400000; exec "$0" -m kvfold --help', sys.executable], capture_output=True, text=True
+        ["bash", "-c", 'ulimit -v 400000; exec "$0" -m kvfold --help', sys.executable],
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("kvfold: there is too little memory to begin") and "1200 MiB" in done.stderr
+    assert (
+        done.stderr.startswith("kvfold: there is too little memory to begin")
+        and "1200 MiB" in done.stderr
+    )
     assert done.stderr.count("\n") == 1
 
 
@@ -89,7 +106,14 @@ def test_a_run_that_meets_the_limit_goes_on_without_it(
     out = tmp_path / "tiny"
 
     def run(resume: bool) -> None:
-        compress(str(tiny_folder), "4.0", out, calib=str(text_file), recipe=load_recipe(recipe_file), resume=resume)
+        compress(
+            str(tiny_folder),
+            "4.0",
+            out,
+            calib=str(text_file),
+            recipe=load_recipe(recipe_file),
+            resume=resume,
+        )
 
     read, write = os.pipe()
     child = os.fork()

@@ -1,4 +1,5 @@
-"""An artifact under transformers' own loader: with kvfold registered, without that, and where there is no kvfold."""
+"""An artifact under transformers' own loader: with kvfold registered, without that, and where there
+is no kvfold."""
 
 import copy
 import filecmp
@@ -44,7 +45,9 @@ ids = torch.arange(150).remainder(128)[None]
 
 
 def python(code: str, *args: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True
+    )
 
 
 def listing(folder: Path) -> list[str]:
@@ -72,13 +75,17 @@ assert not any(name.partition(".")[0] == "kvfold" for name in sys.modules)
 
 
 def test_a_stock_environment_computes_the_original(tmp_path, text_file, recipe_file):
-    """Keys are transformed where they are written, values in float32 weights: rounding of the last bits is all that is
-    left."""
+    """Keys are transformed where they are written, values in float32 weights: rounding of the last
+    bits is all that is left."""
     pairs = []
     for family in FAMILIES:
         pairs += [save_tiny(tmp_path / family, family, torch.float32), tmp_path / f"{family}-out"]
-        budget = "15.0" if family == "phi3" else "4.0"  # every layer slides: hardly more than the 16-bit rows is cached
-        compress(str(pairs[-2]), budget, pairs[-1], calib=str(text_file), recipe=load_recipe(recipe_file))
+        budget = (
+            "15.0" if family == "phi3" else "4.0"
+        )  # every layer slides: hardly more than the 16-bit rows is cached
+        compress(
+            str(pairs[-2]), budget, pairs[-1], calib=str(text_file), recipe=load_recipe(recipe_file)
+        )
     done = python(BLOCK + STOCK, *pairs)
     assert (done.returncode, done.stderr) == (0, "")  # no warning either
     for family, line in zip(FAMILIES, done.stdout.splitlines(), strict=True):
@@ -86,14 +93,21 @@ def test_a_stock_environment_computes_the_original(tmp_path, text_file, recipe_f
         assert float(error) < 1e-5 and same_text == "True", family
 
 
-def test_a_stock_environment_computes_the_original_to_the_bit(tmp_path, tiny_folder, text_file, recipe_file):
-    """Where nothing is folded into the weights: however keys are transformed, it is done where they are written."""
+def test_a_stock_environment_computes_the_original_to_the_bit(
+    tmp_path, tiny_folder, text_file, recipe_file
+):
+    """Where nothing is folded into the weights: however keys are transformed, it is done where they
+    are written."""
     pairs = []
     for key in ("whiten", "reorder"):
         recipe = tmp_path / f"{key}.yaml"
-        recipe.write_text(recipe_file.read_text() + f"value: {{transform: none}}\nkey: {{transform: {key}}}\n")
+        recipe.write_text(
+            recipe_file.read_text() + f"value: {{transform: none}}\nkey: {{transform: {key}}}\n"
+        )
         pairs += [tiny_folder, tmp_path / key]
-        compress(str(tiny_folder), "5.0", pairs[-1], calib=str(text_file), recipe=load_recipe(recipe))
+        compress(
+            str(tiny_folder), "5.0", pairs[-1], calib=str(text_file), recipe=load_recipe(recipe)
+        )
     done = python(BLOCK + STOCK, *pairs)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "0.0 True\n" * 2), done.stderr
 
@@ -102,22 +116,33 @@ def test_a_stock_environment_saves_a_plain_checkpoint(tmp_path, tiny_artifact):
     """Re-saved without kvfold it is no artifact, so nobody takes it for one."""
     code = BLOCK + "load(sys.argv[1]).save_pretrained(sys.argv[2])"
     assert python(code, tiny_artifact, tmp_path / "plain").stderr == ""
-    assert listing(tmp_path / "plain") == ["config.json", "generation_config.json", "model.safetensors"]
+    assert listing(tmp_path / "plain") == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
     with pytest.raises(KvfoldError, match="not an artifact"):
         runtime.load_pretrained(tmp_path / "plain")
 
 
 @pytest.mark.parametrize("key", ["none", "smooth", "reorder", "whiten"])
 def test_no_form_needs_a_model_type_of_its_own(tmp_path, tiny_folder, text_file, recipe_file, key):
-    """What would be misread elsewhere must not call itself a llama. Nothing of the kind is made: the config is the
-    original's, and the weights that an order of channels would have to be folded into are the original's too."""
+    """What would be misread elsewhere must not call itself a llama. Nothing of the kind is made:
+    the config is the original's, and the weights that an order of channels would have to be folded
+    into are the original's too."""
     from safetensors.torch import load_file
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(recipe_file.read_text() + f"key: {{transform: {key}}}\n")
-    compress(str(tiny_folder), "6.0", tmp_path / "out", calib=str(text_file), recipe=load_recipe(recipe))
-    assert (tmp_path / "out" / "config.json").read_bytes() == (tiny_folder / "config.json").read_bytes()
-    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_folder, tmp_path / "out"))
+    compress(
+        str(tiny_folder), "6.0", tmp_path / "out", calib=str(text_file), recipe=load_recipe(recipe)
+    )
+    assert (tmp_path / "out" / "config.json").read_bytes() == (
+        tiny_folder / "config.json"
+    ).read_bytes()
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (tiny_folder, tmp_path / "out")
+    )
     changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
     assert changed <= {"v_proj", "o_proj"} | ({"q_proj", "k_proj"} if key == "smooth" else set())
 
@@ -155,7 +180,9 @@ print(type(model(ids).past_key_values).__name__, len(sys.meta_path), AutoModelFo
     done = python(code, tiny_artifact, tiny_folder)
     assert done.returncode == 0, done.stderr
     [packed, plain, back, stays] = done.stdout.splitlines()
-    wanted = runtime.load_pretrained(tiny_artifact, device="cpu").generate(IDS, max_new_tokens=16, do_sample=False)
+    wanted = runtime.load_pretrained(tiny_artifact, device="cpu").generate(
+        IDS, max_new_tokens=16, do_sample=False
+    )
     assert packed == f"QuantizedKVCache|{wanted[0].tolist()}"
     assert plain == back == "DynamicCache"
     name, finders, module = stays.split()
@@ -205,7 +232,10 @@ def test_registering_and_taking_back_are_exact(tiny_artifact):
         kvfold.register()
         ours = vars(AutoModelForCausalLM)["from_pretrained"].__func__
         kvfold.register()
-        assert vars(AutoModelForCausalLM)["from_pretrained"].__func__ is ours and ours.kvfold_stock is before.__func__
+        assert (
+            vars(AutoModelForCausalLM)["from_pretrained"].__func__ is ours
+            and ours.kvfold_stock is before.__func__
+        )
         kept = AutoModelForCausalLM.from_pretrained
         kvfold.unregister()
         kvfold.unregister()
@@ -227,7 +257,10 @@ def test_somebody_who_wraps_it_too_is_left_there(tiny_artifact, monkeypatch):
     assert AutoModelForCausalLM.from_pretrained.__func__ is theirs
     assert not hasattr(AutoModelForCausalLM.from_pretrained(tiny_artifact), "kv_artifact")
     kvfold.register()
-    assert hasattr(AutoModelForCausalLM.from_pretrained(tiny_artifact), "kv_artifact") and len(asked) == 2
+    assert (
+        hasattr(AutoModelForCausalLM.from_pretrained(tiny_artifact), "kv_artifact")
+        and len(asked) == 2
+    )
     monkeypatch.undo()
     kvfold.unregister()
     assert not hasattr(AutoModelForCausalLM.from_pretrained, "kvfold_stock")
@@ -241,22 +274,33 @@ def test_either_model_in_either_state(tiny_artifact):
         change()
         stock = kvfold.stock_from_pretrained(tiny_artifact)
         packed = runtime.load_pretrained(tiny_artifact, device="cpu", dtype=torch.bfloat16)
-        assert type(stock(IDS).past_key_values) is DynamicCache and not hasattr(stock, "kv_artifact")
+        assert type(stock(IDS).past_key_values) is DynamicCache and not hasattr(
+            stock, "kv_artifact"
+        )
         assert isinstance(packed(IDS).past_key_values, runtime.QuantizedKVCache)
 
 
 def test_import_stays_light():
     """Only the standard library; a fraction of what importing torch takes."""
-    done = python("import sys; before = set(sys.modules); import kvfold; print(*sorted(set(sys.modules) - before))")
+    done = python(
+        "import sys; before = set(sys.modules); import kvfold; print(*sorted(set(sys.modules) - before))"
+    )
     packages = {name.partition(".")[0] for name in done.stdout.split()} - {"kvfold"}
     assert packages <= sys.stdlib_module_names, packages
 
 
 @torch.no_grad()
 def test_the_same_model_as_load_pretrained(tiny_artifact, registered):
-    ours, theirs = runtime.load_pretrained(tiny_artifact), AutoModelForCausalLM.from_pretrained(tiny_artifact)
+    ours, theirs = (
+        runtime.load_pretrained(tiny_artifact),
+        AutoModelForCausalLM.from_pretrained(tiny_artifact),
+    )
     assert type(ours) is type(theirs) is LlamaForCausalLM
-    assert (ours.dtype, ours.device, ours.training) == (theirs.dtype, theirs.device, theirs.training)
+    assert (ours.dtype, ours.device, ours.training) == (
+        theirs.dtype,
+        theirs.device,
+        theirs.training,
+    )
     assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
     a, b = (model(IDS).past_key_values for model in (ours, theirs))
     assert isinstance(b, runtime.QuantizedKVCache) and a.nbytes == b.nbytes
@@ -277,7 +321,10 @@ def test_options_mean_what_they_mean_to_transformers(tiny_artifact, registered):
     model, info = AutoModelForCausalLM.from_pretrained(str(tiny_artifact), output_loading_info=True)
     assert isinstance(model, LlamaForCausalLM) and not info["missing_keys"]
     pipe = transformers.pipeline("text-generation", model=str(tiny_artifact))
-    assert hasattr(pipe.model, "kv_artifact") and len(pipe("a cache", max_new_tokens=4)[0]["generated_text"]) > 7
+    assert (
+        hasattr(pipe.model, "kv_artifact")
+        and len(pipe("a cache", max_new_tokens=4)[0]["generated_text"]) > 7
+    )
 
 
 def test_a_damaged_artifact_is_refused(tmp_path, tiny_artifact, registered):
@@ -299,7 +346,10 @@ def test_other_models_load_as_ever(tiny_folder, tmp_path, registered):
 
 
 def test_the_concrete_classes_stay_stock(tiny_artifact, registered):
-    for model in (LlamaForCausalLM.from_pretrained(tiny_artifact), stock_from_pretrained(tiny_artifact)):
+    for model in (
+        LlamaForCausalLM.from_pretrained(tiny_artifact),
+        stock_from_pretrained(tiny_artifact),
+    ):
         assert not hasattr(model, "kv_artifact") and model.dtype == torch.bfloat16
 
 
@@ -326,7 +376,8 @@ def test_changed_weights_are_saved_as_they_are(tmp_path, tiny_artifact):
     model.save_pretrained(tmp_path / "out", max_shard_size="60KB")
     artifact = read_artifact(tmp_path / "out")
     assert (
-        "model.safetensors" not in artifact.metadata.files and sum("model-" in n for n in artifact.metadata.files) > 2
+        "model.safetensors" not in artifact.metadata.files
+        and sum("model-" in n for n in artifact.metadata.files) > 2
     )
     again = runtime.load_pretrained(tmp_path / "out", device="cpu")
     assert torch.equal(again.state_dict()[name], weight)

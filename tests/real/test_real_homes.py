@@ -29,8 +29,8 @@ print(model.generate(ids, max_new_tokens=16, do_sample=False)[0].tolist())
 
 
 def test_measured_pushed_and_loaded_by_its_name(real_artifact, tmp_path):
-    """compress → eval → push → load by id → the same text; the card's figures are what its command prints, from the Hub
-    too."""
+    """compress → eval → push → load by id → the same text; the card's figures are what its command
+    prints, from the Hub too."""
     from huggingface_hub import ModelCard
 
     results = tmp_path / "results.json"
@@ -40,17 +40,29 @@ def test_measured_pushed_and_loaded_by_its_name(real_artifact, tmp_path):
     try:
         hub.add("someone/real")
         environment = hub.environment(tmp_path / "hf")
-        command("push", real_artifact, "someone/real", "--results", results, "--i-know", environment=environment)
+        command(
+            "push",
+            real_artifact,
+            "someone/real",
+            "--results",
+            results,
+            "--i-know",
+            environment=environment,
+        )
         repo = hub.repos["someone/real"]
         files = {name: file.content for name, file in repo.commits[repo.branches["main"]].items()}
         for path in real_artifact.iterdir():
             assert path.name == "README.md" or files[path.name] == path.read_bytes()
         card, figures = ModelCard(files["README.md"].decode()), json.loads(results.read_text())
         stated = {r.metric_name: r.metric_value for r in card.data.eval_results}
-        assert stated["KL divergence of the packed from the unquantised cache, nats"] == figures["kl"]
+        assert (
+            stated["KL divergence of the packed from the unquantised cache, nats"] == figures["kl"]
+        )
         [printed] = re.findall(r"^`kvfold (eval .+)` prints row 1\.$", card.text, re.MULTILINE)
         again = tmp_path / "again.json"
-        against = ["--against", real_artifact] if "--against" in printed else []  # a file of this machine
+        against = (
+            ["--against", real_artifact] if "--against" in printed else []
+        )  # a file of this machine
         words = re.sub(r"--against \S+", "", printed).split()
         command(*words, *against, "--json", again, "--device", "cpu", environment=environment)
         assert json.loads(again.read_text())["kl"] == pytest.approx(figures["kl"], rel=1e-3)
@@ -73,7 +85,8 @@ def test_measured_pushed_and_loaded_by_its_name(real_artifact, tmp_path):
 # -- ONNX
 
 needs_onnx = pytest.mark.skipif(
-    any(find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript")), reason="pip install 'kvfold[onnx]'"
+    any(find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript")),
+    reason="pip install 'kvfold[onnx]'",
 )
 PROMPT = 300  # tokens: several pages behind sinks and window
 
@@ -88,8 +101,8 @@ def graphs(real_artifact, tmp_path_factory):
 @needs_onnx
 @torch.no_grad()
 def test_onnxruntime_goes_on_where_the_runtime_is(real_artifact, graphs):
-    """On the runtime's own pages the graph gives its next logits: a key that float16 rounds to the other side may move
-    them a little."""
+    """On the runtime's own pages the graph gives its next logits: a key that float16 rounds to the
+    other side may move them a little."""
     from kvfold.exports.onnx.runner import OnnxRunner
 
     model, runner = runtime.load_pretrained(real_artifact, device="cpu"), OnnxRunner(graphs)
@@ -97,7 +110,9 @@ def test_onnxruntime_goes_on_where_the_runtime_is(real_artifact, graphs):
     cache = model(ids[:, :PROMPT]).past_key_values
     errors, agreed = [], 0
     for at in range(PROMPT, PROMPT + 40):
-        logits, present = runner(ids[:, at : at + 1].numpy(), runner.cache_of(runtime.onnx_inputs(cache)))
+        logits, present = runner(
+            ids[:, at : at + 1].numpy(), runner.cache_of(runtime.onnx_inputs(cache))
+        )
         wanted = model(ids[:, at : at + 1], past_key_values=cache).logits[0, 0].numpy()
         errors.append(float(np.abs(logits[0, 0] - wanted).max()))
         agreed += int(logits.argmax() == wanted.argmax())
@@ -111,8 +126,8 @@ def test_onnxruntime_goes_on_where_the_runtime_is(real_artifact, graphs):
 @needs_onnx
 @torch.no_grad()
 def test_onnxruntime_writes_the_runtimes_text(real_artifact, tmp_path):
-    """compress → export onnx → onnxruntime, in pages of 8 bits, where a code that is rounded the other way is a small
-    matter."""
+    """compress → export onnx → onnxruntime, in pages of 8 bits, where a code that is rounded the
+    other way is a small matter."""
     from kvfold.exports.onnx.runner import OnnxRunner
 
     recipe = tmp_path / "eight.yaml"

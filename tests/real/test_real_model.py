@@ -1,5 +1,5 @@
-"""The main job on SmolLM2-135M: `make test ARGS="-m real --dist loadfile"`. Minutes, and its weights come from the
-package index."""
+"""The main job on SmolLM2-135M: `make test ARGS="-m real --dist loadfile"`. Minutes, and its
+weights come from the package index."""
 
 import json
 import os
@@ -20,11 +20,15 @@ pytestmark = pytest.mark.real
 def test_bytes_are_the_predicted_ones(real_artifact):
     account = json.loads((real_artifact / "kv_cache.json").read_text())["account"]
     model = runtime.load_pretrained(real_artifact, device="cpu")
-    ids = torch.randint(0, model.config.vocab_size, (1, 2048), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        0, model.config.vocab_size, (1, 2048), generator=torch.Generator().manual_seed(0)
+    )
     assert model(ids, logits_to_keep=1).past_key_values.nbytes == account["bytes_at"]["2048"]
     assert account["bytes"] == account["bytes_at"][str(account["at"])]
     if not GIVEN:
-        assert account["bytes"] < account["bytes_16bit"] / 6 and account["effective_bits"] <= float(BUDGET)
+        assert account["bytes"] < account["bytes_16bit"] / 6 and account["effective_bits"] <= float(
+            BUDGET
+        )
     if MODEL == "smollm2-135m":
         assert account["at"] == 8192
 

@@ -30,8 +30,9 @@ def test_a_left_padded_batch_writes_what_each_row_writes_alone(real_artifact, pr
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_batch_moves_logits_by_far_less_than_quantisation(real_artifact, prompts, dtype):
-    """In float64 any row, with nothing added to the bound. In float32 a row that has no page differs from 16 bits by
-    how its own 16 bits are rounded, and from itself in a batch likewise: there rows with pages are judged."""
+    """In float64 any row, with nothing added to the bound. In float32 a row that has no page
+    differs from 16 bits by how its own 16 bits are rounded, and from itself in a batch likewise:
+    there rows with pages are judged."""
     model = runtime.load_pretrained(real_artifact, device="cpu", dtype=dtype)
     ids, mask = prompts
     pages = [model.kv_artifact.geometry.num_pages(n) for n in LENGTHS]
@@ -66,7 +67,9 @@ def test_crop_and_continue_is_never_having_generated(real_artifact, prompts):
     used.crop(ids.shape[1])
     assert used.layers[0].table.state[0, 1].item() < pages and used.nbytes == fresh.nbytes
     for part in (more[:, :1], more[:, 1:]):
-        assert torch.equal(model(part, past_key_values=used).logits, model(part, past_key_values=fresh).logits)
+        assert torch.equal(
+            model(part, past_key_values=used).logits, model(part, past_key_values=fresh).logits
+        )
 
 
 @torch.no_grad()

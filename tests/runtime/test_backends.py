@@ -18,7 +18,8 @@ from kvfold.runtime.cache.pager import Pager
 HEADS, DIM = 2, 16
 GEOMETRY = Geometry(HEADS, DIM, 3, 6, 8)
 SPEC = LayerSpec(
-    KeySpec(Format(((8, 16), (8, 4))), offset=torch.ones(HEADS, DIM)), ValueSpec(uniform(DIM, 4, "e4m3", 8))
+    KeySpec(Format(((8, 16), (8, 4))), offset=torch.ones(HEADS, DIM)),
+    ValueSpec(uniform(DIM, 4, "e4m3", 8)),
 )
 
 
@@ -48,7 +49,9 @@ def outputs(cache, calls=(30, 1, 9, 1, 1), batch=2, pads=(0, 4), seed=1):
         end += tokens
         cache.note_padding((torch.arange(end) >= torch.tensor(pads)[:, None]).long(), batch)
         for i in range(len(cache.layers)):
-            keys, values = (torch.randn(batch, HEADS, tokens, DIM, generator=generator) for _ in "kv")
+            keys, values = (
+                torch.randn(batch, HEADS, tokens, DIM, generator=generator) for _ in "kv"
+            )
             query = torch.randn(batch, 2 * HEADS, tokens, DIM, generator=generator)
             visible = torch.arange(end) <= torch.arange(end - tokens, end)[:, None]
             mask = visible & (torch.arange(end) >= torch.tensor(pads)[:, None, None, None])
@@ -65,7 +68,9 @@ def test_a_backend_gets_a_record_of_tensors_and_no_layer():
     assert all(type(layer) is LayerTensors for _, layer, _ in noting.given)
     held = noting.given[-1][1]
     assert held.layer_idx == 1 and held.raw_keys.shape == (2, HEADS, GEOMETRY.raw_rows, DIM)
-    assert held.state.tolist() == [[42, 4], [38, 3]] and held.marks is None and held.next_rungs is None
+    assert (
+        held.state.tolist() == [[42, 4], [38, 3]] and held.marks is None and held.next_rungs is None
+    )
 
 
 def test_a_backend_in_one_file_takes_steps_in_one_go():
@@ -77,9 +82,13 @@ def test_a_backend_in_one_file_takes_steps_in_one_go():
     assert isinstance(backend, StepBackend) and not isinstance(REFERENCE, StepBackend)
     one, other = (QuantizedKVCache([SPEC] * 2, GEOMETRY, backend=x) for x in (REFERENCE, backend))
     for ours, theirs in zip(outputs(other), outputs(one), strict=True):
-        torch.testing.assert_close(ours[:1], theirs[:1], rtol=1e-4, atol=1e-4)  # the second row's padding is free
+        torch.testing.assert_close(
+            ours[:1], theirs[:1], rtol=1e-4, atol=1e-4
+        )  # the second row's padding is free
         torch.testing.assert_close(ours[1:, :, -1:], theirs[1:, :, -1:], rtol=1e-4, atol=1e-4)
-    assert [x.table.state.tolist() for x in other.layers] == [x.table.state.tolist() for x in one.layers]
+    assert [x.table.state.tolist() for x in other.layers] == [
+        x.table.state.tolist() for x in one.layers
+    ]
     before = other.layers[0].table.state.clone()
     view = other.update(*torch.randn(2, 2, HEADS, 1, DIM), 0)[0]
     assert other.layers[0].lengths() == [43, 39]  # the host counts at once
@@ -96,11 +105,20 @@ def test_the_kernels_are_a_backend_that_takes_steps():
 
 def test_policies_are_chosen_once_and_exclude_each_other():
     ladders = Ladders([SPEC], [(1.0, 1.0)], GEOMETRY)
-    names = [type(choose(*args)).__name__ for args in ((None,), (9,), (9, ladders), (9, None, Pager([64])))]
+    names = [
+        type(choose(*args)).__name__
+        for args in ((None,), (9,), (9, ladders), (9, None, Pager([64])))
+    ]
     assert names == ["Floor", "Floor", "Progressive", "Offload"]
     for args, message in (
-        ((None, ladders), "policy='progressive' lowers pages as kv_budget fills, but there is none"),
-        ((None, None, Pager([64])), "offload=True moves pages to host memory as kv_budget fills, but there is none"),
+        (
+            (None, ladders),
+            "policy='progressive' lowers pages as kv_budget fills, but there is none",
+        ),
+        (
+            (None, None, Pager([64])),
+            "offload=True moves pages to host memory as kv_budget fills, but there is none",
+        ),
         ((9, ladders, Pager([64])), "policy='progressive' lowers them; leave one of them out"),
     ):
         with pytest.raises(KvfoldError, match=message):
@@ -116,7 +134,9 @@ def test_every_policy_says_what_it_needs_and_admits_that():
         cache.note_padding(None, 1)
         need = cache.policy.need(cache.layers, 1, 50)
         cache.set_budget(need - 1)
-        with pytest.raises(KvfoldError, match=f"need a cache of {need} bytes.*but kv_budget is {need - 1}"):
+        with pytest.raises(
+            KvfoldError, match=f"need a cache of {need} bytes.*but kv_budget is {need - 1}"
+        ):
             cache.policy.admit(cache.layers, 1, 50)
         cache.set_budget(need)
         cache.update(*torch.randn(2, 1, HEADS, 50, DIM), 0)

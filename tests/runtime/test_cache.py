@@ -19,7 +19,11 @@ GENERATOR = torch.Generator().manual_seed(0)
 MATRIX = torch.randn(HEADS, DIM, DIM, generator=GENERATOR) + 2 * torch.eye(DIM)
 SPECS = {
     "mixed": LayerSpec(
-        KeySpec(Format(((8, 16), (8, 4))), matrix=MATRIX, offset=torch.randn(HEADS, DIM, generator=GENERATOR)),
+        KeySpec(
+            Format(((8, 16), (8, 4))),
+            matrix=MATRIX,
+            offset=torch.randn(HEADS, DIM, generator=GENERATOR),
+        ),
         ValueSpec(uniform(DIM, 4), clip=torch.tensor([0.9, 0.8])),
     ),
     "turning": LayerSpec(
@@ -37,9 +41,11 @@ SPECS = {
 
 
 def quantised(x, spec):
-    """One token as the cache holds it in a page: float32 [Hkv, D]. Parameters are per token, so a page changes
-    nothing."""
-    return round_trip(x[:, None].float(), spec.format, None if spec.clip is None else spec.clip[:, None, None])[:, 0]
+    """One token as the cache holds it in a page: float32 [Hkv, D]. Parameters are per token, so a
+    page changes nothing."""
+    return round_trip(
+        x[:, None].float(), spec.format, None if spec.clip is None else spec.clip[:, None, None]
+    )[:, 0]
 
 
 class PlainLists:
@@ -53,7 +59,10 @@ class PlainLists:
         places = None
         if self.spec.key.turns:
             places = torch.stack([len(row) + torch.arange(keys.shape[2]) for row in self.rows])
-        keys, values = to_float16(self.spec.key.apply(keys, places, GEOMETRY.sinks)), to_float16(values)
+        keys, values = (
+            to_float16(self.spec.key.apply(keys, places, GEOMETRY.sinks)),
+            to_float16(values),
+        )
         for b, row in enumerate(self.rows):
             row += [(keys[b, :, t], values[b, :, t]) for t in range(keys.shape[2])]
             self._pack(b)
@@ -70,11 +79,17 @@ class PlainLists:
             del row[max(0, len(row) - remove) :]
             whole = max(0, len(row) - GEOMETRY.sinks) // GEOMETRY.page_tokens * GEOMETRY.page_tokens
             for t in range(GEOMETRY.sinks + whole, min(len(row), GEOMETRY.sinks + self.packed[b])):
-                row[t] = to_float16(row[t][0]), to_float16(row[t][1])  # a page cut through goes back to the window
+                row[t] = (
+                    to_float16(row[t][0]),
+                    to_float16(row[t][1]),
+                )  # a page cut through goes back to the window
             self.packed[b] = min(self.packed[b], whole)
 
     def select(self, indices):
-        self.rows, self.packed = [list(self.rows[i]) for i in indices], [self.packed[i] for i in indices]
+        self.rows, self.packed = (
+            [list(self.rows[i]) for i in indices],
+            [self.packed[i] for i in indices],
+        )
 
 
 def contents(layer, b):
@@ -82,7 +97,9 @@ def contents(layer, b):
     length, pages = layer.table.state[b].tolist()
     g = layer.geometry
     first = max(g.sinks + pages * g.page_tokens, min(g.sinks, length))
-    slots = torch.cat((layer.window.slots(0, min(g.sinks, length)), layer.window.slots(first, length)))
+    slots = torch.cat(
+        (layer.window.slots(0, min(g.sinks, length)), layer.window.slots(first, length))
+    )
     parts = []
     assert pages == len(layer.table.pages()[b]) and layer.table.block_table[
         b, :pages
@@ -104,8 +121,12 @@ def check(cache, lists):
     for b, row in enumerate(lists.rows):
         if row:
             keys, values = contents(layer, b)
-            torch.testing.assert_close(keys, torch.stack([k.float() for k, _ in row], 1), rtol=1e-6, atol=1e-6)
-            torch.testing.assert_close(values, torch.stack([v.float() for _, v in row], 1), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                keys, torch.stack([k.float() for k, _ in row], 1), rtol=1e-6, atol=1e-6
+            )
+            torch.testing.assert_close(
+                values, torch.stack([v.float() for _, v in row], 1), rtol=1e-6, atol=1e-6
+            )
     assert cache.nbytes == sum(t.nbytes for t in layer.tensors())
     used = {i for ids in layer.table.pages() for i in ids}
     assert layer.num_pages() == len(used)  # nothing leaks, nothing is missing
@@ -126,8 +147,17 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=examples(120), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(spec=st.sampled_from(sorted(SPECS)), batch=st.integers(1, 3), steps=operations, seed=st.integers(0, 2**16))
+@settings(
+    max_examples=examples(120),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    spec=st.sampled_from(sorted(SPECS)),
+    batch=st.integers(1, 3),
+    steps=operations,
+    seed=st.integers(0, 2**16),
+)
 def test_any_sequence_of_operations_equals_plain_lists(spec, batch, steps, seed):
     generator = torch.Generator().manual_seed(seed)
     cache = QuantizedKVCache([SPECS[spec]], GEOMETRY)
@@ -135,7 +165,9 @@ def test_any_sequence_of_operations_equals_plain_lists(spec, batch, steps, seed)
     for name, argument in [("append", 5), *steps]:
         rows = len(lists.rows)
         if name == "append":
-            keys, values = (torch.randn(rows, HEADS, argument, DIM, generator=generator) * 2 for _ in range(2))
+            keys, values = (
+                torch.randn(rows, HEADS, argument, DIM, generator=generator) * 2 for _ in range(2)
+            )
             cache.note_padding(None, rows)
             cache.update(keys, values, 0)
             lists.append(keys, values)
@@ -213,6 +245,8 @@ def test_what_is_not_finite_is_reported_and_not_stored(bad):
     cache = QuantizedKVCache([SPECS["mixed"]], GEOMETRY)
     keys, values = torch.randn(2, 1, HEADS, 30, DIM)
     values[0, 1, 17, 4] = bad
-    with pytest.raises(FloatingPointError, match=r"Layer 0 computed a value .* at position 17 of sequence 0"):
+    with pytest.raises(
+        FloatingPointError, match=r"Layer 0 computed a value .* at position 17 of sequence 0"
+    ):
         cache.update(keys, values, 0)
     assert cache.layers[0].lengths() == [0]

@@ -29,16 +29,26 @@ TEXT = "the cache of a long sequence holds keys and values for every token that 
 def test_gpu_agrees_with_cpu(family, dtype, tmp_path, text_file, recipe_file):
     source = save_tiny(tmp_path / "model", family)
     artifact = compress(
-        str(source), "6.0", tmp_path / "out", calib=str(text_file), recipe=load_recipe(recipe_file), device="cuda"
+        str(source),
+        "6.0",
+        tmp_path / "out",
+        calib=str(text_file),
+        recipe=load_recipe(recipe_file),
+        device="cuda",
     )
     ids = char_tokenizer()(TEXT, return_tensors="pt").input_ids
     on_cpu = runtime.load_pretrained(artifact.path, device="cpu")(ids)
     model = runtime.load_pretrained(artifact.path, device="cuda", dtype=dtype)
     out = model(ids.cuda())
-    error = (out.logits.float().cpu() - on_cpu.logits).square().mean().sqrt() / on_cpu.logits.square().mean().sqrt()
+    error = (
+        out.logits.float().cpu() - on_cpu.logits
+    ).square().mean().sqrt() / on_cpu.logits.square().mean().sqrt()
     assert float(error) < (0.02 if dtype == torch.float32 else 0.3)
     assert out.past_key_values.nbytes == on_cpu.past_key_values.nbytes
-    assert model.generate(ids.cuda(), max_new_tokens=40, do_sample=False).shape == (1, len(TEXT) + 40)
+    assert model.generate(ids.cuda(), max_new_tokens=40, do_sample=False).shape == (
+        1,
+        len(TEXT) + 40,
+    )
     peak = torch.cuda.memory_allocated()
     del out
     assert torch.cuda.memory_allocated() < peak  # a cache that goes out of use frees its memory
@@ -49,12 +59,15 @@ TEXTS = ["of it", TEXT]
 
 @pytest.fixture(scope="module", params=["llama", "gemma2", "gpt_oss", "gemma3_text"])
 def paths(request, tmp_path_factory, text_file):
-    """One artifact of a family: plain, soft-capped with windows, sink logits with windows, windows alone."""
+    """One artifact of a family: plain, soft-capped with windows, sink logits with windows, windows
+    alone."""
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "recipe.yaml").write_text(TINY_RECIPE.replace("page_tokens: 8", "page_tokens: 16"))
     source = save_tiny(folder / "model", request.param)
     recipe = load_recipe(folder / "recipe.yaml")
-    return compress(str(source), "9.0", folder / "out", calib=str(text_file), recipe=recipe, device="cuda").path
+    return compress(
+        str(source), "9.0", folder / "out", calib=str(text_file), recipe=recipe, device="cuda"
+    ).path
 
 
 def relative(got, expected):
@@ -66,8 +79,8 @@ def relative(got, expected):
 def test_kernels_agree_with_the_reference(paths, dtype, tolerance):
     """A ragged batch padded on the left: prompt, steps in which pages come due, a chunk, steps.
 
-    Kernels multiply in float16. Where a model of this size makes more of that than the tolerance, all of it in float16
-    is the bound.
+    Kernels multiply in float16. Where a model of this size makes more of that than the tolerance,
+    all of it in float16 is the bound.
     """
     ids = torch.randint(1, 128, (2, 97), generator=torch.Generator().manual_seed(4)).cuda()
     mask = torch.ones_like(ids)
@@ -105,34 +118,51 @@ def test_a_graph_generates_what_the_kernels_generate(paths):
     tokenizer = char_tokenizer()
     tokenizer.padding_side = "left"
     batch = tokenizer(TEXTS, return_tensors="pt", padding=True).to("cuda")
-    options = {"max_new_tokens": 50, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    options = {
+        "max_new_tokens": 50,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
     plain, graph = (
-        runtime.load_pretrained(paths, device="cuda", dtype=torch.float32, attention="triton", cuda_graph=on).generate(
-            **batch, **options
-        )
+        runtime.load_pretrained(
+            paths, device="cuda", dtype=torch.float32, attention="triton", cuda_graph=on
+        ).generate(**batch, **options)
         for on in (False, True)
     )
     length = batch.input_ids.shape[1]
     for t, (got, expected) in enumerate(zip(graph.logits, plain.logits, strict=True)):
         assert relative(got, expected) < 1e-3, t
-        if not torch.equal(graph.sequences[:, : length + t + 1], plain.sequences[:, : length + t + 1]):
-            top = expected.topk(
-                2
-            ).values  # a near tie may be broken otherwise, and then all that follows is another text
+        if not torch.equal(
+            graph.sequences[:, : length + t + 1], plain.sequences[:, : length + t + 1]
+        ):
+            top = (
+                expected.topk(2).values
+            )  # a near tie may be broken otherwise, and then all that follows is another text
             assert float((top[:, 0] - top[:, 1]).min()) < 1e-2
             break
-    states = [[layer.table.state.tolist() for layer in out.past_key_values.layers] for out in (plain, graph)]
+    states = [
+        [layer.table.state.tolist() for layer in out.past_key_values.layers]
+        for out in (plain, graph)
+    ]
     assert states[0] == states[1]
-    assert all(layer.lengths() == [n for n, _ in layer.table.state.tolist()] for layer in graph.past_key_values.layers)
+    assert all(
+        layer.lengths() == [n for n, _ in layer.table.state.tolist()]
+        for layer in graph.past_key_values.layers
+    )
 
 
 @torch.no_grad()
 def test_a_sequences_bits_are_the_same_in_every_batch(paths):
     """From the same hidden states: one layer's attention, alone and beside a longer sequence."""
-    artifact = runtime.load_pretrained(paths, device="cuda", attention="triton", batch_invariant=True).kv_artifact
+    artifact = runtime.load_pretrained(
+        paths, device="cuda", attention="triton", batch_invariant=True
+    ).kv_artifact
     spec, geometry = artifact.specs[0], artifact.geometry
     heads, dim, lengths = geometry.num_kv_heads, geometry.head_dim, [2777, 30011]
-    alone, both = (PackedLayer([spec], SharedState(geometry, [0] * n, True), 0, TRITON) for n in (1, 2))
+    alone, both = (
+        PackedLayer([spec], SharedState(geometry, [0] * n, True), 0, TRITON) for n in (1, 2)
+    )
     both.shared.set_padding([max(lengths) - n for n in lengths])
     prompt = [torch.randn(2, heads, max(lengths), dim, device="cuda") for _ in "kv"]
     both.update(*prompt)
@@ -147,11 +177,16 @@ def test_a_sequences_bits_are_the_same_in_every_batch(paths):
 @pytest.mark.parametrize("graph", [False, True])
 @torch.no_grad()
 def test_a_value_that_is_not_finite_is_reported_before_it_is_packed(graph, tmp_path, text_file):
-    """In steps that wait for nothing, captured or not; the cache then goes on from where it came."""
+    """In steps that wait for nothing, captured or not; the cache then goes on from where it
+    came."""
     (tmp_path / "recipe.yaml").write_text(TINY_RECIPE.replace("page_tokens: 8", "page_tokens: 16"))
     recipe = load_recipe(tmp_path / "recipe.yaml")
-    path = compress(str(save_tiny(tmp_path / "m")), "9.0", tmp_path / "out", calib=str(text_file), recipe=recipe).path
-    model = runtime.load_pretrained(path, device="cuda", dtype=torch.float32, attention="triton", cuda_graph=graph)
+    path = compress(
+        str(save_tiny(tmp_path / "m")), "9.0", tmp_path / "out", calib=str(text_file), recipe=recipe
+    ).path
+    model = runtime.load_pretrained(
+        path, device="cuda", dtype=torch.float32, attention="triton", cuda_graph=graph
+    )
     ids = torch.randint(1, 128, (1, 150), generator=torch.Generator().manual_seed(4)).cuda()
     cache = model.new_kv_cache()
 
@@ -168,17 +203,23 @@ def test_a_value_that_is_not_finite_is_reported_before_it_is_packed(graph, tmp_p
     weight[0] = float("inf")
     step()
     weight.copy_(whole)
-    with pytest.raises(FloatingPointError, match=r"Layer 1 computed a value .* at position 66 of sequence 0"):
+    with pytest.raises(
+        FloatingPointError, match=r"Layer 1 computed a value .* at position 66 of sequence 0"
+    ):
         for _ in range(16):
             step()
-    assert cache.get_seq_length() == 66 and [layer.table.state.tolist()[0][0] for layer in cache.layers] == [66] * 3
+    assert (
+        cache.get_seq_length() == 66
+        and [layer.table.state.tolist()[0][0] for layer in cache.layers] == [66] * 3
+    )
     logits = [step() for _ in range(40)][-1]
     assert relative(logits, model(input_ids=ids[:, :106]).logits[:, -1:]) < 0.05
 
 
 @pytest.fixture
 def captures(monkeypatch):
-    """Captured steps of models loaded from here on, as they are made; none with compiled small operations."""
+    """Captured steps of models loaded from here on, as they are made; none with compiled small
+    operations."""
     made = []
 
     class Counted(DecodingStep):
@@ -196,26 +237,32 @@ def decode(model, ids, prompt, batch_mask=None):
     cache, found, sizes = model.new_kv_cache(), [], []
     for part in (slice(0, prompt), *(slice(t, t + 1) for t in range(prompt, ids.shape[1]))):
         mask = None if batch_mask is None else batch_mask[:, : part.stop]
-        found.append(model(input_ids=ids[:, part], attention_mask=mask, past_key_values=cache).logits[:, -1:])
+        found.append(
+            model(input_ids=ids[:, part], attention_mask=mask, past_key_values=cache).logits[:, -1:]
+        )
         sizes.append(cache.nbytes)
     return found, sizes, cache
 
 
 def waits(model):
-    """Whether a model's own code waits for the device, so that no step of it can be captured: experts in some releases
-    of transformers."""
+    """Whether a model's own code waits for the device, so that no step of it can be captured:
+    experts in some releases of transformers."""
     return bool(model.kv_decoding.refused) and model.config.model_type == "gpt_oss"
 
 
 @pytest.mark.parametrize("invariant", [False, True])
 @torch.no_grad()
-def test_a_plain_load_replays_and_captures_again_as_it_grows(invariant, paths, captures, monkeypatch):
+def test_a_plain_load_replays_and_captures_again_as_it_grows(
+    invariant, paths, captures, monkeypatch
+):
     """A ragged batch padded on the left, from two pages to more than sixteen."""
     ids = torch.randint(1, 128, (2, 320), generator=torch.Generator().manual_seed(6)).cuda()
     mask = torch.ones_like(ids)
     mask[1, :13] = 0
     options = {"device": "cuda", "dtype": torch.float32, "batch_invariant": invariant}
-    model, other = (runtime.load_pretrained(paths, cuda_graph=on, **options) for on in ("auto", False))
+    model, other = (
+        runtime.load_pretrained(paths, cuda_graph=on, **options) for on in ("auto", False)
+    )
     monkeypatch.setattr(account, "LEAST_ENTRIES", 2)  # of tables that double early
     got, got_sizes, cache = decode(model, ids, 70, mask)
     if waits(model):
@@ -227,10 +274,14 @@ def test_a_plain_load_replays_and_captures_again_as_it_grows(invariant, paths, c
     assert got_sizes == sizes and other.steps.captured is None
     assert max(map(relative, got, plain)) < 1e-3
     for one, two in zip(cache.layers, other.layers, strict=True):
-        assert one.table.state.tolist() == two.table.state.tolist() and one.lengths() == two.lengths()
+        assert (
+            one.table.state.tolist() == two.table.state.tolist() and one.lengths() == two.lengths()
+        )
         assert [s.passed for s in one.table.sequences] == [s.passed for s in two.table.sequences]
     count = len(captures)
-    model(input_ids=ids[:, :3], past_key_values=cache)  # another turn, in which no tensor is replaced
+    model(
+        input_ids=ids[:, :3], past_key_values=cache
+    )  # another turn, in which no tensor is replaced
     for t in range(5):
         model(input_ids=ids[:, t : t + 1], past_key_values=cache)
     assert len(captures) == count
@@ -238,12 +289,20 @@ def test_a_plain_load_replays_and_captures_again_as_it_grows(invariant, paths, c
 
 @torch.no_grad()
 def test_progressive_in_a_graph_lowers_what_the_reference_lowers(paths, captures, monkeypatch):
-    """Under a budget that sends most pages down: the same bytes after every step, the same rungs, and near logits."""
+    """Under a budget that sends most pages down: the same bytes after every step, the same rungs,
+    and near logits."""
     ids = torch.randint(1, 128, (2, 400), generator=torch.Generator().manual_seed(7)).cuda()
     least = runtime.load_pretrained(paths, device="cuda").kv_artifact
     budget = int(1.05 * account.batch_nbytes(least.geometry, least.formats, [400, 400]))
-    options = {"device": "cuda", "dtype": torch.float32, "policy": "progressive", "kv_budget": budget}
-    model, other = (runtime.load_pretrained(paths, attention=name, **options) for name in ("auto", "reference"))
+    options = {
+        "device": "cuda",
+        "dtype": torch.float32,
+        "policy": "progressive",
+        "kv_budget": budget,
+    }
+    model, other = (
+        runtime.load_pretrained(paths, attention=name, **options) for name in ("auto", "reference")
+    )
     assert model.kv_triton
     monkeypatch.setattr(account, "LEAST_ENTRIES", 2)
     got, got_sizes, cache = decode(model, ids, 70)
@@ -252,7 +311,10 @@ def test_progressive_in_a_graph_lowers_what_the_reference_lowers(paths, captures
     expected, sizes, other_cache = decode(other, ids, 70)
     assert got_sizes == sizes and sum(layer.table.pool.counts[0] for layer in cache.layers) > 0
     for one, two in zip(cache.layers, other_cache.layers, strict=True):
-        rungs = [[[layer.table.pool.rung(i) for i in row] for row in layer.table.pages()] for layer in (one, two)]
+        rungs = [
+            [[layer.table.pool.rung(i) for i in row] for row in layer.table.pages()]
+            for layer in (one, two)
+        ]
         assert rungs[0] == rungs[1] and one.table.state.tolist() == two.table.state.tolist()
         assert torch.equal(one.table.segments, two.table.segments)
     assert max(map(relative, got, expected)) < 5e-2
@@ -260,8 +322,8 @@ def test_progressive_in_a_graph_lowers_what_the_reference_lowers(paths, captures
 
 @torch.no_grad()
 def test_a_model_that_waits_for_the_device_goes_on_by_itself(paths, caplog):
-    """Sampling, whose random numbers a capture that failed would have left in disorder; and so where only the capture
-    finds out."""
+    """Sampling, whose random numbers a capture that failed would have left in disorder; and so
+    where only the capture finds out."""
     ids = torch.randint(1, 128, (1, 60), generator=torch.Generator().manual_seed(4)).cuda()
     for probed in (False, True):
         model = runtime.load_pretrained(paths, device="cuda", dtype=torch.float32)

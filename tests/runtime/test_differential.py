@@ -1,5 +1,5 @@
-"""Every kind of call that reaches attention: transformers on its 16-bit cache, the reference and the kernels give the
-same logits, or the packed ones refuse it in a sentence."""
+"""Every kind of call that reaches attention: transformers on its 16-bit cache, the reference and
+the kernels give the same logits, or the packed ones refuse it in a sentence."""
 
 from functools import cache
 
@@ -19,7 +19,11 @@ QUIET = {
 
 @cache
 def models(family, triton):
-    return stock_model(family), packed_model(family), *([packed_model(family, triton=True)] if triton else [])
+    return (
+        stock_model(family),
+        packed_model(family),
+        *([packed_model(family, triton=True)] if triton else []),
+    )
 
 
 @pytest.mark.parametrize(("family", "examples"), [("llama", 1200), ("gemma2", 600)])

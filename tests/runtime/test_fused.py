@@ -1,4 +1,5 @@
-"""The compiled small operations of a captured step: same numbers, few graphs, and nothing left behind."""
+"""The compiled small operations of a captured step: same numbers, few graphs, and nothing left
+behind."""
 
 import sys
 
@@ -23,7 +24,9 @@ def graphs(monkeypatch):
     made = {}
     torch._dynamo.reset()
     monkeypatch.setattr(
-        module, "compiled", lambda f: made.setdefault(f, torch.compile(f, dynamic=False, backend=backend))
+        module,
+        "compiled",
+        lambda f: made.setdefault(f, torch.compile(f, dynamic=False, backend=backend)),
     )
     yield found
     torch._dynamo.reset()
@@ -32,7 +35,9 @@ def graphs(monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_oss"])
 @torch.no_grad()
 def test_a_step_is_the_same_and_its_layers_share_what_is_compiled(family, graphs, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "m", family), dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        save_tiny(tmp_path / "m", family), dtype=torch.bfloat16
+    ).eval()
     ids = torch.randint(1, 128, (2, 1), generator=torch.Generator().manual_seed(0))
     plain = model(ids).logits
     before = {id(m): dict(vars(m)) for m in model.modules()}
@@ -77,8 +82,12 @@ def test_where_the_compiler_fails_the_step_goes_on(monkeypatch, tmp_path):
         raise RuntimeError("no compiler here")
 
     torch._dynamo.reset()
-    monkeypatch.setattr(module, "compiled", lambda f: torch.compile(f, dynamic=False, backend=broken))
-    model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "m"), dtype=torch.float32).eval()
+    monkeypatch.setattr(
+        module, "compiled", lambda f: torch.compile(f, dynamic=False, backend=broken)
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        save_tiny(tmp_path / "m"), dtype=torch.float32
+    ).eval()
     ids = torch.randint(1, 128, (2, 1), generator=torch.Generator().manual_seed(0))
     plain = model(ids).logits
     with fused(model):
@@ -88,7 +97,9 @@ def test_where_the_compiler_fails_the_step_goes_on(monkeypatch, tmp_path):
 
 @torch.no_grad()
 def test_many_batch_sizes_are_compiled(graphs, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "m"), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        save_tiny(tmp_path / "m"), dtype=torch.float32
+    ).eval()
     with fused(model):
         for size in range(1, 12):
             count = len(graphs)

@@ -1,5 +1,5 @@
-"""What reaches attention, one case each: what falls back, what is refused, what is said once, and what a model and a
-cache leave behind."""
+"""What reaches attention, one case each: what falls back, what is refused, what is said once, and
+what a model and a cache leave behind."""
 
 import copy
 import gc
@@ -33,10 +33,14 @@ def model_on(path, **options):
 
 
 def warnings_of(caplog):
-    return [x.getMessage() for x in caplog.records if x.name == "kvfold" and x.levelno == logging.WARNING]
+    return [
+        x.getMessage()
+        for x in caplog.records
+        if x.name == "kvfold" and x.levelno == logging.WARNING
+    ]
 
 
-# -- masks -------------------------------------------------------------------------------------------------------------
+# -- masks -----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -48,7 +52,9 @@ def test_kernels_leave_a_mask_with_holes_to_the_reference_and_say_so_once(caplog
     assert not cache.shared.plain
     mask = torch.cat((mask, torch.ones(1, 1, dtype=torch.long)), 1)
     model(IDS[:, :1], attention_mask=mask, past_key_values=cache)
-    assert [text for text in warnings_of(caplog) if "Triton kernels don't read" in text] == warnings_of(caplog)
+    assert [
+        text for text in warnings_of(caplog) if "Triton kernels don't read" in text
+    ] == warnings_of(caplog)
     assert len(warnings_of(caplog)) == 1
     model(IDS[:, :1], past_key_values=cache)
     assert cache.shared.plain  # the next call is the kernels' again
@@ -62,10 +68,18 @@ def test_the_reference_reads_pages_of_kernels_and_they_go_on_with_its():
     for path in PATHS:
         model, logits = model_on(path, window=6), []
         cache = model(IDS).past_key_values
-        for start, end, shown in ((0, 1, True), (1, 2, False), (2, 9, False), (9, 10, True), (10, 11, False)):
+        for start, end, shown in (
+            (0, 1, True),
+            (1, 2, False),
+            (2, 9, False),
+            (9, 10, True),
+            (10, 11, False),
+        ):
             columns = cache.get_seq_length() + end - start
             own = None if shown else mask[:, :columns]
-            logits.append(model(IDS[:, start:end], attention_mask=own, past_key_values=cache).logits)
+            logits.append(
+                model(IDS[:, start:end], attention_mask=own, past_key_values=cache).logits
+            )
         assert len(cache.layers[0].table.pages()[0]) == 3
         found.append(logits)
     for a, b in zip(*found, strict=True):
@@ -103,7 +117,11 @@ def test_masks_of_four_dimensions_must_hide_the_padding_that_is_known():
     alone = model(torch.cat((IDS[:, 3:6], IDS[:, :1]), 1)).logits[:, -1]
     torch.testing.assert_close(got[1], alone, atol=0.05, rtol=0.01)
     with pytest.raises(KvfoldError, match=r"torch\.int64; give bool"):
-        model(IDS[:, :1].repeat(2, 1), attention_mask=torch.ones(2, 1, 1, 8, dtype=torch.long), past_key_values=cache)
+        model(
+            IDS[:, :1].repeat(2, 1),
+            attention_mask=torch.ones(2, 1, 1, 8, dtype=torch.long),
+            past_key_values=cache,
+        )
     for bad in ([[True]], torch.ones(1, 1, 1, 9, dtype=torch.bool), {"linear_attention": square}):
         with pytest.raises(KvfoldError, match="attention_mask"):
             model(IDS[:, :1].repeat(2, 1), attention_mask=bad, past_key_values=cache)
@@ -117,7 +135,9 @@ def test_a_mask_that_shows_what_lies_behind_a_sliding_window_is_refused():
         model(IDS[:, :15], attention_mask=square)
     near = square & ~square.tril(-9)
     own = {"full_attention": square, "sliding_attention": near}
-    torch.testing.assert_close(model(IDS[:, :15], attention_mask=own).logits, model(IDS[:, :15]).logits)
+    torch.testing.assert_close(
+        model(IDS[:, :15], attention_mask=own).logits, model(IDS[:, :15]).logits
+    )
 
 
 @torch.no_grad()
@@ -126,7 +146,9 @@ def test_generate_reads_its_mask_once(monkeypatch):
     model, reads = model_on("reference"), []
     real = masks.note
     monkeypatch.setattr(
-        masks, "note", lambda mask, columns, **made: (reads.append(columns.width), real(mask, columns, **made))[1]
+        masks,
+        "note",
+        lambda mask, columns, **made: (reads.append(columns.width), real(mask, columns, **made))[1],
     )
     ids = IDS.repeat(2, 1)[:, :12]
     mask = torch.ones_like(ids)
@@ -134,13 +156,20 @@ def test_generate_reads_its_mask_once(monkeypatch):
     read = []
     visible = torch.Tensor.cumsum
     monkeypatch.setattr(
-        torch.Tensor, "cumsum", lambda self, *a, **k: (read.append(self.dtype), visible(self, *a, **k))[1]
+        torch.Tensor,
+        "cumsum",
+        lambda self, *a, **k: (read.append(self.dtype), visible(self, *a, **k))[1],
     )
-    text = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    text = model.generate(
+        ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0
+    )
     assert reads == list(range(12, 21)) and read.count(torch.bool) == 1
     alone = model.generate(ids[:1, 3:], max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert torch.equal(text[0, 12:], alone[0, 9:])
-    assert GenerationMixin._update_model_kwargs_for_generation is type(model)._update_model_kwargs_for_generation
+    assert (
+        GenerationMixin._update_model_kwargs_for_generation
+        is type(model)._update_model_kwargs_for_generation
+    )
 
 
 def test_a_mask_that_was_written_is_read_again():
@@ -165,7 +194,7 @@ def test_a_mask_that_was_written_is_read_again():
     assert not hasattr(other, masks.TAG)
 
 
-# -- caches ------------------------------------------------------------------------------------------------------------
+# -- caches ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -176,7 +205,9 @@ def test_a_copy_of_a_cache_has_pages_of_its_own(path):
     twin, shallow = copy.deepcopy(cache), copy.copy(cache)
     right = model(IDS[:, :1], past_key_values=twin).logits
     pool, other = cache.layers[0].table.pool, shallow.layers[0].table.pool
-    assert len(pool) and not {x.data_ptr() for x in pool.tensors()} & {x.data_ptr() for x in other.tensors()}
+    assert len(pool) and not {x.data_ptr() for x in pool.tensors()} & {
+        x.data_ptr() for x in other.tensors()
+    }
     assert shallow.nbytes == cache.nbytes == sum(x.nbytes for x in shallow.layers[0].tensors())
     cache.crop(3)
     model(IDS[:, 5:20], past_key_values=cache)  # pages are freed and written anew
@@ -198,7 +229,9 @@ def test_a_copy_of_a_cache_whose_pages_may_go_to_host_memory_shares_them():
     model = packed_model("llama", window=6, budget=10_000, offload=True)
     cache = model(IDS).past_key_values
     twin = copy.deepcopy(cache)
-    assert twin.layers[0].table.pool is cache.layers[0].table.pool and twin.layers[0].table.shares_pool
+    assert (
+        twin.layers[0].table.pool is cache.layers[0].table.pool and twin.layers[0].table.shares_pool
+    )
     got = [model(IDS[:, :3], past_key_values=x).logits for x in (cache, twin)]
     assert torch.equal(*got)
 
@@ -207,10 +240,17 @@ def test_a_copy_of_a_cache_whose_pages_may_go_to_host_memory_shares_them():
 def test_another_batch_or_artifact_is_refused(tmp_path):
     model = model_on("reference")
     cache = model(IDS).past_key_values
-    with pytest.raises(KvfoldError, match=r"2 sequence\(s\).*holds 1.*batch_repeat_interleave.*fork"):
+    with pytest.raises(
+        KvfoldError, match=r"2 sequence\(s\).*holds 1.*batch_repeat_interleave.*fork"
+    ):
         model(IDS[:, :3].repeat(2, 1), past_key_values=cache)
     with pytest.raises(KvfoldError, match="batch_repeat_interleave"):
-        model.generate(torch.cat((IDS, IDS[:, :2]), 1), past_key_values=cache, num_return_sequences=2, do_sample=True)
+        model.generate(
+            torch.cat((IDS, IDS[:, :2]), 1),
+            past_key_values=cache,
+            num_return_sequences=2,
+            do_sample=True,
+        )
     cache.batch_repeat_interleave(2)
     assert model(IDS[:, :3].repeat(2, 1), past_key_values=cache).logits.shape[0] == 2
     cache.artifact = "another"
@@ -225,16 +265,22 @@ def test_a_cache_that_is_not_packed_is_named_once(caplog):
         out = model(IDS, past_key_values=other)
         assert out.past_key_values is other
     model(IDS[:, :1], past_key_values=copy.deepcopy(other))
-    assert warnings_of(caplog) == [text for text in warnings_of(caplog) if "DynamicCache of 16 bits" in text]
+    assert warnings_of(caplog) == [
+        text for text in warnings_of(caplog) if "DynamicCache of 16 bits" in text
+    ]
     assert len(warnings_of(caplog)) == 1
     foreign = DynamicCache()
-    foreign.update(torch.zeros(1, 1, 4, DIM), torch.zeros(1, 1, 4, DIM), 0)  # as prefix tuning passes them
+    foreign.update(
+        torch.zeros(1, 1, 4, DIM), torch.zeros(1, 1, 4, DIM), 0
+    )  # as prefix tuning passes them
     with pytest.raises(KvfoldError, match="holds 4 tokens that this model has not computed"):
         model(IDS, past_key_values=foreign)
     with runtime.plain_cache(model):
         model(IDS, past_key_values=foreign)
     with runtime.plain_cache(model):
-        out = model.generate(IDS, max_new_tokens=3, return_dict_in_generate=True, pad_token_id=0, do_sample=False)
+        out = model.generate(
+            IDS, max_new_tokens=3, return_dict_in_generate=True, pad_token_id=0, do_sample=False
+        )
     assert isinstance(out.past_key_values, DynamicCache)
     want = stock_model("llama").generate(IDS, max_new_tokens=3, pad_token_id=0, do_sample=False)
     assert torch.equal(out.sequences, want)
@@ -248,7 +294,9 @@ def test_a_cache_that_is_not_packed_is_named_once(caplog):
     "call",
     [
         lambda model, cache: model(IDS, past_key_values=cache),
-        lambda model, cache: model.generate(IDS, past_key_values=cache, max_new_tokens=2, pad_token_id=0),
+        lambda model, cache: model.generate(
+            IDS, past_key_values=cache, max_new_tokens=2, pad_token_id=0
+        ),
     ],
     ids=["call", "generate"],
 )
@@ -283,7 +331,7 @@ def test_a_crop_behind_a_page_is_named_once_and_an_exact_one_is_not(caplog):
     assert len(warnings_of(caplog)) == 1 and "rollback=9" in warnings_of(caplog)[0]
 
 
-# -- options -----------------------------------------------------------------------------------------------------------
+# -- options ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -292,7 +340,9 @@ def test_another_attention_function_is_refused_until_it_is_set_back():
     want = model(IDS).logits
     for name in ("sdpa", "eager"):
         model.set_attn_implementation(name)
-        with pytest.raises(KvfoldError, match=f"attn_implementation='{name}' reads no packed cache"):
+        with pytest.raises(
+            KvfoldError, match=f"attn_implementation='{name}' reads no packed cache"
+        ):
             model.generate(IDS, max_new_tokens=2)
         with runtime.plain_cache(model):
             assert torch.isfinite(model(IDS).logits).all()
@@ -319,7 +369,10 @@ def adapter(base):
     """A model with an adapter on v_proj and on an MLP projection, as PEFT leaves it."""
     model = model_on("reference")
     config = SimpleNamespace(base_model_name_or_path=base)
-    for parent, name in ((model.model.layers[0].self_attn, "v_proj"), (model.model.layers[0].mlp, "up_proj")):
+    for parent, name in (
+        (model.model.layers[0].self_attn, "v_proj"),
+        (model.model.layers[0].mlp, "up_proj"),
+    ):
         wrapped = torch.nn.Module()
         wrapped.base_layer, wrapped.lora_A = (
             getattr(parent, name),
@@ -335,20 +388,26 @@ def adapter(base):
 @torch.no_grad()
 def test_an_adapter_of_the_original_is_refused_before_it_is_used_or_merged():
     model = adapter("owner/original")
-    with pytest.raises(KvfoldError, match="Adapter 'default' changes v_proj, but was trained on 'owner/original'"):
+    with pytest.raises(
+        KvfoldError, match="Adapter 'default' changes v_proj, but was trained on 'owner/original'"
+    ):
         model(IDS)
     with pytest.raises(KvfoldError, match="merge it into the original"):
         list(model.modules())
     own = adapter("elsewhere/tiny")  # the artifact's own name
     assert own(IDS).logits.shape[1] == 26
-    own.kv_artifact.metadata.provenance = SimpleNamespace(model="owner/tiny")  # the original has that name, too
+    own.kv_artifact.metadata.provenance = SimpleNamespace(
+        model="owner/tiny"
+    )  # the original has that name, too
     with pytest.raises(KvfoldError, match="trained on 'elsewhere/tiny'"):
         own(IDS)
     plain = LayerSpec(KeySpec(raw16(DIM)), ValueSpec(raw16(DIM)))
-    check_adapters(model, SimpleNamespace(specs=[plain], path="tiny", metadata=None))  # nothing stands in another basis
+    check_adapters(
+        model, SimpleNamespace(specs=[plain], path="tiny", metadata=None)
+    )  # nothing stands in another basis
 
 
-# -- what is left behind -----------------------------------------------------------------------------------------------
+# -- what is left behind ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -372,7 +431,10 @@ def test_a_model_and_its_caches_go_at_once(path):
             )
             del cache
         twin = copy.deepcopy(model)
-        assert twin.new_kv_cache.owner() is twin and twin.model._forward_pre_hooks is not model.model._forward_pre_hooks
+        assert (
+            twin.new_kv_cache.owner() is twin
+            and twin.model._forward_pre_hooks is not model.model._forward_pre_hooks
+        )
         left.append(weakref.ref(twin))
         del model, twin
         assert [x() is None for x in left] == [True] * 5

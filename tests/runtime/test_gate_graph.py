@@ -30,12 +30,18 @@ def test_a_step_with_another_mask_is_the_references_and_the_next_is_replayed(qui
         mask[1, 3:5] = 0
         logits = [model(input_ids=ids[:, 9:10], past_key_values=cache, attention_mask=mask).logits]
         mask = torch.ones(2, 11, dtype=torch.long)
-        logits.append(model(input_ids=ids[:, 10:11], past_key_values=cache, attention_mask=mask).logits)
+        logits.append(
+            model(input_ids=ids[:, 10:11], past_key_values=cache, attention_mask=mask).logits
+        )
         found.append(logits)
         if on:
             calls = sum(x.calls for x in captured)
             assert calls >= 2 and model.kv_decoding.steps[2] == calls
-            model(input_ids=ids[:, 11:12], past_key_values=cache, attention_mask=torch.zeros(2, 12, dtype=torch.long))
+            model(
+                input_ids=ids[:, 11:12],
+                past_key_values=cache,
+                attention_mask=torch.zeros(2, 12, dtype=torch.long),
+            )
             assert sum(x.calls for x in captured) == calls
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 model(input_ids=ids[:, 12:13], past_key_values=cache)
@@ -76,7 +82,11 @@ def test_steps_of_generate_read_no_mask(quick, captured, monkeypatch):
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     real = torch.Tensor.cumsum
-    monkeypatch.setattr(torch.Tensor, "cumsum", lambda self, *a, **k: (read.append(self.dtype), real(self, *a, **k))[1])
+    monkeypatch.setattr(
+        torch.Tensor,
+        "cumsum",
+        lambda self, *a, **k: (read.append(self.dtype), real(self, *a, **k))[1],
+    )
     model.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False, pad_token_id=0)
     assert read.count(torch.bool) == 1 and sum(x.calls for x in captured) >= 6
 
@@ -91,8 +101,12 @@ def test_a_copy_of_a_progressive_cache_goes_on_by_itself(quick, captured):
     twin = copy.deepcopy(cache)
     assert same(cache, twin) and twin.steps.captured is None
     for t in range(74, 110):
-        steps = [model(input_ids=ids[:, t : t + 1], past_key_values=x).logits for x in (cache, twin)]
+        steps = [
+            model(input_ids=ids[:, t : t + 1], past_key_values=x).logits for x in (cache, twin)
+        ]
         assert torch.equal(*steps) and same(cache, twin) and twin.nbytes <= 14_000
     assert all(
-        layer.table.pool.rung(i) < len(layer.rungs) - 1 for layer in twin.layers for i in layer.table.pages()[0][:1]
+        layer.table.pool.rung(i) < len(layer.rungs) - 1
+        for layer in twin.layers
+        for i in layer.table.pages()[0][:1]
     )  # lowered

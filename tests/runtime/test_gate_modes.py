@@ -1,4 +1,5 @@
-"""PyTorch's ambient modes around a packed cache: gradients, inference mode, autocast, default types and devices."""
+"""PyTorch's ambient modes around a packed cache: gradients, inference mode, autocast, default types
+and devices."""
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ def test_a_backward_pass_says_how(path):
         model(IDS, labels=IDS).loss.backward()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    values = model.model.layers[0].self_attn.v_proj.weight.requires_grad_(True)  # queries have no gradient here
+    values = model.model.layers[0].self_attn.v_proj.weight.requires_grad_(
+        True
+    )  # queries have no gradient here
     with pytest.raises(KvfoldError, match="Gradients don't pass"):
         model(IDS, labels=IDS).loss.backward()
     with runtime.plain_cache(model):
@@ -56,7 +59,8 @@ def test_a_prompt_in_inference_mode_and_steps_outside(path):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_default_types_change_no_number(path, dtype):
-    """With pages and not only a window, and with all that is made at first use made under the other default."""
+    """With pages and not only a window, and with all that is made at first use made under the other
+    default."""
 
     def logits():
         model = model_on(path, window=6)

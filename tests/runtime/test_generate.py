@@ -1,4 +1,5 @@
-"""Generation through the packed cache: every way of feeding a sequence gives the same, row by row."""
+"""Generation through the packed cache: every way of feeding a sequence gives the same, row by
+row."""
 
 import pytest
 import torch
@@ -45,8 +46,9 @@ def rms_ratio(a, b):
 
 @pytest.fixture
 def precise(model):
-    """(the model in float64, how far apart two orders of its sums may be). In float32 a random model amplifies what
-    lies on a quantiser's edge; gpt-oss's experts know no float64, and are compared in the mean."""
+    """(the model in float64, how far apart two orders of its sums may be). In float32 a random
+    model amplifies what lies on a quantiser's edge; gpt-oss's experts know no float64, and are
+    compared in the mean."""
     if model.config.model_type == "gpt_oss":
         yield model, 0.02
         return
@@ -63,7 +65,8 @@ def test_a_plain_forward_reads_back_what_a_token_at_a_time_reads(precise):
     packed, geometry = out.past_key_values, model.kv_artifact.geometry
     assert [layer.table.state[0].tolist() for layer in packed.layers] == [[104, 9]] * 3
     held = [
-        9 - (104 - sliding + 1 - 3) // 8 if sliding else 9 for sliding in SLIDING.get(model.config.model_type, [0] * 3)
+        9 - (104 - sliding + 1 - 3) // 8 if sliding else 9
+        for sliding in SLIDING.get(model.config.model_type, [0] * 3)
     ]
     assert [layer.num_pages() for layer in packed.layers] == held
     assert packed.nbytes == cache_nbytes(geometry, packed.formats, 104)
@@ -75,7 +78,9 @@ def test_a_plain_forward_reads_back_what_a_token_at_a_time_reads(precise):
     assert rms_ratio(torch.cat(steps, 1), out.logits) < bound
     with plain_cache(model):
         reference = model(tokens).logits
-    assert rms_ratio(out.logits, reference) > 0.02  # quantised values were read, not the 16-bit ones
+    assert (
+        rms_ratio(out.logits, reference) > 0.02
+    )  # quantised values were read, not the 16-bit ones
     assert rms_ratio(model(tokens, use_cache=False).logits, out.logits) < 1e-5
 
 
@@ -121,7 +126,12 @@ def test_padding_longer_than_a_prefill_chunk(model):
         part = slice(start, start + 30)
         seen = batch.attention_mask[:, : start + 30]
         places = (seen.cumsum(-1) - 1).clamp_min(0)[:, part]
-        out = model(batch.input_ids[:, part], attention_mask=seen, position_ids=places, past_key_values=cache)
+        out = model(
+            batch.input_ids[:, part],
+            attention_mask=seen,
+            position_ids=places,
+            past_key_values=cache,
+        )
         cache = out.past_key_values
     assert cache.layers[0].lengths() == [len(TEXT), 20]
     assert rms_ratio(out.logits[1, -1], model(ids(TEXT[:20])).logits[0, -1]) < 0.02
@@ -130,20 +140,26 @@ def test_padding_longer_than_a_prefill_chunk(model):
 @torch.no_grad()
 def test_generate_modes(model):
     tokens = ids(TEXT[:70])
-    greedy = model.generate(tokens, max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
+    greedy = model.generate(
+        tokens, max_new_tokens=12, do_sample=False, return_dict_in_generate=True
+    )
     assert isinstance(greedy.past_key_values, runtime.QuantizedKVCache)
     chunked = model.generate(tokens, max_new_tokens=12, do_sample=False, prefill_chunk_size=16)
     assert chunked[0, 70] == greedy.sequences[0, 70]
     one_beam = model.generate(tokens, max_new_tokens=12, do_sample=False, num_beams=1)
     assert torch.equal(one_beam, greedy.sequences)
-    assert model.generate(tokens, max_new_tokens=5, num_beams=3, do_sample=False, num_return_sequences=3).shape == (
+    assert model.generate(
+        tokens, max_new_tokens=5, num_beams=3, do_sample=False, num_return_sequences=3
+    ).shape == (
         3,
         75,
     )
     torch.manual_seed(0)
     first = model.generate(tokens, max_new_tokens=8, do_sample=True, num_return_sequences=2)
     torch.manual_seed(0)
-    assert torch.equal(first, model.generate(tokens, max_new_tokens=8, do_sample=True, num_return_sequences=2))
+    assert torch.equal(
+        first, model.generate(tokens, max_new_tokens=8, do_sample=True, num_return_sequences=2)
+    )
     assert not torch.equal(first[0], first[1])
 
 
@@ -165,7 +181,9 @@ def test_options_that_do_not_exist_are_refused(model, tiny_artifact, monkeypatch
     with pytest.raises(KvfoldError, match="too small"):
         runtime.load_pretrained(tiny_artifact, kv_budget="1KiB")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(KvfoldError, match=r"attention='triton' can't be used: the kernels need a CUDA device"):
+    with pytest.raises(
+        KvfoldError, match=r"attention='triton' can't be used: the kernels need a CUDA device"
+    ):
         runtime.load_pretrained(tiny_artifact, device="cpu", attention="triton")
     with pytest.raises(KvfoldError, match="cuda_graph=True needs a CUDA device"):
         runtime.load_pretrained(tiny_artifact, device="cpu", cuda_graph=True)
@@ -182,7 +200,10 @@ def test_a_budget_stops_generation_before_it_is_passed(tiny_artifact):
 def test_bfloat16_and_float32_agree(tiny_artifact):
     wide = runtime.load_pretrained(tiny_artifact, device="cpu")
     narrow = runtime.load_pretrained(tiny_artifact, device="cpu", dtype=torch.bfloat16)
-    assert next(wide.parameters()).dtype == torch.float32 and next(narrow.parameters()).dtype == torch.bfloat16
+    assert (
+        next(wide.parameters()).dtype == torch.float32
+        and next(narrow.parameters()).dtype == torch.bfloat16
+    )
     tokens = ids()
     assert rms_ratio(narrow(tokens).logits.float(), wide(tokens).logits) < 0.3
     assert narrow(tokens).past_key_values.nbytes == wide(tokens).past_key_values.nbytes
@@ -197,7 +218,8 @@ def test_saving_keeps_the_class_name(tiny_artifact, tmp_path):
 
 @torch.no_grad()
 def test_what_the_allocator_budgets_is_stated_shown_and_resident(model):
-    """The account of an artifact whose layers slide, wherever it is told, and a cache that is really filled."""
+    """The account of an artifact whose layers slide, wherever it is told, and a cache that is
+    really filled."""
     metadata = model.kv_artifact.metadata
     account, geometry = metadata.account, metadata.geometry
     assert list(geometry.sliding) == SLIDING.get(model.config.model_type, [])
@@ -211,7 +233,10 @@ def test_what_the_allocator_budgets_is_stated_shown_and_resident(model):
     )
     sides = sum(layer[side]["bytes"] for layer in shown["layers"] for side in ("key", "value"))
     assert sides == account.page_bytes
-    assert shown["bytes_16bit"] == account.bytes_16bit and shown["effective_bits"] == account.effective_bits
+    assert (
+        shown["bytes_16bit"] == account.bytes_16bit
+        and shown["effective_bits"] == account.effective_bits
+    )
     tokens = torch.randint(0, 128, (1, 512), generator=torch.Generator().manual_seed(0))
     cache = model(tokens).past_key_values
     assert cache.nbytes == account.bytes_at["512"] == describe(metadata, 512)["bytes"]
@@ -224,9 +249,16 @@ def test_what_the_allocator_budgets_is_stated_shown_and_resident(model):
 
 
 @torch.no_grad()
-def test_positions_beyond_the_calibrated_ones_are_named_once(tmp_path, tiny_folder, text_file, recipe_file, caplog):
+def test_positions_beyond_the_calibrated_ones_are_named_once(
+    tmp_path, tiny_folder, text_file, recipe_file, caplog
+):
     artifact = compress(
-        str(tiny_folder), "4.0", tmp_path / "out", calib=str(text_file), recipe=load_recipe(recipe_file), context=300
+        str(tiny_folder),
+        "4.0",
+        tmp_path / "out",
+        calib=str(text_file),
+        recipe=load_recipe(recipe_file),
+        context=300,
     )
     covered = artifact.metadata.calibration.covered_positions
     assert 300 <= covered < 2048
@@ -235,7 +267,11 @@ def test_positions_beyond_the_calibrated_ones_are_named_once(tmp_path, tiny_fold
     said = []
     cache = None
     with caplog.at_level("WARNING", logger="kvfold"):
-        for part in (slice(0, covered), slice(covered, covered + 1), slice(covered + 1, covered + 2)):
+        for part in (
+            slice(0, covered),
+            slice(covered, covered + 1),
+            slice(covered + 1, covered + 2),
+        ):
             cache = model(tokens[:, part], past_key_values=cache).past_key_values
             said.append(caplog.text.count(f"calibrated for positions up to {covered}"))
     assert said == [0, 1, 1]

@@ -1,5 +1,5 @@
-"""Decoding by a captured step, with the kernels run as they are in place of a replay: when a step is captured, what the
-host does before one, and that nothing of it changes what comes out."""
+"""Decoding by a captured step, with the kernels run as they are in place of a replay: when a step
+is captured, what the host does before one, and that nothing of it changes what comes out."""
 
 import copy
 import logging
@@ -33,7 +33,13 @@ if torch.cuda.is_available():
     pytest.skip("test_cuda.py captures graphs", allow_module_level=True)
 
 DIM, LAYERS = 16, 2
-SMALL = {**SHAPE, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32}
+SMALL = {
+    **SHAPE,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "hidden_size": 32,
+}
 GEOMETRY = Geometry(1, DIM, sinks=2, window=6, page_tokens=8)
 SPECS = [
     LayerSpec(KeySpec(Format(((8, 8), (8, 4)))), ValueSpec(uniform(DIM, 4))),
@@ -58,7 +64,8 @@ def host_state(cache):
 
 
 class Replayed:
-    """A captured step: the kernels on the tensors that it was captured with, and nothing of the host's state."""
+    """A captured step: the kernels on the tensors that it was captured with, and nothing of the
+    host's state."""
 
     devices = ("cpu",)
     made: ClassVar[list] = []
@@ -86,12 +93,15 @@ class Replayed:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Steps by `plain_decode` instead of interpreted kernels, prompts and lowering by the reference."""
+    """Steps by `plain_decode` instead of interpreted kernels, prompts and lowering by the
+    reference."""
 
     for name in ("append_and_attend", "attend", "write_pages", "lower_pages"):
         monkeypatch.setattr(TritonKernels, name, getattr(PlainSteps, name))
     monkeypatch.setattr(graph, "FUSE_AFTER", 10**6)
-    monkeypatch.setattr(account, "LEAST_ENTRIES", 2)  # so that a short text is captured several times
+    monkeypatch.setattr(
+        account, "LEAST_ENTRIES", 2
+    )  # so that a short text is captured several times
 
 
 @pytest.fixture
@@ -110,14 +120,18 @@ def make(on, *, budget=None, progressive=False, geometry=GEOMETRY, rollback=0, s
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, 0, 0.3)
     policy = Ladders(specs, LOSSES, geometry) if progressive else None
-    model = load.attach(model, plain_artifact(geometry, specs), budget, True, False, rollback, False, policy)
+    model = load.attach(
+        model, plain_artifact(geometry, specs), budget, True, False, rollback, False, policy
+    )
     if on:
         model.kv_attachment.decode_by(graph.Decoding(model, capture=Replayed, **more))
     return model
 
 
 def plain_artifact(geometry, specs=SPECS):
-    metadata = SimpleNamespace(calibration=SimpleNamespace(covered_positions=10**6), digest="", geometry=geometry)
+    metadata = SimpleNamespace(
+        calibration=SimpleNamespace(covered_positions=10**6), digest="", geometry=geometry
+    )
     return load.Artifact(Path(), metadata, specs)
 
 
@@ -133,9 +147,13 @@ def contents(cache):
         assert [len(ids) for ids in layer.table.pages()] == layer.table.state[:, 1].tolist()
         for b, length in enumerate(layer.lengths()):
             g, ids = layer.geometry, layer.table.pages()[b]
-            assert layer.table.block_table[b, : len(ids)].tolist() == layer.table.pool.addresses(ids)
+            assert layer.table.block_table[b, : len(ids)].tolist() == layer.table.pool.addresses(
+                ids
+            )
             first = max(min(g.sinks, length), g.sinks + len(ids) * g.page_tokens)
-            rows = torch.cat((layer.window.slots(0, min(g.sinks, length)), layer.window.slots(first, length)))
+            rows = torch.cat(
+                (layer.window.slots(0, min(g.sinks, length)), layer.window.slots(first, length))
+            )
             found += [layer.window.keys[b][:, rows], layer.window.values[b][:, rows]]
             found += [layer.table.pool.page(i) for i in ids if i >= 0]
             found.append(torch.tensor([layer.table.pool.rung(i) for i in ids if i >= 0]))
@@ -160,8 +178,8 @@ def decode(model, cache, ids, watch=None):
 @pytest.mark.parametrize("progressive", [False, True])
 @torch.no_grad()
 def test_replayed_steps_are_eager_steps_and_memory_grows(progressive, quick, captured):
-    """Tokens, bytes, states and every page, over several captures, a crop, a chunk and a turn more; the budget holds
-    after every step."""
+    """Tokens, bytes, states and every page, over several captures, a crop, a chunk and a turn more;
+    the budget holds after every step."""
     ids, budget = ids_of(2, 170), 14_000 if progressive else None
     runs = []
     for on in (False, True):
@@ -180,7 +198,9 @@ def test_replayed_steps_are_eager_steps_and_memory_grows(progressive, quick, cap
     assert sizes == other_sizes and same(cache, other)
     if progressive:
         assert max(sizes) <= budget and all(layer.table.pool.counts[0] for layer in other.layers)
-        assert [x.table.segments.tolist() for x in cache.layers] == [x.table.segments.tolist() for x in other.layers]
+        assert [x.table.segments.tolist() for x in cache.layers] == [
+            x.table.segments.tolist() for x in other.layers
+        ]
     else:
         assert other.nbytes == batch_nbytes(GEOMETRY, other.formats, other.layers[0].lengths())
     assert len(captured) >= 4 and sum(x.calls for x in captured) > 110
@@ -197,7 +217,15 @@ GREEDY = {"max_new_tokens": 60, "do_sample": False}
         ({"max_new_tokens": 60, "do_sample": True}, True),
         ({**GREEDY, "prefill_chunk_size": 5}, True),
         ({**GREEDY, "num_beams": 2}, False),
-        ({**GREEDY, "max_new_tokens": 6, "output_hidden_states": True, "return_dict_in_generate": True}, False),
+        (
+            {
+                **GREEDY,
+                "max_new_tokens": 6,
+                "output_hidden_states": True,
+                "return_dict_in_generate": True,
+            },
+            False,
+        ),
         ({**GREEDY, "prompt_lookup_num_tokens": 3}, None),
     ],
 )
@@ -213,7 +241,9 @@ def test_every_mode_generates_what_it_does_without(options, replays, progressive
     for on in (False, True):
         model = make(on, budget=30_000 if progressive else None, progressive=progressive)
         torch.manual_seed(5)
-        out = model.generate(ids, attention_mask=mask, pad_token_id=0, **{"return_dict_in_generate": True, **options})
+        out = model.generate(
+            ids, attention_mask=mask, pad_token_id=0, **{"return_dict_in_generate": True, **options}
+        )
         found.append((out.sequences, out.past_key_values))
     assert torch.equal(found[0][0], found[1][0]) and found[0][1].nbytes == found[1][1].nbytes
     if replays is not None:
@@ -224,13 +254,22 @@ def test_every_mode_generates_what_it_does_without(options, replays, progressive
 
 @torch.no_grad()
 def test_most_steps_are_quiet_and_a_turn_goes_on_with_the_same_graph(quick, captured, monkeypatch):
-    """A page every eight steps: of those between the host only counts. A prompt in between replaces no tensor."""
+    """A page every eight steps: of those between the host only counts. A prompt in between replaces
+    no tensor."""
     monkeypatch.setattr(account, "LEAST_ENTRIES", 64)
     model, copies, events = make(True), [], []
     cache, ids = model.new_kv_cache(), ids_of(1, 100)
     real_send, real_begin = Upload.send, QuantizedKVCache.begin_step
-    monkeypatch.setattr(Upload, "send", lambda self: (copies.append(len(self._news[torch.int64][0])), real_send(self)))
-    monkeypatch.setattr(QuantizedKVCache, "begin_step", lambda c: (events.append(not c.steps.quiet), real_begin(c))[1])
+    monkeypatch.setattr(
+        Upload,
+        "send",
+        lambda self: (copies.append(len(self._news[torch.int64][0])), real_send(self)),
+    )
+    monkeypatch.setattr(
+        QuantizedKVCache,
+        "begin_step",
+        lambda c: (events.append(not c.steps.quiet), real_begin(c))[1],
+    )
     model(ids[:, :30], past_key_values=cache)
     decode(model, cache, ids[:, 30:64])
     assert len(captured) == 1 and captured[0].calls == 33 and sum(events) == 1 + 34 // 8 + 1
@@ -245,8 +284,8 @@ def test_most_steps_are_quiet_and_a_turn_goes_on_with_the_same_graph(quick, capt
 
 @torch.no_grad()
 def test_a_page_is_written_on_the_rung_that_the_budget_has_room_for(quick, captured):
-    """In a budget where the floor is all that fits: replayed steps put pages on lower rungs at once, and end where
-    eager ones do."""
+    """In a budget where the floor is all that fits: replayed steps put pages on lower rungs at
+    once, and end where eager ones do."""
     ids, runs = ids_of(2, 150), []
     for on in (False, True):
         model = make(on, budget=9_000, progressive=True)
@@ -265,13 +304,15 @@ def test_a_page_is_written_on_the_rung_that_the_budget_has_room_for(quick, captu
         runs.append((cache, rungs))
     (one, rungs), (other, other_rungs) = runs
     assert rungs == other_rungs and len(rungs) > 2 and same(one, other)
-    assert one.get_seq_length() == other.get_seq_length() > 60 and sum(x.calls for x in captured) > 40
+    assert (
+        one.get_seq_length() == other.get_seq_length() > 60 and sum(x.calls for x in captured) > 40
+    )
 
 
 @torch.no_grad()
 def test_what_was_lowered_is_told_where_the_first_layer_has_one_rung(quick, captured):
-    """As where sliding layers stay in 16 bits: the device must know of pages of a later layer that went down in a step
-    without a new page."""
+    """As where sliding layers stay in 16 bits: the device must know of pages of a later layer that
+    went down in a step without a new page."""
     ids, runs = ids_of(2, 130), []
     specs = [LayerSpec(KeySpec(raw16(DIM)), ValueSpec(raw16(DIM))), SPECS[0]]
     for on in (False, True):
@@ -282,17 +323,27 @@ def test_what_was_lowered_is_told_where_the_first_layer_has_one_rung(quick, capt
         def watch(c, moved=moved):
             layer = c.layers[1]
             rungs = [[layer.table.pool.rung(i) for i in row] for row in layer.table.pages()]
-            moved.append([sum(r < cut + 1 for r in row) for row in rungs for cut in range(len(layer.rungs) - 1)])
+            moved.append(
+                [
+                    sum(r < cut + 1 for r in row)
+                    for row in rungs
+                    for cut in range(len(layer.rungs) - 1)
+                ]
+            )
             assert moved[-1] == [n for row in layer.table.segments[:, 1:-1].tolist() for n in row]
 
         runs.append((decode(model, cache, ids[:, 11:], watch), cache))
     (logits, cache), (others, other) = runs
-    assert all(torch.equal(a, b) for a, b in zip(logits, others, strict=True)) and same(cache, other)
+    assert all(torch.equal(a, b) for a, b in zip(logits, others, strict=True)) and same(
+        cache, other
+    )
     assert sum(cache.layers[1].table.pool.counts[:-1]) > 0 and len(cache.layers[0].rungs) == 1
 
 
 @torch.no_grad()
-def test_where_capturing_fails_the_model_goes_on_and_nobody_tries_again(quick, captured, caplog, monkeypatch):
+def test_where_capturing_fails_the_model_goes_on_and_nobody_tries_again(
+    quick, captured, caplog, monkeypatch
+):
     monkeypatch.setattr(Replayed, "fail", True)
     ids, found = ids_of(1, 40), []
     for on in (False, True):
@@ -305,7 +356,10 @@ def test_where_capturing_fails_the_model_goes_on_and_nobody_tries_again(quick, c
         found[0][1], found[1][1]
     )
     (record,) = caplog.records
-    assert "can't be captured in a CUDA graph (operation not permitted when stream is capturing)" in record.getMessage()
+    assert (
+        "can't be captured in a CUDA graph (operation not permitted when stream is capturing)"
+        in record.getMessage()
+    )
     model = make(True, insist=True)
     cache = model.new_kv_cache()
     model(ids[:, :11], past_key_values=cache)
@@ -321,7 +375,9 @@ def test_what_a_replay_would_not_do_is_done_eagerly(quick, captured):
     model(ids[:, :20], past_key_values=cache)
     decode(model, cache, ids[:, 20:24])
     calls = [captured[0].calls]
-    hidden = model(input_ids=ids[:, 24:25], past_key_values=cache, output_hidden_states=True).hidden_states
+    hidden = model(
+        input_ids=ids[:, 24:25], past_key_values=cache, output_hidden_states=True
+    ).hidden_states
     assert len(hidden) == LAYERS + 1 and captured[0].calls == calls[0]
     seen = []
     hook = model.model.layers[0].mlp.register_forward_hook(lambda *args: seen.append(1))
@@ -347,7 +403,10 @@ def test_forks_have_steps_of_their_own_and_copies_of_a_model_too(quick, captured
     (fork,) = cache.fork(1)
     logits = decode(model, fork, ids[:, 40:60]), decode(model, cache, ids[:, 40:60])
     assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True)) and same(cache, fork)
-    assert fork.steps.captured is not cache.steps.captured and {id(x.cache) for x in captured} == {id(cache), id(fork)}
+    assert fork.steps.captured is not cache.steps.captured and {id(x.cache) for x in captured} == {
+        id(cache),
+        id(fork),
+    }
     twin = copy.deepcopy(model)
     assert twin.kv_decoding is not model.kv_decoding and twin.kv_decoding.model is twin
     twin.lm_head.weight.data.mul_(2)
@@ -355,7 +414,8 @@ def test_forks_have_steps_of_their_own_and_copies_of_a_model_too(quick, captured
     twin(ids[:, :60], past_key_values=other)
     got = decode(twin, other, ids[:, 60:70])
     assert all(
-        torch.allclose(a, 2 * b, rtol=0.1) for a, b in zip(got[:1], decode(model, cache, ids[:, 60:61]), strict=True)
+        torch.allclose(a, 2 * b, rtol=0.1)
+        for a, b in zip(got[:1], decode(model, cache, ids[:, 60:61]), strict=True)
     )
 
 
@@ -379,9 +439,11 @@ def test_a_step_that_fails_half_way_leaves_a_cache_that_says_so(quick, captured)
 @pytest.mark.parametrize("ahead", [0, 1, 2])
 @pytest.mark.parametrize("bad", [40, 47, 48, 49])
 @torch.no_grad()
-def test_marks_are_asked_for_ahead_and_nothing_marked_is_packed(ahead, bad, quick, captured, monkeypatch):
-    """Pages come due with tokens 48 and 56: a bad one is reported with one of them, long before a window has passed
-    over it."""
+def test_marks_are_asked_for_ahead_and_nothing_marked_is_packed(
+    ahead, bad, quick, captured, monkeypatch
+):
+    """Pages come due with tokens 48 and 56: a bad one is reported with one of them, long before a
+    window has passed over it."""
     monkeypatch.setattr(NanMarks, "lead", lambda marks, geometry: ahead)
     waits, real = [], NanMarks.look
     monkeypatch.setattr(NanMarks, "look", lambda marks: (waits.append(1), real(marks))[1])
@@ -395,7 +457,9 @@ def test_marks_are_asked_for_ahead_and_nothing_marked_is_packed(ahead, bad, quic
     weight[0] = float("inf")
     decode(model, cache, ids[:, bad : bad + 1])
     weight.copy_(whole)
-    with pytest.raises(FloatingPointError, match=rf"Layer 1 computed a value .* at position {bad} of sequence 0"):
+    with pytest.raises(
+        FloatingPointError, match=rf"Layer 1 computed a value .* at position {bad} of sequence 0"
+    ):
         decode(model, cache, ids[:, bad + 1 : bad + 12])
     assert cache.get_seq_length() == bad
     assert all(
@@ -428,7 +492,11 @@ def test_pages_behind_a_sliding_window_go_as_they_do_without(budget, quick, capt
         assert (end < 120) == (budget is not None)
         lengths = [n for n in (end, end - 5)]
         assert cache.nbytes == batch_nbytes(geometry, cache.formats, lengths)
-    assert runs[0][0] == runs[1][0] and runs[0][2] == runs[1][2] and sum(x.calls for x in captured) > 25
+    assert (
+        runs[0][0] == runs[1][0]
+        and runs[0][2] == runs[1][2]
+        and sum(x.calls for x in captured) > 25
+    )
     for one, other in zip(runs[0][1].layers, runs[1][1].layers, strict=True):
         assert [s.passed for s in one.table.sequences] == [
             s.passed for s in other.table.sequences
@@ -459,8 +527,8 @@ def test_small_operations_are_compiled_once_a_text_is_long(quick, captured, monk
 
 @torch.no_grad()
 def test_the_kernels_themselves_take_the_pages_that_the_host_gives(captured, monkeypatch):
-    """Interpreted, and so slow: a few steps over two captures and pages of two rungs, against steps that Python
-    runs."""
+    """Interpreted, and so slow: a few steps over two captures and pages of two rungs, against steps
+    that Python runs."""
     monkeypatch.setattr(account, "LEAST_ENTRIES", 2)
     ids, runs = ids_of(1, 29), []
     for on in (False, True):
@@ -468,5 +536,7 @@ def test_the_kernels_themselves_take_the_pages_that_the_host_gives(captured, mon
         cache = model.new_kv_cache()
         model(ids[:, :21], past_key_values=cache)
         runs.append((decode(model, cache, ids[:, 21:]), cache))
-    assert all(torch.equal(a, b) for a, b in zip(runs[0][0], runs[1][0], strict=True)) and same(runs[0][1], runs[1][1])
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][0], runs[1][0], strict=True)) and same(
+        runs[0][1], runs[1][1]
+    )
     assert sum(x.calls for x in captured) >= 3

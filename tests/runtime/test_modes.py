@@ -1,5 +1,5 @@
-"""Every way of generating, against transformers' own 16-bit cache where pages keep 16 bits, and else against plain
-decoding."""
+"""Every way of generating, against transformers' own 16-bit cache where pages keep 16 bits, and
+else against plain decoding."""
 
 from types import SimpleNamespace
 
@@ -20,7 +20,11 @@ GENERATOR = torch.Generator().manual_seed(5)
 RAW = LayerSpec(KeySpec(raw16(DIM)), ValueSpec(raw16(DIM)))
 BASIS = torch.linalg.qr(torch.randn(HEADS, DIM, DIM, generator=GENERATOR))[0].contiguous()
 PACKED = LayerSpec(
-    KeySpec(Format(((8, 64), (8, 16))), matrix=BASIS, offset=torch.randn(HEADS, DIM, generator=GENERATOR)),
+    KeySpec(
+        Format(((8, 64), (8, 16))),
+        matrix=BASIS,
+        offset=torch.randn(HEADS, DIM, generator=GENERATOR),
+    ),
     ValueSpec(uniform(DIM, 16)),
 )
 PROMPT = torch.randint(1, 128, (1, 75), generator=GENERATOR)
@@ -32,7 +36,9 @@ def packed_model(family="llama", spec=RAW, page=8, window=10, budget=None, **opt
     """A tiny model on a packed cache, as load_pretrained makes it, without a file."""
     model = tiny_model(family)
     geometry = Geometry(HEADS, DIM, 3, window, page, sliding_windows_of(model.config))
-    known = SimpleNamespace(calibration=SimpleNamespace(covered_positions=10**9), digest=f"{family}-{page}")
+    known = SimpleNamespace(
+        calibration=SimpleNamespace(covered_positions=10**9), digest=f"{family}-{page}"
+    )
     artifact = SimpleNamespace(specs=[spec] * LAYERS, geometry=geometry, metadata=known, formats=[])
     return attach(model, artifact, budget, **options)
 
@@ -41,7 +47,9 @@ class HalfCache(DynamicCache):
     """transformers' cache, of numbers rounded to float16 as ours rounds them."""
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
-        return super().update(keys.half().float(), values.half().float(), layer_idx, *args, **kwargs)
+        return super().update(
+            keys.half().float(), values.half().float(), layer_idx, *args, **kwargs
+        )
 
 
 def text_16bit(family, ids, mask=None, **options):
@@ -50,7 +58,12 @@ def text_16bit(family, ids, mask=None, **options):
     cache = HalfCache(config=model.config)
     torch.manual_seed(1)
     return model.generate(
-        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=NEW, pad_token_id=0, **options
+        ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        max_new_tokens=NEW,
+        pad_token_id=0,
+        **options,
     )
 
 
@@ -78,7 +91,11 @@ def test_pages_of_16_bits_generate_what_transformers_generates(family):
     model = packed_model(family)
     for name, options in MODES.items():
         found = text(model, **options)
-        plain = {k: v for k, v in options.items() if k not in ("prefill_chunk_size", "prompt_lookup_num_tokens")}
+        plain = {
+            k: v
+            for k, v in options.items()
+            if k not in ("prefill_chunk_size", "prompt_lookup_num_tokens")
+        }
         assert torch.equal(found, text_16bit(family, PROMPT, **plain)), name
 
 
@@ -86,12 +103,18 @@ def test_pages_of_16_bits_generate_what_transformers_generates(family):
 @pytest.mark.parametrize("spec", [RAW, PACKED], ids=["raw", "packed"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
 def test_assisted_text_is_greedy_text(family, spec):
-    """Drafts from a smaller 16-bit model, from a packed one, and from the prompt; hardly any is right, so crops are
-    many."""
+    """Drafts from a smaller 16-bit model, from a packed one, and from the prompt; hardly any is
+    right, so crops are many."""
     model = packed_model(family, spec)
     greedy = text(model, **GREEDY)
-    assert torch.equal(text(model, prompt_lookup_num_tokens=20, max_matching_ngram_size=1, **GREEDY), greedy)
-    for assistant in (tiny_model("llama", seed=3), packed_model("gemma3_text", PACKED), packed_model(family, spec)):
+    assert torch.equal(
+        text(model, prompt_lookup_num_tokens=20, max_matching_ngram_size=1, **GREEDY), greedy
+    )
+    for assistant in (
+        tiny_model("llama", seed=3),
+        packed_model("gemma3_text", PACKED),
+        packed_model(family, spec),
+    ):
         for schedule in ("constant", "heuristic"):
             assistant.generation_config.num_assistant_tokens = 7
             assistant.generation_config.num_assistant_tokens_schedule = schedule
@@ -115,7 +138,9 @@ def left_padded(lengths):
 @torch.no_grad()
 @pytest.mark.parametrize("spec", [RAW, PACKED], ids=["raw", "packed"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3", "gpt_oss"])
-@pytest.mark.parametrize("options", [GREEDY, {**GREEDY, "num_beams": 2}, {**GREEDY, "prefill_chunk_size": 20}])
+@pytest.mark.parametrize(
+    "options", [GREEDY, {**GREEDY, "num_beams": 2}, {**GREEDY, "prefill_chunk_size": 20}]
+)
 def test_rows_of_a_left_padded_batch_are_each_row_alone(family, spec, options):
     model = packed_model(family, spec)
     lengths = [75, 31, 2, 52]
@@ -138,19 +163,24 @@ def test_beams_do_not_depend_on_the_size_of_pages(family):
 def test_beams_of_packed_pages_are_those_of_a_pass_over_the_whole_text(family):
     """Without a cache each step reads the text anew, quantised in the same places."""
     model = packed_model(family, PACKED)
-    assert torch.equal(text(model, num_beams=3, **GREEDY), text(model, num_beams=3, use_cache=False, **GREEDY))
+    assert torch.equal(
+        text(model, num_beams=3, **GREEDY), text(model, num_beams=3, use_cache=False, **GREEDY)
+    )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_crop_and_continue_is_never_having_generated(family):
-    """With both signs, over page boundaries, again and again: not a bit of the tokens that were taken back is left."""
+    """With both signs, over page boundaries, again and again: not a bit of the tokens that were
+    taken back is left."""
     model = packed_model(family, PACKED, rollback=40)
     fresh = model(PROMPT).past_key_values
     used = model(PROMPT).past_key_values
     lengths = [8, 1, 16, 23, 40]
     for i, tokens in enumerate(lengths):
-        for part in torch.randint(1, 128, (1, tokens), generator=torch.Generator().manual_seed(i)).split(5, 1):
+        for part in torch.randint(
+            1, 128, (1, tokens), generator=torch.Generator().manual_seed(i)
+        ).split(5, 1):
             model(part, past_key_values=used)
         used.crop(-tokens if i % 2 else PROMPT.shape[1])
     assert used.get_seq_length() == fresh.get_seq_length() == 75
@@ -160,7 +190,9 @@ def test_crop_and_continue_is_never_having_generated(family):
     assert used.nbytes < fresh.nbytes if slides else used.report() == fresh.report()
     goes_on = torch.randint(1, 128, (1, 30), generator=torch.Generator().manual_seed(99))
     for part in (goes_on[:, :1], goes_on[:, 1:20], goes_on[:, 20:21], goes_on[:, 21:]):
-        assert torch.equal(model(part, past_key_values=used).logits, model(part, past_key_values=fresh).logits)
+        assert torch.equal(
+            model(part, past_key_values=used).logits, model(part, past_key_values=fresh).logits
+        )
 
 
 @torch.no_grad()
@@ -169,7 +201,10 @@ def test_a_rollback_takes_its_rows_and_nothing_else():
     out, other = (model(PROMPT) for model in (plain, longer))
     assert torch.equal(out.logits, other.logits)
     rows = 40 - 24  # 10 + 8 + 20 tokens in pages of 8, and 10 + 8
-    assert other.past_key_values.nbytes - out.past_key_values.nbytes == LAYERS * rows * HEADS * DIM * 2 * 2
+    assert (
+        other.past_key_values.nbytes - out.past_key_values.nbytes
+        == LAYERS * rows * HEADS * DIM * 2 * 2
+    )
 
 
 def test_a_rollback_that_is_no_number_of_tokens_is_refused(tiny_artifact):
@@ -188,7 +223,9 @@ def test_turns_of_a_conversation_go_on_in_one_cache(family):
     cache, ids = None, torch.zeros(1, 0, dtype=torch.long)
     for turn in turns:
         ids = torch.cat((ids, turn), 1)
-        out = model.generate(ids, past_key_values=cache, max_new_tokens=9, return_dict_in_generate=True, **GREEDY)
+        out = model.generate(
+            ids, past_key_values=cache, max_new_tokens=9, return_dict_in_generate=True, **GREEDY
+        )
         assert torch.equal(out.sequences, model.generate(ids, max_new_tokens=9, **GREEDY))
         ids, cache = out.sequences, out.past_key_values
     nbytes = cache.nbytes
@@ -213,8 +250,12 @@ def test_rows_chosen_and_repeated_go_on_as_themselves(family):
     seen = torch.cat((mask[rows], torch.ones_like(more)), 1)
     together = model(more, attention_mask=seen, past_key_values=cache).logits
     for b, row in enumerate(rows):
-        alone = model(torch.cat((ids[row : row + 1, -lengths[row] :], more[b : b + 1]), 1)).logits[:, -20:]
-        torch.testing.assert_close(together[b : b + 1], alone, rtol=0, atol=0.02 * float(alone.std()))
+        alone = model(torch.cat((ids[row : row + 1, -lengths[row] :], more[b : b + 1]), 1)).logits[
+            :, -20:
+        ]
+        torch.testing.assert_close(
+            together[b : b + 1], alone, rtol=0, atol=0.02 * float(alone.std())
+        )
     assert cache.layers[1].lengths() == [lengths[row] + 20 for row in rows]
 
 
@@ -234,14 +275,23 @@ def test_forks_go_on_by_themselves_and_share_their_pages(family):
     own = sum(
         x.nbytes
         for layer in cache.layers
-        for x in (layer.window.keys, layer.window.values, layer.table.state, layer.table.block_table)
+        for x in (
+            layer.window.keys,
+            layer.window.values,
+            layer.table.state,
+            layer.table.block_table,
+        )
     )
     assert [fork.nbytes for fork in forks] == [before] * 3 and cache.nbytes == before
     assert runtime.resident_nbytes([cache, *forks]) == before + 3 * own
     assert [len(layer.table.pool) for layer in cache.layers] == pages
     ends = torch.randint(1, 128, (4, 2, 40), generator=torch.Generator().manual_seed(8))
     seen = torch.cat((mask, torch.ones(2, 40, dtype=torch.long)), 1)
-    for part in (slice(0, 1), slice(1, 30), slice(30, 40)):  # in turns, so that one could disturb another
+    for part in (
+        slice(0, 1),
+        slice(1, 30),
+        slice(30, 40),
+    ):  # in turns, so that one could disturb another
         outs = [
             model(end[:, part], attention_mask=seen[:, : 150 + part.stop], past_key_values=fork)
             for end, fork in zip(ends, [cache, *forks], strict=True)
@@ -251,7 +301,11 @@ def test_forks_go_on_by_themselves_and_share_their_pages(family):
             for start in (0, 1, 30):
                 if start < part.stop:
                     stop = {0: 1, 1: 30, 30: 40}[start]
-                    alone = model(end[:, start:stop], attention_mask=seen[:, : 150 + stop], past_key_values=fresh)
+                    alone = model(
+                        end[:, start:stop],
+                        attention_mask=seen[:, : 150 + stop],
+                        past_key_values=fresh,
+                    )
             assert torch.equal(out.logits, alone.logits)
     forks[0].crop(2)
     forks[1].batch_select_indices(torch.tensor([1]))
@@ -301,7 +355,9 @@ def test_a_restored_cache_goes_on_bit_for_bit(family, rollback, tmp_path):
     more = torch.randint(1, 128, (4, 30), generator=torch.Generator().manual_seed(3))
     for part in (slice(0, 1), slice(1, 25), slice(25, 26), slice(26, 30)):
         mask = torch.cat((mask, torch.ones(4, part.stop - part.start, dtype=torch.long)), 1)
-        outs = [model(more[:, part], attention_mask=mask, past_key_values=x) for x in (cache, again)]
+        outs = [
+            model(more[:, part], attention_mask=mask, past_key_values=x) for x in (cache, again)
+        ]
         assert torch.equal(outs[0].logits, outs[1].logits)
 
 
@@ -352,14 +408,19 @@ def test_a_nan_is_reported_and_the_cache_goes_on(family):
     whole = weight.clone()
     weight[0] = float("nan")
     for tokens in (1, 3):
-        with pytest.raises(FloatingPointError, match=r"Layer 1 computed a value .* at position 75 of sequence 0"):
+        with pytest.raises(
+            FloatingPointError, match=r"Layer 1 computed a value .* at position 75 of sequence 0"
+        ):
             model(PROMPT[:, :tokens], past_key_values=cache)
     weight.copy_(whole)
     assert [layer.columns for layer in cache.layers] == [75] * LAYERS
     assert torch.equal(
-        model(PROMPT[:, :1], past_key_values=cache).logits, model(PROMPT[:, :1], past_key_values=fresh).logits
+        model(PROMPT[:, :1], past_key_values=cache).logits,
+        model(PROMPT[:, :1], past_key_values=fresh).logits,
     )
-    cache.layers[0].update(*torch.randn(2, 1, HEADS, 1, DIM))  # as a call does that fails after the first layer
+    cache.layers[0].update(
+        *torch.randn(2, 1, HEADS, 1, DIM)
+    )  # as a call does that fails after the first layer
     with pytest.raises(KvfoldError, match="layers of 76 and of 77 tokens"):
         model(PROMPT[:, :1], past_key_values=cache)
 
@@ -373,10 +434,14 @@ def test_tokens_past_the_models_maximum_are_transformers_own_affair():
 
 @torch.no_grad()
 def test_drafting_on_a_cache_that_holds_tokens_is_refused():
-    """transformers gives it the whole text, as it does to its own cache; that went wrong in silence."""
+    """transformers gives it the whole text, as it does to its own cache; that went wrong in
+    silence."""
     model = packed_model(spec=PACKED)
     cache = model(PROMPT[:, :50]).past_key_values
-    for options in ({"prompt_lookup_num_tokens": 5}, {"assistant_model": tiny_model("llama", seed=3)}):
+    for options in (
+        {"prompt_lookup_num_tokens": 5},
+        {"assistant_model": tiny_model("llama", seed=3)},
+    ):
         with pytest.raises(KvfoldError, match=r"a cache that holds tokens \(50\)"):
             text(model, past_key_values=cache, **options, **GREEDY)
     assert torch.equal(text(model, past_key_values=cache, **GREEDY), text(model, **GREEDY))
@@ -392,4 +457,6 @@ def test_a_cache_that_knew_no_rollback_learns_it(family):
     model(more[:, 20:39], past_key_values=used)
     used.crop(-19)
     for part in (more[:, :1], more[:, 1:]):
-        assert torch.equal(model(part, past_key_values=used).logits, model(part, past_key_values=fresh).logits)
+        assert torch.equal(
+            model(part, past_key_values=used).logits, model(part, past_key_values=fresh).logits
+        )

@@ -1,5 +1,5 @@
-"""Pages in host memory: whatever is done, the cache equals one that keeps all pages on the device, to the bit, within
-its budget."""
+"""Pages in host memory: whatever is done, the cache equals one that keeps all pages on the device,
+to the bit, within its budget."""
 
 import functools
 import gc
@@ -30,18 +30,24 @@ SPECS = [
     LayerSpec(KeySpec(uniform(DIM, 16)), ValueSpec(uniform(DIM, 4))),
     LayerSpec(KeySpec(uniform(DIM, 4, "fp16", 8)), ValueSpec(uniform(DIM, 8, "e4m3", 8))),
     LayerSpec(KeySpec(raw16(DIM)), ValueSpec(raw16(DIM))),
-    LayerSpec(KeySpec(Format(((8, 64),)), offset=torch.ones(HEADS, DIM)), ValueSpec(uniform(DIM, 2))),
+    LayerSpec(
+        KeySpec(Format(((8, 64),)), offset=torch.ones(HEADS, DIM)), ValueSpec(uniform(DIM, 2))
+    ),
     LayerSpec(KeySpec(uniform(DIM, 16)), ValueSpec(uniform(DIM, 16))),
 ]
 
 
 def pager_of(geometry, specs, chunk_pages=2, buffers=1):
-    return Pager([geometry.pair_nbytes(s.key.format, s.value.format) for s in specs], chunk_pages, buffers)
+    return Pager(
+        [geometry.pair_nbytes(s.key.format, s.value.format) for s in specs], chunk_pages, buffers
+    )
 
 
 def pair_of(geometry, budget, chunk_pages=2, buffers=1, specs=SPECS):
     pager = pager_of(geometry, specs, chunk_pages, buffers)
-    return QuantizedKVCache(specs, geometry), QuantizedKVCache(specs, geometry, budget, offload=pager)
+    return QuantizedKVCache(specs, geometry), QuantizedKVCache(
+        specs, geometry, budget, offload=pager
+    )
 
 
 def append(caches, tokens, rows, generator, pads):
@@ -53,7 +59,9 @@ def append(caches, tokens, rows, generator, pads):
     for i in range(len(plain.layers)):
         keys, values = torch.randn(2, rows, HEADS, tokens, DIM, generator=generator) * 2
         query = torch.randn(rows, 2 * HEADS, tokens, DIM, generator=generator)
-        views = [cache.update(keys, values, i)[0] for cache in (away, plain)]  # the one that may refuse comes first
+        views = [
+            cache.update(keys, values, i)[0] for cache in (away, plain)
+        ]  # the one that may refuse comes first
         assert away.nbytes <= away.budget and away.nbytes == walked(away)
         out, plain_out = (view.attend(query, 0.3, None) for view in views)
         assert torch.equal(plain_out, out)
@@ -82,8 +90,12 @@ def check(plain, away):
         pool = other.table.pool
         assert one.num_pages() == other.num_pages()
         if not other.table.shares_pool:
-            assert set(pool.resident) | set(pool.slots) == {i for ids in other.table.pages() for i in ids if i >= 0}
-        assert not set(pool.resident) & set(pool.slots) and len(set(pool.slots.values())) == len(pool.slots)
+            assert set(pool.resident) | set(pool.slots) == {
+                i for ids in other.table.pages() for i in ids if i >= 0
+            }
+        assert not set(pool.resident) & set(pool.slots) and len(set(pool.slots.values())) == len(
+            pool.slots
+        )
         assert sorted([*pool.slots.values(), *pool.free]) == list(
             range(len(pool.chunks) * away.policy.pager.chunk_pages)
         )
@@ -95,7 +107,9 @@ def check(plain, away):
             for x, y in zip(*ids, strict=True):
                 assert torch.equal(one.table.pool.page(x), pool.page(y))
             if ids[0]:
-                for x, y in zip(one.held.read_pages(ids[0]), other.held.read_pages(ids[1]), strict=True):
+                for x, y in zip(
+                    one.held.read_pages(ids[0]), other.held.read_pages(ids[1]), strict=True
+                ):
                     assert torch.equal(x, y)
             held = [
                 *range(min(one.geometry.sinks, length)),
@@ -135,12 +149,18 @@ geometries = st.builds(
 )
 
 
-@settings(max_examples=examples(400), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=examples(400),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     geometry=geometries, steps=operations, seed=st.integers(0, 2**16), room=st.integers(0, 2500),
     chunk_pages=st.sampled_from([1, 2, 3]), buffers=st.sampled_from([1, 2]), pads=st.sampled_from([[0], [0, 5]]),
 )  # fmt: skip
-def test_any_sequence_of_operations_equals_a_cache_without(geometry, steps, seed, room, chunk_pages, buffers, pads):
+def test_any_sequence_of_operations_equals_a_cache_without(
+    geometry, steps, seed, room, chunk_pages, buffers, pads
+):
     generator = torch.Generator().manual_seed(seed)
     fixed = len(SPECS) * len(pads) * geometry.table_nbytes(16)
     plain, away = pair_of(geometry, fixed + 2000 + room, chunk_pages, buffers)
@@ -169,9 +189,9 @@ def test_any_sequence_of_operations_equals_a_cache_without(geometry, steps, seed
             if len(chosen) > 4:
                 continue
             try:
-                away.batch_select_indices(torch.tensor(chosen)) if name == "select" else away.batch_repeat_interleave(
-                    argument
-                )
+                away.batch_select_indices(
+                    torch.tensor(chosen)
+                ) if name == "select" else away.batch_repeat_interleave(argument)
             except KVBudgetExceeded:
                 check(plain, away)
                 continue
@@ -213,12 +233,15 @@ def path(tmp_path_factory, text_file):
         patch.setitem(CONFIGS, "llama", lambda: LlamaConfig(**{**SHAPE, "num_hidden_layers": 6}))
         source = save_tiny(folder / "model")
     recipe = load_recipe(folder / "recipe.yaml")
-    return compress(str(source), "9.0", folder / "artifact", calib=str(text_file), recipe=recipe).path
+    return compress(
+        str(source), "9.0", folder / "artifact", calib=str(text_file), recipe=recipe
+    ).path
 
 
 @pytest.fixture
 def pair(path, monkeypatch):
-    """A model that keeps all pages on the device, and one that does not, whose budget `tight` sets."""
+    """A model that keeps all pages on the device, and one that does not, whose budget `tight`
+    sets."""
     monkeypatch.setattr(calls, "Pager", functools.partial(Pager, chunk_pages=2))
     load = functools.partial(runtime.load_pretrained, path, device=DEVICE, dtype=torch.float32)
     return load(), functools.partial(load, offload=True)
@@ -234,7 +257,10 @@ def prompts(lengths, seed=7):
     tokenizer = char_tokenizer()
     tokenizer.padding_side = "left"
     generator = torch.Generator().manual_seed(seed)
-    texts = ["".join(chr(i) for i in torch.randint(97, 123, (n,), generator=generator).tolist()) for n in lengths]
+    texts = [
+        "".join(chr(i) for i in torch.randint(97, 123, (n,), generator=generator).tolist())
+        for n in lengths
+    ]
     return tokenizer(texts, return_tensors="pt", padding=True).to(DEVICE)
 
 
@@ -308,7 +334,9 @@ def test_turns_crops_forks_and_a_file(pair, tmp_path):
     assert caches[1].host_nbytes > 0
 
     def same(caches, part):
-        logits = [m(part, past_key_values=c).logits for m, c in zip((plain, model), caches, strict=True)]
+        logits = [
+            m(part, past_key_values=c).logits for m, c in zip((plain, model), caches, strict=True)
+        ]
         assert torch.equal(*logits) and caches[1].nbytes <= caches[1].budget
 
     same(caches, ids[:, 190:201])
@@ -324,8 +352,14 @@ def test_turns_crops_forks_and_a_file(pair, tmp_path):
     same(caches, ids[:, 140:177])
     for cache, name in zip(caches, ("plain", "away"), strict=True):
         cache.save(tmp_path / name)
-    again = [runtime.load_cache(tmp_path / "plain", plain), runtime.load_cache(tmp_path / "away", model)]
-    crossed = [runtime.load_cache(tmp_path / "away", plain), runtime.load_cache(tmp_path / "plain", model)]
+    again = [
+        runtime.load_cache(tmp_path / "plain", plain),
+        runtime.load_cache(tmp_path / "away", model),
+    ]
+    crossed = [
+        runtime.load_cache(tmp_path / "away", plain),
+        runtime.load_cache(tmp_path / "plain", model),
+    ]
     assert again[1].host_nbytes > 0 and crossed[1].host_nbytes > 0
     for loaded in (again, crossed, caches):
         fresh = [cache.fork(1)[0] for cache in loaded]
@@ -336,7 +370,9 @@ def test_turns_crops_forks_and_a_file(pair, tmp_path):
     assert caches[1].nbytes == caches[1].host_nbytes == 0
     same(caches, ids[:, :200])
     small = load(kv_budget=40_000)
-    with pytest.raises(KVBudgetExceeded, match="on the device, with all pages in host memory, but kv_budget is"):
+    with pytest.raises(
+        KVBudgetExceeded, match="on the device, with all pages in host memory, but kv_budget is"
+    ):
         runtime.load_cache(tmp_path / "away", small)
 
 
@@ -348,7 +384,8 @@ def test_a_budget_that_even_host_memory_does_not_save(pair):
     cache = plain(ids).past_key_values
     model = load(kv_budget=tight(cache, 0.1))
     with pytest.raises(
-        KVBudgetExceeded, match=r"233 tokens in 1 sequence.* on the device, with all pages in host memory"
+        KVBudgetExceeded,
+        match=r"233 tokens in 1 sequence.* on the device, with all pages in host memory",
     ):
         model(ids)
     used = model(ids[:, :60]).past_key_values
@@ -387,9 +424,14 @@ def test_memory_goes_with_the_cache(pair):
     gc.disable()
     try:
         cache = model(ids).past_key_values
-        left = [weakref.ref(x) for x in (cache.policy.pager, cache.layers[0].table.pool, *cache.policy.pager.tensors())]
+        left = [
+            weakref.ref(x)
+            for x in (cache.policy.pager, cache.layers[0].table.pool, *cache.policy.pager.tensors())
+        ]
         del cache
-        assert len(left) > 2 and not any(ref() is not None for ref in left)  # no cycle keeps it until a collection
+        assert len(left) > 2 and not any(
+            ref() is not None for ref in left
+        )  # no cycle keeps it until a collection
     finally:
         gc.enable()
 
@@ -397,7 +439,8 @@ def test_memory_goes_with_the_cache(pair):
 @torch.no_grad()
 @pytest.mark.parametrize("buffers", [1, 2])
 def test_kernels_read_what_was_brought(buffers):
-    """Steps and a chunk of a ragged batch by the Triton kernels: block tables point into the staging buffers."""
+    """Steps and a chunk of a ragged batch by the Triton kernels: block tables point into the
+    staging buffers."""
     pytest.importorskip("triton")
     from kvfold.runtime.backends.triton import TRITON
 
@@ -407,15 +450,25 @@ def test_kernels_read_what_was_brought(buffers):
     budget = 8 * geometry.table_nbytes(16) + (7 + 4 * buffers) * page
     caches = [
         QuantizedKVCache(specs, geometry, backend=TRITON),
-        QuantizedKVCache(specs, geometry, budget, TRITON, offload=pager_of(geometry, specs, 2, buffers)),
+        QuantizedKVCache(
+            specs, geometry, budget, TRITON, offload=pager_of(geometry, specs, 2, buffers)
+        ),
     ]
     generator = torch.Generator().manual_seed(3)
     start = 0
-    for tokens in (54, 1, 1, 1, 2):  # pages are due at 56 in the first sequence, at 58 with the padding of the second
+    for tokens in (
+        54,
+        1,
+        1,
+        1,
+        2,
+    ):  # pages are due at 56 in the first sequence, at 58 with the padding of the second
         mask = torch.arange(start + tokens) >= torch.tensor([[0], [2]])
         start += tokens
         for i in range(4):
-            keys, values, query = (torch.randn(2, 1, tokens, 16, generator=generator).to(DEVICE) for _ in "kvq")
+            keys, values, query = (
+                torch.randn(2, 1, tokens, 16, generator=generator).to(DEVICE) for _ in "kvq"
+            )
             outs = []
             for cache in caches:
                 cache.note_padding(mask.long(), 2)
@@ -424,4 +477,6 @@ def test_kernels_read_what_was_brought(buffers):
                     outs.append(view.attend(query, 0.3, None))
             assert not outs or torch.equal(*outs)
             assert caches[1].nbytes <= budget
-    assert [len(ids) for ids in caches[1].layers[0].table.pages()] == [3, 3] and caches[1].host_nbytes > 0
+    assert [len(ids) for ids in caches[1].layers[0].table.pages()] == [3, 3] and caches[
+        1
+    ].host_nbytes > 0

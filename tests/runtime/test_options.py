@@ -18,7 +18,8 @@ WHERE = ("folder", "owner/name", "no/such/folder")
 
 @pytest.fixture(params=WHERE)
 def where(request, tiny_artifact):
-    """A folder that is an artifact, a Hub id, and what is neither: the options are looked at first."""
+    """A folder that is an artifact, a Hub id, and what is neither: the options are looked at
+    first."""
     return tiny_artifact if request.param == "folder" else request.param
 
 
@@ -33,8 +34,14 @@ def test_a_misspelt_option_is_named_with_the_right_one(where, name, meant):
     assert "\n" not in str(error.value)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=st.from_regex(r"[a-z][a-z_0-9]{0,20}", fullmatch=True).filter(lambda name: name not in NAMES))
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    name=st.from_regex(r"[a-z][a-z_0-9]{0,20}", fullmatch=True).filter(
+        lambda name: name not in NAMES
+    )
+)
 def test_no_name_is_swallowed(registered, tiny_artifact, name):
     with pytest.raises(TypeError, match=rf"\b{name}\b"):
         runtime.load_pretrained(tiny_artifact, **{name: 3})
@@ -59,10 +66,22 @@ def test_what_transformers_has_and_kvfold_cannot_follow(registered, tiny_artifac
 
 
 @pytest.mark.parametrize(
-    "name", ["kv_budget", "policy", "attention", "cuda_graph", "rollback", "offload", "batch_invariant", "device"]
+    "name",
+    [
+        "kv_budget",
+        "policy",
+        "attention",
+        "cuda_graph",
+        "rollback",
+        "offload",
+        "batch_invariant",
+        "device",
+    ],
 )
 def test_what_load_pretrained_alone_has(registered, tiny_artifact, name):
-    with pytest.raises(TypeError, match=rf"'{name}'; load it with kvfold's runtime\.load_pretrained"):
+    with pytest.raises(
+        TypeError, match=rf"'{name}'; load it with kvfold's runtime\.load_pretrained"
+    ):
         AutoModelForCausalLM.from_pretrained(tiny_artifact, **{name: "1GiB"})
 
 
@@ -121,4 +140,6 @@ def test_a_generation_config_that_names_another_cache(registered, tmp_path, tiny
     model = runtime.load_pretrained(folder)
     with pytest.raises(KvfoldError, match="cache_implementation='sliding_window'"):
         model.generate(IDS, max_new_tokens=2, cache_implementation="sliding_window")
-    model.save_pretrained(tmp_path / "again")  # a config that was changed would be refused by transformers
+    model.save_pretrained(
+        tmp_path / "again"
+    )  # a config that was changed would be refused by transformers

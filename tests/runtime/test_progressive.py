@@ -1,5 +1,5 @@
-"""The progressive policy: ladders, the order of lowering, a budget that is never passed at any instant, and plain
-lists."""
+"""The progressive policy: ladders, the order of lowering, a budget that is never passed at any
+instant, and plain lists."""
 
 import json
 import weakref
@@ -43,14 +43,16 @@ def make(names, budget):
 
 def feed(cache, tokens, batch=1, generator=None):
     """Appends random tokens to all layers; returns each layer's (keys, values)."""
-    states = [torch.randn(2, batch, HEADS, tokens, DIM, generator=generator) * 2 for _ in cache.layers]
+    states = [
+        torch.randn(2, batch, HEADS, tokens, DIM, generator=generator) * 2 for _ in cache.layers
+    ]
     cache.note_padding(None, batch)
     for i, (keys, values) in enumerate(states):
         cache.update(keys, values, i)
     return states
 
 
-# -- ladders -----------------------------------------------------------------------------------------------------------
+# -- ladders ---------------------------------------------------------------------------------------
 
 
 def test_a_ladder_adds_the_same_bits_to_every_class_of_the_floor():
@@ -67,9 +69,18 @@ def test_floors_of_the_catalogue_share_their_rungs(head_dim):
     floors = {*key_formats(head_dim), *value_formats(head_dim)}
     rungs = {floor: finer(floor, 4) for floor in floors}
     mixed = {rungs[floor] for floor in floors if floor.params == "scale" and floor.payload_bits < 4}
-    assert mixed == {uniform(head_dim, 16)} <= set(key_formats(head_dim)) & set(value_formats(head_dim))
-    assert all(rung == floor or rung.payload_bits > floor.payload_bits for floor, rung in rungs.items())
-    assert {finer(floor, 8) for floor in floors} == {uniform(head_dim, 256, "fp16"), raw16(head_dim)}
+    assert (
+        mixed
+        == {uniform(head_dim, 16)}
+        <= set(key_formats(head_dim)) & set(value_formats(head_dim))
+    )
+    assert all(
+        rung == floor or rung.payload_bits > floor.payload_bits for floor, rung in rungs.items()
+    )
+    assert {finer(floor, 8) for floor in floors} == {
+        uniform(head_dim, 256, "fp16"),
+        raw16(head_dim),
+    }
     assert all(0 <= distortion(rung, floor) <= 1 for floor, rung in rungs.items())
 
 
@@ -82,7 +93,10 @@ def test_a_rung_keeps_groups_and_types_and_is_never_smaller_than_the_floor():
 
 def test_rungs_that_save_nothing_are_left_out():
     def formats(key, value):
-        return [(str(x.key.format), str(x.value.format)) for x in ladder(LayerSpec(KeySpec(key), ValueSpec(value)))]
+        return [
+            (str(x.key.format), str(x.value.format))
+            for x in ladder(LayerSpec(KeySpec(key), ValueSpec(value)))
+        ]
 
     assert len(formats(raw16(16), raw16(16))) == 1
     assert formats(uniform(16, 256), uniform(16, 256)) == [("16@8 asym e4m3",) * 2, ("16", "16")]
@@ -94,7 +108,9 @@ def test_rungs_that_save_nothing_are_left_out():
 
 def test_a_clip_stays_with_the_formats_that_it_was_chosen_for():
     clip = torch.tensor([0.9, 0.8])
-    rungs = ladder(LayerSpec(KeySpec(uniform(16, 64), clip=clip), ValueSpec(uniform(16, 4), clip=clip)))
+    rungs = ladder(
+        LayerSpec(KeySpec(uniform(16, 64), clip=clip), ValueSpec(uniform(16, 4), clip=clip))
+    )
     assert [x.key.clip is clip for x in rungs] == [True, True, False, False]
     assert [x.value.clip is clip for x in rungs] == [True, False, False, False]
 
@@ -102,7 +118,9 @@ def test_a_clip_stays_with_the_formats_that_it_was_chosen_for():
 def test_distortion_by_hand():
     floor = Format(((8, 4), (8, 0)))
     assert distortion(floor, floor) == 1 and distortion(raw16(16), floor) == 0
-    assert distortion(Format(((8, 16), (8, 4))), floor) == pytest.approx((0.01154 / 0.1188 + 0.1188) / 2)
+    assert distortion(Format(((8, 16), (8, 4))), floor) == pytest.approx(
+        (0.01154 / 0.1188 + 0.1188) / 2
+    )
 
 
 def test_the_least_harmful_steps_come_first_and_a_sensitive_layer_keeps_its_bits_longer():
@@ -123,7 +141,9 @@ def test_a_plan_by_hand():
     resident = 2 * 640 + 3 * 1024
     plan = policy.plan(counts, 1, resident, resident + 1024 + 640)
     assert plan.moves == [[0, 0, 0, 0]] and plan.fresh == [[0, 0, 0, 1]]
-    plan = policy.plan(counts, 1, resident, resident + 640)  # 1024 bytes too many: three pages give 384 each
+    plan = policy.plan(
+        counts, 1, resident, resident + 640
+    )  # 1024 bytes too many: three pages give 384 each
     assert plan.moves == [[0, 0, 0, 3]] and plan.fresh == [[0, 0, 0, 1]]
     plan = policy.plan(
         counts, 2, resident, resident + 640 + 100
@@ -135,14 +155,15 @@ def test_a_plan_by_hand():
     assert policy.plan(counts, 2, resident, floor - 1) is None
 
 
-# -- the cache ---------------------------------------------------------------------------------------------------------
+# -- the cache -------------------------------------------------------------------------------------
 
 
 class Watch(TorchDispatchMode):
-    """Counts the bytes of the cache's tensors that are alive, at every moment that a new one appears.
+    """Counts the bytes of the cache's tensors that are alive, at every moment that a new one
+    appears.
 
-    A cache's tensors are told from those of the computation by their shapes: pages, 16-bit rows, block tables. A new
-    tensor's bytes count together with those of all that still live.
+    A cache's tensors are told from those of the computation by their shapes: pages, 16-bit rows,
+    block tables. A new tensor's bytes count together with those of all that still live.
     """
 
     def __init__(self):
@@ -151,7 +172,12 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and out._base is None and out.data_ptr() and self._cached(out):
+        if (
+            isinstance(out, torch.Tensor)
+            and out._base is None
+            and out.data_ptr()
+            and self._cached(out)
+        ):
             number = id(out)
             if number not in self.alive:
                 self.alive[number] = out.nbytes
@@ -160,8 +186,12 @@ class Watch(TorchDispatchMode):
         return out
 
     def _cached(self, x):
-        page = x.dtype == torch.uint8 and x.dim() == 1 and x.nbytes <= 1024  # what block tables count from is larger
-        rows = x.dtype == torch.float16 and x.dim() == 4 and x.shape[2] == ROWS and x.shape[1] == HEADS
+        page = (
+            x.dtype == torch.uint8 and x.dim() == 1 and x.nbytes <= 1024
+        )  # what block tables count from is larger
+        rows = (
+            x.dtype == torch.float16 and x.dim() == 4 and x.shape[2] == ROWS and x.shape[1] == HEADS
+        )
         return page or rows or (x.dtype == torch.int64 and x.dim() == 2 and x.shape[1] % 16 == 0)
 
     def note(self):
@@ -233,8 +263,12 @@ def check(cache, lists):
         for b, row in enumerate(own.rows):
             if row:
                 keys, values = contents(layer, b)
-                torch.testing.assert_close(keys, torch.stack([k.float() for k, _ in row], 1), rtol=1e-6, atol=1e-6)
-                torch.testing.assert_close(values, torch.stack([v.float() for _, v in row], 1), rtol=1e-6, atol=1e-6)
+                torch.testing.assert_close(
+                    keys, torch.stack([k.float() for k, _ in row], 1), rtol=1e-6, atol=1e-6
+                )
+                torch.testing.assert_close(
+                    values, torch.stack([v.float() for _, v in row], 1), rtol=1e-6, atol=1e-6
+                )
             rungs = [layer.table.pool.rung(i) for i in layer.table.pages()[b]]
             assert rungs == sorted(rungs)
             if len(layer.rungs) > 1:
@@ -265,7 +299,9 @@ operations = st.lists(
 )
 
 
-@pytest.mark.parametrize("names", [["mixed"], ["ternary"], ["raw", "mixed"], ["mixed", "ternary"]], ids="+".join)
+@pytest.mark.parametrize(
+    "names", [["mixed"], ["ternary"], ["raw", "mixed"], ["mixed", "ternary"]], ids="+".join
+)
 @settings(max_examples=examples(150), deadline=None)
 @given(
     batch=st.integers(1, 3),
@@ -273,7 +309,9 @@ operations = st.lists(
     steps=operations,
     seed=st.integers(0, 2**16),
 )
-def test_any_sequence_of_operations_equals_plain_lists_and_stays_in_the_budget(names, batch, budget, steps, seed):
+def test_any_sequence_of_operations_equals_plain_lists_and_stays_in_the_budget(
+    names, batch, budget, steps, seed
+):
     generator = torch.Generator().manual_seed(seed)
     cache = make(names, budget)
     lists, real_lower = [ProgressiveLists(SPECS[n], batch) for n in names], LayerStore.lower
@@ -338,9 +376,9 @@ def test_any_sequence_of_operations_equals_plain_lists_and_stays_in_the_budget(n
             elif name == "lower" and ready:
                 for layer in cache.layers:
                     for rung in range(1, len(layer.rungs)):
-                        if cache.nbytes + layer.table.pool.sizes[rung - 1] * argument <= budget and (
-                            ids := layer.table.oldest(rung, argument)
-                        ):
+                        if cache.nbytes + layer.table.pool.sizes[
+                            rung - 1
+                        ] * argument <= budget and (ids := layer.table.oldest(rung, argument)):
                             follow(layer.held, ids)
                     layer.table.set_segments()
             elif name == "reset":
@@ -364,15 +402,22 @@ def test_shared_pages_are_lowered_once_for_all_owners():
     assert layer.table.pool.counts == [0, 0, 2, 3] and layer.num_pages() == 5
     assert layer.table.segments.tolist() == [[0, 0, 0, 2, 5]] * 3
     for b in range(3):
-        assert layer.table.block_table[b, :5].tolist() == layer.table.pool.addresses(layer.table.pages()[b])
+        assert layer.table.block_table[b, :5].tolist() == layer.table.pool.addresses(
+            layer.table.pages()[b]
+        )
 
 
 @pytest.mark.parametrize("batch, most", [(1, 2), (3, 5)])
-def test_a_step_of_decoding_lowers_a_page_a_layer_and_none_when_a_page_comes(monkeypatch, batch, most):
-    """A batch of three, whose pages come due together every eight steps, needs more than that near the end."""
+def test_a_step_of_decoding_lowers_a_page_a_layer_and_none_when_a_page_comes(
+    monkeypatch, batch, most
+):
+    """A batch of three, whose pages come due together every eight steps, needs more than that near
+    the end."""
     cache = make(["mixed", "ternary"], 8_000 + 11_000 * batch)
     calls, lowered, real_lower = [], [], LayerStore.lower
-    monkeypatch.setattr(LayerStore, "lower", lambda held, ids: (calls.append(len(ids)), real_lower(held, ids)))
+    monkeypatch.setattr(
+        LayerStore, "lower", lambda held, ids: (calls.append(len(ids)), real_lower(held, ids))
+    )
     feed(cache, 20, batch)
     pages = cache.layers[0].num_pages()
     with pytest.raises(KVBudgetExceeded):
@@ -404,10 +449,13 @@ def test_all_the_budget_is_used_and_the_floor_is_reached_before_it_is_refused():
         feed(cache, 30)
         for _ in range(tokens - 30):
             feed(cache, 1)
-        assert cache.nbytes == cache.budget and all(sum(x.table.pool.counts[1:]) == 0 for x in cache.layers)
+        assert cache.nbytes == cache.budget and all(
+            sum(x.table.pool.counts[1:]) == 0 for x in cache.layers
+        )
         feed(cache, PAGE - 1)
         with pytest.raises(
-            KVBudgetExceeded, match=rf"with all pages at the lowest bits, but kv_budget is {cache.budget}"
+            KVBudgetExceeded,
+            match=rf"with all pages at the lowest bits, but kv_budget is {cache.budget}",
         ):
             feed(cache, 1)
         assert cache.get_seq_length() == tokens + PAGE - 1
@@ -425,20 +473,28 @@ def test_a_ragged_batch_stays_in_the_budget():
         cache.note_padding(mask[:, :seen], 3)
         for i in range(2):
             cache.update(*torch.randn(2, 3, HEADS, tokens, DIM), i)
-        assert cache.nbytes == sum(t.nbytes for layer in cache.layers for t in layer.tensors()) <= cache.budget
+        assert (
+            cache.nbytes
+            == sum(t.nbytes for layer in cache.layers for t in layer.tensors())
+            <= cache.budget
+        )
         for layer in cache.layers:
             for b, own in enumerate(layer.table.pages()):
                 rungs = [layer.table.pool.rung(number) for number in own]
-                assert rungs == sorted(rungs) and layer.table.segments[b, -1] == len(own) == GEOMETRY.num_pages(
-                    layer.lengths()[b]
-                )
+                assert rungs == sorted(rungs) and layer.table.segments[b, -1] == len(
+                    own
+                ) == GEOMETRY.num_pages(layer.lengths()[b])
     assert [layer.lengths() for layer in cache.layers] == [[n + 60 for n in lengths]] * 2
-    assert all(min(layer.table.pool.rung(i) for i in layer.table.pages()[0]) < 3 for layer in cache.layers)
+    assert all(
+        min(layer.table.pool.rung(i) for i in layer.table.pages()[0]) < 3 for layer in cache.layers
+    )
 
 
 def test_the_report_adds_up():
     cache = make(["mixed", "raw"], 30_000)
-    assert [row["pages"] for row in cache.report()] == [dict.fromkeys(names_of(layer), 0) for layer in cache.layers]
+    assert [row["pages"] for row in cache.report()] == [
+        dict.fromkeys(names_of(layer), 0) for layer in cache.layers
+    ]
     feed(cache, 120)
     report = cache.report()
     assert sum(row["bytes"] for row in report) == cache.nbytes
@@ -456,13 +512,15 @@ def test_what_is_not_finite_is_reported_and_not_stored():
     feed(cache, 60)
     keys, values = torch.randn(2, 1, HEADS, 9, DIM)
     keys[0, 1, 4, 2] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"Layer 0 computed a key .* at position 64 of sequence 0"):
+    with pytest.raises(
+        FloatingPointError, match=r"Layer 0 computed a key .* at position 64 of sequence 0"
+    ):
         cache.update(keys, values, 0)
     assert cache.layers[0].lengths() == [60]
     feed(cache, 9)
 
 
-# -- a model -----------------------------------------------------------------------------------------------------------
+# -- a model ---------------------------------------------------------------------------------------
 
 
 def ids(tokens, batch=1, seed=0):
@@ -491,8 +549,12 @@ def test_the_least_budget_is_named_and_works(tiny_artifact):
         runtime.load_pretrained(tiny_artifact, device="cpu", policy="progressive", kv_budget="9KiB")
     least = int(str(error.value).split("take ")[1].split()[0])
     with pytest.raises(KvfoldError, match=f"take {least} bytes"):
-        runtime.load_pretrained(tiny_artifact, device="cpu", policy="progressive", kv_budget=least - 1)
-    model = runtime.load_pretrained(tiny_artifact, device="cpu", policy="progressive", kv_budget=least)
+        runtime.load_pretrained(
+            tiny_artifact, device="cpu", policy="progressive", kv_budget=least - 1
+        )
+    model = runtime.load_pretrained(
+        tiny_artifact, device="cpu", policy="progressive", kv_budget=least
+    )
     g = model.kv_artifact.geometry
     with torch.no_grad():
         cache = model(ids(g.sinks + g.window + g.page_tokens)).past_key_values
@@ -503,20 +565,35 @@ def test_the_least_budget_is_named_and_works(tiny_artifact):
 
 @torch.no_grad()
 def test_generation_under_a_budget(tiny_artifact):
-    plenty = runtime.load_pretrained(tiny_artifact, device="cpu", policy="progressive", kv_budget="4MiB")
-    tight = runtime.load_pretrained(tiny_artifact, device="cpu", policy="progressive", kv_budget="60KiB")
-    wide = runtime.load_pretrained(tiny_artifact, device="cpu", policy="progressive", kv_budget="90KiB")
+    plenty = runtime.load_pretrained(
+        tiny_artifact, device="cpu", policy="progressive", kv_budget="4MiB"
+    )
+    tight = runtime.load_pretrained(
+        tiny_artifact, device="cpu", policy="progressive", kv_budget="60KiB"
+    )
+    wide = runtime.load_pretrained(
+        tiny_artifact, device="cpu", policy="progressive", kv_budget="90KiB"
+    )
     floor = runtime.load_pretrained(tiny_artifact, device="cpu")
     tokens = ids(60)
     with plain_cache(floor):
         plain = floor(tokens).logits
-    errors = [(model(tokens).logits - plain).square().mean().sqrt() / plain.std() for model in (plenty, floor)]
-    assert errors[0] < 0.01 < errors[1]  # nothing is lowered yet, and 16 bits of a key are all that it loses
+    errors = [
+        (model(tokens).logits - plain).square().mean().sqrt() / plain.std()
+        for model in (plenty, floor)
+    ]
+    assert (
+        errors[0] < 0.01 < errors[1]
+    )  # nothing is lowered yet, and 16 bits of a key are all that it loses
     out = tight.generate(tokens, max_new_tokens=300, do_sample=False, return_dict_in_generate=True)
     cache = out.past_key_values
     assert out.sequences.shape == (1, 360) and 50_000 < cache.nbytes <= 60 * 1024
-    assert [len(row["pages"]) for row in cache.report()] == [len(layer.rungs) for layer in cache.layers]
-    beams = wide.generate(tokens, max_new_tokens=40, do_sample=False, num_beams=3, return_dict_in_generate=True)
+    assert [len(row["pages"]) for row in cache.report()] == [
+        len(layer.rungs) for layer in cache.layers
+    ]
+    beams = wide.generate(
+        tokens, max_new_tokens=40, do_sample=False, num_beams=3, return_dict_in_generate=True
+    )
     assert 60 * 1024 < beams.past_key_values.nbytes <= 90 * 1024
     ran = []
     tight.model.layers[0].register_forward_pre_hook(lambda *_: ran.append(True))
@@ -530,12 +607,27 @@ def test_inspect_live_shows_a_cache_that_fills(tiny_artifact, capsys):
         main(["inspect", str(tiny_artifact), "--live", "--policy", "progressive", "--kv-budget", "40KiB",
               "--max-new-tokens", "150", "--device", "cpu"])  # fmt: skip
     shown = capsys.readouterr().out
-    assert not done.value.code and shown.count("pages by format") == 11  # 150 / 16 rounded up, and the end
+    assert (
+        not done.value.code and shown.count("pages by format") == 11
+    )  # 150 / 16 rounded up, and the end
     assert "168 tokens" in shown and " of 40.00 KiB" in shown and "K 16 | V 16" in shown
     with pytest.raises(SystemExit) as done:
-        main(["inspect", str(tiny_artifact), "--live", "--prompt", "ab", "--max-new-tokens", "90", "--json"])
+        main(
+            [
+                "inspect",
+                str(tiny_artifact),
+                "--live",
+                "--prompt",
+                "ab",
+                "--max-new-tokens",
+                "90",
+                "--json",
+            ]
+        )
     rows = json.loads(capsys.readouterr().out)
-    assert not done.value.code and [row["tokens"] for row in rows] == [[91]] * 3  # the last token is not yet cached
+    assert (
+        not done.value.code and [row["tokens"] for row in rows] == [[91]] * 3
+    )  # the last token is not yet cached
     with pytest.raises(SystemExit) as done:
         main(["inspect", str(tiny_artifact), "--live", "--policy", "progressive"])
     assert done.value.code == 2 and "give kv_budget='1GiB'" in capsys.readouterr().err
@@ -545,7 +637,10 @@ def test_inspect_live_shows_a_cache_that_fills(tiny_artifact, capsys):
 def test_kernels_write_and_lower_pages_to_the_bytes_of_the_reference(name):
     geometry = Geometry(HEADS, DIM, sinks=3, window=10, page_tokens=16)
     rungs = ladder(SPECS[name])
-    layers = [PackedLayer(rungs, SharedState(geometry, [0, 0]), 0, backend_of(triton)) for triton in (False, True)]
+    layers = [
+        PackedLayer(rungs, SharedState(geometry, [0, 0]), 0, backend_of(triton))
+        for triton in (False, True)
+    ]
     keys, values = torch.randn(2, 2, HEADS, 80, DIM)
     for layer in layers:
         layer.plan([[0, 1, 2, 3], [1, 1, 3, 3]])
@@ -554,7 +649,9 @@ def test_kernels_write_and_lower_pages_to_the_bytes_of_the_reference(name):
             layer.held.lower(layer.table.oldest(rung, count))
         for b in range(2):
             assert [layer.table.pool.rung(i) for i in layer.table.pages()[b]] == [0, 1, 1, 2]
-            assert layer.table.block_table[b, :4].tolist() == layer.table.pool.addresses(layer.table.pages()[b])
+            assert layer.table.block_table[b, :4].tolist() == layer.table.pool.addresses(
+                layer.table.pages()[b]
+            )
     for b in range(2):
         for ours, theirs in zip(*(layer.table.pages()[b] for layer in layers), strict=True):
             assert torch.equal(layers[0].table.pool.page(ours), layers[1].table.pool.page(theirs))
@@ -566,7 +663,8 @@ def test_a_floor_cache_does_not_grow_past_its_budget_by_repeating_sequences():
     feed(cache, 60, 2)
     before = cache.nbytes
     with pytest.raises(
-        KVBudgetExceeded, match=r"60 tokens in 6 sequence\(s\) need a cache of \d+ bytes, but kv_budget is 12000"
+        KVBudgetExceeded,
+        match=r"60 tokens in 6 sequence\(s\) need a cache of \d+ bytes, but kv_budget is 12000",
     ):
         cache.batch_repeat_interleave(3)
     assert cache.nbytes == before and cache.layers[0].lengths() == [60, 60]

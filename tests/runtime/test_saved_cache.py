@@ -16,7 +16,13 @@ from kvfold.runtime.cache import storage
 
 def leaves(value, place=()):
     """Places of everything in nested lists and dicts."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, inner in items:
         yield from leaves(inner, (*place, key))
     yield place
@@ -24,7 +30,8 @@ def leaves(value, place=()):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A model, and a cache file of three left-padded sequences: its place, its header's object, its tensors."""
+    """A model, and a cache file of three left-padded sequences: its place, its header's object, its
+    tensors."""
     model = packed_model(spec=PACKED)
     path = tmp_path_factory.mktemp("saved") / "prefix.kv"
     ids, mask = left_padded([90, 33, 2])
@@ -41,7 +48,10 @@ def test_a_cache_file_of_any_content_under_a_hash_that_fits(saved, tmp_path_fact
     model, _, body, tensors = saved
     body, tensors = copy.deepcopy(body), dict(tensors)
     odd = st.one_of(
-        st.none(), st.booleans(), st.integers(-2, 120), st.sampled_from([2**24 + 1, 2**70, 0.5, "3", [], {}, [0]])
+        st.none(),
+        st.booleans(),
+        st.integers(-2, 120),
+        st.sampled_from([2**24 + 1, 2**70, 0.5, "3", [], {}, [0]]),
     )
     *place, last = data.draw(st.sampled_from([x for x in leaves(body) if x and x != ("artifact",)]))
     inner = body
@@ -74,7 +84,8 @@ def test_a_cache_file_of_any_content_under_a_hash_that_fits(saved, tmp_path_fact
 
 
 @pytest.mark.parametrize(
-    "fault", ["one column", "one head", "float32", "nan", "pages cut", "page bytes", "extra", "missing"]
+    "fault",
+    ["one column", "one head", "float32", "nan", "pages cut", "page bytes", "extra", "missing"],
 )
 def test_tensors_that_do_not_fit_a_cache_file(saved, tmp_path, fault):
     model, _, body, tensors = saved
@@ -96,5 +107,7 @@ def test_tensors_that_do_not_fit_a_cache_file(saved, tmp_path, fault):
         }[fault]  # fmt: skip
     header = json.dumps({**body, "sha256": storage._sha256(body, tensors)})
     save_file(tensors, tmp_path / "x.kv", metadata={storage.FIELD: header})
-    with pytest.raises(KvfoldError, match=r"describes no cache of this model: .*; save the cache again"):
+    with pytest.raises(
+        KvfoldError, match=r"describes no cache of this model: .*; save the cache again"
+    ):
         runtime.load_cache(tmp_path / "x.kv", model)

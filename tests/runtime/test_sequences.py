@@ -1,5 +1,5 @@
-"""Random operations on a layer of the packed cache against the tokens that were put in: sliding windows, exact crops,
-padding."""
+"""Random operations on a layer of the packed cache against the tokens that were put in: sliding
+windows, exact crops, padding."""
 
 import pytest
 import torch
@@ -20,7 +20,9 @@ from kvfold.runtime.cache.sequence import PASSED
 HEADS, DIM = 1, 8
 SPECS = {
     "scale": LayerSpec(KeySpec(uniform(DIM, 16)), ValueSpec(uniform(DIM, 4))),
-    "scale_min": LayerSpec(KeySpec(uniform(DIM, 4, "fp16", 8)), ValueSpec(uniform(DIM, 8, "e4m3", 8))),
+    "scale_min": LayerSpec(
+        KeySpec(uniform(DIM, 4, "fp16", 8)), ValueSpec(uniform(DIM, 8, "e4m3", 8))
+    ),
     "mixed": LayerSpec(
         KeySpec(Format(((8, 64),)), offset=torch.ones(HEADS, DIM)),
         ValueSpec(uniform(DIM, 2), clip=None),
@@ -39,7 +41,8 @@ def quantised(x, spec):
 
 
 class Tokens:
-    """One sequence: its stored keys and values in 16 bits, and how many of them stand in pages or are gone."""
+    """One sequence: its stored keys and values in 16 bits, and how many of them stand in pages or
+    are gone."""
 
     def __init__(self, pad=0):
         self.pad, self.rows = pad, torch.zeros(2, HEADS, 0, DIM, dtype=torch.float16)
@@ -47,7 +50,12 @@ class Tokens:
 
     def copy(self):
         other = Tokens(self.pad)
-        other.rows, other.packed, other.passed, other.longest = self.rows, self.packed, self.passed, self.longest
+        other.rows, other.packed, other.passed, other.longest = (
+            self.rows,
+            self.packed,
+            self.passed,
+            self.longest,
+        )
         return other
 
     def __len__(self):
@@ -64,12 +72,19 @@ class Lists:
     def append(self, keys, values):
         columns = torch.arange(keys.shape[2]) + self.columns
         places = torch.stack([(columns - row.pad).clamp_min(0) for row in self.rows])
-        stored = torch.stack((to_float16(self.spec.key.apply(keys, places, self.g.sinks)), to_float16(values.float())))
+        stored = torch.stack(
+            (
+                to_float16(self.spec.key.apply(keys, places, self.g.sinks)),
+                to_float16(values.float()),
+            )
+        )
         for b, row in enumerate(self.rows):
             skip = min(max(row.pad - self.columns, 0), keys.shape[2])
             row.rows = torch.cat((row.rows, stored[:, b, :, skip:]), 2)
             row.longest = max(row.longest, len(row))
-            row.packed = max(row.packed, packed_tokens(len(row), self.g.sinks, self.g.window, self.g.page_tokens))
+            row.packed = max(
+                row.packed, packed_tokens(len(row), self.g.sinks, self.g.window, self.g.page_tokens)
+            )
             row.passed = max(row.passed, self.g.passed_pages(len(row), self.g.sliding_of(0)))
         self.columns += keys.shape[2]
 
@@ -81,7 +96,9 @@ class Lists:
             exact = packed_tokens(kept, g.sinks, g.window, g.page_tokens)
             if g.rollback and kept >= row.longest - g.rollback:
                 row.packed = min(row.packed, exact)
-            elif row.packed > exact and kept < g.sinks + row.packed:  # the page cut through keeps its quantised values
+            elif (
+                row.packed > exact and kept < g.sinks + row.packed
+            ):  # the page cut through keeps its quantised values
                 whole = max(0, kept - g.sinks) // g.page_tokens * g.page_tokens
                 cut = slice(g.sinks + whole, g.sinks + row.packed)
                 row.rows = row.rows.clone()
@@ -97,7 +114,12 @@ class Lists:
         remove = min(remove, self.columns)
         for row in self.rows:
             kept, gone = max(0, len(row) - remove), self.g.sinks + row.passed * self.g.page_tokens
-            if remove and row.passed and kept > self.g.sinks and kept - self.g.sliding_of(0) + 1 < gone:
+            if (
+                remove
+                and row.passed
+                and kept > self.g.sinks
+                and kept - self.g.sliding_of(0) + 1 < gone
+            ):
                 return True
         return False
 
@@ -121,9 +143,14 @@ class Lists:
                 and PASSED not in held
                 and layer.table.sequences[b].passed == row.passed
             )
-            assert layer.table.block_table[b, :count].tolist() == [0] * row.passed + layer.table.pool.addresses(held)
+            assert layer.table.block_table[b, :count].tolist() == [
+                0
+            ] * row.passed + layer.table.pool.addresses(held)
             slots = torch.cat(
-                (layer.window.slots(0, min(g.sinks, len(row))), layer.window.slots(g.sinks + row.packed, len(row)))
+                (
+                    layer.window.slots(0, min(g.sinks, len(row))),
+                    layer.window.slots(g.sinks + row.packed, len(row)),
+                )
             )
             places = [*range(min(g.sinks, len(row))), *range(g.sinks + row.packed, len(row))]
             assert torch.equal(layer.window.keys[b][:, slots], row.rows[0][:, places])
@@ -133,12 +160,19 @@ class Lists:
                 for side, (found, spec) in enumerate(
                     zip(layer.held.read_pages(held), (self.spec.key, self.spec.value), strict=True)
                 ):
-                    torch.testing.assert_close(found, quantised(row.rows[side, :, seen], spec), rtol=1e-6, atol=1e-6)
+                    torch.testing.assert_close(
+                        found, quantised(row.rows[side, :, seen], spec), rtol=1e-6, atol=1e-6
+                    )
         own = {i for ids in layer.table.pages() for i in ids} - {PASSED}
-        assert layer.num_pages() == len(own) and cache.nbytes == sum(t.nbytes for t in layer.tensors())
+        assert layer.num_pages() == len(own) and cache.nbytes == sum(
+            t.nbytes for t in layer.tensors()
+        )
         assert len(layer.table.pool) == len(own) or layer.table.shares_pool
         # each sequence holds at the most what the account says of a sequence as long as it ever was
-        assert all(len(ids) - row.passed >= 0 for ids, row in zip(layer.table.pages(), self.rows, strict=True))
+        assert all(
+            len(ids) - row.passed >= 0
+            for ids, row in zip(layer.table.pages(), self.rows, strict=True)
+        )
 
 
 operations = st.lists(
@@ -163,7 +197,11 @@ geometries = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=examples(1700), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=examples(1700),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     spec=st.sampled_from(sorted(SPECS)), geometry=geometries, steps=operations, seed=st.integers(0, 2**16),
     pads=st.sampled_from([[0], [0, 0], [0, 5, 2], [31, 0]]),
@@ -177,7 +215,9 @@ def test_any_sequence_of_operations_equals_the_tokens_put_in(spec, geometry, ste
         rows = len(lists.rows)
         if name == "append":
             keys, values = torch.randn(2, rows, HEADS, argument, DIM, generator=generator) * 2
-            mask = torch.arange(lists.columns + argument) >= torch.tensor([[row.pad] for row in lists.rows])
+            mask = torch.arange(lists.columns + argument) >= torch.tensor(
+                [[row.pad] for row in lists.rows]
+            )
             cache.note_padding(mask.long(), rows)
             cache.update(keys, values, 0)
             cache.layers[0].release_passed()  # as after attending
@@ -185,12 +225,19 @@ def test_any_sequence_of_operations_equals_the_tokens_put_in(spec, geometry, ste
         elif name in ("crop", "keep"):
             remove = argument if name == "crop" else max(0, lists.columns - argument)
             if lists.g.rollback:  # further back is as without, and has its own test
-                remove = min([remove, *(max(0, lists.g.rollback - row.longest + len(row)) for row in lists.rows)])
+                remove = min(
+                    [
+                        remove,
+                        *(max(0, lists.g.rollback - row.longest + len(row)) for row in lists.rows),
+                    ]
+                )
             if lists.refused(remove):
                 with pytest.raises(KvfoldError, match="has left behind"):
                     cache.crop(-remove)
             else:
-                cache.crop(-remove if name == "crop" or remove == lists.columns else lists.columns - remove)
+                cache.crop(
+                    -remove if name == "crop" or remove == lists.columns else lists.columns - remove
+                )
                 lists.crop(remove)
         elif name == "select":
             indices = [i % rows for i in argument]
@@ -214,15 +261,19 @@ def test_any_sequence_of_operations_equals_the_tokens_put_in(spec, geometry, ste
         expected.check(other)
 
 
-@settings(max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=examples(300),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     geometry=geometries,
     steps=st.lists(st.tuples(st.integers(1, 120), st.integers(0, 120)), min_size=1, max_size=6),
     longer=st.integers(0, 60),
 )
 def test_a_crop_of_any_size_leaves_each_token_raw_or_quantised(geometry, steps, longer):
-    """However far back a crop goes, what is left is the tokens themselves, at worst quantised: never a row of
-    another."""
+    """However far back a crop goes, what is left is the tokens themselves, at worst quantised:
+    never a row of another."""
     spec, cache = SPECS["scale"], QuantizedKVCache([SPECS["scale"]], geometry)
     layer, generator = cache.layers[0], torch.Generator().manual_seed(longer)
     rows = torch.zeros(HEADS, 0, DIM)
@@ -256,10 +307,13 @@ def test_pages_go_as_soon_as_no_query_to_come_sees_them(sliding, rollback, windo
     for tokens in range(120):
         least = max(0, tokens - rollback)  # where the next query may stand after a crop
         pages = [range(3 + 8 * i, 3 + 8 * (i + 1)) for i in range(g.num_pages(tokens))]
-        seen = [i < g.num_pages(tokens) and page[-1] > least - sliding for i, page in enumerate(pages)]
+        seen = [
+            i < g.num_pages(tokens) and page[-1] > least - sliding for i, page in enumerate(pages)
+        ]
         stays = [i for i, needed in enumerate(seen) if needed or i >= g.num_pages(least)]
         assert (
-            g.held_pages(tokens, sliding) == len(stays) and stays == list(range(len(pages)))[len(pages) - len(stays) :]
+            g.held_pages(tokens, sliding) == len(stays)
+            and stays == list(range(len(pages)))[len(pages) - len(stays) :]
         )
 
 
@@ -285,11 +339,18 @@ def test_bytes_of_sliding_layers_are_the_accounts(chunks, rollback):
             first = most
             continue
         expected = batch_nbytes(geometry, cache.formats, [tokens] * 2)
-        assert cache.nbytes == expected == resident_nbytes([cache]) == sum(row["bytes"] for row in cache.report())
+        assert (
+            cache.nbytes
+            == expected
+            == resident_nbytes([cache])
+            == sum(row["bytes"] for row in cache.report())
+        )
         limit = batch_nbytes(geometry, cache.formats, [tokens] * 2, chunks[i // 2])
         assert max(first, most) <= limit
     if chunks[-1] == 1:
-        full = batch_nbytes(Geometry(HEADS, DIM, 3, 10, 8, (), rollback), cache.formats, [tokens] * 2)
+        full = batch_nbytes(
+            Geometry(HEADS, DIM, 3, 10, 8, (), rollback), cache.formats, [tokens] * 2
+        )
         assert expected < full
 
 
@@ -308,14 +369,18 @@ def test_models_without_a_sliding_layer_are_as_before():
     plain = Geometry(HEADS, DIM, 3, 10, 8)
     formats = [(s.key.format, s.value.format) for s in SPECS.values()]
     for tokens in (0, 1, 50, 500):
-        assert plain.passed_pages(tokens, 0) == 0 and plain.held_pages(tokens) == plain.num_pages(tokens)
+        assert plain.passed_pages(tokens, 0) == 0 and plain.held_pages(tokens) == plain.num_pages(
+            tokens
+        )
         full = batch_nbytes(plain, formats, [tokens, 9])
         assert (
             full
             == batch_nbytes(plain, formats, [tokens, 9], 1)
             == batch_nbytes(plain, formats, [tokens, 9], tokens or 1)
         )
-        assert full == batch_nbytes(Geometry(HEADS, DIM, 3, 10, 8, (0,) * len(formats)), formats, [tokens, 9])
+        assert full == batch_nbytes(
+            Geometry(HEADS, DIM, 3, 10, 8, (0,) * len(formats)), formats, [tokens, 9]
+        )
     assert plain.ring == 24 and plain.elements(100, 4) == 2 * 4 * HEADS * DIM * 100
     assert Geometry(HEADS, DIM, 3, 10, 8, (30, 0)).elements(100, 2) == 2 * HEADS * DIM * (30 + 100)
     assert Geometry(HEADS, DIM, 3, 10, 8, rollback=7).ring == 32
@@ -326,12 +391,17 @@ def test_a_crop_that_a_sliding_window_forbids_changes_nothing():
     for i in range(2):
         cache.update(*torch.randn(2, 1, HEADS, 100, DIM), i)
         cache.layers[i].release_passed()
-    before = [(layer.columns, layer.table.state.tolist(), layer.num_pages()) for layer in cache.layers]
+    before = [
+        (layer.columns, layer.table.state.tolist(), layer.num_pages()) for layer in cache.layers
+    ]
     with pytest.raises(
-        KvfoldError, match=r"to 80 tokens needs some of the first 67, .* layer 1 \(30 tokens\).* rollback=20"
+        KvfoldError,
+        match=r"to 80 tokens needs some of the first 67, .* layer 1 \(30 tokens\).* rollback=20",
     ):
         cache.crop(-20)
-    assert before == [(layer.columns, layer.table.state.tolist(), layer.num_pages()) for layer in cache.layers]
+    assert before == [
+        (layer.columns, layer.table.state.tolist(), layer.num_pages()) for layer in cache.layers
+    ]
     cache.crop(-4)  # the window of the next query still begins behind what is gone
     assert cache.get_seq_length() == 96
     cache.crop(2)  # the sinks are always there
@@ -365,7 +435,8 @@ def test_a_longer_ring_keeps_to_the_budget():
     )  # 16 rows more in each of two layers, and one layer's 27 once more while they move
     cache.set_budget(need - 1)
     with pytest.raises(
-        KvfoldError, match=f"rollback of 20 tokens needs a cache of {need} bytes, but kv_budget is {need - 1}"
+        KvfoldError,
+        match=f"rollback of 20 tokens needs a cache of {need} bytes, but kv_budget is {need - 1}",
     ):
         cache.extend_rollback(20)
     assert cache.nbytes == before and cache.geometry == geometry
@@ -375,4 +446,7 @@ def test_a_longer_ring_keeps_to_the_budget():
     state = [layer.window.keys.nan_to_num() for layer in cache.layers]
     cache.extend_rollback(20)
     cache.extend_rollback(3)
-    assert all(torch.equal(a, layer.window.keys.nan_to_num()) for a, layer in zip(state, cache.layers, strict=True))
+    assert all(
+        torch.equal(a, layer.window.keys.nan_to_num())
+        for a, layer in zip(state, cache.layers, strict=True)
+    )

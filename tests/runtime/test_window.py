@@ -10,7 +10,8 @@ from kvfold.runtime.cache.window import RawWindow
 
 @pytest.mark.parametrize(("sinks", "rollback"), [(3, 0), (0, 5), (5, 1)])
 def test_the_rows_that_are_there_are_those_from_the_oldest_on(sinks, rollback):
-    """Token by token: each row from the oldest on is its token's, and the one before is another's."""
+    """Token by token: each row from the oldest on is its token's, and the one before is
+    another's."""
     g = Geometry(1, 8, sinks, 9, 8, rollback=rollback)
     window, sequence = RawWindow(g, 1, torch.device("cpu")), Sequence(Clock(), sinks)
     for length in range(1, sinks + 3 * g.ring):

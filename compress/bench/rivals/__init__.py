@@ -1,4 +1,5 @@
-"""Rivals: small, honest implementations of what a user would pick instead. A new one is a short file and a row here."""
+"""Rivals: small, honest implementations of what a user would pick instead. A new one is a short
+file and a row here."""
 
 from kvfold.compress.bench.rivals.base import Rival
 from kvfold.compress.bench.rivals.kivi import KIVI, KIVI32

@@ -8,11 +8,13 @@ from kvfold.errors import KvfoldError
 
 
 class Rival:
-    """One scheme at one number of bits, one instance for each layer. A subclass is a short file and a row of `RIVALS`.
+    """One scheme at one number of bits, one instance for each layer. A subclass is a short file and
+    a row of `RIVALS`.
 
     Attributes:
         source: whose scheme it is, and what differs here.
-        needs: "" for no calibration; "plain" for statistics at the text's own positions; "spread" at interpolated ones.
+        needs: "" for no calibration; "plain" for statistics at the text's own positions; "spread"
+            at interpolated ones.
         block_tokens: tokens quantised together, which leave the 16-bit window together.
         widths: bits that the scheme is defined for.
         key, value: the codecs, set by `__init__`, or by `calibrate` where `needs` says so.
@@ -34,10 +36,12 @@ class Rival:
         self.bits, self.head_dim = bits, head_dim
 
     def calibrate(self, stats: LayerStats) -> None:
-        """Fits the layer's static tables to `stats`, taken at the positions that `needs` asks for."""
+        """Fits the layer's static tables to `stats`, taken at the positions that `needs` asks
+        for."""
 
     def encode(self, keys: Tensor, values: Tensor) -> tuple[Stored, Stored]:
-        """Keys after RoPE and values, float32 [Hkv, T, D], T a multiple of block_tokens → all that is kept of them."""
+        """Keys after RoPE and values, float32 [Hkv, T, D], T a multiple of block_tokens → all that
+        is kept of them."""
         return self.key.encode(keys), self.value.encode(values)
 
     def decode(self, stored: tuple[Stored, Stored]) -> tuple[Tensor, Tensor]:
@@ -49,5 +53,6 @@ class Rival:
         return self.decode(self.encode(keys, values))
 
     def payload_bits(self, head_dim: int) -> float:
-        """Bits per element, mean of keys and values, with all scales and minima: the size of what `encode` returns."""
+        """Bits per element, mean of keys and values, with all scales and minima: the size of what
+        `encode` returns."""
         raise NotImplementedError

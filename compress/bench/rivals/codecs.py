@@ -1,9 +1,10 @@
-"""What rivals are made of: codecs that turn one side of one layer, float32 [Hkv, T, D], into the arrays that a cache
-would keep.
+"""What rivals are made of: codecs that turn one side of one layer, float32 [Hkv, T, D], into the
+arrays that a cache would keep.
 
-`encode` returns every array in its stored type (codes bit-packed in uint8, parameters in float16 or float8), and
-`decode` reads nothing else, so the size of a rival is the size of these arrays. Only static tables (rotations, orders,
-clips, grids) stay outside, as they do for our own artifacts: they are paid once a model, not once a token.
+`encode` returns every array in its stored type (codes bit-packed in uint8, parameters in float16 or
+float8), and `decode` reads nothing else, so the size of a rival is the size of these arrays. Only
+static tables (rotations, orders, clips, grids) stay outside, as they do for our own artifacts: they
+are paid once a model, not once a token.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,9 @@ from kvfold.compress.transforms.basis import mixing_matrix
 Stored = tuple[Tensor, ...]
 ParamType = Literal["e4m3", "fp16"]
 PARAM_BITS: dict[ParamType, int] = {"e4m3": 8, "fp16": 16}
-CLIPS = tuple(round(0.4 + 0.05 * i, 2) for i in range(13))  # factors on a range that a clip search tries
+CLIPS = tuple(
+    round(0.4 + 0.05 * i, 2) for i in range(13)
+)  # factors on a range that a clip search tries
 
 
 class Codec(Protocol):
@@ -35,12 +38,14 @@ def nbytes(stored: Stored) -> int:
 
 
 def group_of(head_dim: int) -> int:
-    """Channels that share parameters where a scheme leaves it open: a head, at most 128 channels (SKVQ's group)."""
+    """Channels that share parameters where a scheme leaves it open: a head, at most 128 channels
+    (SKVQ's group)."""
     return min(head_dim, 128)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes uint8 [..., n] below 2^bits → uint8 [..., n·bits/8], low bits first; n·bits is a multiple of 8."""
+    """Codes uint8 [..., n] below 2^bits → uint8 [..., n·bits/8], low bits first; n·bits is a
+    multiple of 8."""
     shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device)
     planes = ((codes[..., None] >> shifts) & 1).flatten(-2).unflatten(-1, (-1, 8))
     weights = 1 << torch.arange(8, dtype=torch.uint8, device=codes.device)
@@ -64,8 +69,8 @@ def store(x: Tensor, kind: ParamType) -> Tensor:
 
 @dataclass(frozen=True)
 class Affine:
-    """Asymmetric round-to-nearest in groups of the last axis: x̂ = m + s·c, m = clip·min, s = clip·(max − min)/(2^bits
-    − 1).
+    """Asymmetric round-to-nearest in groups of the last axis: x̂ = m + s·c, m = clip·min, s =
+    clip·(max − min)/(2^bits − 1).
 
     Attributes:
         group: neighbours that share (m, s).
@@ -122,7 +127,9 @@ class Grid:
         scale = grouped.square().mean(-1).sqrt() if self.norm == "rms" else grouped.abs().amax(-1)
         stored = store(scale, self.params)
         points = self.points.to(x.device)
-        codes = torch.bucketize(grouped / stored.float().clamp_min(1e-30)[..., None], (points[1:] + points[:-1]) / 2)
+        codes = torch.bucketize(
+            grouped / stored.float().clamp_min(1e-30)[..., None], (points[1:] + points[:-1]) / 2
+        )
         return pack(codes.flatten(-2).to(torch.uint8), self.bits), stored
 
     def decode(self, stored: Stored) -> Tensor:
@@ -132,7 +139,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class Channelwise:
-    """A codec along the tokens of each channel, in blocks of `block` tokens; T is a multiple of it."""
+    """A codec along the tokens of each channel, in blocks of `block` tokens; T is a multiple of
+    it."""
 
     inner: Codec
     block: int
@@ -146,7 +154,8 @@ class Channelwise:
 
 @dataclass(frozen=True)
 class Rotated:
-    """A codec in an orthogonal basis. `matrix`: [Hkv, D, D] or [D, D]; None for a Hadamard with random signs, seed
+    """A codec in an orthogonal basis. `matrix`: [Hkv, D, D] or [D, D]; None for a Hadamard with
+    random signs, seed
     0."""
 
     inner: Codec
@@ -165,8 +174,8 @@ class Rotated:
 
 
 def hadamard(head_dim: int) -> Tensor:
-    """Orthogonal float64 [D, D]: Hadamard with random signs, seed 0 (a random orthogonal matrix if D is no power of
-    2)."""
+    """Orthogonal float64 [D, D]: Hadamard with random signs, seed 0 (a random orthogonal matrix if
+    D is no power of 2)."""
     return mixing_matrix(head_dim, torch.Generator().manual_seed(0))
 
 

@@ -5,13 +5,15 @@ from kvfold.compress.bench.rivals.codecs import PARAM_BITS, Affine, Channelwise,
 
 
 class KIVI(Rival):
-    """Key parameters in float16 for a block of 128 tokens, value parameters in e4m3 for a head: b + 32/128 and b + 16/D
-    bits.
+    """Key parameters in float16 for a block of 128 tokens, value parameters in e4m3 for a head: b +
+    32/128 and b + 16/D bits.
 
     The paper's own setting, groups of 32 and float16 everywhere, is `KIVI32`, at b + 1 bits.
     """
 
-    source = "KIVI (2402.02750), K per channel in blocks of 128 tokens, V per token with e4m3 parameters"
+    source = (
+        "KIVI (2402.02750), K per channel in blocks of 128 tokens, V per token with e4m3 parameters"
+    )
     block_tokens = 128
     value_group = 128
     value_params: ParamType = "e4m3"

@@ -1,5 +1,5 @@
-"""KVarN-like (2606.03458): Hadamard, then a tile's tokens and channels brought to unit variance in turn, then round to
-nearest."""
+"""KVarN-like (2606.03458): Hadamard, then a tile's tokens and channels brought to unit variance in
+turn, then round to nearest."""
 
 from dataclasses import dataclass
 
@@ -11,13 +11,14 @@ from kvfold.compress.bench.rivals.codecs import Affine, Codec, Rotated, Stored, 
 
 TILE = 128  # tokens
 STEPS = 16
-# Factor on a normalised tile's range, for it is nearly Gaussian: the least squared error in steps of 0.05, groups of 64
-# and 128
+# Factor on a normalised tile's range, for it is nearly Gaussian: the least squared error in steps
+# of 0.05, groups of 64 and 128
 CUT = {2: 0.65, 3: 0.85, 4: 0.95}
 
 
 def sinkhorn(x: Tensor, steps: int = STEPS) -> tuple[Tensor, Tensor, Tensor]:
-    """x [..., T, D] = tokens · y · channels with rows and columns of y of standard deviation 1, by dividing in turn.
+    """x [..., T, D] = tokens · y · channels with rows and columns of y of standard deviation 1, by
+    dividing in turn.
 
     Returns:
         y [..., T, D], tokens [..., T, 1], channels [..., 1, D].
@@ -26,7 +27,9 @@ def sinkhorn(x: Tensor, steps: int = STEPS) -> tuple[Tensor, Tensor, Tensor]:
     for _ in range(steps):
         for axis in (-2, -1):
             size = x.std(axis, correction=0, keepdim=True)
-            size = torch.where(size > 1e-6 * x.abs().amax((-2, -1), keepdim=True), size, 1.0)  # constant: left alone
+            size = torch.where(
+                size > 1e-6 * x.abs().amax((-2, -1), keepdim=True), size, 1.0
+            )  # constant: left alone
             x = x / size
             if axis == -2:
                 channels = channels * size
@@ -37,8 +40,8 @@ def sinkhorn(x: Tensor, steps: int = STEPS) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Normalised:
-    """A codec of the normalised tile. `along` names the axis that the codec's own scales run along: those absorb the
-    factors of that axis, and the factors of the other one are stored in e4m3."""
+    """A codec of the normalised tile. `along` names the axis that the codec's own scales run along:
+    those absorb the factors of that axis, and the factors of the other one are stored in e4m3."""
 
     inner: Affine
     along: str
@@ -46,12 +49,15 @@ class Normalised:
     def encode(self, x: Tensor) -> Stored:
         tiles = x.unflatten(-2, (-1, TILE))
         _, tokens, channels = sinkhorn(tiles)
-        keys = self.along == "channels"  # one (minimum, scale) a channel takes up the channel's factor
+        keys = (
+            self.along == "channels"
+        )  # one (minimum, scale) a channel takes up the channel's factor
         kept = tokens if keys else channels
-        # tokens · c and channels / c are the same tile: about 1, what is kept neither saturates nor vanishes in e4m3
+        # tokens · c and channels / c are the same tile: about 1, what is kept neither saturates nor
+        # vanishes in e4m3
         kept = store(kept / kept.log().mean((-2, -1), keepdim=True).exp(), "e4m3")
-        # divided by what is kept, not by what was rounded: else the rounding would scale the whole number, offset and
-        # all
+        # divided by what is kept, not by what was rounded: else the rounding would scale the whole
+        # number, offset and all
         factor = torch.where(kept.float() > 0, kept.float(), 1.0)
         rest = tiles / factor
         return *self.inner.encode(rest.mT if keys else rest), kept
@@ -63,10 +69,10 @@ class Normalised:
 
 
 class KVarN(Rival):
-    """Keys per channel, values per token, in tiles of 128 tokens. A key channel's minimum and scale are float16, as its
-    offset can dwarf its range; all else is e4m3. K: b + 32/128 + 8/D bits, V: b + 16/D + 8/128. Tuned: KVarN spans the
-    whole range, which at 2 bits wastes half of the levels on a Gaussian's ends; a constant factor on the range needs no
-    calibration.
+    """Keys per channel, values per token, in tiles of 128 tokens. A key channel's minimum and scale
+    are float16, as its offset can dwarf its range; all else is e4m3. K: b + 32/128 + 8/D bits, V: b
+    + 16/D + 8/128. Tuned: KVarN spans the whole range, which at 2 bits wastes half of the levels on
+    a Gaussian's ends; a constant factor on the range needs no calibration.
     """
 
     source = (
@@ -78,7 +84,9 @@ class KVarN(Rival):
     def __init__(self, bits: int, head_dim: int) -> None:
         super().__init__(bits, head_dim)
         self.key: Codec = Rotated(Normalised(Affine(bits, TILE, "fp16", cut=CUT[bits]), "channels"))
-        self.value: Codec = Rotated(Normalised(Affine(bits, group_of(head_dim), cut=CUT[bits]), "tokens"))
+        self.value: Codec = Rotated(
+            Normalised(Affine(bits, group_of(head_dim), cut=CUT[bits]), "tokens")
+        )
 
     def payload_bits(self, head_dim: int) -> float:
         key = 32 / TILE + 8 / head_dim

@@ -1,5 +1,5 @@
-"""NQKV-like (2505.16210): blocks are roughly normal, so the grid is NormalFloat (QLoRA, 2305.14314) under the largest
-magnitude."""
+"""NQKV-like (2505.16210): blocks are roughly normal, so the grid is NormalFloat (QLoRA, 2305.14314)
+under the largest magnitude."""
 
 import torch
 from scipy.stats import norm
@@ -23,8 +23,8 @@ def normal_float(bits: int) -> Tensor:
 
 
 class NQKV(Rival):
-    """Blocks are a token's head, its largest magnitude in float16. NQKV itself is a 4-bit scheme; 2 and 3 bits extend
-    it."""
+    """Blocks are a token's head, its largest magnitude in float16. NQKV itself is a 4-bit scheme; 2
+    and 3 bits extend it."""
 
     source = "NQKV-like (2505.16210): NormalFloat grid, absmax of a token's head in float16; no calibration"
 

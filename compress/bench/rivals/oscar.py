@@ -1,11 +1,18 @@
-"""OSCAR-like (2605.17757): keys rotated into the queries' eigenbasis, values into their own, then Hadamard and a
-clip."""
+"""OSCAR-like (2605.17757): keys rotated into the queries' eigenbasis, values into their own, then
+Hadamard and a clip."""
 
 import torch
 from torch import Tensor
 
 from kvfold.compress.bench.rivals.base import Rival
-from kvfold.compress.bench.rivals.codecs import Affine, Codec, Rotated, group_of, hadamard, search_clip
+from kvfold.compress.bench.rivals.codecs import (
+    Affine,
+    Codec,
+    Rotated,
+    group_of,
+    hadamard,
+    search_clip,
+)
 from kvfold.compress.calibrate import LayerStats
 
 
@@ -17,8 +24,8 @@ def rotation(moment: Tensor) -> Tensor:
 class OSCAR(Rival):
     """The clip of each head has the least error of logits or of outputs on calibration tokens.
 
-    OSCAR weights the values' second moment by attention scores and permutes by bit reversal; with one group a head the
-    order means nothing, and the weights are left out here.
+    OSCAR weights the values' second moment by attention scores and permutes by bit reversal; with
+    one group a head the order means nothing, and the weights are left out here.
     """
 
     source = "OSCAR-like (2605.17757): U_q·H and U_v·H rotations, clip search, e4m3 parameters; values unweighted"

@@ -1,4 +1,5 @@
-"""PM-KVQ's smoothing (2505.18610) at one uniform width: a scale shared by each RoPE pair, its exponent from a grid."""
+"""PM-KVQ's smoothing (2505.18610) at one uniform width: a scale shared by each RoPE pair, its
+exponent from a grid."""
 
 from dataclasses import dataclass
 
@@ -27,9 +28,11 @@ class Smoothed:
 
 
 class PMKVQ(Rival):
-    """Without its mixed widths and progressive lowering: what uniform storage with its smoothing gives.
+    """Without its mixed widths and progressive lowering: what uniform storage with its smoothing
+    gives.
 
-    The exponent has the least error of the logits on calibration keys (PM-KVQ: of the attention's output).
+    The exponent has the least error of the logits on calibration keys (PM-KVQ: of the attention's
+    output).
     """
 
     source = "PM-KVQ (2505.18610): smoothing over interpolated positions, uniform width; exponent by logit error"

@@ -1,4 +1,5 @@
-"""SKVQ (2405.06219): channels reordered into like groups, a searched clip for each group, parameters in fp8."""
+"""SKVQ (2405.06219): channels reordered into like groups, a searched clip for each group,
+parameters in fp8."""
 
 from dataclasses import dataclass
 
@@ -12,8 +13,9 @@ from kvfold.compress.calibrate import LayerStats
 
 
 def cluster(sample: Tensor, group: int) -> list[Tensor]:
-    """The channels of all heads in groups of like ones: k-means on (minimum, maximum) over tokens, as many groups as
-    there are runs of `group` channels. A cluster of any size is a group, so a few outliers may have one to themselves.
+    """The channels of all heads in groups of like ones: k-means on (minimum, maximum) over tokens,
+    as many groups as there are runs of `group` channels. A cluster of any size is a group, so a few
+    outliers may have one to themselves.
 
     Args:
         sample: float32 [Hkv, S, D].
@@ -31,8 +33,8 @@ def cluster(sample: Tensor, group: int) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Reordered:
-    """Asymmetric round-to-nearest in groups of channels that cross heads: x̂ = m + s·c with m = clip·min and
-    s = clip·(max − min)/(2^bits − 1), both e4m3.
+    """Asymmetric round-to-nearest in groups of channels that cross heads: x̂ = m + s·c with m =
+    clip·min and s = clip·(max − min)/(2^bits − 1), both e4m3.
 
     Attributes:
         groups: channels of each group, of all heads in one row.
@@ -69,8 +71,8 @@ class Reordered:
 
 
 class SKVQ(Rival):
-    """Groups cross the heads of a layer, as in SKVQ; keys after RoPE; the clip of a group has the least squared
-    error."""
+    """Groups cross the heads of a layer, as in SKVQ; keys after RoPE; the clip of a group has the
+    least squared error."""
 
     source = (
         "SKVQ (2405.06219): reorder, clip search, e4m3 parameters; as many groups as heads hold runs of 128, "
@@ -88,9 +90,13 @@ class SKVQ(Rival):
         errors = []
         for clip in CLIPS:
             tried = Reordered(self.bits, groups, torch.full((len(groups),), clip), num_kv_heads)
-            squares = (tried.decode(tried.encode(sample)) - sample).double().square().sum(1).flatten()
+            squares = (
+                (tried.decode(tried.encode(sample)) - sample).double().square().sum(1).flatten()
+            )
             errors.append(torch.stack([squares[channels].sum() for channels in groups]))
-        return Reordered(self.bits, groups, torch.tensor(CLIPS)[torch.stack(errors).argmin(0)], num_kv_heads)
+        return Reordered(
+            self.bits, groups, torch.tensor(CLIPS)[torch.stack(errors).argmin(0)], num_kv_heads
+        )
 
     def payload_bits(self, head_dim: int) -> float:
         return self.bits + 16 / group_of(head_dim)

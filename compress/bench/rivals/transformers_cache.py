@@ -1,9 +1,9 @@
-"""transformers' QuantizedCache with its quanto and HQQ backends: their own quantisers, under the window rule of this
-comparison.
+"""transformers' QuantizedCache with its quanto and HQQ backends: their own quantisers, under the
+window rule of this comparison.
 
-Used as is, that cache reads a whole prompt unquantised and then quantises everything at once whenever its residual
-fills, so a teacher-forced pass would measure nothing. Here its layer's `_quantize` and `_dequantize` are called on what
-left the window.
+Used as is, that cache reads a whole prompt unquantised and then quantises everything at once
+whenever its residual fills, so a teacher-forced pass would measure nothing. Here its layer's
+`_quantize` and `_dequantize` are called on what left the window.
 """
 
 from importlib.util import find_spec
@@ -21,8 +21,8 @@ GROUP = 64  # transformers' default, contiguous elements
 
 
 class Backend:
-    """A codec that hands float16 to a transformers cache layer. The library's object is what it decodes; `encode` lists
-    its arrays."""
+    """A codec that hands float16 to a transformers cache layer. The library's object is what it
+    decodes; `encode` lists its arrays."""
 
     def __init__(self, layer: Any, axis: int) -> None:
         self.layer, self.axis = layer, axis
@@ -49,9 +49,12 @@ class _QuantizedCache(Rival):
         super().__init__(bits, head_dim)
         if find_spec(self.module.partition(".")[0]) is None or find_spec(self.module) is None:
             package = self.module.replace(".", "-")
-            raise KvfoldError(f"{package} is not installed; run pip install {package} to compare with it.")
+            raise KvfoldError(
+                f"{package} is not installed; run pip install {package} to compare with it."
+            )
         self.key, self.value = (
-            Backend(getattr(cache_utils, self.layer)(bits, self.axis, self.axis, GROUP), self.axis) for _ in range(2)
+            Backend(getattr(cache_utils, self.layer)(bits, self.axis, self.axis, GROUP), self.axis)
+            for _ in range(2)
         )
 
     def payload_bits(self, head_dim: int) -> float:
@@ -65,6 +68,7 @@ class Quanto(_QuantizedCache):
 
 class HQQ(_QuantizedCache):
     source = (
-        "transformers QuantizedCache, HQQ backend, axis 1 as its documentation says, groups of 64, float16 parameters"
+        "transformers QuantizedCache, HQQ backend, axis 1 as its documentation says, groups of 64, "
+        "float16 parameters"
     )
     module, layer, axis = "hqq", "HQQQuantizedLayer", 1

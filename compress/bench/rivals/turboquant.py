@@ -1,5 +1,5 @@
-"""TurboQuant-like (2504.19874): a random rotation makes channels nearly Gaussian, then the Lloyd-Max grid of a
-Gaussian."""
+"""TurboQuant-like (2504.19874): a random rotation makes channels nearly Gaussian, then the
+Lloyd-Max grid of a Gaussian."""
 
 import itertools
 from functools import cache
@@ -14,10 +14,11 @@ from kvfold.compress.bench.rivals.codecs import Grid, Rotated, group_of
 
 @cache
 def lloyd_max(bits: int) -> Tensor:
-    """The 2^bits points with the least squared error for a standard Gaussian, float32, rising (S. P. Lloyd, 1957; J.
-    Max, 1960).
+    """The 2^bits points with the least squared error for a standard Gaussian, float32, rising (S.
+    P. Lloyd, 1957; J. Max, 1960).
 
-    Each point is the mean of its cell, each border halfway between two points: iterated until nothing moves.
+    Each point is the mean of its cell, each border halfway between two points: iterated until
+    nothing moves.
     """
     count = 2**bits
     points = [4 * (i + 0.5) / count - 2 for i in range(count)]
@@ -30,7 +31,8 @@ def lloyd_max(bits: int) -> Tensor:
 
 
 class TurboQuant(Rival):
-    """Its MSE variant: Hadamard with random signs, the root mean square of a token's head in float16."""
+    """Its MSE variant: Hadamard with random signs, the root mean square of a token's head in
+    float16."""
 
     source = "TurboQuant-like (2504.19874), MSE variant: Hadamard, Lloyd-Max grid, float16 norm; no calibration"
 

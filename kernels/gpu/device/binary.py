@@ -1,4 +1,5 @@
-"""Binary codes on the device: bit fields of words (kinds/bits.py), as tensor-core operands, one by one, and written."""
+"""Binary codes on the device: bit fields of words (kinds/bits.py), as tensor-core operands, one by
+one, and written."""
 
 import triton
 import triton.language as tl
@@ -27,7 +28,9 @@ def _codes_of(words, more, W: tl.constexpr, f: tl.constexpr, INTERPRET: tl.const
         return mask_code(shift_right(words, 8 * (f // 4), INTERPRET), 3 << (2 * (f % 4)), INTERPRET)
     else:
         right: tl.constexpr = 8 * (f // 4) + W.half - W.left
-        return mask_code(shift_right(words, right, INTERPRET), 1 << (2 * (f % 4) + W.left), INTERPRET)
+        return mask_code(
+            shift_right(words, right, INTERPRET), 1 << (2 * (f % 4) + W.left), INTERPRET
+        )
 
 
 @triton.jit
@@ -40,7 +43,11 @@ def _add_key_run(base, page, row, q, qk, g: tl.constexpr, T: tl.constexpr, INTER
         ptr = tl.trans(same + (page * 8)[None, :] + W.offset // 2)
         if T.valid < T.size:
             words = tl.load(ptr, mask=(c < T.valid)[None, :], other=0)
-            more = tl.load(ptr + W.fields_4 // 2, mask=(c < T.valid)[None, :], other=0) if W.width == 4 else words
+            more = (
+                tl.load(ptr + W.fields_4 // 2, mask=(c < T.valid)[None, :], other=0)
+                if W.width == 4
+                else words
+            )
         else:
             words = tl.load(ptr)
             more = tl.load(ptr + W.fields_4 // 2) if W.width == 4 else words
@@ -54,7 +61,8 @@ def _add_key_run(base, page, row, q, qk, g: tl.constexpr, T: tl.constexpr, INTER
 
 @triton.jit
 def add_products(base, page, row, q, qk, g: tl.constexpr, K: tl.constexpr, INTERPRET: tl.constexpr):
-    """Adds products with the keys' codes to the eight scores [16, N] of group g; q: one [size, N] for each run."""
+    """Adds products with the keys' codes to the eight scores [16, N] of group g; q: one [size, N]
+    for each run."""
     for t in tl.static_range(count(K.key_runs)):
         qk = _add_key_run(base, page, row, q[t], qk, g, pick(K.key_runs, t), INTERPRET)
     return qk
@@ -62,13 +70,18 @@ def add_products(base, page, row, q, qk, g: tl.constexpr, K: tl.constexpr, INTER
 
 @triton.jit
 def _add_plane(base, page, row, p, acc, T: tl.constexpr, W: tl.constexpr, INTERPRET: tl.constexpr):
-    """Adds one plane of a run of value channels to its output [size, N]; p: eight probabilities [16, N]."""
+    """Adds one plane of a run of value channels to its output [size, N]; p: eight probabilities
+    [16, N]."""
     c = tl.arange(0, T.size)
     same = tl.trans((base + row * W.stride).to(tl.pointer_type(tl.int16))[None, :]) + c[None, :]
     ptr = tl.trans(same + tl.trans((page * 8)[None, :]) + W.offset // 2)
     if T.valid < T.size:
         words = tl.load(ptr, mask=(c < T.valid)[:, None], other=0)
-        more = tl.load(ptr + W.fields_4 // 2, mask=(c < T.valid)[:, None], other=0) if W.width == 4 else words
+        more = (
+            tl.load(ptr + W.fields_4 // 2, mask=(c < T.valid)[:, None], other=0)
+            if W.width == 4
+            else words
+        )
     else:
         words = tl.load(ptr)
         more = tl.load(ptr + W.fields_4 // 2) if W.width == 4 else words
@@ -100,7 +113,9 @@ def add_values(base, page, row, p, acc, acc_high, V: tl.constexpr, INTERPRET: tl
     high = ()
     for t in tl.static_range(count(V.value_runs)):
         own = _own_group(p, pick(V.value_runs, t))
-        one_low, one_high = _add_run(base, page, row, own, acc[t], acc_high[t], pick(V.value_runs, t), INTERPRET)
+        one_low, one_high = _add_run(
+            base, page, row, own, acc[t], acc_high[t], pick(V.value_runs, t), INTERPRET
+        )
         low = low + (one_low,)
         high = high + (one_high,)
     return low, high
@@ -113,7 +128,9 @@ def _plane_code(block, plane, width, half, f, row, mask, ROWS: tl.constexpr):
     stride = plane >> 16
     at = (plane & 0xFFFF) + row * stride
     at += tl.where(width == 4, f >> 2, tl.where(width == 16, f, 0)) * (ROWS * stride)
-    place = tl.where(width == 4, (f & 1) * 8 + (f >> 1 & 1) * 4, 2 * f + tl.where(width == 1, half, 0))
+    place = tl.where(
+        width == 4, (f & 1) * 8 + (f >> 1 & 1) * 4, 2 * f + tl.where(width == 1, half, 0)
+    )
     words = block.to(tl.pointer_type(tl.int16)) + at
     word = tl.load(words, mask=mask & (width > 0) & (row < ROWS), other=0).to(tl.int32)
     return (word >> tl.where(width == 16, 0, place)) & ((1 << width) - 1)
@@ -126,7 +143,10 @@ def element_code(block, table, header, f, row, c, mask, ROWS: tl.constexpr):
     widths = channel_row(table, dim, c, mask, WIDTHS)
     half = widths >> 16
     first = widths & 255
-    plane_0, plane_1 = channel_row(table, dim, c, mask, PLANE_0), channel_row(table, dim, c, mask, PLANE_1)
+    plane_0, plane_1 = (
+        channel_row(table, dim, c, mask, PLANE_0),
+        channel_row(table, dim, c, mask, PLANE_1),
+    )
     code = _plane_code(block, plane_0, first, half, f, row, mask, ROWS)
     return code | _plane_code(block, plane_1, widths >> 8 & 255, half, f, row, mask, ROWS) << first
 
@@ -182,7 +202,9 @@ def write_codes(
                 own = tl.where(upper > 0, partner, c)
                 inside = (levels > 0) & (own >= 0)
                 x = LOAD(source, f, row, own, inside, ROWS, PACKED, OWN)
-                params = load_params(block, header, f, row, tl.where(upper > 0, partner_group, group), inside, ROWS)
+                params = load_params(
+                    block, header, f, row, tl.where(upper > 0, partner_group, group), inside, ROWS
+                )
                 code = quantise(x, params, levels, step, header.kind == SCALE_MIN)
                 words_0 |= field_bits(code, width_0, f, upper, inside)
                 words_1 |= field_bits(code >> width_0, width_1, f, upper, inside)

@@ -1,7 +1,7 @@
 """Packed words to tensor-core operands and parameters to float32, for the Triton kernels.
 
-Two 16-bit lanes go through one 32-bit instruction (`pack=2`), which plain Triton does not do; the interpreter knows no
-inline assembly, so under it the same is written in plain operations.
+Two 16-bit lanes go through one 32-bit instruction (`pack=2`), which plain Triton does not do; the
+interpreter knows no inline assembly, so under it the same is written in plain operations.
 """
 
 import triton
@@ -42,7 +42,9 @@ def mask_code(words, MASK: tl.constexpr, INTERPRET: tl.constexpr):
     if INTERPRET:
         return (words & MASK).to(tl.int16).to(tl.float16, bitcast=True)
     else:
-        return tl.inline_asm_elementwise(_mask_asm(MASK), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(
+            _mask_asm(MASK), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
+        )
 
 
 @triton.jit
@@ -51,7 +53,9 @@ def mask_words(words, MASK: tl.constexpr, INTERPRET: tl.constexpr):
     if INTERPRET:
         return (words & MASK).to(tl.int16)
     else:
-        return tl.inline_asm_elementwise(_mask_asm(MASK), "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(
+            _mask_asm(MASK), "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2
+        )
 
 
 @triton.jit
@@ -63,7 +67,9 @@ def shift_right(words, RIGHT: tl.constexpr, INTERPRET: tl.constexpr):
     elif INTERPRET:
         return (words >> RIGHT).to(tl.int16) if RIGHT > 0 else (words << -RIGHT).to(tl.int16)
     else:
-        return tl.inline_asm_elementwise(_shift_asm(RIGHT), "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(
+            _shift_asm(RIGHT), "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2
+        )
 
 
 @triton.jit
@@ -129,7 +135,9 @@ def load_params(base, page, row, INDEX: tl.constexpr, L: tl.constexpr, INTERPRET
         L: its HeadLayout.
     """
     if L.param_nbytes == 2:
-        ptr = row_pointers(base, page, row, L.params + INDEX * L.page_tokens * 2, 16).to(tl.pointer_type(tl.int64))
+        ptr = row_pointers(base, page, row, L.params + INDEX * L.page_tokens * 2, 16).to(
+            tl.pointer_type(tl.int64)
+        )
         low, high = tl.load(ptr), tl.load(ptr + 1)
         a, b = _halves(low.to(tl.int32))
         c, d = _halves((low >> 32).to(tl.int32))
@@ -137,7 +145,11 @@ def load_params(base, page, row, INDEX: tl.constexpr, L: tl.constexpr, INTERPRET
         g, h = _halves((high >> 32).to(tl.int32))
         return a, b, c, d, e, f, g, h
     else:
-        w = tl.load(row_pointers(base, page, row, L.params + INDEX * L.page_tokens, 8).to(tl.pointer_type(tl.int64)))
+        w = tl.load(
+            row_pointers(base, page, row, L.params + INDEX * L.page_tokens, 8).to(
+                tl.pointer_type(tl.int64)
+            )
+        )
         a, b, c, d = _e4m3x4(w.to(tl.int32), INTERPRET)
         e, f, g, h = _e4m3x4((w >> 32).to(tl.int32), INTERPRET)
         return a, b, c, d, e, f, g, h

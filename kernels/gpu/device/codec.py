@@ -70,7 +70,9 @@ def to_e4m3(x):
     size = tl.minimum(tl.abs(x), 448.0)
     bits = size.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960  # exponents differ by 120
-    small = (size * 512.0 + ROUNDING).to(tl.int32, bitcast=True) & 15  # adding 2^23 rounds to whole multiples of 2^-9
+    small = (size * 512.0 + ROUNDING).to(
+        tl.int32, bitcast=True
+    ) & 15  # adding 2^23 rounds to whole multiples of 2^-9
     return tl.where(x != x, 0x7F, sign | tl.where(bits < 0x3C800000, small, normal))
 
 
@@ -119,7 +121,8 @@ def channel_step(table, dim, c, mask):
 
 @triton.jit
 def store_param(block, x, at, nbytes, mask):
-    """Rounds float32 parameters to their stored type of `nbytes` bytes and writes them `at` bytes behind the block."""
+    """Rounds float32 parameters to their stored type of `nbytes` bytes and writes them `at` bytes
+    behind the block."""
     tl.store((block + at).to(tl.pointer_type(tl.float16)), to_fp16(x), mask=mask & (nbytes == 2))
     tl.store(block + at, to_e4m3(x).to(tl.uint8), mask=mask & (nbytes == 1))
 
@@ -127,7 +130,9 @@ def store_param(block, x, at, nbytes, mask):
 @triton.jit
 def _load_param(block, at, nbytes, mask):
     """Parameters as float32; −0, which no sum changes by, where not mask."""
-    word = tl.load((block + (at & -2)).to(tl.pointer_type(tl.int16)), mask=mask, other=0).to(tl.int32)
+    word = tl.load((block + (at & -2)).to(tl.pointer_type(tl.int16)), mask=mask, other=0).to(
+        tl.int32
+    )
     half = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     byte = (word >> (8 * (at & 1))) & 255
     return tl.where(mask, tl.where(nbytes == 2, half, from_e4m3(byte)), -0.0)
@@ -158,5 +163,7 @@ def quantise(x, params, levels, step, from_minimum):
     u = tl.math.div_rn(x - minimum, tl.maximum(scale, TINY) * step)
     u = u + tl.where(from_minimum, 0.0, count * 0.5)
     u = tl.minimum(tl.maximum(u, 0.0), count - 1.0)
-    nearest = (u + ROUNDING).to(tl.int32, bitcast=True) & 0x1FF  # adding 2^23 rounds to nearest, ties to even
+    nearest = (u + ROUNDING).to(
+        tl.int32, bitcast=True
+    ) & 0x1FF  # adding 2^23 rounds to nearest, ties to even
     return tl.where(from_minimum, nearest, u.to(tl.int32))  # or the floor, of what is not negative

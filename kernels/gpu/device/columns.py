@@ -1,4 +1,5 @@
-"""Where the numbers of a format's table (gpu/tables.py) stand; `.value` is the number on the host."""
+"""Where the numbers of a format's table (gpu/tables.py) stand; `.value` is the number on the
+host."""
 
 import triton.language as tl
 
@@ -20,9 +21,12 @@ WORDS: tl.constexpr = tl.constexpr(9)  # ternary: word tiles of R rows
 
 # rows
 LEVELS: tl.constexpr = tl.constexpr(0)  # 0: not stored
-STEP: tl.constexpr = tl.constexpr(1)  # bits of a float32: of symmetric codes, in units of the token's scale; else 1
+STEP: tl.constexpr = tl.constexpr(
+    1
+)  # bits of a float32: of symmetric codes, in units of the token's scale; else 1
 PARTNER: tl.constexpr = tl.constexpr(2)  # channel that this one's words of one bit take in, or −1
-# bits of a code in the first plane, 2^8 · those in the second, 2^16 · which of two channels of a word of one bit
+# bits of a code in the first plane, 2^8 · those in the second, 2^16 · which of two channels of a
+# word of one bit
 WIDTHS: tl.constexpr = tl.constexpr(3)
 # words from the block to the first plane's word in row 0, and 2^16 · words from a row to the next;
 # the same of the second plane

@@ -1,8 +1,10 @@
-"""Pages that are read and written element by element, from a format's table (gpu/tables.py), for all kinds of code.
+"""Pages that are read and written element by element, from a format's table (gpu/tables.py), for
+all kinds of code.
 
 One kernel serves all formats whose kinds it knows: 16-bit, symmetric and minimum-maximum codes, in
-bit planes or trits. The table's header says which. A kind that has code of its own (docs/kernels.md)
-is given in OWN, a tuple of gpu/kinds.py's DeviceCode, and is number OWN_CODE + its place there.
+bit planes or trits. The table's header says which. A kind that has code of its own
+(docs/kernels.md) is given in OWN, a tuple of gpu/kinds.py's DeviceCode, and is number OWN_CODE +
+its place there.
 """
 
 import triton
@@ -26,10 +28,14 @@ def _known_elements(block, table, header, f, row, c, mask, ROWS: tl.constexpr):
     else:
         code = binary_code(block, table, header, f, row, c, mask, ROWS)
     levels = channel_row(table, dim, c, mask, LEVELS)
-    minimum, scale = load_params(block, header, f, row, c // header.group_size, mask & (header.kind != RAW), ROWS)
+    minimum, scale = load_params(
+        block, header, f, row, c // header.group_size, mask & (header.kind != RAW), ROWS
+    )
     centre = tl.where(header.kind == SCALE_MIN, 0.0, (levels - 1).to(tl.float32) * 0.5)
     value = (code.to(tl.float32) - centre) * (scale * channel_step(table, dim, c, mask)) + minimum
-    value = tl.where(header.kind == RAW, code.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32), value)
+    value = tl.where(
+        header.kind == RAW, code.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32), value
+    )
     return tl.where(levels > 0, value, 0.0)
 
 
@@ -37,11 +43,13 @@ def _known_elements(block, table, header, f, row, c, mask, ROWS: tl.constexpr):
 def decode_elements(
     block, table, header, f, row, c, mask, OWN: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr = 0
 ):  # fmt: skip
-    """Elements (field f, row, channel c) of a head's block, float32; 0 where nothing is stored or not mask.
+    """Elements (field f, row, channel c) of a head's block, float32; 0 where nothing is stored or
+    not mask.
 
     Args:
         header: `read_header` of the table.
-        f, row, c: integers or tensors that broadcast to the result's shape, as does mask; c and mask are of one shape.
+        f, row, c: integers or tensors that broadcast to the result's shape, as does mask; c and
+            mask are of one shape.
         OWN, FIRST: kinds with code of their own, and the first of them that it may be.
     """
     if count(OWN) > FIRST:
@@ -55,15 +63,20 @@ def decode_elements(
 
 
 @triton.jit
-def load_source(source, f, row, c, mask, ROWS: tl.constexpr, PACKED: tl.constexpr, OWN: tl.constexpr):
+def load_source(
+    source, f, row, c, mask, ROWS: tl.constexpr, PACKED: tl.constexpr, OWN: tl.constexpr
+):
     """Elements (field f, row, channel c) of a page to be written, float32, 0 where not mask.
 
     Args:
         source: RawRows, or with PACKED a PackedBlock.
-        f, row, c: integers or tensors that broadcast to the result's shape, as does mask; c and mask are of one shape.
+        f, row, c: integers or tensors that broadcast to the result's shape, as does mask; c and
+            mask are of one shape.
     """
     if PACKED:
-        return decode_elements(source.block, source.table, source.header, f, row, c, mask, OWN, ROWS)
+        return decode_elements(
+            source.block, source.table, source.header, f, row, c, mask, OWN, ROWS
+        )
     else:
         place = source.start + f * ROWS + row
         place = tl.where(place >= source.end, place - source.ring, place)
@@ -75,8 +88,8 @@ def load_source(source, f, row, c, mask, ROWS: tl.constexpr, PACKED: tl.constexp
 def write_codes(
     block, table, header, source, ROWS: tl.constexpr, PACKED: tl.constexpr, OWN: tl.constexpr, UNROLL: tl.constexpr
 ):  # fmt: skip
-    """Codes and packs the elements of `source` (`load_source`), whose parameters the block has, of a kind that needs
-    no code of its own."""
+    """Codes and packs the elements of `source` (`load_source`), whose parameters the block has, of
+    a kind that needs no code of its own."""
     if header.whole > 0:
         write_ternary(block, table, header, source, load_source, ROWS, PACKED, OWN)
     else:

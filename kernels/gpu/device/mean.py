@@ -1,10 +1,11 @@
 """What the logits of packed and of 16-bit keys get back for the rotating mean that was taken off
 them, for the Triton kernels.
 
-key_mean.py defines the mean. Of a query column with coefficients c, in the units of its scores, a kernel reads
+key_mean.py defines the mean. Of a query column with coefficients c, in the units of its scores, a
+kernel reads
 
-    A [2F, N]  Re c, then −Im c                B [2F, N]  −Im c, then −Re c            of the fast pairs
-    bias [steps, N]                            Re Σ c_i·(turn of step m) of the slow pairs
+    A [2F, N]  Re c, then −Im c                B [2F, N]  −Im c, then −Re c            of the fast
+    pairs bias [steps, N]                            Re Σ c_i·(turn of step m) of the slow pairs
 
 so that with the turn (cos, sin) of a span of 128 tokens C = cos·A + sin·B holds the coefficients
 turned there, and T·C is what the fast pairs add to each of its tokens. |q·m| may be in the
@@ -20,7 +21,8 @@ from kvfold.kernels.gpu.device.bits import pow2
 
 @triton.jit
 def turned_coefficients(a, b, spans, span, ROWS: tl.constexpr):
-    """C of one span in two float16 halves [ROWS, N], which the sum of gives it; `spans` the table, `span` its entry."""
+    """C of one span in two float16 halves [ROWS, N], which the sum of gives it; `spans` the table,
+    `span` its entry."""
     k = tl.arange(0, ROWS)
     at = spans + span * (2 * ROWS) + k
     c = tl.load(at)[:, None] * a + tl.load(at + ROWS)[:, None] * b
@@ -36,7 +38,8 @@ def slow_bias(bias, step, n, mask, N: tl.constexpr):
 
 @triton.jit
 def raw_mean(a, bias, spans, within, u, mask, n, N: tl.constexpr, ROWS: tl.constexpr):
-    """What 16-bit rows of tokens u [rows] behind the sinks add to the scores [rows, N]; 0 where not `mask`.
+    """What 16-bit rows of tokens u [rows] behind the sinks add to the scores [rows, N]; 0 where not
+    `mask`.
 
     a: float32 [ROWS, N]; bias: pointer to [steps, N] of this place.
     """
@@ -62,7 +65,8 @@ def raw_mean(a, bias, spans, within, u, mask, n, N: tl.constexpr, ROWS: tl.const
 def key_mean(
     offset, spans, within, steps, channels, u, j, DIM: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """m_t of one head, float32 [j], of a token u ≥ 0 behind the sinks; `offset`: pointer to the head's mean."""
+    """m_t of one head, float32 [j], of a token u ≥ 0 behind the sinks; `offset`: pointer to the
+    head's mean."""
     slow: tl.constexpr = DIM // 2 - FAST
     inside = j < DIM
     pair = tl.load(channels + j, mask=inside, other=0)
@@ -103,7 +107,9 @@ def write_coefficients(
 
 
 @triton.jit
-def _coefficients(q_ptr, stride, offset, pairs, factor, p, n, known, DIM: tl.constexpr, GROUP: tl.constexpr):
+def _coefficients(
+    q_ptr, stride, offset, pairs, factor, p, n, known, DIM: tl.constexpr, GROUP: tl.constexpr
+):
     """Re c and Im c [p, n] of pairs p of query heads n, 0 where there is none."""
     first = tl.load(pairs + p, mask=known, other=0)
     second = tl.load(pairs + DIM // 2 + p, mask=known, other=0)
@@ -127,11 +133,15 @@ def write_bias(
     k = tl.arange(0, width)
     n = tl.arange(0, N)
     m = start + tl.arange(0, BLOCK)
-    real, imag = _coefficients(q_ptr, stride, offset, pairs, factor, FAST + k, n, k < slow, DIM, GROUP)
+    real, imag = _coefficients(
+        q_ptr, stride, offset, pairs, factor, FAST + k, n, k < slow, DIM, GROUP
+    )
     at = steps + m[:, None] * (2 * slow) + k[None, :]
     known = (m < end)[:, None] & (k < slow)[None, :]
     cos = tl.load(at, mask=known, other=0.0)
     sin = tl.load(at + slow, mask=known, other=0.0)
     total = tl.dot(cos, real, input_precision="tf32x3")
     total = tl.dot(sin, -imag, total, input_precision="tf32x3")
-    tl.store(out + m[:, None] * N + n[None, :], total, mask=(m < end)[:, None] & (n < GROUP)[None, :])
+    tl.store(
+        out + m[:, None] * N + n[None, :], total, mask=(m < end)[:, None] & (n < GROUP)[None, :]
+    )

@@ -3,7 +3,8 @@
 Everything is transposed: tokens are the rows of the tensor cores' left operand, queries the columns
 of the right one, so that eight query columns suffice where the other way round sixteen rows would
 be padded. One program is one warp. It takes 128 tokens at a time: 16 rows of words, each word the
-codes of one channel of eight tokens (kinds/bits.py), so that masking a word gives an operand without a
+codes of one channel of eight tokens (kinds/bits.py), so that masking a word gives an operand
+without a
 shift or a conversion: an fp16 subnormal, code·4^g·2^−24. What those factors leave to be divided by
 is folded into the scale of the score, for keys, and of the probability, for values. Scales never
 touch elements:
@@ -12,7 +13,8 @@ touch elements:
     q·k_t = s_t·Σ_i q_i·c_ti + m_t·Σ_i q_i                              "scale_min", per group
     Σ_t p_t·v_t = Σ_t (p_t·s_t)·c_t + Σ_t p_t·m_t                       values
 
-Online softmax in base 2 (FlashAttention); partial results are merged by their maxima (split-K, FlashDecoding).
+Online softmax in base 2 (FlashAttention); partial results are merged by their maxima (split-K,
+FlashDecoding).
 
 The compiler's time goes into two passes that, for every load and store (TritonGPUCoalesce) and
 every dot (AccelerateMatmul), walk from each operation that is connected with it to all that it
@@ -38,7 +40,14 @@ from kvfold.kernels.gpu.device.scores import (
     scale_scores,
     zero_queries,
 )
-from kvfold.kernels.gpu.device.values import finish, largest, rescale, scale_weights, weights, zero_outputs
+from kvfold.kernels.gpu.device.values import (
+    finish,
+    largest,
+    rescale,
+    scale_weights,
+    weights,
+    zero_outputs,
+)
 
 
 @triton.jit
@@ -48,8 +57,8 @@ def packed_part(
     K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr,
     MEAN: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Attention of N query columns to tiles begin … end − 1, of 16 rows of words each, the first of which begins
-    with page `tile_page`, as far as they are pages first_page … last_page − 1.
+    """Attention of N query columns to tiles begin … end − 1, of 16 rows of words each, the first of
+    which begins with page `tile_page`, as far as they are pages first_page … last_page − 1.
 
     With SHIFT, `shift` [N] is added to every logit; with MEAN, twice the fast pairs that a kernel
     has, what keys lack that were stored without their rotating mean (mean.py; `coefficients` and
@@ -66,7 +75,9 @@ def packed_part(
     i = tl.arange(0, 16)
     row = i % K.rows
     always = (tl.program_id(0) | 1) != 0  # true; see above
-    nought = tl.program_id(0) >> 31  # 0, in the same sense: a branch that computes nothing would be folded
+    nought = (
+        tl.program_id(0) >> 31
+    )  # 0, in the same sense: a branch that computes nothing would be folded
     if always:
         tile_page += nought
         first_page += nought
@@ -110,17 +121,25 @@ def packed_part(
         exists = (number >= first_page) & (number < last_page)
         if PREFETCH:
             page = place
-            place = tl.load(table + number + pages_each, mask=number + pages_each < last_page, other=0)
+            place = tl.load(
+                table + number + pages_each, mask=number + pages_each < last_page, other=0
+            )
         else:
             page = tl.load(table + number, mask=exists, other=0)
         absent = tl.where(exists, 0.0, NEVER)
-        start = absent[None, :] + shift[:, None] if SHIFT else tl.zeros((N, 16), tl.float32) + absent[None, :]
+        start = (
+            absent[None, :] + shift[:, None]
+            if SHIFT
+            else tl.zeros((N, 16), tl.float32) + absent[None, :]
+        )
         for g in tl.static_range(k_groups):
             products = code_products(k_base, page, row, q, middles, g, K, N, INTERPRET)
             if g == 0:  # not before the products, so that scores do not take registers beside them
                 if MEAN > 0:
                     span = tile_page // pages_each + tile
-                    qk = add_mean(start, a, b, turns, bias, spans, span, number, row, n, exists, K, N, MEAN)
+                    qk = add_mean(
+                        start, a, b, turns, bias, spans, span, number, row, n, exists, K, N, MEAN
+                    )
                 else:
                     qk = ()
                     for f in tl.static_range(8):
@@ -138,7 +157,9 @@ def packed_part(
             alpha = m_i
             p = qk
         m_i = m_new
-        l_i = l_i * alpha[:, None] + (((p[0] + p[1]) + (p[2] + p[3])) + ((p[4] + p[5]) + (p[6] + p[7])))
+        l_i = l_i * alpha[:, None] + (
+            ((p[0] + p[1]) + (p[2] + p[3])) + ((p[4] + p[5]) + (p[6] + p[7]))
+        )
         scaled, z = scale_weights(p, z, alpha, v_base, page, row, V, INTERPRET)
         acc, acc_high = rescale(acc, acc_high, alpha, V)
         acc, acc_high = V.device.add_values(v_base, page, row, scaled, acc, acc_high, V, INTERPRET)

@@ -21,13 +21,16 @@ from kvfold.kernels.gpu.device.tiles import TOKEN_TILE, tile_width
 def write_params(
     block, table, header, clip, clip_step, clipped, source, ROWS: tl.constexpr, PACKED: tl.constexpr, OWN: tl.constexpr
 ):  # fmt: skip
-    """Root mean squares over the stored channels, one a token, or minima and scales, one pair a token and group."""
+    """Root mean squares over the stored channels, one a token, or minima and scales, one pair a
+    token and group."""
     tokens: tl.constexpr = 8 * ROWS
     width: tl.constexpr = tile_width(TOKEN_TILE, tokens)
     dim, nbytes, size = header.head_dim, header.param_nbytes, header.group_size
     from_minimum = header.kind == SCALE_MIN
     coded = tl.zeros((tokens,), tl.float32) + tl.load(table + CODED).to(tl.float32)
-    top = tl.zeros((tokens,), tl.float32) + (tl.load(table + HEADER + LEVELS * dim) - 1).to(tl.float32)
+    top = tl.zeros((tokens,), tl.float32) + (tl.load(table + HEADER + LEVELS * dim) - 1).to(
+        tl.float32
+    )
     token = tl.arange(0, tokens)
     t = token[:, None]
     s = tl.arange(0, width)[None, :]
@@ -83,7 +86,8 @@ def write_block(
             group's to the next one's, and whether there are any.
         source, PACKED: see `load_source`.
         ROWS: R, rows of words in a page.
-        OWN, FIRST: kinds with code of their own, and the first of them that it may be; see kinds.py.
+        OWN, FIRST: kinds with code of their own, and the first of them that it may be; see
+            kinds.py.
         UNROLL: fields that are asked for at a time: the more, the less is waited for memory, and
             the longer the compiler takes.
     """
@@ -91,9 +95,21 @@ def write_block(
         header = read_header(table)
         if header.kind == OWN_CODE + FIRST:
             pick(OWN, FIRST).write_block(
-                block, table, header, clip, clip_step, clipped, source, load_source, ROWS, PACKED, OWN
+                block,
+                table,
+                header,
+                clip,
+                clip_step,
+                clipped,
+                source,
+                load_source,
+                ROWS,
+                PACKED,
+                OWN,
             )
         else:
-            write_block(block, table, clip, clip_step, clipped, source, ROWS, PACKED, OWN, UNROLL, FIRST + 1)
+            write_block(
+                block, table, clip, clip_step, clipped, source, ROWS, PACKED, OWN, UNROLL, FIRST + 1
+            )
     else:
         _write_known(block, table, clip, clip_step, clipped, source, ROWS, PACKED, OWN, UNROLL)

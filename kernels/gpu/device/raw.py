@@ -1,4 +1,5 @@
-"""The 16-bit rows' part of the split-K attention kernel: sinks, window and, for a prompt, the prompt itself."""
+"""The 16-bit rows' part of the split-K attention kernel: sinks, window and, for a prompt, the
+prompt itself."""
 
 import triton
 import triton.language as tl
@@ -12,7 +13,9 @@ from kvfold.kernels.gpu.device.scores import soft_cap
 @triton.jit
 def raw_rows(total_tokens, packed_end, sinks, ring):
     """Rows that may hold a token."""
-    return tl.where(ring > 0, tl.minimum(total_tokens, sinks + ring), total_tokens - (packed_end - sinks))
+    return tl.where(
+        ring > 0, tl.minimum(total_tokens, sinks + ring), total_tokens - (packed_end - sinks)
+    )
 
 
 @triton.jit
@@ -29,8 +32,12 @@ def raw_blocks(
         first_row = sinks + tl.min(limit, 0) - packed_end
         first_block = tl.where(ring > 0, sink_blocks, tl.maximum(first_row // BLOCK, sink_blocks))
         last_row = sinks + tl.max(last, 0) + 1 - packed_end
-        end_block = tl.where(ring > 0, end_block, tl.minimum(end_block, (last_row + BLOCK - 1) // BLOCK))
-    return tl.minimum((rows + BLOCK - 1) // BLOCK, sink_blocks) + tl.maximum(end_block - first_block, 0), first_block
+        end_block = tl.where(
+            ring > 0, end_block, tl.minimum(end_block, (last_row + BLOCK - 1) // BLOCK)
+        )
+    return tl.minimum((rows + BLOCK - 1) // BLOCK, sink_blocks) + tl.maximum(
+        end_block - first_block, 0
+    ), first_block
 
 
 @triton.jit
@@ -43,8 +50,9 @@ def raw_part(
     """Goes on with the attention of N query columns over blocks begin … end − 1, as `raw_blocks`
     counts them, of the 16-bit rows: sinks, then either a ring (ring > 0 slots) or tokens in order.
 
-    Row r < sinks is token r. In a ring, slot r holds the newest token congruent to it; in order, row r ≥ sinks is token
-    packed_end + r − sinks. Tokens from sinks to packed_end − 1 are packed and not here.
+    Row r < sinks is token r. In a ring, slot r holds the newest token congruent to it; in order,
+    row r ≥ sinks is token packed_end + r − sinks. Tokens from sinks to packed_end − 1 are packed
+    and not here.
 
     Args:
         acc, m_i, l_i: output runs [size, N], largest scores [N], sums of weights [N] so far.
@@ -79,13 +87,19 @@ def raw_part(
         behind = tl.where(behind < 0, behind + ring, behind)
         later = tl.where(ring > 0, newest - behind, packed_end + r - sinks)
         position = tl.where(r < sinks, r, later)
-        exists = (r < rows) & (position < total_tokens) & ((position < sinks) | (position >= packed_end))
+        exists = (
+            (r < rows) & (position < total_tokens) & ((position < sinks) | (position >= packed_end))
+        )
         qk = tl.zeros((BLOCK, N), tl.float32)
         for t in tl.static_range(count(R.key_runs)):
-            qk = _raw_keys(k_ptr + r.to(tl.int64) * token_stride, exists, q[t], qk, pick(R.key_runs, t))
+            qk = _raw_keys(
+                k_ptr + r.to(tl.int64) * token_stride, exists, q[t], qk, pick(R.key_runs, t)
+            )
         qk = qk * q_scale
         if MEAN > 0:
-            qk += raw_mean(a, bias, spans, within, position - sinks, exists & (position >= sinks), n, N, MEAN)
+            qk += raw_mean(
+                a, bias, spans, within, position - sinks, exists & (position >= sinks), n, N, MEAN
+            )
         if SHIFT:
             qk += shift[None, :]
         if CAP > 0:
@@ -114,20 +128,30 @@ def raw_part(
 @triton.jit
 def _raw_query(q_ptr, n, dim, T: tl.constexpr):
     c = tl.arange(0, T.size)
-    return tl.load(q_ptr + n[None, :] * dim + T.start + c[:, None], mask=(c < T.valid)[:, None], other=0.0)
+    return tl.load(
+        q_ptr + n[None, :] * dim + T.start + c[:, None], mask=(c < T.valid)[:, None], other=0.0
+    )
 
 
 @triton.jit
 def _raw_keys(ptr, exists, q, qk, T: tl.constexpr):
     c = tl.arange(0, T.size)
-    k = tl.load(ptr[:, None] + T.start + c[None, :], mask=exists[:, None] & (c < T.valid)[None, :], other=0.0)
+    k = tl.load(
+        ptr[:, None] + T.start + c[None, :],
+        mask=exists[:, None] & (c < T.valid)[None, :],
+        other=0.0,
+    )
     return tl.dot(k, q, qk)
 
 
 @triton.jit
 def _raw_values(ptr, exists, p, acc, T: tl.constexpr):
     c = tl.arange(0, T.size)
-    v = tl.load(ptr[None, :] + T.start + c[:, None], mask=exists[None, :] & (c < T.valid)[:, None], other=0.0)
+    v = tl.load(
+        ptr[None, :] + T.start + c[:, None],
+        mask=exists[None, :] & (c < T.valid)[:, None],
+        other=0.0,
+    )
     return tl.dot(v, p, acc)
 
 

@@ -1,4 +1,5 @@
-"""Scores of packed keys, for the attention kernel: eight [N, 16], one for each field of a word (kinds/bits.py).
+"""Scores of packed keys, for the attention kernel: eight [N, 16], one for each field of a word
+(kinds/bits.py).
 
 Runs of channels are constants (layout.py). Keys and values have their rows along different axes.
 Their pointers are turned so that the rows of both lie along the second: else the compiler gives
@@ -27,7 +28,9 @@ def _run_queries(q_ptr, n, dim, T: tl.constexpr, N: tl.constexpr):
         ptr = q_ptr + nought + n[:, None] * dim + T.start + c[None, :]
         q = tl.trans(tl.load(ptr, mask=(c < T.valid)[None, :], other=0.0))
     else:
-        q = tl.load(q_ptr + n[None, :] * dim + T.start + c[:, None], mask=(c < T.valid)[:, None], other=0.0)
+        q = tl.load(
+            q_ptr + n[None, :] * dim + T.start + c[:, None], mask=(c < T.valid)[:, None], other=0.0
+        )
     return (q.to(tl.float32) * T.step).to(tl.float16)
 
 
@@ -45,7 +48,9 @@ def _has_size(runs, size, g):
 
 
 @triton.jit
-def _add_middle(q, wide, g: tl.constexpr, size: tl.constexpr, T: tl.constexpr, SCALE_MIN: tl.constexpr):
+def _add_middle(
+    q, wide, g: tl.constexpr, size: tl.constexpr, T: tl.constexpr, SCALE_MIN: tl.constexpr
+):
     """Adds to `wide` [size, N] what, summed over channels, the zero point of a run's codes adds to
     group g, if the run is of that size and group: q·(L − 1)/2, or q where codes have a minimum;
     once a channel, so only for the plane of the low bits."""
@@ -102,7 +107,15 @@ def query_middles(q, q_scale, K: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def code_products(
-    base, page, row, q, middles, g: tl.constexpr, K: tl.constexpr, N: tl.constexpr, INTERPRET: tl.constexpr
+    base,
+    page,
+    row,
+    q,
+    middles,
+    g: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):
     """Products of queries with the codes of group g: eight [16, N], field f in units of 2^−24·4^(f
     mod 4), or of ternary digits."""
@@ -113,7 +126,10 @@ def code_products(
     else:
         back: tl.constexpr = 1.0 / SUBNORMAL / K.unit
         for f in tl.static_range(8):
-            qk = qk + (tl.zeros((16, N), tl.float32) - (middles[g] * (back / pick(K.field_units, f)))[None, :],)
+            qk = qk + (
+                tl.zeros((16, N), tl.float32)
+                - (middles[g] * (back / pick(K.field_units, f)))[None, :],
+            )
     return K.device.add_products(base, page, row, q, qk, g, K, INTERPRET)
 
 
@@ -143,16 +159,28 @@ def add_mean(
     for f in tl.static_range(8):
         first = start
         if K.page_tokens > 32:
-            first += slow_bias(bias, (number * K.page_tokens + f * K.rows + row) // 32, n, exists, N)
+            first += slow_bias(
+                bias, (number * K.page_tokens + f * K.rows + row) // 32, n, exists, N
+            )
         qk = qk + (first + tl.trans(tl.dot(turns[f], low, tl.dot(turns[f], high))),)
     return qk
 
 
 @triton.jit
 def scale_scores(
-    products, qk, base, page, row, unit, middles, g: tl.constexpr, K: tl.constexpr, INTERPRET: tl.constexpr
+    products,
+    qk,
+    base,
+    page,
+    row,
+    unit,
+    middles,
+    g: tl.constexpr,
+    K: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):
-    """Adds the products of group g, times the tokens' scales and `unit`, to the scores, eight [N, 16]."""
+    """Adds the products of group g, times the tokens' scales and `unit`, to the scores, eight [N,
+    16]."""
     new = ()
     if K.raw:
         for f in tl.static_range(8):
@@ -162,11 +190,17 @@ def scale_scores(
         scale = load_params(base, page, row, 2 * g + 1, K, INTERPRET)
         for f in tl.static_range(8):
             rest = qk[f] + minimum[f][None, :] * middles[g][:, None]
-            new = new + (tl.trans(products[f]) * (scale[f] * (unit * pick(K.field_units, f)))[None, :] + rest,)
+            new = new + (
+                tl.trans(products[f]) * (scale[f] * (unit * pick(K.field_units, f)))[None, :]
+                + rest,
+            )
     else:
         scale = load_params(base, page, row, 0, K, INTERPRET)
         for f in tl.static_range(8):
-            new = new + (tl.trans(products[f]) * (scale[f] * (unit * pick(K.field_units, f)))[None, :] + qk[f],)
+            new = new + (
+                tl.trans(products[f]) * (scale[f] * (unit * pick(K.field_units, f)))[None, :]
+                + qk[f],
+            )
     return new
 
 
@@ -181,7 +215,8 @@ def cap_scores(qk, exists, CAP: tl.constexpr):
 
 @triton.jit
 def mask_scores(qk, first, row, limit, lowest, K: tl.constexpr):
-    """NEVER for keys that a query may not see; `first`: int32 [16], position of the page's first token."""
+    """NEVER for keys that a query may not see; `first`: int32 [16], position of the page's first
+    token."""
     new = ()
     for f in tl.static_range(8):
         position = first + f * K.rows + row

@@ -17,7 +17,11 @@ def _add_run_products(base, page, row, q, qk, K: tl.constexpr, T: tl.constexpr):
         at = row_pointers(base, page, row, f * K.rows * K.head_dim * 2, K.head_dim * 2)
         at = at.to(tl.pointer_type(tl.float16))
         ptr = at[:, None] + T.start + c[None, :]
-        k = tl.load(ptr, mask=(c < T.valid)[None, :], other=0.0) if T.valid < T.size else tl.load(ptr)
+        k = (
+            tl.load(ptr, mask=(c < T.valid)[None, :], other=0.0)
+            if T.valid < T.size
+            else tl.load(ptr)
+        )
         new = new + (tl.dot(k, q, qk[f]),)
     return new
 
@@ -30,14 +34,19 @@ def _add_run_values(base, page, row, p, acc, V: tl.constexpr, T: tl.constexpr):
         at = row_pointers(base, page, row, f * V.rows * V.head_dim * 2, V.head_dim * 2)
         at = at.to(tl.pointer_type(tl.float16))
         ptr = at[None, :] + T.start + c[:, None]
-        v = tl.load(ptr, mask=(c < T.valid)[:, None], other=0.0) if T.valid < T.size else tl.load(ptr)
+        v = (
+            tl.load(ptr, mask=(c < T.valid)[:, None], other=0.0)
+            if T.valid < T.size
+            else tl.load(ptr)
+        )
         acc = tl.dot(v, p[f], acc)
     return acc
 
 
 @triton.jit
 def add_products(base, page, row, q, qk, g: tl.constexpr, K: tl.constexpr, INTERPRET: tl.constexpr):
-    """Adds products with keys to the eight scores [16, N] of the one group; q: one [size, N] for each run."""
+    """Adds products with keys to the eight scores [16, N] of the one group; q: one [size, N] for
+    each run."""
     for t in tl.static_range(count(K.key_runs)):
         qk = _add_run_products(base, page, row, q[t], qk, K, pick(K.key_runs, t))
     return qk

@@ -1,4 +1,5 @@
-"""Ternary codes on the device: five to a byte (kinds/trits.py), as tensor-core operands, one by one, and written."""
+"""Ternary codes on the device: five to a byte (kinds/trits.py), as tensor-core operands, one by
+one, and written."""
 
 import triton
 import triton.language as tl
@@ -14,7 +15,9 @@ def _times_3(words, INTERPRET: tl.constexpr):
     if INTERPRET:
         return (words * 3).to(tl.int16)
     else:
-        return tl.inline_asm_elementwise("mul.lo.u32 $0, $1, 3;", "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(
+            "mul.lo.u32 $0, $1, 3;", "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2
+        )
 
 
 @triton.jit
@@ -37,8 +40,11 @@ def _across(row, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def _half_word_digits(x, H: tl.constexpr, WHOLE: tl.constexpr, LEFT: tl.constexpr, INTERPRET: tl.constexpr):
-    """Ternary codes of half-word H: five, or what is left over; each float16, code · 2^8 · 2^−24."""
+def _half_word_digits(
+    x, H: tl.constexpr, WHOLE: tl.constexpr, LEFT: tl.constexpr, INTERPRET: tl.constexpr
+):
+    """Ternary codes of half-word H: five, or what is left over; each float16, code · 2^8 ·
+    2^−24."""
     out = ()
     if H < WHOLE:
         for _ in tl.static_range(5):
@@ -53,12 +59,14 @@ def _half_word_digits(x, H: tl.constexpr, WHOLE: tl.constexpr, LEFT: tl.constexp
 
 @triton.jit
 def _digits(base, page, row, TRANSPOSED: tl.constexpr, L: tl.constexpr, INTERPRET: tl.constexpr):
-    """All ternary codes of the tokens of 16 rows of words, in the order of their numbers c·8 + f (kinds/trits.py).
+    """All ternary codes of the tokens of 16 rows of words, in the order of their numbers c·8 + f
+    (kinds/trits.py).
 
     Args:
         base, page: of the plane, as in `row_pointers`; row: int32 [16]; L: its HeadLayout.
     Returns:
-        float16 [16, 16] each: rows by channels, or channels by rows if TRANSPOSED; code · 2^8 · 2^−24.
+        float16 [16, 16] each: rows by channels, or channels by rows if TRANSPOSED; code · 2^8 ·
+        2^−24.
     """
     whole: tl.constexpr = L.parts.whole
     left: tl.constexpr = L.parts.left
@@ -74,19 +82,24 @@ def _digits(base, page, row, TRANSPOSED: tl.constexpr, L: tl.constexpr, INTERPRE
     if halves % 2 == 1:  # two rows to a word
         w = tl.load(_tile_ptr(base, page, row // 2, words * rows * 32, TRANSPOSED))
         x = tl.where(_across(row % 2 == 1, TRANSPOSED), shift_right(w, 8, INTERPRET), w)
-        out = out + _half_word_digits(mask_words(x, 0xFF, INTERPRET), 2 * words, whole, left, INTERPRET)
+        out = out + _half_word_digits(
+            mask_words(x, 0xFF, INTERPRET), 2 * words, whole, left, INTERPRET
+        )
     if left == 1 or left == 2:  # four rows to a word
         start: tl.constexpr = words * rows * 32 + (halves % 2) * ((rows + 1) // 2) * 32
         w = tl.load(_tile_ptr(base, page, row // 4, start, TRANSPOSED))
         x = tl.where(_across((row // 2) % 2 == 1, TRANSPOSED), shift_right(w, 8, INTERPRET), w)
         x = tl.where(_across(row % 2 == 1, TRANSPOSED), shift_right(x, 4, INTERPRET), x)
-        out = out + _half_word_digits(mask_words(x, 15, INTERPRET), whole + 1, whole, left, INTERPRET)
+        out = out + _half_word_digits(
+            mask_words(x, 15, INTERPRET), whole + 1, whole, left, INTERPRET
+        )
     return out
 
 
 @triton.jit
 def add_products(base, page, row, q, qk, g: tl.constexpr, K: tl.constexpr, INTERPRET: tl.constexpr):
-    """Adds ternary keys to the eight scores of group g; q: one [16, N] for each 16 channels, K: a HeadLayout."""
+    """Adds ternary keys to the eight scores of group g; q: one [16, N] for each 16 channels, K: a
+    HeadLayout."""
     chunks: tl.constexpr = count(K.key_runs)
     digits = _digits(base, page, row, False, K, INTERPRET)
     for c in tl.static_range(chunks):
@@ -100,7 +113,8 @@ def add_products(base, page, row, q, qk, g: tl.constexpr, K: tl.constexpr, INTER
 
 @triton.jit
 def add_values(base, page, row, p, acc, acc_high, V: tl.constexpr, INTERPRET: tl.constexpr):
-    """Adds ternary values; acc: one [16, N] for each 16 channels, p: for each group eight [16, N], V: a HeadLayout."""
+    """Adds ternary values; acc: one [16, N] for each 16 channels, p: for each group eight [16, N],
+    V: a HeadLayout."""
     chunks: tl.constexpr = count(V.value_runs)
     digits = _digits(base, page, row, True, V, INTERPRET)
     new = ()
@@ -138,7 +152,11 @@ def element_code(block, header, f, row, c, mask, ROWS: tl.constexpr):
     nibble = _nibble_place(header.whole, row, header.words, ROWS)
     at = tl.where(in_nibbles, nibble, _byte_place(half, row, header.words, ROWS))
     byte = tl.load(block + at + (c & 15) * 2, mask=mask & (row < ROWS), other=0).to(tl.int32)
-    power = tl.where(digit == 0, 1, tl.where(digit == 1, 3, tl.where(digit == 2, 9, tl.where(digit == 3, 27, 81))))
+    power = tl.where(
+        digit == 0,
+        1,
+        tl.where(digit == 1, 3, tl.where(digit == 2, 9, tl.where(digit == 3, 27, 81))),
+    )
     code = (((byte * power) & 255) * 3) >> 8
     rest = (byte >> (2 * digit + tl.where(in_nibbles, (row % 2) * 4, 0))) & 3
     return tl.where(half == header.whole, rest, code)
@@ -174,7 +192,9 @@ def write_codes(
             rest |= tl.where(inside, code << (2 * digit), 0)
         byte = tl.where(last, rest, (digits * 256 + 242) // 243)
         stored = ((half < whole) | (last & (left > 2))) & (row < ROWS)
-        tl.store(block + _byte_place(half, row, words, ROWS) + lane * 2, byte.to(tl.uint8), mask=stored)
+        tl.store(
+            block + _byte_place(half, row, words, ROWS) + lane * 2, byte.to(tl.uint8), mask=stored
+        )
         if (left == 1) | (left == 2):
             _write_nibbles(block, whole, words, rest, lane, last, ROWS, width)
     if ROWS == 1:  # the second row of the last words

@@ -1,4 +1,5 @@
-"""Weights of packed tokens, and outputs of packed values, for the attention kernel; see scores.py."""
+"""Weights of packed tokens, and outputs of packed values, for the attention kernel; see
+scores.py."""
 
 import triton
 import triton.language as tl
