@@ -183,8 +183,18 @@ BOTH_WAYS = {"gemma3"}  # whose tokens of an image attend to each other, also to
 
 def text_of(config: Any) -> Any:
     """The part of a config that the language model is made from: the config itself where it has no
-    other."""
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    other.
+
+    Raises:
+        KvfoldError: that part is none.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not hasattr(text, "model_type"):
+        raise KvfoldError(
+            f"config.json has the text_config {text!r:.80}, which describes no model; give the "
+            "checkpoint's own config.json."
+        )
+    return text
 
 
 def row_of(config: Any) -> Architecture:

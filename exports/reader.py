@@ -47,7 +47,7 @@ __all__ = [
     "tensor_shapes", "update_artifact",
 ]  # fmt: skip
 MOST_NBYTES = 16 << 20  # of kv_cache.json; a thousand layers take a tenth
-MOST_OFFSET = 2.0**64  # its square is finite in float32
+MOST_OFFSET = 2.0**64  # of an offset, a matrix or its inverse; its square is finite in float32
 UNDONE = 0.01  # the most that a matrix times its inverse may differ from 1
 MOST_CONDITION = 1e10  # of a matrix, in Frobenius norms; an orthogonal one has head_dim
 
@@ -261,6 +261,8 @@ def has_inverse(matrix: Tensor) -> bool:
     found = torch.linalg.inv_ex(matrix.double())
     inverse = found.inverse.float().double()
     if bool(found.info.any()) or not bool(torch.isfinite(inverse).all()):
+        return False
+    if not max(float(x.abs().max()) for x in (matrix, inverse)) < MOST_OFFSET:
         return False
     rest = matrix.double() @ inverse - torch.eye(matrix.shape[-1], dtype=torch.float64)
     condition = torch.linalg.matrix_norm(matrix.double()) * torch.linalg.matrix_norm(inverse)

@@ -157,6 +157,8 @@ def read_fields(path: str | Path) -> dict[str, Any] | None:
     Raises:
         KvfoldError: it is no file, too large, or no JSON object.
     """
+    if not isinstance(path, str | os.PathLike):
+        return None
     file = Path(path) / "config.json"
     if not os.path.lexists(file):
         return None

@@ -14,7 +14,7 @@ from kvfold.exports.refused import REFUSED
 
 
 def test_every_row_has_a_tiny_model_and_a_line_on_the_page():
-    page = (Path(__file__).resolve().parent.parent / "docs" / "families.md").read_text(
+    page = (Path(__file__).resolve().parents[2] / "docs" / "families.md").read_text(
         encoding="utf-8"
     )
     texts = {
