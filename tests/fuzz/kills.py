@@ -19,6 +19,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
 from conftest import TINY_RECIPE, save_tiny
 
 from fuzz.works import CHAT, WORDS, sums
@@ -71,6 +72,7 @@ def forked(
                     threading.Thread(target=_die, args=(delay,), daemon=True).start()
 
             sys.addaudithook(note)
+            torch.set_num_threads(1)  # the parent's pool of threads is none of the child's
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             run()
             os.write(write, str(count).encode())
