@@ -31,6 +31,7 @@ except ImportError:  # no POSIX
 
 log = logging.getLogger("kvfold")
 MARK = "run.json"
+SUMS_NBYTES = 256  # two sums of 64 digits, and room
 MADE_BY = {"made_by": "kvfold"}  # at the head of the mark: who made the folder
 TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 UNREADABLE = (
@@ -75,6 +76,14 @@ def _sums(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
+def _known(path: Path) -> list[str]:
+    """The sums that stand beside a file, of which there are two at the most; [] without any."""
+    if not _sums(path).is_file():
+        return []
+    with open(_sums(path), "rb") as stream:
+        return stream.read(SUMS_NBYTES).decode(errors="replace").split()
+
+
 def keep(path: Path, write: Callable[[Path], object]) -> None:
     """Has a file written for a run that goes on, which `kept` reads. It appears complete, and its
     sha256 before it does: that of what it replaces still counts until then.
@@ -85,10 +94,7 @@ def keep(path: Path, write: Callable[[Path], object]) -> None:
 
     def signed(scratch: Path) -> None:
         write(scratch)
-        before = (
-            _sums(path).read_text(errors="replace").split()[-1:] if _sums(path).is_file() else []
-        )
-        text = "\n".join([*before, file_sha256(scratch)])
+        text = "\n".join([*_known(path)[-1:], file_sha256(scratch)])
         write_whole(_sums(path), lambda sums: sums.write_text(text))
 
     if path.is_dir() or _sums(path).is_dir():
@@ -104,10 +110,7 @@ def kept(path: Path, read: Callable[[Path], Any], default: Any = None) -> Any:
     try:
         if not path.is_file():
             raise OSError("it is no file")
-        if (
-            not _sums(path).is_file()
-            or file_sha256(path) not in _sums(path).read_text(errors="replace").split()
-        ):
+        if not (known := _known(path)) or file_sha256(path) not in known:
             raise ValueError("its sha256 is another")
         return read(path)
     except UNREADABLE as error:

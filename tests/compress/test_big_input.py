@@ -2,6 +2,9 @@
 out."""
 
 import itertools
+import os
+import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from kvfold.compress import text
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import CalibrationRecipe, load_recipe
 from kvfold.compress.text import calibration_sequences, pieces, tokenize
+from kvfold.compress.work import keep, kept
 
 WORDS = "the cache of a long sequence\nholds keys and values "
 
@@ -79,3 +83,16 @@ def test_the_largest_seed_is_one_too(tmp_path, tiny_folder, text_file, recipe_fi
     assert found.metadata.calibration.seed == 2**63 - 1
     with pytest.raises(KvfoldError, match="seed"):
         load_recipe(recipe_file, seed=2**63)
+
+
+def test_sums_of_gigabytes_are_not_read(tmp_path):
+    kept_file = tmp_path / "x.json"
+    keep(kept_file, lambda scratch: scratch.write_text("1"))
+    assert kept(kept_file, Path.read_text) == "1"
+    os.truncate(tmp_path / "x.json.sha256", 4 << 30)  # sparse
+    tracemalloc.start()
+    try:
+        assert kept(kept_file, Path.read_text) is None
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
