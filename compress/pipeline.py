@@ -11,7 +11,7 @@ from kvfold.compress.recipe import Recipe
 from kvfold.compress.search import search
 from kvfold.compress.work import Unfinished, fingerprint, model_fingerprint, work_folder
 from kvfold.errors import KvfoldError
-from kvfold.exports.loss import BROKEN_KL, loss_words
+from kvfold.exports.loss import REFUSED_KL, loss_words
 from kvfold.exports.place import check_output, resolve_output
 from kvfold.exports.reader import Artifact
 from kvfold.version import __version__
@@ -37,16 +37,16 @@ def statistics_folder(calibrated: dict, root: Path) -> Path:
 
 
 def check_loss(kl: float, accept_loss: bool) -> None:
-    """Says what a large KL means, and refuses one that breaks the model, unless it is accepted.
+    """Says what a large KL means, and refuses one that leaves nothing of the model, unless it is accepted.
 
     Raises:
-        Unfinished: it is above BROKEN_KL nats and not accepted.
+        Unfinished: it is above REFUSED_KL nats and not accepted.
     """
     words = loss_words(kl)
-    if words and kl > BROKEN_KL and not accept_loss:
+    if words and kl > REFUSED_KL and not accept_loss:
         raise Unfinished(
             f"{words} Nothing was written: run again with more --budget, or with --resume --accept-loss to have it "
-            f"all the same (above {BROKEN_KL:g} nats)."
+            f"all the same (above {REFUSED_KL:g} nats)."
         )
     if words:
         stage(f"warning: {words}")
@@ -81,7 +81,7 @@ def compress(
             whatever else they choose.
         max_memory: bytes that are taken to be free; None: those that are. Weights of which half
             would not fit are read layer by layer. The artifact is the same.
-        accept_loss: write the artifact also where the measured KL is above BROKEN_KL nats.
+        accept_loss: write the artifact also where the measured KL is above REFUSED_KL nats.
     Raises:
         KvfoldError: any bad input, in one sentence; nothing is left behind.
         Unfinished: the model would be broken, or the artifact can't be written; what was found

@@ -2,6 +2,7 @@
 
 LARGE_KL = 0.1  # nats: one token in ten or so is another one than the 16-bit cache's
 BROKEN_KL = 1.0  # nats: the model's words are others
+REFUSED_KL = 3.0  # nats: a word keeps a twentieth of its probability; not written unless accepted
 
 
 def loss_words(kl: float) -> str | None:

@@ -87,7 +87,7 @@ def compress_command(
     accept_loss: Annotated[
         bool,
         typer.Option(
-            "--accept-loss", help="Write the artifact also where the measured KL is above 1 nat."
+            "--accept-loss", help="Write the artifact also where the measured KL is above 3 nats."
         ),
     ] = False,
     as_json: JsonFlag = False,
