@@ -60,6 +60,22 @@ ROWS: dict[str, dict] = {
     "positions all spread alike": {"calibration": {"graded": False}},
     "one format for all layers": {"fixed": True},
     "first-order sensitivities": {"sensitivity": {"method": "first-order"}},
+    "a forward pass a candidate": {"sensitivity": {"method": "kl"}},
+    "a forward pass a candidate; catalogue off": {
+        "sensitivity": {"method": "kl"},
+        "catalogue": False,
+        "pairs": 0,
+    },
+    "a forward pass a candidate; K: a mean that doesn't turn": {
+        "sensitivity": {"method": "kl"},
+        "key": {"without": ["rotation"]},
+    },
+    "a forward pass a candidate; catalogue off; K: a mean that doesn't turn": {
+        "sensitivity": {"method": "kl"},
+        "catalogue": False,
+        "pairs": 0,
+        "key": {"without": ["rotation"]},
+    },
     "one probe a kind": {"sensitivity": {"probes": 1}},
     "1 sink": {"sinks": 1},
     "32 sinks": {"sinks": 32},
