@@ -18,6 +18,7 @@ from kvfold.errors import KvfoldError
 from kvfold.kernels.formats import Format
 from kvfold.kernels.gpu.device.columns import (
     CODED,
+    FACTORS,
     GROUP_SIZE,
     HEAD_DIM,
     HEADER,
@@ -36,9 +37,12 @@ from kvfold.kernels.gpu.device.columns import (
     SCALE,
     SCALE_MIN,
     STEP,
+    WEIGHT,
     WIDTHS,
 )
 from kvfold.kernels.gpu.kinds import DeviceCode, device_code, own_code
+from kvfold.kernels.kinds.symmetric import FACTORS as TRIED
+from kvfold.kernels.kinds.symmetric import Symmetric
 from kvfold.kernels.layout import HeadLayout, head_layout
 
 
@@ -67,6 +71,11 @@ def _header(layout: HeadLayout, own: tuple[DeviceCode, ...]) -> list[int]:
     return header
 
 
+def _bits(x: float) -> int:
+    """Of a float32."""
+    return int(struct.unpack("<i", struct.pack("<f", x))[0])
+
+
 @cache
 def _numbers(fmt: Format, page_tokens: int, own: tuple[DeviceCode, ...]) -> tuple[int, ...]:
     if page_tokens not in (8, 16, 32, 64, 128):
@@ -75,14 +84,18 @@ def _numbers(fmt: Format, page_tokens: int, own: tuple[DeviceCode, ...]) -> tupl
         )
     layout = head_layout(fmt, page_tokens)
     dim = layout.head_dim
+    header = _header(layout, own)
+    if isinstance(fmt.kind, Symmetric):
+        header[FACTORS.value : FACTORS.value + len(TRIED)] = map(_bits, TRIED)
     rows = [[0] * dim for _ in range(ROWS.value)]
     rows[PARTNER.value] = [-1] * dim
     start = 0
     for channels, levels in fmt.classes:
-        step = fmt.kind.step(levels)
         run = slice(start, start + channels)
         rows[LEVELS.value][run] = [levels] * channels
-        rows[STEP.value][run] = [struct.unpack("<i", struct.pack("<f", step))[0]] * channels
+        rows[STEP.value][run] = [_bits(fmt.kind.step(levels))] * channels
+        if isinstance(fmt.kind, Symmetric):
+            rows[WEIGHT.value][run] = [_bits(fmt.kind.weight(levels))] * channels
         start += channels
     for plane in layout.planes:
         place = PLANE_1.value if plane.shift else PLANE_0.value
@@ -92,7 +105,7 @@ def _numbers(fmt: Format, page_tokens: int, own: tuple[DeviceCode, ...]) -> tupl
             rows[WIDTHS.value][c] |= plane.width << 8 * (plane.shift > 0) | half << 16
             if plane.width == 1 and not half:
                 rows[PARTNER.value][c] = c + plane.words
-    return tuple(_header(layout, own) + [number for row in rows for number in row])
+    return tuple(header + [number for row in rows for number in row])
 
 
 @cache

@@ -1,11 +1,18 @@
 """Codes that are symmetric about zero, with one scale a token for the whole head.
 
-x̂_i = τ·step(L_i)·(c_i − (L_i − 1)/2), c in 0 … L−1, with τ = rms over the stored channels. The
-caller brings channels to unit variance, so step(L) is the Gaussian optimum and no zero point is
-needed.
-"""
+x̂_i = τ·step(L_i)·(c_i − (L_i − 1)/2), c in 0 … L−1, the nearest. The caller brings channels to unit
+variance, so step(L) is the Gaussian optimum and no zero point is needed.
 
-from functools import partial
+Of FACTORS times the root mean square over the stored channels, τ is the one with the least
+
+    Σ w_i·d_i² + ALONG·(Σ w_i·d_i·x_i)² / Σ w_i·x_i²,  d = x − x̂, w_i = 1/error(L_i).
+
+So tokens that are no Gaussians, of which a few channels are large, are not cut off. Classes weigh
+alike: where water-filling spends more levels, an error costs more. The second term is the part of
+the error that lies along x. Coarse codes shrink what they code, and while the rest of many tokens'
+errors averages out in attention, that part adds up. In the search for τ sums are of integers, so
+that they don't depend on their order.
+"""
 
 import torch
 from torch import Tensor
@@ -13,6 +20,20 @@ from torch import Tensor
 from kvfold.kernels.kinds.interface import CodeKind, Layout
 from kvfold.kernels.kinds.levels import GAUSSIAN_STEP
 from kvfold.kernels.kinds.params import TINY, store_param
+
+FACTORS = (1.0, 0.8, 0.9, 1.1, 1.25, 1.5, 1.8, 2.2)  # of equally good ones the first is taken
+ALONG = 4.0
+UNITS = 16.0  # in the sums, of one squared root mean square of weight 1
+MOST_UNITS = float(1 << 22)  # of a channel, so that 512 of them fit an int32
+BLOCK_ELEMENTS = 1 << 15  # that a CPU searches at a time, so that its caches hold them
+
+
+def _units(x: Tensor, numbers: bool) -> Tensor:
+    """float32 [n, 1], the sum over channels of whole numbers between ±MOST_UNITS. NaN counts as one
+    of the ends; `numbers`: there is none."""
+    if not numbers:
+        x = torch.where(x > -MOST_UNITS, x, -MOST_UNITS)
+    return x.clamp(-MOST_UNITS, MOST_UNITS).to(torch.int32).sum(-1, keepdim=True).float()
 
 
 class Symmetric(CodeKind):
@@ -32,18 +53,64 @@ class Symmetric(CodeKind):
         """As in `CodeKind`."""
         return max(0, levels - 1) / 2
 
+    def weight(self, levels: int) -> float:
+        """UNITS·w of a channel; 0 where it is not stored."""
+        return UNITS / self.error(levels) if levels else 0.0
+
     def encode(self, x: Tensor, fmt: Layout, clip: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """As in `CodeKind`."""
-        as_float = partial(torch.tensor, dtype=torch.float32, device=x.device)
-        levels = as_float([n for channels, n in fmt.classes for _ in range(channels)])
-        steps = as_float([self.step(n) for channels, n in fmt.classes for _ in range(channels)])
-        coded = levels > 0
-        tau = x[..., coded].square().mean(-1, keepdim=True).sqrt()
-        params, tau = store_param(tau, fmt.param_dtype)
-        u = x / (tau.clamp_min(TINY) * steps) + levels / 2
-        return torch.minimum(u.floor().clamp_min(0), (levels - 1).clamp_min(0)).to(
-            torch.uint8
-        ), params
+        each = [levels for channels, levels in fmt.classes for _ in range(channels)]
+        table = torch.tensor(
+            [(levels, self.step(levels), self.weight(levels)) for levels in each],
+            dtype=torch.float32,
+            device=x.device,
+        )
+        levels, steps, weights = table.unbind(-1)
+        root = x[..., levels > 0].square().mean(-1, keepdim=True).sqrt()
+        _, root = store_param(root, fmt.param_dtype)
+        rows, roots = x.flatten(0, -2), root.flatten(0, -2)
+        size = max(1, BLOCK_ELEMENTS // x.shape[-1] if x.device.type == "cpu" else len(rows))
+        found = [
+            _search(*block, levels, steps, weights, fmt.param_dtype)
+            for block in zip(rows.split(size), roots.split(size), strict=True)
+        ]
+        codes, params = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return codes.view(x.shape), params.view(*x.shape[:-1], params.shape[-1])
+
+
+def _search(
+    x: Tensor, root: Tensor, levels: Tensor, steps: Tensor, weights: Tensor, param_dtype: str
+) -> tuple[Tensor, Tensor]:
+    """The best of FACTORS for each token.
+
+    Args:
+        x: float32 [n, head_dim].
+        root: float32 [n, 1], root mean squares as stored.
+        levels, steps, weights: float32 [head_dim].
+    Returns:
+        (codes uint8 [n, head_dim], bytes of the scales [n, 1 or 2])
+    """
+    unit = root.clamp_min(TINY)
+    v = x / unit
+    numbers = x.device.type == "cpu" and bool(v.isfinite().all())
+    size = _units(v * weights * v, numbers).clamp_min(1)
+    half, top, middle = levels / 2, (levels - 1).clamp_min(0), (levels - 1) / 2
+    best = codes = params = None
+    for factor in FACTORS:
+        stored, scale = store_param(root * factor, param_dtype)
+        u = x / (scale.clamp_min(TINY) * steps)
+        tried = torch.minimum(u.add_(half).floor_().clamp_min_(0), top)
+        n = (x - (tried - middle) * (scale * steps)).div_(unit)
+        weighted = n * weights
+        along = _units(weighted * v, numbers)
+        cost = _units(weighted.mul_(n), numbers) + ALONG * (along * (along / size))
+        if best is None:
+            best, codes, params = cost, tried, stored
+            continue
+        better = cost < best
+        best = torch.where(better, cost, best)
+        codes, params = torch.where(better, tried, codes), torch.where(better, stored, params)
+    return codes.to(torch.uint8), params
 
 
 SYMMETRIC = Symmetric()

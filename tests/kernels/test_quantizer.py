@@ -10,6 +10,7 @@ import torch
 
 from kvfold.kernels.formats import Format, raw16, uniform
 from kvfold.kernels.kinds.levels import GAUSSIAN_MSE, GAUSSIAN_STEP, PLANE_WIDTHS, RAW
+from kvfold.kernels.kinds.symmetric import FACTORS
 from kvfold.kernels.quantizer import decode, encode, round_trip, to_float16
 
 SCALE = [
@@ -169,7 +170,7 @@ def test_parameters_stand_in_the_order_of_words(fmt, tokens):
         assert encode(gaussian(tokens, fmt.head_dim), fmt).shape == (2 * tokens * fmt.head_dim,)
         return
     rows, groups, e4m3_type = tokens // 8, fmt.num_groups, fmt.param_dtype == "e4m3"
-    x = gaussian(tokens, fmt.head_dim, seed=6) * 2.0 ** (torch.arange(tokens) % 9 - 4)[:, None]
+    x = gaussian(tokens, fmt.head_dim, seed=6) * 4.0 ** (torch.arange(tokens) % 5 - 2)[:, None]
     data = encode(x, fmt)[-tokens * fmt.num_params * fmt.param_nbytes :]
     stored = (
         data.clone()
@@ -179,14 +180,67 @@ def test_parameters_stand_in_the_order_of_words(fmt, tokens):
     )
     order = [f * rows + r for r in range(rows) for f in range(8)]
     if fmt.params == "scale":
-        coded = torch.tensor([n > 0 for channels, n in fmt.classes for _ in range(channels)])
-        expected = x[:, coded].square().mean(-1).sqrt()[None]
-    else:
-        low, high = x.unflatten(-1, (groups, -1)).aminmax(dim=-1)  # [tokens, groups]
-        pair = torch.stack((low, (high - low) / (fmt.classes[0][1] - 1)), -1)
-        expected = pair.flatten(1).T  # minimum and scale of group 0, of group 1, …
+        scales = tried_scales(x, fmt)[:, order]
+        assert bool((stored == scales).any(0).all())
+        return
+    low, high = x.unflatten(-1, (groups, -1)).aminmax(dim=-1)  # [tokens, groups]
+    pair = torch.stack((low, (high - low) / (fmt.classes[0][1] - 1)), -1)
+    expected = pair.flatten(1).T  # minimum and scale of group 0, of group 1, …
     rounded = expected[:, order].to(torch.float8_e4m3fn if e4m3_type else torch.float16).float()
     assert torch.equal(stored, rounded)
+
+
+def tried_scales(x, fmt) -> torch.Tensor:
+    """Of tokens [n, head_dim], the scales that symmetric codes may have: [len(FACTORS), n]."""
+    coded = torch.tensor([n > 0 for channels, n in fmt.classes for _ in range(channels)])
+    dtype = torch.float8_e4m3fn if fmt.param_dtype == "e4m3" else torch.float16
+    root = x[:, coded].square().mean(-1).sqrt().to(dtype).float()
+    return torch.stack([(root * factor).to(dtype).float() for factor in FACTORS])
+
+
+def hard_tokens(dim: int) -> torch.Tensor:
+    """Gaussian tokens, and some of which one channel or a few stand far off, or most are small."""
+    x = gaussian(64, dim, seed=11)
+    x[8:24, 3] *= 12
+    x[24:40, :3] += 5
+    x[40:48, dim // 2 :] *= 0.02
+    return x
+
+
+@pytest.mark.parametrize("fmt", [*SCALE, *MIXED], ids=str)
+def test_the_scale_is_the_one_of_the_least_cost(fmt):
+    """The definition in float64, where sums are of whole numbers in the product."""
+    x = hard_tokens(fmt.head_dim)
+    each = [n for channels, n in fmt.classes for _ in range(channels)]
+    levels = torch.tensor(each).double()
+    weight = torch.tensor([1 / GAUSSIAN_MSE[n] if n else 0.0 for n in each]).double()
+    step = torch.tensor([GAUSSIAN_STEP.get(n, 1.0) for n in each]).double()
+
+    def cost(back):
+        d, y = back - x.double(), x.double()
+        along = (weight * d * y).sum(-1).square() / (weight * y * y).sum(-1)
+        return (weight * d * d).sum(-1) + 4 * along
+
+    costs = []
+    for scale in tried_scales(x, fmt).double():
+        u = (x / (scale[:, None] * step) + levels / 2).floor()
+        code = torch.minimum(u.clamp_min(0), (levels - 1).clamp_min(0))
+        points = (code - (levels - 1) / 2) * step * scale[:, None]
+        costs.append(cost(torch.where(levels > 0, points, 0)))
+    least = torch.stack(costs).amin(0)
+    got = cost(round_trip(x, fmt).double())
+    slack = len(each) / 16  # one unit of the whole numbers a channel
+    assert bool((got <= 1.01 * least + 2 * slack).all())
+    assert bool((got < 0.8 * costs[0]).any())  # than with the root mean square itself
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4, 8])
+def test_codes_shrink_little(levels):
+    """What many tokens have in common comes back nearly whole; the best scale for one token alone
+    would take off the quantiser's whole error, GAUSSIAN_MSE."""
+    x = gaussian(400, 512, seed=9)
+    back = round_trip(x, Format(((512, levels),), "scale", "fp16"))
+    assert abs(float((x * back).sum() / (x * x).sum()) - 1) < 0.6 * GAUSSIAN_MSE[levels]
 
 
 @pytest.mark.parametrize(
@@ -252,12 +306,12 @@ def test_golden_bytes_of_a_page_of_mixed_classes():
     fmt = Format(((8, 16), (8, 8), (8, 0), (8, 2)))
     x = (torch.arange(256) * 37 % 41 - 20).view(8, 32) / 10
     golden = bytes.fromhex(
-        "a39c 9c8b 8b7a 7a69 6958 5846 4735 36d4 "  # 16 levels: fields 0, 2, 1, 3 of each channel
-        "5847 4736 36c5 c5b4 b4a3 a39c 9c8b 8b7a "  # 16 levels: fields 4, 6, 5, 7
-        "b6c1 61b0 59ac 166f c59b c196 b066 ac59 "  # 8 levels, low two bits
+        "b29d ac8c 8b7a 7a69 6958 5846 4735 26c3 "  # 16 levels: fields 0, 2, 1, 3 of each channel
+        "5836 4725 26d4 d5c3 c4b2 b3ac ac8b 9b7a "  # 16 levels: fields 4, 6, 5, 7
+        "b2c1 61b0 2d6c 1a5b c6db c186 b0a6 ac69 "  # 8 levels, low two bits
         "7a95 7a85 5ea1 57a8 "  # 8 levels, high bit: channels 8 and 12 in a word, and so on
         "857a a15e a857 aa57 "  # 2 levels: channels 24 and 28 in a word, and so on
-        "3a39 3939 3a3a 3a3a "  # scales, e4m3
+        "3936 383a 3a39 3838 "  # scales, e4m3
     )
     assert fmt.nbytes(8) == len(golden) == 8 * (4 + 3 + 1 + 1)
     assert bytes(encode(x, fmt).tolist()).hex(" ", 2) == golden.hex(" ", 2)
@@ -326,13 +380,15 @@ def test_clip_narrows_the_range_of_each_head(fmt):
 @pytest.mark.parametrize(
     "fmt", [f for f in SCALE if f.classes[0][1] < 64 or f.param_dtype == "fp16"], ids=str
 )
-def test_error_on_gaussian_channels_is_the_one_that_the_search_predicts(fmt):
+def test_error_on_gaussian_channels_is_about_that_of_the_best_step(fmt):
+    """Less where a scale of its own spares a token's largest channels, more where codes shrink
+    less than the best step makes them."""
     wide = Format(
         ((512, fmt.classes[0][1]),), "scale", fmt.param_dtype
     )  # so wide that a token's rms is near 1
     x = gaussian(400, 512, seed=9)
     error = float((round_trip(x, wide) - x).square().mean())
-    assert error == pytest.approx(GAUSSIAN_MSE[fmt.classes[0][1]], rel=0.15)
+    assert 0.65 < error / GAUSSIAN_MSE[fmt.classes[0][1]] < 1.5
 
 
 @pytest.mark.parametrize("fmt", ALL, ids=str)

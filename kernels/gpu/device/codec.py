@@ -21,6 +21,7 @@ from kvfold.kernels.gpu.device.columns import (
     PARAMS,
     SCALE_MIN,
     STEP,
+    WEIGHT,
     WHOLE,
     WORDS,
 )
@@ -117,6 +118,18 @@ def channel_step(table, dim, c, mask):
     """Steps of the channels c, float32; 1 where not mask."""
     bits = tl.load(table + (HEADER + STEP * dim) + c, mask=mask, other=0x3F800000)
     return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def channel_weight(table, dim, c, mask):
+    """How much errors of the channels c count, float32; 0 where not mask."""
+    return channel_row(table, dim, c, mask, WEIGHT).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rounded_param(x, nbytes):
+    """Float32 parameters as their stored type of `nbytes` bytes holds them."""
+    return tl.where(nbytes == 2, to_fp16(x).to(tl.float32), from_e4m3(to_e4m3(x)))
 
 
 @triton.jit

@@ -3,7 +3,7 @@ host."""
 
 import triton.language as tl
 
-HEADER: tl.constexpr = tl.constexpr(16)  # numbers before the rows
+HEADER: tl.constexpr = tl.constexpr(24)  # numbers before the rows
 # places in the header
 NBYTES: tl.constexpr = tl.constexpr(0)  # of one head's block
 HEAD_DIM: tl.constexpr = tl.constexpr(1)  # channels
@@ -18,6 +18,8 @@ PARTS: tl.constexpr = tl.constexpr(7)  # `Storage.parts`, three numbers:
 WHOLE: tl.constexpr = PARTS  # ternary: bytes of five codes; 0 if the codes are binary
 LEFT: tl.constexpr = tl.constexpr(8)  # ternary: codes left over
 WORDS: tl.constexpr = tl.constexpr(9)  # ternary: word tiles of R rows
+# bits of float32: of symmetric codes, what a root mean square is multiplied by, eight numbers
+FACTORS: tl.constexpr = tl.constexpr(16)
 
 # rows
 LEVELS: tl.constexpr = tl.constexpr(0)  # 0: not stored
@@ -31,4 +33,6 @@ WIDTHS: tl.constexpr = tl.constexpr(3)
 # words from the block to the first plane's word in row 0, and 2^16 · words from a row to the next;
 # the same of the second plane
 PLANE_0, PLANE_1 = tl.constexpr(4), tl.constexpr(5)
-ROWS: tl.constexpr = tl.constexpr(6)
+# bits of a float32: of symmetric codes, how much a channel's error counts; else 0
+WEIGHT: tl.constexpr = tl.constexpr(6)
+ROWS: tl.constexpr = tl.constexpr(7)
