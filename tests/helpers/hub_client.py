@@ -14,10 +14,13 @@ from hub_server import OWNER, Hub
 # one process imports everything once and forks for each command: huggingface_hub reads its
 # environment when it is imported
 SERVE = """
-import json, os, sys
+import gc, json, os, sys, traceback
+gc.disable()
 import kvfold.exports.page.hub, kvfold.compress.evaluate
 from kvfold.compress.cli import main
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+gc.freeze()
+gc.enable()
 for line in sys.stdin:
     job = json.loads(line)
     if (child := os.fork()) == 0:
@@ -25,7 +28,16 @@ for line in sys.stdin:
         os.environ.update(job["env"])
         for number, name in (1, "out"), (2, "err"):
             os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        main(job["args"])
+        code = 1
+        try:
+            main(job["args"])
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException:
+            traceback.print_exc()
+        for stream in sys.stdout, sys.stderr:
+            stream.flush()
+        os._exit(code)  # taking apart what was imported takes longer than most commands
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
