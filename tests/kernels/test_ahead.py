@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import prepared
 import pytest
 import torch
 
@@ -46,9 +47,7 @@ print(json.dumps([len(second), [name for x, name in second.items() if x not in l
 
 @pytest.mark.parametrize("progressive", [False, True])
 def test_another_artifacts_kernels_are_all_among_the_catalogues(progressive):
-    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    code = COVERED.replace("PROGRESSIVE", str(progressive))
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    done = prepared.python("compiler", COVERED.replace("PROGRESSIVE", str(progressive)))
     assert done.returncode == 0, done.stderr
     count, missing, own = json.loads(done.stdout)
     assert count > 8 and not missing and not own
