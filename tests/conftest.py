@@ -1,5 +1,6 @@
 """Tiny models and tokenizers built from literals: no network, no weights."""
 
+import gc
 import os
 import re
 from functools import partial
@@ -214,6 +215,13 @@ def tiny_artifact(tmp_path_factory, tiny_folder, text_file, recipe_file) -> Path
     return out
 
 
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Artifacts without plots, which take as long as a tiny model's whole search: for tests that
+    write many, and look at other things."""
+    monkeypatch.setattr("kvfold.exports.writer.draw_plots", lambda folder, metadata: None)
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_empty(monkeypatch):
     """`torch.empty` hands out NaN and the largest integers, so that nothing relies on what it
@@ -269,6 +277,11 @@ def pytest_runtest_setup(item):
     """What a test before has changed for the whole process: the command line flushes denormal
     numbers."""
     torch.set_flush_denormal(False)
+
+
+def pytest_collection_finish():
+    """Nothing that was imported is looked through again for garbage."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -31,7 +31,7 @@ def call(main, *argv):
 
 
 def test_ablation_rows_are_at_one_payload_and_are_not_run_twice(
-    benchmarks, monkeypatch, tmp_path, tiny_folder, capsys
+    benchmarks, monkeypatch, tmp_path, tiny_folder, capsys, no_plots
 ):
     import ablation
 
@@ -81,7 +81,7 @@ def test_every_row_of_the_ablation_is_a_valid_recipe(benchmarks, tiny_folder):
 
 
 def test_domains_compare_each_calibration_with_the_tests_own(
-    benchmarks, monkeypatch, tmp_path, tiny_folder, capsys
+    benchmarks, monkeypatch, tmp_path, tiny_folder, capsys, no_plots
 ):
     import domains
 

@@ -82,7 +82,7 @@ def test_killed_at_any_moment_resume_gives_the_same(
     "key, value",
     [("whiten", "rotate"), ("smooth", "balance"), ("reorder", "reorder"), ("none", "none")],
 )
-def test_every_transform_on_every_family(family, key, value, tmp_path, text_file):
+def test_every_transform_on_every_family(family, key, value, tmp_path, text_file, no_plots):
     source = save_tiny(tmp_path / "model", family)
     recipe = recipe_with(
         tmp_path,

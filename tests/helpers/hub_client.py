@@ -30,7 +30,12 @@ for line in sys.stdin:
             os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         code = 1
         try:
-            main(job["args"])
+            if job["code"]:
+                sys.argv = ["-c", *job["args"]]
+                exec(job["code"], {"__name__": "__main__"})
+            else:
+                main(job["args"])
+            code = 0
         except SystemExit as stop:
             code = stop.code or 0
         except BaseException:
@@ -53,10 +58,14 @@ class Client:
             text=True,
         )
 
-    def __call__(self, *args: object, token: str | None = OWNER) -> tuple[int, str, str]:
+    def __call__(
+        self, *args: object, token: str | None = OWNER, code: str = ""
+    ) -> tuple[int, str, str]:
+        """Exit code and output of `kvfold args…`, or of `python -c code args…`."""
         out, err = (self.folder / name for name in ("out", "err"))
         job = {
             "args": [*map(str, args)],
+            "code": code,
             "env": {"HF_TOKEN": token} if token else {},
             "out": str(out),
             "err": str(err),
@@ -68,14 +77,14 @@ class Client:
         return code, out.read_text(), err.read_text()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server():
     hub = Hub()
     yield hub
     hub.shutdown()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def client(server, tmp_path_factory):
     folder = tmp_path_factory.mktemp("client")
     made = Client(server.environment(folder / "hf"), folder)
