@@ -5,6 +5,8 @@ import os
 import re
 from functools import partial
 
+if gc.isenabled():  # until all is imported and collected, which stays
+    gc.disable()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("KVFOLD_COMPILE_AHEAD", "0")  # of tests on a GPU
@@ -280,8 +282,9 @@ def pytest_runtest_setup(item):
 
 
 def pytest_collection_finish():
-    """Nothing that was imported is looked through again for garbage."""
+    """Nothing that was imported is looked through for garbage."""
     gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

@@ -11,8 +11,11 @@ from pathlib import Path
 import prepared
 import pytest
 import torch
+from conftest import TINY_RECIPE
 
 from kvfold import runtime
+from kvfold.compress.pipeline import compress
+from kvfold.compress.recipe import load_recipe
 
 pytest.importorskip("triton")
 from kvfold.kernels import catalogue
@@ -98,6 +101,19 @@ ahead.main(sys.argv[1])
 """
 
 
+@pytest.fixture(scope="module")
+def plain_artifact(tmp_path_factory, tiny_folder, text_file):
+    """One of two formats of one class each, whose kernels are soon compiled; those of the others
+    are compiled in test_triton_attention.py."""
+    folder = tmp_path_factory.mktemp("plain")
+    side = "{transform: none, levels: [4], clip: false}"
+    (folder / "recipe.yaml").write_text(f"{TINY_RECIPE}key: {side}\nvalue: {side}\n")
+    recipe = load_recipe(folder / "recipe.yaml")
+    out = folder / "out"
+    options = {"calib": str(text_file), "recipe": recipe, "accept_loss": True}
+    return compress(str(tiny_folder), "6.0", out, **options).path
+
+
 def start(folder: Path, cache: Path) -> subprocess.Popen:
     env = {
         **os.environ,
@@ -111,16 +127,16 @@ def start(folder: Path, cache: Path) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def test_all_is_compiled_and_stamped(tiny_artifact, tmp_path):
+def test_all_is_compiled_and_stamped(plain_artifact, tmp_path):
     (tmp_path / "cache").mkdir()
-    with start(tiny_artifact, tmp_path / "cache") as process:
+    with start(plain_artifact, tmp_path / "cache") as process:
         assert process.wait(600) == 0
     assert (tmp_path / "cache" / "stamp").is_file() and len(list(tmp_path.rglob("*.cubin"))) > 4
 
 
-def test_it_ends_with_its_caller(tiny_artifact, tmp_path):
+def test_it_ends_with_its_caller(plain_artifact, tmp_path):
     (tmp_path / "cache").mkdir()
-    with start(tiny_artifact, tmp_path / "cache") as process:
+    with start(plain_artifact, tmp_path / "cache") as process:
         process.stdin.close()
         assert process.wait(60) == -signal.SIGKILL
     assert not (tmp_path / "cache" / "stamp").exists()
