@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import prepared
 import pytest
 
 pytest_plugins = ("hub_client",)
@@ -40,6 +41,9 @@ def test_an_artifact_loads_by_its_hub_id_and_then_offline(client, commit, hub):
     # what huggingface_hub reads when it is imported
     environment = hub.environment(client.folder / "hf", token=None) | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", prepared.alone(code)],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stdout.strip()) == (0, "3"), done.stderr

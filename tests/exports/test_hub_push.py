@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import prepared
 import pytest
 import torch
 from hub_artifact import files_on, remake, rename_model, set_licence
@@ -18,7 +19,7 @@ from kvfold.exports.reader import file_sha256, read_metadata
 from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME
 
 pytest_plugins = ("hub_client",)
-KVFOLD = (sys.executable, "-m", "kvfold.compress.cli")
+KVFOLD = (sys.executable, "-m", "kvfold")
 
 # -- there and back
 
@@ -73,7 +74,7 @@ def test_round_trip(client, hub, tmp_path, tiny_folder, text_file, recipe_file):
     assert [json.loads(line) for line in out.splitlines()] == [wanted, wanted] and hub.log
     hub.log.clear()
     environment = hub.environment(client.folder / "hf") | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", GENERATE, prompt, "v1", pushed["commit"]]
+    command = [sys.executable, "-c", prepared.alone(GENERATE), prompt, "v1", pushed["commit"]]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [json.loads(line) for line in done.stdout.splitlines()] == [wanted, wanted]

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import prepared
 import pytest
 from hub_server import Hub
 
@@ -59,7 +60,10 @@ def load(server: Hub, home, *names: str, **environment: str) -> list[list[dict]]
     """Of each name what happened with kvfold, and without."""
     env = {**server.environment(home, token=None), **environment}
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, home, *names], env=env, capture_output=True, text=True
+        [sys.executable, "-c", prepared.alone(LOAD), home, *names],
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -90,6 +90,13 @@ def python(
         )
 
 
+def alone(code: str) -> str:
+    """Code for an interpreter of its own that imports much, without the look for garbage among that
+    and without taking it apart at the end."""
+    end = "import os, sys; sys.stdout.flush(); sys.stderr.flush(); os._exit(0)"
+    return f"import gc; gc.disable()\n{code}\n{end}\n"
+
+
 def command(*args: object, **options) -> subprocess.CompletedProcess[str]:
     """What `kvfold args…` gives."""
     return python("kvfold", "from kvfold.__main__ import main; main()", *args, **options)

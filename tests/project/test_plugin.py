@@ -45,16 +45,9 @@ ids = torch.arange(150).remainder(128)[None]
 """
 
 
-# an interpreter takes a second to take apart what was imported, and half of one to look through it
-WHOLE = """import gc; gc.disable()
-{code}
-import os, sys; sys.stdout.flush(); sys.stderr.flush(); os._exit(0)
-"""
-
-
 def python(code: str, *args: object) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", WHOLE.format(code=code), *map(str, args)],
+        [sys.executable, "-c", prepared.alone(code), *map(str, args)],
         capture_output=True,
         text=True,
     )

@@ -150,7 +150,7 @@ def left_padded(lengths):
 )
 def test_rows_of_a_left_padded_batch_are_each_row_alone(family, spec, options):
     model = packed_model(family, spec)
-    lengths = [75, 31, 2, 52]
+    lengths = [75, 31, 2, *([52] if NIGHTLY or options is GREEDY else [])]
     ids, mask = left_padded(lengths)
     together = text(model, ids, mask, **options)
     for b, n in enumerate(lengths):
