@@ -42,7 +42,7 @@ domains: $(READY)  ## calibrate MODEL on one domain, test on the others
 	@$(BIN)/python benchmarks/domains.py $(call quote,$(MODEL)) $(ARGS)
 
 test: $(READY)  ## run the tests
-	@$(BIN)/python -m pytest -n auto $(ARGS)
+	@$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 mutations: $(READY)  ## break twenty delicate lines, one at a time: the tests must see each
 	@$(BIN)/python tests/mutations.py $(ARGS)

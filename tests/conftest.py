@@ -1,9 +1,12 @@
 """Tiny models and tokenizers built from literals: no network, no weights."""
 
+import gc
 import os
 import re
 from functools import partial
 
+if gc.isenabled():  # until all is imported and collected, which stays
+    gc.disable()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("KVFOLD_COMPILE_AHEAD", "0")  # of tests on a GPU
@@ -214,6 +217,13 @@ def tiny_artifact(tmp_path_factory, tiny_folder, text_file, recipe_file) -> Path
     return out
 
 
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Artifacts without plots, which take as long as a tiny model's whole search: for tests that
+    write many, and look at other things."""
+    monkeypatch.setattr("kvfold.exports.writer.draw_plots", lambda folder, metadata: None)
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_empty(monkeypatch):
     """`torch.empty` hands out NaN and the largest integers, so that nothing relies on what it
@@ -269,6 +279,12 @@ def pytest_runtest_setup(item):
     """What a test before has changed for the whole process: the command line flushes denormal
     numbers."""
     torch.set_flush_denormal(False)
+
+
+def pytest_collection_finish():
+    """Nothing that was imported is looked through for garbage."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

@@ -1,6 +1,8 @@
 """The command `kvfold`, before anything large is imported: an interrupt in those seconds ends it in
 a sentence too."""
 
+import gc
+import importlib
 import os
 import signal
 import sys
@@ -22,8 +24,13 @@ def main(args: list[str] | None = None, prog: str = "kvfold") -> None:
     # read when OpenMP is loaded: threads that spin while they wait make a machine with other work
     # on it some thirty times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # what is imported stays: looking through it for garbage takes a second of four, now and at exit
+    collecting = gc.isenabled()
+    gc.disable()
     try:
         from kvfold.compress.cli import main as run
+
+        importlib.import_module("kvfold.compress.models")  # which every command needs
     except (ImportError, OSError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -33,7 +40,11 @@ def main(args: list[str] | None = None, prog: str = "kvfold") -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+    finally:
+        if collecting:
+            gc.enable()
 
+    gc.freeze()
     if mine:
         signal.signal(signal.SIGINT, before)
     try:

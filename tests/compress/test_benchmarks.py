@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from kvfold.compress.recipe import load_recipe
+
 ROOT = Path(__file__).resolve().parents[2]
+
+
+# as `best`, on less text; sinks and window are the tables' own
+LITTLE = """
+calibration: {seq_len: 512}
+sensitivity: {seq_len: 256}
+"""
 
 
 @pytest.fixture
@@ -22,11 +31,14 @@ def call(main, *argv):
 
 
 def test_ablation_rows_are_at_one_payload_and_are_not_run_twice(
-    benchmarks, monkeypatch, tmp_path, tiny_folder, capsys
+    benchmarks, monkeypatch, tmp_path, tiny_folder, capsys, no_plots
 ):
     import ablation
 
     monkeypatch.setattr(sys, "argv", sys.argv)
+    (tmp_path / "little.yaml").write_text(LITTLE)
+    little = load_recipe(tmp_path / "little.yaml")
+    monkeypatch.setattr(ablation, "load_recipe", lambda name: little)
     arguments = [
         tiny_folder,
         "--bits",
@@ -69,13 +81,16 @@ def test_every_row_of_the_ablation_is_a_valid_recipe(benchmarks, tiny_folder):
 
 
 def test_domains_compare_each_calibration_with_the_tests_own(
-    benchmarks, monkeypatch, tmp_path, tiny_folder, capsys
+    benchmarks, monkeypatch, tmp_path, tiny_folder, capsys, no_plots
 ):
     import domains
 
     monkeypatch.setattr(sys, "argv", sys.argv)
+    (tmp_path / "little.yaml").write_text(LITTLE)
     arguments = [
         tiny_folder,
+        "--recipe",
+        tmp_path / "little.yaml",
         "--bits",
         5,
         "--windows",
@@ -102,13 +117,24 @@ def test_domains_compare_each_calibration_with_the_tests_own(
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_tasks_run_side_by_side_and_each_gets_its_own_result(benchmarks, jobs, tmp_path):
+def test_tasks_run_side_by_side_and_each_gets_its_own_result(
+    benchmarks, jobs, tmp_path, monkeypatch
+):
+    from multiprocessing import get_context, set_forkserver_preload
+
     from kvfold.compress.bench import runs
 
+    # a process of "spawn" imports everything anew, two of this server's are there at once
+    started = []
+    monkeypatch.setattr(
+        runs, "get_context", lambda kind: started.append(kind) or get_context("forkserver")
+    )
+    set_forkserver_preload([runs.__name__])
     tasks = {"a": (7, 2), "b": (9, 4), "c": (8, 3)}
     assert dict(runs.side_by_side(divmod, tasks, jobs)) == {"a": (3, 1), "b": (2, 1), "c": (2, 2)}
     with pytest.raises(ZeroDivisionError):
         list(runs.side_by_side(divmod, {"a": (1, 0)}, jobs))
+    assert started == ["spawn"] * (2 * (jobs - 1))  # CUDA does not survive a fork
     assert (
         runs.folder_of(tmp_path, 1) == tmp_path and runs.folder_of(tmp_path, 2).parent == tmp_path
     )

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+import prepared
 import pytest
 
 from kvfold.compress import cli
@@ -64,8 +65,7 @@ def test_in_a_run_which_then_goes_on(tmp_path, tiny_folder, tiny_artifact, text_
     code, stdout, err = finish(process)
     assert (code, stdout) == (130, "") and err.endswith(RESUME)
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.work"]
-    process = start(*args, "--resume")
-    assert finish(process)[0] == 0
+    assert prepared.command(*args, "--resume").returncode == 0
     assert (out / "kv_cache.json").read_bytes() == (tiny_artifact / "kv_cache.json").read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
 

@@ -29,10 +29,7 @@ def test_every_row_has_a_tiny_model_and_a_line_on_the_page():
 
 
 @pytest.mark.parametrize("family", MORE_FAMILIES)
-def test_a_family_is_what_its_row_says(family, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "kvfold.exports.writer.draw_plots", lambda folder, metadata: None
-    )  # the same for all families
+def test_a_family_is_what_its_row_says(family, tmp_path, no_plots):
     found = measure(family, tmp_path)
     assert not {
         name: value for name, value in found.items() if not value <= BOUNDS.get(name, value)

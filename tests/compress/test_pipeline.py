@@ -3,12 +3,10 @@ family."""
 
 import hashlib
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import prepared
 import pytest
 import torch
 from conftest import FAMILIES, SHAPE, TINY_RECIPE, char_tokenizer, save_tiny
@@ -51,7 +49,6 @@ def replace(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args, **kwargs)
 os.replace = replace
-import torch; torch.set_num_threads(1)
 from kvfold.compress.cli import main
 main()
 """
@@ -64,24 +61,9 @@ def test_killed_at_any_moment_resume_gives_the_same(
     moment, tmp_path, tiny_folder, tiny_artifact, text_file, recipe_file
 ):
     out = tmp_path / "tiny"
-    arguments = [
-        "compress",
-        str(tiny_folder),
-        "--budget",
-        "4.0",
-        "--out",
-        str(out),
-        "--calib",
-        str(text_file),
-        "--recipe",
-        str(recipe_file),
-    ]
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLER, str(moment), *arguments],
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    options = ["--budget", "4.0", "--out", out, "--calib", text_file, "--recipe", recipe_file]
+    killed = prepared.python("kvfold", KILLER, moment, "compress", tiny_folder, *options)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not out.exists() and (tmp_path / "tiny.work").is_dir()
     compress(
         str(tiny_folder),
@@ -100,7 +82,7 @@ def test_killed_at_any_moment_resume_gives_the_same(
     "key, value",
     [("whiten", "rotate"), ("smooth", "balance"), ("reorder", "reorder"), ("none", "none")],
 )
-def test_every_transform_on_every_family(family, key, value, tmp_path, text_file):
+def test_every_transform_on_every_family(family, key, value, tmp_path, text_file, no_plots):
     source = save_tiny(tmp_path / "model", family)
     recipe = recipe_with(
         tmp_path,

@@ -16,10 +16,7 @@ from kvfold.compress.pipeline import compress
 from kvfold.compress.targets.engines import export_compressed_tensors
 from kvfold.compress.targets.onnx import export_onnx
 
-
-@pytest.fixture(autouse=True)
-def _no_plots(monkeypatch):
-    monkeypatch.setattr("kvfold.exports.writer.draw_plots", lambda folder, metadata: None)
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 def packed(family, folder, text):

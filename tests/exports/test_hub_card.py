@@ -3,8 +3,6 @@ it."""
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -86,19 +84,14 @@ def test_every_figure_of_the_card_comes_from_the_command_beside_it(
     assert f"{info['kl']:.4f} nats of KL" in card
 
 
-def test_the_lines_that_load_it(push, hub, tmp_path):
+def test_the_lines_that_load_it(client, push, hub):
     push()
     card = files_on(hub)["README.md"].decode()
     [code] = re.findall(r"```python\n(.+?)```", card, re.DOTALL)
     assert 'path = "someone/small"' in code
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=hub.environment(tmp_path / "hf"),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.replace(" ", "").startswith(
+    returned, out, err = client(code=code)
+    assert returned == 0, err
+    assert out.replace(" ", "").startswith(
         "Thekey-valuecache"
     )  # the tiny tokenizer puts spaces between letters
 

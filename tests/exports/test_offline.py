@@ -5,8 +5,11 @@ import json
 import subprocess
 import sys
 
+import prepared
 import pytest
 from hub_server import Hub
+
+pytest_plugins = ("hub_client",)
 
 # what is loaded, by which requests, and whether with a packed cache: by transformers' method as
 # kvfold wraps it, and as it is
@@ -40,22 +43,27 @@ MODEL, ARTIFACT = "someone/tiny", "someone/small"
 
 
 @pytest.fixture(scope="module")
-def hub(tiny_folder, tiny_artifact, tmp_path_factory):
+def hub(server, client, tiny_folder, tiny_artifact, tmp_path_factory):
     """A server with a stock model and an artifact, and a process that loads them twice."""
-    server = Hub()
+    for held in (server.repos, server.objects, server.log, server.faults):
+        held.clear()
     commit = server.add(MODEL, tiny_folder)
     server.add(ARTIFACT, tiny_artifact)
     home = tmp_path_factory.mktemp("home")
-    rows = load(server, home, MODEL, ARTIFACT, MODEL, ARTIFACT, f"{MODEL}@{commit}")
-    yield server, home, rows
-    server.shutdown()
+    names = (MODEL, ARTIFACT, MODEL, ARTIFACT, f"{MODEL}@{commit}")
+    code, out, err = client(home, *names, token=None, code=LOAD)
+    assert code == 0, err
+    return server, home, [json.loads(line) for line in out.splitlines()]
 
 
 def load(server: Hub, home, *names: str, **environment: str) -> list[list[dict]]:
     """Of each name what happened with kvfold, and without."""
     env = {**server.environment(home, token=None), **environment}
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, home, *names], env=env, capture_output=True, text=True
+        [sys.executable, "-c", prepared.alone(LOAD), home, *names],
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -5,18 +5,19 @@ import json
 import subprocess
 import sys
 
+import prepared
 import pytest
 
 OPTIMUM_CLI = (sys.executable, "-m", "optimum.commands.optimum_cli")
-KVFOLD = (sys.executable, "-m", "kvfold.compress.cli")
+MAIN = "from optimum.commands.optimum_cli import main; main()"
 
 
-def run(command, *args, **options):
-    return subprocess.run([*command, *map(str, args)], capture_output=True, text=True, **options)
+def run(*command) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def both(*args) -> tuple[subprocess.CompletedProcess, subprocess.CompletedProcess]:
-    return run((*OPTIMUM_CLI, "kvfold"), *args), run(KVFOLD, *args)
+    return prepared.python("kvfold", MAIN, "kvfold", *args), prepared.command(*args)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_same_figures(tiny_artifact):
 
 
 def test_optimum_lists_it_and_its_own_commands_stay():
-    listed = run(OPTIMUM_CLI, "--help")
+    listed = run(*OPTIMUM_CLI, "--help")
     assert "kvfold" in listed.stdout and "export" in listed.stdout and listed.returncode == 0
     code = (
         "import sys, runpy; sys.argv = ['optimum-cli', 'env', '--help']; "
@@ -59,5 +60,5 @@ def test_optimum_lists_it_and_its_own_commands_stay():
         f"atexit.register(lambda: print('LOADED', 'kvfold.compress.cli' in sys.modules)); {code}"
     )
     assert (
-        "LOADED False" in run((sys.executable, "-c", probe)).stdout
+        "LOADED False" in run(sys.executable, "-c", probe).stdout
     )  # registering loads nothing of ours

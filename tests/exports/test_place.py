@@ -302,8 +302,10 @@ def test_a_model_that_was_only_copied_is_the_same(
 
 @pytest.mark.parametrize("damage", [b"", b"not this", None, "folder"])
 def test_what_is_damaged_is_computed_again(tmp_path, tiny_artifact, run, interrupted, damage):
+    begun = shutil.copytree(interrupted(tmp_path / "tiny"), tmp_path / "kept")
+    shutil.rmtree(tmp_path / "tiny.work")
     for name in ("stats_001.safetensors", "fisher.json", "hidden.json", "stats_000.safetensors"):
-        work = interrupted(tmp_path / "tiny")
+        work = shutil.copytree(begun, tmp_path / "tiny.work")
         file = work / name
         if damage is None:
             file.unlink()
@@ -314,7 +316,8 @@ def test_what_is_damaged_is_computed_again(tmp_path, tiny_artifact, run, interru
             file.write_bytes(damage)
         run(tmp_path / "tiny", resume=True)
         assert digest(tmp_path / "tiny") == digest(tiny_artifact), name
-        assert names(tmp_path) == ["tiny"]
+        assert names(tmp_path) == ["kept", "tiny"]
+        shutil.rmtree(tmp_path / "tiny")
 
 
 def test_a_damaged_mark_is_named(tmp_path, run, interrupted):

@@ -5,10 +5,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import prepared
 import pytest
 
 from kvfold import KvfoldError, runtime
@@ -57,9 +56,7 @@ def write_again(source: Path, out: Path) -> None:
 
 
 def killed(source: Path, out: Path, moment: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, source, out, moment], capture_output=True, text=True
-    )
+    done = prepared.python("kvfold", KILLED, source, out, moment)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 

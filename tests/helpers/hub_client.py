@@ -14,10 +14,13 @@ from hub_server import OWNER, Hub
 # one process imports everything once and forks for each command: huggingface_hub reads its
 # environment when it is imported
 SERVE = """
-import json, os, sys
+import gc, json, os, sys, traceback
+gc.disable()
 import kvfold.exports.page.hub, kvfold.compress.evaluate
 from kvfold.compress.cli import main
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+gc.freeze()
+gc.enable()
 for line in sys.stdin:
     job = json.loads(line)
     if (child := os.fork()) == 0:
@@ -25,7 +28,21 @@ for line in sys.stdin:
         os.environ.update(job["env"])
         for number, name in (1, "out"), (2, "err"):
             os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        main(job["args"])
+        code = 1
+        try:
+            if job["code"]:
+                sys.argv = ["-c", *job["args"]]
+                exec(job["code"], {"__name__": "__main__"})
+            else:
+                main(job["args"])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException:
+            traceback.print_exc()
+        for stream in sys.stdout, sys.stderr:
+            stream.flush()
+        os._exit(code)  # taking apart what was imported takes longer than most commands
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
@@ -41,10 +58,14 @@ class Client:
             text=True,
         )
 
-    def __call__(self, *args: object, token: str | None = OWNER) -> tuple[int, str, str]:
+    def __call__(
+        self, *args: object, token: str | None = OWNER, code: str = ""
+    ) -> tuple[int, str, str]:
+        """Exit code and output of `kvfold args…`, or of `python -c code args…`."""
         out, err = (self.folder / name for name in ("out", "err"))
         job = {
             "args": [*map(str, args)],
+            "code": code,
             "env": {"HF_TOKEN": token} if token else {},
             "out": str(out),
             "err": str(err),
@@ -56,14 +77,14 @@ class Client:
         return code, out.read_text(), err.read_text()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server():
     hub = Hub()
     yield hub
     hub.shutdown()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def client(server, tmp_path_factory):
     folder = tmp_path_factory.mktemp("client")
     made = Client(server.environment(folder / "hf"), folder)

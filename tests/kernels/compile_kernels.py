@@ -1,12 +1,8 @@
-"""Compiles the attention kernels of pairs of formats for sm_90; a process of its own, because the
-interpreter is off here.
-
-usage: python tests/kernels/compile_kernels.py PROMPT PAIR …, where PAIR may be "cap" (soft-cap), "mean", "merge" or
-                                       "decode" (of pages)
-"""
+"""Compiles the attention kernels of pairs of formats for sm_90; in a process of its own, because the
+interpreter is off here."""
 
 import os
-import sys
+from collections.abc import Sequence
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -79,11 +75,15 @@ def compile_decode() -> Any:
     )
 
 
-def main(name: str, prompt: bool) -> None:
-    sys.path.insert(0, os.path.dirname(__file__))
+def main(names: Sequence[str], prompt: bool) -> None:
+    """Compiles pairs; a name may also be "cap" (soft-cap), "mean", "merge" or "decode" (of pages)."""
+    for name in names:
+        compile_named(name, prompt)
+
+
+def compile_named(name: str, prompt: bool) -> None:
     from test_triton_attention import PAIRS
 
-    os.environ["TRITON_INTERPRET"] = "0"
     if name == "cap":
         compile_pair(*PAIRS["mixed keys"], prompt, cap=30.0)
         compile_pair(raw16(64), raw16(64), prompt, cap=30.0)
@@ -101,8 +101,3 @@ def main(name: str, prompt: bool) -> None:
         compile_decode()
     else:
         compile_pair(*PAIRS[name], prompt)
-
-
-if __name__ == "__main__":
-    for pair in sys.argv[2:]:
-        main(pair, bool(int(sys.argv[1])))

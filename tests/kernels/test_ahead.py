@@ -8,10 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import prepared
 import pytest
 import torch
+from conftest import TINY_RECIPE
 
 from kvfold import runtime
+from kvfold.compress.pipeline import compress
+from kvfold.compress.recipe import load_recipe
 
 pytest.importorskip("triton")
 from kvfold.kernels import catalogue
@@ -28,14 +32,14 @@ from kvfold.kernels.compile.build import jobs_of, target_of
 from kvfold.runtime.generate.ahead import catalogue_kinds
 from kvfold.runtime.generate.compile import Kind, launches_of
 def kind(key, value):
-    basis = dict(matrix=torch.eye(64).expand(2, 64, 64).contiguous(), offset=torch.ones(2, 64), frequencies=(1.0,)) \
+    basis = dict(matrix=torch.eye(64)[None].contiguous(), offset=torch.ones(1, 64), frequencies=(1.0,)) \
 if key.params != "none" else {}
-    clip = torch.ones(2) if key.params == "scale_min" else None
+    clip = torch.ones(1) if key.params == "scale_min" else None
     return Kind(LayerSpec(KeySpec(key, clip=clip, **basis), ValueSpec(value)), 0, None, False)
-geometry = Geometry(2, 64, 64, 128, 32)
+geometry = Geometry(1, 64, 64, 128, 32)
 def hashes(kinds):
     return {job.hash: job.name for job in \
-jobs_of(launches_of(kinds, geometry, 8, torch.bfloat16, PROGRESSIVE), target_of("sm_90"))}
+jobs_of(launches_of(kinds, geometry, 4, torch.bfloat16, PROGRESSIVE), target_of("sm_90"))}
 pairs = catalogue.pairs(64)
 first, second = hashes([kind(*pairs[3])]), hashes([kind(*pair) for pair in pairs[-4:]])
 listed = hashes(catalogue_kinds([kind(*pairs[3])]))
@@ -46,9 +50,7 @@ print(json.dumps([len(second), [name for x, name in second.items() if x not in l
 
 @pytest.mark.parametrize("progressive", [False, True])
 def test_another_artifacts_kernels_are_all_among_the_catalogues(progressive):
-    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    code = COVERED.replace("PROGRESSIVE", str(progressive))
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    done = prepared.python("compiler", COVERED.replace("PROGRESSIVE", str(progressive)))
     assert done.returncode == 0, done.stderr
     count, missing, own = json.loads(done.stdout)
     assert count > 8 and not missing and not own
@@ -99,6 +101,19 @@ ahead.main(sys.argv[1])
 """
 
 
+@pytest.fixture(scope="module")
+def plain_artifact(tmp_path_factory, tiny_folder, text_file):
+    """One of two formats of one class each, whose kernels are soon compiled; those of the others
+    are compiled in test_triton_attention.py."""
+    folder = tmp_path_factory.mktemp("plain")
+    side = "{transform: none, levels: [4], clip: false}"
+    (folder / "recipe.yaml").write_text(f"{TINY_RECIPE}key: {side}\nvalue: {side}\n")
+    recipe = load_recipe(folder / "recipe.yaml")
+    out = folder / "out"
+    options = {"calib": str(text_file), "recipe": recipe, "accept_loss": True}
+    return compress(str(tiny_folder), "6.0", out, **options).path
+
+
 def start(folder: Path, cache: Path) -> subprocess.Popen:
     env = {
         **os.environ,
@@ -112,16 +127,16 @@ def start(folder: Path, cache: Path) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def test_all_is_compiled_and_stamped(tiny_artifact, tmp_path):
+def test_all_is_compiled_and_stamped(plain_artifact, tmp_path):
     (tmp_path / "cache").mkdir()
-    with start(tiny_artifact, tmp_path / "cache") as process:
+    with start(plain_artifact, tmp_path / "cache") as process:
         assert process.wait(600) == 0
     assert (tmp_path / "cache" / "stamp").is_file() and len(list(tmp_path.rglob("*.cubin"))) > 4
 
 
-def test_it_ends_with_its_caller(tiny_artifact, tmp_path):
+def test_it_ends_with_its_caller(plain_artifact, tmp_path):
     (tmp_path / "cache").mkdir()
-    with start(tiny_artifact, tmp_path / "cache") as process:
+    with start(plain_artifact, tmp_path / "cache") as process:
         process.stdin.close()
         assert process.wait(60) == -signal.SIGKILL
     assert not (tmp_path / "cache" / "stamp").exists()

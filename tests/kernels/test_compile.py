@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import prepared
 import pytest
 import torch
 
@@ -111,12 +112,10 @@ def test_the_files_alone_say_what_a_model_launches(tiny_artifact):
 # -- with the compiler, in processes of their own: here kernels are the interpreter's --------------
 
 
-def python(code: str, cache: Path, **env: str) -> subprocess.CompletedProcess:
-    """Runs code that may use `kernels_here` of compile_ahead.py, with a cache folder."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"from compile_ahead import *\n{code}"],
-        cwd=ROOT, env=environment(cache) | env, capture_output=True, text=True,
-    )  # fmt: skip
+def python(code: str, cache: Path) -> subprocess.CompletedProcess:
+    """Runs code that may use what compile_ahead.py has, with a cache folder."""
+    code = f"from compile_ahead import *\n{code}"
+    done = prepared.python("compiler", code, env={"TRITON_CACHE_DIR": str(cache)}, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done
 

@@ -1,9 +1,6 @@
 """A kind of code that no file of the product names (float4.py), from a recipe to the kernels."""
 
-import os
-import subprocess
-import sys
-
+import prepared
 import pytest
 import torch
 
@@ -211,10 +208,7 @@ with known():
 def test_its_kernels_compile_for_a_gpu(tmp_path):
     """In a process of its own, without the interpreter; those that are compiled ahead, under the
     key they are looked up by."""
-    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    env["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [sys.executable, "-c", COMPILE]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    done = prepared.python("compiler", COMPILE, env={"TRITON_CACHE_DIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     name, _, digest = done.stdout.strip().partition(":")
     assert (

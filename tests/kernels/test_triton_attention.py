@@ -3,6 +3,7 @@ prompts; compiled for a GPU."""
 
 from copy import copy
 
+import prepared
 import pytest
 import torch
 
@@ -270,16 +271,11 @@ def test_steps_read_all_sinks_however_many_blocks_they_fill(sinks, length):
 def test_compiles_for_a_gpu(prompt):
     """The interpreter lets through what the compiler refuses. Every kind of plane, in a step or a
     prompt: a pair takes seconds."""
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    script = Path(__file__).parent / "compile_kernels.py"
     pairs = (
         ["mixed keys", "16 and 8 bits", "decode"]
         if prompt
         else ["2 bits", "ternary values", "8 and 6 bits, 80", "cap", "merge"]
     )
-    command = [sys.executable, script, str(int(prompt)), *pairs]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    code = "import compile_kernels, sys; compile_kernels.main(sys.argv[2:], bool(int(sys.argv[1])))"
+    run = prepared.python("compiler", code, int(prompt), *pairs)
     assert run.returncode == 0, run.stderr[-2000:]

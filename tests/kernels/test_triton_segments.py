@@ -1,12 +1,10 @@
 """Pages of different formats in one call: the kernels against plain torch on the same bytes, from
 16 bits down to the floor."""
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
+import prepared
 import pytest
 import torch
 from torch import Tensor
@@ -317,7 +315,6 @@ def test_the_reference_decodes_by_rung():
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles what it runs")
 def test_kernels_that_add_the_rotating_mean_compile_for_a_gpu():
-    script = Path(__file__).parent / "compile_kernels.py"
-    command = [sys.executable, script, "0", "mean"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    code = "import compile_kernels; compile_kernels.main(['mean'], prompt=False)"
+    run = prepared.python("compiler", code)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -1,11 +1,7 @@
 """The kernels that write pages take formats as data: the device chooses among them, and none is
 compiled for."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import prepared
 import pytest
 import torch
 
@@ -153,11 +149,6 @@ print("compiled")
 def test_kernels_compile_for_a_gpu(tmp_path):
     """The interpreter lets through what the compiler does not: variables that change type, shapes
     that are no constants."""
-    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    file = tmp_path / "compile_kernels.py"
-    file.write_text(COMPILE)
-    done = subprocess.run(
-        [sys.executable, str(file)], capture_output=True, text=True, env=env, cwd=Path.cwd()
-    )
+    done = prepared.python("compiler", COMPILE, env={"TRITON_CACHE_DIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "compiled"

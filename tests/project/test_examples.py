@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,11 +9,11 @@ from types import ModuleType
 import matplotlib
 import pytest
 from hub_artifact import files_on
-from hub_server import Hub
 
 from kvfold import KVBudgetExceeded
 from kvfold.exports.reader import read_metadata
 
+pytest_plugins = ("hub_client",)
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
@@ -84,10 +83,9 @@ def test_long_document_is_lowered_as_the_budget_fills_and_never_passes_it(
 
 
 def test_compress_and_push_publishes_what_it_measured(
-    tmp_path, tiny_folder, text_file, recipe_file
+    client, hub, tmp_path, tiny_folder, text_file, recipe_file
 ):
     """In a process of its own: huggingface_hub reads its environment when it is imported."""
-    hub = Hub()
     out = tmp_path / "small"
     options = [
         "--budget",
@@ -101,25 +99,12 @@ def test_compress_and_push_publishes_what_it_measured(
         "--windows",
         "1",
     ]
-    command = [
-        sys.executable,
-        EXAMPLES / "compress_and_push.py",
-        tiny_folder,
-        "someone/small",
-        *options,
-    ]
-    command += ["--seq-len", "256", "--i-know", "--private"]
-    try:
-        done = subprocess.run(
-            list(map(str, command)),
-            env=hub.environment(tmp_path / "hf"),
-            capture_output=True,
-            text=True,
-        )
-    finally:
-        hub.shutdown()
-    assert done.returncode == 0, done.stderr
-    assert "loaded someone/small again: 3 layers" in done.stdout
+    options += ["--seq-len", "256", "--i-know", "--private"]
+    script = str(EXAMPLES / "compress_and_push.py")
+    code = f"import runpy; runpy.run_path({script!r}, run_name='__main__')"
+    returned, printed, err = client(tiny_folder, "someone/small", *options, code=code)
+    assert returned == 0, err
+    assert "loaded someone/small again: 3 layers" in printed
     measured = json.loads((tmp_path / "small.eval.json").read_text())
     files = files_on(hub)
     assert (

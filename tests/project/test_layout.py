@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from prepared import alone
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("kernels", "exports", "compress", "runtime")
@@ -51,7 +52,7 @@ def run(code: str, *path: Path, cwd: Path = ROOT) -> str:
     packages."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True
+        [sys.executable, "-c", alone(code)], cwd=cwd, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

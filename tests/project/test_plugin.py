@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import prepared
 import pytest
 import torch
 import transformers
@@ -46,7 +47,9 @@ ids = torch.arange(150).remainder(128)[None]
 
 def python(code: str, *args: object) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True
+        [sys.executable, "-c", prepared.alone(code), *map(str, args)],
+        capture_output=True,
+        text=True,
     )
 
 
@@ -74,7 +77,7 @@ assert not any(name.partition(".")[0] == "kvfold" for name in sys.modules)
 """
 
 
-def test_a_stock_environment_computes_the_original(tmp_path, text_file, recipe_file):
+def test_a_stock_environment_computes_the_original(tmp_path, text_file, recipe_file, no_plots):
     """Keys are transformed where they are written, values in float32 weights: rounding of the last
     bits is all that is left."""
     pairs = []
@@ -86,7 +89,7 @@ def test_a_stock_environment_computes_the_original(tmp_path, text_file, recipe_f
         compress(
             str(pairs[-2]), budget, pairs[-1], calib=str(text_file), recipe=load_recipe(recipe_file)
         )
-    done = python(BLOCK + STOCK, *pairs)
+    done = prepared.python("transformers", BLOCK + STOCK, *pairs)
     assert (done.returncode, done.stderr) == (0, "")  # no warning either
     for family, line in zip(FAMILIES, done.stdout.splitlines(), strict=True):
         error, same_text = line.split()
@@ -108,14 +111,15 @@ def test_a_stock_environment_computes_the_original_to_the_bit(
         compress(
             str(tiny_folder), "5.0", pairs[-1], calib=str(text_file), recipe=load_recipe(recipe)
         )
-    done = python(BLOCK + STOCK, *pairs)
+    done = prepared.python("transformers", BLOCK + STOCK, *pairs)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "0.0 True\n" * 2), done.stderr
 
 
 def test_a_stock_environment_saves_a_plain_checkpoint(tmp_path, tiny_artifact):
     """Re-saved without kvfold it is no artifact, so nobody takes it for one."""
     code = BLOCK + "load(sys.argv[1]).save_pretrained(sys.argv[2])"
-    assert python(code, tiny_artifact, tmp_path / "plain").stderr == ""
+    done = prepared.python("transformers", code, tiny_artifact, tmp_path / "plain")
+    assert done.stderr == ""
     assert listing(tmp_path / "plain") == [
         "config.json",
         "generation_config.json",
@@ -186,8 +190,15 @@ print(type(model(ids).past_key_values).__name__, len(sys.meta_path), AutoModelFo
     assert packed == f"QuantizedKVCache|{wanted[0].tolist()}"
     assert plain == back == "DynamicCache"
     name, finders, module = stays.split()
-    stock = python("import sys, transformers; print(len(sys.meta_path))").stdout.split()
-    assert [name, finders] == ["QuantizedKVCache", *stock] and module.startswith("transformers.")
+    assert [name, finders] == ["QuantizedKVCache", stock_finders()] and module.startswith(
+        "transformers."
+    )
+
+
+@functools.cache
+def stock_finders() -> str:
+    """How many finders a process has that has imported transformers alone."""
+    return python("import sys, transformers; print(len(sys.meta_path))").stdout.strip()
 
 
 UNTOUCHED = """
@@ -221,7 +232,12 @@ model.dtype, hasattr(model, "kv_artifact"))
 )
 def test_an_import_leaves_transformers_alone(tiny_artifact, order):
     """What else runs in the process loads what it loaded before."""
-    done = python(UNTOUCHED.format(order=order), tiny_artifact)
+    begin = (
+        functools.partial(prepared.python, "transformers")
+        if order.startswith("from transformers")
+        else python
+    )
+    done = begin(UNTOUCHED.format(order=order), tiny_artifact)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["DynamicCache torch.bfloat16 False"]
 

@@ -17,6 +17,71 @@ from kvfold import runtime
 pytest_plugins = ("real_artifact",)
 pytestmark = pytest.mark.real
 
+# -- ONNX
+
+needs_onnx = pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript")),
+    reason="pip install 'kvfold[onnx]'",
+)
+PROMPT = 300  # tokens: several pages behind sinks and window
+
+
+@needs_onnx
+@torch.no_grad()
+def test_onnxruntime_writes_the_runtimes_text(tmp_path):
+    """compress → export onnx → onnxruntime, in pages of 8 bits, where a code that is rounded the
+    other way is a small matter. The first here: it needs no artifact that another worker makes
+    meanwhile."""
+    from kvfold.exports.onnx.runner import OnnxRunner
+
+    recipe = tmp_path / "eight.yaml"
+    side = "{transform: none, levels: [256], clip: false}"
+    recipe.write_text(
+        f"window: 128\nkey: {side}\nvalue: {side}\ncalibration: {{num_sequences: 1, seq_len: 512}}\n"
+        "sensitivity: {num_sequences: 1, seq_len: 256}\n"
+    )
+    eight, out = tmp_path / "eight", tmp_path / "graphs"
+    command("compress", MODEL, "--budget", "9.5", "--recipe", recipe, "--out", eight)
+    command("export", "onnx", eight, out)
+    ids = prose(eight)[None, :PROMPT]
+    model = runtime.load_pretrained(eight, device="cpu")
+    assert {str(f.classes[0][1]) for pair in model.kv_artifact.formats for f in pair} == {"256"}
+    wanted = greedy(model, ids, new=64)[0, PROMPT:].tolist()
+    assert [int(token[0]) for token in OnnxRunner(out).generate(ids.numpy(), 64)] == wanted
+
+
+@pytest.fixture(scope="module")
+def graphs(real_artifact, tmp_path_factory):
+    out = tmp_path_factory.mktemp("onnx") / "graphs"
+    command("export", "onnx", real_artifact, out)
+    return out
+
+
+@needs_onnx
+@torch.no_grad()
+def test_onnxruntime_goes_on_where_the_runtime_is(real_artifact, graphs):
+    """On the runtime's own pages the graph gives its next logits: a key that float16 rounds to the
+    other side may move them a little."""
+    from kvfold.exports.onnx.runner import OnnxRunner
+
+    model, runner = runtime.load_pretrained(real_artifact, device="cpu"), OnnxRunner(graphs)
+    ids = prose(real_artifact)[None, : PROMPT + 40]
+    cache = model(ids[:, :PROMPT]).past_key_values
+    errors, agreed = [], 0
+    for at in range(PROMPT, PROMPT + 40):
+        logits, present = runner(
+            ids[:, at : at + 1].numpy(), runner.cache_of(runtime.onnx_inputs(cache))
+        )
+        wanted = model(ids[:, at : at + 1], past_key_values=cache).logits[0, 0].numpy()
+        errors.append(float(np.abs(logits[0, 0] - wanted).max()))
+        agreed += int(logits.argmax() == wanted.argmax())
+        grown = runtime.onnx_inputs(cache)
+        for name, tensor in present.items():
+            assert tensor.numpy().shape == grown[name].shape
+    assert np.median(errors) < 1e-3 and max(errors) < 1e-2
+    assert agreed >= 39
+
+
 # -- Hub
 
 GENERATE = """
@@ -80,67 +145,3 @@ def test_measured_pushed_and_loaded_by_its_name(real_artifact, tmp_path):
         assert json.loads(done.stdout.splitlines()[-1]) == wanted[0].tolist()
     finally:
         hub.shutdown()
-
-
-# -- ONNX
-
-needs_onnx = pytest.mark.skipif(
-    any(find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript")),
-    reason="pip install 'kvfold[onnx]'",
-)
-PROMPT = 300  # tokens: several pages behind sinks and window
-
-
-@pytest.fixture(scope="module")
-def graphs(real_artifact, tmp_path_factory):
-    out = tmp_path_factory.mktemp("onnx") / "graphs"
-    command("export", "onnx", real_artifact, out)
-    return out
-
-
-@needs_onnx
-@torch.no_grad()
-def test_onnxruntime_goes_on_where_the_runtime_is(real_artifact, graphs):
-    """On the runtime's own pages the graph gives its next logits: a key that float16 rounds to the
-    other side may move them a little."""
-    from kvfold.exports.onnx.runner import OnnxRunner
-
-    model, runner = runtime.load_pretrained(real_artifact, device="cpu"), OnnxRunner(graphs)
-    ids = prose(real_artifact)[None, : PROMPT + 40]
-    cache = model(ids[:, :PROMPT]).past_key_values
-    errors, agreed = [], 0
-    for at in range(PROMPT, PROMPT + 40):
-        logits, present = runner(
-            ids[:, at : at + 1].numpy(), runner.cache_of(runtime.onnx_inputs(cache))
-        )
-        wanted = model(ids[:, at : at + 1], past_key_values=cache).logits[0, 0].numpy()
-        errors.append(float(np.abs(logits[0, 0] - wanted).max()))
-        agreed += int(logits.argmax() == wanted.argmax())
-        grown = runtime.onnx_inputs(cache)
-        for name, tensor in present.items():
-            assert tensor.numpy().shape == grown[name].shape
-    assert np.median(errors) < 1e-3 and max(errors) < 1e-2
-    assert agreed >= 39
-
-
-@needs_onnx
-@torch.no_grad()
-def test_onnxruntime_writes_the_runtimes_text(real_artifact, tmp_path):
-    """compress → export onnx → onnxruntime, in pages of 8 bits, where a code that is rounded the
-    other way is a small matter."""
-    from kvfold.exports.onnx.runner import OnnxRunner
-
-    recipe = tmp_path / "eight.yaml"
-    side = "{transform: none, levels: [256], clip: false}"
-    recipe.write_text(
-        f"window: 128\nkey: {side}\nvalue: {side}\ncalibration: {{num_sequences: 1, seq_len: 512}}\n"
-        "sensitivity: {num_sequences: 1, seq_len: 256}\n"
-    )
-    eight, out = tmp_path / "eight", tmp_path / "graphs"
-    command("compress", MODEL, "--budget", "9.5", "--recipe", recipe, "--out", eight)
-    command("export", "onnx", eight, out)
-    ids = prose(real_artifact)[None, :PROMPT]
-    model = runtime.load_pretrained(eight, device="cpu")
-    assert {str(f.classes[0][1]) for pair in model.kv_artifact.formats for f in pair} == {"256"}
-    wanted = greedy(model, ids, new=64)[0, PROMPT:].tolist()
-    assert [int(token[0]) for token in OnnxRunner(out).generate(ids.numpy(), 64)] == wanted

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
+from conftest import FAMILIES, NIGHTLY, tiny_model
 from transformers import DynamicCache
 
 from kvfold import KvfoldError, runtime
@@ -88,7 +88,7 @@ MODES = {
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pages_of_16_bits_generate_what_transformers_generates(family):
-    model = packed_model(family)
+    model, wanted = packed_model(family), {}
     for name, options in MODES.items():
         found = text(model, **options)
         plain = {
@@ -96,7 +96,10 @@ def test_pages_of_16_bits_generate_what_transformers_generates(family):
             for k, v in options.items()
             if k not in ("prefill_chunk_size", "prompt_lookup_num_tokens")
         }
-        assert torch.equal(found, text_16bit(family, PROMPT, **plain)), name
+        key = str(plain)  # the same for a prompt in chunks, and for drafts of it
+        if key not in wanted:
+            wanted[key] = text_16bit(family, PROMPT, **plain)
+        assert torch.equal(found, wanted[key]), name
 
 
 @torch.no_grad()
@@ -110,12 +113,16 @@ def test_assisted_text_is_greedy_text(family, spec):
     assert torch.equal(
         text(model, prompt_lookup_num_tokens=20, max_matching_ngram_size=1, **GREEDY), greedy
     )
-    for assistant in (
-        tiny_model("llama", seed=3),
-        packed_model("gemma3_text", PACKED),
-        packed_model(family, spec),
+    schedules = ("constant", "heuristic")
+    for i, assistant in enumerate(
+        (
+            tiny_model("llama", seed=3),
+            packed_model("gemma3_text", PACKED),
+            packed_model(family, spec),
+        )
     ):
-        for schedule in ("constant", "heuristic"):
+        # each assistant meets both, on raw pages the one and on packed pages the other
+        for schedule in schedules if NIGHTLY else (schedules[(i + (spec is RAW)) % 2],):
             assistant.generation_config.num_assistant_tokens = 7
             assistant.generation_config.num_assistant_tokens_schedule = schedule
             assistant.generation_config.assistant_confidence_threshold = 0.0
@@ -143,7 +150,7 @@ def left_padded(lengths):
 )
 def test_rows_of_a_left_padded_batch_are_each_row_alone(family, spec, options):
     model = packed_model(family, spec)
-    lengths = [75, 31, 2, 52]
+    lengths = [75, 31, 2, *([52] if NIGHTLY or options is GREEDY else [])]
     ids, mask = left_padded(lengths)
     together = text(model, ids, mask, **options)
     for b, n in enumerate(lengths):
