@@ -43,8 +43,8 @@ from kvfold.kernels.formats import Format
 from kvfold.pretrained import config_from_pretrained, reason_of
 
 __all__ = [
-    "Artifact", "check_artifact", "file_sha256", "fix_artifact", "is_artifact", "read_artifact", "read_cache", "read_metadata",
-    "tensor_shapes", "update_artifact",
+    "Artifact", "check_artifact", "file_sha256", "fix_artifact", "is_artifact", "read_artifact", "read_cache",
+    "read_metadata", "tensor_shapes", "update_artifact",
 ]  # fmt: skip
 MOST_NBYTES = 16 << 20  # of kv_cache.json; a thousand layers take a tenth
 MOST_OFFSET = 2.0**64  # of an offset, a matrix or its inverse; its square is finite in float32

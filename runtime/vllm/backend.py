@@ -230,8 +230,8 @@ def serve(attention: Any, layer: ServedLayer, contexts: dict[str, Any], drafts: 
     """
     geometry, impl = layer.geometry, attention.impl
     made = (attention.num_kv_heads, attention.head_size, attention.head_size_v, impl.sliding)
-    known = (geometry.num_kv_heads, geometry.head_dim, geometry.head_dim)
-    known = (*known, geometry.sliding_of(layer.index))
+    sliding = geometry.sliding_of(layer.index)
+    known = (geometry.num_kv_heads, geometry.head_dim, geometry.head_dim, sliding)
     if made != known:
         raise KvfoldError(
             f"vLLM's layer '{attention.layer_name}' has KV heads, head sizes and sliding window {made}, but "

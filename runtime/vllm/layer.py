@@ -5,12 +5,15 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from kvfold.exports.account import Geometry
 from kvfold.exports.reader import read_cache
 from kvfold.exports.spec import LayerSpec
 from kvfold.runtime.backends.base import Workspace
 from kvfold.runtime.vllm.blocks import BlockLayout, block_layout, stride_of
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class ServedLayer:
     spec: LayerSpec
     layout: BlockLayout
     workspace: Workspace
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @property
     def page_stride(self) -> int:
@@ -99,10 +102,12 @@ def served_layer(
 
 def heads_of(spec: LayerSpec, heads: slice) -> LayerSpec:
     """The formats and transforms of some KV heads of a layer."""
+
+    def cut(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[heads].contiguous()
+
     key, value = spec.key, spec.value
-    tensors = {
-        name: None if tensor is None else tensor[heads].contiguous()
-        for name, tensor in (("matrix", key.matrix), ("offset", key.offset), ("clip", key.clip))
-    }
-    clip = None if value.clip is None else value.clip[heads].contiguous()
-    return LayerSpec(replace(key, **tensors), replace(value, clip=clip))
+    matrix, offset, clip = (cut(tensor) for tensor in (key.matrix, key.offset, key.clip))
+    return LayerSpec(
+        replace(key, matrix=matrix, offset=offset, clip=clip), replace(value, clip=cut(value.clip))
+    )

@@ -15,9 +15,12 @@ from kvfold.exports.schema import METADATA_NAME
 from kvfold.pretrained import config_from_pretrained
 from kvfold.runtime.load import resolve_artifact
 from kvfold.runtime.vllm.blocks import BlockLayout, block_layout
+from kvfold.runtime.vllm.families import SERVED
 
 KEY = "kvfold"  # in vLLM's additional_config, which every process gets: the artifact's folder
-STEP_TOKENS = 2048  # of a step, unless asked for: until it is over, a chunk's rows are all in 16 bits
+STEP_TOKENS = (
+    2048  # of a step, unless asked for: until it is over, a chunk's rows are all in 16 bits
+)
 
 
 @dataclass(frozen=True)
@@ -104,16 +107,17 @@ def prepare(args: Any, folder: Path) -> Artifact:
 
 
 def check_model(artifact: Artifact) -> None:
-    """Refuses models whose other half vLLM computes and kvfold has not tried.
+    """Refuses models whose other parts vLLM computes and nobody has compared.
 
     Raises:
         KvfoldError: naming the family.
     """
     family = architecture_of(config_from_pretrained(artifact.path))
-    if family.tower:
+    if family.tower or family.model_type not in SERVED:
+        kind = ", a model of images and text," if family.tower else ""
         raise KvfoldError(
-            f"'{artifact.path}' is a model of images and text ({family.model_type}), which is not served yet; "
-            "generate with kvfold.runtime.load_pretrained."
+            f"'{artifact.path}' is of the family '{family.model_type}'{kind} which was not compared under vLLM; "
+            "generate with kvfold.runtime.load_pretrained, or serve one of docs/serving.md."
         )
 
 
@@ -140,11 +144,6 @@ def check_config(config: Any, artifact: Artifact) -> None:
         raise KvfoldError(
             f"num_speculative_tokens is {drafts}, but drafts must fit in the window, which has "
             f"{artifact.geometry.window} tokens in this artifact; give a smaller number."
-        )
-    if config.model_config.using_transformers_backend() and not __import__("os").environ.get("TRYTF"):
-        raise KvfoldError(
-            f"vLLM has no model of its own for '{artifact.path}' and would run transformers' one, whose attention is "
-            "not tried; generate with kvfold.runtime.load_pretrained."
         )
 
 

@@ -27,7 +27,11 @@ OFFSET = torch.randn(HEADS, DIM, generator=generator)
 SPECS = {
     "turning mean": LayerSpec(
         KeySpec(
-            Format(((8, 64), (8, 16))), (), MATRIX, OFFSET, frequencies=tuple(0.3**i for i in range(8))
+            Format(((8, 64), (8, 16))),
+            (),
+            MATRIX,
+            OFFSET,
+            frequencies=tuple(0.3**i for i in range(8)),
         ),
         ValueSpec(uniform(DIM, 16)),
     ),
@@ -96,7 +100,9 @@ class Pool:
             for i in (0, 1)
         ]  # fmt: skip
         batch = Batch(starts, lengths, *tables, torch.tensor(slots))
-        query, keys, values = (torch.cat([s[i] for s in states.values()], 1).transpose(0, 1) for i in range(3))
+        query, keys, values = (
+            torch.cat([s[i] for s in states.values()], 1).transpose(0, 1) for i in range(3)
+        )
         out = torch.full_like(query, torch.nan)
         attend_step(self.layer, self.blocks, batch, query, keys, values, SCALE, self.options, out)
         return {
@@ -114,7 +120,9 @@ def drawn(tokens: int, seed: int) -> tuple[torch.Tensor, ...]:
 def alone(spec: LayerSpec, states: tuple, **options) -> torch.Tensor:
     """The same through a cache of its own, token by token: [heads, tokens, dim]."""
     sliding = options.get("sliding", 0)
-    cache = QuantizedKVCache([spec], Geometry(HEADS, DIM, SINKS, WINDOW, PAGE, (sliding,) if sliding else ()))
+    cache = QuantizedKVCache(
+        [spec], Geometry(HEADS, DIM, SINKS, WINDOW, PAGE, (sliding,) if sliding else ())
+    )
     found = []
     for t in range(states[0].shape[1]):
         query, keys, values = (x[None, :, t : t + 1] for x in states)
@@ -122,7 +130,11 @@ def alone(spec: LayerSpec, states: tuple, **options) -> torch.Tensor:
         behind = t - torch.arange(t + 1)
         mask = (behind < sliding)[None, None, None] if sliding else None
         view = cache.update(keys, values, 0)[0]
-        found.append(view.attend(query, SCALE, mask, options.get("softcap"), options.get("sinks_logit"), sliding))
+        found.append(
+            view.attend(
+                query, SCALE, mask, options.get("softcap"), options.get("sinks_logit"), sliding
+            )
+        )
     return torch.cat(found, 2)[0]
 
 
@@ -156,7 +168,9 @@ def test_rejected_drafts_leave_no_trace(drafts):
     for t in range(120):
         step = part(states, t, t + 1)
         expected = plain.step({"a": step})["a"]
-        drafted = tuple(torch.cat((x, y[:, t : t + drafts]), 1) for x, y in zip(step, wrong, strict=True))
+        drafted = tuple(
+            torch.cat((x, y[:, t : t + drafts]), 1) for x, y in zip(step, wrong, strict=True)
+        )
         found = drafting.step({"a": drafted}, advance=False)["a"][:, :1]
         drafting.lengths["a"] = t + 1
         torch.testing.assert_close(found, expected, **ROUNDING)
@@ -203,7 +217,9 @@ def test_a_raw_block_fills_a_packed_ones_bytes(levels, page):
 
 
 def test_blocks_of_no_whole_pages_are_refused():
-    with pytest.raises(KvfoldError, match="block of 100 tokens .* multiple of 32, or leave it out"):
+    with pytest.raises(
+        KvfoldError, match=r"block of 100 tokens .* multiple of 32, or leave it out"
+    ):
         block_layout(Geometry(HEADS, DIM, SINKS, 100, 32), [(raw16(DIM), raw16(DIM))], 100)
 
 

@@ -20,7 +20,9 @@ from kvfold.runtime.vllm.version import check_version, is_tested
 
 
 def arguments(model, **options) -> EngineArgs:
-    return EngineArgs(str(model), skip_tokenizer_init=True, dtype="float32", max_model_len=512, **options)
+    return EngineArgs(
+        str(model), skip_tokenizer_init=True, dtype="float32", max_model_len=512, **options
+    )
 
 
 def test_the_plugin_is_an_entry_point_and_registers_once():
@@ -35,7 +37,9 @@ def test_an_artifacts_folder_turns_it_on(tiny_artifact):
     assert settings.folder_of(config) == str(tiny_artifact.resolve())
     assert config.cache_config.block_size == 128
     assert config.scheduler_config.max_num_batched_tokens == 2048
-    config = arguments(tiny_artifact, block_size=64, max_num_batched_tokens=512).create_engine_config()
+    config = arguments(
+        tiny_artifact, block_size=64, max_num_batched_tokens=512
+    ).create_engine_config()
     assert config.cache_config.block_size == 64
     assert config.scheduler_config.max_num_batched_tokens == 512
 
@@ -54,11 +58,21 @@ REFUSED = [
     ({"enable_lora": True}, "LoRA .* --enable-lora"),
     ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
     (
-        {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")},
+        {
+            "kv_transfer_config": KVTransferConfig(
+                kv_connector="ExampleConnector", kv_role="kv_both"
+            )
+        },
         "KV connector .* --kv-transfer-config",
     ),
     (
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 30, "prompt_lookup_max": 3}},
+        {
+            "speculative_config": {
+                "method": "ngram",
+                "num_speculative_tokens": 30,
+                "prompt_lookup_max": 3,
+            }
+        },
         "num_speculative_tokens is 30, .* 24 tokens",
     ),
 ]
@@ -72,11 +86,13 @@ def test_what_is_not_right_over_packed_pages_is_refused_by_name(tiny_artifact, o
 
 def test_a_draft_model_is_refused(tiny_artifact, tiny_folder):
     drafts = {"model": str(tiny_folder), "num_speculative_tokens": 2, "method": "draft_model"}
-    with pytest.raises(KvfoldError, match="Speculation by 'draft_model' .* use method ngram"):
+    with pytest.raises(KvfoldError, match=r"Speculation by 'draft_model' .* use method ngram"):
         arguments(tiny_artifact, speculative_config=drafts).create_engine_config()
 
 
-def test_an_artifact_without_an_index_is_refused_with_the_command_that_adds_it(tiny_artifact, tmp_path):
+def test_an_artifact_without_an_index_is_refused_with_the_command_that_adds_it(
+    tiny_artifact, tmp_path
+):
     old = shutil.copytree(tiny_artifact, tmp_path / "old")
     (old / "model.safetensors.index.json").unlink()
     update_artifact(old)
@@ -158,7 +174,11 @@ def test_a_hub_id_turns_it_on(tiny_artifact, tmp_path, monkeypatch):
     def download(repo, name, **options):
         if repo not in found:
             raise OSError(repo)
-        assert name == "kv_cache.json" and options == {"revision": "main", "token": "t", "cache_dir": None}
+        assert name == "kv_cache.json" and options == {
+            "revision": "main",
+            "token": "t",
+            "cache_dir": None,
+        }
         return str(found[repo] / name)
 
     monkeypatch.setattr(settings, "hf_hub_download", download)
