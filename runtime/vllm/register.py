@@ -10,6 +10,7 @@ import logging
 from functools import wraps
 from typing import Any
 
+from kvfold.errors import KvfoldError
 from kvfold.runtime.vllm.version import check_version, is_tested
 
 log = logging.getLogger("kvfold")
@@ -24,20 +25,24 @@ def register() -> None:
 
         if hasattr(EngineArgs.create_engine_config, "kvfold"):
             return
-        version = vllm.__version__
+        version, fault = vllm.__version__, None
         if is_tested(version):
-            wrap_layers()
-        wrap_arguments(EngineArgs, version)
+            try:
+                wrap_layers()
+            except Exception as error:
+                fault = error
+        wrap_arguments(EngineArgs, version, fault)
     except Exception:
         log.exception("kvfold's plugin is not registered: artifacts get a 16-bit cache")
 
 
-def wrap_arguments(owner: Any, version: str) -> None:
+def wrap_arguments(owner: Any, version: str, fault: Exception | None = None) -> None:
     """Has `create_engine_config` see whether its model is an artifact.
 
     Args:
         owner: EngineArgs.
         version: of vLLM.
+        fault: why layers were not wrapped, if they were to be: then an artifact is refused.
     """
     stock = owner.create_engine_config
 
@@ -51,6 +56,11 @@ def wrap_arguments(owner: Any, version: str) -> None:
         if folder is None:
             return stock(self, *args, **kwargs)
         check_version(version)
+        if fault is not None:
+            raise KvfoldError(
+                f"kvfold's plugin can't be set up in this vLLM {version} ({type(fault).__name__}: {fault}); "
+                "install vLLM and kvfold again."
+            )
         artifact = prepare(self, folder)
         config = stock(self, *args, **kwargs)
         check_config(config, artifact)
@@ -114,7 +124,6 @@ def make_served(
     )
     from vllm.model_executor.models.utils import extract_layer_index
 
-    from kvfold.errors import KvfoldError
     from kvfold.runtime.vllm.backend import PackedBackend, serve
     from kvfold.runtime.vllm.layer import served_layer
     from kvfold.runtime.vllm.settings import drafted

@@ -14,6 +14,7 @@ from vllm.v1.core import kv_cache_utils
 
 from kvfold import KvfoldError
 from kvfold.exports.reader import update_artifact
+from kvfold.runtime.private_names import VLLM_NAMES, is_there, report
 from kvfold.runtime.vllm import register as plugin
 from kvfold.runtime.vllm import settings
 from kvfold.runtime.vllm.version import check_version, is_tested
@@ -143,6 +144,17 @@ def test_an_untested_version_has_its_layers_left_alone(monkeypatch):
     assert (Attention.__init__, kv_cache_utils.get_kv_cache_groups) == before
 
 
+def test_an_artifact_is_refused_where_layers_could_not_be_wrapped(monkeypatch, tiny_artifact):
+    def fail():
+        raise AttributeError("moved elsewhere")
+
+    monkeypatch.setattr(plugin, "wrap_layers", fail)
+    monkeypatch.setattr(EngineArgs, "create_engine_config", lambda self: "stock")
+    plugin.register()
+    with pytest.raises(KvfoldError, match=r"can't be set up .*AttributeError: moved elsewhere"):
+        arguments(tiny_artifact).create_engine_config()
+
+
 def test_registering_never_raises(monkeypatch, caplog):
     def fail(*args):
         raise AttributeError("moved elsewhere")
@@ -164,6 +176,11 @@ def test_the_functions_that_are_wrapped_are_called_by_the_names_that_are_wrapped
     assert kv_cache_utils.get_kv_cache_configs.__globals__["get_kv_cache_groups"].__wrapped__
     with pytest.raises(AssertionError):
         get_current_vllm_config()  # what tells a layer its model, while one is made
+
+
+@pytest.mark.parametrize("name", VLLM_NAMES, ids=lambda name: name.name)
+def test_a_private_name_of_vllms_is_still_there(name):
+    assert is_there(name), report(name)
 
 
 def test_a_hub_id_turns_it_on(tiny_artifact, tmp_path, monkeypatch):
