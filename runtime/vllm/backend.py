@@ -63,15 +63,13 @@ class StepMetadataBuilder(AttentionMetadataBuilder):
                 "This step's attention is not causal, but a packed cache is read causally alone; "
                 "serve the model for text generation."
             )
-        # layers of several formats have a builder each: the step's one is built once
-        if getattr(common, "kvfold_step", None) is None:
-            common.kvfold_step = StepMetadata(
-                common.query_start_loc.tolist(),
-                common.seq_lens.tolist(),
-                common.block_table_tensor,
-                common.slot_mapping,
-            )
-        return common.kvfold_step
+        table = common.block_table_tensor
+        # layers of several formats have a builder each: a group's step is built once
+        step = getattr(common, "kvfold_step", None)
+        if step is None or step.block_table is not table:
+            starts, lengths = common.query_start_loc.tolist(), common.seq_lens.tolist()
+            step = common.kvfold_step = StepMetadata(starts, lengths, table, common.slot_mapping)
+        return step
 
 
 class PackedBackend(AttentionBackend):

@@ -1,10 +1,12 @@
 """From the model that vLLM is asked for to the settings that an artifact needs, and what is
 refused."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 
 from kvfold.errors import KvfoldError
@@ -16,6 +18,8 @@ from kvfold.pretrained import config_from_pretrained
 from kvfold.runtime.load import resolve_artifact
 from kvfold.runtime.vllm.blocks import BlockLayout, block_layout
 from kvfold.runtime.vllm.families import SERVED
+
+log = logging.getLogger("kvfold")
 
 KEY = "kvfold"  # in vLLM's additional_config, which every process gets: the artifact's folder
 STEP_TOKENS = (
@@ -133,6 +137,19 @@ def check_config(config: Any, artifact: Artifact) -> None:
             raise KvfoldError(
                 f"{refusal.name} is not supported with a packed cache; leave out {refusal.option}."
             )
+    ranks, heads = config.parallel_config.tensor_parallel_size, artifact.geometry.num_kv_heads
+    if heads % ranks and ranks % heads:
+        raise KvfoldError(
+            f"--tensor-parallel-size {ranks} divides the {heads} KV heads of this model into no equal parts; give a "
+            f"divisor or a multiple of {heads}."
+        )
+    fused, served = artifact.metadata.provenance.fused_dtype, config.model_config.dtype
+    if fused == "float32" and served != torch.float32:
+        log.warning(
+            "weights with a basis folded in are stored as float32, and rounded to %s they cost "
+            "quality; --dtype float32 keeps them",
+            served,
+        )
     drafts = drafted(config)
     method = config.speculative_config.method if config.speculative_config else "ngram"
     if method != "ngram":

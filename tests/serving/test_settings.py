@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from dataclasses import replace
 
 import engine  # skips this module where vLLM is not installed  # noqa: F401
 import pytest
@@ -13,7 +14,7 @@ from vllm.plugins import load_general_plugins
 from vllm.v1.core import kv_cache_utils
 
 from kvfold import KvfoldError
-from kvfold.exports.reader import update_artifact
+from kvfold.exports.reader import read_artifact, update_artifact
 from kvfold.runtime.private_names import VLLM_NAMES, is_there, report
 from kvfold.runtime.vllm import register as plugin
 from kvfold.runtime.vllm import settings
@@ -43,6 +44,29 @@ def test_an_artifacts_folder_turns_it_on(tiny_artifact):
     ).create_engine_config()
     assert config.cache_config.block_size == 64
     assert config.scheduler_config.max_num_batched_tokens == 512
+
+
+def test_ranks_that_divide_no_heads_are_refused(tiny_artifact):
+    config = arguments(tiny_artifact).create_engine_config()
+    config.parallel_config.tensor_parallel_size = 3
+    with pytest.raises(KvfoldError, match=r"--tensor-parallel-size 3 divides the 2 KV heads .*"):
+        settings.check_config(config, read_artifact(tiny_artifact))
+
+
+def test_wider_weights_than_the_served_type_are_told(tiny_artifact, caplog):
+    artifact = read_artifact(tiny_artifact)
+    provenance = artifact.metadata.provenance.model_copy(update={"fused_dtype": "float32"})
+    metadata = artifact.metadata.model_copy(update={"provenance": provenance})
+    for dtype, told in (("float32", False), ("bfloat16", True)):
+        caplog.clear()
+        config = EngineArgs(
+            str(tiny_artifact), skip_tokenizer_init=True, dtype=dtype, max_model_len=512
+        )
+        with caplog.at_level(logging.WARNING, "kvfold"):
+            settings.check_config(
+                config.create_engine_config(), replace(artifact, metadata=metadata)
+            )
+        assert ("--dtype float32" in caplog.text) == told
 
 
 def test_any_other_model_is_left_alone(tiny_folder):
