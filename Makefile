@@ -14,7 +14,7 @@ READY := .venv/.ready
 quote = '$(subst ','\'',$(1))'
 
 # KVFOLD_TESTS=nightly make test ARGS="-m 'not real'" runs every case, and other random ones each time
-.PHONY: help compress eval bench ablation domains test mutations fuzz kills lint typecheck wheel clean
+.PHONY: help compress eval bench ablation domains test serving mutations fuzz kills lint typecheck wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -44,6 +44,9 @@ domains: $(READY)  ## calibrate MODEL on one domain, test on the others
 test: $(READY)  ## run the tests
 	@$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
+serving:  ## the tests of serving by vLLM, in .venv-serving; a word and no failure where it can't be installed
+	@PYTHON=$(PYTHON) .ci/serving $(ARGS)
+
 mutations: $(READY)  ## break twenty delicate lines, one at a time: the tests must see each
 	@$(BIN)/python tests/mutations.py $(ARGS)
 
@@ -66,4 +69,4 @@ wheel: $(READY)  ## dist/kvfold-*.whl, which pip installs anywhere
 	@rm -rf build && ls dist/kvfold-*.whl
 
 clean:  ## remove .venv, caches and build output; artifacts stay
-	rm -rf .venv build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-serving build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

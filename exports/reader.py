@@ -43,8 +43,8 @@ from kvfold.kernels.formats import Format
 from kvfold.pretrained import config_from_pretrained, reason_of
 
 __all__ = [
-    "Artifact", "check_artifact", "file_sha256", "fix_artifact", "is_artifact", "read_artifact", "read_metadata",
-    "tensor_shapes", "update_artifact",
+    "Artifact", "check_artifact", "file_sha256", "fix_artifact", "is_artifact", "read_artifact", "read_cache",
+    "read_metadata", "tensor_shapes", "update_artifact",
 ]  # fmt: skip
 MOST_NBYTES = 16 << 20  # of kv_cache.json; a thousand layers take a tenth
 MOST_OFFSET = 2.0**64  # of an offset, a matrix or its inverse; its square is finite in float32
@@ -108,6 +108,22 @@ def read_artifact(path: Path | str) -> Artifact:
     """
     path = Path(path)
     return check_artifact(path, read_metadata(path))
+
+
+def read_cache(path: Path) -> tuple[Metadata, list[LayerSpec]]:
+    """What an artifact says of its cache, checked, and none of its other files: for the further
+    processes of one that has called `read_artifact`.
+
+    Raises:
+        KvfoldError: kv_cache.json or kv_cache.safetensors is damaged.
+    """
+    metadata = read_metadata(path)
+    tensors = path / TENSORS_NAME
+    if not tensors.is_file() or file_sha256(tensors) != metadata.files.get(TENSORS_NAME):
+        raise KvfoldError(
+            f"'{path}' has no {TENSORS_NAME} of the sha256 that {METADATA_NAME} states; {AGAIN}."
+        )
+    return metadata, _read_specs(tensors, metadata)
 
 
 def check_artifact(path: Path, metadata: Metadata) -> Artifact:

@@ -52,6 +52,21 @@ PRIVATE_NAMES = (
     PrivateName("torch", "_dynamo", "a failure to compile an operation is no error of a step"),
 )
 
+MANAGER = "vllm.v1.core.single_type_kv_cache_manager.SlidingWindowManager"
+VLLM_NAMES = (  # asked for where vLLM is installed (tests/serving)
+    PrivateName(
+        MANAGER, "_remove_blocks_in_range", "blocks between sinks and window are given back"
+    ),
+    PrivateName(
+        MANAGER, "_get_num_evictable_blocks", "blocks of sinks that a hit brings are counted"
+    ),
+    PrivateName(
+        "vllm.v1.kv_cache_spec_registry.KVCacheSpecRegistry",
+        "_ensure_registered",
+        "vLLM's own specs are registered before ours",
+    ),
+)
+
 
 def find(owner: str) -> object:
     """The module or class of a dotted path.

@@ -11,6 +11,7 @@ from kvfold.runtime import private_names
 from kvfold.runtime.private_names import (
     GENERATION,
     PRIVATE_NAMES,
+    VLLM_NAMES,
     PrivateName,
     check,
     is_there,
@@ -91,7 +92,8 @@ def own_names() -> set[str]:
 
 
 def test_no_other_private_name_is_used():
-    known = {name.name for name in PRIVATE_NAMES} | own_names() | NAMED_TUPLE | ACCELERATE
+    listed = {name.name for name in (*PRIVATE_NAMES, *VLLM_NAMES)}
+    known = listed | own_names() | NAMED_TUPLE | ACCELERATE
     used = {
         relative(file): private_names_in(file) - known
         for file in RUNTIME

@@ -73,9 +73,9 @@ def test_wheel_says_what_an_index_shows(wheel):
     with zipfile.ZipFile(wheel) as content:
         stated = Parser().parsestr(content.read(f"{folder}/METADATA").decode())
         assert content.read(f"{folder}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
-        assert (
-            "kvfold = kvfold.__main__:main" in content.read(f"{folder}/entry_points.txt").decode()
-        )
+        points = content.read(f"{folder}/entry_points.txt").decode()
+    assert "kvfold = kvfold.__main__:main" in points
+    assert "[vllm.general_plugins]\nkvfold = kvfold.runtime.vllm.register:register" in points
     assert (stated["Name"], stated["Version"]) == ("kvfold", version("kvfold"))
     assert (stated["License-Expression"], stated["Requires-Python"]) == ("Apache-2.0", ">=3.11")
     assert stated["Description-Content-Type"] == "text/markdown"
