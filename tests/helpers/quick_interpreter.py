@@ -1,4 +1,4 @@
-"""Triton's interpreter without the work that it repeats: the same results in a fifth of the time.
+"""Triton's interpreter without the work that it repeats: the same results in a fraction of the time.
 
 As it is, each call of a helper inside a kernel patches some 400 names of triton.language anew, the
 NumPy type of each tensor is looked up in a table that is built for that look-up, and for each sum
