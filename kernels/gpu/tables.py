@@ -17,6 +17,7 @@ from torch import Tensor
 from kvfold.errors import KvfoldError
 from kvfold.kernels.formats import Format
 from kvfold.kernels.gpu.device.columns import (
+    ALONG,
     CODED,
     FACTORS,
     GROUP_SIZE,
@@ -24,6 +25,7 @@ from kvfold.kernels.gpu.device.columns import (
     HEADER,
     KIND,
     LEVELS,
+    MOST_UNITS,
     NBYTES,
     OWN_CODE,
     PARAM_NBYTES,
@@ -37,12 +39,12 @@ from kvfold.kernels.gpu.device.columns import (
     SCALE,
     SCALE_MIN,
     STEP,
+    TRIALS,
     WEIGHT,
     WIDTHS,
 )
 from kvfold.kernels.gpu.kinds import DeviceCode, device_code, own_code
-from kvfold.kernels.kinds.symmetric import FACTORS as TRIED
-from kvfold.kernels.kinds.symmetric import Symmetric
+from kvfold.kernels.kinds import symmetric
 from kvfold.kernels.layout import HeadLayout, head_layout
 
 
@@ -85,8 +87,11 @@ def _numbers(fmt: Format, page_tokens: int, own: tuple[DeviceCode, ...]) -> tupl
     layout = head_layout(fmt, page_tokens)
     dim = layout.head_dim
     header = _header(layout, own)
-    if isinstance(fmt.kind, Symmetric):
-        header[FACTORS.value : FACTORS.value + len(TRIED)] = map(_bits, TRIED)
+    searched = fmt.kind is symmetric.SYMMETRIC
+    if searched:
+        header[ALONG.value] = _bits(symmetric.ALONG)
+        header[MOST_UNITS.value] = _bits(symmetric.MOST_UNITS)
+        header[FACTORS.value : FACTORS.value + TRIALS.value] = map(_bits, symmetric.FACTORS)
     rows = [[0] * dim for _ in range(ROWS.value)]
     rows[PARTNER.value] = [-1] * dim
     start = 0
@@ -94,8 +99,8 @@ def _numbers(fmt: Format, page_tokens: int, own: tuple[DeviceCode, ...]) -> tupl
         run = slice(start, start + channels)
         rows[LEVELS.value][run] = [levels] * channels
         rows[STEP.value][run] = [_bits(fmt.kind.step(levels))] * channels
-        if isinstance(fmt.kind, Symmetric):
-            rows[WEIGHT.value][run] = [_bits(fmt.kind.weight(levels))] * channels
+        if searched:
+            rows[WEIGHT.value][run] = [_bits(symmetric.SYMMETRIC.weight(levels))] * channels
         start += channels
     for plane in layout.planes:
         place = PLANE_1.value if plane.shift else PLANE_0.value

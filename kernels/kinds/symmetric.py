@@ -95,7 +95,7 @@ def _search(
     numbers = x.device.type == "cpu" and bool(v.isfinite().all())
     size = _units(v * weights * v, numbers).clamp_min(1)
     half, top, middle = levels / 2, (levels - 1).clamp_min(0), (levels - 1) / 2
-    best = codes = params = None
+    found: tuple[Tensor, Tensor, Tensor] | None = None  # cost, codes, bytes of the scale
     for factor in FACTORS:
         stored, scale = store_param(root * factor, param_dtype)
         u = x / (scale.clamp_min(TINY) * steps)
@@ -104,13 +104,18 @@ def _search(
         weighted = n * weights
         along = _units(weighted * v, numbers)
         cost = _units(weighted.mul_(n), numbers) + ALONG * (along * (along / size))
-        if best is None:
-            best, codes, params = cost, tried, stored
+        if found is None:
+            found = cost, tried, stored
             continue
+        best, codes, params = found
         better = cost < best
-        best = torch.where(better, cost, best)
-        codes, params = torch.where(better, tried, codes), torch.where(better, stored, params)
-    return codes.to(torch.uint8), params
+        found = (
+            torch.where(better, cost, best),
+            torch.where(better, tried, codes),
+            torch.where(better, stored, params),
+        )
+    assert found is not None
+    return found[1].to(torch.uint8), found[2]
 
 
 SYMMETRIC = Symmetric()

@@ -18,8 +18,10 @@ PARTS: tl.constexpr = tl.constexpr(7)  # `Storage.parts`, three numbers:
 WHOLE: tl.constexpr = PARTS  # ternary: bytes of five codes; 0 if the codes are binary
 LEFT: tl.constexpr = tl.constexpr(8)  # ternary: codes left over
 WORDS: tl.constexpr = tl.constexpr(9)  # ternary: word tiles of R rows
-# bits of float32: of symmetric codes, what a root mean square is multiplied by, eight numbers
-FACTORS: tl.constexpr = tl.constexpr(16)
+# bits of float32, of symmetric codes: what the error along a token counts more, what a channel's
+# error is cut off at, and what a root mean square is multiplied by, TRIALS numbers
+ALONG, MOST_UNITS, FACTORS = tl.constexpr(10), tl.constexpr(11), tl.constexpr(16)
+TRIALS: tl.constexpr = tl.constexpr(8)
 
 # rows
 LEVELS: tl.constexpr = tl.constexpr(0)  # 0: not stored

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from kvfold.kernels.gpu.device.bits import count, pick
 from kvfold.kernels.gpu.device.codec import channel_row, read_header, store_param
-from kvfold.kernels.gpu.device.columns import CODED, HEADER, LEVELS, OWN_CODE, RAW, SCALE_MIN
+from kvfold.kernels.gpu.device.columns import CODED, HEADER, LEVELS, OWN_CODE, RAW, SCALE, SCALE_MIN
 from kvfold.kernels.gpu.device.kinds import load_source, write_codes
 from kvfold.kernels.gpu.device.scale import best_scale
 from kvfold.kernels.gpu.device.sixteen import write_rows
@@ -22,7 +22,8 @@ from kvfold.kernels.gpu.device.tiles import TOKEN_TILE, tile_width
 def write_params(
     block, table, header, clip, clip_step, clipped, source, ROWS: tl.constexpr, PACKED: tl.constexpr, OWN: tl.constexpr
 ):  # fmt: skip
-    """Scales, one a token, or minima and scales, one pair a token and group."""
+    """Scales, one a token, or minima and scales, one pair a token and group. Kinds that are neither
+    get root mean squares."""
     tokens: tl.constexpr = 8 * ROWS
     width: tl.constexpr = tile_width(TOKEN_TILE, tokens)
     dim, nbytes, size = header.head_dim, header.param_nbytes, header.group_size
@@ -51,7 +52,7 @@ def write_params(
         least = tl.min(low, 1) * factor
         scale = tl.math.div_rn(tl.max(high, 1) * factor - least, top)
         lone = tl.math.sqrt_rn(tl.math.div_rn(tl.sum(total, 1), coded))
-        if not from_minimum:
+        if header.kind == SCALE:
             lone = best_scale(table, header, lone, source, ROWS, PACKED, OWN)
         store_param(block, tl.where(from_minimum, least, lone), at, nbytes, every)
         store_param(block, scale, at + tokens * nbytes, nbytes, every & from_minimum)
