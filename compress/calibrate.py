@@ -51,7 +51,6 @@ class LayerStats:
         center: float64 [Hkv, D], mean of keys before RoPE.
         rest_moment: float64 [Hkv, D, D], E[r rᵀ] of r = k − m_t, m_t the rotating mean
             (kernels/key_mean.py).
-        cross_moment: float64 [Hkv, D, D], E[k rᵀ].
         rest_sample: float32 [Hkv, S, D], r of the tokens of key_sample.
     """
 
@@ -71,7 +70,6 @@ class LayerStats:
     frequencies: Tensor
     center: Tensor
     rest_moment: Tensor
-    cross_moment: Tensor
     rest_sample: Tensor
 
     def save(self, path: Path) -> None:
@@ -168,7 +166,6 @@ class _Accumulator:
                     center.float(), places, torch.arange(len(places), device=key.device) % STEP
                 )
             self._add("rest_moment", rest.double().mT @ rest.double())
-            self._add("cross_moment", key.double().mT @ rest.double())
             self.samples["rest"].append(rest[:, drawn])
         self.keys.clear()
 
@@ -186,7 +183,7 @@ class _Accumulator:
         self._take_off(found["center"])
         for name, parts in self.samples.items():
             found[f"{name}_sample"] = torch.cat(parts, 1)
-        for name in ("query_moment", "rest_moment", "cross_moment"):
+        for name in ("query_moment", "rest_moment"):
             found[name] = self.sums[name] / self.count
         found["sample_lengths"] = torch.tensor([x.shape[1] for x in self.samples["key"]])
         found["scaling"] = torch.tensor(self.scaling, dtype=torch.float64)

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from kvfold.compress.calibrate import LayerStats
-from kvfold.compress.centers import best_center
 from kvfold.compress.recipe import KeyRecipe, Recipe, ValueRecipe
 from kvfold.compress.transforms import KEY_TRANSFORMS, VALUE_TRANSFORMS, Basis, Request, Transform
-from kvfold.compress.transforms.whiten import turning
 from kvfold.exports.schema import MOST_SEED
 from kvfold.exports.spec import KeySpec, ValueSpec, clip_rows
 from kvfold.kernels.formats import Format
@@ -145,22 +143,6 @@ def key_candidates(
         rope_pairs: which channels RoPE turns together.
     """
     row, side = KEY_TRANSFORMS[recipe.key.transform], recipe.key
-    if side.transform == "whiten" and turning(stats, side.without):
-        bits, shared = (
-            side.bits or (),
-            side.shared_formats(stats.center.shape[-1]) if recipe.catalogue else (),
-        )
-        request = Request(
-            None,
-            0,
-            (recipe.seed * 1_000_003 + layer) % MOST_SEED,
-            without=side.without,
-            catalogue=shared,
-            pairs=rope_pairs,
-        )
-        stats = best_center(
-            stats, row.mixed(stats, bits, request) if row.mixed and bits else (), request
-        )
     pairs = _fitted(
         row,
         side,

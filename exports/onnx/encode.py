@@ -7,6 +7,7 @@ import numpy as np
 
 from kvfold.exports.onnx.codec import Side, e4m3_values
 from kvfold.exports.onnx.graph import FLOAT, INT32, UINT8, Graph
+from kvfold.kernels.kinds import symmetric
 from kvfold.kernels.kinds.levels import TRIT
 from kvfold.kernels.kinds.storage import FIELDS
 from kvfold.kernels.kinds.trits import TRIT_CHANNELS, TRITS_PER_BYTE, trit_parts
@@ -56,13 +57,51 @@ def _symmetric(side: Side, g: Graph, x: str, clip: str | None) -> tuple[str, str
         if runs != [(0, side.fmt.head_dim)]
         else x
     )
-    tau = g.op("Sqrt", g.op("ReduceMean", g.op("Mul", own, own), g.ints(4), keepdims=1))
-    data, tau = _store(side, g, tau)
-    levels = np.array([n for channels, n in side.fmt.classes for _ in range(channels)], np.float32)
-    steps = [side.fmt.kind.step(n) for channels, n in side.fmt.classes for _ in range(channels)]
-    divisor = g.op("Mul", g.op("Max", tau, g.number(TINY)), g.array(steps))
+    root = _rounded(
+        side, g, g.op("Sqrt", g.op("ReduceMean", g.op("Mul", own, own), g.ints(4), keepdims=1))
+    )
+    data, scale = _store(side, g, _best_scale(side, g, x, root))
+    return _symmetric_codes(side, g, x, scale), data
+
+
+def _symmetric_codes(side: Side, g: Graph, x: str, scale: str) -> str:
+    """Codes, float32, of numbers whose scale is known; the two broadcast."""
+    levels = np.array(side.each, np.float32)
+    steps = g.array([side.fmt.kind.step(n) for n in side.each])
+    divisor = g.op("Mul", g.op("Max", scale, g.number(TINY)), steps)
     codes = g.op("Floor", g.op("Add", g.op("Div", x, divisor), g.array(levels / 2)))
-    return g.clamp(codes, g.number(0.0), g.array(np.maximum(levels - 1, 0))), data
+    return g.clamp(codes, g.number(0.0), g.array(np.maximum(levels - 1, 0)))
+
+
+def _best_scale(side: Side, g: Graph, x: str, root: str) -> str:
+    """The scale of kinds/symmetric.py, [B, Hkv, n, P, 1]: all factors side by side in a dimension
+    of their own, in front."""
+    levels = np.array(side.each, np.float32)
+    steps = g.array([side.fmt.kind.step(n) for n in side.each])
+    weights = g.array([symmetric.SYMMETRIC.weight(n) for n in side.each])
+
+    def units(y: str) -> str:
+        most = g.number(symmetric.MOST_UNITS)
+        whole = g.cast(g.clamp(y, g.number(-symmetric.MOST_UNITS), most), INT32)
+        return g.cast(g.total(whole, -1, keep=True), FLOAT)
+
+    unit = g.op("Max", root, g.number(TINY))
+    v = g.op("Div", x, unit)
+    size = g.op("Max", units(g.op("Mul", g.op("Mul", v, weights), v)), g.number(1.0))
+    factors = g.array(np.reshape(symmetric.FACTORS, (-1, 1, 1, 1, 1, 1)))
+    scales = _rounded(side, g, g.op("Mul", root, factors))
+    codes = _symmetric_codes(side, g, x, scales)
+    middle = g.op("Sub", codes, g.array((levels - 1) / 2))
+    back = g.op("Mul", middle, g.op("Mul", scales, steps))
+    n = g.op("Div", g.op("Sub", x, back), unit)
+    weighted = g.op("Mul", n, weights)
+    along = units(g.op("Mul", weighted, v))
+    part = g.op("Mul", along, g.op("Div", along, size))
+    cost = g.op(
+        "Add", units(g.op("Mul", weighted, n)), g.op("Mul", part, g.number(symmetric.ALONG))
+    )
+    best = g.op("ArgMin", cost, axis=0, keepdims=1)
+    return g.op("Squeeze", g.op("GatherElements", scales, best, axis=0), g.ints(0))
 
 
 def _asymmetric(side: Side, g: Graph, x: str, clip: str | None) -> tuple[str, str]:
@@ -94,19 +133,26 @@ def _store(side: Side, g: Graph, values: str) -> tuple[str, str]:
     rounded parameters)."""
     count, size = side.fmt.num_params, side.fmt.param_nbytes
     if size == 2:
-        rounded = g.cast(g.half(values), FLOAT)
+        rounded = _rounded(side, g, values)
         data = _float16_bytes(side, g, rounded)  # [..., p, 2]
     else:
-        data = g.op("Unsqueeze", _e4m3_bytes(side, g, values), g.ints(5))
-        rounded = g.op(
-            "Gather",
-            g.array(np.nan_to_num(e4m3_values())),
-            g.cast(g.reshape(data, 0, 0, 0, 0, count), INT32),
-        )
+        data = _e4m3_bytes(side, g, values)
+        rounded = _from_e4m3(g, data)
     data = g.reshape(data, 0, 0, 0, FIELDS, side.rows, count, size)
     return g.reshape(
         g.transpose(data, 0, 1, 2, 5, 4, 3, 6), 0, 0, 0, count * side.page * size
     ), rounded
+
+
+def _rounded(side: Side, g: Graph, values: str) -> str:
+    """float32 parameters as their stored type has them."""
+    if side.fmt.param_nbytes == 2:
+        return g.cast(g.half(values), FLOAT)
+    return _from_e4m3(g, _e4m3_bytes(side, g, values))
+
+
+def _from_e4m3(g: Graph, data: str) -> str:
+    return g.op("Gather", g.array(np.nan_to_num(e4m3_values())), g.cast(data, INT32))
 
 
 def _negative(side: Side, g: Graph, x: str) -> str:

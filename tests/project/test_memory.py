@@ -120,6 +120,7 @@ def test_a_run_that_meets_the_limit_goes_on_without_it(
     if child == 0:
         said = "it ended well"
         try:
+            torch.set_num_threads(1)  # the parent's pool of threads is none of the child's
             limit = memory._field("/proc/self/status", "VmSize:") + (headroom << 20)
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
             run(resume=False)
