@@ -62,7 +62,7 @@ def make_stats(head_dim=16, heads=2, seed=0, tokens=600, kind="plain"):
         cov(values),
         wo.mT @ wo, span(keys), span(values), keys, values, queries, torch.tensor([tokens // 2, tokens - tokens // 2]),
         torch.tensor(head_dim**-0.5),
-        torch.empty(0), keys.double().mean(1), cov(keys), cov(keys), keys - keys.mean(1, keepdim=True),
+        torch.empty(0), keys.double().mean(1), cov(keys), keys - keys.mean(1, keepdim=True),
     )  # fmt: skip
 
 
