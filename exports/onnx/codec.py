@@ -84,11 +84,6 @@ class Side:
         return self.fmt.num_groups
 
     @cached_property
-    def each(self) -> list[int]:
-        """Levels of each channel."""
-        return [levels for channels, levels in self.fmt.classes for _ in range(channels)]
-
-    @cached_property
     def coded(self) -> list[tuple[int, int]]:
         """(first, end) of runs of channels that are stored."""
         runs, start = [], 0

@@ -8,6 +8,7 @@ import numpy as np
 from kvfold.exports.onnx.codec import Side, e4m3_values
 from kvfold.exports.onnx.graph import FLOAT, INT32, UINT8, Graph
 from kvfold.kernels.kinds import symmetric
+from kvfold.kernels.kinds.interface import levels_of
 from kvfold.kernels.kinds.levels import TRIT
 from kvfold.kernels.kinds.storage import FIELDS
 from kvfold.kernels.kinds.trits import TRIT_CHANNELS, TRITS_PER_BYTE, trit_parts
@@ -66,8 +67,9 @@ def _symmetric(side: Side, g: Graph, x: str, clip: str | None) -> tuple[str, str
 
 def _symmetric_codes(side: Side, g: Graph, x: str, scale: str) -> str:
     """Codes, float32, of numbers whose scale is known; the two broadcast."""
-    levels = np.array(side.each, np.float32)
-    steps = g.array([side.fmt.kind.step(n) for n in side.each])
+    each = levels_of(side.fmt)
+    levels = np.array(each, np.float32)
+    steps = g.array([side.fmt.kind.step(n) for n in each])
     divisor = g.op("Mul", g.op("Max", scale, g.number(TINY)), steps)
     codes = g.op("Floor", g.op("Add", g.op("Div", x, divisor), g.array(levels / 2)))
     return g.clamp(codes, g.number(0.0), g.array(np.maximum(levels - 1, 0)))
@@ -76,9 +78,10 @@ def _symmetric_codes(side: Side, g: Graph, x: str, scale: str) -> str:
 def _best_scale(side: Side, g: Graph, x: str, root: str) -> str:
     """The scale of kinds/symmetric.py, [B, Hkv, n, P, 1]: all factors side by side in a dimension
     of their own, in front."""
-    levels = np.array(side.each, np.float32)
-    steps = g.array([side.fmt.kind.step(n) for n in side.each])
-    weights = g.array([symmetric.SYMMETRIC.weight(n) for n in side.each])
+    each = levels_of(side.fmt)
+    levels = np.array(each, np.float32)
+    steps = g.array([side.fmt.kind.step(n) for n in each])
+    weights = g.array([symmetric.SYMMETRIC.weight(n) for n in each])
 
     def units(y: str) -> str:
         most = g.number(symmetric.MOST_UNITS)

@@ -35,6 +35,11 @@ class Layout(Protocol):
         """Parameter groups of a token."""
 
 
+def levels_of(fmt: Layout) -> list[int]:
+    """Levels of each channel, 0 where it is not stored."""
+    return [levels for channels, levels in fmt.classes for _ in range(channels)]
+
+
 class CodeKind:
     """A kind of code. A number is stored as a code c of one of L levels and comes back as
 

@@ -17,7 +17,7 @@ that they don't depend on their order.
 import torch
 from torch import Tensor
 
-from kvfold.kernels.kinds.interface import CodeKind, Layout
+from kvfold.kernels.kinds.interface import CodeKind, Layout, levels_of
 from kvfold.kernels.kinds.levels import GAUSSIAN_STEP
 from kvfold.kernels.kinds.params import TINY, store_param
 
@@ -59,9 +59,8 @@ class Symmetric(CodeKind):
 
     def encode(self, x: Tensor, fmt: Layout, clip: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """As in `CodeKind`."""
-        each = [levels for channels, levels in fmt.classes for _ in range(channels)]
         table = torch.tensor(
-            [(levels, self.step(levels), self.weight(levels)) for levels in each],
+            [(levels, self.step(levels), self.weight(levels)) for levels in levels_of(fmt)],
             dtype=torch.float32,
             device=x.device,
         )

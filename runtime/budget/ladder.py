@@ -33,6 +33,7 @@ from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.catalogue import key_formats, value_formats
 from kvfold.kernels.formats import Format, raw16, uniform
 from kvfold.kernels.kinds import STORAGES
+from kvfold.kernels.kinds.interface import levels_of
 from kvfold.kernels.kinds.levels import PLANE_WIDTHS
 
 CODE_BITS = (4, 8)  # of the rungs between the floor and 16 bits
@@ -109,7 +110,7 @@ def distortion(fmt: Format, floor: Format) -> float:
     """ρ: distortion of a format as a part of the floor's, in [0, 1]."""
 
     def errors(fmt: Format) -> list[float]:
-        return [fmt.kind.error(levels) for channels, levels in fmt.classes for _ in range(channels)]
+        return [fmt.kind.error(levels) for levels in levels_of(fmt)]
 
     parts = [a / b if b else 0.0 for a, b in zip(errors(fmt), errors(floor), strict=True)]
     return min(
