@@ -127,7 +127,7 @@ def alone(model: Any, prompt: list[int], new: int) -> Answer:
 
 def assert_same(found: Sequence[Answer], expected: Sequence[Answer], within: float = 0.02) -> None:
     """The same tokens, and log-probabilities within so many nats: sums in another order tip a token's
-    scale between two that are equally good now and then. A fault takes many times that."""
+    scale between two that are equally good now and then."""
     for a, b in zip(found, expected, strict=True):
         assert a.tokens == b.tokens
         torch.testing.assert_close(
