@@ -7,7 +7,7 @@ the plain text and no extra forward pass is needed.
 """
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class LayerStats:
         sample_lengths: int64 [number of sequences], tokens drawn from each; they sum to S.
         scaling: float64 [], factor on the logits.
         frequencies: float32 [n/2], ω of the layer's RoPE; of no elements where keys don't turn.
-        center: float64 [Hkv, D], mean of keys before RoPE.
+        center: float64 [Hkv, D], mean of keys before RoPE, or the part of it that is taken off.
         rest_moment: float64 [Hkv, D, D], E[r rᵀ] of r = k − m_t, m_t the rotating mean
             (kernels/key_mean.py).
         rest_sample: float32 [Hkv, S, D], r of the tokens of key_sample.
@@ -80,6 +80,24 @@ class LayerStats:
     @classmethod
     def load(cls, path: Path) -> "LayerStats":
         return cls(**load_file(path))
+
+    def with_mean(self, factors: Tensor) -> "LayerStats":
+        """Where that part of the rotating mean is taken off, f·m_t.
+
+        What stays is r + (1 − f)·m_t. Its second moment is Σ_r + (1 − f)²·E[m_t m_tᵀ], since r
+        before RoPE has no mean, and E[m_t m_tᵀ] is E[k kᵀ] − Σ_r for the same reason.
+
+        Args:
+            factors: float64 [Hkv], f of each head, of statistics with all of it taken off.
+        """
+        stays = (1 - factors)[:, None, None]
+        keys = self.key_cov + self.key_mean[:, :, None] * self.key_mean[:, None, :]
+        return replace(
+            self,
+            center=self.center * factors[:, None],
+            rest_moment=self.rest_moment + stays**2 * (keys - self.rest_moment),
+            rest_sample=self.rest_sample + stays.float() * (self.key_sample - self.rest_sample),
+        )
 
 
 class _Accumulator:

@@ -42,6 +42,7 @@ DEFAULT_PAIRS = 8  # benchmarks/LOG.md has what fewer and more cost
 LEAST_WINDOW = (
     128  # tokens, of a window that the budget decides: SKVQ's (2405.06219) and most others'
 )
+MEAN_FACTORS = (1.0, 0.75, 0.5, 0.25, 0.0)
 MANY_LEVELS = (64, 256, RAW)  # beyond 5 bits nothing is won by mixing
 
 
@@ -190,13 +191,23 @@ def _param_dtypes(levels: int) -> tuple:
 
 
 class KeyRecipe(_Side):
-    """Keys. without: parts of "whiten" that are left out."""
+    """Keys.
+
+    Attributes:
+        without: parts of "whiten" that are left out.
+        mean_factors: parts of the rotating mean that may be taken off, of which each head gets the
+            one with the least measured loss (search/mean_factors.py); with one, or where
+            sensitivities are first-order, all heads get the first.
+    """
 
     _table = KEY_TRANSFORMS
     _offered: ClassVar = {"bits": KEY_BITS, "levels": MANY_LEVELS}
 
     transform: str = "whiten"
     without: tuple[Literal["metric", "mixing", "rotation", "offset"], ...] = ()
+    mean_factors: Annotated[
+        tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1, max_length=16)
+    ] = MEAN_FACTORS
 
     def known_formats(self, head_dim: int) -> tuple[Format, ...]:
         return key_formats(head_dim)

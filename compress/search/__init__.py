@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.compress.calibrate import calibrate
+from kvfold.compress.calibrate import LayerStats, calibrate
 from kvfold.compress.fuse import fuse_pair_scale, fuse_values, output_name, shares_scale
 from kvfold.compress.memory import room_for_weights
 from kvfold.compress.models import load_model
@@ -32,6 +32,7 @@ from kvfold.compress.search.conversations import write_conversations
 from kvfold.compress.search.extrapolation import sensitivities
 from kvfold.compress.search.first_order import first_order_losses
 from kvfold.compress.search.fisher import fisher_losses
+from kvfold.compress.search.mean_factors import choose_factors, turning_layers
 from kvfold.compress.search.sensitivity import Passage, Probe, measured, packing_tap
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
@@ -119,13 +120,6 @@ def measure(
         recipe.calibration.sample_tokens,
         statistics or work,
     )
-    keys, values = [], []
-    attentions = plan.arch.attention_modules(model)
-    for i, found in enumerate(progress(stats, "candidates", "layer")):
-        weight = getattr(attentions[i], output_name(attentions[i])).weight
-        shared = shares_scale(attentions[i], plan.arch, geometry.head_dim)
-        keys.append(key_candidates(found, recipe, i, shared, weight, plan.arch.rope_pairs))
-        values.append(value_candidates(found, recipe, i))
     s = recipe.sensitivity
     sequences = [ids[:, : s.seq_len] for ids in plan.sequences[: s.num_sequences]]
     near = replace(geometry, window=min(geometry.window, PROBED_WINDOW))
@@ -140,6 +134,12 @@ def measure(
         )
         passages += [Passage(ids, start=prompt - 1) for ids, prompt in asked]
     probe = Probe(model, plan.arch, passages, early)
+    chosen = _with_means(plan, stats, probe, near, work)
+    keys = [
+        _key_candidates(plan, model, layer, i)
+        for i, layer in enumerate(progress(chosen, "candidates", "layer"))
+    ]
+    values = [value_candidates(layer, recipe, i) for i, layer in enumerate(stats)]
     if s.method == "first-order":
         losses = first_order_losses(probe, sequences, keys, values, near)
     else:
@@ -158,6 +158,46 @@ def measure(
             )
         losses = sensitivities(keys, values, target_bits(plan), s.probes, find)
     return Measured(model, probe, near, keys, values, *losses)
+
+
+def _key_candidates(
+    plan: Plan, model: Any, stats: LayerStats, layer: int, near_bits: float | None = None
+) -> list[KeyCandidate]:
+    attention = plan.arch.attention_modules(model)[layer]
+    return key_candidates(
+        stats,
+        plan.recipe,
+        layer,
+        shares_scale(attention, plan.arch, plan.geometry.head_dim),
+        getattr(attention, output_name(attention)).weight,
+        plan.arch.rope_pairs,
+        near_bits,
+    )
+
+
+def _with_means(
+    plan: Plan, stats: list[LayerStats], probe: Probe, near: Geometry, work: Path
+) -> list[LayerStats]:
+    """The statistics with as much of each head's rotating mean taken off as measures best."""
+    recipe, s = plan.recipe, plan.recipe.sensitivity
+    layers, factors = turning_layers(recipe, stats), recipe.key.mean_factors
+
+    def part(layer: int, factor: float) -> LayerStats:
+        heads = stats[layer].center.shape[0]
+        return stats[layer].with_mean(torch.full((heads,), factor, dtype=torch.float64))
+
+    if len(factors) == 1 or s.method == "first-order":
+        return [part(i, factors[0]) if i in layers else x for i, x in enumerate(stats)]
+    bits = target_bits(plan)
+    candidates: list[list[KeyCandidate]] = [[] for _ in stats]
+    for i in layers:
+        for factor in factors:
+            candidates[i] += _key_candidates(plan, probe.model, part(i, factor), i, bits)
+    layers = [i for i in layers if candidates[i]]  # none where only 16 bits are offered
+    found = choose_factors(
+        probe, candidates, layers, factors, near, s.directions, recipe.seed, work
+    )
+    return [x.with_mean(found[i]) if i in found else x for i, x in enumerate(stats)]
 
 
 def target_bits(plan: Plan) -> float:

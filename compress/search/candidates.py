@@ -89,9 +89,11 @@ def _fitted(
     stats: LayerStats,
     recipe: Recipe,
     layer: int,
+    near_bits: float | None = None,
     **more: Any,
 ) -> Iterator[tuple[Format, Basis]]:
-    """Every format that a side offers, with its basis."""
+    """Every format that a side offers, or the quantised one of nearly `near_bits` of payload, with
+    its basis."""
     head_dim = stats.key_mean.shape[-1]
     without = side.without if isinstance(side, KeyRecipe) else ()
     shared = side.shared_formats(head_dim) if recipe.catalogue else ()
@@ -100,6 +102,9 @@ def _fitted(
     formats = side.uniform_formats(head_dim)
     if row.mixed is not None:
         formats = [*row.mixed(stats, side.bits or (), request), *formats]
+    if near_bits is not None:
+        coded = [fmt for fmt in formats if not fmt.raw]
+        formats = [min(coded, key=lambda fmt: abs(fmt.payload_bits - near_bits))] if coded else []
     for_all = None if row.each_format else row.fit(stats, request)
     for fmt in formats:
         yield fmt, for_all or row.fit(stats, replace(request, fmt=fmt))
@@ -134,6 +139,7 @@ def key_candidates(
     one_norm: bool,
     output_weight: Tensor | None = None,
     rope_pairs: RopePairs = "halves",
+    near_bits: float | None = None,
 ) -> list[KeyCandidate]:
     """Candidates for one layer's keys, 16 bits last if offered.
 
@@ -141,6 +147,7 @@ def key_candidates(
         one_norm: the model has one k_norm for all heads.
         output_weight: float [hidden_size, H·D], o_proj's weight, which "smooth" needs.
         rope_pairs: which channels RoPE turns together.
+        near_bits: only the quantised candidate of about so many bits of payload.
     """
     row, side = KEY_TRANSFORMS[recipe.key.transform], recipe.key
     pairs = _fitted(
@@ -149,6 +156,7 @@ def key_candidates(
         stats,
         recipe,
         layer,
+        near_bits,
         one_norm=one_norm,
         output_weight=output_weight,
         pairs=rope_pairs,

@@ -107,17 +107,17 @@ def passage_losses(
     geometry: Geometry,
     count: int,
     seed: int,
-) -> dict[Job, float]:
-    """½·Σ_h (G_h·Δo_h)² of one of the probe's passages, mean over `count` directions.
+) -> dict[Job, list[float]]:
+    """½·(G_h·Δo_h)² of each KV head h on one of the probe's passages, mean over `count` directions.
 
     Args:
         index: of the passage.
         jobs, keys, values, count, seed: as in `fisher_losses`.
         geometry: sinks, window and page size that candidates are measured with.
     Returns:
-        nats of each job, summed over the passage's positions.
+        nats of each KV head for each job, summed over the passage's positions.
     """
-    found: dict[Job, float] = {}
+    found: dict[Job, list[float]] = {}
     first = probe.early[index]
     gradient: Tensor | None = None  # [count, 1, n, hidden_size] by a layer's output
     for layer in reversed(range(len(probe.attentions))):
@@ -150,8 +150,51 @@ def passage_losses(
             )
             error -= plain
             products = (heads * error.unflatten(0, (geometry.num_kv_heads, -1))).flatten(2).sum(-1)
-            found[side, at, c] = float(products.double().square().sum() / (2 * count))
+            found[side, at, c] = (products.double().square().sum(0) / (2 * count)).tolist()
     return found
+
+
+def head_losses(
+    probe: Probe,
+    jobs: Sequence[Job],
+    keys: list[list[KeyCandidate]],
+    values: list[list[ValueCandidate]],
+    geometry: Geometry,
+    count: int,
+    seed: int,
+    path: Path,
+    label: str = "sensitivity",
+) -> dict[Job, list[float]]:
+    """KL to second order, in nats, that each KV head has of each of the `jobs`, mean over the
+    probe's positions.
+
+    Args:
+        keys, values, geometry, count, seed: as in `fisher_losses`.
+        path: file of finished passages, from which an interrupted run goes on.
+        label: of the progress line.
+    Raises:
+        KvfoldError: the model's logits are no numbers.
+    """
+    found = kept(path, read_losses, {})
+    heads = range(geometry.num_kv_heads)
+
+    def name(index: int, job: Job, head: int) -> str:
+        return f"{index}.{'.'.join(map(str, job))}.{head}"
+
+    passages = range(len(probe.passages))
+    for index in progress(passages, label, "passage"):
+        if all(name(index, job, head) in found for job in jobs for head in heads):
+            continue
+        losses = passage_losses(probe, index, jobs, keys, values, geometry, count, seed)
+        check_finite_loss(sum(map(sum, losses.values())))
+        for job in jobs:
+            found |= {name(index, job, head): losses[job][head] for head in heads}
+        keep_losses(path, found)
+    positions = sum(map(len, probe.final))
+    return {
+        job: [sum(found[name(i, job, head)] for i in passages) / positions for head in heads]
+        for job in jobs
+    }
 
 
 def fisher_losses(
@@ -176,17 +219,5 @@ def fisher_losses(
         KvfoldError: the model's logits are no numbers.
     """
     path = work / "fisher.json"
-    found = kept(path, read_losses, {})
-    names = [
-        {job: f"{index}.{'.'.join(map(str, job))}" for job in jobs}
-        for index in range(len(probe.passages))
-    ]
-    for index, own in enumerate(progress(names, "sensitivity", "passage")):
-        if all(name in found for name in own.values()):
-            continue
-        losses = passage_losses(probe, index, jobs, keys, values, geometry, count, seed)
-        check_finite_loss(sum(losses.values()))
-        found |= {name: losses[job] for job, name in own.items()}
-        keep_losses(path, found)
-    positions = sum(map(len, probe.final))
-    return {job: sum(found[own[job]] for own in names) / positions for job in jobs}
+    found = head_losses(probe, jobs, keys, values, geometry, count, seed, path)
+    return {job: sum(heads) for job, heads in found.items()}
