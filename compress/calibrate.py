@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kvfold.compress.attended import attended
 from kvfold.compress.fuse import output_name
 from kvfold.compress.models.attention_hook import tapped
 from kvfold.compress.models.layerwise import LayerRunner
@@ -26,6 +27,9 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import Architecture, head_dim_of, num_kv_heads_of
 from kvfold.kernels.key_mean import STEP, RopePairs, turn_tables
 
+ATTENDED = {f"attended_{name}": "key" for name in ("keys", "mean", "rest", "turned")}
+ATTENDED |= {"attended_values": "value"}  # whose weights it is taken with
+LEAST_WEIGHT = 0.05  # of any token, in the mean of its sequence's
 SKIP_TOKENS = 8  # first tokens of each sequence: the sinks stay in 16 bits and are outliers
 
 
@@ -52,6 +56,10 @@ class LayerStats:
         rest_moment: float64 [Hkv, D, D], E[r rᵀ] of r = k − m_t, m_t the rotating mean
             (kernels/key_mean.py).
         rest_sample: float32 [Hkv, S, D], r of the tokens of key_sample.
+        attended_keys, attended_mean, attended_rest, attended_turned, attended_values: second moments
+            E[k kᵀ], E[r rᵀ], E[m_t m_tᵀ] and E[v vᵀ], float64 [Hkv, D, D], and E[k], float64
+            [Hkv, D], in which each token counts as much as later queries attend to it
+            (attended.py).
     """
 
     key_mean: Tensor
@@ -71,6 +79,11 @@ class LayerStats:
     center: Tensor
     rest_moment: Tensor
     rest_sample: Tensor
+    attended_keys: Tensor
+    attended_mean: Tensor
+    attended_rest: Tensor
+    attended_turned: Tensor
+    attended_values: Tensor
 
     def save(self, path: Path) -> None:
         """Writes all fields; the file appears complete."""
@@ -85,19 +98,29 @@ class LayerStats:
         """Where that part of the rotating mean is taken off, f·m_t.
 
         What stays is r + (1 − f)·m_t. Its second moment is Σ_r + (1 − f)²·E[m_t m_tᵀ], since r
-        before RoPE has no mean, and E[m_t m_tᵀ] is E[k kᵀ] − Σ_r for the same reason.
+        before RoPE has no mean, and E[m_t m_tᵀ] is E[k kᵀ] − Σ_r for the same reason. Of attended
+        tokens r may have one, and E[r m_tᵀ] + E[m_t rᵀ] is what E[k kᵀ] has more than both.
 
         Args:
             factors: float64 [Hkv], f of each head, of statistics with all of it taken off.
         """
         stays = (1 - factors)[:, None, None]
         keys = self.key_cov + self.key_mean[:, :, None] * self.key_mean[:, None, :]
+        rest, turned = self.attended_rest, self.attended_turned
         return replace(
             self,
             center=self.center * factors[:, None],
             rest_moment=self.rest_moment + stays**2 * (keys - self.rest_moment),
             rest_sample=self.rest_sample + stays.float() * (self.key_sample - self.rest_sample),
+            attended_rest=rest + stays * (self.attended_keys - rest - turned) + stays**2 * turned,
+            attended_turned=factors[:, None, None] ** 2 * turned,
         )
+
+
+def _with_floor(weights: Tensor) -> Tensor:
+    """Weights [Hkv, T] with a part that is the same for all tokens, and all alike where there are none."""
+    mean = weights.mean(1, keepdim=True)
+    return torch.where(mean > 0, weights + LEAST_WEIGHT * mean, 1.0)
 
 
 class _Accumulator:
@@ -122,7 +145,7 @@ class _Accumulator:
         self.sums: dict[str, Tensor] = {}
         self.ranges: dict[str, Tensor] = {}
         self.samples: dict[str, list[Tensor]] = {"query": [], "key": [], "value": [], "rest": []}
-        self.keys: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.keys: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self.scaling = 1.0
 
     def _add(self, name: str, amount: Tensor) -> None:
@@ -135,12 +158,14 @@ class _Accumulator:
         unturned: Tensor,
         value: Tensor,
         places: Tensor,
+        weights: tuple[Tensor, Tensor],
         scaling: float,
     ) -> None:
         """Of one sequence: query [H, T, D], key and value [Hkv, T, D]; key and query stand at int64
         positions `places` [T].
 
         unturned: the keys before RoPE.
+        weights: of keys and of values, float64 [Hkv, T] each.
         """
         q, k, v = query.double(), key.double(), value.double()
         grouped = q.unflatten(0, (self.num_kv_heads, -1)).flatten(1, 2)
@@ -156,6 +181,12 @@ class _Accumulator:
                 )
             self.ranges[name] = torch.stack((low, high), 1)
         self._add("center_sum", unturned.double().sum(1))
+        of_keys, of_values = (_with_floor(x) for x in weights)
+        self._add("key_weight", of_keys.sum(1))
+        self._add("value_weight", of_values.sum(1))
+        self._add("attended_mean", (of_keys[..., None] * k).sum(1))
+        self._add("attended_keys", (of_keys[..., None] * k).mT @ k)
+        self._add("attended_values", (of_values[..., None] * v).mT @ v)
         drawn = (
             torch.linspace(0, k.shape[1] - 1, min(self.sample_tokens, k.shape[1]), device=k.device)
             .round()
@@ -163,7 +194,7 @@ class _Accumulator:
         )
         for name, x in (("query", query), ("key", key), ("value", value)):
             self.samples[name].append(x[:, drawn].float())
-        self.keys.append((key.float(), places, drawn))
+        self.keys.append((key.float(), places, drawn, of_keys))
         self.count += k.shape[1]
         self.scaling = scaling
 
@@ -174,17 +205,20 @@ class _Accumulator:
         for: places within such a run are taken from the token's number instead, so that all of them
         occur.
         """
-        for key, places, drawn in self.keys:
-            rest = key
+        for key, places, drawn, weights in self.keys:
+            turned = torch.zeros_like(key)
             if self.omega is not None:
                 tables = turn_tables(
                     tuple(self.omega.tolist()), key.shape[-1], 0, key.device, self.pairs
                 )
-                rest = key - tables.mean_at(
+                turned = tables.mean_at(
                     center.float(), places, torch.arange(len(places), device=key.device) % STEP
                 )
-            self._add("rest_moment", rest.double().mT @ rest.double())
-            self.samples["rest"].append(rest[:, drawn])
+            rest = (key - turned).double()
+            self._add("rest_moment", rest.mT @ rest)
+            for name, x in (("rest", rest), ("turned", turned.double())):
+                self._add(f"attended_{name}", (weights[..., None] * x).mT @ x)
+            self.samples["rest"].append(rest[:, drawn].float())
         self.keys.clear()
 
     def finish(self, output_metric: Tensor) -> LayerStats:
@@ -203,6 +237,9 @@ class _Accumulator:
             found[f"{name}_sample"] = torch.cat(parts, 1)
         for name in ("query_moment", "rest_moment"):
             found[name] = self.sums[name] / self.count
+        for name, side in ATTENDED.items():
+            weight = self.sums[f"{side}_weight"]
+            found[name] = self.sums[name] / weight.view(-1, *[1] * (self.sums[name].ndim - 1))
         found["sample_lengths"] = torch.tensor([x.shape[1] for x in self.samples["key"]])
         found["scaling"] = torch.tensor(self.scaling, dtype=torch.float64)
         for name, tensor in found.items():
@@ -281,7 +318,8 @@ def calibrate(
             frequencies(model, arch, index, last - 1),
             arch.rope_pairs,
         )
-        weights = norm_weights(attention, arch)
+        norms = norm_weights(attention, arch)
+        metric = output_metric(attention, num_kv_heads, head_dim)
 
         def tap(
             module,
@@ -293,7 +331,8 @@ def calibrate(
             step,
             sums=sums,
             index=index,
-            weights=weights,
+            norms=norms,
+            metric=metric,
             **extras,
         ):
             places = torch.arange(key.shape[2], device=key.device)[None]
@@ -301,7 +340,7 @@ def calibrate(
             still = None if near is None else torch.ones_like(near)
             spread_q, spread_k = (
                 rotate_on(x, near, far, arch.rope_pairs, w)
-                for x, w in zip((query, key), weights, strict=True)
+                for x, w in zip((query, key), norms, strict=True)
             )
             kept = slice(min(SKIP_TOKENS, key.shape[2] // 2), None)
             unturned = rotate_on(key, near, still, arch.rope_pairs)[0, :, kept]
@@ -311,7 +350,12 @@ def calibrate(
                 unturned,
                 value[0, :, kept].float(),
             )
-            sums.add(*of_kept, places[0, kept] * step, scaling)
+            weights = attended(
+                query[0], key[0], value[0], metric, scaling,
+                None if mask is None else mask[0, 0], **extras,
+            )  # fmt: skip
+            of_keys, of_values = (x[:, kept] for x in weights)
+            sums.add(*of_kept, places[0, kept] * step, (of_keys, of_values), scaling)
             return None
 
         after = []
@@ -319,7 +363,7 @@ def calibrate(
             with tapped(attention, partial(tap, step=step)):
                 after.append(runner.run(index, h))
         hidden = after
-        stats.append(sums.finish(output_metric(attention, num_kv_heads, head_dim)))
+        stats.append(sums.finish(metric))
         stats[-1].save(work / f"stats_{index:03d}.safetensors")
         _save_hidden(work, index + 1, hidden)
     return stats

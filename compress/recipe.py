@@ -23,7 +23,6 @@ from pydantic import (
 
 from kvfold.compress.recipe_yaml import Loader, nearest, refuse_conversion
 from kvfold.compress.transforms import KEY_TRANSFORMS, VALUE_TRANSFORMS, Transform
-from kvfold.compress.transforms.whiten import PARTS
 from kvfold.errors import KvfoldError
 from kvfold.exports.schema import MOST_SEED, MOST_TOKENS
 from kvfold.kernels.catalogue import KEY_BITS, VALUE_BITS, key_formats, mixed_between, value_formats
@@ -42,7 +41,7 @@ DEFAULT_PAIRS = 8  # benchmarks/LOG.md has what fewer and more cost
 LEAST_WINDOW = (
     128  # tokens, of a window that the budget decides: SKVQ's (2405.06219) and most others'
 )
-MEAN_FACTORS = (1.0, 0.75, 0.5, 0.25, 0.0)
+MEAN_FACTORS = (1.0, 0.75, 0.5)
 MANY_LEVELS = (64, 256, RAW)  # beyond 5 bits nothing is won by mixing
 
 
@@ -71,6 +70,7 @@ class _Side(_Strict):
         group_size: channels that share (minimum, scale); 0, or more than a head has, is the whole
             head.
         clip: search factors on (minimum, maximum).
+        without: parts of transform "whiten" that are left out.
     """
 
     _table: ClassVar[dict[str, Transform]]
@@ -88,6 +88,7 @@ class _Side(_Strict):
     param_dtype: Literal["auto", "e4m3", "fp16"] = "auto"
     group_size: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 0
     clip: bool = True
+    without: tuple[str, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -125,6 +126,12 @@ class _Side(_Strict):
         if value is not None and set(value) - set(allowed):
             raise ValueError(f"levels must be some of {allowed}")
         return value
+
+    @model_validator(mode="after")
+    def _parts(self) -> Self:
+        if self.without and self.transform != "whiten":
+            raise ValueError(f"without ({', '.join(self.without)}) goes with transform whiten")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -194,7 +201,6 @@ class KeyRecipe(_Side):
     """Keys.
 
     Attributes:
-        without: parts of "whiten" that are left out.
         mean_factors: parts of the rotating mean that may be taken off, of which each head gets the
             one with the least measured loss (search/mean_factors.py); with one, or where
             sensitivities are first-order, all heads get the first.
@@ -204,19 +210,13 @@ class KeyRecipe(_Side):
     _offered: ClassVar = {"bits": KEY_BITS, "levels": MANY_LEVELS}
 
     transform: str = "whiten"
-    without: tuple[Literal["metric", "mixing", "rotation", "offset"], ...] = ()
+    without: tuple[Literal["metric", "mixing", "attention", "rotation", "offset"], ...] = ()
     mean_factors: Annotated[
         tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1, max_length=16)
     ] = MEAN_FACTORS
 
     def known_formats(self, head_dim: int) -> tuple[Format, ...]:
         return key_formats(head_dim)
-
-    @model_validator(mode="after")
-    def _parts(self) -> Self:
-        if self.without and self.transform != "whiten":
-            raise ValueError(f"without ({', '.join(PARTS)}) goes with transform whiten")
-        return self
 
 
 class ValueRecipe(_Side):
@@ -227,6 +227,7 @@ class ValueRecipe(_Side):
 
     transform: str = "whiten"
     clip: bool = False
+    without: tuple[Literal["attention"], ...] = ()
 
     def known_formats(self, head_dim: int) -> tuple[Format, ...]:
         return value_formats(head_dim)

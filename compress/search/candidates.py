@@ -95,10 +95,11 @@ def _fitted(
     """Every format that a side offers, or the quantised one of nearly `near_bits` of payload, with
     its basis."""
     head_dim = stats.key_mean.shape[-1]
-    without = side.without if isinstance(side, KeyRecipe) else ()
     shared = side.shared_formats(head_dim) if recipe.catalogue else ()
     seed = (recipe.seed * 1_000_003 + layer) % MOST_SEED
-    request = Request(None, side.group(head_dim), seed, without=without, catalogue=shared, **more)
+    request = Request(
+        None, side.group(head_dim), seed, without=side.without, catalogue=shared, **more
+    )
     formats = side.uniform_formats(head_dim)
     if row.mixed is not None:
         formats = [*row.mixed(stats, side.bits or (), request), *formats]

@@ -13,13 +13,15 @@ For values the metric is G = mean W_oᵀ W_o in the place of Σ_q, M is fused in
 and there is no offset, so Σ_v = E[v vᵀ] is not centred: tokens with small values often draw the
 most attention, and their error must stay in proportion to their own norm.
 
+In both moments a token counts as much as later queries attend to it (compress/attended.py).
+
 m_t is the rotating mean of keys, their mean before RoPE turned to the key's position
 (kernels/key_mean.py), and Σ_k the second moment of what it leaves; in a layer without RoPE m_t = μ
 = E[k].
 
-Four parts of the keys' can be left out, to see what each is worth: "metric" (W = I: the keys' own
-eigenbasis), "mixing" (H_n = I), "rotation" (m_t = μ, the mean after RoPE, in every layer) and
-"offset" (m_t = 0, and Σ_k not centred).
+Five parts can be left out, to see what each is worth: "attention" (all tokens count alike), and of
+keys "metric" (W = I: the keys' own eigenbasis), "mixing" (H_n = I), "rotation" (m_t = μ, the mean
+after RoPE, in every layer) and "offset" (m_t = 0, and Σ_k not centred).
 """
 
 import itertools
@@ -41,26 +43,33 @@ DEAD = 1e-20  # a head of less variance is left unscaled
 MAX_COMPOSITIONS = 80_000  # more cuts than this: classes get coarser
 
 
-PARTS = ("metric", "mixing", "rotation", "offset")
-
-
 def turning(stats: LayerStats, without: tuple[str, ...]) -> bool:
     """Whether the mean that is taken off keys turns with them."""
     return bool(len(stats.frequencies)) and not {"offset", "rotation"} & set(without)
 
 
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    return a[:, :, None] * b[:, None, :]
+
+
 def _moment(stats: LayerStats, without: tuple[str, ...]) -> Tensor:
     """Σ_k of what is coded: without its mean, unless the offset is left out."""
+    plain, mean = "attention" in without, stats.key_mean
     if turning(stats, without):
-        return stats.rest_moment
-    if "offset" not in without:
+        return stats.rest_moment if plain else stats.attended_rest
+    if "offset" in without:
+        return stats.key_cov + _outer(mean, mean) if plain else stats.attended_keys
+    if plain:
         return stats.key_cov
-    return stats.key_cov + stats.key_mean[:, :, None] * stats.key_mean[:, None, :]
+    cross = _outer(stats.attended_mean, mean)
+    return stats.attended_keys - cross - cross.mT + _outer(mean, mean)
 
 
-def value_moment(stats: LayerStats) -> Tensor:
-    """E[v vᵀ], float64 [Hkv, D, D]."""
-    return stats.value_cov + stats.value_mean[:, :, None] * stats.value_mean[:, None, :]
+def value_moment(stats: LayerStats, without: tuple[str, ...] = ()) -> Tensor:
+    """Σ_v, float64 [Hkv, D, D]."""
+    if "attention" in without:
+        return stats.value_cov + _outer(stats.value_mean, stats.value_mean)
+    return stats.attended_values
 
 
 def eigenbasis(moment: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -195,7 +204,9 @@ def whiten(stats: LayerStats, request: Request) -> Basis:
 
 def whiten_values(stats: LayerStats, request: Request) -> Basis:
     """M of values."""
-    return Basis(fused=half_whitened(value_moment(stats), stats.output_metric, request))
+    return Basis(
+        fused=half_whitened(value_moment(stats, request.without), stats.output_metric, request)
+    )
 
 
 KEYS = Transform(
@@ -211,7 +222,9 @@ VALUES = Transform(
     whiten_values,
     mixed=lambda stats, bits, request: (
         list(request.catalogue)
-        or water_fill(eigenbasis(value_moment(stats), stats.output_metric)[1], bits)
+        or water_fill(
+            eigenbasis(value_moment(stats, request.without), stats.output_metric)[1], bits
+        )
     ),
     each_format=True,
 )

@@ -74,6 +74,12 @@ def test_the_moment_is_that_of_keys_at_random_positions():
     keys = (rest + means).double()
     blank = dict.fromkeys(LayerStats.__dataclass_fields__, torch.empty(0))
     centred = keys - keys.mean(1, keepdim=True)
+    # the tokens that are attended to are those whose keys lie against the mean
+    weights = torch.sigmoid(-(rest @ torch.ones(dim)).double())
+
+    def moment(x):
+        return (weights[..., None] * x.double()).mT @ x.double() / weights.sum()
+
     stats = LayerStats(
         **blank
         | {
@@ -83,12 +89,18 @@ def test_the_moment_is_that_of_keys_at_random_positions():
             "rest_moment": rest.double().mT @ rest.double() / tokens,
             "rest_sample": rest,
             "key_sample": keys.float(),
+            "attended_keys": moment(keys),
+            "attended_rest": moment(rest),
+            "attended_turned": moment(means),
         }
     )
     found = stats.with_mean(torch.tensor([0.3], dtype=torch.float64))
     stays = keys - 0.3 * means.double()
     counted = stays.mT @ stays / tokens
     assert (found.rest_moment - counted).norm() < 0.02 * counted.norm()
+    weighted = (weights[..., None] * stays).mT @ stays / weights.sum()
+    torch.testing.assert_close(found.attended_rest, weighted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.attended_turned, 0.09 * moment(means))
     torch.testing.assert_close(found.rest_sample.double(), stays, rtol=1e-4, atol=1e-4)
 
 

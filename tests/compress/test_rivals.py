@@ -58,6 +58,7 @@ def make_stats(head_dim: int = 64, heads: int = 2, tokens: int = 384) -> LayerSt
         key, value, query.float(), torch.tensor([tokens]), torch.tensor(head_dim**-0.5),
         torch.empty(0), key.double().mean(1), moment(key - key.mean(1, keepdim=True)),
         key - key.mean(1, keepdim=True),
+        moment(key), key.double().mean(1), moment(key - key.mean(1, keepdim=True)), 0 * moment(key), moment(value),
     )  # fmt: skip
 
 

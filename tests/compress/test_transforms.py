@@ -54,6 +54,9 @@ def make_stats(head_dim=16, heads=2, seed=0, tokens=600, kind="plain"):
         centred = x.double() - x.double().mean(1, keepdim=True)
         return centred.mT @ centred / x.shape[1]
 
+    def moment(x):
+        return x.double().mT @ x.double() / x.shape[1]
+
     def span(x):
         return torch.stack((x.amin(1), x.amax(1)), 1).double()
 
@@ -63,6 +66,7 @@ def make_stats(head_dim=16, heads=2, seed=0, tokens=600, kind="plain"):
         wo.mT @ wo, span(keys), span(values), keys, values, queries, torch.tensor([tokens // 2, tokens - tokens // 2]),
         torch.tensor(head_dim**-0.5),
         torch.empty(0), keys.double().mean(1), cov(keys), keys - keys.mean(1, keepdim=True),
+        moment(keys), keys.double().mean(1), cov(keys), 0 * cov(keys), moment(values),
     )  # fmt: skip
 
 
@@ -247,7 +251,7 @@ def test_parts_of_the_whitening_can_be_left_out():
     diagonal = covariance.diagonal(dim1=-2, dim2=-1)
     torch.testing.assert_close(covariance, torch.diag_embed(diagonal), atol=1e-8, rtol=1e-8)
     assert (
-        bool((diagonal <= 1 + 1e-9).all()) and float(diagonal[:, :14].min()) > 0.999
+        bool((diagonal <= 1 + 1e-6).all()) and float(diagonal[:, :14].min()) > 0.999
     )  # the last may be floored
     basis, variances = whitened(stats, ("metric",))
     torch.testing.assert_close(
