@@ -1,6 +1,7 @@
 """The correctness gate of `kvfold bench kernel`: kernels against float32 on the same codes. If it
 fails, no speed counts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,9 @@ from kvfold.exports.account import Geometry
 from kvfold.kernels.formats import raw16, uniform
 from kvfold.kernels.gpu.append import append_step
 from kvfold.kernels.gpu.attention import attention
-from kvfold.kernels.gpu.encode import lower_pages
+from kvfold.kernels.gpu.encode import lower_jobs, lower_pages
 from kvfold.kernels.gpu.queries import Queries, empty_queries
-from kvfold.kernels.gpu.records import PagedCache, PageFormat
+from kvfold.kernels.gpu.records import Lowering, PagedCache, PageFormat
 from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import decode, encode
 
@@ -241,19 +242,19 @@ def append_options(geometry: Geometry) -> dict[str, Any]:
 
 def lowering(
     geometry: Geometry, formats: Pair, pages: int, device: torch.device
-) -> tuple[Tensor, Tensor, tuple, dict]:
-    """Pages of a finer format, room for the same pages in `formats`, and `lower_pages`' arguments
-    for them."""
+) -> tuple[Tensor, Tensor, Callable[[], None]]:
+    """Pages of a finer format, room for the same pages in `formats`, and what lowers them, for as
+    long as both live."""
     old = (finer(formats[0]), finer(formats[1]))
     source = random_pages(geometry, old, pages, device)
     target = torch.empty(
         pages, sum(map(geometry.page_nbytes, formats)), dtype=torch.uint8, device=device
     )
-    places = [
-        torch.tensor([page_address(x) for x in pool], device=device) for pool in (source, target)
-    ]
-    options = {"num_kv_heads": geometry.num_kv_heads, "page_tokens": geometry.page_tokens}
-    return source, target, (*places, PageFormat(*old), PageFormat(*formats)), options
+    sources, targets = ([page_address(x) for x in pool] for pool in (source, target))
+    shape = {"num_kv_heads": geometry.num_kv_heads, "page_tokens": geometry.page_tokens}
+    work = Lowering(sources, targets, PageFormat(*old), PageFormat(*formats))
+    (jobs,) = lower_jobs([work], **shape, device=device)
+    return source, target, lambda: lower_pages(jobs, **shape)
 
 
 def lower_difference(geometry: Geometry, formats: Pair, device: torch.device) -> float:
@@ -263,9 +264,9 @@ def lower_difference(geometry: Geometry, formats: Pair, device: torch.device) ->
     and such a tie may go either way with the last bit of a division.
     """
     g = geometry
-    source, target, arguments, options = lowering(g, formats, 3, device)
-    lower_pages(*arguments, **options)
-    old = arguments[2][:2]
+    source, target, lower = lowering(g, formats, 3, device)
+    lower()
+    old = finer(formats[0]), finer(formats[1])
     splits = g.page_nbytes(old[0]), g.page_nbytes(formats[0])
     worst = 0.0
     for i, (coarse, fine) in enumerate(zip(formats, old, strict=True)):

@@ -23,7 +23,6 @@ from kvfold.compress.bench.tools import (
 )
 from kvfold.exports.account import Geometry, table_entries
 from kvfold.kernels.gpu.attention import pick_splits
-from kvfold.kernels.gpu.encode import lower_pages
 from kvfold.kernels.gpu.queries import empty_queries
 from kvfold.kernels.gpu.records import KeyTransform
 
@@ -215,14 +214,14 @@ def write_calls(case: Case, num_heads: int) -> list[Callable[[int], None]]:
         state = torch.stack((length, pages), 1).int().contiguous()
         return lambda i: run_append(case, keys, values, query, state, queries, options)
 
-    source, target, arguments, lower_options = lowering(g, case.formats, batch, device)
+    source, target, lower = lowering(g, case.formats, batch, device)
 
-    def lower(i: int) -> None:
-        assert len(source) == len(target)  # kept alive here: `arguments` are bare addresses
-        lower_pages(*arguments, **lower_options)
+    def lowered(i: int) -> None:
+        assert len(source) == len(target)  # kept alive here: `lower` has bare addresses
+        lower()
 
     # the number of pages stays, or rises, with (length + 1 − sinks − window) / page_tokens
-    return [append(packed), append(packed + g.page_tokens - 1), lower]
+    return [append(packed), append(packed + g.page_tokens - 1), lowered]
 
 
 def measure_writes(settings: Settings, case: Case, shape: Shape) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """What the launching functions take together: a cache's tensors, its regions, the formats of its
 pages, and what is done to logits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,6 +63,22 @@ class PageFormat(NamedTuple):
     value: Format
     key_clip: Tensor | None = None
     value_clip: Tensor | None = None
+
+
+class Lowering(NamedTuple):
+    """Pages of one layer that go from one format to another.
+
+    Attributes:
+        sources, pages: addresses (`page_address`) of the pages that are read and of those that are
+            written, as many.
+        old, new: how those were written and how these will be, of one head_dim; clips of `old` mean
+            nothing, those of `new` are contiguous.
+    """
+
+    sources: Sequence[int]
+    pages: Sequence[int]
+    old: PageFormat
+    new: PageFormat
 
 
 class KeyTransform(NamedTuple):

@@ -128,6 +128,20 @@ class RowView:
     passed: int  # leading pages that are gone
 
 
+class LoweredPages(NamedTuple):
+    """Pages of one layer that go down a rung together.
+
+    Attributes:
+        old, new: uint8 [size of the rung] each, the pages as they are and the memory for them.
+        source, target: formats of `old` and of `new`.
+    """
+
+    old: list[Tensor]
+    new: list[Tensor]
+    source: LayerSpec
+    target: LayerSpec
+
+
 class Backend(Protocol):
     """Reads and writes the tensors of layers.
 
@@ -178,16 +192,8 @@ class Backend(Protocol):
         """Packs float16 rows [num_kv_heads, len(ids)·page_tokens, head_dim], keys in their stored
         basis, into pages, of any rungs."""
 
-    def lower_pages(
-        self,
-        geometry: Geometry,
-        old: list[Tensor],
-        new: list[Tensor],
-        source: LayerSpec,
-        target: LayerSpec,
-    ) -> None:
-        """Re-quantises pages, uint8 tensors, of the formats of `source` into `new`, of the formats
-        of `target`."""
+    def lower_pages(self, geometry: Geometry, work: Sequence[LoweredPages]) -> None:
+        """Re-quantises pages of any layers of a cache. No page is read that is written."""
 
 
 @runtime_checkable

@@ -11,7 +11,7 @@ from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec, clip_rows
 from kvfold.kernels.attention import KeyMean, Tile, attend
 from kvfold.kernels.codes import Codes, field_order, scratch
 from kvfold.kernels.quantizer import decode, encode
-from kvfold.runtime.backends.base import LayerTensors, LogitOptions, Pages, RowView
+from kvfold.runtime.backends.base import LayerTensors, LogitOptions, LoweredPages, Pages, RowView
 
 TILE_TOKENS = 1024  # packed tokens decoded at a time while attending
 CODE_TOKENS = (
@@ -82,17 +82,12 @@ class Reference:
             for number, data in zip(run, packed, strict=True):
                 layer.pages.page(number).copy_(data)
 
-    def lower_pages(
-        self,
-        geometry: Geometry,
-        old: list[Tensor],
-        new: list[Tensor],
-        source: LayerSpec,
-        target: LayerSpec,
-    ) -> None:
-        keys, values = unpack(torch.stack(old), source, geometry.num_kv_heads, geometry.page_tokens)
-        for page, data in zip(new, pack(keys, values, target, geometry.page_tokens), strict=True):
-            page.copy_(data)
+    def lower_pages(self, geometry: Geometry, work: Sequence[LoweredPages]) -> None:
+        heads, size = geometry.num_kv_heads, geometry.page_tokens
+        for old, new, source, target in work:
+            rows = unpack(torch.stack(old), source, heads, size)
+            for page, data in zip(new, pack(*rows, target, size), strict=True):
+                page.copy_(data)
 
     def attend(
         self,

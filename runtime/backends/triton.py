@@ -14,15 +14,15 @@ from kvfold.kernels.formats import Format
 from kvfold.kernels.gpu import records
 from kvfold.kernels.gpu.append import LABELS, UNMARKED, append_step, empty_marks, read_mark
 from kvfold.kernels.gpu.attention import Prompt, attention
-from kvfold.kernels.gpu.encode import encode_pages, lower_pages
+from kvfold.kernels.gpu.encode import encode_pages, lower_jobs, lower_pages
 from kvfold.kernels.gpu.mean import MeanOf
 from kvfold.kernels.gpu.prompt import PageRun
 from kvfold.kernels.gpu.queries import Queries, empty_queries, prepare_queries
-from kvfold.kernels.gpu.records import KeyTransform, PagedCache, PageFormat, Regions
+from kvfold.kernels.gpu.records import KeyTransform, Lowering, PagedCache, PageFormat, Regions
 from kvfold.kernels.key_mean import STEP
 from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import to_float16
-from kvfold.runtime.backends.base import LayerTensors, LogitOptions, RowView
+from kvfold.runtime.backends.base import LayerTensors, LogitOptions, LoweredPages, RowView
 from kvfold.runtime.backends.reference import runs_of
 from kvfold.runtime.cache.upload import on_device
 
@@ -57,24 +57,21 @@ class TritonKernels:
         for rung, run, rows in runs_of(layer, ids):
             _encode(layer, keys[:, rows], values[:, rows], run, layer.rungs[rung])
 
-    def lower_pages(
-        self,
-        geometry: Geometry,
-        old: list[Tensor],
-        new: list[Tensor],
-        source: LayerSpec,
-        target: LayerSpec,
-    ) -> None:
-        addresses = [[page_address(page) for page in pages] for pages in (old, new)]
-        sources, pages = on_device(addresses, torch.int64, old[0].device)
-        lower_pages(
-            sources,
-            pages,
-            _page_format(source),
-            _page_format(target),
-            num_kv_heads=geometry.num_kv_heads,
-            page_tokens=geometry.page_tokens,
-        )
+    def lower_pages(self, geometry: Geometry, work: Sequence[LoweredPages]) -> None:
+        if not work:
+            return
+        steps = [
+            Lowering(
+                [page_address(page) for page in pages.old],
+                [page_address(page) for page in pages.new],
+                _page_format(pages.source),
+                _page_format(pages.target),
+            )
+            for pages in work
+        ]
+        shape = {"num_kv_heads": geometry.num_kv_heads, "page_tokens": geometry.page_tokens}
+        for jobs in lower_jobs(steps, **shape, device=work[0].old[0].device):
+            lower_pages(jobs, **shape)
 
     def attend(
         self,

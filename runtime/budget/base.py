@@ -155,27 +155,35 @@ def coming(layers: Layers, batch_size: int, tokens: int) -> tuple[list[int], lis
     )
 
 
-def fixed_nbytes(layer: PackedLayer, batch_size: int, pages: list[int]) -> int:
-    """Bytes of a layer besides pages, once sequences have so many pages more."""
-    g = layer.geometry
+def fixed_nbytes(layers: Layers, batch_size: int, pages: Sequence[int]) -> int:
+    """Bytes of the cache besides pages, once sequences have so many pages more. All layers have the
+    same sequences, and so the same tables."""
+    first = layers[0]
+    g = first.geometry
     room = table_entries(
-        max(n + more for n, more in zip(layer.page_counts(batch_size), pages, strict=True))
+        max(n + more for n, more in zip(first.page_counts(batch_size), pages, strict=True))
     )
-    if layer.is_initialized:
-        room = max(room, layer.table.block_table.shape[1])
-    return batch_size * (g.table_nbytes(room) + g.segments_nbytes(len(layer.rungs)))
+    if first.is_initialized:
+        room = max(room, first.table.block_table.shape[1])
+    segments = sum(g.segments_nbytes(len(layer.rungs)) for layer in layers)
+    return batch_size * (len(layers) * g.table_nbytes(room) + segments)
+
+
+def pages_nbytes(layers: Layers) -> int:
+    """Bytes of the pages of all layers, of which no other cache has any."""
+    return sum(layer.table.pool.nbytes for layer in layers if layer.is_initialized)
 
 
 def floor_nbytes(layers: Layers, batch_size: int, pages: list[int]) -> int:
     """Bytes of the cache with so many more pages a sequence and all of them on the floor."""
-    total = sum(fixed_nbytes(layer, batch_size, pages) for layer in layers)
+    total, new = fixed_nbytes(layers, batch_size, pages), sum(pages)
     for layer in layers:
         if layer.is_initialized:
             pool = layer.table.pool
-            total += (sum(pages) + len(pool)) * pool.sizes[0]
+            total += (new + len(pool)) * pool.sizes[0]
         else:
             floor = layer.rungs[0]
-            total += sum(pages) * layer.geometry.pair_nbytes(floor.key.format, floor.value.format)
+            total += new * layer.geometry.pair_nbytes(floor.key.format, floor.value.format)
     return total
 
 

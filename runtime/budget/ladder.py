@@ -227,6 +227,8 @@ class Ladders:
         for step in self.order:
             row, young, r = have[step.layer], fresh[step.layer], step.rung
             count = row[r] + young[r]
+            if not count:
+                continue
             if not self.whole_layers:
                 count = min(count, -(-excess // step.freed))
             old = min(count, row[r])

@@ -54,7 +54,7 @@ class Offload(Policy):
 
     def need(self, layers: Layers, batch_size: int, tokens: int) -> int:
         due = coming(layers, batch_size, tokens)[2]
-        fixed = sum(fixed_nbytes(layer, batch_size, due) for layer in layers)
+        fixed = fixed_nbytes(layers, batch_size, due)
         waiting = (
             sum(due) if tokens == 1 else min(1, sum(due))
         )  # the kernel of a step fills all pages at once
@@ -63,7 +63,7 @@ class Offload(Policy):
     def admit(self, layers: Layers, batch_size: int, tokens: int) -> bool:
         self.check(layers, batch_size, tokens)
         due = coming(layers, batch_size, tokens)[2]
-        fixed = sum(fixed_nbytes(layer, batch_size, due) for layer in layers)
+        fixed = fixed_nbytes(layers, batch_size, due)
         self.pager.admit(self, fixed, self.limit, sum(due))
         return True
 

@@ -10,11 +10,13 @@ from kvfold.runtime.budget.base import (
     coming,
     fixed_nbytes,
     floor_nbytes,
+    pages_nbytes,
     regroup_nbytes,
 )
 from kvfold.runtime.budget.ladder import Ladders, Plan
+from kvfold.runtime.cache.store import Lowering
 
-GROUP_TOKENS = 1024  # re-quantised at a time while a prompt waits
+GROUP_TOKENS = 1024  # of a layer, re-quantised at a time by the reference
 
 
 class Progressive(Policy):
@@ -96,31 +98,34 @@ class Progressive(Policy):
             layer.table.pool.counts if layer.is_initialized else [0] * len(rungs)
             for layer, rungs in zip(layers, self.ladders.rungs, strict=True)
         ]
-        fixed = sum(fixed_nbytes(layer, batch_size, pages) for layer in layers)
-        resident = sum(layer.table.pool.nbytes for layer in layers if layer.is_initialized)
-        return self.ladders.plan(counts, sum(pages), fixed + resident, self.limit)
+        nbytes = fixed_nbytes(layers, batch_size, pages) + pages_nbytes(layers)
+        return self.ladders.plan(counts, sum(pages), nbytes, self.limit)
 
     def _carry_out(self, layers: Layers, plan: Plan, limit: int | None) -> None:
-        """Lowers a plan's resident pages in the ladders' order; `limit`: pages at the most, None
-        for all."""
-        if not any(map(any, plan.moves)):
+        """Lowers a plan's resident pages in the ladders' order, as many together as there is room
+        for; `limit`: pages at the most, None for all."""
+        left = sum(map(sum, plan.moves))
+        if not left:
             return
-        left = sum(map(sum, plan.moves)) if limit is None else limit
-        room = self.limit - self.nbytes(layers)
-        for step in self.ladders.order:
-            if not left:
-                break
-            layer, count = layers[step.layer], min(left, plan.moves[step.layer][step.rung])
-            left -= count
-            sizes = layer.table.pool.sizes if count else ()
-            while count:
-                before, after = sizes[step.rung], sizes[step.rung - 1]
-                group = max(
-                    1, min(count, room // after, GROUP_TOKENS // layer.geometry.page_tokens)
-                )
-                layer.held.lower(layer.table.oldest(step.rung, group))
-                room += group * (before - after)
-                count -= group
+        left = left if limit is None else min(left, limit)
+        batch_size = layers[0].batch_size
+        fixed = fixed_nbytes(layers, batch_size, [0] * batch_size)
+        room = self.limit - fixed - pages_nbytes(layers)
+        most = GROUP_TOKENS // layers[0].geometry.page_tokens
+        with Lowering() as lowering:
+            for step in self.ladders.order:
+                count = min(left, plan.moves[step.layer][step.rung])
+                if not count:
+                    continue
+                left -= count
+                held, after = layers[step.layer].held, self.ladders.sizes[step.layer][step.rung - 1]
+                while count:
+                    if room < after:
+                        room += lowering.carry_out()
+                    group = max(1, min(count, room // after, most))
+                    room += lowering.add(held, held.table.oldest(step.rung, group))
+                    room -= group * after
+                    count -= group
 
 
 def rungs_of(fresh: list[int], pages: list[int]) -> list[list[int]]:

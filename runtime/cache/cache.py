@@ -263,7 +263,7 @@ class QuantizedKVCache(Cache):
                 removed, removed, removed,
             )  # fmt: skip
         self.shared.marks.unmark(self.layers[0].lengths())
-        self._set_segments()
+        self._publish()
 
     @neutrally
     def take_back(self, count: int, tokens: int) -> None:
@@ -321,12 +321,12 @@ class QuantizedKVCache(Cache):
         regroup_layers()
         if self.shared.padding:
             self.shared.set_padding([self.shared.padding[b] for b in chosen])
-        self._set_segments()
+        self._publish()
 
-    def _set_segments(self) -> None:
+    def _publish(self) -> None:
         for layer in self.layers:
             if layer.is_initialized:
-                layer.table.set_segments()
+                layer.table.publish()
 
     @neutrally
     def fork(self, count: int) -> "list[QuantizedKVCache]":

@@ -160,7 +160,7 @@ class PackedLayer(SizedLayer):
             for b, (skip, pad) in enumerate(zip(skips, pads, strict=True))
         ]
         self._columns.set(end)
-        self.table.set_segments()
+        self.table.publish()
         shape = torch.Size((*key_states.shape[:2], end, key_states.shape[3]))
         return StoredView(self, shape, key_states.dtype, key_states.device, rows=rows)
 

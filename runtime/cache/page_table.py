@@ -53,7 +53,10 @@ class PageTable:
         else:
             self.state, self.block_table, self.segments = (x.clone() for x in copy_of.tensors())
             self._moves = copy_of._moves
-        self._bounds: list[list[int]] = []  # `segments` on the host
+        self._cuts: list[list[int]] | None = None  # see `cuts`; None: to be found from the pages
+        self._sent: list[list[int]] = []  # what `segments` holds
+        # of sequences with lowered pages whose addresses the device has yet to be told: their run
+        self._lowered: dict[int, tuple[int, int]] = {}
         self._planned = False  # whether some sequence has a plan
         self._next: tuple[Tensor, list[int]] | None = None  # see `next_rungs`
 
@@ -101,6 +104,7 @@ class PageTable:
             self.block_table = self.block_table.new_zeros(batch, room)
             for b in range(batch):
                 self.enter(b, 0)
+            self._lowered.clear()
 
     def reserve(self, entries: int) -> None:
         """Replaces the block table by an empty one with room for `entries` pages a sequence: for
@@ -115,26 +119,43 @@ class PageTable:
             for b, sequence in enumerate(self.sequences):
                 self.enter(b, sequence.passed)
 
-    def set_segments(self, upload: Upload | None = None) -> None:
-        """Brings `segments` up to date, where pages have rungs. With `upload`, once that is
-        sent."""
+    def cuts(self) -> list[list[int]]:
+        """What `segments` is to hold. Kept up with what steps do, and found anew after the rest."""
+        if self._cuts is None:
+            rung = self.pool.rung
+            self._cuts = [
+                [*(bisect_left(ids, r, key=rung) for r in range(self.rungs)), len(ids)]
+                for ids in self.pages()
+            ]
+        return self._cuts
+
+    def publish(self, upload: Upload | None = None) -> None:
+        """Tells the device, where pages have rungs, which pages stand on which, and where those
+        lie that were lowered. With `upload`, once that is sent."""
         if self.rungs == 1:
             return
-        rung = self.pool.rung
-        bounds = [
-            [*(bisect_left(ids, r, key=rung) for r in range(self.rungs)), len(ids)]
-            for ids in self.pages()
-        ]
-        if bounds == self._bounds and len(self.segments):
-            return
-        self._bounds = bounds
-        if len(self.segments) != len(self.sequences):
-            self.segments = self.segments.new_zeros(0)  # the old one goes before the new one comes
-            self.segments = self.segments.new_zeros(len(self.sequences), self.rungs + 1)
         news = upload or Upload(self.device)
-        news.add(self.segments.view(-1), [start for row in bounds for start in row])
+        self._enter_lowered(news)
+        cuts = self.cuts()
+        if cuts != self._sent:
+            self._sent = [list(row) for row in cuts]
+            if len(self.segments) != len(cuts):
+                self.segments = self.segments.new_zeros(0)  # the old one goes before the new comes
+                self.segments = self.segments.new_zeros(len(cuts), self.rungs + 1)
+            news.add(self.segments.view(-1), [start for row in cuts for start in row])
         if upload is None:
             news.send()
+
+    def _enter_lowered(self, news: Upload) -> None:
+        for b, (first, end) in self._lowered.items():
+            ids = self.sequences[b].pages[first:end]
+            if ids:  # else they were cropped away meanwhile
+                news.add(self._entries(b, first, len(ids)), self.pool.addresses(ids))
+        self._lowered.clear()
+
+    def _entries(self, b: int, first: int, count: int) -> Tensor:
+        """int64 [count], a part of the block table."""
+        return self.block_table.view(-1).narrow(0, b * self.block_table.shape[1] + first, count)
 
     def next_rungs(self) -> tuple[Tensor | None, list[int]]:
         """The rung that the page which comes due next is written on, of each sequence: int32 [B] on
@@ -167,23 +188,27 @@ class PageTable:
         self.fit(max(first + count, *(len(row) for row in self.pages())))
         self._enter(b, first, ids)
         sequence.add(ids)
+        self._cuts = None
         return ids
 
     def take(self, due: list[int], news: Upload) -> None:
         """Before a step by kernels: gives the sequences `due` a page, and the device, once `news`
         is sent, what it must know of that and of what was lowered."""
+        if not due and not self._lowered and (self.rungs == 1 or self.cuts() == self._sent):
+            return
         for b in due:
             sequence = self.sequences[b]
             sequence.add(self.pool.allocate(1, sequence.due[0] if sequence.due else -1))
+            if self._cuts is not None:
+                row, rung = self._cuts[b], self.pool.rung(sequence.pages[-1])
+                row[rung + 1 :] = [end + 1 for end in row[rung + 1 :]]
         if due and table_entries(max(map(len, self.pages()))) != self.block_table.shape[1]:
             self.fit()
         else:
             for b in due:
                 ids = self.sequences[b].pages
-                news.add(
-                    self.block_table[b, len(ids) - 1 : len(ids)], self.pool.addresses(ids[-1:])
-                )
-        self.set_segments(news)
+                news.add(self._entries(b, len(ids) - 1, 1), self.pool.addresses(ids[-1:]))
+        self.publish(news)
         there, here = self.next_rungs()
         wanted = [
             self.pool.rung(self.sequences[b].pages[-1]) if b in due else rung
@@ -196,6 +221,7 @@ class PageTable:
     def drop(self, b: int, first: int) -> None:
         """Takes all pages from number `first` on off sequence b."""
         self.pool.release([i for i in self.sequences[b].cut(first) if i != PASSED])
+        self._cuts = None
 
     def drop_passed(self, geometry: Geometry, sliding: int) -> None:
         """Frees pages that lie behind a sliding window of every query to come.
@@ -208,12 +234,14 @@ class PageTable:
             if passed > first:
                 self.pool.release(sequence.leave(passed))
                 self.block_table[b, first:passed] = 0
+                self._cuts = None
 
     def oldest(self, rung: int, count: int) -> list[int]:
         """Up to `count` pages of a rung, the oldest of all sequences first."""
-        rows = self.pages()
-        starts = [bisect_left(ids, rung, key=self.pool.rung) for ids in rows]
-        ends = [bisect_left(ids, rung + 1, key=self.pool.rung) for ids in rows]
+        rows, cuts = self.pages(), self.cuts()
+        starts, ends = ([row[r] for row in cuts] for r in (rung, rung + 1))
+        if len(rows) == 1:
+            return rows[0][starts[0] : min(ends[0], starts[0] + count)]
         found: dict[int, None] = {}  # a page may be several sequences'
         for i in range(min(starts, default=0), max(ends, default=0)):
             for ids, start, end in zip(rows, starts, ends, strict=True):
@@ -223,16 +251,18 @@ class PageTable:
                 break
         return list(found)
 
-    def enter_lowered(self, ids: list[int], rung: int) -> None:
-        """Tells the device of pages that have come down from `rung`: a run in each sequence, the
-        last of those now below it."""
+    def note_lowered(self, ids: list[int], rung: int) -> None:
+        """Takes note of pages that are about to come down from `rung`: a run in each sequence, the
+        first of those that stand on it. `publish` tells the device."""
         lowered = set(ids)
-        for b, row in enumerate(self.pages()):
-            end = bisect_left(row, rung, key=self.pool.rung)
-            start = end
-            while start and row[start - 1] in lowered:
-                start -= 1
-            self._enter(b, start, row[start:end])
+        for b, (row, cuts) in enumerate(zip(self.pages(), self.cuts(), strict=True)):
+            first = end = cuts[rung]
+            while end < len(row) and row[end] in lowered:
+                end += 1
+            if end > first:
+                cuts[rung] = end
+                known, last = self._lowered.get(b, (first, end))
+                self._lowered[b] = min(known, first), max(last, end)
 
     # -- whole sequences ---------------------------------------------------------------------------
 
@@ -241,10 +271,14 @@ class PageTable:
         may repeat. Pages are shared."""
         for b in chosen:
             self.pool.share([i for i in self.sequences[b].pages if i != PASSED])
+        news = Upload(self.device)
+        self._enter_lowered(news)  # the rows are copied
+        news.send()
         self.release()
         self.state, self.block_table = self.state[index], self.block_table[index]
         kept = [self.sequences[b] for b in chosen]
         self.sequences = [sequence.copy() for sequence in kept]
+        self._cuts = None
         if chosen:
             self.fit()
         else:
@@ -279,6 +313,7 @@ class PageTable:
         """Gives back the pages of all sequences, and has none from here on."""
         self.release()
         self.sequences = []
+        self._cuts = None
 
     def __del__(self) -> None:
         if getattr(self, "shares_pool", False):

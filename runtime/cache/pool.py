@@ -28,6 +28,7 @@ class PagePool:
     def __init__(self, page_nbytes: int | Sequence[int], device: torch.device) -> None:
         self.sizes = (page_nbytes,) if isinstance(page_nbytes, int) else tuple(page_nbytes)
         self.counts = [0] * len(self.sizes)  # pages with an owner, by rung
+        self._nbytes = 0  # of them
         self.device = device
         self._pages: dict[int, Tensor] = {}
         self._addresses: dict[int, int] = {}
@@ -52,7 +53,7 @@ class PagePool:
             rung = source._rungs[number]
             self._place(number, rung, self._new(rung).copy_(source._pages[number]))
             self._owners[number] = 1
-            self.counts[rung] += 1
+            self._count(rung, 1)
         self._free_ids = [i for i in range(max(self._pages, default=-1)) if i not in self._pages]
 
     @property
@@ -71,8 +72,13 @@ class PagePool:
             self._place(number, rung, self._new(rung))
             self._owners[number] = 1
             ids.append(number)
-        self.counts[rung] += count
+        self._count(rung, count)
         return ids
+
+    def _count(self, rung: int, pages: int) -> None:
+        """So many pages more on a rung."""
+        self.counts[rung] += pages
+        self._nbytes += pages * self.sizes[rung]
 
     def _new(self, rung: int) -> Tensor:
         return torch.empty(self.sizes[rung], dtype=torch.uint8, device=self.device)
@@ -132,14 +138,14 @@ class PagePool:
             (old, new): the bytes as they were, freed when the caller lets go of them, and the
             undefined bytes that replace them.
         """
-        old = [self._pages[i] for i in ids]
-        rung = self._rungs[ids[0]]
+        old, rung = [self._pages[i] for i in ids], self._rungs[ids[0]]
         assert rung > 0 and all(self._rungs[i] == rung for i in ids)
-        for i in ids:
-            self._place(i, rung - 1, self._new(rung - 1))
-        self.counts[rung] -= len(ids)
-        self.counts[rung - 1] += len(ids)
-        return old, [self._pages[i] for i in ids]
+        new = [self._new(rung - 1) for _ in ids]  # all of them before any page is replaced
+        for i, page in zip(ids, new, strict=True):
+            self._place(i, rung - 1, page)
+        self._count(rung, -len(ids))
+        self._count(rung - 1, len(ids))
+        return old, new
 
     def share(self, ids: list[int]) -> None:
         """Adds one owner to each page."""
@@ -152,7 +158,7 @@ class PagePool:
             self._owners[i] -= 1
             if self._owners[i] == 0:
                 del self._owners[i], self._pages[i], self._addresses[i]
-                self.counts[self._rungs.pop(i)] -= 1
+                self._count(self._rungs.pop(i), -1)
                 self._free_ids.append(i)
 
     def __len__(self) -> int:
@@ -161,8 +167,8 @@ class PagePool:
 
     @property
     def nbytes(self) -> int:
-        """Resident bytes, from the counts: what `tensors` add up to."""
-        return sum(count * size for count, size in zip(self.counts, self.sizes, strict=True))
+        """Resident bytes, as counted: what `tensors` add up to."""
+        return self._nbytes
 
     def tensors(self) -> list[Tensor]:
         """Every resident tensor."""

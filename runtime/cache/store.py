@@ -9,7 +9,7 @@ from kvfold.exports.account import Geometry
 from kvfold.exports.spec import LayerSpec
 from kvfold.kernels.attention import packed_tokens
 from kvfold.kernels.quantizer import to_float16
-from kvfold.runtime.backends.base import Backend, LayerTensors, RowView
+from kvfold.runtime.backends.base import Backend, LayerTensors, LoweredPages, RowView
 from kvfold.runtime.backends.reference import read_pages
 from kvfold.runtime.cache.page_table import PageTable
 from kvfold.runtime.cache.sequence import PASSED
@@ -204,13 +204,15 @@ class LayerStore:
         stored basis."""
         return read_pages(self.table.pool, ids, self.rungs, self.geometry)
 
-    def lower(self, ids: list[int]) -> None:
-        """Re-quantises pages of one rung to the next lower one, once for all their owners. Both
-        stand for a moment."""
-        rung = self.table.pool.rung(ids[0])
-        old, new = self.table.pool.lower(ids)
-        self.backend.lower_pages(self.geometry, old, new, self.rungs[rung], self.rungs[rung - 1])
-        self.table.enter_lowered(ids, rung)
+    def take_down(self, ids: list[int]) -> LoweredPages:
+        """Gives pages of one rung memory on the next lower one, once for all their owners; what
+        they held is then the backend's to re-quantise. The oldest of their rung in each
+        sequence."""
+        table, rung = self.table, self.table.pool.rung(ids[0])
+        table.cuts()  # as they are before
+        old, new = table.pool.lower(ids)
+        table.note_lowered(ids, rung)
+        return LoweredPages(old, new, self.rungs[rung], self.rungs[rung - 1])
 
     # -- tokens go ---------------------------------------------------------------------------------
 
@@ -305,3 +307,48 @@ class LayerStore:
         for b, sequence in enumerate(table.sequences):
             table.enter(b, sequence.passed)
             table.note_state(b)
+
+
+class Lowering:
+    """Pages of any layers of a cache that go down a rung together, in one launch where kernels do
+    it. While this is entered they wait, and stand on both rungs; they are through when it is
+    left, however it is left."""
+
+    def __init__(self) -> None:
+        self._held: LayerStore | None = None
+        self._work: list[LoweredPages] = []
+        self._pages: set[tuple[int, int]] = set()  # layers, and pages of theirs, that wait
+        self._nbytes = 0
+
+    def __enter__(self) -> "Lowering":
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.carry_out()
+
+    def add(self, held: LayerStore, ids: list[int]) -> int:
+        """Takes the oldest pages of one rung of a layer. Pages that have yet to come down to that
+        rung do so first.
+
+        Returns:
+            bytes that were freed by that.
+        """
+        pages = {(held.layer_idx, i) for i in ids}
+        freed = 0 if self._pages.isdisjoint(pages) else self.carry_out()
+        work = held.take_down(ids)
+        self._held = held
+        self._work.append(work)
+        self._pages |= pages
+        self._nbytes += len(ids) * work.old[0].nbytes
+        return freed
+
+    def carry_out(self) -> int:
+        """Re-quantises what waits, and returns how many bytes that has freed."""
+        if self._held is None:
+            return 0
+        work, freed = self._work, self._nbytes
+        self._work, self._nbytes = [], 0
+        self._pages.clear()
+        self._held.backend.lower_pages(self._held.geometry, work)
+        self._held = None
+        return freed

@@ -22,6 +22,8 @@ class HostSteps:
 
     Attributes:
         quiet: steps to come before which the host has nothing to do.
+        intact: nothing but pages was replaced since the last step, so that a captured one reads
+            what it read.
         torn: a step failed half way: some layers may have the token, and the host counts it for
             all.
         captured: a captured decoding step (runtime.generate.graph), or that the next one may be
@@ -30,7 +32,7 @@ class HostSteps:
     """
 
     def __init__(self, torn: bool = False) -> None:
-        self.quiet = 0
+        self.quiet, self.intact = 0, False
         self.torn = torn
         self.captured: Any = None
         self.made_with: Any = None
@@ -51,6 +53,8 @@ class HostSteps:
         if not policy.admits_together(layers, due):
             return False
         take_pages([layer.table for layer in layers], due)
+        if due:  # a block table may have grown
+            self.intact = False
         first.shared.clock.tick()
         self._settled = settled
         return True
@@ -78,11 +82,11 @@ class HostSteps:
         for layer in layers:
             layer.release_passed()
         self.quiet = quiet_steps(layers) if self._settled else 0
-        self._settled = None
+        self._settled, self.intact = None, True
 
     def disturb(self) -> None:
         """The cache has changed otherwise than by such a step: the next one is not quiet."""
-        self.quiet = 0
+        self.quiet, self.intact = 0, False
 
     def keep(self, captured: Any, made_with: Any = None) -> None:
         """Keeps a captured step and what it was made with, or what says that there may be one; None
@@ -92,7 +96,8 @@ class HostSteps:
     def drop(self) -> None:
         """Tensors of the cache are about to be replaced: lets go of a captured step, which holds
         the old ones."""
-        self.captured, self.quiet = None, 0
+        self.captured = None
+        self.disturb()
 
     def tear(self) -> None:
         """A step failed half way."""

@@ -14,6 +14,7 @@ from kvfold.kernels.quantizer import decode, encode, load_param
 from kvfold.runtime.budget.ladder import Ladders
 from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.cache.sequence import PASSED
+from kvfold.runtime.cache.store import Lowering
 
 LIMITS = ("CODE_TOKENS", "CODE_NBYTES", "BLOCK_ELEMENTS")
 
@@ -144,8 +145,9 @@ def test_a_step_of_a_layer_is_attention_over_its_decoded_pages(monkeypatch, size
 
     cache.update(*states(190), 0)
     for rung, count in ((3, 24), (2, 16), (1, 8)):
-        layer.held.lower(layer.table.oldest(rung, count))
-    layer.table.set_segments()
+        with Lowering() as lowering:
+            lowering.add(layer.held, layer.table.oldest(rung, count))
+    layer.table.publish()
     assert [layer.table.pool.rung(i) for i in layer.table.pages()[0]] == 4 * [0] + 4 * [1] + 4 * [
         2
     ] + 8 * [3]

@@ -41,18 +41,18 @@ def calls(monkeypatch):
     """(rungs that attention reads, query tokens) and (formats before, after) of pages that go
     down."""
     read, lowered = [], []
-    attend, lower = triton_attention.attention, triton_encode.lower_pages
+    attend, lower = triton_attention.attention, triton_encode.lower_jobs
 
     def counted_attention(queries, cache, formats, *args, **options):
         read.append((formats, queries.tokens))
         return attend(queries, cache, formats, *args, **options)
 
-    def counted_lower(sources, targets, old, new, **options):
-        lowered.append(((old.key, old.value), (new.key, new.value)))
-        return lower(sources, targets, old, new, **options)
+    def counted_lower(work, **options):
+        lowered.extend((step.old[:2], step.new[:2]) for step in work)
+        return lower(work, **options)
 
     for module in (triton, triton_attention, triton_encode):
-        for name, function in (("attention", counted_attention), ("lower_pages", counted_lower)):
+        for name, function in (("attention", counted_attention), ("lower_jobs", counted_lower)):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, function)
     return read, lowered

@@ -20,11 +20,12 @@ from kvfold.runtime.cache.cache import QuantizedKVCache
 
 pytest.importorskip("triton")
 from float4 import SIZES, STEP, known
+from lowered import lower
 from test_triton_attention import DEVICE, Case, error
 from test_triton_encode import Pages, rows_of
 from test_triton_prompt import pages_of
 
-from kvfold.kernels.gpu.encode import encode_pages, lower_pages
+from kvfold.kernels.gpu.encode import encode_pages
 from kvfold.kernels.gpu.prompt import decode_pages
 from kvfold.kernels.gpu.records import PageFormat
 from kvfold.kernels.pages import page_address
@@ -124,7 +125,7 @@ def test_pages_are_lowered_from_it_and_to_it(down):
     (data,), read = pages_of(old, 1, heads, tokens)
     pages = Pages(1, heads * sum(fmt.nbytes(tokens) for fmt in new))
     source = torch.tensor([page_address(data)], device=DEVICE)
-    lower_pages(
+    lower(
         source,
         pages.addresses(),
         PageFormat(*old),

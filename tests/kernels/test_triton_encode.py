@@ -13,12 +13,13 @@ from kvfold.kernels.quantizer import decode, encode, to_float16
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
+from lowered import lower
 
 from kvfold.kernels.gpu.append import append_step
 from kvfold.kernels.gpu.device.codec import from_e4m3, to_e4m3
-from kvfold.kernels.gpu.encode import encode_pages, lower_pages
+from kvfold.kernels.gpu.encode import encode_pages, lower_jobs, lower_pages
 from kvfold.kernels.gpu.queries import empty_queries, prepare_queries
-from kvfold.kernels.gpu.records import KeyTransform, PagedCache, PageFormat, Regions
+from kvfold.kernels.gpu.records import KeyTransform, Lowering, PagedCache, PageFormat, Regions
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 POISON = 0xA5
@@ -231,7 +232,7 @@ def test_lowered_pages_equal_the_reference(old, new, tokens):
     for source, sign in zip(sources.pages, (1, -1), strict=True):
         source.copy_(reference(sign * k, sign * v, before, (None, None)))
     held = sources.room.clone()
-    lower_pages(
+    lower(
         sources.addresses(), pages.addresses(), PageFormat(*before), PageFormat(*after, clip), num_kv_heads=heads,
         page_tokens=tokens,
     )  # fmt: skip
@@ -244,6 +245,42 @@ def test_lowered_pages_equal_the_reference(old, new, tokens):
         assert_page(page, reference(*x, after, (clip, None)), after, heads, tokens)
     assert pages.untouched()
     assert torch.equal(sources.room, held)
+
+
+def test_pages_of_many_formats_go_down_in_one_launch():
+    """As they do one step at a time: each with its own formats and clips, of one factor a head or
+    one a group, one side or both; as many pages of each as there happen to be."""
+    heads, tokens, dim = 2, 16, 64
+    generator = torch.Generator().manual_seed(9)
+    steps = [
+        (raw16(dim), uniform(dim, 256, "fp16"), 3),
+        (uniform(dim, 256, "fp16"), uniform(dim, 16, "e4m3", 16), 1),
+        (uniform(dim, 16), MIXED, 2),
+        (uniform(dim, 16), uniform(dim, 3), 1),
+    ]
+    work, alone, together = [], [], []
+    for i, (old, new, count) in enumerate(steps):
+        sides = ((old, raw16(dim)), (new, uniform(dim, 4, "fp16", 32)))
+        sizes = [heads * sum(fmt.nbytes(tokens) for fmt in pair) for pair in sides]
+        sources, *pages = (Pages(count, size) for size in (sizes[0], sizes[1], sizes[1]))
+        for source in sources.pages:
+            x = torch.randn(2, heads, tokens, dim, generator=generator)
+            source.copy_(reference(*x, sides[0], (None, None)))
+        clips = [torch.rand(heads, groups, generator=generator) * 0.3 + 0.7 for groups in (1, 2)]
+        fmt = PageFormat(*sides[1], *(clip.to(DEVICE) if i % 2 else None for clip in clips))
+        shape = {"num_kv_heads": heads, "page_tokens": tokens}
+        before = PageFormat(*sides[0])
+        lower(sources.addresses(), pages[0].addresses(), before, fmt, **shape)
+        addresses = [x.addresses().tolist() for x in (sources, pages[1])]
+        work.append((sources, Lowering(*addresses, before, fmt)))
+        alone.append(pages[0])
+        together.append(pages[1])
+    (jobs,) = lower_jobs([step for _, step in work], **shape, device=DEVICE)
+    lower_pages(jobs, **shape)
+    for one, other in zip(alone, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.pages, other.pages, strict=True))
+        assert other.untouched() and not all((page == POISON).all() for page in other.pages)
+    assert not lower_jobs([], **shape, device=DEVICE)
 
 
 # (sinks, window, tokens of a page, room beyond the least, head_dim, formats, with a matrix, dtype)
@@ -357,9 +394,9 @@ def test_what_cannot_be_packed_is_refused():
         clipped = fmt._replace(key_clip=torch.ones(3, device=DEVICE))
         encode_pages(x, x, clipped, one.long(), one, one, page_tokens=16)
     with pytest.raises(KvfoldError, match="page_tokens=24"):
-        lower_pages(one.long(), one.long(), fmt, fmt, num_kv_heads=2, page_tokens=24)
+        lower(one.long(), one.long(), fmt, fmt, num_kv_heads=2, page_tokens=24)
     with pytest.raises(KvfoldError, match="head_dim 32 and 16"):
-        lower_pages(
+        lower(
             one.long(),
             one.long(),
             fmt,

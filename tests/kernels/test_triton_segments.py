@@ -16,9 +16,10 @@ from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import decode, encode
 
 pytest.importorskip("triton")
+from lowered import lower
+
 from kvfold.kernels.gpu.append import append_step
 from kvfold.kernels.gpu.attention import Prompt, attention
-from kvfold.kernels.gpu.encode import lower_pages
 from kvfold.kernels.gpu.queries import empty_queries, prepare_queries
 from kvfold.kernels.gpu.records import LogitOptions, PagedCache, PageFormat, Regions
 
@@ -268,9 +269,7 @@ def test_steps_add_pages_to_the_last_rung_and_lowering_moves_the_cuts():
                 places = [
                     torch.tensor([page_address(x)], device=DEVICE) for x in (old, case.pages[b][at])
                 ]
-                lower_pages(
-                    *places, formats[rung + 1], formats[rung], num_kv_heads=2, page_tokens=page
-                )
+                lower(*places, formats[rung + 1], formats[rung], num_kv_heads=2, page_tokens=page)
                 case.table[b, at] = places[1]
                 case.segments[b, rung + 1] += 1
         keys, values, query = (torch.randn(2, heads, 1, dim, device=DEVICE) for heads in (2, 2, 4))

@@ -9,10 +9,11 @@ from kvfold.kernels.compile.launch import noting
 from kvfold.kernels.formats import raw16, uniform
 
 pytest.importorskip("triton")
+from lowered import lower
 from test_triton_encode import DEVICE, MIXED, POISON, Pages, assert_page, reference, rows_of
 
 from kvfold.kernels.gpu.append import append_step
-from kvfold.kernels.gpu.encode import encode_pages, lower_pages
+from kvfold.kernels.gpu.encode import encode_pages
 from kvfold.kernels.gpu.prompt import decode_pages
 from kvfold.kernels.gpu.queries import empty_queries
 from kvfold.kernels.gpu.records import PagedCache, PageFormat, Regions
@@ -78,7 +79,7 @@ def test_one_kernel_serves_all_formats(monkeypatch):
             fmt = PageFormat(key, value)
             clipped = fmt._replace(value_clip=clip if dim == 64 else None)
             encode_pages(x, x, clipped, places, one, one, page_tokens=size)
-            lower_pages(places, places, fmt, fmt, num_kv_heads=heads, page_tokens=size)
+            lower(places, places, fmt, fmt, num_kv_heads=heads, page_tokens=size)
             decode_pages(places, key, value, factors, x[0], x[0], size)
             append_step(
                 x[:, :, :1], x[:, :, :1], x[:, :, :1], PagedCache(places[None], one.expand(2)[None].contiguous(), x, x),
@@ -117,7 +118,7 @@ INTS = {"sequences", "tokens", "state", "tables", "formats", "rungs", "pairs", "
 def compile(kernel, **constants):
     signature = {}
     for name in kernel.arg_names:
-        longs = name in ("pages", "sources", "table", "marks")
+        longs = name in ("pages", "jobs", "table", "marks")
         halves = name in ("keys", "values", "raw_keys", "raw_values", "q_out", "within")
         signature[name] = (
             "constexpr" if name in constants else "*fp32" if name in FLOATS else "*i32" if name in INTS

@@ -26,7 +26,7 @@ from kvfold.runtime.budget.ladder import Ladders, Step, distortion, finer, ladde
 from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.cache.layer import PackedLayer
 from kvfold.runtime.cache.shared import SharedState
-from kvfold.runtime.cache.store import LayerStore
+from kvfold.runtime.cache.store import LayerStore, Lowering
 from kvfold.runtime.load import plain_cache
 
 LOSSES = {"mixed": (0.02, 0.01), "ternary": (0.5, 0.1), "raw": (0.0, 0.0)}
@@ -39,6 +39,12 @@ def policy_of(names, geometry=GEOMETRY):
 
 def make(names, budget):
     return QuantizedKVCache([SPECS[n] for n in names], GEOMETRY, budget, ladders=policy_of(names))
+
+
+def lower(held, ids):
+    """Pages of one layer go down at once."""
+    with Lowering() as lowering:
+        lowering.add(held, ids)
 
 
 def feed(cache, tokens, batch=1, generator=None):
@@ -217,7 +223,7 @@ def test_the_watch_sees_pages_and_copies():
         layer = cache.layers[0]
         assert watch.peak > cache.nbytes > before  # old and new rows for a moment
         watch.peak = 0
-        layer.held.lower(layer.table.oldest(3, 1))
+        lower(layer.held, layer.table.oldest(3, 1))
         assert watch.peak == cache.nbytes + 1024
 
 
@@ -314,11 +320,11 @@ def test_any_sequence_of_operations_equals_plain_lists_and_stays_in_the_budget(
 ):
     generator = torch.Generator().manual_seed(seed)
     cache = make(names, budget)
-    lists, real_lower = [ProgressiveLists(SPECS[n], batch) for n in names], LayerStore.lower
+    lists, real_take = [ProgressiveLists(SPECS[n], batch) for n in names], LayerStore.take_down
 
     def follow(held, ids):
         lists[held.layer_idx].lowered(held, ids)
-        real_lower(held, ids)
+        return real_take(held, ids)
 
     def append(tokens):
         rows = len(lists[0].rows)
@@ -333,7 +339,7 @@ def test_any_sequence_of_operations_equals_plain_lists_and_stays_in_the_budget(
             own.append(keys, values)
             own.settle(layer)
 
-    with mock.patch.object(LayerStore, "lower", follow), Watch() as watch:
+    with mock.patch.object(LayerStore, "take_down", follow), Watch() as watch:
         watch.caches.append(cache)
         for name, argument in [("append", 5), *steps]:
             rows = len(lists[0].rows)
@@ -379,8 +385,8 @@ def test_any_sequence_of_operations_equals_plain_lists_and_stays_in_the_budget(
                         if cache.nbytes + layer.table.pool.sizes[
                             rung - 1
                         ] * argument <= budget and (ids := layer.table.oldest(rung, argument)):
-                            follow(layer.held, ids)
-                    layer.table.set_segments()
+                            lower(layer.held, ids)
+                    layer.table.publish()
             elif name == "reset":
                 cache.reset()
                 assert cache.nbytes == 0 and cache.get_seq_length() == 0
@@ -397,8 +403,8 @@ def test_shared_pages_are_lowered_once_for_all_owners():
     layer = cache.layers[0]
     ids = layer.table.oldest(3, 2)
     assert ids == layer.table.pages()[0][:2]
-    layer.held.lower(ids)
-    layer.table.set_segments()
+    lower(layer.held, ids)
+    layer.table.publish()
     assert layer.table.pool.counts == [0, 0, 2, 3] and layer.num_pages() == 5
     assert layer.table.segments.tolist() == [[0, 0, 0, 2, 5]] * 3
     for b in range(3):
@@ -414,9 +420,9 @@ def test_a_step_of_decoding_lowers_a_page_a_layer_and_none_when_a_page_comes(
     """A batch of three, whose pages come due together every eight steps, needs more than that near
     the end."""
     cache = make(["mixed", "ternary"], 8_000 + 11_000 * batch)
-    calls, lowered, real_lower = [], [], LayerStore.lower
+    calls, lowered, real_take = [], [], LayerStore.take_down
     monkeypatch.setattr(
-        LayerStore, "lower", lambda held, ids: (calls.append(len(ids)), real_lower(held, ids))
+        LayerStore, "take_down", lambda held, ids: (calls.append(len(ids)), real_take(held, ids))[1]
     )
     feed(cache, 20, batch)
     pages = cache.layers[0].num_pages()
@@ -433,7 +439,7 @@ def test_a_step_of_decoding_lowers_a_page_a_layer_and_none_when_a_page_comes(
 
 def test_a_long_prompt_is_written_on_the_rung_that_fits(monkeypatch):
     cache = make(["mixed", "ternary"], 24_000)
-    monkeypatch.setattr(LayerStore, "lower", None)
+    monkeypatch.setattr(LayerStore, "take_down", None)
     feed(cache, 200)
     assert cache.nbytes <= 24_000
     for layer in cache.layers:
@@ -646,7 +652,8 @@ def test_kernels_write_and_lower_pages_to_the_bytes_of_the_reference(name):
         layer.plan([[0, 1, 2, 3], [1, 1, 3, 3]])
         layer.update(keys, values)
         for rung, count in ((3, 3), (2, 2), (1, 1)):
-            layer.held.lower(layer.table.oldest(rung, count))
+            lower(layer.held, layer.table.oldest(rung, count))
+        layer.table.publish()
         for b in range(2):
             assert [layer.table.pool.rung(i) for i in layer.table.pages()[b]] == [0, 1, 1, 2]
             assert layer.table.block_table[b, :4].tolist() == layer.table.pool.addresses(
