@@ -64,8 +64,8 @@ def test_a_plain_forward_reads_back_what_a_token_at_a_time_reads(precise):
     assert isinstance(out.past_key_values, runtime.QuantizedKVCache)
     packed, geometry = out.past_key_values, model.kv_artifact.geometry
     assert [layer.table.state[0].tolist() for layer in packed.layers] == [[104, 9]] * 3
-    held = [  # by a query at the place of 8 tokens before, where a crop may come back to
-        9 - (104 - 8 - sliding + 1 - 3) // 8 if sliding else 9
+    held = [  # by a query where a crop may come back to
+        9 - (104 - geometry.rollback - sliding + 1 - 3) // 8 if sliding else 9
         for sliding in SLIDING.get(model.config.model_type, [0] * 3)
     ]
     assert [layer.num_pages() for layer in packed.layers] == held
