@@ -29,8 +29,7 @@ from kvfold.exports.page.licence import Licence, find_licence
 from kvfold.exports.place import full_disk
 from kvfold.exports.reader import Artifact
 from kvfold.exports.schema import (
-    MEAN_VERSION,
-    PAIRS_VERSION,
+    ROLLBACK_VERSION,
     AccountModel,
     BudgetModel,
     CacheModel,
@@ -210,7 +209,7 @@ def _metadata(plan: Plan, found: Found, specs: list[LayerSpec], dtype: torch.dty
     elements = g.elements(at, plan.num_layers)
     lengths = [2**i for i in range(9, 31) if 2**i <= text_of(plan.config).max_position_embeddings]
     return Metadata(
-        format_version=MEAN_VERSION if pairs == "halves" else PAIRS_VERSION,
+        format_version=ROLLBACK_VERSION,
         cache=CacheModel(
             num_layers=plan.num_layers,
             num_heads=text_of(plan.config).num_attention_heads,
@@ -219,6 +218,7 @@ def _metadata(plan: Plan, found: Found, specs: list[LayerSpec], dtype: torch.dty
             sinks=g.sinks,
             window=g.window,
             page_tokens=g.page_tokens,
+            rollback=g.rollback,
             **optional,
         ),
         layers=[

@@ -98,7 +98,12 @@ def make_plan(
         )
     shape = num_kv_heads_of(config), head_dim_of(config)
     geometry = Geometry(
-        *shape, recipe.sinks, recipe.least_window, recipe.page_tokens, sliding_windows_of(config)
+        *shape,
+        recipe.sinks,
+        recipe.least_window,
+        recipe.page_tokens,
+        sliding_windows_of(config),
+        recipe.most_rollback,
     )
     allowance = parse_budget(
         budget, geometry, text.num_hidden_layers, text.max_position_embeddings, context
@@ -107,16 +112,19 @@ def make_plan(
         side.least_format(geometry.head_dim, recipe.catalogue)
         for side in (recipe.key, recipe.value)
     )
+    smallest = [(k, v)] * text.num_hidden_layers
+    if recipe.rollback == "auto":
+        if cache_nbytes(geometry, smallest, allowance.at) > allowance.nbytes:
+            geometry = replace(geometry, rollback=0)
+        recipe = recipe.model_copy(update={"rollback": geometry.rollback})
     check_reach(
         allowance,
         geometry,
         text.num_hidden_layers,
-        cache_nbytes(geometry, [(k, v)] * text.num_hidden_layers, allowance.at),
+        cache_nbytes(geometry, smallest, allowance.at),
     )
     if recipe.window == "auto":
-        geometry = replace(
-            geometry, window=longest_window(geometry, allowance, [(k, v)] * text.num_hidden_layers)
-        )
+        geometry = replace(geometry, window=longest_window(geometry, allowance, smallest))
         recipe = recipe.model_copy(update={"window": geometry.window})
     tokenizer = tokenizer_from_pretrained(source.path)
     c = recipe.calibration

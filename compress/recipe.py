@@ -282,11 +282,12 @@ class SensitivityRecipe(_Strict):
 
 
 class Recipe(_Strict):
-    """All choices. Tokens are counted in `sinks`, `window` and `page_tokens`; `tied`: K and V of a
-    layer get one format.
+    """All choices. Tokens are counted in `sinks`, `window`, `page_tokens` and `rollback`; `tied`: K
+    and V of a layer get one format.
 
     A window of "auto" is as long as an eighth of the budget pays for (plan.py): next words hang on
-    the last few hundred tokens most.
+    the last few hundred tokens most. A rollback of "auto" is a page, or 0 where the budget has no room
+    for its 16-bit rows.
 
     Attributes:
         catalogue: take mixed formats from kernels/catalogue.py, where it has the head_dim, so that
@@ -300,6 +301,7 @@ class Recipe(_Strict):
     sinks: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 64
     window: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | Literal["auto"] = "auto"
     page_tokens: Annotated[int, Field(gt=0, le=1024)] = 32
+    rollback: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | Literal["auto"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=MOST_SEED)] = 0
     tied: bool = False
     catalogue: bool = True
@@ -332,6 +334,11 @@ class Recipe(_Strict):
     def least_window(self) -> int:
         """Tokens of the window, or the fewest that it may have."""
         return LEAST_WINDOW if self.window == "auto" else self.window
+
+    @property
+    def most_rollback(self) -> int:
+        """Tokens of the rollback, or the most that it may have."""
+        return self.page_tokens if self.rollback == "auto" else self.rollback
 
     def dump(self) -> str:
         """recipe.yaml's text."""

@@ -5,10 +5,11 @@ One sequence of L tokens in one layer holds, resident:
 
     raw rows     (sinks + ring) × num_kv_heads × head_dim × 2 (K, V) × 2 bytes, allocated whole;
     ring: room for the
-                 window and one open page, in whole pages
+                 window, one open page and the rollback, in whole pages
     pages        packed_tokens(L) / page_tokens × num_kv_heads × (key format + value format bytes of
     a page); in a layer
-                 with a sliding window less those that no later query sees
+                 with a sliding window less those that no later query sees, nor one after a crop by
+                 the rollback
     block table  8 bytes an entry, LEAST_ENTRIES or a power of two above; pages that are gone keep
     their entry state        8 bytes: length and number of pages
 

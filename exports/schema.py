@@ -29,10 +29,11 @@ MEAN_VERSION = (
 PAIRS_VERSION = (
     4  # the same and cache.rope_pairs, where RoPE turns other pairs of channels than (i, i + n/2)
 )
+ROLLBACK_VERSION = 5  # cache.rollback, and cache.rope_pairs where RoPE turns other pairs
 METADATA_NAME = "kv_cache.json"
 TENSORS_NAME = "kv_cache.safetensors"
 
-MOST_TOKENS = 1 << 24  # of sinks and window, which are allocated whole
+MOST_TOKENS = 1 << 24  # of sinks, window and rollback, which are allocated whole
 MOST_PAGE_TOKENS = 1024
 MOST_LAYERS = 1000
 MOST_SEED = 1 << 63  # seeds are below, as torch takes them
@@ -83,7 +84,10 @@ class CacheModel(Strict):
 
     `sliding`: of each layer, 0 for none; from SLIDING_VERSION on, where one layer slides at least,
     else empty.
-    `rope_pairs`: which channels RoPE turns together (kernels/key_mean.py); in PAIRS_VERSION only.
+    `rope_pairs`: which channels RoPE turns together (kernels/key_mean.py); from PAIRS_VERSION on,
+    where they are not the usual ones.
+    `rollback`: tokens by which a cache may be cropped as if they had never come, unless a load asks
+    for another number; from ROLLBACK_VERSION on, and None, which is 0, before.
     """
 
     num_layers: Layers
@@ -95,6 +99,7 @@ class CacheModel(Strict):
     page_tokens: PageTokens
     sliding: list[Count] = Field(default_factory=list)
     rope_pairs: RopePairs = "halves"
+    rollback: RawTokens | None = None
 
     @model_serializer(mode="wrap")
     def _fields(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -103,6 +108,8 @@ class CacheModel(Strict):
             del fields["sliding"]
         if self.rope_pairs == "halves":
             del fields["rope_pairs"]
+        if self.rollback is None:
+            del fields["rollback"]
         return fields
 
 
@@ -189,11 +196,22 @@ class Metadata(Strict):
             raise ValueError(
                 f"cache.sliding needs one window for each of {self.cache.num_layers} layers, or must be absent"
             )
-        if (self.format_version == PAIRS_VERSION) != (
-            "rope_pairs" in self.cache.model_fields_set
-        ) or (self.format_version == PAIRS_VERSION and self.cache.rope_pairs == "halves"):
+        stated = "rope_pairs" in self.cache.model_fields_set
+        usual = self.cache.rope_pairs == "halves"
+        if (
+            (self.format_version == PAIRS_VERSION and usual)
+            or (self.format_version < PAIRS_VERSION and stated)
+            or (stated and usual)
+        ):
             raise ValueError(
-                f"cache.rope_pairs, adjacent or swapped, goes with format_version {PAIRS_VERSION} alone"
+                f"cache.rope_pairs, adjacent or swapped, goes with format_version {PAIRS_VERSION}, which needs it, "
+                f"and {ROLLBACK_VERSION}"
+            )
+        if self.format_version < ROLLBACK_VERSION and "rollback" in self.cache.model_fields_set:
+            raise ValueError(f"cache.rollback goes with format_version {ROLLBACK_VERSION}")
+        if self.format_version == ROLLBACK_VERSION and self.cache.rollback is None:
+            raise ValueError(
+                f"format_version {ROLLBACK_VERSION} needs cache.rollback, a number of tokens"
             )
         if self.format_version < MEAN_VERSION and any(
             "frequencies" in layer.key.tensors for layer in self.layers
@@ -227,9 +245,8 @@ class Metadata(Strict):
     @property
     def geometry(self) -> Geometry:
         c = self.cache
-        return Geometry(
-            c.num_kv_heads, c.head_dim, c.sinks, c.window, c.page_tokens, tuple(c.sliding)
-        )
+        shape = c.num_kv_heads, c.head_dim, c.sinks, c.window, c.page_tokens
+        return Geometry(*shape, tuple(c.sliding), c.rollback or 0)
 
     @property
     def formats(self) -> list[tuple[Format, Format]]:
@@ -281,9 +298,9 @@ def parse_metadata(text: str, name: str = METADATA_NAME) -> Metadata:
             f"{name} is not JSON ({error}); the artifact is damaged, write or download it again."
         ) from None
     version = data.get("format_version") if isinstance(data, dict) else None
-    if version not in (FORMAT_VERSION, SLIDING_VERSION, MEAN_VERSION, PAIRS_VERSION):
+    if version not in range(FORMAT_VERSION, ROLLBACK_VERSION + 1):
         raise KvfoldError(
-            f"{name} has format_version {version!r}, but this kvfold reads {FORMAT_VERSION} to {PAIRS_VERSION}; use "
+            f"{name} has format_version {version!r}, but this kvfold reads {FORMAT_VERSION} to {ROLLBACK_VERSION}; use "
             "the kvfold that wrote it."
         )
     digest = data.pop("digest", None)

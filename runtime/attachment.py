@@ -139,7 +139,7 @@ def attach(
     budget: int | None = None,
     triton: bool = False,
     cuda_graph: bool | str = "auto",
-    rollback: int = 0,
+    rollback: int | None = None,
     batch_invariant: bool = False,
     policy: Ladders | None = None,
     offload: bool = False,

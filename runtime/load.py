@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import batch_nbytes
 from kvfold.exports.reader import Artifact, read_artifact, read_metadata
-from kvfold.exports.schema import Metadata
+from kvfold.exports.schema import MOST_TOKENS, Metadata
 from kvfold.exports.units import parse_nbytes
 from kvfold.exports.weights import weights_nbytes
 from kvfold.memory import is_out_of_memory, need_memory, reason_of_shortage
@@ -79,7 +79,7 @@ def load_pretrained(
     offload: bool = False,
     attention: str = "auto",
     cuda_graph: bool | str = "auto",
-    rollback: int = 0,
+    rollback: int | None = None,
     batch_invariant: bool = False,
     torch_dtype: torch.dtype | str | None = None,
     device_map: Any = None,
@@ -117,8 +117,10 @@ def load_pretrained(
             (TORCHDYNAMO_DISABLE=1 does without). True: an error instead where nothing can be
             captured; False: never.
         rollback: tokens by which a cache may be cropped exactly, as if they had never come: their
-            16-bit rows are kept longer. Assisted and prompt-lookup decoding see to that by
-            themselves.
+            16-bit rows are kept longer. None: what the artifact states, a page unless its recipe
+            says otherwise and none in artifacts before format version 5, or 0 where kv_budget has
+            no room for that beside sinks, window and one page. 0 saves its rows. Assisted and
+            prompt-lookup decoding see to what they take back by themselves.
         batch_invariant: attention gives a sequence the same bits in whatever batch it is decoded:
             the kernels divide its pages by its own length alone, 1024 tokens to a program: too few
             programs for a short sequence alone, and more than fit at once for a large batch. The
@@ -166,7 +168,7 @@ def load_pretrained(
     artifact = read_artifact(folder)
     ladders = progressive_policy(artifact) if progressive else None
     if budget is not None and kv_budget is not None:
-        check_budget(budget, kv_budget, artifact, rollback, ladders)
+        rollback = fitting_rollback(budget, kv_budget, artifact, rollback, ladders)
     dtype = dtype or default_dtype(target)
     model = read_model(artifact, dtype or "auto")
     model = model.to(target)
@@ -202,7 +204,7 @@ def check_values(
     offload: bool,
     attention: str,
     cuda_graph: bool | str,
-    rollback: int,
+    rollback: int | None,
 ) -> None:
     """Refuses values that options of load_pretrained don't have, and options that exclude each
     other.
@@ -227,28 +229,50 @@ def check_values(
         raise KvfoldError(
             f"attention '{attention}' is not one this version knows; use 'auto', 'reference' or 'triton'."
         )
-    if isinstance(rollback, bool) or not isinstance(rollback, int) or rollback < 0:
-        raise KvfoldError(f"rollback={rollback!r} is not a number of tokens; give 0 or more.")
+    if rollback is not None and (
+        isinstance(rollback, bool)
+        or not isinstance(rollback, int)
+        or not 0 <= rollback <= MOST_TOKENS
+    ):
+        raise KvfoldError(
+            f"rollback={rollback!r} is not a number of tokens; give 0 to {MOST_TOKENS}, or leave it out."
+        )
 
 
-def check_budget(
-    budget: int, kv_budget: int | str, artifact: Artifact, rollback: int, ladders: Ladders | None
-) -> None:
-    """Refuses a budget that one page of one sequence would pass.
+def fitting_rollback(
+    budget: int,
+    kv_budget: int | str,
+    artifact: Artifact,
+    rollback: int | None,
+    ladders: Ladders | None,
+) -> int:
+    """The rollback under a budget: what was asked for, else the artifact's, or 0 where that is too
+    much; refuses a budget that one page of one sequence would pass.
 
     Args:
         budget, kv_budget: in bytes, and as it was given.
+        rollback: in tokens; None for the default.
     Raises:
-        KvfoldError: it is too small.
+        KvfoldError: the budget is too small.
     """
-    g = artifact.geometry
-    least = batch_nbytes(replace(g, rollback=rollback), artifact.formats, [1])
-    if ladders is not None:
-        least = ladders.least_nbytes(g, g.sinks + g.window + g.page_tokens)
-    if budget < least:
-        raise KvfoldError(
-            f"kv_budget={kv_budget} is too small: sinks, window and one page take {least} bytes; give at least that."
-        )
+
+    def least(rollback: int) -> int:
+        g = replace(artifact.geometry, rollback=rollback)
+        if ladders is not None:
+            return ladders.least_nbytes(g, g.sinks + g.window + g.page_tokens)
+        return batch_nbytes(g, artifact.formats, [1])
+
+    wanted = artifact.geometry.rollback if rollback is None else rollback
+    if budget >= least(wanted):
+        return wanted
+    if rollback is None and budget >= least(0):
+        log.info("rollback: 0, because kv_budget=%s has no room for %d tokens", kv_budget, wanted)
+        return 0
+    kept = f", a rollback of {rollback} tokens" if rollback else ""
+    raise KvfoldError(
+        f"kv_budget={kv_budget} is too small: sinks, window{kept} and one page take {least(rollback or 0)} bytes; "
+        "give at least that."
+    )
 
 
 def read_model(artifact: Artifact, dtype: torch.dtype | str, **placement: Any) -> Any:

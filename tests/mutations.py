@@ -1,4 +1,4 @@
-"""Twenty delicate lines, each broken in a copy of the tree: the tests named beside it must fail.
+"""Delicate lines, each broken in a copy of the tree: the tests named beside it must fail.
 
 usage: make mutations [ARGS="NUMBER …"], or python tests/mutations.py [NUMBER …]
 
@@ -79,6 +79,13 @@ MUTATIONS = (
              "test_window.py test_sequences.py test_cache.py"),
     Mutation("exports/account.py", "self.window + self.page_tokens + self.rollback)", "self.window + self.page_tokens)",
              "test_sequences.py test_cache.py"),
+    # rows that a crop brings back
+    Mutation("exports/schema.py", "tuple(c.sliding), c.rollback or 0)", "tuple(c.sliding))",
+             "test_schema.py test_rollback.py"),
+    Mutation("runtime/cache/store.py", "max(0, total - g.rollback), g.sinks", "total, g.sinks",
+             "test_sequences.py test_rollback.py"),
+    Mutation("runtime/cache/layer.py", "undo or self.geometry.rollback > 0", "undo",
+             "test_sequences.py test_rollback.py"),
     # kernels
     Mutation("kernels/gpu/append.py", "sinks + tl.maximum(token - sinks, 0) % ring",
              "sinks + tl.maximum(token - sinks + 1, 0) % ring", "test_triton_encode.py"),

@@ -90,10 +90,10 @@ def folder_of(out: Path, jobs: int) -> Path:
 
 
 def comparable(recipe: Recipe) -> Recipe:
-    """A recipe with no more sinks and no longer a window than the tables' other rows have; by
-    default an artifact keeps more."""
+    """A recipe with no more sinks, no longer a window and no more rollback than the tables' other
+    rows have; by default an artifact keeps more."""
     return recipe.model_copy(
-        update={"sinks": min(recipe.sinks, SINKS), "window": recipe.least_window}
+        update={"sinks": min(recipe.sinks, SINKS), "window": recipe.least_window, "rollback": 0}
     )
 
 
@@ -103,7 +103,12 @@ def geometry_of(model: str, recipe: Recipe) -> tuple[Geometry, int, int]:
     config = read_config(resolve_model(model).path)
     heads = num_kv_heads_of(config), head_dim_of(config)
     shape = Geometry(
-        *heads, recipe.sinks, recipe.least_window, recipe.page_tokens, sliding_windows_of(config)
+        *heads,
+        recipe.sinks,
+        recipe.least_window,
+        recipe.page_tokens,
+        sliding_windows_of(config),
+        recipe.most_rollback,
     )
     return shape, config.num_hidden_layers, min(CONTEXT, config.max_position_embeddings)
 

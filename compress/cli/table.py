@@ -55,6 +55,7 @@ def describe(metadata: Metadata, at: int | None = None) -> dict[str, Any]:
         "sinks": geometry.sinks,
         "window": geometry.window,
         "page_tokens": geometry.page_tokens,
+        "rollback": geometry.rollback,
         "kl": metadata.calibration.kl,
         "covered_positions": metadata.calibration.covered_positions,
         "kernels": {
@@ -105,7 +106,8 @@ def print_table(metadata: Metadata, at: int | None = None) -> None:
     print(
         f"{format_nbytes(info['bytes'])} ({info['bytes']} bytes) instead of {format_nbytes(info['bytes_16bit'])}: "
         f"{info['effective_bits']:.3f} effective bits, {info['payload_bits']:.3f} in pages; "
-        f"{info['sinks']} sinks and a window of {info['window']} tokens in 16 bits; KL on calibration text "
+        f"{info['sinks']} sinks and a window of {info['window']} tokens in 16 bits, crops exact up to "
+        f"{info['rollback']}; KL on calibration text "
         f"{info['kl']:.4f} nats{near} (predictions, each layer alone, add up to {total:.4f}); "
         f"calibrated for positions up to {info['covered_positions']}."
     )

@@ -130,6 +130,11 @@ def account_parts(metadata: Metadata) -> list[tuple[str, str, int]]:
             f"open page of {geometry.page_tokens} tokens, 16-bit",
             token * geometry.page_tokens,
         ),
+        (
+            "rollback",
+            f"rollback of {geometry.rollback} tokens in whole pages, 16-bit",
+            token * (geometry.ring - geometry.window - geometry.page_tokens),
+        ),
         ("sinks", f"{geometry.sinks} sinks, 16-bit", token * geometry.sinks),
         ("tables", "block tables", table),
         ("state", "lengths and page counts", state),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvfold.errors import KVBudgetExceeded
-from kvfold.exports.account import RAW_NBYTES, batch_nbytes, table_entries
+from kvfold.exports.account import RAW_NBYTES, Geometry, batch_nbytes, table_entries
 from kvfold.exports.spec import LayerSpec
 from kvfold.runtime.cache.layer import PackedLayer
 from kvfold.runtime.cache.pool import PagePool
@@ -127,13 +127,17 @@ class Policy(ABC):
             return
         need = self.need(layers, batch_size, tokens)
         if need > self.budget:
-            raise self.exceeded(layers[0].get_seq_length() + tokens, batch_size, need)
+            raise self.exceeded(layers, layers[0].get_seq_length() + tokens, batch_size, need)
 
-    def exceeded(self, tokens: int, batch_size: int, need: int) -> KVBudgetExceeded:
+    def exceeded(self, layers: Layers, tokens: int, batch_size: int, need: int) -> KVBudgetExceeded:
         """The error that says what did not fit."""
+        g = layers[0].geometry
+        rows = g.raw_rows - replace(g, rollback=0).raw_rows
+        saved = rows * row_nbytes(g) * batch_size * len(layers)
+        way = f", load with rollback=0, which saves {saved} bytes" if saved else ""
         return KVBudgetExceeded(
             f"{tokens} tokens in {batch_size} sequence(s) need a cache of {need} bytes{self.floor}, but kv_budget is "
-            f"{self.budget}; raise kv_budget, shorten the prompt or make the batch smaller."
+            f"{self.budget}; raise kv_budget{way}, shorten the prompt or make the batch smaller."
         )
 
 
@@ -187,6 +191,11 @@ def floor_nbytes(layers: Layers, batch_size: int, pages: list[int]) -> int:
     return total
 
 
+def row_nbytes(geometry: Geometry) -> int:
+    """Bytes of one token's 16-bit rows in one layer, keys and values."""
+    return 2 * RAW_NBYTES * geometry.num_kv_heads * geometry.head_dim
+
+
 def rollback_nbytes(layers: Layers, tokens: int) -> int:
     """Bytes that stand beside what is resident while 16-bit rings grow to a rollback of `tokens`
     tokens."""
@@ -194,8 +203,7 @@ def rollback_nbytes(layers: Layers, tokens: int) -> int:
     g = layers[0].geometry
     rows = replace(g, rollback=tokens).raw_rows - g.raw_rows
     moving = g.raw_rows if rows else 0  # one layer's old ring stands beside its new one
-    row = 2 * RAW_NBYTES * g.num_kv_heads * g.head_dim
-    return row * held[0].batch_size * (len(held) * rows + moving) if held else 0
+    return row_nbytes(g) * held[0].batch_size * (len(held) * rows + moving) if held else 0
 
 
 def regroup_nbytes(layers: Layers, sequences: int) -> int:

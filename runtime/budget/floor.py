@@ -23,7 +23,7 @@ class Floor(Policy):
             return
         peak = self.nbytes(layers) + regroup_nbytes(layers, sequences)
         if peak > self.budget:
-            raise self.exceeded(layers[0].get_seq_length(), sequences, peak)
+            raise self.exceeded(layers, layers[0].get_seq_length(), sequences, peak)
 
     def admits_together(self, layers: Layers, due: list[int]) -> bool:
         # layers that slide give pages back as they go: all new ones at once may be more than the

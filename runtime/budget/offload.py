@@ -72,7 +72,9 @@ class Offload(Policy):
             return
         peak = regroup_nbytes(layers, sequences)
         if not self._push_out(layers, peak) and sequences > layers[0].batch_size:
-            raise self.exceeded(layers[0].get_seq_length(), sequences, self.nbytes(layers) + peak)
+            raise self.exceeded(
+                layers, layers[0].get_seq_length(), sequences, self.nbytes(layers) + peak
+            )
 
     def spare(self, layers: Layers, more: int) -> bool:
         return super().spare(layers, more) or self._push_out(layers, more)

@@ -90,7 +90,7 @@ class Progressive(Policy):
         if plan is None:
             before = layers[0].batch_size
             need = floor_nbytes(layers, before, [0] * before) + peak
-            raise self.exceeded(layers[0].get_seq_length(), sequences, need)
+            raise self.exceeded(layers, layers[0].get_seq_length(), sequences, need)
         self._carry_out(layers, plan, None)
 
     def _plan(self, layers: Layers, batch_size: int, pages: list[int]) -> Plan | None:

@@ -35,7 +35,7 @@ class Calls:
         artifact: Any,
         budget: int | None,
         backend: Backend,
-        rollback: int,
+        rollback: int | None,
         batch_invariant: bool,
         ladders: Ladders | None,
         offload: bool,
@@ -48,7 +48,9 @@ class Calls:
             offload,
         )
         self.batch_invariant = batch_invariant
-        self.geometry = replace(artifact.geometry, rollback=rollback)
+        self.geometry = artifact.geometry
+        if rollback is not None:
+            self.geometry = replace(self.geometry, rollback=rollback)
         self.covered = artifact.metadata.calibration.covered_positions
         self.gate = Gate(artifact)
 

@@ -118,7 +118,7 @@ def test_inspect_table(kvfold, tiny_artifact):
 
 def test_validate(kvfold, tiny_artifact):
     out, err = kvfold("validate", tiny_artifact)
-    assert out.startswith(f"{tiny_artifact} is a valid artifact of tiny-llama, format_version 3")
+    assert out.startswith(f"{tiny_artifact} is a valid artifact of tiny-llama, format_version 5")
     assert (out.count("\n"), err) == (1, "")
 
 

@@ -164,7 +164,10 @@ def changed(path: str, value) -> dict:
         ("layers.1.key.format.zero", 0, r"not valid at layers.1.key.format.zero"),
         ("budget", ..., "not valid at budget"),
         ("provenance.revision", ..., "not valid at provenance.revision"),
-        ("format_version", 5, "format_version 5"),
+        ("format_version", 6, "format_version 6"),
+        ("format_version", 5, "format_version 5 needs cache.rollback"),
+        ("cache.rollback", 16, "cache.rollback goes with format_version 5"),
+        ("cache.rollback", None, "cache.rollback goes with format_version 5"),
         ("format_version", 2, "format_version 2 needs cache.sliding"),
         ("cache.sliding", [16, 0], "cache.sliding is no field of format_version 1"),
         ("format_version", "1", "format_version '1'"),
@@ -256,7 +259,11 @@ def test_pairs_that_are_not_halves_are_version_4():
     assert metadata.cache.rope_pairs == "adjacent" and json.loads(
         dump_metadata(metadata)
     ) == json.loads(text)
+    later = {**geometry, "rollback": 16}
+    metadata = parse_metadata(dump_fields({**FIELDS, "format_version": 5, "cache": later}))
+    assert metadata.cache.rope_pairs == "adjacent" and metadata.model_dump()["cache"] == later
     for version, pairs in (
+        (5, "halves"),
         (3, "adjacent"),
         (1, "swapped"),
         (4, "halves"),
@@ -264,8 +271,35 @@ def test_pairs_that_are_not_halves_are_version_4():
         (3, "halves"),
     ):
         cache = {**FIELDS["cache"], **({} if pairs is None else {"rope_pairs": pairs})}
-        with pytest.raises(KvfoldError, match="format_version 4 alone"):
+        if version == 5:
+            cache["rollback"] = 16
+        with pytest.raises(KvfoldError, match="goes with format_version 4, which needs it, and 5"):
             parse_metadata(dump_fields({**FIELDS, "format_version": version, "cache": cache}))
+
+
+def test_a_rollback_is_version_5():
+    """Its rows are in the account; it is the last of the cache's fields, and stated also if it is
+    none."""
+    for rollback, pages in ((0, 1), (6, 1), (7, 2), (16, 2), (23, 3), (1 << 24, (1 << 20) + 1)):
+        fields = {
+            **FIELDS,
+            "format_version": 5,
+            "cache": {**FIELDS["cache"], "rollback": rollback},
+        }
+        metadata = parse_metadata(dump_fields(fields))
+        assert metadata.geometry.rollback == rollback and metadata.model_dump() == fields
+        assert dump_metadata(metadata) == dump_metadata(parse_metadata(dump_metadata(metadata)))
+        # a window of 10 tokens and a page of 16 leave 6 rows of two pages
+        rows = 2 * 16 * 2 * 2 * 2 * 16 * (pages - 1)
+        formats = metadata.formats
+        assert cache_nbytes(metadata.geometry, formats, 81) == FIELDS["account"]["bytes"] + rows
+    lines = dump_metadata(metadata).splitlines()
+    assert lines[lines.index('  "page_tokens": 16,') + 1] == '  "rollback": 16777216'
+    for wrong in (-1, 1.0, 16.5, True, "16", None, [16], (1 << 24) + 1, 1 << 63, 10**400):
+        cache = {**FIELDS["cache"], "rollback": wrong}
+        with pytest.raises(KvfoldError, match=r"rollback") as caught:
+            parse_metadata(dump_fields({**FIELDS, "format_version": 5, "cache": cache}))
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "1", '{"format_version": 1', "\ufeff{}"])

@@ -324,7 +324,7 @@ def test_an_edit_says_how_to_sign_and_is_signed(artifact, both_refuse, monkeypat
         stream.write("\n")
     both_refuse(name, "if you changed it, sign it with `kvfold validate --update", str(artifact))
     assert validate(monkeypatch, capsys, artifact, "--update")[:2] == (
-        0, f"{artifact}: signed {name} anew.\n{artifact} is a valid artifact of tiny-llama, format_version 3.\n",
+        0, f"{artifact}: signed {name} anew.\n{artifact} is a valid artifact of tiny-llama, format_version 5.\n",
     )  # fmt: skip
     assert validate(monkeypatch, capsys, artifact)[0] == 0
     assert validate(monkeypatch, capsys, artifact, "--update")[1].startswith(

@@ -3,6 +3,7 @@ is captured, what the host does before one, and that nothing of it changes what 
 
 import copy
 import logging
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -540,3 +541,22 @@ def test_the_kernels_themselves_take_the_pages_that_the_host_gives(captured, mon
         runs[0][1], runs[1][1]
     )
     assert sum(x.calls for x in captured) >= 3
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@torch.no_grad()
+def test_replayed_steps_that_are_cropped_leave_no_trace(progressive, quick, captured):
+    """Up to a rollback of a page, over a page's boundary, again and again."""
+    geometry = replace(GEOMETRY, rollback=GEOMETRY.page_tokens)
+    ids, budget = ids_of(2, 90), 10**6 if progressive else None
+    model = make(True, budget=budget, progressive=progressive, geometry=geometry, rollback=None)
+    fresh, used = model.new_kv_cache(), model.new_kv_cache()
+    for cache in (fresh, used):
+        model(ids[:, :25], past_key_values=cache)
+    replayed = sum(x.calls for x in captured)
+    for more, less in ((7, 7), (3, 3), (8, 5), (1, 4), (8, 8)):
+        decode(model, used, ids_of(2, more, seed=more))
+        used.crop(-less)
+    assert sum(x.calls for x in captured) > replayed + 10
+    logits = [decode(model, cache, ids[:, 25:60]) for cache in (fresh, used)]
+    assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True)) and same(fresh, used)

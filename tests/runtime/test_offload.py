@@ -145,7 +145,7 @@ geometries = st.builds(
     st.sampled_from([0, 5, 10]),
     st.sampled_from([8, 16]),
     st.sampled_from([0, 19]),
-    st.sampled_from([0, 7]),
+    st.sampled_from([0, 7, 8, 16]),
 )
 
 

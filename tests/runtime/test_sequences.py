@@ -193,7 +193,7 @@ operations = st.lists(
 geometries = st.builds(
     lambda sinks, window, page, sliding, rollback: Geometry(HEADS, DIM, sinks, window, page, (sliding,), rollback),
     st.sampled_from([0, 1, 3]), st.sampled_from([0, 5, 10, 24]), st.sampled_from([8, 16, 24]),
-    st.sampled_from([0, 0, 4, 19, 50]), st.sampled_from([0, 1, 7, 40]),
+    st.sampled_from([0, 0, 4, 19, 50]), st.sampled_from([0, 1, 7, 16, 40]),
 )  # fmt: skip
 
 
