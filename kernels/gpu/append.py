@@ -204,19 +204,20 @@ def _append_kernel(
         row = tl.where(token < sinks, token, sinks + tl.maximum(token - sinks, 0) % ring)
         at = b.to(tl.int64) * raw_stride_b + head.to(tl.int64) * raw_stride_h
         if tl.program_id(2) == 0:
-            x = new_keys + b.to(tl.int64) * key_stride_b + head * key_stride_h
+            # keys and values may be of two types, under autocast: names of their own keep them apart
+            k = new_keys + b.to(tl.int64) * key_stride_b + head * key_stride_h
             out = raw_keys + at + row.to(tl.int64) * raw_stride_t
             mu = offset + head * DIM
             _write_row(
-                out, x, matrix + head * (DIM * DIM), mu, marks + b, token, label, token - sinks, spans, within,
+                out, k, matrix + head * (DIM * DIM), mu, marks + b, token, label, token - sinks, spans, within,
                 steps, channels,
                 DIM, MATRIX, OFFSET, MARKS, MEAN,
             )  # fmt: skip
         else:
-            x = new_values + b.to(tl.int64) * value_stride_b + head * value_stride_h
+            v = new_values + b.to(tl.int64) * value_stride_b + head * value_stride_h
             out = raw_values + at + row.to(tl.int64) * raw_stride_t
             _write_row(
-                out, x, matrix, offset, marks + b, token, label + 1, token, spans, within, steps, channels,
+                out, v, matrix, offset, marks + b, token, label + 1, token, spans, within, steps, channels,
                 DIM, False, False, MARKS, 0,
             )  # fmt: skip
         due = tl.maximum(token + 1 - sinks - window, 0) // (8 * ROWS)

@@ -123,7 +123,8 @@ def compile(kernel, **constants):
         signature[name] = (
             "constexpr" if name in constants else "*fp32" if name in FLOATS else "*i32" if name in INTS
             else "*i64" if longs else "*u8" if name == "anchor_ptr" else "fp32" if name in ("factor", "scaling")
-            else "*bf16" if name in ("new_keys", "new_values", "query") else "*fp16" if halves
+            else "*bf16" if name == "new_values" else "*fp16" if halves  # under autocast RoPE's sides stay float32
+            else "*fp32" if name in ("new_keys", "query")
             else "*fp32" if name == "factors" else "i32"
         )
     for parameter in kernel.params:  # or a number of 1, or one that 16 divides, would compile a kernel of its own
