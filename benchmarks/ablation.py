@@ -134,6 +134,13 @@ ROWS: dict[str, dict] = {
 }
 
 
+def chosen(part: str, row: str) -> bool:
+    """Whether `part`, in lower case, asks for a row: by its name, or by a part of it that is no other
+    row's name."""
+    names = {name.lower() for name in ROWS}
+    return part == row.lower() or (part not in names and part in row.lower())
+
+
 def recipe_for(change: dict, model: str, bits: float) -> Recipe:
     """`best` with the tables' sinks, or another recipe, with a row's change."""
     data = comparable(load_recipe(change.get("recipe"))).model_dump()
@@ -214,7 +221,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--first-window", type=int, default=0)
     parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--rows", help="names, or parts of names, between commas")
+    parser.add_argument("--rows", help="names, or parts of several, between commas")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("artifacts/ablation"))
@@ -229,7 +236,7 @@ def main() -> None:
         left = {
             row: (change, model, options)
             for row, change in ROWS.items()
-            if row not in done and any(part in row.lower() for part in wanted)
+            if row not in done and any(chosen(part, row) for part in wanted)
         }
         for row, found in side_by_side(measured, left, options.jobs):
             done.add(row, found)

@@ -47,6 +47,10 @@ PRIVATE_NAMES = (
     PrivateName(
         "torch.nn.Module", "_forward_pre_hooks", "a captured step would not call them", True
     ),
+    PrivateName("torch.nn.Module", "_modules", "hooks are looked for in little time", True),
+    PrivateName(
+        "torch.nn.Module", "_parameters", "weights that moved are seen in little time", True
+    ),
     PrivateName("torch.Tensor", "_version", "whether a mask was written since it was read"),
     PrivateName("torch", "_foreach_copy_", "small numbers reach the device in one copy"),
     PrivateName("torch", "_dynamo", "a failure to compile an operation is no error of a step"),

@@ -29,11 +29,11 @@ from kvfold.compress.search.candidates import (
 )
 from kvfold.compress.search.check import check_model
 from kvfold.compress.search.conversations import write_conversations
-from kvfold.compress.search.extrapolation import sensitivities
+from kvfold.compress.search.extrapolation import layer_jobs, sensitivities
 from kvfold.compress.search.first_order import first_order_losses
-from kvfold.compress.search.fisher import fisher_losses
-from kvfold.compress.search.mean_factors import choose_factors, turning_layers
-from kvfold.compress.search.sensitivity import Passage, Probe, measured, packing_tap
+from kvfold.compress.search.fisher import Losses, Sweep
+from kvfold.compress.search.mean_factors import choose_factors, takes_mean
+from kvfold.compress.search.sensitivity import Job, Passage, Probe, measured, packing_tap
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import Architecture, text_of
@@ -134,29 +134,25 @@ def measure(
         )
         passages += [Passage(ids, start=prompt - 1) for ids, prompt in asked]
     probe = Probe(model, plan.arch, passages, early)
-    chosen = _with_means(plan, stats, probe, near, work)
-    keys = [
-        _key_candidates(plan, model, layer, i)
-        for i, layer in enumerate(progress(chosen, "candidates", "layer"))
-    ]
-    values = [value_candidates(layer, recipe, i) for i, layer in enumerate(stats)]
+    bits = target_bits(plan)
+    second = Losses(Sweep(probe, near, s.directions, recipe.seed), work / "fisher.json")
+    keys: list[list[KeyCandidate]] = [[] for _ in stats]
+    values: list[list[ValueCandidate]] = [[] for _ in stats]
+    found: dict[Job, float] = {}
+    for i in progress(range(len(stats))[::-1], "losses", "layer"):
+        part = _with_mean(plan, model, stats[i], i, second, bits)
+        keys[i] = _key_candidates(plan, model, part, i)
+        values[i] = value_candidates(stats[i], recipe, i)
+        if s.method == "fisher":
+            jobs = layer_jobs(i, keys[i], values[i], bits, s.probes)
+            found |= second.of_jobs(i, jobs, keys, values)
     if s.method == "first-order":
         losses = first_order_losses(probe, sequences, keys, values, near)
+    elif s.method == "kl":
+        find = partial(measured, probe, keys=keys, values=values, geometry=near, work=work)
+        losses = sensitivities(keys, values, bits, s.probes, find)
     else:
-        if s.method == "kl":
-            find = partial(measured, probe, keys=keys, values=values, geometry=near, work=work)
-        else:
-            find = partial(
-                fisher_losses,
-                probe,
-                keys=keys,
-                values=values,
-                geometry=near,
-                count=s.directions,
-                seed=recipe.seed,
-                work=work,
-            )
-        losses = sensitivities(keys, values, target_bits(plan), s.probes, find)
+        losses = sensitivities(keys, values, bits, s.probes, lambda jobs: found)
     return Measured(model, probe, near, keys, values, *losses)
 
 
@@ -175,29 +171,20 @@ def _key_candidates(
     )
 
 
-def _with_means(
-    plan: Plan, stats: list[LayerStats], probe: Probe, near: Geometry, work: Path
-) -> list[LayerStats]:
-    """The statistics with as much of each head's rotating mean taken off as measures best."""
-    recipe, s = plan.recipe, plan.recipe.sensitivity
-    layers, factors = turning_layers(recipe, stats), recipe.key.mean_factors
-
-    def part(layer: int, factor: float) -> LayerStats:
-        heads = stats[layer].center.shape[0]
-        return stats[layer].with_mean(torch.full((heads,), factor, dtype=torch.float64))
-
-    if len(factors) == 1 or s.method == "first-order":
-        return [part(i, factors[0]) if i in layers else x for i, x in enumerate(stats)]
-    bits = target_bits(plan)
-    candidates: list[list[KeyCandidate]] = [[] for _ in stats]
-    for i in layers:
-        for factor in factors:
-            candidates[i] += _key_candidates(plan, probe.model, part(i, factor), i, bits)
-    layers = [i for i in layers if candidates[i]]  # none where only 16 bits are offered
-    found = choose_factors(
-        probe, candidates, layers, factors, near, s.directions, recipe.seed, work
-    )
-    return [x.with_mean(found[i]) if i in found else x for i, x in enumerate(stats)]
+def _with_mean(
+    plan: Plan, model: Any, stats: LayerStats, layer: int, losses: Losses, bits: float
+) -> LayerStats:
+    """A layer's statistics with as much of each head's rotating mean taken off as measures best."""
+    recipe, factors = plan.recipe, plan.recipe.key.mean_factors
+    if not takes_mean(recipe, stats):
+        return stats
+    parts = [stats.with_mean(torch.full_like(stats.center[:, 0], factor)) for factor in factors]
+    if len(parts) == 1 or recipe.sensitivity.method == "first-order":
+        return parts[0]
+    candidates = [_key_candidates(plan, model, part, layer, bits) for part in parts]
+    if not candidates[0]:  # only 16 bits are offered
+        return parts[0]
+    return stats.with_mean(choose_factors(losses, layer, [x[0] for x in candidates], factors))
 
 
 def target_bits(plan: Plan) -> float:

@@ -73,6 +73,14 @@ def extrapolate(group: Sequence[Candidate], measured: dict[int, float]) -> list[
     return losses
 
 
+def layer_jobs(
+    layer: int, keys: Sequence[Candidate], values: Sequence[Candidate], bits: float, count: int
+) -> list[Job]:
+    """The candidates of one layer that are measured; arguments as in `sensitivities`."""
+    sides: tuple[tuple[str, Sequence[Candidate]], ...] = (("key", keys), ("value", values))
+    return [(side, layer, c) for side, group in sides for c in probed(group, bits, count)]
+
+
 def sensitivities(
     keys: list[list[KeyCandidate]],
     values: list[list[ValueCandidate]],
@@ -89,16 +97,8 @@ def sensitivities(
     Returns:
         (losses of key candidates, losses of value candidates), one list a layer.
     """
-    sides: tuple[tuple[str, Sequence[Sequence[Candidate]]], ...] = (
-        ("key", keys),
-        ("value", values),
-    )
-    jobs = [
-        (side, layer, c)
-        for layer in range(len(keys))
-        for side, groups in sides
-        for c in probed(groups[layer], bits, count)
-    ]
+    pairs = enumerate(zip(keys, values, strict=True))
+    jobs = [job for layer, pair in pairs for job in layer_jobs(layer, *pair, bits, count)]
     found = find(jobs)
 
     def losses(side: str, groups: Sequence[Sequence[Candidate]]) -> list[list[float]]:

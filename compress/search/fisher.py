@@ -13,11 +13,13 @@ up in squares: E[(G·Δo)²] is the sum over KV heads of E[(G_h·Δo_h)²], and 
 times less noisy.
 
 Δo of a candidate takes that layer's attention alone, through packed bytes as in sensitivity.py.
-Layers are run again one at a time from stored hidden states, so that one layer's activations are in
-memory, and only positions that read pages are run at all.
+Layers are run again one at a time from stored hidden states, all passages through one before the
+next, so that one layer's activations are in memory, and what it does is known when its candidates
+are made; and only positions that read pages are run at all.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,6 @@ import torch
 from torch import Tensor
 
 from kvfold.compress.models.attention_hook import attend_as_usual, tapped
-from kvfold.compress.progress import progress
 from kvfold.compress.search.candidates import KeyCandidate, ValueCandidate
 from kvfold.compress.search.first_order import attend_whole
 from kvfold.compress.search.sensitivity import (
@@ -98,126 +99,142 @@ class _Recorder:
         return self.out
 
 
-def passage_losses(
-    probe: Probe,
-    index: int,
-    jobs: Sequence[Job],
-    keys: list[list[KeyCandidate]],
-    values: list[list[ValueCandidate]],
-    geometry: Geometry,
-    count: int,
-    seed: int,
-) -> dict[Job, list[float]]:
-    """½·(G_h·Δo_h)² of each KV head h on one of the probe's passages, mean over `count` directions.
+@dataclass(frozen=True)
+class Seen:
+    """What one layer's attention does for the last n of a passage's T positions, with the gradients
+    by its output.
+
+    Attributes:
+        query, key, value: [H, n, D], [Hkv, T, D] and [Hkv, T, D], after RoPE.
+        scaling: factor on the logits.
+        options: mask, softcap and sinks_logit, as packed_attention takes them.
+        plain: float32 [H, n, D], the output of unquantised keys and values.
+        gradients: float32 [directions, Hkv, H / Hkv, n, D].
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
+    options: dict[str, Any]
+    plain: Tensor
+    gradients: Tensor
+
+    def loss(self, geometry: Geometry, specs: dict[str, Any]) -> Tensor:
+        """½·(G_h·Δo_h)² of each KV head h, mean over directions: nats, summed over the passage's
+        positions, float64 [Hkv].
+
+        Args:
+            geometry: sinks, window and page size.
+            specs: key_spec, or value_spec and value_matrix, of packed_attention.
+        """
+        error = packed_attention(
+            self.query, self.key, self.value, geometry, self.scaling, **specs, **self.options
+        )
+        error -= self.plain
+        products = (self.gradients * error.unflatten(0, self.gradients.shape[1:3])).flatten(2)
+        return products.sum(-1).double().square().mean(0) / 2
+
+
+class Sweep:
+    """Backward passes through all layers, one at a time from the last to the first, on all of a
+    probe's passages.
 
     Args:
-        index: of the passage.
-        jobs, keys, values, count, seed: as in `fisher_losses`.
+        probe: of the model as it was read.
         geometry: sinks, window and page size that candidates are measured with.
-    Returns:
-        nats of each KV head for each job, summed over the passage's positions.
+        count: directions for each passage.
+        seed: of the directions.
     """
-    found: dict[Job, list[float]] = {}
-    first = probe.early[index]
-    gradient: Tensor | None = None  # [count, 1, n, hidden_size] by a layer's output
-    for layer in reversed(range(len(probe.attentions))):
-        tap = _Recorder(*probe.past[index][layer])
+
+    def __init__(self, probe: Probe, geometry: Geometry, count: int, seed: int) -> None:
+        self.probe, self.geometry, self.count, self.seed = probe, geometry, count, seed
+        self.gradients: list[Tensor | None] = [None] * len(probe.passages)  # by the next's output
+        self.next = len(probe.attentions) - 1
+
+    def at(self, layer: int) -> list[Seen]:
+        """What a layer does on every passage; layers are asked for from the last on, each once, and
+        may be left out."""
+        assert layer <= self.next
+        while True:
+            seen = [self._step(i) for i in range(len(self.gradients))]
+            self.next -= 1
+            if self.next < layer:
+                return seen
+
+    def _step(self, index: int) -> Seen:
+        """One passage through layer `next`, and back."""
+        probe, layer, gradient = self.probe, self.next, self.gradients[index]
+        first, tap = probe.early[index], _Recorder(*probe.past[index][layer])
         leaf = probe.hidden[index][layer][:, first:].detach()
         with torch.enable_grad(), tapped(probe.attentions[layer], tap):
             leaf.requires_grad_()
             state = probe.runners[index].run(layer, leaf, first)
             if gradient is None:
                 state = probe.normed(index, state, first)
-                gradient = directions(probe, index, state, count, seed)
+                gradient = directions(probe, index, state, self.count, self.seed)
             both = [
                 torch.autograd.grad(state, (leaf, tap.out), g, retain_graph=True) for g in gradient
             ]
-        gradient = torch.stack([by_leaf for by_leaf, _ in both])
+        self.gradients[index] = torch.stack([by_leaf for by_leaf, _ in both])
         by_out = torch.stack([g[0] for _, g in both]).transpose(1, 2).float()  # [count, H, n, D]
-        del state, both
         options: dict[str, Any] = {"mask": tap.mask, **tap.extras}
-        heads = by_out.unflatten(1, (geometry.num_kv_heads, -1))  # [count, Hkv, G, n, D]
-        plain = packed_attention(tap.query, tap.key, tap.value, geometry, tap.scaling, **options)
-        for side, at, c in jobs:
-            if at != layer:
-                continue
-            specs = {
-                name: x.to(probe.device)
-                for name, x in specs_of(side, keys, values, layer, c).items()
-            }
-            error = packed_attention(
-                tap.query, tap.key, tap.value, geometry, tap.scaling, **specs, **options
-            )
-            error -= plain
-            products = (heads * error.unflatten(0, (geometry.num_kv_heads, -1))).flatten(2).sum(-1)
-            found[side, at, c] = (products.double().square().sum(0) / (2 * count)).tolist()
-    return found
+        plain = packed_attention(
+            tap.query, tap.key, tap.value, self.geometry, tap.scaling, **options
+        )
+        heads = by_out.unflatten(1, (self.geometry.num_kv_heads, -1))
+        return Seen(tap.query, tap.key, tap.value, tap.scaling, options, plain, heads)
 
 
-def head_losses(
-    probe: Probe,
-    jobs: Sequence[Job],
-    keys: list[list[KeyCandidate]],
-    values: list[list[ValueCandidate]],
-    geometry: Geometry,
-    count: int,
-    seed: int,
-    path: Path,
-    label: str = "sensitivity",
-) -> dict[Job, list[float]]:
-    """KL to second order, in nats, that each KV head has of each of the `jobs`, mean over the
-    probe's positions.
+class Losses:
+    """Losses to second order, layer by layer from the last on, kept in a file.
 
     Args:
-        keys, values, geometry, count, seed: as in `fisher_losses`.
-        path: file of finished passages, from which an interrupted run goes on.
-        label: of the progress line.
-    Raises:
-        KvfoldError: the model's logits are no numbers.
+        sweep: runs where a loss is not in the file.
+        path: from which an interrupted run goes on.
     """
-    found = kept(path, read_losses, {})
-    heads = range(geometry.num_kv_heads)
 
-    def name(index: int, job: Job, head: int) -> str:
-        return f"{index}.{'.'.join(map(str, job))}.{head}"
+    def __init__(self, sweep: Sweep, path: Path) -> None:
+        self.sweep, self.path = sweep, path
+        self.found: dict[str, float] = kept(path, read_losses, {})
+        self.positions = sum(map(len, sweep.probe.final))
+        self._seen: tuple[int, list[Seen]] = -1, []
 
-    passages = range(len(probe.passages))
-    for index in progress(passages, label, "passage"):
-        if all(name(index, job, head) in found for job in jobs for head in heads):
-            continue
-        losses = passage_losses(probe, index, jobs, keys, values, geometry, count, seed)
-        check_finite_loss(sum(map(sum, losses.values())))
-        for job in jobs:
-            found |= {name(index, job, head): losses[job][head] for head in heads}
-        keep_losses(path, found)
-    positions = sum(map(len, probe.final))
-    return {
-        job: [sum(found[name(i, job, head)] for i in passages) / positions for head in heads]
-        for job in jobs
-    }
+    def of(self, layer: int, named: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
+        """KL in nats, mean over the probe's positions, that each KV head has of each choice.
 
+        Args:
+            layer: the last one asked for, or one before it.
+            named: arguments of packed_attention by a name that is the layer's own.
+        Raises:
+            KvfoldError: the model's logits are no numbers.
+        """
+        geometry, device = self.sweep.geometry, self.sweep.probe.device
+        keys = {
+            name: [f"{layer}.{name}.{h}" for h in range(geometry.num_kv_heads)] for name in named
+        }
+        left = [name for name in named if not set(keys[name]) <= set(self.found)]
+        if left and self._seen[0] != layer:
+            self._seen = layer, self.sweep.at(layer)
+        for name in left:
+            specs = {side: x.to(device) for side, x in named[name].items()}
+            each = [seen.loss(geometry, specs) for seen in self._seen[1]]
+            losses = torch.stack(each).sum(0).cpu() / self.positions
+            check_finite_loss(float(losses.sum()))
+            self.found |= dict(zip(keys[name], losses.tolist(), strict=True))
+        if left:
+            keep_losses(self.path, self.found)
+        return {name: [self.found[key] for key in keys[name]] for name in named}
 
-def fisher_losses(
-    probe: Probe,
-    jobs: Sequence[Job],
-    keys: list[list[KeyCandidate]],
-    values: list[list[ValueCandidate]],
-    geometry: Geometry,
-    count: int,
-    seed: int,
-    work: Path,
-) -> dict[Job, float]:
-    """KL to second order, in nats, of each of the `jobs`, mean over the probe's positions.
-
-    Args:
-        keys, values: candidates of each layer.
-        count: directions for each passage.
-        geometry: sinks, window and page size that candidates are measured with.
-        seed: of the directions.
-        work: folder for fisher.json, from which an interrupted run goes on.
-    Raises:
-        KvfoldError: the model's logits are no numbers.
-    """
-    path = work / "fisher.json"
-    found = head_losses(probe, jobs, keys, values, geometry, count, seed, path)
-    return {job: sum(heads) for job, heads in found.items()}
+    def of_jobs(
+        self,
+        layer: int,
+        jobs: Sequence[Job],
+        keys: list[list[KeyCandidate]],
+        values: list[list[ValueCandidate]],
+    ) -> dict[Job, float]:
+        """The loss in nats of each of a layer's `jobs`, from the candidates of all layers."""
+        names = {job: f"{job[0]}.{job[2]}" for job in jobs}
+        named = {names[job]: specs_of(job[0], keys, values, layer, job[2]) for job in jobs}
+        found = self.of(layer, named)
+        return {job: sum(found[names[job]]) for job in jobs}

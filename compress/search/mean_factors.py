@@ -9,56 +9,35 @@ budget's bits. Nothing of it is seen when an artifact is read, since f·b is sto
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from kvfold.compress.calibrate import LayerStats
 from kvfold.compress.recipe import Recipe
 from kvfold.compress.search.candidates import KeyCandidate
-from kvfold.compress.search.fisher import head_losses
-from kvfold.compress.search.sensitivity import Probe
+from kvfold.compress.search.fisher import Losses
 from kvfold.compress.transforms.whiten import turning
-from kvfold.exports.account import Geometry
 
 
-def turning_layers(recipe: Recipe, stats: Sequence[LayerStats]) -> list[int]:
-    """The layers whose keys have a rotating mean taken off."""
-    if recipe.key.transform != "whiten":
-        return []
-    return [i for i, layer in enumerate(stats) if turning(layer, recipe.key.without)]
+def takes_mean(recipe: Recipe, stats: LayerStats) -> bool:
+    """Whether a rotating mean is taken off a layer's keys."""
+    return recipe.key.transform == "whiten" and turning(stats, recipe.key.without)
 
 
 def choose_factors(
-    probe: Probe,
-    candidates: list[list[KeyCandidate]],
-    layers: Sequence[int],
-    factors: Sequence[float],
-    geometry: Geometry,
-    count: int,
-    seed: int,
-    work: Path,
-) -> dict[int, torch.Tensor]:
+    losses: Losses, layer: int, candidates: Sequence[KeyCandidate], factors: Sequence[float]
+) -> Tensor:
     """The factor of each KV head with the least loss.
 
     Args:
-        candidates: of every layer, one for each factor, all of as many bits.
-        layers: those that have a choice.
+        losses: that are found so far.
+        candidates: one for each factor, all of as many bits.
         factors: parts of the mean that may be taken off.
-        geometry, count, seed: as in fisher.fisher_losses.
-        work: folder for mean_factors.json, from which an interrupted run goes on.
     Returns:
-        float64 [Hkv] for each of `layers`.
+        float64 [Hkv].
     """
-    jobs = [("key", layer, c) for layer in layers for c in range(len(factors))]
-    path = work / "mean_factors.json"
-    found = head_losses(
-        probe, jobs, candidates, [], geometry, count, seed, path, "share of the mean"
-    )
+    named = {f"mean.{i}": {"key_spec": x.spec} for i, x in enumerate(candidates)}
+    found = losses.of(layer, named)
     offered = torch.tensor(factors, dtype=torch.float64)
-    return {
-        layer: offered[
-            torch.tensor([found["key", layer, c] for c in range(len(factors))]).argmin(0)
-        ]
-        for layer in layers
-    }
+    return offered[torch.tensor([found[name] for name in named]).argmin(0)]

@@ -39,6 +39,16 @@ def sides(levels: int) -> tuple[list[list[KeyCandidate]], list[list[ValueCandida
     return keys, values
 
 
+def fisher_losses(probe, keys, values, count, seed, folder):
+    """The loss of every job, and the sum over heads that it is of."""
+    losses = fisher.Losses(fisher.Sweep(probe, GEOMETRY, count, seed), folder / "fisher.json")
+    found = {}
+    for layer in (2, 1, 0):
+        jobs = [job for job in JOBS if job[1] == layer]
+        found |= losses.of_jobs(layer, jobs, keys, values)
+    return found
+
+
 JOBS = [(side, layer, 0) for layer in range(3) for side in ("key", "value")]
 
 
@@ -58,7 +68,7 @@ def test_directions_have_the_covariance_of_the_output():
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "smollm3"])
 def test_small_losses_are_the_measured_ones(family, tmp_path):
     probe, (keys, values) = make_probe(family), sides(64)
-    found = fisher.fisher_losses(probe, JOBS, keys, values, GEOMETRY, 64, 0, tmp_path)
+    found = fisher_losses(probe, keys, values, 64, 0, tmp_path)
     for side, layer, c in JOBS:
         tap = packing_tap(GEOMETRY, probe.device, **specs_of(side, keys, values, layer, c))
         measured = probe.measure(layer, tap)
@@ -72,7 +82,7 @@ def test_only_positions_that_count_are_summed(tmp_path):
     ids = torch.randint(0, 128, (1, 90), generator=torch.Generator().manual_seed(3))
     last = make_probe("llama", Passage(ids, start=89))
     keys, values = sides(16)
-    found = fisher.fisher_losses(last, JOBS, keys, values, GEOMETRY, 200, 0, tmp_path)
+    found = fisher_losses(last, keys, values, 200, 0, tmp_path)
     for side, layer, c in JOBS:
         tap = packing_tap(GEOMETRY, last.device, **specs_of(side, keys, values, layer, c))
         assert found[side, layer, c] == pytest.approx(last.measure(layer, tap), rel=0.6)
@@ -91,8 +101,13 @@ def test_gradients_are_those_of_the_whole_model(monkeypatch, tmp_path):
 
     real = fisher.packed_attention
     monkeypatch.setattr(fisher, "packed_attention", note)
-    rows = fisher.passage_losses(probe, 0, JOBS, keys, values, GEOMETRY, 2, 0)
-    assert [x.shape for x in seen] == [(4, 90 - EARLY, 16)] * (3 + len(JOBS))
+    sweep, rows = fisher.Sweep(probe, GEOMETRY, 2, 0), {}
+    for layer in (2, 1, 0):
+        first = sweep.at(layer)[0]  # of two passages
+        for side in ("key", "value"):
+            specs = specs_of(side, keys, values, layer, 0)
+            rows[side, layer, 0] = first.loss(GEOMETRY, specs).tolist()
+    assert [x.shape for x in seen] == [(4, 90 - EARLY, 16)] * (2 * 3 + len(JOBS))
 
     outputs: list[torch.Tensor] = []
 
@@ -130,24 +145,41 @@ def test_gradients_are_those_of_the_whole_model(monkeypatch, tmp_path):
 
 @torch.no_grad()
 def test_an_interrupted_run_goes_on_to_the_same_losses(monkeypatch, tmp_path):
+    """Layers that are in the file are passed through without their candidates, and none where all
+    are."""
     probe, (keys, values) = make_probe(), sides(16)
-    whole = fisher.fisher_losses(probe, JOBS, keys, values, GEOMETRY, 2, 0, tmp_path)
-    real, calls = fisher.passage_losses, []
+    whole = fisher_losses(probe, keys, values, 2, 0, tmp_path)
+    real, calls = fisher.Seen.loss, []
 
-    def stopped(probe, index, *rest):
-        calls.append(index)
-        if len(calls) == 2:
+    def stopped(seen, geometry, specs):
+        calls.append(seen.query.shape[1])
+        if len(calls) == 6:  # two passages, two sides: in the second layer
             raise KvfoldError("stopped")
-        return real(probe, index, *rest)
+        return real(seen, geometry, specs)
 
     again = tmp_path / "again"
     again.mkdir()
-    monkeypatch.setattr(fisher, "passage_losses", stopped)
+    monkeypatch.setattr(fisher.Seen, "loss", stopped)
     with pytest.raises(KvfoldError):
-        fisher.fisher_losses(probe, JOBS, keys, values, GEOMETRY, 2, 0, again)
-    assert fisher.fisher_losses(
-        probe, JOBS, keys, values, GEOMETRY, 2, 0, again
-    ) == whole and calls == [0, 1, 1]
+        fisher_losses(probe, keys, values, 2, 0, again)
+    assert fisher_losses(probe, keys, values, 2, 0, again) == whole
+    assert len(calls) == 6 + 8
+    monkeypatch.setattr(fisher.Sweep, "at", None)
+    assert fisher_losses(probe, keys, values, 2, 0, again) == whole
+    monkeypatch.undo()
     other = tmp_path / "other"
     other.mkdir()
-    assert fisher.fisher_losses(probe, JOBS, keys, values, GEOMETRY, 2, 1, other) != whole
+    assert fisher_losses(probe, keys, values, 2, 1, other) != whole
+
+
+@torch.no_grad()
+def test_layers_may_be_left_out(tmp_path):
+    """The gradients at a layer are the same whether or not those behind it were asked for."""
+    probe, (keys, values) = make_probe(), sides(16)
+    whole = fisher_losses(probe, keys, values, 2, 0, tmp_path)
+    losses = fisher.Losses(fisher.Sweep(probe, GEOMETRY, 2, 0), tmp_path / "own.json")
+    assert losses.of_jobs(0, [("key", 0, 0)], keys, values) == {("key", 0, 0): whole["key", 0, 0]}
+    # two questions about one layer are answered by one pass
+    assert losses.of_jobs(0, [("value", 0, 0)], keys, values) == {
+        ("value", 0, 0): whole["value", 0, 0]
+    }

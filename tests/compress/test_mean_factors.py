@@ -6,13 +6,14 @@ import pytest
 import torch
 from conftest import char_tokenizer, save_tiny, tiny_model
 
+from kvfold.compress import search
 from kvfold.compress.calibrate import LayerStats, calibrate
 from kvfold.compress.models.attention_hook import NAME
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import load_recipe
-from kvfold.compress.search import fisher, mean_factors
+from kvfold.compress.search import fisher
 from kvfold.compress.search.candidates import key_candidates
-from kvfold.compress.search.mean_factors import choose_factors, turning_layers
+from kvfold.compress.search.mean_factors import choose_factors, takes_mean
 from kvfold.compress.search.sensitivity import Passage, Probe
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import architecture_of
@@ -107,8 +108,8 @@ def test_the_moment_is_that_of_keys_at_random_positions():
 @torch.no_grad()
 def test_each_head_gets_the_factor_that_loses_least(measured, tmp_path):
     probe, stats, recipe = measured
-    layers = turning_layers(recipe, stats)
-    assert layers == list(range(len(stats)))
+    layers = range(len(stats))
+    assert all(takes_mean(recipe, x) for x in stats)
     candidates = [
         [
             key_candidates(
@@ -124,18 +125,23 @@ def test_each_head_gets_the_factor_that_loses_least(measured, tmp_path):
     ]
     assert {len(row) for row in candidates} == {3}
     assert len({c.spec.format.payload_bits for row in candidates for c in row}) == 1
-    found = choose_factors(probe, candidates, layers, FACTORS, GEOMETRY, 4, 0, tmp_path)
-    jobs = [("key", i, c) for i in layers for c in range(3)]
-    losses = fisher.head_losses(
-        probe, jobs, candidates, [], GEOMETRY, 4, 0, tmp_path / "again.json"
-    )
+    losses = fisher.Losses(fisher.Sweep(probe, GEOMETRY, 4, 0), tmp_path / "losses.json")
+    found = {i: choose_factors(losses, i, candidates[i], FACTORS) for i in layers[::-1]}
+    sweep = fisher.Sweep(probe, GEOMETRY, 4, 0)
+    again = {
+        i: [
+            sum(seen.loss(GEOMETRY, {"key_spec": x.spec}) for seen in passages)
+            for x in candidates[i]
+        ]
+        for i, passages in ((i, sweep.at(i)) for i in layers[::-1])
+    }
     for i in layers:
         for head in range(2):
-            own = [losses["key", i, c][head] for c in range(3)]
+            own = [float(loss[head]) for loss in again[i]]
             assert min(own) > 0
             assert found[i][head] == FACTORS[own.index(min(own))]
     assert len({float(f) for x in found.values() for f in x}) > 1  # else this shows nothing
-    assert turning_layers(recipe, [replace(x, frequencies=torch.empty(0)) for x in stats]) == []
+    assert not takes_mean(recipe, replace(stats[0], frequencies=torch.empty(0)))
 
 
 def test_an_artifact_holds_the_part_that_is_taken_off(tmp_path, text_file, recipe_file):
@@ -163,7 +169,7 @@ def test_an_artifact_holds_the_part_that_is_taken_off(tmp_path, text_file, recip
 
 
 def test_first_order_sensitivities_measure_no_factor(monkeypatch, tmp_path, text_file, recipe_file):
-    monkeypatch.setattr(mean_factors, "choose_factors", None)
+    monkeypatch.setattr(search, "choose_factors", None)
     recipe = load_recipe(recipe_file)
     sensitivity = recipe.sensitivity.model_copy(update={"method": "first-order"})
     artifact = compress(

@@ -189,7 +189,7 @@ def test_what_came_there_meanwhile_stays_and_so_does_what_was_found(
     assert names(tmp_path) == ["tiny", "tiny.work"] and names(out) == ["thesis.tex"]
     shutil.rmtree(out)
     monkeypatch.setattr(
-        "kvfold.compress.search.fisher.passage_losses", None
+        "kvfold.compress.search.fisher.directions", None
     )  # nothing is measured again
     run(out, resume=True)
     assert digest(out) == digest(tiny_artifact) and names(tmp_path) == ["tiny"]

@@ -36,10 +36,10 @@ BOUNDS = {
     "padding": 0.01, "bytes": 0,
 }  # fmt: skip
 RECIPE = Recipe.model_validate({
-    "window": 24, "page_tokens": 8, "sinks": 3, "pairs": 0, "key": {"bits": [5.0], "levels": [64, 256]},
+    "window": 24, "page_tokens": 8, "sinks": 3, "rollback": 0, "pairs": 0, "key": {"bits": [5.0], "levels": [64, 256]},
     "value": {"bits": [3.0], "levels": [64, 256]},
     "calibration": {"num_sequences": 1, "seq_len": 192, "sample_tokens": 96},
-    "sensitivity": {"num_sequences": 1, "seq_len": 128, "directions": 1, "conversations": 0},
+    "sensitivity": {"num_sequences": 1, "seq_len": 128, "directions": 4, "conversations": 0},
 })  # fmt: skip
 
 
