@@ -25,7 +25,7 @@ from kvfold.kernels.gpu.append import append_step
 from kvfold.kernels.gpu.attention import attention
 from kvfold.kernels.gpu.encode import lower_jobs, lower_pages
 from kvfold.kernels.gpu.queries import Queries, empty_queries
-from kvfold.kernels.gpu.records import Lowering, PagedCache, PageFormat
+from kvfold.kernels.gpu.records import FormatChange, PagedCache, PageFormat
 from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import decode, encode
 
@@ -252,7 +252,7 @@ def lowering(
     )
     sources, targets = ([page_address(x) for x in pool] for pool in (source, target))
     shape = {"num_kv_heads": geometry.num_kv_heads, "page_tokens": geometry.page_tokens}
-    work = Lowering(sources, targets, PageFormat(*old), PageFormat(*formats))
+    work = FormatChange(sources, targets, PageFormat(*old), PageFormat(*formats))
     (jobs,) = lower_jobs([work], **shape, device=device)
     return source, target, lambda: lower_pages(jobs, **shape)
 

@@ -20,7 +20,7 @@ from kvfold.kernels.gpu.device.codec import PackedBlock, RawRows, read_header
 from kvfold.kernels.gpu.device.columns import NBYTES
 from kvfold.kernels.gpu.device.pages import write_block
 from kvfold.kernels.gpu.kinds import DeviceCode, own_code
-from kvfold.kernels.gpu.records import Lowering, PageFormat
+from kvfold.kernels.gpu.records import FormatChange, PageFormat
 from kvfold.kernels.gpu.tables import format_tables, table_length, warps_for
 from kvfold.kernels.kinds.storage import FIELDS
 from kvfold.kernels.pages import anchor
@@ -185,7 +185,7 @@ class LowerJobs(NamedTuple):
 
 
 def lower_jobs(
-    work: Iterable[Lowering], *, num_kv_heads: int, page_tokens: int, device: torch.device
+    work: Iterable[FormatChange], *, num_kv_heads: int, page_tokens: int, device: torch.device
 ) -> list[LowerJobs]:
     """What `lower_pages` reads, sent to the device without a wait: one launch for pages of any
     layers and formats, but for those whose kinds of code have code of their own.

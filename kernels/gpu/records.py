@@ -65,7 +65,7 @@ class PageFormat(NamedTuple):
     value_clip: Tensor | None = None
 
 
-class Lowering(NamedTuple):
+class FormatChange(NamedTuple):
     """Pages of one layer that go from one format to another.
 
     Attributes:

@@ -18,7 +18,7 @@ from kvfold.kernels.gpu.encode import encode_pages, lower_jobs, lower_pages
 from kvfold.kernels.gpu.mean import MeanOf
 from kvfold.kernels.gpu.prompt import PageRun
 from kvfold.kernels.gpu.queries import Queries, empty_queries, prepare_queries
-from kvfold.kernels.gpu.records import KeyTransform, Lowering, PagedCache, PageFormat, Regions
+from kvfold.kernels.gpu.records import FormatChange, KeyTransform, PagedCache, PageFormat, Regions
 from kvfold.kernels.key_mean import STEP
 from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import to_float16
@@ -61,7 +61,7 @@ class TritonKernels:
         if not work:
             return
         steps = [
-            Lowering(
+            FormatChange(
                 [page_address(page) for page in pages.old],
                 [page_address(page) for page in pages.new],
                 _page_format(pages.source),

@@ -19,7 +19,7 @@ from kvfold.kernels.gpu.append import append_step
 from kvfold.kernels.gpu.device.codec import from_e4m3, to_e4m3
 from kvfold.kernels.gpu.encode import encode_pages, lower_jobs, lower_pages
 from kvfold.kernels.gpu.queries import empty_queries, prepare_queries
-from kvfold.kernels.gpu.records import KeyTransform, Lowering, PagedCache, PageFormat, Regions
+from kvfold.kernels.gpu.records import FormatChange, KeyTransform, PagedCache, PageFormat, Regions
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 POISON = 0xA5
@@ -272,7 +272,7 @@ def test_pages_of_many_formats_go_down_in_one_launch():
         before = PageFormat(*sides[0])
         lower(sources.addresses(), pages[0].addresses(), before, fmt, **shape)
         addresses = [x.addresses().tolist() for x in (sources, pages[1])]
-        work.append((sources, Lowering(*addresses, before, fmt)))
+        work.append((sources, FormatChange(*addresses, before, fmt)))
         alone.append(pages[0])
         together.append(pages[1])
     (jobs,) = lower_jobs([step for _, step in work], **shape, device=DEVICE)
