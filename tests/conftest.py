@@ -217,6 +217,31 @@ def tiny_artifact(tmp_path_factory, tiny_folder, text_file, recipe_file) -> Path
     return out
 
 
+_drawn: dict[str, dict[str, bytes]] = {}
+
+
+def draw_once(folder, metadata):
+    """In place of draw_plots: the same metadata, the same bytes, which are not drawn again."""
+    from kvfold.exports.page.plots import draw_plots
+
+    key = metadata.model_dump_json()
+    if key not in _drawn:
+        before = {path.name for path in folder.iterdir()}
+        draw_plots(folder, metadata)
+        new = [path for path in folder.iterdir() if path.name not in before]
+        _drawn[key] = {path.name: path.read_bytes() for path in new}
+    for name, data in _drawn[key].items():
+        (folder / name).write_bytes(data)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plots_drawn_once():
+    """Runs that end in one artifact draw its plots, which take a third of their time, once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvfold.exports.writer.draw_plots", draw_once)
+        yield
+
+
 @pytest.fixture
 def no_plots(monkeypatch):
     """Artifacts without plots, which take as long as a tiny model's whole search: for tests that
@@ -287,10 +312,20 @@ def pytest_collection_finish():
     gc.enable()
 
 
+# files with the longest tests, beside those of the Triton kernels
+LONG = (
+    "test_ahead.py",
+    "test_compile.py",
+    "test_differential.py",
+    "test_interrupt.py",
+    "test_modes.py",
+)
+
+
 def pytest_collection_modifyitems(items):
-    """Marks what is slow; the kernels' tests, which are the longest, begin, so that no worker is
-    left with them."""
-    items.sort(key=lambda item: not item.path.name.startswith("test_triton"))
+    """Marks what is slow; the kernels' tests and other long ones begin, so that no worker is left
+    with them."""
+    items.sort(key=lambda item: not item.path.name.startswith(("test_triton", *LONG)))
     for item in items:
         if SLOW.search(item.nodeid):
             item.add_marker(pytest.mark.slow)

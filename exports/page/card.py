@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,9 @@ class Base:
     licence: Licence = field(default_factory=Licence)
 
 
-def render(template: str, **values: Any) -> str:
-    """The text of a template of this folder."""
+@cache
+def environment() -> Environment:
+    """Templates of this folder, each compiled once."""
     env = Environment(
         loader=PackageLoader("kvfold.exports.page", "."),
         undefined=StrictUndefined,
@@ -57,7 +59,12 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
     )
     env.filters["size"] = format_nbytes
-    return env.get_template(template).render(values)
+    return env
+
+
+def render(template: str, **values: Any) -> str:
+    """The text of a template of this folder."""
+    return environment().get_template(template).render(values)
 
 
 def model_card(metadata: Metadata, name: str, base: Base) -> str:

@@ -3,6 +3,7 @@ one page that needs nothing else and is the same for the same artifact."""
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -225,15 +226,8 @@ def report_html(metadata: Metadata, results: Sequence[Result] = ()) -> str:
             }
         )
         start += nbytes
-    env = Environment(
-        loader=PackageLoader("kvfold.exports.page", "."),
-        undefined=StrictUndefined,
-        autoescape=True,  # names of models, texts and rows come from files that others wrote
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return env.get_template("report.html.jinja").render(
+    template = environment().get_template("report.html.jinja")
+    return template.render(
         **metadata.model_dump(),
         rows=rows,
         parts=parts,
@@ -245,6 +239,19 @@ def report_html(metadata: Metadata, results: Sequence[Result] = ()) -> str:
         kl_charts={k: _loss(w, metadata, results) for k, w in WIDTHS.items()},
         size=format_nbytes,
         version=__version__,
+    )
+
+
+@cache
+def environment() -> Environment:
+    """The report's template, compiled once."""
+    return Environment(
+        loader=PackageLoader("kvfold.exports.page", "."),
+        undefined=StrictUndefined,
+        autoescape=True,  # names of models, texts and rows come from files that others wrote
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
 
 

@@ -88,7 +88,8 @@ def test_whatever_becomes_of_the_exception(monkeypatch, capsys, words, sentence,
                 raise
             raise turned_into from error
 
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.default_int_handler
+    signal.signal(signal.SIGINT, before)  # a shell's job in the background ignores it
     monkeypatch.setattr(cli, "_run", run)
     with pytest.raises(SystemExit) as stop:
         cli.main(words)

@@ -33,6 +33,19 @@ def at_address(address, nbytes):
     return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(start), dtype=torch.uint8)
 
 
+_read: dict[tuple, tuple] = {}
+
+
+def read_page(data, rung, heads, page_tokens):
+    """`unpack` of one page; the same bytes are decoded once."""
+    key = (bytes(data.numpy()), id(rung), heads, page_tokens)
+    if key not in _read:
+        if len(_read) > 5000:
+            _read.clear()
+        _read[key] = rung, unpack(data[None], rung, heads, page_tokens)
+    return _read[key][1]
+
+
 def plain_decode(layer, keys, values, query, scaling):
     """A step of one layer as the kernels do it, reading and writing what lies on the device alone:
     state, tables, segments."""
@@ -74,7 +87,7 @@ def plain_decode(layer, keys, values, query, scaling):
             if len(layer.rungs) > 1:
                 rung = sum(start <= i for start in layer.segments[b, 1:-1].tolist())
             data = at_address(int(layer.block_table[b, i]), layer.pages.sizes[rung])
-            parts.append(unpack(data[None], layer.rungs[rung], g.num_kv_heads, g.page_tokens))
+            parts.append(read_page(data, layer.rungs[rung], g.num_kv_heads, g.page_tokens))
         k, v = (torch.cat(x, 1) for x in zip(*parts, strict=True))
         k, v = (x.repeat_interleave(queries.shape[1] // len(x), 0) for x in (k, v))
         weights = (queries[b].float() @ k.mT * scaling).softmax(-1)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import quick_operations
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -46,7 +47,10 @@ class Patches:
             (id(thing), name): (thing, name, vars(thing)[name]) for thing, name, _ in scope._changes
         }
         scope.restore()
-        return [(thing, name, direct(value)) for thing, name, value in changes.values()]
+        return [
+            (thing, name, quick_operations.method(name, direct(value)) if thing is tl.tensor else direct(value))
+            for thing, name, value in changes.values()
+        ]  # fmt: skip
 
 
 def direct(patched: Any) -> Any:
@@ -125,35 +129,52 @@ def check_overflow(semantic: Any, lhs: Any, rhs: Any, operation: Callable) -> No
         )
 
 
+def one_of_each(kind: Any, key: Callable) -> None:
+    """Types of this kind that are equal become one object.
+
+    Args:
+        key: of the arguments; what is told apart.
+    """
+    known: dict[Any, Any] = {}
+    kept = []  # the arguments, whose identities are keys
+
+    def new(cls: Any, *args: Any, **options: Any) -> Any:
+        if cls is not kind:
+            return object.__new__(cls)
+        told = key(*args, **options)
+        found = known.get(told)
+        if found is None:
+            found = known[told] = object.__new__(cls)
+            kept.append(args)
+        return found
+
+    kind.__new__ = staticmethod(new)
+
+
+def block_key(element_ty: Any, shape: Any) -> tuple:
+    sizes = shape.values if isinstance(shape, tl.tuple) else shape
+    return (id(element_ty), *[getattr(size, "value", size) for size in sizes])
+
+
+def pointer_key(element_ty: Any, address_space: int = 1, const: bool = False) -> tuple:
+    return id(getattr(element_ty, "value", element_ty)), address_space, const
+
+
 def shapes() -> tuple[Callable, Callable]:
     """In place of block_type.__init__ and tensor.__init__: what they make of a shape is made once."""
     real = tl.block_type.__init__
-    known: dict[tuple, dict[str, Any]] = {}
     scalar = {"shape": tl.tuple([]), "numel": tl.constexpr(1)}
 
-    def block(self: Any, element: Any, shape: Any) -> None:
-        if isinstance(element, tl.pointer_type):  # another one for each argument
-            real(self, element, shape)
-            return
-        sizes = shape.values if isinstance(shape, tl.tuple) else shape
-        key = (element.name, *[getattr(size, "value", size) for size in sizes])
-        found = known.get(key)
-        if found is None:
-            real(self, element, shape)
-            found = known[key] = {**self.__dict__, "of_tensors": of_tensors(self)}
-        self.__dict__.update(found)
-
-    def of_tensors(kind: Any) -> dict[str, Any]:
-        shape = tl.tuple([tl.constexpr(size) for size in kind.shape])
-        return {"shape": shape, "numel": tl.constexpr(kind.numel)}
+    def block(self: Any, element_ty: Any, shape: Any) -> None:
+        if "of_tensors" not in self.__dict__:
+            real(self, element_ty, shape)
+            sizes = tl.tuple([tl.constexpr(size) for size in self.shape])
+            self.of_tensors = {"shape": sizes, "numel": tl.constexpr(self.numel)}
 
     def tensor(self: Any, handle: Any, kind: Any) -> None:
         own = self.__dict__
         own["handle"], own["type"], own["dtype"] = handle, kind, kind.scalar
-        if kind.is_block():
-            own.update(getattr(kind, "of_tensors", None) or of_tensors(kind))
-        else:
-            own.update(scalar)
+        own.update(kind.of_tensors if kind.is_block() else scalar)
 
     return block, tensor
 
@@ -185,15 +206,6 @@ def operands(real: Callable) -> Callable:
     return quick
 
 
-def cast(real: Callable) -> Callable:
-    """In place of TritonSemantic.cast: what has that type is returned."""
-
-    def quick(semantic: Any, x: Any, kind: Any, *rounding: Any) -> Any:
-        return x if x.type.scalar is kind else real(semantic, x, kind, *rounding)
-
-    return quick
-
-
 class ComputationTypes:
     """In place of TritonSemantic.computation_type_impl: asks it once for each pair of types."""
 
@@ -216,11 +228,13 @@ def install() -> None:
     if not isinstance(interpreter._patch_lang, Patches):
         semantic = type(interpreter.interpreter_semantic)
         types = ComputationTypes(semantic.computation_type_impl)
+        one_of_each(tl.block_type, block_key)
+        one_of_each(tl.pointer_type, pointer_key)
         tl.block_type.__init__, tl.tensor.__init__ = shapes()
         semantic.binary_op_type_checking_impl = operands(semantic.binary_op_type_checking_impl)
         semantic.broadcast_impl_value = broadcast(semantic.broadcast_impl_value)
-        semantic.cast = cast(semantic.cast)
         semantic.computation_type_impl = lambda *args: types(*args)
         type(interpreter.interpreter_semantic).binary_op_sanitize_overflow_impl = check_overflow
         interpreter._patch_lang = Patches(interpreter._patch_lang)
         interpreter._get_np_dtype = NumpyTypes(interpreter._get_np_dtype)
+        quick_operations.install()

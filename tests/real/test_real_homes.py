@@ -24,6 +24,7 @@ needs_onnx = pytest.mark.skipif(
     reason="pip install 'kvfold[onnx]'",
 )
 PROMPT = 300  # tokens: several pages behind sinks and window
+NEW = 40  # more than a page
 
 
 @needs_onnx
@@ -38,7 +39,8 @@ def test_onnxruntime_writes_the_runtimes_text(tmp_path):
     side = "{transform: none, levels: [256], clip: false}"
     recipe.write_text(
         f"window: 128\nkey: {side}\nvalue: {side}\ncalibration: {{num_sequences: 1, seq_len: 512}}\n"
-        "sensitivity: {num_sequences: 1, seq_len: 256}\n"
+        # there is one format to choose from
+        "sensitivity: {num_sequences: 1, seq_len: 256, directions: 1, conversations: 0}\n"
     )
     eight, out = tmp_path / "eight", tmp_path / "graphs"
     command("compress", MODEL, "--budget", "9.5", "--recipe", recipe, "--out", eight)
@@ -46,8 +48,8 @@ def test_onnxruntime_writes_the_runtimes_text(tmp_path):
     ids = prose(eight)[None, :PROMPT]
     model = runtime.load_pretrained(eight, device="cpu")
     assert {str(f.classes[0][1]) for pair in model.kv_artifact.formats for f in pair} == {"256"}
-    wanted = greedy(model, ids, new=64)[0, PROMPT:].tolist()
-    assert [int(token[0]) for token in OnnxRunner(out).generate(ids.numpy(), 64)] == wanted
+    wanted = greedy(model, ids, new=NEW)[0, PROMPT:].tolist()
+    assert [int(token[0]) for token in OnnxRunner(out).generate(ids.numpy(), NEW)] == wanted
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ PACKED = LayerSpec(
 )
 PROMPT = torch.randint(1, 128, (1, 75), generator=GENERATOR)
 PROMPT[:, 40:60] = PROMPT[:, 10:30]  # something to look up
-NEW = 24
+NEW = 17  # two pages and more
 
 
 def packed_model(family="llama", spec=RAW, page=8, window=10, budget=None, **options):
