@@ -104,11 +104,15 @@ class Pool:
             torch.cat([s[i] for s in states.values()], 1).transpose(0, 1) for i in range(3)
         )
         out = torch.full_like(query, torch.nan)
-        attend_step(self.layer, self.blocks, batch, query, keys, values, SCALE, self.options, out)
+        self.attend(batch, query, keys, values, out)
         return {
             name: out[first:end].transpose(0, 1)
             for name, first, end in zip(states, starts, starts[1:], strict=False)
         }
+
+    def attend(self, batch: Batch, query, keys, values, out) -> None:
+        """A step, by what is to be tested."""
+        attend_step(self.layer, self.blocks, batch, query, keys, values, SCALE, self.options, out)
 
 
 def drawn(tokens: int, seed: int) -> tuple[torch.Tensor, ...]:
