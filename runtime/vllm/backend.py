@@ -72,9 +72,11 @@ class StepMetadata(AttentionMetadata):
         """All requests from the first on that has not one new token."""
         if self.most_new == 1:
             return []
-        bounds = self.host_lengths if self.bounds is None else self.bounds.tolist()
         pairs = list(pairwise(self.host_starts))
         first = next((i for i, (a, b) in enumerate(pairs) if b - a != 1), len(pairs))
+        if first == len(pairs):
+            return []
+        bounds = self.host_lengths if self.bounds is None else self.bounds.tolist()
         return [
             Chunk(i, *pairs[i], bounds[i])
             for i in range(first, len(pairs))
