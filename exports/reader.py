@@ -1,7 +1,7 @@
 """Reads and checks an artifact."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +54,38 @@ MOST_CONDITION = 1e10  # of a matrix, in Frobenius norms; an orthogonal one has 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A checked artifact: its folder, kv_cache.json, and one LayerSpec a layer on the CPU."""
+    """A checked artifact: its folder, kv_cache.json, and one LayerSpec a layer on the CPU.
+
+    Attributes:
+        heads: the KV heads that one process of several caches, whose `specs` these are; None for
+            all of them.
+    """
 
     path: Path
     metadata: Metadata
     specs: list[LayerSpec]
+    heads: slice | None = None
 
     @property
     def geometry(self) -> Geometry:
-        return self.metadata.geometry
+        """Of the heads that are cached."""
+        whole = self.metadata.geometry
+        if self.heads is None:
+            return whole
+        return replace(whole, num_kv_heads=self.heads.stop - self.heads.start)
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads of the KV heads that are cached."""
+        cache = self.metadata.cache
+        return cache.num_heads * self.geometry.num_kv_heads // cache.num_kv_heads
+
+    @property
+    def digest(self) -> str:
+        """Of kv_cache.json, and of the heads if they are a part: what a saved cache belongs to."""
+        if self.heads is None:
+            return self.metadata.digest
+        return f"{self.metadata.digest}, KV heads {self.heads.start} to {self.heads.stop - 1}"
 
     @property
     def formats(self) -> list[tuple[Format, Format]]:

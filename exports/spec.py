@@ -149,3 +149,15 @@ class LayerSpec:
 
     def to(self, device: torch.device) -> "LayerSpec":
         return LayerSpec(self.key.to(device), self.value.to(device))
+
+    def of_heads(self, heads: slice) -> "LayerSpec":
+        """The formats and transforms of some KV heads."""
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[heads].contiguous()
+
+        key, value = self.key, self.value
+        return LayerSpec(
+            replace(key, matrix=cut(key.matrix), offset=cut(key.offset), clip=cut(key.clip)),
+            replace(value, clip=cut(value.clip)),
+        )

@@ -3,6 +3,7 @@ packed cache."""
 
 import inspect
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,13 +27,14 @@ from kvfold.exports.schema import MOST_TOKENS, Metadata
 from kvfold.exports.units import parse_nbytes
 from kvfold.exports.weights import weights_nbytes
 from kvfold.memory import is_out_of_memory, need_memory, reason_of_shortage
-from kvfold.pretrained import reason_of, stock_from_pretrained
+from kvfold.pretrained import config_from_pretrained, reason_of, stock_from_pretrained
 from kvfold.runtime.attachment import attach
 from kvfold.runtime.budget.choose import check_choice
 from kvfold.runtime.budget.ladder import Ladders
 from kvfold.runtime.calls.options import HUB, check_names, device_of, device_of_map, dtype_of
 from kvfold.runtime.generate.ahead import begin_ahead
 from kvfold.runtime.generate.compile import begin_folder, compiling
+from kvfold.runtime.parallel import check_plan, own_device, own_part, plan_options
 
 if TYPE_CHECKING:  # transformers' models take seconds to import: kernels are compiled meanwhile
     from transformers import PreTrainedModel
@@ -83,6 +85,7 @@ def load_pretrained(
     batch_invariant: bool = False,
     torch_dtype: torch.dtype | str | None = None,
     device_map: Any = None,
+    tp_plan: str | None = None,
     trust_remote_code: bool | None = None,
     **hub_kwargs: Any,
 ) -> "PreTrainedModel":
@@ -127,6 +130,9 @@ def load_pretrained(
             model's matrix products remain their library's.
         torch_dtype, device_map: as transformers calls `dtype` and, where it names one device,
             `device`.
+        tp_plan: "auto" divides the model among the processes that torchrun starts, by transformers'
+            plan for its family: each holds its heads' weights and pages, and kv_budget is what the
+            cache of each may take. Without CUDA graphs.
         trust_remote_code: taken for scripts that pass it to everything; an artifact has no code,
             and none is run.
         hub_kwargs: for huggingface_hub.snapshot_download, e.g. `token`, `cache_dir`,
@@ -158,22 +164,29 @@ def load_pretrained(
     target = device_of(device) if device is not None else default_device()
     if device_map is not None:
         target = device_of_map(device_map, target)
+    ranks = 1
+    if tp_plan is not None:
+        check_plan(tp_plan, device if device_map is None else device_map, cuda_graph)
+        target, ranks, cuda_graph = own_device(), int(os.environ["WORLD_SIZE"]), False
     folder = resolve_artifact(
         path_or_repo_id, revision, **{k: v for k, v in hub_kwargs.items() if k in HUB}
     )
     triton = choose_triton(attention, target, read_metadata(folder))
     # compiled while the weights are read
     computed = dtype if isinstance(dtype, torch.dtype) else None
-    kernels = begin_folder(folder, target, computed, progressive) if triton else None
+    kernels = begin_folder(folder, target, computed, progressive, ranks) if triton else None
     artifact = read_artifact(folder)
+    if tp_plan is not None:
+        artifact = own_part(artifact, config_from_pretrained(folder))
     ladders = progressive_policy(artifact) if progressive else None
     if budget is not None and kv_budget is not None:
         rollback = fitting_rollback(budget, kv_budget, artifact, rollback, ladders)
     dtype = dtype or default_dtype(target)
-    model = read_model(artifact, dtype or "auto")
-    model = model.to(target)
+    model = read_model(artifact, dtype or "auto", **({} if tp_plan is None else plan_options()))
+    if tp_plan is None:
+        model = model.to(target)
     triton = kernels is not None and kernels.usable(required=attention == "triton")
-    if triton:
+    if triton and ranks == 1:
         begin_ahead(folder, target, computed, progressive)
     if cuda_graph is True and not (triton and target.type == "cuda"):
         raise KvfoldError(

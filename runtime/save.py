@@ -52,6 +52,11 @@ def save_artifact(
             f"save_pretrained writes a folder; publish it with `kvfold push {out.name} "
             "OWNER/NAME` instead of push_to_hub."
         )
+    if artifact.heads is not None:
+        raise KvfoldError(
+            f"This process holds a part of the model (tp_plan='auto'), which makes no artifact; copy "
+            f"'{artifact.path}', or load it without tp_plan."
+        )
     if out.is_file():
         raise KvfoldError(f"'{out}' is a file, but an artifact is a folder; choose another place.")
     if not is_artifact(artifact.path):

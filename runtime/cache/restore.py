@@ -25,7 +25,7 @@ def load_cache(path: str | PathLike, model: Any) -> QuantizedKVCache:
             "A cache is restored for a model that runtime.load_pretrained has loaded; this one is not."
         )
     body, tensors = read_file(Path(path))
-    digest = model.kv_artifact.metadata.digest
+    digest = model.kv_artifact.digest
     if body.get("artifact") != digest:
         raise KvfoldError(
             f"'{path}' is a cache of another artifact ({str(body.get('artifact'))[:12]}…, this "

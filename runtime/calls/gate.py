@@ -45,7 +45,7 @@ class Gate:
 
     def __init__(self, artifact: Any) -> None:
         self.artifact = artifact
-        self.digest: str = artifact.metadata.digest
+        self.digest: str = artifact.digest
         self.told: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Gate":

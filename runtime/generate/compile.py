@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -251,15 +252,16 @@ def begin(
 
 
 def begin_folder(
-    folder: Path, device: torch.device, dtype: torch.dtype | None, progressive: bool
+    folder: Path, device: torch.device, dtype: torch.dtype | None, progressive: bool, ranks: int = 1
 ) -> Compilation:
     """Starts to compile the kernels of an artifact's folder, of which only kv_cache.json and
     config.json are read.
 
     Args:
         dtype: of the model's activations; None for that of its weights.
+        ranks: processes that the heads are divided among.
     """
-    return begin(device, partial(artifact_launches, folder, dtype, progressive))
+    return begin(device, partial(artifact_launches, folder, dtype, progressive, ranks=ranks))
 
 
 class Model(NamedTuple):
@@ -284,14 +286,21 @@ def read_kinds(folder: Path, dtype: torch.dtype | None) -> Model:
 
 
 def artifact_launches(
-    folder: Path, dtype: torch.dtype | None, progressive: bool, multiprocessors: int
+    folder: Path,
+    dtype: torch.dtype | None,
+    progressive: bool,
+    multiprocessors: int,
+    ranks: int = 1,
 ) -> list[Launch]:
     """What a model from an artifact's folder will launch.
 
     Args:
         dtype: of its activations; default: of its weights.
+        ranks: processes that its heads are divided among.
     """
-    return launches_of(*read_kinds(folder, dtype), progressive, multiprocessors)
+    kinds, whole, heads, dtype = read_kinds(folder, dtype)
+    part = replace(whole, num_kv_heads=max(1, whole.num_kv_heads // ranks))
+    return launches_of(kinds, part, heads // ranks, dtype, progressive, multiprocessors)
 
 
 def warm_up(model: Any, jobs: int | None = None) -> int:
@@ -305,7 +314,7 @@ def warm_up(model: Any, jobs: int | None = None) -> int:
     if not model.kv_triton or parameter.device.type != "cuda":
         return 0
     artifact, progressive = model.kv_artifact, model.kv_policy is not None
-    kinds, heads = kinds_of(artifact.specs, model.config), artifact.metadata.cache.num_heads
+    kinds, heads = kinds_of(artifact.specs, model.config), artifact.num_heads
     with compiling():
         find = partial(launches_of, kinds, artifact.geometry, heads, parameter.dtype, progressive)
         found = begin(parameter.device, find, jobs)

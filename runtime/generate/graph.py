@@ -139,7 +139,8 @@ class Decoding:
         )
         self.insist, self.notice, self.capture = insist, notice, capture
         self.refused = ""  # why no step of this model can be captured
-        self.probed = False  # whether a step was watched for what can't be captured
+        self.probed = False  # whether steps were watched for what can't be captured
+        self.waited = ""  # where the step before was seen to wait for the device
         self.steps: Counter[int] = Counter()  # replayed ones, by batch size
 
     @property
@@ -280,12 +281,12 @@ class Decoding:
 
     @contextmanager
     def watched(self, cache: QuantizedKVCache) -> Iterator[None]:
-        """Learns, from the first step that runs as usual, whether the model's code waits for the
-        device, which no capture survives."""
+        """Learns, from the first steps that run as usual, whether the model's code waits for the
+        device, which no capture survives. It does where two steps in a row do: the first may wait
+        for memory that the allocator frees, or for what a library sets up once."""
         if self.probed or cache.layers[0].device.type != "cuda":
             yield
             return
-        self.probed = True
         before = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
@@ -294,9 +295,13 @@ class Decoding:
                 yield
             finally:
                 torch.cuda.set_sync_debug_mode(before)
-        if any(WAITS in str(x.message) for x in found):
-            self.refuse("its code waits for the device")
-            cache.steps.keep(None)
+        places = [f"{x.filename}:{x.lineno}" for x in found if WAITS in str(x.message)]
+        self.probed = not places or bool(self.waited)
+        if places:
+            cache.steps.keep(None)  # the next step is watched too, not captured
+        if places and self.waited:
+            self.refuse(f"its code waits for the device, at {places[0]}")
+        self.waited = places[0] if places else ""
 
     def hooked(self, modules: list[nn.Module]) -> bool:
         """Whether somebody's hooks sit on the inner ones of the model's modules: a replay would not

@@ -3,6 +3,7 @@ is captured, what the host does before one, and that nothing of it changes what 
 
 import copy
 import logging
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -367,6 +368,29 @@ def test_where_capturing_fails_the_model_goes_on_and_nobody_tries_again(
     decode(model, cache, ids[:, 11:13])
     with pytest.raises(KvfoldError, match="load with cuda_graph='auto' or False"):
         decode(model, cache, ids[:, 13:14])
+
+
+def test_only_a_model_that_waits_in_two_steps_in_a_row_is_refused(monkeypatch, caplog):
+    """The first may wait for memory that the allocator gives back, as where a card is nearly full;
+    and no step is captured before one that didn't wait."""
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    layer = SimpleNamespace(device=torch.device("cuda"))
+    for waits, refused in (([1, 0, 0], False), ([1, 1, 0], True), ([0, 1, 1], False)):
+        model = torch.nn.Linear(1, 1)
+        decoding = graph.Decoding(model)
+        kept: list = []
+        caplog.clear()
+        cache = SimpleNamespace(layers=[layer], steps=SimpleNamespace(keep=kept.append))
+        for wait in waits:
+            with decoding.watched(cache):
+                if wait:
+                    warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        assert bool(decoding.refused) is refused and decoding.probed
+        assert len(kept) == (waits[0] + waits[1] if waits[0] else 0)
+        if refused:
+            here = f"{__file__}:"
+            assert f"waits for the device, at {here}" in caplog.records[0].getMessage()
 
 
 @torch.no_grad()
