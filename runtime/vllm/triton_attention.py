@@ -138,7 +138,7 @@ def _pack(
     what was not packed before, and all pages."""
     g, size, device = layer.geometry, layer.layout.raw_block_tokens, blocks.raw.device
     first, last = (_packed(layer, tokens) for tokens in (chunk.before, chunk.length))
-    begin, sinks = g.sinks + first * g.page_tokens, min(g.sinks, chunk.length)
+    begin, sinks = (min(x, chunk.length) for x in (g.sinks + first * g.page_tokens, g.sinks))
     name = ("rows", chunk.request)
     if name not in batch.kept:
         tokens = [torch.arange(a, b, device=device) for a, b in ((0, sinks), (begin, chunk.length))]
