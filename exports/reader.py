@@ -303,7 +303,9 @@ def has_inverse(matrix: Tensor) -> bool:
         return False
     if not max(float(x.abs().max()) for x in (matrix, inverse)) < MOST_OFFSET:
         return False
-    rest = matrix.double() @ inverse - torch.eye(matrix.shape[-1], dtype=torch.float64)
+    rest = matrix.double() @ inverse - torch.eye(
+        matrix.shape[-1], dtype=torch.float64, device=matrix.device
+    )
     condition = torch.linalg.matrix_norm(matrix.double()) * torch.linalg.matrix_norm(inverse)
     return bool((rest.abs() < UNDONE).all()) and bool((condition < MOST_CONDITION).all())
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from kvfold.errors import KvfoldError
 from kvfold.kernels.compile.launch import launch
 from kvfold.kernels.gpu.clips import clips_of
-from kvfold.kernels.gpu.device.bits import pow2
-from kvfold.kernels.gpu.device.codec import RawRows, to_fp16
+from kvfold.kernels.gpu.device.codec import RawRows
 from kvfold.kernels.gpu.device.columns import NBYTES
-from kvfold.kernels.gpu.device.mean import key_mean, write_bias, write_coefficients
+from kvfold.kernels.gpu.device.mean import write_bias, write_coefficients
 from kvfold.kernels.gpu.device.pages import write_block
+from kvfold.kernels.gpu.device.step import LABELS, write_queries, write_row
 from kvfold.kernels.gpu.kinds import own_code
 from kvfold.kernels.gpu.mean import STEPS_BLOCK
 from kvfold.kernels.gpu.queries import QUERY_TOP, Queries, logit_factor
@@ -29,16 +29,12 @@ from kvfold.kernels.gpu.tables import format_tables, table_length, warps_for
 from kvfold.kernels.kinds.storage import FIELDS
 from kvfold.kernels.pages import anchor
 
-BLOCK: tl.constexpr = tl.constexpr(32)  # rows of a matrix at a time
 UNROLL: tl.constexpr = tl.constexpr(2)  # fields of a page at a time
 # of a thread: steps that write no page, nearly all, want many programs at once and not what a page
 # takes
 REGISTERS = 96
 NO_TRANSFORM = KeyTransform()
 UNMARKED = 2**63 - 1  # of a sequence whose keys and values were all finite
-LABELS: tl.constexpr = tl.constexpr(
-    65536
-)  # marks of one token; twice as many as there may be layers
 
 
 def empty_marks(batch: int, device: torch.device) -> Tensor:
@@ -51,97 +47,6 @@ def read_mark(mark: int) -> tuple[int, int, str]:
     """(token, layer, "key" or "value") of a mark other than UNMARKED."""
     token, label = divmod(mark, LABELS.value)
     return token, label // 2, ("key", "value")[label % 2]
-
-
-@triton.jit
-def _mark(mark, x, j, token, label):
-    """mark = min(mark, token · LABELS + label) if a channel of x is NaN or infinite. Each thread
-    sees to its own channels and nothing waits for it; where all is finite nothing is written."""
-    code = (j * 0).to(tl.int64) + (token.to(tl.int64) * LABELS + label)
-    finite = tl.abs(x) < float("inf")
-    tl.atomic_min(mark + j * 0, code, mask=finite == 0, sem="relaxed")
-
-
-@triton.jit
-def _write_row(
-    out, x_ptr, matrix, offset, mark, token, label, u, spans, within, steps, channels,
-    DIM: tl.constexpr, MATRIX: tl.constexpr, OFFSET: tl.constexpr, MARKS: tl.constexpr, MEAN: tl.constexpr,
-):  # fmt: skip
-    """out = float16(M(x − μ)), saturating; with MARKS, x that is not finite is marked, of which
-    saturation leaves no trace.
-
-    With MEAN, μ is the rotating mean of token u behind the sinks, 0 where u < 0.
-    """
-    j = tl.arange(0, pow2(DIM))
-    x = tl.load(x_ptr + j, mask=j < DIM, other=0.0).to(tl.float32)
-    if MARKS:
-        _mark(mark, x, j, token, label)
-    if MEAN > 0:
-        mean = key_mean(
-            offset, spans, within, steps, channels, tl.maximum(u, 0), j, DIM, DIM // 8, MEAN
-        )
-        x = x - tl.where(u >= 0, mean, 0.0)
-    elif OFFSET:
-        x = x - tl.load(offset + j, mask=j < DIM, other=0.0)
-    if MATRIX:
-        for start in tl.static_range(0, pow2(DIM), BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            inside = (i < DIM)[:, None] & (j < DIM)[None, :]
-            m = tl.load(matrix + i[:, None] * DIM + j[None, :], mask=inside, other=0.0)
-            tl.store(out + i, to_fp16(tl.sum(m * x[None, :], 1)), mask=i < DIM)
-    else:
-        tl.store(out + j, to_fp16(x), mask=j < DIM)
-
-
-@triton.jit
-def _write_queries(
-    out, scale, shift, q_ptr, stride, matrix, offset, factor, scaling,
-    DIM: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, TOP: tl.constexpr,
-    MATRIX: tl.constexpr, SHIFT: tl.constexpr,
-):  # fmt: skip
-    """out[n] = float16(power · q_n M⁻¹) for n < GROUP, else 0; scale = factor / power, a power of
-    two that brings the largest component to [2^(TOP − 1), 2^TOP]; with SHIFT, shift[n] = scaling ·
-    q_n·μ."""
-    rows: tl.constexpr = max(16, N) if MATRIX else N  # a matrix product has sixteen rows
-    n = tl.arange(0, rows)
-    j = tl.arange(0, pow2(DIM))
-    if MATRIX:
-        q = tl.zeros((rows, pow2(DIM)), tl.float32)
-        for start in tl.range(0, pow2(DIM), BLOCK, num_stages=3):
-            i = start + tl.arange(0, BLOCK)
-            inside = (n < GROUP)[:, None] & (i < DIM)[None, :]
-            a = tl.load(q_ptr + n[:, None] * stride + i[None, :], mask=inside, other=0.0).to(
-                tl.float32
-            )
-            m = tl.load(
-                matrix + i[:, None] * DIM + j[None, :],
-                mask=(i < DIM)[:, None] & (j < DIM)[None, :],
-                other=0.0,
-            )
-            q = tl.dot(a, m, q, input_precision="tf32x3")
-    else:
-        inside = (n < GROUP)[:, None] & (j < DIM)[None, :]
-        q = tl.load(q_ptr + n[:, None] * stride + j[None, :], mask=inside, other=0.0).to(tl.float32)
-    if SHIFT:  # of the query as it came
-        mu = tl.load(offset + j, mask=j < DIM, other=0.0)
-        own = (n < GROUP)[:, None] & (j < DIM)[None, :]
-        given = tl.load(q_ptr + n[:, None] * stride + j[None, :], mask=own, other=0.0).to(
-            tl.float32
-        )
-        tl.store(shift + n, tl.sum(given * mu[None, :], 1) * scaling, mask=n < N)
-    largest = tl.maximum(tl.max(tl.max(tl.abs(q), 1), 0), 1.0e-30)
-    bits = largest.to(tl.int32, bitcast=True)
-    above = (
-        (bits >> 23) - 127 + ((bits & 0x7FFFFF) != 0).to(tl.int32)
-    )  # the logarithm to base 2, rounded up
-    power = ((TOP - above + 127) << 23).to(tl.float32, bitcast=True)
-    back = ((above - TOP + 127) << 23).to(tl.float32, bitcast=True)
-    tl.store(scale, factor * back)
-    tl.store(
-        out + n[:, None] * DIM + j[None, :],
-        to_fp16(q * power),
-        mask=(n < N)[:, None] & (j < DIM)[None, :],
-    )
 
 
 # numbers that vary from layer to layer, or from format to format, must not each compile a kernel of
@@ -194,7 +99,7 @@ def _append_kernel(
             )  # fmt: skip
         out = q_out + place.to(tl.int64) * (N * DIM)
         inverse = query_matrix + head * (DIM * DIM)
-        _write_queries(
+        write_queries(
             out, q_scale + place, q_shift + place * N, q, query_stride_h, inverse, offset + head * DIM, factor, scaling,
             DIM, GROUP, N, TOP, MATRIX, SHIFT,
         )  # fmt: skip
@@ -208,7 +113,7 @@ def _append_kernel(
             k = new_keys + b.to(tl.int64) * key_stride_b + head * key_stride_h
             out = raw_keys + at + row.to(tl.int64) * raw_stride_t
             mu = offset + head * DIM
-            _write_row(
+            write_row(
                 out, k, matrix + head * (DIM * DIM), mu, marks + b, token, label, token - sinks, spans, within,
                 steps, channels,
                 DIM, MATRIX, OFFSET, MARKS, MEAN,
@@ -216,7 +121,7 @@ def _append_kernel(
         else:
             v = new_values + b.to(tl.int64) * value_stride_b + head * value_stride_h
             out = raw_values + at + row.to(tl.int64) * raw_stride_t
-            _write_row(
+            write_row(
                 out, v, matrix, offset, marks + b, token, label + 1, token, spans, within, steps, channels,
                 DIM, False, False, MARKS, 0,
             )  # fmt: skip

@@ -66,12 +66,13 @@ def rung_parts(
 @triton.jit(
     do_not_specialize=[
         "new", "table_width", "sinks", "window", "ring", "sliding", "query_blocks", "splits", "slots", "least", "skip",
-        "rung", "rungs", "raw_step_b", "raw_step_h", "raw_step_t", "bias_steps", "first_step",
+        "rung", "rungs", "raw_step_b", "raw_step_h", "raw_step_t", "bias_steps", "first_step", "first_place",
+        "block_step", "page_step", "raw_table_width", "raw_shift",
     ],
     do_not_specialize_on_alignment=[
         "q_scale_ptr", "q_shift_ptr", "table", "state", "segments", "ml_ptr", "first_query", "packed_before",
         "mean_ptr",
-        "bias_ptr", "spans", "within",
+        "bias_ptr", "spans", "within", "raw_table",
     ],
 )  # fmt: skip
 def _attention_kernel(
@@ -79,9 +80,11 @@ def _attention_kernel(
     packed_before,
     new, table_width, sinks, window, ring, sliding, query_blocks, splits, slots, least, skip, rung, rungs,
     raw_step_b, raw_step_h, raw_step_t, mean_ptr, bias_ptr, spans, within, bias_steps, first_step,
+    raw_table, raw_table_width, raw_shift, first_place, block_step, page_step,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
     PROMPT: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr,
     STAGES: tl.constexpr, PREFETCH: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid: (splits, and `rungs` more for the last of several rungs; KV heads; sequences × query
     blocks). Writes parts of one rung's pages, and in the launch of the last rung of the 16-bit rows
@@ -92,7 +95,10 @@ def _attention_kernel(
     PROMPT: many queries, and the first `skip` pages are another part's. MASKED: a query may not see
     all that is packed, as in prompts and sliding windows (`sliding` tokens, 0 for all). Steps from
     one sequence, head and token of the 16-bit rows to the next are in units of ROW_UNIT numbers.
-    MEAN: keys are stored without their rotating mean, but for a prompt's 16-bit rows.
+    MEAN: keys are stored without their rotating mean, but for a prompt's 16-bit rows. PER_BLOCK:
+    pages and 16-bit rows lie in blocks of an engine's pool, whose tables both are found by
+    (device/places.py); then `state` has the sequences' lengths alone, and raw_step_b goes from
+    block to block.
     """
     split = tl.program_id(0)
     head = tl.program_id(1)
@@ -103,10 +109,14 @@ def _attention_kernel(
     pages_each: tl.constexpr = 16 // K.rows
     last_rung = rung == rungs - 1
     n = tl.arange(0, N)
-    total = tl.load(state + 2 * b) + new
-    pages = tl.maximum(
-        tl.load(state + 2 * b + 1), tl.maximum(total - sinks - window, 0) // page_tokens
-    )
+    if PER_BLOCK > 0:
+        total = tl.load(state + b)
+        pages = tl.maximum(total - sinks - window, 0) // page_tokens
+    else:
+        total = tl.load(state + 2 * b) + new
+        pages = tl.maximum(
+            tl.load(state + 2 * b + 1), tl.maximum(total - sinks - window, 0) // page_tokens
+        )
     if PROMPT:
         before = tl.load(packed_before + b)
         queries = tl.minimum(
@@ -167,15 +177,19 @@ def _attention_kernel(
     acc, m_i, l_i = packed_part(
         q, q_scale, shift, anchor, table + b.to(tl.int64) * table_width, tile_page, from_page, to_page, begin,
         end, head,
-        sinks, limit, lowest, heads * K.nbytes, coefficients, bias, spans, within,
-        K, V, N, MASKED, CAP, SHIFT, MEAN, STAGES, PREFETCH, INTERPRET,
+        sinks, limit, lowest, heads * K.nbytes, coefficients, bias, spans, within, first_place, block_step, page_step,
+        K, V, N, MASKED, CAP, SHIFT, MEAN, STAGES, PREFETCH, INTERPRET, PER_BLOCK,
     )  # fmt: skip
-    at = (b.to(tl.int64) * raw_step_b + head * raw_step_h) * ROW_UNIT
+    at = head.to(tl.int64) * raw_step_h
+    if PER_BLOCK == 0:
+        at += b.to(tl.int64) * raw_step_b
+    at *= ROW_UNIT
     acc, m_i, l_i = raw_part(
         q, q_scale, shift, raw_k + at, raw_v + at, raw_step_t * ROW_UNIT, acc, m_i, l_i,
         tl.maximum(split * each - tiles, 0), tl.minimum(split * each + each - tiles, raw_count), raw_first,
         total, raw_from, sinks, ring, limit, lowest, last, coefficients, bias, spans, within,
-        R, V, N, BLOCK, MASKED, CAP, SHIFT, 0 if PROMPT else MEAN,
+        raw_table + b.to(tl.int64) * raw_table_width, raw_step_b.to(tl.int64) * ROW_UNIT, raw_shift,
+        R, V, N, BLOCK, MASKED, CAP, SHIFT, 0 if PROMPT else MEAN, PER_BLOCK > 0,
     )  # fmt: skip
     for t in tl.static_range(count(V.value_runs)):
         store_part(o + n[None, :] * K.head_dim, columns, acc[t], pick(V.value_runs, t))
@@ -296,11 +310,12 @@ def attention(
                 # numbers
                 new, table.shape[1], sinks, window, regions.ring, logits.sliding, blocks, splits, slots,
                 FIXED_TILES if fixed else 1, together[-1].end if together else 0, rung, len(formats), *raw_steps, *term,
+                none, 0, 0, 0, 0, 0,
                 K=k_layout, V=v_layout, R=device_layout(raw16(dim), page_tokens), N=padded, COLUMNS=queries.columns,
                 GROUP=queries.group, PROMPT=prompt is not None, MASKED=prompt is not None or logits.sliding > 0,
                 CAP=cap, SHIFT=shift is not None and cap > 0, MEAN=0 if mean is None else mean.tables.within.shape[1],
-                STAGES=stages, PREFETCH=ahead, BLOCK=RAW_BLOCK, INTERPRET=INTERPRET, num_warps=1, num_stages=stages,
-                maxnreg=FOUR_BIT_REGISTERS if four_bit else None,
+                STAGES=stages, PREFETCH=ahead, BLOCK=RAW_BLOCK, INTERPRET=INTERPRET, PER_BLOCK=0, num_warps=1,
+                num_stages=stages, maxnreg=FOUR_BIT_REGISTERS if four_bit else None,
             )  # fmt: skip
     beside.join()
     merge_parts(

@@ -105,6 +105,8 @@ def empty_queries(
     shift: bool = False,
     tables: TurnTables | None = None,
     tokens: int = 0,
+    *,
+    stays: bool = True,
 ) -> Queries:
     """Room for the queries of one decoding step, which `append_step` fills; with `shift`, for
     Queries.shift too.
@@ -112,18 +114,20 @@ def empty_queries(
     Args:
         tables: of the rotating mean that the layer's keys are stored without; None for none.
         tokens: positions that the room for its term covers, from 0 on.
+        stays: it is cleared once and kept; else its columns that are no queries hold anything.
     """
+    make = torch.zeros if stays else torch.empty
     group = num_heads // num_kv_heads
     padded = max(8, triton.next_power_of_2(group))
     floats: dict[str, Any] = {"dtype": torch.float32, "device": device}
-    data = torch.zeros(batch, num_kv_heads, 1, padded, head_dim, dtype=torch.float16, device=device)
-    shifts = torch.zeros(batch, num_kv_heads, 1, padded, **floats) if shift else None
+    data = make(batch, num_kv_heads, 1, padded, head_dim, dtype=torch.float16, device=device)
+    shifts = make(batch, num_kv_heads, 1, padded, **floats) if shift else None
     mean = None
     if tables is not None:
         tables.reach(tokens)
         steps = -(-(tokens // STEP + 1) // STEPS_BLOCK) * STEPS_BLOCK
         rows = 2 * padded_fast(head_dim)
-        coefficients = torch.zeros(batch, num_kv_heads, 1, 2, rows, padded, **floats)
-        bias = torch.zeros(batch, num_kv_heads, 1, steps, padded, **floats)
+        coefficients = make(batch, num_kv_heads, 1, 2, rows, padded, **floats)
+        bias = make(batch, num_kv_heads, 1, steps, padded, **floats)
         mean = MeanTerm(coefficients, bias, 0, tables.kernel_tables)
-    return Queries(data, torch.zeros(batch, num_kv_heads, **floats), group, group, 1, shifts, mean)
+    return Queries(data, make(batch, num_kv_heads, **floats), group, group, 1, shifts, mean)

@@ -1,4 +1,5 @@
-"""The Triton kernels as a backend. All calls of kernels' host functions are here."""
+"""The Triton kernels as a backend. All calls of kernels' host functions are here, but for those over
+an engine's blocks (runtime/vllm/triton_attention.py)."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -64,8 +65,8 @@ class TritonKernels:
             FormatChange(
                 [page_address(page) for page in pages.old],
                 [page_address(page) for page in pages.new],
-                _page_format(pages.source),
-                _page_format(pages.target),
+                page_format(pages.source),
+                page_format(pages.target),
             )
             for pages in work
         ]
@@ -89,7 +90,7 @@ class TritonKernels:
         for b, row in enumerate(rows):
             if row.positions.numel():
                 queries = query[b : b + 1, :, row.skip :]
-                _prompt(layer, b, row, queries, out[b : b + 1, row.skip :], scaling, options)
+                attend_prompt(layer, b, row, queries, out[b : b + 1, row.skip :], scaling, options)
         return out.transpose(1, 2)
 
     def append_and_attend(
@@ -104,7 +105,7 @@ class TritonKernels:
         batch, heads, tokens, dim = query.shape
         out = torch.empty(batch, tokens, heads, dim, dtype=query.dtype, device=query.device)
         spec, geometry = layer.spec, layer.geometry
-        queries = _queries(layer, query, _shifted(spec.key, options))
+        queries = _queries(layer, query, is_shifted(spec.key, options))
         segments = layer.segments if len(layer.rungs) > 1 else None
         cache = PagedCache(
             layer.block_table, layer.state, layer.raw_keys, layer.raw_values, segments
@@ -116,7 +117,7 @@ class TritonKernels:
             query.contiguous(),
             cache,
             queries,
-            [_page_format(rung) for rung in layer.rungs],
+            [page_format(rung) for rung in layer.rungs],
             regions,
             scaling=scaling,
             softcap=options.softcap or 0.0,
@@ -158,12 +159,12 @@ def _formats(layer: LayerTensors) -> list[tuple[Format, Format]]:
     return [(rung.key.format, rung.value.format) for rung in layer.rungs]
 
 
-def _page_format(spec: LayerSpec) -> PageFormat:
+def page_format(spec: LayerSpec) -> PageFormat:
     """How pages of a rung are written."""
     return PageFormat(spec.key.format, spec.value.format, spec.key.clip, spec.value.clip)
 
 
-def _shifted(key: KeySpec, options: LogitOptions) -> bool:
+def is_shifted(key: KeySpec, options: LogitOptions) -> bool:
     """Whether kernels must add what an offset of the keys takes off every logit, which a softmax
     alone does not see."""
     return (
@@ -196,7 +197,7 @@ def _encode(
     encode_pages(
         keys[None].contiguous(),
         values[None].contiguous(),
-        _page_format(spec),
+        page_format(spec),
         pages,
         torch.zeros_like(tokens),
         tokens,
@@ -204,7 +205,7 @@ def _encode(
     )
 
 
-def _prompt(
+def attend_prompt(
     layer: LayerTensors,
     b: int,
     row: RowView,
@@ -216,7 +217,8 @@ def _prompt(
     """The queries [1, num_heads, T, head_dim] of one sequence, whose keys and values were appended
     before."""
     key, geometry, device = layer.spec.key, layer.geometry, query.device
-    before = torch.tensor([row.packed_before], dtype=torch.int32, device=device)
+    # filled on the device: a copy from the host would be waited for
+    before = torch.full((1,), row.packed_before, dtype=torch.int32, device=device)
     # of this sequence alone, whatever the batch has room for
     table = layer.block_table[b : b + 1, : max(1, len(row.pages))]
     # a copy: where it begins decides how it is aligned, and each alignment would compile a kernel
@@ -234,8 +236,8 @@ def _prompt(
     for start in range(0, query.shape[2], QUERY_CHUNK):
         chunk = query[:, :, start : start + QUERY_CHUNK]
         position = row.length - query.shape[2] + start
-        first = torch.tensor([position], dtype=torch.int32, device=device)
-        shift = key.shift(chunk) if _shifted(key, options) else None
+        first = torch.full((1,), position, dtype=torch.int32, device=device)
+        shift = key.shift(chunk) if is_shifted(key, options) else None
         rows = chunk.shape[2] * chunk.shape[1] // geometry.num_kv_heads
         bent = options.softcap or options.sliding
         together = [] if bent else page_runs(layer, row, position, rows)

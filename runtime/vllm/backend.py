@@ -2,6 +2,8 @@
 holds the 16-bit one."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +12,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadata,
     AttentionMetadataBuilder,
@@ -21,9 +24,11 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from kvfold.errors import KvfoldError
 from kvfold.runtime.backends.base import LogitOptions
+from kvfold.runtime.vllm import torch_attention
+from kvfold.runtime.vllm.batch import Chunk, DeviceBatch
 from kvfold.runtime.vllm.layer import ServedLayer
 from kvfold.runtime.vllm.specs import packed_spec, raw_spec
-from kvfold.runtime.vllm.torch_attention import Batch, Blocks, attend_step
+from kvfold.runtime.vllm.torch_attention import Batch, Blocks
 
 RAW = ".kv_raw"  # behind a layer's name, that of its 16-bit cache
 
@@ -33,22 +38,84 @@ class StepMetadata(AttentionMetadata):
     """One group's part of a step.
 
     Attributes:
-        starts, lengths: as in torch_attention.Batch.
+        starts: int32 [requests + 1] on the host, first new token of each request among the step's,
+            and their number at the end.
+        lengths: int32 [requests] on the device, tokens of each request, new ones included.
+        bounds: int32 [requests] on the host, the same, exact for requests with several new tokens;
+            None where nobody has said it.
+        most_new: new tokens of a request at the most.
+        most_tokens: tokens of a request at the most.
         block_table: int32 [requests, entries].
         slot_mapping: int64 [tokens or more], of this group's blocks.
     """
 
-    starts: list[int]
-    lengths: list[int]
+    starts: Tensor
+    lengths: Tensor
+    bounds: Tensor | None
+    most_new: int
+    most_tokens: int
     block_table: Tensor
     slot_mapping: Tensor
 
+    @cached_property
+    def host_starts(self) -> list[int]:
+        """`starts` as numbers."""
+        return self.starts.tolist()
+
+    @cached_property
+    def host_lengths(self) -> list[int]:
+        """`lengths` as numbers; waits for a device."""
+        return self.lengths.tolist()
+
+    @cached_property
+    def chunks(self) -> list[Chunk]:
+        """All requests from the first on that has not one new token."""
+        if self.most_new == 1:
+            return []
+        pairs = list(pairwise(self.host_starts))
+        first = next((i for i, (a, b) in enumerate(pairs) if b - a != 1), len(pairs))
+        if first == len(pairs):
+            return []
+        bounds = self.host_lengths if self.bounds is None else self.bounds.tolist()
+        return [
+            Chunk(i, *pairs[i], bounds[i])
+            for i in range(first, len(pairs))
+            if pairs[i][0] < pairs[i][1]
+        ]
+
+    def with_rows(self, rows: "StepMetadata") -> DeviceBatch:
+        """The step of both groups, this one's and that of the 16-bit rows; made once."""
+        if self._batch is None:
+            singles = self.chunks[0].request if self.chunks else len(self.lengths)
+            self._batch = DeviceBatch(
+                singles,
+                self.chunks,
+                self.most_tokens,
+                self.lengths,
+                self.block_table,
+                rows.block_table,
+                rows.slot_mapping,
+            )
+        return self._batch
+
+    _batch: DeviceBatch | None = None
+
 
 class StepMetadataBuilder(AttentionMetadataBuilder):
-    """Of both caches. Lengths come to the host, so a step with this backend is in no CUDA graph."""
+    """Of both caches. On a GPU steps of one new token a request are captured in CUDA graphs."""
+
+    reorder_batch_threshold = 1  # requests with one new token come first
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Of steps that bring each request one token, where kernels attend."""
+        graphs = vllm_config.device_config.device_type == "cuda"
+        return (
+            AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if graphs else AttentionCGSupport.NEVER
+        )
 
     def build(
         self,
@@ -57,7 +124,15 @@ class StepMetadataBuilder(AttentionMetadataBuilder):
         fast_build: bool = False,
     ) -> StepMetadata:
         """Raises KvfoldError where queries see tokens behind them."""
-        common: Any = common_attn_metadata
+        return self._step(common_attn_metadata, common_attn_metadata.max_seq_len)
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> StepMetadata:
+        """With room for any length, since the graph is replayed with others."""
+        return self._step(common_attn_metadata, self.vllm_config.model_config.max_model_len)
+
+    def _step(self, common: Any, most_tokens: int) -> StepMetadata:
         if common.causal is not True:
             raise KvfoldError(
                 "This step's attention is not causal, but a packed cache is read causally alone; "
@@ -67,8 +142,10 @@ class StepMetadataBuilder(AttentionMetadataBuilder):
         # layers of several formats have a builder each: a group's step is built once
         step = getattr(common, "kvfold_step", None)
         if step is None or step.block_table is not table:
-            starts, lengths = common.query_start_loc.tolist(), common.seq_lens.tolist()
-            step = common.kvfold_step = StepMetadata(starts, lengths, table, common.slot_mapping)
+            step = common.kvfold_step = StepMetadata(
+                common.query_start_loc_cpu, common.seq_lens, common.seq_lens_cpu_upper_bound,
+                common.max_query_len, most_tokens, table, common.slot_mapping,
+            )  # fmt: skip
         return step
 
 
@@ -188,33 +265,44 @@ class PackedImpl(AttentionImpl):
     ) -> Tensor:
         """Stores and attends: query [tokens, num_heads, head_dim], key and value of KV heads, output
         as query."""
-        assert self.layer is not None
-        self.layer.to(query.device)
+        ours = self.layer
+        assert ours is not None
+        ours.to(query.device)
+        kernels = query.is_cuda
         if attn_metadata is None:  # memory is being measured
+            if kernels:
+                self._reserve(query)
             return output.zero_()
         context, name = get_forward_context(), layer.layer_name + RAW
         raw: Any = context.no_compile_layers[name]
+        blocks = Blocks(kv_cache.flatten(1).view(torch.uint8), raw.kv_cache)
         step, rows = attn_metadata, context.attn_metadata[name]
-        tokens = step.starts[-1]
-        packed = kv_cache.flatten(1).view(torch.uint8)
-        attend_step(
-            self.layer,
-            Blocks(packed, raw.kv_cache),
-            Batch(
-                step.starts,
-                step.lengths,
-                step.block_table,
-                rows.block_table,
-                rows.slot_mapping[:tokens].long(),
-            ),
-            query[:tokens],
-            key[:tokens],
-            value[:tokens],
-            self.scale,
-            LogitOptions(self.softcap, self.sinks, self.sliding),
+        options = LogitOptions(self.softcap, self.sinks, self.sliding)
+        if kernels:
+            from kvfold.runtime.vllm import triton_attention
+
+            batch = step.with_rows(rows)
+            triton_attention.attend_step(
+                ours, blocks, batch, query, key, value, self.scale, options, output
+            )
+            return output
+        tokens = step.host_starts[-1]
+        plain = Batch(
+            step.host_starts, step.host_lengths, step.block_table, rows.block_table, rows.slot_mapping[:tokens].long()
+        )  # fmt: skip
+        torch_attention.attend_step(
+            ours, blocks, plain, query[:tokens], key[:tokens], value[:tokens], self.scale, options,
             output[:tokens],
-        )
+        )  # fmt: skip
         return output
+
+    def _reserve(self, query: Tensor) -> None:
+        """Takes for a moment what a step of this size takes beside the pool."""
+        from kvfold.runtime.vllm.triton_attention import scratch_nbytes
+
+        assert self.layer is not None
+        room = scratch_nbytes(len(query), self.num_heads, self.layer)
+        torch.empty(room, dtype=torch.uint8, device=query.device)
 
 
 def serve(attention: Any, layer: ServedLayer, contexts: dict[str, Any], drafts: int) -> None:

@@ -61,9 +61,14 @@ class BlockLayout:
         behind it, and drafts that may turn out wrong."""
         return self.window + self.page_tokens + drafts
 
+    @property
+    def first_place(self) -> int:
+        """Places of a sequence, as many as pages, before that of its first page."""
+        return -(-self.sinks // self.page_tokens)
+
     def place(self, page: int) -> tuple[int, int]:
         """Where a sequence's page lies: (entry of its block table, page of that block)."""
-        return divmod(page - (-self.sinks // self.page_tokens), self.pages_per_block)
+        return divmod(page + self.first_place, self.pages_per_block)
 
 
 def block_layout(

@@ -5,12 +5,12 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from kvfold.exports.account import Geometry
 from kvfold.exports.reader import read_cache
 from kvfold.exports.spec import LayerSpec
 from kvfold.runtime.backends.base import Workspace
+from kvfold.runtime.cache.ambient import neutrally
 from kvfold.runtime.vllm.blocks import BlockLayout, block_layout, stride_of
 
 CPU = torch.device("cpu")
@@ -37,6 +37,7 @@ class ServedCache:
 
 
 @cache
+@neutrally  # vLLM makes models with the GPU as the default device
 def served_cache(path: str) -> ServedCache:
     """Of the artifact in a folder, read once in each process.
 
@@ -83,6 +84,7 @@ class ServedLayer:
             self.spec, self.device = self.spec.to(device), device
 
 
+@neutrally
 def served_layer(
     path: str, index: int, rank: int, ranks: int, block_tokens: int | None
 ) -> ServedLayer:
@@ -96,18 +98,5 @@ def served_layer(
     count = max(1, total // ranks)
     heads = slice(rank * total // ranks, rank * total // ranks + count)
     geometry = replace(cached.geometry, num_kv_heads=count)
-    spec = heads_of(cached.specs[index], heads)
+    spec = cached.specs[index].of_heads(heads)
     return ServedLayer(index, geometry, spec, cached.layout(block_tokens), cached.workspace)
-
-
-def heads_of(spec: LayerSpec, heads: slice) -> LayerSpec:
-    """The formats and transforms of some KV heads of a layer."""
-
-    def cut(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor[heads].contiguous()
-
-    key, value = spec.key, spec.value
-    matrix, offset, clip = (cut(tensor) for tensor in (key.matrix, key.offset, key.clip))
-    return LayerSpec(
-        replace(key, matrix=matrix, offset=offset, clip=clip), replace(value, clip=cut(value.clip))
-    )

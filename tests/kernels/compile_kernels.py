@@ -24,7 +24,7 @@ POINTERS = {
     "raw_v": "*fp16", "o_ptr": "*fp32", "ml_ptr": "*fp32", "first_query": "*i32", "packed_before": "*i32",
     "out": "*bf16", "aux": "*fp32", "q_shift_ptr": "*fp32", "mean_ptr": "*fp32", "bias_ptr": "*fp32", "spans": "*fp32",
     "within": "*fp16", "segments": "*i32", "anchor_ptr": "*u8", "pages": "*i64", "factors": "*fp32",
-    "keys": "*fp16", "values": "*fp16", "tables": "*i32",
+    "keys": "*fp16", "values": "*fp16", "tables": "*i32", "raw_table": "*i32",
 }  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def compile_pair(
             "R": device_layout(raw16(dim), 32),
             "N": max(8, columns), "COLUMNS": columns, "GROUP": 4, "PROMPT": prompt, "MASKED": prompt, "CAP": cap,
             "SHIFT": cap > 0, "MEAN": mean, "STAGES": 4, "PREFETCH": False, "BLOCK": kernels.RAW_BLOCK,
-            "INTERPRET": False,
+            "INTERPRET": False, "PER_BLOCK": 0,
         },
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ from kvfold.kernels.formats import Format, raw16, uniform
 from kvfold.runtime.backends.base import LogitOptions, Workspace
 from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.vllm.blocks import BlockLayout, block_layout
-from kvfold.runtime.vllm.layer import ServedLayer, heads_of
+from kvfold.runtime.vllm.layer import ServedLayer, served_layer
 from kvfold.runtime.vllm.torch_attention import Batch, BlockPages, Blocks, attend_step
 
 HEADS, DIM, SCALE = 2, 16, 0.3
@@ -104,11 +104,15 @@ class Pool:
             torch.cat([s[i] for s in states.values()], 1).transpose(0, 1) for i in range(3)
         )
         out = torch.full_like(query, torch.nan)
-        attend_step(self.layer, self.blocks, batch, query, keys, values, SCALE, self.options, out)
+        self.attend(batch, query, keys, values, out)
         return {
             name: out[first:end].transpose(0, 1)
             for name, first, end in zip(states, starts, starts[1:], strict=False)
         }
+
+    def attend(self, batch: Batch, query, keys, values, out) -> None:
+        """A step, by what is to be tested."""
+        attend_step(self.layer, self.blocks, batch, query, keys, values, SCALE, self.options, out)
 
 
 def drawn(tokens: int, seed: int) -> tuple[torch.Tensor, ...]:
@@ -236,7 +240,16 @@ def test_pages_are_read_and_written_in_place():
 
 def test_a_rank_has_its_heads_alone():
     spec = SPECS["constant mean"]
-    one = heads_of(spec, slice(1, 2))
+    one = spec.of_heads(slice(1, 2))
     assert torch.equal(one.key.matrix, MATRIX[1:]) and torch.equal(one.key.offset, OFFSET[1:])
     assert one.value.clip.tolist() == spec.value.clip[1:].tolist() and one.key.clip.shape == (1,)
     assert one.key.format == spec.key.format
+
+
+def test_an_artifact_is_read_on_the_host_whatever_the_default_device_is(tiny_artifact):
+    """vLLM makes models with the GPU as the default device."""
+    with torch.device("meta"):
+        layer = served_layer(str(tiny_artifact), 0, 1, 2, None)
+    key = layer.spec.key
+    found = [x for x in (key.matrix, key.offset, key.clip, layer.spec.value.clip) if x is not None]
+    assert found and all(x.device.type == "cpu" and len(x) == 1 for x in found)

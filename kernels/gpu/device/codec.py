@@ -29,6 +29,7 @@ from kvfold.kernels.gpu.device.constants import ROUNDING
 
 TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)  # smallest normal float32
 FP16_MAX: tl.constexpr = tl.constexpr(65504.0)
+IN_BLOCKS: tl.constexpr = tl.constexpr(2)  # of PACKED: a page's source is rows in blocks
 
 
 class Header(NamedTuple):

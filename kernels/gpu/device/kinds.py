@@ -13,8 +13,9 @@ import triton.language as tl
 from kvfold.kernels.gpu.device.binary import element_code as binary_code
 from kvfold.kernels.gpu.device.binary import write_codes as write_binary
 from kvfold.kernels.gpu.device.bits import count, pick
-from kvfold.kernels.gpu.device.codec import channel_row, channel_step, load_params
+from kvfold.kernels.gpu.device.codec import IN_BLOCKS, channel_row, channel_step, load_params
 from kvfold.kernels.gpu.device.columns import LEVELS, OWN_CODE, RAW, SCALE_MIN
+from kvfold.kernels.gpu.device.places import row_offsets
 from kvfold.kernels.gpu.device.ternary import element_code as ternary_code
 from kvfold.kernels.gpu.device.ternary import write_codes as write_ternary
 
@@ -69,11 +70,18 @@ def load_source(
     """Elements (field f, row, channel c) of a page to be written, float32, 0 where not mask.
 
     Args:
-        source: RawRows, or with PACKED a PackedBlock.
+        source: RawRows, or where PACKED is true a PackedBlock, or where it is IN_BLOCKS a
+            BlockRows.
         f, row, c: integers or tensors that broadcast to the result's shape, as does mask; c and
             mask are of one shape.
     """
-    if PACKED:
+    if PACKED == IN_BLOCKS:
+        place = source.start + f * ROWS + row
+        at = row_offsets(
+            source.table, place, place >= 0, source.block_stride, source.stride, source.shift
+        )
+        return tl.load(source.rows + at + c, mask=mask, other=0.0).to(tl.float32)
+    elif PACKED:
         return decode_elements(
             source.block, source.table, source.header, f, row, c, mask, OWN, ROWS
         )

@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 
 from kvfold.kernels.gpu.device.constants import NEVER, SUBNORMAL
+from kvfold.kernels.gpu.device.places import load_pages
 from kvfold.kernels.gpu.device.scores import (
     add_mean,
     cap_scores,
@@ -53,16 +54,18 @@ from kvfold.kernels.gpu.device.values import (
 @triton.jit
 def packed_part(
     q_ptr, q_scale, shift, anchor, table, tile_page, first_page, last_page, begin, end, head, sinks, limit, lowest,
-    kv_offset, coefficients, bias, spans, within,
+    kv_offset, coefficients, bias, spans, within, first_place, block_step, page_step,
     K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr,
     MEAN: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr, INTERPRET: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Attention of N query columns to tiles begin … end − 1, of 16 rows of words each, the first of
     which begins with page `tile_page`, as far as they are pages first_page … last_page − 1.
 
     With SHIFT, `shift` [N] is added to every logit; with MEAN, twice the fast pairs that a kernel
     has, what keys lack that were stored without their rotating mean (mean.py; `coefficients` and
-    `bias` are of this place, step 0). K, V: a HeadLayout.
+    `bias` are of this place, step 0). `table`, with first_place, block_step, page_step and PER_BLOCK:
+    see `load_pages`. K, V: a HeadLayout.
 
     Returns:
         (output runs [size, N] not yet divided, largest scores [N], sums of weights [N])
@@ -94,7 +97,8 @@ def packed_part(
     v_base = anchor + (kv_offset + head * V.nbytes)
 
     number = tile_page + begin * pages_each + i // K.rows
-    place = tl.load(table + number, mask=(number >= first_page) & (number < last_page), other=0)
+    exists = (number >= first_page) & (number < last_page)
+    place = load_pages(table, number, exists, first_place, block_step, page_step, PER_BLOCK)
     if always:
         q = load_queries(q_ptr, n, K, N)
         middles = query_middles(q, q_scale, K, N)
@@ -121,11 +125,12 @@ def packed_part(
         exists = (number >= first_page) & (number < last_page)
         if PREFETCH:
             page = place
-            place = tl.load(
-                table + number + pages_each, mask=number + pages_each < last_page, other=0
+            later = number + pages_each
+            place = load_pages(
+                table, later, later < last_page, first_place, block_step, page_step, PER_BLOCK
             )
         else:
-            page = tl.load(table + number, mask=exists, other=0)
+            page = load_pages(table, number, exists, first_place, block_step, page_step, PER_BLOCK)
         absent = tl.where(exists, 0.0, NEVER)
         start = (
             absent[None, :] + shift[:, None]

@@ -7,6 +7,7 @@ import triton.language as tl
 from kvfold.kernels.gpu.device.bits import count, pick
 from kvfold.kernels.gpu.device.constants import NEVER
 from kvfold.kernels.gpu.device.mean import raw_mean
+from kvfold.kernels.gpu.device.places import row_offsets
 from kvfold.kernels.gpu.device.scores import soft_cap
 
 
@@ -44,8 +45,10 @@ def raw_blocks(
 def raw_part(
     q_ptr, q_scale, shift, k_ptr, v_ptr, token_stride, acc, m_i, l_i, begin, end, first_block,
     total_tokens, packed_end, sinks, ring, limit, lowest, last, coefficients, bias, spans, within,
+    table, block_stride, block_shift,
     R: tl.constexpr, V: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
     MASKED: tl.constexpr, CAP: tl.constexpr, SHIFT: tl.constexpr, MEAN: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Goes on with the attention of N query columns over blocks begin … end − 1, as `raw_blocks`
     counts them, of the 16-bit rows: sinks, then either a ring (ring > 0 slots) or tokens in order.
@@ -58,6 +61,7 @@ def raw_part(
         acc, m_i, l_i: output runs [size, N], largest scores [N], sums of weights [N] so far.
         shift: [N], added to every logit with SHIFT.
         coefficients, bias, spans, within: as in `packed_part`, with MEAN.
+        table, block_stride, block_shift: with BLOCKS rows are found by position, as in BlockRows.
         R, V: HeadLayout of 16-bit keys, and of the values whose runs `acc` has.
     """
     n = tl.arange(0, N)
@@ -90,11 +94,13 @@ def raw_part(
         exists = (
             (r < rows) & (position < total_tokens) & ((position < sinks) | (position >= packed_end))
         )
+        if BLOCKS:
+            at = row_offsets(table, position, exists, block_stride, token_stride, block_shift)
+        else:
+            at = r.to(tl.int64) * token_stride
         qk = tl.zeros((BLOCK, N), tl.float32)
         for t in tl.static_range(count(R.key_runs)):
-            qk = _raw_keys(
-                k_ptr + r.to(tl.int64) * token_stride, exists, q[t], qk, pick(R.key_runs, t)
-            )
+            qk = _raw_keys(k_ptr + at, exists, q[t], qk, pick(R.key_runs, t))
         qk = qk * q_scale
         if MEAN > 0:
             qk += raw_mean(
@@ -119,8 +125,7 @@ def raw_part(
         new = ()
         for t in tl.static_range(count(V.value_runs)):
             rescaled = acc[t] * alpha[None, :]
-            ptr = v_ptr + r.to(tl.int64) * token_stride
-            new = new + (_raw_values(ptr, exists, p16, rescaled, pick(V.value_runs, t)),)
+            new = new + (_raw_values(v_ptr + at, exists, p16, rescaled, pick(V.value_runs, t)),)
         acc = new
     return acc, m_i, l_i
 

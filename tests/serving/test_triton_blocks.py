@@ -1,0 +1,136 @@
+"""A step of an engine by the Triton kernels, under the interpreter where there is no GPU, against the
+same step in plain torch, page by page and token by token."""
+
+import random
+
+import pytest
+import torch
+from test_blocks import (
+    CASES,
+    DIM,
+    PAGE,
+    SCALE,
+    SPECS,
+    Pool,
+    drawn,
+    part,
+)
+
+pytest.importorskip("triton")
+from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
+from kvfold.kernels.formats import Format, uniform
+from kvfold.runtime.backends import triton as runtime_triton
+from kvfold.runtime.vllm.batch import Chunk, DeviceBatch
+from kvfold.runtime.vllm.torch_attention import BlockPages, Blocks
+from kvfold.runtime.vllm.triton_attention import attend_step
+
+MOST = 320  # tokens of a request
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class KernelPool(Pool):
+    """Steps by kernels. Requests with one new token come first, as in an engine's step, and behind
+    them `padding` rows that are nobody's."""
+
+    padding = 2
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        for memory in self.blocks:
+            memory[0] = 0  # of an engine's pool nobody has block 0, and it is never written
+        self.blocks = Blocks(*(memory.to(DEVICE) for memory in self.blocks))
+        self.layer.to(torch.device(DEVICE))
+
+    def attend(self, batch, query, keys, values, out) -> None:
+        counts = [b - a for a, b in zip(batch.starts, batch.starts[1:], strict=False)]
+        singles = next((i for i, n in enumerate(counts) if n > 1), len(counts))
+        chunks = [
+            Chunk(i, batch.starts[i], batch.starts[i + 1], batch.lengths[i])
+            for i in range(singles, len(counts))
+        ]
+        tables = [batch.packed_table, batch.raw_table]
+        lengths, slots = torch.tensor(batch.lengths, dtype=torch.int32), batch.raw_slots
+        if not chunks:  # padded, as a captured step is
+            tables = [torch.nn.functional.pad(x, (0, 0, 0, self.padding)) for x in tables]
+            lengths = torch.nn.functional.pad(lengths, (0, self.padding))
+            slots = torch.nn.functional.pad(slots, (0, self.padding), value=-1)
+            query, keys, values = (
+                torch.nn.functional.pad(x, (0, 0, 0, 0, 0, self.padding))
+                for x in (query, keys, values)
+            )
+            singles += self.padding
+        room = torch.full_like(query, torch.nan).to(DEVICE)
+        given = DeviceBatch(
+            singles,
+            chunks,
+            MOST,
+            lengths.to(DEVICE),
+            *(x.to(DEVICE) for x in tables),
+            slots.to(DEVICE),
+        )
+        states = (x.to(DEVICE) for x in (query, keys, values))
+        attend_step(self.layer, self.blocks, given, *states, SCALE, self.options, room)
+        out.copy_(room[: len(out)])
+        assert not room[len(out) :].any()
+
+
+def same_pages(a: Pool, b: Pool, names) -> None:
+    """Both pools have the same bytes in the pages of these requests."""
+    for name in names:
+        size = BlockPages(a.layer, a.blocks.packed).sizes[0]
+        count = max(a.lengths[name] - a.layer.layout.sinks - a.layer.layout.window, 0) // PAGE
+        for page in range(count):
+            entry, place = a.layer.layout.place(page)
+            start = place * a.layer.page_stride
+            found = [
+                pool.blocks.packed[pool.tables[name][0][entry], start : start + size].cpu()
+                for pool in (a, b)
+            ]
+            assert torch.equal(*found), (name, page)
+
+
+SPECS = SPECS | {
+    "planes": LayerSpec(
+        KeySpec(Format(((8, 8), (8, 2))), (), SPECS["constant mean"].key.matrix),
+        ValueSpec(uniform(DIM, 3)),
+    ),
+    "four bits": LayerSpec(KeySpec(uniform(DIM, 16)), ValueSpec(uniform(DIM, 16))),
+}
+
+
+@pytest.mark.parametrize(("name", "options"), [*CASES, ("planes", {}), ("four bits", {})])
+def test_kernels_write_the_same_pages_and_read_them_alike(name, options, monkeypatch):
+    """Prompts, chunks of any size and single tokens in one step, blocks in no order."""
+    monkeypatch.setattr(runtime_triton, "LEAST_PACKED", 32)
+    monkeypatch.setattr(runtime_triton, "LEAST_ROWS", 16)
+    kernels, plain = KernelPool(SPECS[name], **options), Pool(SPECS[name], **options)
+    rng = random.Random(3)
+    lengths = {"a": 130, "b": 3, "c": 75}
+    states = {n: drawn(length, i) for i, (n, length) in enumerate(lengths.items())}
+    while left := [n for n in lengths if plain.lengths.get(n, 0) < lengths[n]]:
+        step = {}
+        for n in rng.sample(left, rng.randint(1, len(left))):
+            first = plain.lengths.get(n, 0)
+            step[n] = part(states[n], first, min(first + rng.choice((1, 1, 17, 60)), lengths[n]))
+        step = dict(sorted(step.items(), key=lambda item: item[1][0].shape[1] > 1))
+        found, expected = kernels.step(step), plain.step(step)
+        for n in step:
+            torch.testing.assert_close(found[n], expected[n], atol=4e-3, rtol=4e-3)
+    same_pages(kernels, plain, lengths)
+
+
+@pytest.mark.parametrize("name", ["turning mean", "planes"])
+def test_single_tokens_pack_each_page_as_it_comes_due(name):
+    """Requests of several lengths, each at another place of its page."""
+    kernels, plain = KernelPool(SPECS[name]), Pool(SPECS[name])
+    lengths = {"a": 90, "b": 47, "c": 33, "d": 1}
+    states = {n: drawn(length + 12, i) for i, (n, length) in enumerate(lengths.items())}
+    for pool in (kernels, plain):
+        pool.step({n: part(states[n], 0, lengths[n]) for n in ("a", "b", "c")})
+        pool.step({"d": part(states["d"], 0, 1)})
+    for t in range(12):
+        step = {n: part(states[n], lengths[n] + t, lengths[n] + t + 1) for n in lengths}
+        found, expected = kernels.step(step), plain.step(step)
+        for n in step:
+            torch.testing.assert_close(found[n], expected[n], atol=4e-3, rtol=4e-3)
+    same_pages(kernels, plain, lengths)
