@@ -10,6 +10,7 @@ from test_blocks import (
     DIM,
     PAGE,
     SCALE,
+    SINKS,
     SPECS,
     Pool,
     drawn,
@@ -134,3 +135,17 @@ def test_single_tokens_pack_each_page_as_it_comes_due(name):
         for n in step:
             torch.testing.assert_close(found[n], expected[n], atol=4e-3, rtol=4e-3)
     same_pages(kernels, plain, lengths)
+
+
+def test_prompts_may_end_within_the_sinks():
+    """There is nothing behind the sinks to read or to pack then."""
+    kernels, plain = KernelPool(SPECS["turning mean"]), Pool(SPECS["turning mean"])
+    states = {"a": drawn(SINKS - 1, 0), "b": drawn(50, 1)}
+    for step in (
+        {n: part(states[n], 0, SINKS - 1) for n in states},
+        {"b": part(states["b"], SINKS - 1, 50)},
+    ):
+        found, expected = kernels.step(step), plain.step(step)
+        for n in step:
+            torch.testing.assert_close(found[n], expected[n], atol=4e-3, rtol=4e-3)
+    same_pages(kernels, plain, {"a": SINKS - 1, "b": 50})
