@@ -142,8 +142,11 @@ class StepMetadataBuilder(AttentionMetadataBuilder):
         # layers of several formats have a builder each: a group's step is built once
         step = getattr(common, "kvfold_step", None)
         if step is None or step.block_table is not table:
+            # how many drafts of the step before were accepted, only the device may know yet
+            drafting = self.vllm_config.speculative_config is not None
+            bounds = None if drafting else common.seq_lens_cpu_upper_bound
             step = common.kvfold_step = StepMetadata(
-                common.query_start_loc_cpu, common.seq_lens, common.seq_lens_cpu_upper_bound,
+                common.query_start_loc_cpu, common.seq_lens, bounds,
                 common.max_query_len, most_tokens, table, common.slot_mapping,
             )  # fmt: skip
         return step
