@@ -91,7 +91,7 @@ ROWS: dict[str, dict] = {
     "one probe a kind": {"sensitivity": {"probes": 1}},
     "2 directions": {"sensitivity": {"directions": 2}},
     "4 directions": {"sensitivity": {"directions": 4}},
-    "4 directions, seed 1": {"sensitivity": {"directions": 4}, "seed": 1},
+    "4 directions, drawn anew": {"sensitivity": {"directions": 4}, "seed": 1},
     "1 sink": {"sinks": 1},
     "32 sinks": {"sinks": 32},
     "64 sinks": {"sinks": 64},

@@ -12,7 +12,7 @@ p_s·p_sᵀ, so that G = Σ_s J_sᵀ·u_s, one backward pass for all layers and 
 up in squares: E[(G·Δo)²] is the sum over KV heads of E[(G_h·Δo_h)²], and that estimate is as many
 times less noisy.
 
-Δo of a candidate takes that layer's attention alone, through packed bytes as in sensitivity.py.
+Δo of a candidate takes that layer's attention alone, through packed bytes (packed_attention.py).
 Layers are run again one at a time from stored hidden states, all passages through one before the
 next, so that one layer's activations are in memory, and what it does is known when its candidates
 are made; and only positions that read pages are run at all.
@@ -29,13 +29,13 @@ from torch import Tensor
 from kvfold.compress.models.attention_hook import attend_as_usual, tapped
 from kvfold.compress.search.candidates import KeyCandidate, ValueCandidate
 from kvfold.compress.search.first_order import attend_whole
+from kvfold.compress.search.packed_attention import packed_attention
 from kvfold.compress.search.sensitivity import (
     KL_BLOCK,
     Job,
     Probe,
     check_finite_loss,
     keep_losses,
-    packed_attention,
     put_behind,
     read_losses,
     specs_of,

@@ -15,7 +15,7 @@ from kvfold.compress.models.attention_hook import tapped
 from kvfold.compress.models.rope import rotate_on, turns
 from kvfold.compress.plan import make_plan
 from kvfold.compress.recipe import Recipe
-from kvfold.compress.search.sensitivity import packed_attention
+from kvfold.compress.search.packed_attention import packed_attention
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import architecture_of, logits_of

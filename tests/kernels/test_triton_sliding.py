@@ -1,6 +1,7 @@
 """Kernels on layers whose sliding window has left pages behind: their block table entries are 0,
 and nobody reads them."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import SHAPE
 from transformers import MistralConfig, MistralForCausalLM
 
 from kvfold.exports.account import Geometry, batch_nbytes
+from kvfold.exports.reader import Artifact
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format, uniform
 from kvfold.runtime.load import attach
@@ -37,10 +39,12 @@ def attached(triton):
             if "norm" not in name:
                 parameter.normal_(0, 0.3)
     model = model.to(DEVICE)
-    known = SimpleNamespace(calibration=SimpleNamespace(covered_positions=10**9), digest="")
+    known = SimpleNamespace(
+        calibration=SimpleNamespace(covered_positions=10**9), digest="", geometry=GEOMETRY
+    )
     return attach(
         model,
-        SimpleNamespace(specs=[SPEC] * 2, geometry=GEOMETRY, metadata=known),
+        Artifact(Path("tiny"), known, [SPEC] * 2),
         triton=triton,
         rollback=12,
     )

@@ -1,6 +1,7 @@
 """Every way of generating, against transformers' own 16-bit cache where pages keep 16 bits, and
 else against plain decoding."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import DynamicCache
 from kvfold import KvfoldError, runtime
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import sliding_windows_of
+from kvfold.exports.reader import Artifact
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format, raw16, uniform
 from kvfold.runtime.load import attach
@@ -37,9 +39,10 @@ def packed_model(family="llama", spec=RAW, page=8, window=10, budget=None, **opt
     model = tiny_model(family)
     geometry = Geometry(HEADS, DIM, 3, window, page, sliding_windows_of(model.config))
     known = SimpleNamespace(
-        calibration=SimpleNamespace(covered_positions=10**9), digest=f"{family}-{page}"
-    )
-    artifact = SimpleNamespace(specs=[spec] * LAYERS, geometry=geometry, metadata=known, formats=[])
+        calibration=SimpleNamespace(covered_positions=10**9), digest=f"{family}-{page}",
+        geometry=geometry, formats=[],
+    )  # fmt: skip
+    artifact = Artifact(Path("tiny"), known, [spec] * LAYERS)
     return attach(model, artifact, budget, **options)
 
 

@@ -3,6 +3,7 @@ takes."""
 
 import json
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from kvfold.compress.plan import make_plan
 from kvfold.compress.recipe import load_recipe
 from kvfold.exports.account import Geometry, cache_nbytes
 from kvfold.exports.architectures import sliding_windows_of
-from kvfold.exports.reader import read_artifact
+from kvfold.exports.reader import Artifact, read_artifact
 from kvfold.exports.schema import METADATA_NAME, dump_metadata
 from kvfold.runtime.budget.ladder import Ladders
 from kvfold.runtime.load import attach
@@ -199,11 +200,11 @@ def model_of(family, budget=None, **options):
     """A tiny model on a packed cache whose artifact states a rollback of a page."""
     model = tiny_model(family)
     geometry = Geometry(HEADS, DIM, SINKS, 10, PAGE, sliding_windows_of(model.config), PAGE)
-    known = SimpleNamespace(calibration=SimpleNamespace(covered_positions=10**9), digest="")
-    formats = [(PACKED.key.format, PACKED.value.format)] * LAYERS
-    artifact = SimpleNamespace(
-        specs=[PACKED] * LAYERS, geometry=geometry, metadata=known, formats=formats
-    )
+    known = SimpleNamespace(
+        calibration=SimpleNamespace(covered_positions=10**9), digest="", geometry=geometry,
+        formats=[(PACKED.key.format, PACKED.value.format)] * LAYERS,
+    )  # fmt: skip
+    artifact = Artifact(Path("tiny"), known, [PACKED] * LAYERS)
     if options.pop("progressive", False):
         options["policy"] = Ladders(artifact.specs, [(1.0, 1.0)] * LAYERS, geometry)
     return attach(model, artifact, budget, **options)
