@@ -86,7 +86,10 @@ def in_16_bit_pages(artifact: Path, page_tokens: int = 32) -> Any:
     specs = [LayerSpec(KeySpec(raw16(dim)), ValueSpec(raw16(dim)))] * len(stored.specs)
     model = stock_from_pretrained(stored.path, dtype=torch.float32)
     geometry = replace(stored.geometry, page_tokens=page_tokens)
-    return attach(model, SimpleNamespace(specs=specs, geometry=geometry, metadata=stored.metadata))
+    artifact = SimpleNamespace(
+        specs=specs, geometry=geometry, metadata=stored.metadata, digest=stored.digest
+    )
+    return attach(model, artifact)
 
 
 def greedy(
