@@ -12,9 +12,11 @@ from functools import wraps
 from typing import Any
 
 import numpy as np
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
+KNOWN = triton.__version__.startswith("3.7.")  # whose operations these are; others stay as they are
 Tensor, Handle, Constant = tl.tensor, interpreter.TensorHandle, tl.constexpr
 builder = interpreter.interpreter_builder
 RANGED = {np.add, np.subtract, np.multiply}  # an overflow of these is an error
@@ -375,6 +377,8 @@ COMPARISONS = {
 
 def method(name: str, patched: Callable) -> Callable:
     """What a tensor's method of this name is while a kernel runs, in place of `patched`."""
+    if not KNOWN:
+        return patched
     semantic = interpreter.interpreter_semantic
     if name == "__getitem__":
         return item(patched)
@@ -420,6 +424,8 @@ def called(real: Callable) -> Callable:
 
 def install() -> None:
     """For this process, once."""
+    if not KNOWN:
+        return
     semantic = type(interpreter.interpreter_semantic)
     for name in BINARY:
         setattr(semantic, name, binary(getattr(semantic, name)))
