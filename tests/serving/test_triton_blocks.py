@@ -18,6 +18,8 @@ from test_blocks import (
 )
 
 pytest.importorskip("triton")
+import quick_operations
+
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format, uniform
 from kvfold.runtime.backends import triton as runtime_triton
@@ -27,6 +29,9 @@ from kvfold.runtime.vllm.triton_attention import attend_step
 
 MOST = 320  # tokens of a request
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu" and not quick_operations.KNOWN:
+    # make test runs these, by the version that constraints.txt names
+    pytest.skip("this Triton's interpreter takes no numbers for masks", allow_module_level=True)
 
 
 class KernelPool(Pool):
