@@ -1,5 +1,9 @@
 """BUDGET: mean bits per cached element ("2.3"), or bytes of one sequence's cache at a length
-("512MiB@32768")."""
+("512MiB@32768").
+
+The states of a hybrid model count in the bytes. They are no elements: bits are those of keys and
+values, and the states' bytes come on top of what bits make.
+"""
 
 from dataclasses import dataclass
 
@@ -58,7 +62,7 @@ def parse_budget(
     elements = geometry.elements(at, num_layers)
     if length:
         nbytes = parse_nbytes(size)
-        bits = 8 * nbytes / elements
+        bits = 8 * (nbytes - geometry.state_nbytes) / elements
     else:
         try:
             bits = float(size)
@@ -69,7 +73,7 @@ def parse_budget(
                 f"Budget '{text}' is neither bits per element nor bytes at a length; write for example 2.5 or "
                 "512MiB@32768."
             )
-        nbytes = int(bits * elements // 8) if bits <= 16 else 0
+        nbytes = int(bits * elements // 8) + geometry.state_nbytes if bits <= 16 else 0
     if bits > 16:
         raise KvfoldError(
             f"Budget '{text}' is {bits:.4g} bits per element at {at} tokens, more than the 16 of an uncompressed "

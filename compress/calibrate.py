@@ -24,7 +24,12 @@ from kvfold.compress.models.rope import frequencies, norm_weights, rotate_on, tu
 from kvfold.compress.progress import progress
 from kvfold.compress.work import forget, keep, kept
 from kvfold.errors import KvfoldError
-from kvfold.exports.architectures import Architecture, head_dim_of, num_kv_heads_of
+from kvfold.exports.architectures import (
+    Architecture,
+    attention_layers_of,
+    head_dim_of,
+    num_kv_heads_of,
+)
 from kvfold.kernels.key_mean import STEP, RopePairs, turn_tables
 
 ATTENDED = {f"attended_{name}": "key" for name in ("keys", "mean", "rest", "turned")}
@@ -270,7 +275,7 @@ def calibrate(
     sample_tokens: int,
     work: Path,
 ) -> list[LayerStats]:
-    """Statistics of every layer; what `work` already holds is not computed again.
+    """Statistics of every layer that attends; what `work` already holds is not computed again.
 
     Args:
         model: loaded with attention tap.NAME.
@@ -280,15 +285,16 @@ def calibrate(
         work: folder for stats_*.safetensors and the hidden states that the next layer starts from.
     """
     layers = arch.decoder_layers(model)
+    places = attention_layers_of(model.config)
     stats: list[LayerStats] = []
-    while len(stats) < len(layers) and (
+    while len(stats) < len(places) and (
         found := kept(work / f"stats_{len(stats):03d}.safetensors", LayerStats.load)
     ):
         stats.append(found)
-    if len(stats) == len(layers):
+    if len(stats) == len(places):
         return stats
     done = min(
-        len(stats),
+        places[len(stats)],
         kept(work / "hidden.json", lambda path: int(json.loads(path.read_text())["layer"]), 0),
     )
     saved: dict[str, Tensor] = (
@@ -296,7 +302,7 @@ def calibrate(
     )
     if set(saved) != {str(i) for i in range(len(sequences))}:
         done = 0
-    del stats[done:]
+    del stats[sum(place < done for place in places) :]
     config = model.config
     device = next(model.parameters()).device
     num_kv_heads, head_dim = num_kv_heads_of(config), head_dim_of(config)
@@ -306,8 +312,14 @@ def calibrate(
     else:
         hidden = [saved[str(i)].to(device) for i in range(len(sequences))]
     per_sequence = -(-sample_tokens // len(sequences))
-    for index in progress(range(done, len(layers)), "calibrate", "layer", done, len(layers)):
-        attention = layers[index].get_submodule(arch.attention)
+    end = places[-1] + 1
+    for place in progress(range(done, end), "calibrate", "layer", done, end):
+        if place not in places:
+            hidden = [runner.run(place, h) for runner, h in zip(runners, hidden, strict=True)]
+            _save_hidden(work, place + 1, hidden)
+            continue
+        index = places.index(place)
+        attention = layers[place].get_submodule(arch.attention)
         last = max(
             runner.embedded.shape[1] * step for runner, step in zip(runners, steps, strict=True)
         )
@@ -361,11 +373,11 @@ def calibrate(
         after = []
         for runner, h, step in zip(runners, hidden, steps, strict=True):
             with tapped(attention, partial(tap, step=step)):
-                after.append(runner.run(index, h))
+                after.append(runner.run(place, h))
         hidden = after
         stats.append(sums.finish(metric))
         stats[-1].save(work / f"stats_{index:03d}.safetensors")
-        _save_hidden(work, index + 1, hidden)
+        _save_hidden(work, place + 1, hidden)
     return stats
 
 

@@ -12,7 +12,7 @@ from kvfold.compress.models import load_model, resolve_model
 from kvfold.compress.progress import progress
 from kvfold.compress.text import HELD_OUT, prefix_ids, read_documents, tokenize
 from kvfold.errors import KvfoldError
-from kvfold.exports.account import cache_nbytes
+from kvfold.exports.account import cache_nbytes, effective_bits
 from kvfold.exports.architectures import logits_of, text_of
 from kvfold.pretrained import tokenizer_from_pretrained
 from kvfold.runtime.load import load_pretrained, plain_cache, resolve_artifact
@@ -165,7 +165,7 @@ def evaluate(
         windows=len(rows),
         first_window=first_window,
         seq_len=seq_len,
-        effective_bits=8 * nbytes / geometry.elements(seq_len, len(formats)),
+        effective_bits=effective_bits(geometry, nbytes, [seq_len], len(formats)),
         payload_bits=metadata.account.payload_bits,
         **figures(rows),
     )

@@ -22,7 +22,7 @@ from kvfold.compress.progress import stage
 from kvfold.compress.search import Found, fused_parameters, set_parameters
 from kvfold.compress.search.candidates import KeyCandidate
 from kvfold.errors import KvfoldError
-from kvfold.exports.account import cache_nbytes, payload_bits
+from kvfold.exports.account import cache_nbytes, effective_bits, payload_bits, stock_nbytes
 from kvfold.exports.architectures import text_of
 from kvfold.exports.page.card import Base
 from kvfold.exports.page.licence import Licence, find_licence
@@ -199,6 +199,8 @@ def _metadata(plan: Plan, found: Found, specs: list[LayerSpec], dtype: torch.dty
         )
 
     optional: dict[str, Any] = {"sliding": list(g.sliding)} if g.sliding else {}
+    if plan.states is not None:
+        optional["states"] = plan.states
     if pairs != "halves":
         optional["rope_pairs"] = pairs
     nbytes = cache_nbytes(g, formats, at)
@@ -206,7 +208,6 @@ def _metadata(plan: Plan, found: Found, specs: list[LayerSpec], dtype: torch.dty
     pages = sum(
         g.side_nbytes(fmt, at, g.sliding_of(i)) for i, pair in enumerate(formats) for fmt in pair
     )
-    elements = g.elements(at, plan.num_layers)
     lengths = [2**i for i in range(9, 31) if 2**i <= text_of(plan.config).max_position_embeddings]
     return Metadata(
         format_version=ROLLBACK_VERSION,
@@ -229,12 +230,12 @@ def _metadata(plan: Plan, found: Found, specs: list[LayerSpec], dtype: torch.dty
         account=AccountModel(
             at=at,
             bytes=nbytes,
-            bytes_16bit=2 * elements,
+            bytes_16bit=stock_nbytes(g, at, plan.num_layers),
             page_bytes=pages,
             raw_bytes=raw,
-            table_bytes=nbytes - pages - raw,
+            table_bytes=nbytes - pages - raw - g.state_nbytes,
             bytes_at={str(n): cache_nbytes(g, formats, n) for n in lengths},
-            effective_bits=8 * nbytes / elements,
+            effective_bits=effective_bits(g, nbytes, [at], plan.num_layers),
             payload_bits=payload_bits(formats),
         ),
         calibration=CalibrationModel(

@@ -6,8 +6,11 @@
 | pair scale s of keys | 1/s: rows of k_proj and its bias, or k_norm | s: rows of q_proj and its bias, or q_norm |
 
 A model with one qkv_proj has the rows of all three in it, queries first, then keys, then values;
-one with a query_key_value has them head by head. What is said of o_proj goes for `dense`, as some
-models call it.
+one with a query_key_value has them head by head. What is said of o_proj goes for `dense` and
+`out_proj`, as some models call it.
+
+Where a gate multiplies each channel between attention and o_proj, a basis of values is a permutation
+times a positive scale of each channel, for only those go through; the gate's rows are permuted too.
 """
 
 from typing import Any
@@ -22,7 +25,7 @@ from kvfold.kernels.key_mean import split_pairs
 
 def output_name(attention: Any) -> str:
     """The attribute that holds the projection behind attention."""
-    return "o_proj" if hasattr(attention, "o_proj") else "dense"
+    return next(name for name in ("o_proj", "dense", "out_proj") if hasattr(attention, name))
 
 
 def _rows(
@@ -60,12 +63,41 @@ def _multiply_rows(attention: Any, side: str, matrix: Tensor, fused: dict[str, T
         fused[f"{name}.{kind}"] = whole
 
 
-def fuse_values(attention: Any, matrix: Tensor) -> dict[str, Tensor]:
-    """v_proj and o_proj with a value basis folded in.
+def _permute_gate(
+    attention: Any, gate: str, order: Tensor, channels: int, fused: dict[str, Tensor]
+) -> None:
+    """Puts the rows of a gate, weight and bias, into another order; into `fused`.
+
+    Args:
+        gate: as in `fuse_values`.
+        order: int64 [Hkv, D], the channel that stands at each place of a head.
+        channels: of the attention's output.
+    """
+    heads, dim = order.shape
+    count = channels // dim
+    starts = torch.arange(count, device=order.device)[:, None] * dim
+    if gate == "q_proj":  # each head's query stands before its gate
+        starts = 2 * starts + dim
+    rows = starts + torch.arange(dim, device=order.device)
+    taken = starts + order.repeat_interleave(count // heads, 0)
+    projection = getattr(attention, gate)
+    for kind in ("weight", "bias"):
+        parameter = getattr(projection, kind)
+        if parameter is None:
+            continue
+        whole = fused.get(f"{gate}.{kind}", parameter).to(torch.float64, copy=True)
+        whole[rows.flatten()] = whole[taken.flatten()]
+        fused[f"{gate}.{kind}"] = whole
+
+
+def fuse_values(attention: Any, matrix: Tensor, gate: str = "") -> dict[str, Tensor]:
+    """v_proj and o_proj with a value basis folded in, and the gate between attention and o_proj.
 
     Args:
         attention: the attention module; not changed.
-        matrix: float64 [Hkv, D, D], invertible.
+        matrix: float64 [Hkv, D, D], invertible; with a gate, a permutation times a positive scale of
+            each channel.
+        gate: of the family's row in the table (exports/architectures.py).
     Returns:
         New parameters by name ("v_proj.weight", …), float64.
     """
@@ -77,6 +109,11 @@ def fuse_values(attention: Any, matrix: Tensor) -> dict[str, Tensor]:
     o = weight.double().unflatten(1, (heads, -1, dim))  # [hidden, Hkv, G, D]
     fused = {f"{name}.weight": torch.einsum("nhgd,hde->nhge", o, inverse).flatten(1)}
     _multiply_rows(attention, "v", matrix, fused)
+    if gate:
+        order = matrix.argmax(-1)
+        only = torch.zeros_like(matrix).scatter(-1, order[..., None], 1.0)
+        assert torch.equal(matrix, matrix.abs() * only), "a gate lets no mixed channels through"
+        _permute_gate(attention, gate, order, weight.shape[1], fused)
     return fused
 
 

@@ -9,20 +9,24 @@ from torch import Tensor
 
 from kvfold.compress.budget import Budget, parse_budget
 from kvfold.compress.models import Source, read_config, resolve_model
+from kvfold.compress.models.states import states_of
 from kvfold.compress.progress import stage
 from kvfold.compress.recipe import Recipe
 from kvfold.compress.text import calibration_sequences
+from kvfold.compress.transforms import UNMIXED
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import RAW_NBYTES, Geometry, cache_nbytes
 from kvfold.exports.architectures import (
     Architecture,
     architecture_of,
+    attention_layers_of,
     head_dim_of,
     num_kv_heads_of,
     rotary_dim_of,
     sliding_windows_of,
     text_of,
 )
+from kvfold.exports.schema import StatesModel
 from kvfold.kernels.formats import Format
 from kvfold.pretrained import tokenizer_from_pretrained
 
@@ -46,10 +50,12 @@ class Plan:
     spread: int
     steps: list[int]
     max_memory: int | None = None  # bytes that are taken to be free; None: those that are
+    states: StatesModel | None = None  # of a hybrid model
 
     @property
     def num_layers(self) -> int:
-        return text_of(self.config).num_hidden_layers
+        """Layers that have keys and values."""
+        return len(attention_layers_of(self.config))
 
 
 def pick_device(name: str) -> torch.device:
@@ -96,7 +102,10 @@ def make_plan(
             f"key.transform 'smooth' scales the pairs that RoPE rotates, but '{source.name}' rotates "
             f"{rotary_dim_of(config)} of {head_dim_of(config)} channels; choose another key.transform in the recipe."
         )
+    check_values_keep_channels(arch, recipe, source.name)
     shape = num_kv_heads_of(config), head_dim_of(config)
+    states = states_of(config, arch)
+    recipe = without_rollback(recipe, source.name) if states is not None else recipe
     geometry = Geometry(
         *shape,
         recipe.sinks,
@@ -104,25 +113,20 @@ def make_plan(
         recipe.page_tokens,
         sliding_windows_of(config),
         recipe.most_rollback,
+        0 if states is None else states.nbytes(),
     )
-    allowance = parse_budget(
-        budget, geometry, text.num_hidden_layers, text.max_position_embeddings, context
-    )
+    layers = len(attention_layers_of(config))
+    allowance = parse_budget(budget, geometry, layers, text.max_position_embeddings, context)
     k, v = (
         side.least_format(geometry.head_dim, recipe.catalogue)
         for side in (recipe.key, recipe.value)
     )
-    smallest = [(k, v)] * text.num_hidden_layers
+    smallest = [(k, v)] * layers
     if recipe.rollback == "auto":
         if cache_nbytes(geometry, smallest, allowance.at) > allowance.nbytes:
             geometry = replace(geometry, rollback=0)
         recipe = recipe.model_copy(update={"rollback": geometry.rollback})
-    check_reach(
-        allowance,
-        geometry,
-        text.num_hidden_layers,
-        cache_nbytes(geometry, smallest, allowance.at),
-    )
+    check_reach(allowance, geometry, layers, cache_nbytes(geometry, smallest, allowance.at))
     if recipe.window == "auto":
         geometry = replace(geometry, window=longest_window(geometry, allowance, smallest))
         recipe = recipe.model_copy(update={"window": geometry.window})
@@ -147,7 +151,38 @@ def make_plan(
         spread,
         steps,
         max_memory,
+        states,
     )
+
+
+def check_values_keep_channels(arch: Architecture, recipe: Recipe, name: str) -> None:
+    """Refuses a basis that mixes the channels of values where a gate multiplies each of them behind
+    attention.
+
+    Raises:
+        KvfoldError: naming the transform.
+    """
+    transform = recipe.value.transform
+    if arch.gate and transform not in UNMIXED:
+        raise KvfoldError(
+            f"value.transform '{transform}' mixes channels, each of which a '{arch.model_type}' model such as '{name}' "
+            f"multiplies by a gate of its own before o_proj; choose {', '.join(UNMIXED)} in the recipe."
+        )
+
+
+def without_rollback(recipe: Recipe, name: str) -> Recipe:
+    """The recipe of a hybrid model, whose cache can't be cropped: its 16-bit rows need be kept no
+    longer for that.
+
+    Raises:
+        KvfoldError: it asks for a rollback.
+    """
+    if recipe.rollback not in ("auto", 0):
+        raise KvfoldError(
+            f"rollback {recipe.rollback} keeps rows for tokens that are taken back, but layers of '{name}' keep a "
+            "state, which can't go back; leave rollback out of the recipe."
+        )
+    return recipe.model_copy(update={"rollback": 0})
 
 
 def longest_window(geometry: Geometry, budget: Budget, least: list[tuple[Format, Format]]) -> int:
@@ -165,7 +200,7 @@ def longest_window(geometry: Geometry, budget: Budget, least: list[tuple[Format,
     token = 2 * RAW_NBYTES * geometry.num_kv_heads * geometry.head_dim * len(least)
     most = min(
         [
-            budget.nbytes / (WINDOW_SHARE * token),
+            (budget.nbytes - geometry.state_nbytes) / (WINDOW_SHARE * token),
             *(n / SLIDING_SHARE for n in geometry.sliding if n),
         ]
     )
@@ -206,7 +241,8 @@ def check_reach(budget: Budget, geometry: Geometry, num_layers: int, least: int)
             length.
     """
     if budget.nbytes < least:
-        bits = ceil(8000 * least / geometry.elements(budget.at, num_layers)) / 1000
+        packed = least - geometry.state_nbytes
+        bits = ceil(8000 * packed / geometry.elements(budget.at, num_layers)) / 1000
         if bits > 16:
             raise KvfoldError(
                 f"Budget '{budget.request}' counts at {budget.at} tokens, where the 16-bit sinks, window and first "

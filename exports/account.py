@@ -13,6 +13,11 @@ One sequence of L tokens in one layer holds, resident:
     block table  8 bytes an entry, LEAST_ENTRIES or a power of two above; pages that are gone keep
     their entry state        8 bytes: length and number of pages
 
+and, of a hybrid model (exports/hybrids.py), for all its layers together
+
+    states       recurrent states and last inputs of convolutions, as transformers keeps them: the
+                 same bytes at any length
+
 Where pages come in several formats ("rungs", policy="progressive"), each page has the bytes of its
 own, and to each sequence and layer belong, besides, the boundaries between runs of pages of one
 rung:
@@ -52,6 +57,8 @@ class Geometry:
             all; empty if no layer slides.
         rollback: tokens by which a sequence may be cropped as if they had never come; the ring is
             that much longer.
+        state_nbytes: bytes of one sequence's states in all layers, which do not grow with tokens; 0
+            where all layers attend.
     """
 
     num_kv_heads: int
@@ -61,6 +68,7 @@ class Geometry:
     page_tokens: int
     sliding: tuple[int, ...] = ()
     rollback: int = 0
+    state_nbytes: int = 0
 
     @property
     def ring(self) -> int:
@@ -183,7 +191,8 @@ def batch_nbytes(
             queries sees until all have attended.
     """
     longest = max(lengths)
-    total = len(formats) * len(lengths) * geometry.fixed_nbytes(longest) if longest else 0
+    fixed = len(formats) * geometry.fixed_nbytes(longest) + geometry.state_nbytes
+    total = len(lengths) * fixed if longest else 0
     most = 0
     for i, (key, value) in enumerate(formats):
         page, sliding = (
@@ -199,6 +208,24 @@ def batch_nbytes(
         total += page * kept
         most = max(most, page * (within - kept))
     return total + most if new else total
+
+
+def stock_nbytes(geometry: Geometry, tokens: int, num_layers: int) -> int:
+    """Bytes of one sequence's unquantised cache of 16 bits, states included."""
+    return 2 * geometry.elements(tokens, num_layers) + geometry.state_nbytes
+
+
+def effective_bits(
+    geometry: Geometry, nbytes: int, lengths: Sequence[int], num_layers: int
+) -> float:
+    """Bits for each element of keys and values: all that is resident but states, which are no
+    elements and do not grow with tokens.
+
+    Args:
+        nbytes: of the caches of sequences of `lengths` tokens together.
+    """
+    elements = sum(geometry.elements(n, num_layers) for n in lengths)
+    return 8 * (nbytes - len(lengths) * geometry.state_nbytes) / elements
 
 
 def payload_bits(formats: Sequence[tuple[Format, Format]]) -> float:

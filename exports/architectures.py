@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from kvfold.errors import KvfoldError
+from kvfold.exports.hybrids import Hybrid, attending_layers, state_layers
 from kvfold.exports.refused import ALIBI, FIELDS, REFUSED
 from kvfold.kernels.key_mean import RopePairs
 
@@ -26,6 +27,7 @@ class Architecture:
         norms: what the attention module calls them.
         norm_after_rope: they come after RoPE.
         norm_plus: what a norm adds to its stored weight before it multiplies: 1 in Gemma's (1 + w).
+        rotary: what the language model calls its rotary module, which it may be without.
         rope_by_type: the rotary module is asked by layer type, e.g. another base for sliding
             layers.
         rope_halves: its tables hold each angle once, not once for each channel of a pair.
@@ -42,6 +44,12 @@ class Architecture:
             or divided.
         tower: attribute of the base model that holds the language model, where it has other towers;
             else "".
+        hybrid: config.layer_types says which layers attend and which keep a state of fixed size,
+            a recurrent one or a convolution's (exports/hybrids.py).
+        gives_tuples: a decoder layer gives its hidden states as the first of a tuple.
+        gate: the projection whose outputs multiply those of attention, channel by channel, before
+            o_proj: "q_proj", whose heads have their gate behind their query, or one of its own; ""
+            for none.
     """
 
     model_type: str
@@ -52,6 +60,7 @@ class Architecture:
     norms: tuple[str, str] = ("q_norm", "k_norm")
     norm_after_rope: bool = False
     norm_plus: float = 0.0
+    rotary: str = "rotary_emb"
     rope_by_type: bool = False
     rope_halves: bool = False
     rope_repeats: bool = False
@@ -63,6 +72,9 @@ class Architecture:
     logit_factor: str = ""
     logit_divisor: str = ""
     tower: str = ""
+    hybrid: bool = False
+    gives_tuples: bool = False
+    gate: Literal["", "q_proj", "gate_proj", "g_proj"] = ""
 
     def language_model(self, model: Any) -> Any:
         """What turns tokens into the hidden states that the head reads."""
@@ -74,13 +86,20 @@ class Architecture:
         return layers
 
     def attention_modules(self, model: nn.Module) -> list[nn.Module]:
-        return [layer.get_submodule(self.attention) for layer in self.decoder_layers(model)]
+        """Those of the layers that attend, in order."""
+        layers = self.decoder_layers(model)
+        places = attending_layers(text_of(model.config), self.hybrid)
+        return [layers[i].get_submodule(self.attention) for i in places]
 
 
 _AFTER: dict[str, Any] = {"qk_norm": True, "norm_after_rope": True}
 _HUNYUAN: dict[str, Any] = {**_AFTER, "norms": ("query_layernorm", "key_layernorm")}
 _EXAONE: dict[str, Any] = {"qk_norm": True, "sliding": "layer_types", "rope_if_sliding": True}
 _LAYERNORMS: dict[str, Any] = {"qk_norm": True, "norms": ("q_layernorm", "k_layernorm")}
+_LFM: dict[str, Any] = {"hybrid": True, "last_norm": "embedding_norm", **_LAYERNORMS}
+_HYBRID_QWEN: dict[str, Any] = {
+    "hybrid": True, "qk_norm": True, "norm_plus": 1.0, "gate": "q_proj",
+}  # fmt: skip
 _COHERE: dict[str, Any] = {
     "rope_pairs": "adjacent",
     "rope_repeats": True,
@@ -167,6 +186,39 @@ ARCHITECTURES = {
         Architecture("granitemoe", logit_divisor="logits_scaling"),
         Architecture("granitemoeshared", logit_divisor="logits_scaling"),
         Architecture("hyperclovax", logit_factor="logits_scaling"),
+        # layers that keep a state stand between those that attend, or beside them
+        Architecture("qwen3_next", **_HYBRID_QWEN),
+        Architecture("qwen3_5_text", **_HYBRID_QWEN),
+        Architecture("qwen3_5_moe_text", **_HYBRID_QWEN),
+        Architecture("granitemoehybrid", hybrid=True, logit_divisor="logits_scaling"),
+        Architecture("nemotron_h", hybrid=True, attention="mixer", last_norm="norm_f"),
+        Architecture(
+            "falcon_h1",
+            hybrid=True,
+            last_norm="final_layernorm",
+            gives_tuples=True,
+            logit_factor="lm_head_multiplier",
+        ),
+        Architecture("lfm2", **_LFM),
+        Architecture("lfm2_moe", rotary="pos_emb", **_LFM),
+        Architecture(  # a gate of a whole head, as laguna may have: any basis goes through
+            "lfm3",
+            hybrid=True,
+            qk_norm=True,
+            last_norm="embedding_norm",
+            rope_by_type=True,
+            sliding="layer_types",
+        ),
+        Architecture("jamba", hybrid=True, last_norm="final_layernorm"),
+        Architecture("bamba", hybrid=True, last_norm="final_layernorm", gives_tuples=True),
+        Architecture("olmo_hybrid", hybrid=True, qk_norm=True),
+        # a gate behind attention
+        Architecture(
+            "afmoe", qk_norm=True, sliding="layer_types", rope_if_sliding=True, gate="gate_proj"
+        ),
+        Architecture(
+            "laguna", qk_norm=True, sliding="layer_types", rope_by_type=True, gate="g_proj"
+        ),
     )
 }
 
@@ -229,7 +281,15 @@ def architecture_of(config: Any) -> Architecture:
         raise KvfoldError(
             f"head_dim {head_dim_of(config)} of this '{name}' model is not a multiple of 8, so no head can be packed."
         )
-    return ARCHITECTURES[name]
+    each = getattr(config, "num_attention_heads_per_layer", None) or ()
+    if set(each) - {getattr(config, "num_attention_heads", None)}:
+        raise KvfoldError(
+            f"The layers of this '{name}' model have query heads of several numbers (num_attention_heads_per_layer), "
+            "but an artifact states one; give a model whose layers are alike."
+        )
+    row = ARCHITECTURES[name]
+    whole = getattr(config, "gating", None) in (True, "per-head")
+    return replace(row, gate="") if whole else row  # a gate of a whole head lets any basis through
 
 
 def head_dim_of(config: Any) -> int:
@@ -248,9 +308,23 @@ def rotary_dim_of(config: Any) -> int:
     return int(head_dim_of(config) * factor)
 
 
+def attention_layers_of(config: Any) -> tuple[int, ...]:
+    """Which of the model's layers attend, and so have keys and values, in order."""
+    config = text_of(config)
+    return attending_layers(config, ARCHITECTURES[config.model_type].hybrid)
+
+
+def hybrid_of(config: Any) -> Hybrid | None:
+    """Which layers of a hybrid model attend and which keep states; None where all attend."""
+    config = text_of(config)
+    if not ARCHITECTURES[config.model_type].hybrid:
+        return None
+    return Hybrid(attending_layers(config, True), state_layers(config))
+
+
 def sliding_windows_of(config: Any) -> tuple[int, ...]:
-    """For each layer the tokens that a query sees at the most, itself included, 0 for all; empty if
-    no layer slides."""
+    """For each layer that attends the tokens that a query sees at the most, itself included, 0 for
+    all; empty if no layer slides."""
     config = text_of(config)
     window = getattr(config, "sliding_window", None) or 0
     if getattr(config, "use_sliding_window", True) is False:
@@ -262,7 +336,9 @@ def sliding_windows_of(config: Any) -> tuple[int, ...]:
         if rule == "layer_types"
         else ["sliding_attention" if rule == "all" else ""] * count
     )
-    windows = tuple(window if kind == "sliding_attention" else 0 for kind in types)
+    windows = tuple(
+        window if types[i] == "sliding_attention" else 0 for i in attention_layers_of(config)
+    )
     return windows if any(windows) else ()
 
 

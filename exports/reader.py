@@ -13,6 +13,7 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, cache_nbytes, stepped_nbytes
 from kvfold.exports.architectures import (
     architecture_of,
+    attention_layers_of,
     head_dim_of,
     num_kv_heads_of,
     sliding_windows_of,
@@ -225,7 +226,8 @@ def update_artifact(path: Path) -> list[str]:
 
 def _check_config(path: Path, metadata: Metadata) -> None:
     config = config_from_pretrained(path)
-    pairs = architecture_of(config).rope_pairs
+    row = architecture_of(config)
+    pairs = row.rope_pairs
     if getattr(config, "quantization_config", None) is not None:
         raise KvfoldError(
             f"config.json in '{path}' has a quantization_config, but an artifact's weights are plain; {AGAIN}."
@@ -233,7 +235,7 @@ def _check_config(path: Path, metadata: Metadata) -> None:
     try:
         text = text_of(config)
         found = (
-            text.num_hidden_layers,
+            len(attention_layers_of(text)),
             text.num_attention_heads,
             num_kv_heads_of(text),
             head_dim_of(text),
@@ -252,6 +254,12 @@ def _check_config(path: Path, metadata: Metadata) -> None:
         raise KvfoldError(
             f"config.json names a family whose RoPE turns {pairs} pairs, but {METADATA_NAME} says {cache.rope_pairs}; "
             f"{AGAIN}."
+        )
+    if row.hybrid != (cache.states is not None):
+        known = "keep states" if row.hybrid else "all attend"
+        raise KvfoldError(
+            f"config.json names a '{row.model_type}' model, whose layers {known}, but {METADATA_NAME} says otherwise "
+            f"(cache.states); {AGAIN}."
         )
     stated = (cache.num_layers, cache.num_heads, cache.num_kv_heads, cache.head_dim)
     if found != stated:

@@ -11,14 +11,19 @@ _BOTH_WAYS = "it attends to later tokens (use_bidirectional_attention), which a 
 _CLIPPED = "it clamps values to a range (clip_qkv), which no basis of values can be folded through"
 _SHARED = "its layers normalise values and share them with later layers, so no basis of values can be folded in"
 _VALUE_NORM = "it normalises values, and its layers have heads of several sizes, so no basis of values can be folded in"
-_HYBRID = (
-    "some of its layers keep a recurrent state, or a convolution's, in the place of keys and values"
+_TIED = (
+    "several of its layers share one attention module and differ in their keys and values, so no basis of values fits "
+    "them all"
 )
+_OWN_ROPE = "its attention has a rotary module of its own in each layer"
+_INDEXED = "its layers keep an index beside keys and values, by which each query chooses what it attends to"
+_DELAYED = "half of its values are those of the token before, projected by weights of their own"
+_BIASED = "its attention adds learned biases to logits (position_bias)"
+_OWN_CACHE = "its code takes no cache but one of its own (MiniMaxCache)"
 _RECURRENT = "it keeps a recurrent state and no keys and values, so there is no cache to pack"
 _SUB_NORM = (
     "a norm stands between its attention and o_proj, which no basis of values can be folded through"
 )
-_GATED = "it multiplies what was attended to by a gate before o_proj, which no basis of values can be folded through"
 _OWN_CODE = "it computes attention inside its own code, where no packed cache can be read"
 _LEARNED = "its attention has other projections than q_proj, k_proj, v_proj and o_proj, and learned positions"
 _CHUNKED = "some of its layers attend in chunks, which the packed cache does not know"
@@ -31,21 +36,23 @@ _DIFFERENTIAL = (
 REFUSED = {
     **dict.fromkeys(
         ("deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "kimi_k2", "minicpm3", "longcat_flash",
-         "glm4_moe_lite", "glm_moe_dsa", "youtu", "axk1", "axk2", "hy_v4", "dots3_note_text"), _MLA),
+         "glm4_moe_lite", "glm_moe_dsa", "youtu", "axk1", "axk2", "hy_v4", "dots3_note_text",
+         "kimi_linear", "bailing_hybrid"), _MLA),
     **dict.fromkeys(("bloom", "mpt", "baichuan"), ALIBI),
     **dict.fromkeys(
         ("gemma4", "mllama", "llama4", "qwen3_vl_moe",
          "qwen3_5", "qwen3_5_moe"), _MULTIMODAL),
     **dict.fromkeys(("gemma3n", "gemma3n_text"), _SHARED),
     "gemma4_text": _VALUE_NORM,
-    **dict.fromkeys(
-        ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "granitemoehybrid", "nemotron_h", "falcon_h1", "lfm2",
-         "lfm2_moe", "jamba", "bamba", "zamba", "zamba2", "recurrent_gemma", "olmo_hybrid", "kimi_linear", "minimax",
-         "bailing_hybrid", "lfm3", "zaya", "inkling_text", "qwen4_exp_text"), _HYBRID),
+    **dict.fromkeys(("zamba", "zamba2"), _TIED),
+    "recurrent_gemma": _OWN_ROPE,
+    "zaya": _DELAYED,
+    "inkling_text": _BIASED,
+    "qwen4_exp_text": _INDEXED,
+    "minimax": _OWN_CACHE,
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"), _RECURRENT),
     "bitnet": _SUB_NORM,
     "diffllama": _DIFFERENTIAL,
-    **dict.fromkeys(("afmoe", "laguna"), _GATED),
     "doge": _MASKED,
     **dict.fromkeys(("falcon", "gpt_neox_japanese", "gptj", "codegen"), _OWN_CODE),
     "dbrx": _CLIPPED,

@@ -39,6 +39,7 @@ MOST_LAYERS = 1000
 MOST_SEED = 1 << 63  # seeds are below, as torch takes them
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Positive = Annotated[int, Field(gt=0, lt=1 << 63)]
+ITEM_NBYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 Layers = Annotated[int, Field(gt=0, le=MOST_LAYERS)]
 RawTokens = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
 PageTokens = Annotated[int, Field(gt=0, le=MOST_PAGE_TOKENS)]
@@ -79,6 +80,23 @@ class LayerModel(Strict):
     value: SideModel
 
 
+class StatesModel(Strict):
+    """States of fixed size that layers of a hybrid model keep of one sequence.
+
+    `elements`: numbers of the type that the model computes in; `dtype`: that type, as the account
+    takes it.
+    `float32`: numbers that are float32 whatever the model computes in.
+    """
+
+    elements: Count
+    float32: Count
+    dtype: Literal["float64", "float32", "float16", "bfloat16"]
+
+    def nbytes(self, dtype: str | None = None) -> int:
+        """Bytes of one sequence's states where the model computes in `dtype`; None for its own."""
+        return self.elements * ITEM_NBYTES[dtype or self.dtype] + self.float32 * 4
+
+
 class CacheModel(Strict):
     """Shape of the model's cache and of its regions, in tokens.
 
@@ -88,6 +106,7 @@ class CacheModel(Strict):
     where they are not the usual ones.
     `rollback`: tokens by which a cache may be cropped as if they had never come, unless a load asks
     for another number; from ROLLBACK_VERSION on, and None, which is 0, before.
+    `states`: of a hybrid model, whose `num_layers` and `layers` are those that attend; else absent.
     """
 
     num_layers: Layers
@@ -100,6 +119,7 @@ class CacheModel(Strict):
     sliding: list[Count] = Field(default_factory=list)
     rope_pairs: RopePairs = "halves"
     rollback: RawTokens | None = None
+    states: StatesModel | None = None
 
     @model_serializer(mode="wrap")
     def _fields(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -110,6 +130,8 @@ class CacheModel(Strict):
             del fields["rope_pairs"]
         if self.rollback is None:
             del fields["rollback"]
+        if self.states is None:
+            del fields["states"]
         return fields
 
 
@@ -209,6 +231,12 @@ class Metadata(Strict):
             )
         if self.format_version < ROLLBACK_VERSION and "rollback" in self.cache.model_fields_set:
             raise ValueError(f"cache.rollback goes with format_version {ROLLBACK_VERSION}")
+        if self.format_version < ROLLBACK_VERSION and "states" in self.cache.model_fields_set:
+            raise ValueError(f"cache.states goes with format_version {ROLLBACK_VERSION}")
+        if self.cache.states is not None and self.cache.rollback:
+            raise ValueError(
+                "cache.rollback must be 0 where cache.states is, for no state goes back"
+            )
         if self.format_version == ROLLBACK_VERSION and self.cache.rollback is None:
             raise ValueError(
                 f"format_version {ROLLBACK_VERSION} needs cache.rollback, a number of tokens"
@@ -246,7 +274,8 @@ class Metadata(Strict):
     def geometry(self) -> Geometry:
         c = self.cache
         shape = c.num_kv_heads, c.head_dim, c.sinks, c.window, c.page_tokens
-        return Geometry(*shape, tuple(c.sliding), c.rollback or 0)
+        states = 0 if c.states is None else c.states.nbytes()
+        return Geometry(*shape, tuple(c.sliding), c.rollback or 0, states)
 
     @property
     def formats(self) -> list[tuple[Format, Format]]:

@@ -28,7 +28,7 @@ from kvfold.compress.recipe import Recipe
 from kvfold.compress.text import read_documents, sample_sequences
 from kvfold.compress.work import fingerprint, model_fingerprint
 from kvfold.errors import KvfoldError
-from kvfold.exports.account import Geometry, cache_nbytes
+from kvfold.exports.account import Geometry, cache_nbytes, effective_bits
 from kvfold.exports.architectures import (
     architecture_of,
     head_dim_of,
@@ -206,7 +206,9 @@ class Comparison:
             page_tokens=geometry.page_tokens,
             payload_bits=found["payload_bits"],
             bits_at={
-                str(n): 8 * cache_nbytes(geometry, formats, n) / geometry.elements(n, len(formats))
+                str(n): effective_bits(
+                    geometry, cache_nbytes(geometry, formats, n), [n], len(formats)
+                )
                 for n in LENGTHS
             },
             **{field: found[field] for field in FIGURES},

@@ -56,6 +56,6 @@ def generate(
     elements = cache.geometry.elements(tokens, len(cache.layers))
     print(
         f"kvfold: {tokens} tokens in a cache of {format_nbytes(cache.nbytes)}, "
-        f"{8 * cache.nbytes / elements:.2f} bits per element",
+        f"{8 * (cache.nbytes - cache.states.nbytes) / elements:.2f} bits per element",
         file=sys.stderr,
     )

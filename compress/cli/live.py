@@ -25,7 +25,8 @@ def table_of(cache: QuantizedKVCache) -> Table:
     rows = cache.report()
     tokens = rows[0]["tokens"] or [0]
     elements = cache.geometry.elements(sum(tokens), len(rows))
-    bits = f"{8 * cache.nbytes / elements:.3f} effective bits" if elements else "empty"
+    packed = cache.nbytes - cache.states.nbytes
+    bits = f"{8 * packed / elements:.3f} effective bits" if elements else "empty"
     limit = f" of {format_nbytes(cache.budget)}" if cache.budget is not None else ""
     table = Table(
         title=f"{max(tokens)} tokens, {format_nbytes(cache.nbytes)}{limit}, {bits}",

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from kvfold.compress.progress import console
 from kvfold.errors import KvfoldError
-from kvfold.exports.account import cache_nbytes
+from kvfold.exports.account import cache_nbytes, effective_bits, stock_nbytes
 from kvfold.exports.loss import loss_words
 from kvfold.exports.schema import Metadata
 from kvfold.exports.units import format_nbytes, printable
@@ -49,13 +49,14 @@ def describe(metadata: Metadata, at: int | None = None) -> dict[str, Any]:
         "model": metadata.provenance.model,
         "at": tokens,
         "bytes": nbytes,
-        "bytes_16bit": 2 * geometry.elements(tokens, len(formats)),
-        "effective_bits": 8 * nbytes / geometry.elements(tokens, len(formats)),
+        "bytes_16bit": stock_nbytes(geometry, tokens, len(formats)),
+        "effective_bits": effective_bits(geometry, nbytes, [tokens], len(formats)),
         "payload_bits": metadata.account.payload_bits,
         "sinks": geometry.sinks,
         "window": geometry.window,
         "page_tokens": geometry.page_tokens,
         "rollback": geometry.rollback,
+        **({"state_bytes": geometry.state_nbytes} if geometry.state_nbytes else {}),
         "kl": metadata.calibration.kl,
         "covered_positions": metadata.calibration.covered_positions,
         "kernels": {
@@ -111,6 +112,11 @@ def print_table(metadata: Metadata, at: int | None = None) -> None:
         f"{info['kl']:.4f} nats{near} (predictions, each layer alone, add up to {total:.4f}); "
         f"calibrated for positions up to {info['covered_positions']}."
     )
+    if "state_bytes" in info:
+        print(
+            f"States of layers that don't attend, or not only, at any length: {format_nbytes(info['state_bytes'])} "
+            f"({info['state_bytes']} bytes), which are in the bytes above and not in the bits."
+        )
     if words := loss_words(info["kl"]):
         print(f"Warning: {words}")
     kernels = info["kernels"]

@@ -32,11 +32,11 @@ class LayerRunner:
         first: list[Tensor] = []
         calls: list[tuple[tuple, dict]] = []
 
-        def note(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def note(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             if not first:
                 first.append(hidden_states)
             calls.append((args, kwargs))
-            return hidden_states
+            return (hidden_states, None) if arch.gives_tuples else hidden_states
 
         saved: list[tuple[nn.Module, Callable | None]] = [
             (layer, layer.__dict__.get("forward")) for layer in self.layers

@@ -12,13 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.exports.architectures import Architecture, sliding_windows_of, text_of
+from kvfold.exports.architectures import (
+    Architecture,
+    attention_layers_of,
+    sliding_windows_of,
+    text_of,
+)
 from kvfold.kernels.key_mean import RopePairs, join_pairs, split_pairs
 
 
 def turns(model: Any, arch: Architecture, layer: int, positions: Tensor) -> Tensor | None:
     """The turns of one layer at `positions`, int64 [B, T], of one sequence.
 
+    Args:
+        layer: number among the layers that attend.
     Returns:
         complex64 [B, T, n/2] of modulus 1 (a factor on the tables, as long-rope has, is left out);
         None for a layer without RoPE.
@@ -28,8 +35,11 @@ def turns(model: Any, arch: Architecture, layer: int, positions: Tensor) -> Tens
         text_of(model.config), arch, layer, attention
     ):
         return None
-    rotary = arch.language_model(model).rotary_emb
-    of_type = (text_of(model.config).layer_types[layer],) if arch.rope_by_type else ()
+    rotary = getattr(arch.language_model(model), arch.rotary, None)
+    if rotary is None:
+        return None
+    place = attention_layers_of(model.config)[layer]
+    of_type = (text_of(model.config).layer_types[place],) if arch.rope_by_type else ()
     if arch.rope_axes > 1:
         positions = positions.expand(arch.rope_axes, *positions.shape)
     cos, sin = rotary(

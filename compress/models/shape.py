@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfold.errors import KvfoldError
-from kvfold.exports.architectures import num_kv_heads_of
+from kvfold.exports.architectures import ARCHITECTURES, attention_layers_of, num_kv_heads_of
 
 MOST_LAYERS = 1000  # several times what any model has
 MOST_HEADS = 10_000
@@ -35,6 +35,11 @@ def check_shape(config: Any, path: Path) -> None:
                 f"The config of '{path}' has {name} {value!r}, but there must be 1 to {most}; give the checkpoint's "
                 "own config.json."
             )
+    if text.model_type in ARCHITECTURES and not attention_layers_of(text):
+        raise KvfoldError(
+            f"None of the {layers} layers that the config of '{path}' describes attends, so there is no cache to pack; "
+            "give a model with attention layers."
+        )
     if heads % kv_heads:
         raise KvfoldError(
             f"The config of '{path}' has {heads} attention heads for {kv_heads} KV heads, which don't share them "

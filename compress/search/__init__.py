@@ -142,7 +142,7 @@ def measure(
     for i in progress(range(len(stats))[::-1], "losses", "layer"):
         part = _with_mean(plan, model, stats[i], i, second, bits)
         keys[i] = _key_candidates(plan, model, part, i)
-        values[i] = value_candidates(stats[i], recipe, i)
+        values[i] = value_candidates(stats[i], recipe, i, bool(plan.arch.gate))
         if s.method == "fisher":
             jobs = layer_jobs(i, keys[i], values[i], bits, s.probes)
             found |= second.of_jobs(i, jobs, keys, values)
@@ -189,8 +189,9 @@ def _with_mean(
 
 def target_bits(plan: Plan) -> float:
     """Payload bits an element that the budget leaves for pages."""
-    fixed = plan.num_layers * plan.geometry.fixed_nbytes(plan.budget.at)
-    packed = plan.geometry.packed_elements(plan.budget.at, plan.num_layers)
+    g = plan.geometry
+    fixed = plan.num_layers * g.fixed_nbytes(plan.budget.at) + g.state_nbytes
+    packed = g.packed_elements(plan.budget.at, plan.num_layers)
     return 8 * (plan.budget.nbytes - fixed) / max(packed, 1)
 
 
@@ -274,7 +275,7 @@ def choose(
     sides = [choices(i % count, *side) for i, side in enumerate(zip(formats, losses, strict=True))]
     kinds = [(formats[g], formats[count + g]) for g in range(count)]
     places = [_places(plan, *pair) for pair in kinds]
-    fixed = count * geometry.fixed_nbytes(budget.at)
+    fixed = count * geometry.fixed_nbytes(budget.at) + geometry.state_nbytes
     pairs = [
         [_sum(sides[g][k], sides[count + g][v]) for k, v in row] for g, row in enumerate(places)
     ]
@@ -330,7 +331,7 @@ def load_weights(plan: Plan, device: torch.device) -> Any:
 def fused_parameters(attention: Any, arch: Architecture, layer: Layer) -> dict[str, Tensor]:
     """All parameters of an attention module that the layer's choices change, float64, by name; the
     module stays."""
-    fused = fuse_values(attention, layer.value.matrix)
+    fused = fuse_values(attention, layer.value.matrix, arch.gate)
     if layer.key.pair_scale is not None:
         fused |= fuse_pair_scale(attention, layer.key.pair_scale, arch, fused)
     return fused

@@ -182,12 +182,13 @@ def _value_candidate(
     )
 
 
-def value_candidates(stats: LayerStats, recipe: Recipe, layer: int) -> list[ValueCandidate]:
-    """Candidates for one layer's values, 16 bits last if offered."""
+def value_candidates(
+    stats: LayerStats, recipe: Recipe, layer: int, gated: bool = False
+) -> list[ValueCandidate]:
+    """Candidates for one layer's values, 16 bits last if offered; `gated`: as Request has it."""
     found = []
-    for fmt, basis in _fitted(
-        VALUE_TRANSFORMS[recipe.value.transform], recipe.value, stats, recipe, layer
-    ):
+    row = VALUE_TRANSFORMS[recipe.value.transform]
+    for fmt, basis in _fitted(row, recipe.value, stats, recipe, layer, gated=gated):
         assert basis.fused is not None
         found.append(_value_candidate(fmt, basis.fused, stats, recipe))
     return found

@@ -32,6 +32,7 @@ from kvfold.compress.transforms.basis import mixing_matrix
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import (
     Architecture,
+    attention_layers_of,
     head_dim_of,
     last_norm_of,
     logits_of,
@@ -121,6 +122,7 @@ def check_model(
     device = next(model.parameters()).device
     ids = ids[:, :CHECKED].to(device)
     places = torch.arange(ids.shape[1], device=device)[None]
+    numbers = attention_layers_of(model.config)
     near, far = (LayerRunner(model, arch, ids, places * step) for step in (1, STEP))
     found = dict.fromkeys(("logits", "turned", "values", "keys", "rounding"), 0.0)
     hidden = near.embedded
@@ -147,9 +149,9 @@ def check_model(
             keys.append(key)
 
         with tapped(attention, note):
-            far.run(index, hidden)
+            far.run(numbers[index], hidden)
             with Call(attention) as call:
-                after = near.run(index, hidden)
+                after = near.run(numbers[index], hidden)
         apart = [turns(model, arch, index, places * step) for step in (1, STEP)]
         moved = rotate_on(
             keys[1], apart[0], apart[1], arch.rope_pairs, norm_weights(attention, arch)[1]
@@ -159,7 +161,7 @@ def check_model(
             "turned",
             error,
             TURNED,
-            f"keys of layer {index} at other positions differ from keys that were turned on",
+            f"keys of layer {numbers[index]} at other positions differ from keys that were turned on",
         )
         for side, fold in folds(model, arch, scaled, index).items():
             before = call.output()
@@ -170,16 +172,18 @@ def check_model(
             )
             found["rounding"] = max(found["rounding"], rounding)
             error = _relative(call.output(fused) - before, before)
-            what = f"folding a change of basis into layer {index} changes what its attention gives"
+            what = f"folding a change of basis into layer {numbers[index]} changes what its attention gives"
             unit = max(torch.finfo(x.dtype).eps / 2 for x in rounded.values())
             check(side, error, FOLDED * max(rounding, unit), what)
         return after
 
-    for index, (layer, attention) in enumerate(
-        zip(arch.decoder_layers(model), arch.attention_modules(model), strict=True)
-    ):
+    attentions = dict(zip(numbers, arch.attention_modules(model), strict=True))
+    for number, layer in enumerate(arch.decoder_layers(model)):
         with present(layer):
-            hidden = checked(index, attention, hidden)
+            if number in attentions:
+                hidden = checked(numbers.index(number), attentions[number], hidden)
+            else:
+                hidden = near.run(number, hidden)
     logits = model(ids, use_cache=False).logits.float()
     error = _relative(logits_of(model, last_norm_of(model)(hidden)) - logits, logits)
     check("logits", error, LOGITS, "logits of its layers, last norm and head differ from its own")
@@ -190,16 +194,23 @@ Fold = Callable[[Any, bool], dict[str, Tensor]]
 
 
 def folds(model: Any, arch: Architecture, scaled: bool, layer: int) -> dict[str, Fold]:
-    """What is folded into one layer, and out again: an orthogonal basis of values; then scales of
-    pairs of keys."""
+    """What is folded into one layer, and out again: an orthogonal basis of values, or, where a gate
+    lets nothing else through, a permutation with scales; then scales of pairs of keys."""
     heads, dim = num_kv_heads_of(model.config), head_dim_of(model.config)
     generator = torch.Generator().manual_seed(layer)
     matrix = torch.stack([mixing_matrix(dim, generator) for _ in range(heads)])
     half = torch.exp2(torch.rand(1, dim // 2, generator=generator, dtype=torch.float64) - 0.5)
     scale = join_pairs(half, half, arch.rope_pairs).expand(heads, -1)
 
+    inverse = matrix.mT
+    if arch.gate:
+        orders = torch.stack([torch.randperm(dim, generator=generator) for _ in range(heads)])
+        powers = torch.exp2(torch.randint(-1, 2, (heads, dim), generator=generator).double())
+        matrix = torch.diag_embed(powers).gather(1, orders[..., None].expand_as(matrix))
+        inverse = torch.linalg.inv(matrix)
+
     def values(attention: Any, out: bool) -> dict[str, Tensor]:
-        return fuse_values(attention, matrix.mT if out else matrix)
+        return fuse_values(attention, inverse if out else matrix, arch.gate)
 
     def keys(attention: Any, out: bool) -> dict[str, Tensor]:
         return fuse_pair_scale(attention, 1 / scale if out else scale, arch)

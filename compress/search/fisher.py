@@ -19,6 +19,7 @@ are made; and only positions that read pages are run at all.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,34 +151,51 @@ class Sweep:
     def __init__(self, probe: Probe, geometry: Geometry, count: int, seed: int) -> None:
         self.probe, self.geometry, self.count, self.seed = probe, geometry, count, seed
         self.gradients: list[Tensor | None] = [None] * len(probe.passages)  # by the next's output
-        self.next = len(probe.attentions) - 1
+        self.next = len(probe.runners[0].layers) - 1  # of the model's layers
 
     def at(self, layer: int) -> list[Seen]:
-        """What a layer does on every passage; layers are asked for from the last on, each once, and
-        may be left out."""
-        assert layer <= self.next
-        while True:
-            seen = [self._step(i) for i in range(len(self.gradients))]
+        """What one of the layers that attend does on every passage; layers are asked for from the
+        last on, each once, and may be left out."""
+        place = self.probe.places[layer]
+        assert place <= self.next
+        while self.next > place:
+            for i in range(len(self.gradients)):
+                self._back(i)
             self.next -= 1
-            if self.next < layer:
-                return seen
+        seen = [self._step(i) for i in range(len(self.gradients))]
+        self.next -= 1
+        return seen
 
-    def _step(self, index: int) -> Seen:
-        """One passage through layer `next`, and back."""
-        probe, layer, gradient = self.probe, self.next, self.gradients[index]
-        first, tap = probe.early[index], _Recorder(*probe.past[index][layer])
-        leaf = probe.hidden[index][layer][:, first:].detach()
-        with torch.enable_grad(), tapped(probe.attentions[layer], tap):
+    def _back(self, index: int) -> tuple[_Recorder | None, list[Tensor]]:
+        """One passage through layer `next`, and back.
+
+        Returns:
+            (what its attention saw, gradients [1, n, H, D] by what that gave, one a direction); (None, [])
+            where the layer doesn't attend.
+        """
+        probe, place, gradient = self.probe, self.next, self.gradients[index]
+        first, tap = probe.early[index], None
+        leaf = probe.hidden[index][place][:, first:].detach()
+        with torch.enable_grad(), ExitStack() as stack:
             leaf.requires_grad_()
-            state = probe.runners[index].run(layer, leaf, first)
+            if place in probe.places:
+                layer = probe.places.index(place)
+                tap = _Recorder(*probe.past[index][layer])
+                stack.enter_context(tapped(probe.attentions[layer], tap))
+            state = probe.runners[index].run(place, leaf, first)
             if gradient is None:
                 state = probe.normed(index, state, first)
                 gradient = directions(probe, index, state, self.count, self.seed)
-            both = [
-                torch.autograd.grad(state, (leaf, tap.out), g, retain_graph=True) for g in gradient
-            ]
-        self.gradients[index] = torch.stack([by_leaf for by_leaf, _ in both])
-        by_out = torch.stack([g[0] for _, g in both]).transpose(1, 2).float()  # [count, H, n, D]
+            sources = (leaf,) if tap is None else (leaf, tap.out)
+            found = [torch.autograd.grad(state, sources, g, retain_graph=True) for g in gradient]
+        self.gradients[index] = torch.stack([by_leaf for by_leaf, *_ in found])
+        return tap, [by_out for _, *outs in found for by_out in outs]
+
+    def _step(self, index: int) -> Seen:
+        """One passage through layer `next`, which attends, and back."""
+        tap, gradients = self._back(index)
+        assert tap is not None
+        by_out = torch.stack([g[0] for g in gradients]).transpose(1, 2).float()  # [count, H, n, D]
         options: dict[str, Any] = {"mask": tap.mask, **tap.extras}
         plain = packed_attention(
             tap.query, tap.key, tap.value, self.geometry, tap.scaling, **options

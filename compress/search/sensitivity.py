@@ -34,7 +34,12 @@ from kvfold.compress.search.packed_attention import packed_attention
 from kvfold.compress.work import keep, kept
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
-from kvfold.exports.architectures import Architecture, last_norm_of, logits_of
+from kvfold.exports.architectures import (
+    Architecture,
+    attention_layers_of,
+    last_norm_of,
+    logits_of,
+)
 from kvfold.exports.spec import KeySpec, ValueSpec
 
 KL_BLOCK = 128  # positions whose logits are in memory at a time
@@ -65,7 +70,13 @@ class Probe:
         model: loaded with attention tap.NAME.
         arch: its row in the table.
         passages: the mean is over the positions of all of them.
-        early: first positions that no tap of `measure` changes anything for.
+        early: first positions that no tap of `measure` changes anything for. Where layers keep a
+            state, all positions are run all the same: the others begin with what the first ones
+            leave there.
+
+    Attributes:
+        places: numbers of the layers that attend; `attentions`, `past` and taps go by these.
+        hidden: of each passage, states [1, T, hidden_size] before every layer of the model.
     """
 
     def __init__(
@@ -73,8 +84,10 @@ class Probe:
     ) -> None:
         self.model, self.passages = model, passages
         self.attentions = arch.attention_modules(model)
+        self.places = attention_layers_of(model.config)
         self.device = next(model.parameters()).device
         self.runners = [LayerRunner(model, arch, x.ids.to(self.device)) for x in passages]
+        early = 0 if arch.hybrid else early
         self.early = [min(early, x.ids.shape[1] - 1) for x in passages]
         self.hidden: list[list[Tensor]] = []
         self.final: list[Tensor] = []
@@ -85,8 +98,11 @@ class Probe:
             progress(self.runners, "baseline", "sequence"), self.early, strict=True
         ):
             states, past = [runner.embedded], list[tuple[Tensor, Tensor]]()
-            for i, attention in enumerate(self.attentions):
-                with tapped(attention, _keep(past, first)):
+            attentions = dict(zip(self.places, self.attentions, strict=True))
+            for i in range(len(runner.layers)):
+                with ExitStack() as stack:
+                    if i in attentions:
+                        stack.enter_context(tapped(attentions[i], _keep(past, first)))
                     states.append(runner.run(i, states[-1]))
             self.hidden.append(states[:-1])
             self.past.append(past)
@@ -124,21 +140,21 @@ class Probe:
         return max(total / count, 0.0)
 
     def measure(self, layer: int, tap: Tap) -> float:
-        """KL with one layer's attention replaced by `tap`, which leaves the `early` positions as
-        they are."""
-        finals = []
+        """KL with the attention of one of the layers that attend replaced by `tap`, which leaves
+        the `early` positions as they are."""
+        finals, place = [], self.places[layer]
         for i, (runner, hidden, past, first) in enumerate(
             zip(self.runners, self.hidden, self.past, self.early, strict=True)
         ):
             with ExitStack() as stack:
                 stack.enter_context(tapped(self.attentions[layer], tap))
-                state = runner.run(layer, hidden[layer])[:, first:]
+                state = runner.run(place, hidden[place])[:, first:]
                 for attention, (keys, values) in zip(
                     self.attentions[layer + 1 :], past[layer + 1 :], strict=True
                 ):
                     if first:
                         stack.enter_context(tapped(attention, _behind(keys, values)))
-                state = runner.run_from(layer + 1, state, first)
+                state = runner.run_from(place + 1, state, first)
             finals.append(self.normed(i, state, first))
         return self.kl(finals)
 

@@ -1,6 +1,7 @@
 """Exports for serving engines: calibrates static scales of their own cache formats on the
 artifact's fused weights."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from kvfold.compress.search.sensitivity import Passage, Probe
 from kvfold.compress.targets.engine_formats import FP4_BLOCK, FP8_MAX, rounding_tap
 from kvfold.compress.text import read_documents, sample_sequences
 from kvfold.errors import KvfoldError
-from kvfold.exports.architectures import Architecture, architecture_of
+from kvfold.exports.architectures import Architecture, architecture_of, attention_layers_of
 from kvfold.exports.engines.compressed_tensors import kv_cache_config, write_compressed_tensors
 from kvfold.exports.engines.folder import attention_names, check_engine_folder
 from kvfold.exports.engines.modelopt import KV_BITS, write_modelopt
@@ -61,13 +62,14 @@ def measure_ranges(model: Any, arch: Architecture, sequences: list[Tensor]) -> R
         model: loaded with attention tap.NAME.
         sequences: int64 [1, T] each.
     """
-    attentions = arch.attention_modules(model)
+    places = attention_layers_of(model.config)
+    attentions = dict(zip(places, arch.attention_modules(model), strict=True))
     runners = [
         LayerRunner(model, arch, ids.to(next(model.parameters()).device)) for ids in sequences
     ]
     hidden = [runner.embedded for runner in runners]
     tops: dict[str, list[Tensor]] = {"key": [], "value": []}
-    for i in progress(range(len(attentions)), "calibrate", "layer"):
+    for i in progress(range(places[-1] + 1), "calibrate", "layer"):
         seen: dict[str, list[Tensor]] = {"key": [], "value": []}
 
         def tap(module, query, key, value, mask, scaling, seen=seen, **extras):
@@ -75,8 +77,10 @@ def measure_ranges(model: Any, arch: Architecture, sequences: list[Tensor]) -> R
                 seen[name].append(x.detach().float().abs().amax((0, 2, 3)).cpu())
             return None
 
-        with tapped(attentions[i], tap):
+        with tapped(attentions[i], tap) if i in attentions else nullcontext():
             hidden = [runner.run(i, h) for runner, h in zip(runners, hidden, strict=True)]
+        if i not in attentions:
+            continue
         for name, values in seen.items():
             tops[name].append(torch.stack(values).amax(0))
     return Ranges(torch.stack(tops["key"]), torch.stack(tops["value"]))

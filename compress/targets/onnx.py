@@ -74,6 +74,11 @@ def check_onnx(artifact: Artifact, form: str, bits: int | None) -> None:
             f"This '{family}' model cannot be expressed in ONNX: graphs take tokens, not images; export an artifact of "
             "its language model alone."
         )
+    if architecture_of(config).hybrid:
+        raise KvfoldError(
+            f"This '{family}' model cannot be expressed in ONNX: graphs take keys and values, not the states that some "
+            "of its layers keep; run it by runtime.load_pretrained."
+        )
     rope = getattr(config, "rope_parameters", None) or {}
     tables = [t for t in (rope, *rope.values()) if isinstance(t, dict)]
     for table in tables:

@@ -9,7 +9,7 @@ from rich.table import Table
 from kvfold.compress.progress import console
 from kvfold.compress.tasks.mcnemar import compare, compare_draws
 from kvfold.compress.tasks.task import DRAW
-from kvfold.exports.account import Geometry, cache_nbytes
+from kvfold.exports.account import Geometry, cache_nbytes, effective_bits
 from kvfold.kernels.attention import packed_tokens
 from kvfold.kernels.formats import Format
 
@@ -99,7 +99,7 @@ def summarise(
         prompt_tokens=mean([r["prompt_tokens"] for r in records]),
         new_tokens_16bit=mean([r["16bit"]["new_tokens"] for r in records]),
         new_tokens=mean([r["packed"]["new_tokens"] for r in records]),
-        effective_bits=8 * nbytes / sum(geometry.elements(n, len(formats)) for n in lengths),
+        effective_bits=effective_bits(geometry, nbytes, lengths, len(formats)),
         seconds_16bit=sum(r["16bit"]["seconds"] for r in records),
         seconds=sum(r["packed"]["seconds"] for r in records),
     )

@@ -11,6 +11,7 @@
 | rotate | V | an orthogonal matrix times a power of two | – | rotate.py |
 | balance | V | an invertible matrix | – | rotate.py |
 | whiten | V | an invertible matrix M | – | whiten.py |
+| whiten | V, gated | a permutation times a scale of each channel | – | channels.py |
 """
 
 from kvfold.compress.transforms import reorder, rotate, smooth, whiten
@@ -24,4 +25,6 @@ VALUE_TRANSFORMS = {
     for row in (rotate.PLAIN, reorder.VALUES, rotate.ROTATE, rotate.BALANCE, whiten.VALUES)
 }
 
-__all__ = ["KEY_TRANSFORMS", "VALUE_TRANSFORMS", "Basis", "Request", "Transform"]
+UNMIXED = ("whiten", "none", "reorder")  # of values, which a gate behind attention lets through
+
+__all__ = ["KEY_TRANSFORMS", "UNMIXED", "VALUE_TRANSFORMS", "Basis", "Request", "Transform"]

@@ -23,7 +23,7 @@ class Basis:
     Attributes:
         fused: float64 [Hkv, D, D], folded into the weights. Of keys only a diagonal that is equal
             inside each RoPE pair, because rotation commutes with nothing else; of values any
-            invertible matrix.
+            invertible matrix, or what Request.gated allows.
         online: float64 [Hkv, D, D], invertible, applied to new keys; values have none.
         offset: float64 [Hkv, D], subtracted from new keys; values have none.
         frequencies: float32 [n/2], ω of RoPE where the offset is a mean before it
@@ -62,6 +62,8 @@ class Request:
         output_weight: float [hidden_size, H·D], o_proj; None where unknown.
         catalogue: the mixed formats to choose from; empty: each layer makes its own cuts.
         pairs: which channels RoPE turns together (kernels/key_mean.py).
+        gated: a gate multiplies each channel between attention and o_proj, so that a basis of values
+            must be a permutation times a positive scale of each.
     """
 
     fmt: Format | None = None
@@ -72,6 +74,7 @@ class Request:
     output_weight: Tensor | None = None
     catalogue: tuple[Format, ...] = ()
     pairs: RopePairs = "halves"
+    gated: bool = False
 
     def generator(self) -> torch.Generator:
         """Always in the same state."""

@@ -19,6 +19,9 @@ m_t is the rotating mean of keys, their mean before RoPE turned to the key's pos
 (kernels/key_mean.py), and Σ_k the second moment of what it leaves; in a layer without RoPE m_t = μ
 = E[k].
 
+Where a gate multiplies each channel before o_proj, M of values is a permutation with scales
+(channels.py).
+
 Five parts can be left out, to see what each is worth: "attention" (all tokens count alike), and of
 keys "metric" (W = I: the keys' own eigenbasis), "mixing" (H_n = I), "rotation" (m_t = μ, the mean
 after RoPE, in every layer) and "offset" (m_t = 0, and Σ_k not centred).
@@ -33,6 +36,7 @@ from torch import Tensor
 
 from kvfold.compress.calibrate import LayerStats
 from kvfold.compress.transforms.basis import mixing_matrix, regularised, symmetric_power
+from kvfold.compress.transforms.channels import channel_variances, ordered
 from kvfold.compress.transforms.interface import Basis, Request, Transform
 from kvfold.kernels.formats import Format
 from kvfold.kernels.kinds.levels import GAUSSIAN_MSE, PLANE_WIDTHS
@@ -203,10 +207,19 @@ def whiten(stats: LayerStats, request: Request) -> Basis:
 
 
 def whiten_values(stats: LayerStats, request: Request) -> Basis:
-    """M of values."""
-    return Basis(
-        fused=half_whitened(value_moment(stats, request.without), stats.output_metric, request)
-    )
+    """M of values; of gated ones a permutation with scales."""
+    moment = value_moment(stats, request.without)
+    if request.gated:
+        return Basis(fused=ordered(moment, stats))
+    return Basis(fused=half_whitened(moment, stats.output_metric, request))
+
+
+def value_variances(stats: LayerStats, request: Request) -> Tensor:
+    """λ of values, float64 [Hkv, D], falling."""
+    moment = value_moment(stats, request.without)
+    if request.gated:
+        return channel_variances(moment, stats)[0]
+    return eigenbasis(moment, stats.output_metric)[1]
 
 
 KEYS = Transform(
@@ -221,10 +234,7 @@ VALUES = Transform(
     "whiten",
     whiten_values,
     mixed=lambda stats, bits, request: (
-        list(request.catalogue)
-        or water_fill(
-            eigenbasis(value_moment(stats, request.without), stats.output_metric)[1], bits
-        )
+        list(request.catalogue) or water_fill(value_variances(stats, request), bits)
     ),
     each_format=True,
 )

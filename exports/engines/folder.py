@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvfold.errors import KvfoldError
-from kvfold.exports.architectures import architecture_of
+from kvfold.exports.architectures import architecture_of, attention_layers_of
 from kvfold.exports.files import REPORT_NAME
 from kvfold.exports.place import check_output, new_folder
 from kvfold.exports.reader import Artifact
@@ -59,9 +59,7 @@ def attention_names(artifact: Artifact) -> list[str]:
             f"model.layers.N.self_attn, this family keeps its attention at {arch.layers}.N.{arch.attention}; "
             "export another family."
         )
-    return [
-        f"{arch.layers}.{i}.{arch.attention}" for i in range(artifact.metadata.cache.num_layers)
-    ]
+    return [f"{arch.layers}.{i}.{arch.attention}" for i in attention_layers_of(config)]
 
 
 def write_engine_folder(

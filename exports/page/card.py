@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from kvfold.errors import KvfoldError
-from kvfold.exports.account import cache_nbytes
+from kvfold.exports.account import cache_nbytes, effective_bits, stock_nbytes
 from kvfold.exports.files import CARD_NAME
 from kvfold.exports.page.licence import UNKNOWN, Licence, read_card
 from kvfold.exports.page.plots import BITS_NAME, MEMORY_NAME
@@ -150,7 +150,7 @@ def read_results(file: Path, metadata: Metadata) -> dict[str, Any]:
     geometry, formats = metadata.geometry, metadata.formats
     tokens = found["seq_len"]
     bits = (
-        8 * cache_nbytes(geometry, formats, tokens) / geometry.elements(tokens, len(formats))
+        effective_bits(geometry, cache_nbytes(geometry, formats, tokens), [tokens], len(formats))
         if tokens > 0
         else 0
     )
@@ -206,7 +206,7 @@ def _length_table(metadata: Metadata) -> list[tuple[int, int, int]]:
         {metadata.account.at, *(2**i for i in range(9, 31) if 2**i < metadata.account.at)}
     )[-LENGTHS:]
     return [
-        (n, cache_nbytes(geometry, formats, n), 2 * geometry.elements(n, len(formats)))
+        (n, cache_nbytes(geometry, formats, n), stock_nbytes(geometry, n, len(formats)))
         for n in lengths
     ]
 

@@ -11,7 +11,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvfold.errors import KvfoldError
-from kvfold.exports.account import RAW_NBYTES, STATE_NBYTES, Geometry, cache_nbytes
+from kvfold.exports.account import (
+    RAW_NBYTES,
+    STATE_NBYTES,
+    Geometry,
+    cache_nbytes,
+    stock_nbytes,
+)
 from kvfold.exports.files import REPORT_NAME
 from kvfold.exports.page.charts import Chart, layer_bars, loss_points, memory_lines
 from kvfold.exports.reader import read_metadata
@@ -120,7 +126,8 @@ def account_parts(metadata: Metadata) -> list[tuple[str, str, int]]:
     token = layers * geometry.num_kv_heads * geometry.head_dim * 2 * RAW_NBYTES
     state = layers * STATE_NBYTES
     raw = token * geometry.raw_rows
-    table = metadata.account.bytes - packed - raw - state
+    kept = geometry.state_nbytes
+    table = metadata.account.bytes - packed - raw - state - kept
     return [
         ("codes", "codes in pages", codes),
         ("params", "scales and minima in pages", params),
@@ -139,6 +146,7 @@ def account_parts(metadata: Metadata) -> list[tuple[str, str, int]]:
         ("sinks", f"{geometry.sinks} sinks, 16-bit", token * geometry.sinks),
         ("tables", "block tables", table),
         ("state", "lengths and page counts", state),
+        *([("states", "states of layers, at any length", kept)] if kept else []),
     ]
 
 
@@ -154,7 +162,7 @@ def _memory(width: int, metadata: Metadata) -> Chart:
     geometry: Geometry = metadata.geometry
     lengths, layers = _lengths(metadata), metadata.cache.num_layers
     lines = {
-        "16-bit cache": [(n, 2 * geometry.elements(n, layers)) for n in lengths],
+        "16-bit cache": [(n, stock_nbytes(geometry, n, layers)) for n in lengths],
         "this artifact": [(n, cache_nbytes(geometry, metadata.formats, n)) for n in lengths],
     }
     return memory_lines(width, lines, (metadata.account.at, metadata.account.bytes))

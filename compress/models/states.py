@@ -1,0 +1,73 @@
+"""How large the states are that layers of a hybrid model keep, found out from the model's own code
+before its weights are read.
+
+One layer's mixer runs over a few tokens on the meta device, in bfloat16 and without memory, and what
+it leaves in a cache of transformers' own is counted: numbers that are bfloat16 there follow the type
+that a model computes in, others are float32 in any.
+"""
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from kvfold.exports.architectures import Architecture, text_of
+from kvfold.exports.hybrids import state_layers
+from kvfold.exports.schema import StatesModel
+from kvfold.pretrained import model_from_config
+
+TOKENS = 2  # more than one, since a single token goes by another path
+CACHES = ("cache_params", "past_key_values")  # what mixers call the cache that they are given
+
+
+def states_of(config: Any, arch: Architecture) -> StatesModel | None:
+    """What the states of one sequence consist of, in all layers together; None where all layers
+    attend.
+
+    Args:
+        config: of the model, with the type that its weights have.
+        arch: its row in the table.
+    """
+    if not arch.hybrid:
+        return None
+    dtype = str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")
+    text = copy.deepcopy(text_of(config))  # a model that is made notes its type there
+    with torch.device("meta"):
+        model: Any = model_from_config(text, dtype=torch.bfloat16)
+    model.eval()
+    elements = wide = 0
+    layers = state_layers(text)
+    first = min(layers)
+    cache = DynamicCache(config=text)
+    name, mixer = _mixer(arch.decoder_layers(model)[first], arch)
+    with torch.no_grad():
+        hidden = torch.zeros(1, TOKENS, text.hidden_size, dtype=torch.bfloat16, device="meta")
+        mixer(hidden_states=hidden, attention_mask=None, **{name: cache})
+    held: Any = cache.layers[first]
+    for states in (held.conv_states, held.recurrent_states):
+        for state in states.values():
+            if state is not None and state.dtype == torch.float32:
+                wide += state.numel()
+            elif state is not None:
+                elements += state.numel()
+    return StatesModel.model_validate(
+        {"elements": elements * len(layers), "float32": wide * len(layers), "dtype": dtype}
+    )
+
+
+def _mixer(layer: nn.Module, arch: Architecture) -> tuple[str, nn.Module]:
+    """The part of a decoder layer that keeps a state, and what it calls the cache.
+
+    Raises:
+        LookupError: there is none.
+    """
+    for name, part in layer.named_children():
+        known = inspect.signature(type(part).forward).parameters
+        given = next((x for x in CACHES if x in known), None)
+        attends = name == arch.attention and "cache_params" not in known
+        if given is not None and not attends:
+            return given, part
+    raise LookupError(f"no part of a {type(layer).__name__} takes a cache")
