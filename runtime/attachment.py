@@ -90,7 +90,10 @@ class Attachment:
     def _replays(self, model: Any) -> bool:
         """Whether steps of the model can be captured at all."""
         return (
-            model.kv_triton and not self.calls.offload and model.device.type in DecodingStep.devices
+            model.kv_triton
+            and not self.calls.offload
+            and self.calls.hybrid is None  # a step that is captured runs more than once
+            and model.device.type in DecodingStep.devices
         )
 
     def decode_by(self, decoding: Decoding) -> None:
@@ -152,4 +155,5 @@ def attach(
         policy: the ladders of the progressive policy; None for floor.
     """
     calls = Calls(artifact, budget, backend_of(triton), rollback, batch_invariant, policy, offload)
+    calls.learn_states(model.config, model.dtype)
     return Attachment(model, artifact, calls, policy).attach(cuda_graph)

@@ -31,6 +31,7 @@ from kvfold.pretrained import config_from_pretrained, reason_of, stock_from_pret
 from kvfold.runtime.attachment import attach
 from kvfold.runtime.budget.choose import check_choice
 from kvfold.runtime.budget.ladder import Ladders
+from kvfold.runtime.calls.hybrid import check_states
 from kvfold.runtime.calls.options import HUB, check_names, device_of, device_of_map, dtype_of
 from kvfold.runtime.generate.ahead import begin_ahead
 from kvfold.runtime.generate.compile import begin_folder, compiling
@@ -176,17 +177,17 @@ def load_pretrained(
     computed = dtype if isinstance(dtype, torch.dtype) else None
     kernels = begin_folder(folder, target, computed, progressive, ranks) if triton else None
     artifact = read_artifact(folder)
+    check_states(artifact, rollback, cuda_graph)
     if tp_plan is not None:
         artifact = own_part(artifact, config_from_pretrained(folder))
     ladders = progressive_policy(artifact) if progressive else None
     if budget is not None and kv_budget is not None:
         rollback = fitting_rollback(budget, kv_budget, artifact, rollback, ladders)
-    dtype = dtype or default_dtype(target)
-    model = read_model(artifact, dtype or "auto", **({} if tp_plan is None else plan_options()))
+    wanted = dtype or default_dtype(target) or "auto"
+    model = read_model(artifact, wanted, **({} if tp_plan is None else plan_options()))
     if tp_plan is None:
         model = model.to(target)
-    triton = kernels is not None and kernels.usable(required=attention == "triton")
-    if triton and ranks == 1:
+    if (triton := kernels is not None and kernels.usable(attention == "triton")) and ranks == 1:
         begin_ahead(folder, target, computed, progressive)
     if cuda_graph is True and not (triton and target.type == "cuda"):
         raise KvfoldError(

@@ -72,6 +72,11 @@ def own_part(artifact: Artifact, config: Any) -> Artifact:
     """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     text = text_of(config)
+    if artifact.metadata.cache.states is not None:
+        raise KvfoldError(
+            f"tp_plan='auto' divides heads of keys and values among processes, but layers of a '{text.model_type}' "
+            "model keep states, which it does not divide; leave tp_plan out."
+        )
     plan = getattr(text, "base_model_tp_plan", None) or {}
     divided = [kind for name, kind in plan.items() if name.rpartition(".")[2] in KEYS]
     if divided != [DIVIDED]:

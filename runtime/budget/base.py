@@ -109,7 +109,8 @@ class Policy(ABC):
 
     def nbytes(self, layers: Layers) -> int:
         """Resident bytes of the cache, on the device."""
-        return sum(layer.nbytes for layer in layers) + sum(t.nbytes for t in self.tensors())
+        kept = layers[0].shared.states.nbytes
+        return sum(layer.nbytes for layer in layers) + kept + sum(t.nbytes for t in self.tensors())
 
     # -- for all policies --------------------------------------------------------------------------
 
@@ -170,7 +171,7 @@ def fixed_nbytes(layers: Layers, batch_size: int, pages: Sequence[int]) -> int:
     if first.is_initialized:
         room = max(room, first.table.block_table.shape[1])
     segments = sum(g.segments_nbytes(len(layer.rungs)) for layer in layers)
-    return batch_size * (len(layers) * g.table_nbytes(room) + segments)
+    return batch_size * (len(layers) * g.table_nbytes(room) + segments + g.state_nbytes)
 
 
 def pages_nbytes(layers: Layers) -> int:
@@ -210,6 +211,7 @@ def regroup_nbytes(layers: Layers, sequences: int) -> int:
     """Bytes that stand beside what is resident while a batch is put together anew from `sequences`
     sequences."""
     own = [sum(t.nbytes for t in layer.own_tensors()) for layer in layers]
+    own += [t.nbytes for t in layers[0].shared.states.tensors()]
     before = layers[0].batch_size
     after = [nbytes // before * sequences for nbytes in own]
     more = sum(after) - sum(own) if sequences > before else 0

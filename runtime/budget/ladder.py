@@ -194,6 +194,7 @@ class Ladders:
             geometry.fixed_nbytes(tokens) + geometry.segments_nbytes(len(sizes))
             for sizes in self.sizes
         )
+        fixed += geometry.state_nbytes
         return fixed + geometry.num_pages(tokens) * sum(sizes[0] for sizes in self.sizes)
 
     def plan(

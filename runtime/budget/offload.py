@@ -80,7 +80,8 @@ class Offload(Policy):
         return super().spare(layers, more) or self._push_out(layers, more)
 
     def hold(self, layers: Layers, lengths: Sequence[int], pages: int) -> int:
-        fixed = layers[0].geometry.fixed_nbytes(max(lengths)) * len(lengths) * len(layers)
+        g = layers[0].geometry
+        fixed = len(lengths) * (g.fixed_nbytes(max(lengths)) * len(layers) + g.state_nbytes)
         need = fixed + self.pager.needed(pages, min(1, pages))
         if need <= self.limit:
             self.pager.admit(self, fixed, self.limit, pages)
@@ -89,7 +90,7 @@ class Offload(Policy):
     def _push_out(self, layers: Layers, nbytes: int) -> bool:
         """Moves pages to host memory until the cache has `nbytes` left in its budget; False if that
         can't be."""
-        fixed = sum(
+        fixed = layers[0].shared.states.nbytes + sum(
             t.nbytes for layer in layers if layer.is_initialized for t in layer.own_tensors()
         )
         self.pager.reserve(self, fixed, self.limit)

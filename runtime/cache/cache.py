@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from kvfold.errors import KVBudgetExceeded, KvfoldError
 from kvfold.exports.account import Geometry
+from kvfold.exports.hybrids import Hybrid
 from kvfold.exports.spec import LayerSpec
-from kvfold.kernels.formats import Format
 from kvfold.runtime.backends.base import Backend
 from kvfold.runtime.backends.reference import REFERENCE
 from kvfold.runtime.budget.base import rollback_nbytes
@@ -25,16 +24,21 @@ from kvfold.runtime.cache.layer import PackedLayer
 from kvfold.runtime.cache.nan_check import Bad, not_finite
 from kvfold.runtime.cache.pager import Pager
 from kvfold.runtime.cache.shared import SharedState, say
+from kvfold.runtime.cache.sized_cache import SizedCache
+from kvfold.runtime.cache.stateful import places_of
+from kvfold.runtime.cache.states import States
 from kvfold.runtime.cache.storage import save_layers
 from kvfold.runtime.generate.steps import HostSteps
 
+AHEAD = "go back to a fork(n) that was taken before they came, or reset() and run what stays"
 
-class QuantizedKVCache(Cache):
-    """Keys and values of all layers: sinks and window in 16 bits, everything between packed in
-    pages.
+
+class QuantizedKVCache(SizedCache):
+    """Keys and values of all layers that attend: sinks and window in 16 bits, everything between
+    packed in pages. Layers that keep states keep them as with transformers' own cache.
 
     Args:
-        specs: one LayerSpec a layer.
+        specs: one LayerSpec for each layer that attends.
         geometry: sinks, window, page size and head shape.
         budget: bytes that `nbytes` may never pass; None for no limit.
         backend: reads and writes the tensors (runtime.backends.base); plain torch by default.
@@ -47,11 +51,10 @@ class QuantizedKVCache(Cache):
             which can't be saved.
         ephemeral: made for one forward pass with use_cache=False, and not returned.
         tell: says a warning, by a word that it is said once for.
+        hybrid: which layers of the model attend and keep states; None where all attend.
     Raises:
         KvfoldError: ladders or offload without a budget, or both.
     """
-
-    layers: list[PackedLayer]  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -66,9 +69,11 @@ class QuantizedKVCache(Cache):
         artifact: str | None = None,
         ephemeral: bool = False,
         tell: Callable[..., None] = say,
+        hybrid: Hybrid | None = None,
     ) -> None:
-        self.policy = choose(budget, ladders, offload)
-        self.shared = SharedState(geometry, batch_invariant=batch_invariant)
+        self.policy, self.places = choose(budget, ladders, offload), places_of(hybrid)
+        states = States(None if hybrid is None else hybrid.states)
+        self.shared = SharedState(geometry, batch_invariant=batch_invariant, states=states)
         layers = [
             PackedLayer(rungs, self.shared, i, backend, self.policy.new_pool)
             for i, rungs in enumerate(self.policy.specs(specs))
@@ -76,47 +81,6 @@ class QuantizedKVCache(Cache):
         super().__init__(layers=layers)  # type: ignore[arg-type]
         self.artifact, self.ephemeral, self.tell = artifact, ephemeral, tell
         self.steps = HostSteps()
-
-    @property
-    def geometry(self) -> Geometry:
-        """Sinks, window, page size and head shape."""
-        return self.shared.geometry
-
-    @property
-    def budget(self) -> int | None:
-        """Bytes that `nbytes` may never pass."""
-        return self.policy.budget
-
-    def set_budget(self, budget: int | None) -> None:
-        """Changes the budget, for what comes from here on."""
-        self.policy.set_budget(budget)
-
-    @property
-    def formats(self) -> list[tuple[Format, Format]]:
-        """(key format, value format) of each layer."""
-        return [layer.formats for layer in self.layers]
-
-    @property
-    def tokens(self) -> int:
-        """Columns that the cache holds, padding included."""
-        return max(layer.columns for layer in self.layers)
-
-    @property
-    def nbytes(self) -> int:
-        """Resident bytes: codes, parameters, sinks, window, block tables and lengths of every
-        sequence. With offload, those on the device, staging buffers included."""
-        return self.policy.nbytes(self.layers)
-
-    @property
-    def host_nbytes(self) -> int:
-        """Bytes of pages that offload has moved to host memory."""
-        return self.policy.host_nbytes
-
-    def report(self) -> list[dict]:
-        """One dict a layer: tokens (of each sequence), pages by format (finest first), bytes (on
-        the device, without the staging buffers of offload), host_bytes, effective_bits (of both, ·8
-        / elements)."""
-        return [layer.report() for layer in self.layers]
 
     def note_padding(
         self, attention_mask: Tensor | None, batch_size: int, tokens: int | None = None
@@ -153,6 +117,7 @@ class QuantizedKVCache(Cache):
                 of the call is taken back. A decoding step by kernels waits for nothing: its keys
                 and values are reported before the next page is packed.
         """
+        layer_idx = self.place_of(layer_idx)
         if self.shared.stepping:  # all of this is done (runtime.generate.steps)
             return self.layers[layer_idx].update(key_states, value_states)
         sources = (key_states, value_states) if torch.is_grad_enabled() else ()
@@ -238,6 +203,7 @@ class QuantizedKVCache(Cache):
         super().reset()
         self.shared.set_padding([])
         self.shared.marks.clear()
+        self.states.reset()
         self.steps.reset()
         self.policy.begin_anew()
 
@@ -246,9 +212,11 @@ class QuantizedKVCache(Cache):
         """Removes the last |n| tokens for n ≤ 0; for n > 0 keeps the first n columns. See PackedLayer.crop.
 
         Raises:
-            KvfoldError: what is left would need tokens that a sliding window has left behind;
-                nothing is removed.
+            KvfoldError: what is left would need tokens that a sliding window has left behind, or
+                layers keep states; nothing is removed.
         """
+        if self.layers[0].removed(tokens_to_remove):
+            self.states.refuse(f"crop({tokens_to_remove})", AHEAD)
         for layer in self.layers:
             layer.check_crop(tokens_to_remove)
         self.steps.disturb()
@@ -270,6 +238,7 @@ class QuantizedKVCache(Cache):
         """Removes the latest `tokens` tokens from the first `count` layers, after a call that
         failed in the next one."""
         self.steps.disturb()
+        self.states.spoil()
         # where a sliding window forbids it, check_whole refuses the cache
         with suppress(KvfoldError):
             for layer in self.layers[:count]:
@@ -285,6 +254,7 @@ class QuantizedKVCache(Cache):
         """
         if tokens <= self.geometry.rollback:
             return
+        self.states.refuse(f"extend_rollback({tokens})", AHEAD)
         more = rollback_nbytes(self.layers, tokens)
         need = self.nbytes + more
         if more and not self.policy.spare(self.layers, more):
@@ -319,6 +289,7 @@ class QuantizedKVCache(Cache):
         self.policy.regroup(self.layers, len(chosen))
         self.steps.drop()
         regroup_layers()
+        self.states.select(chosen)
         if self.shared.padding:
             self.shared.set_padding([self.shared.padding[b] for b in chosen])
         self._publish()

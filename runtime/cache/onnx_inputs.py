@@ -21,8 +21,13 @@ def onnx_inputs(cache: QuantizedKVCache) -> dict[str, np.ndarray]:
         what is behind the last page.
     Raises:
         KvfoldError: the cache is empty, its sequences differ in length, or its pages may have other
-            formats than the artifact's.
+            formats than the artifact's; or layers keep states.
     """
+    if cache.states:
+        raise KvfoldError(
+            "ONNX graphs take keys and values, but layers of this model keep states beside them; go on with this "
+            "runtime."
+        )
     found: dict[str, np.ndarray] = {}
     for i, layer in enumerate(cache.layers):
         lengths = layer.lengths()

@@ -9,4 +9,5 @@ def resident_nbytes(caches: list[QuantizedKVCache]) -> int:
         t for cache in caches for layer in cache.layers for t in layer.tensors() if t.numel()
     ]
     tensors += [t for cache in caches for t in cache.policy.tensors()]
+    tensors += [t for cache in caches for t in cache.states.tensors()]
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())

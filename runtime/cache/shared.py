@@ -14,6 +14,7 @@ from kvfold.exports.account import Geometry
 from kvfold.runtime.backends.base import Workspace
 from kvfold.runtime.cache.nan_check import NanMarks
 from kvfold.runtime.cache.sequence import Clock
+from kvfold.runtime.cache.states import States
 from kvfold.runtime.calls.masks import read_columns, settle
 
 log = logging.getLogger("kvfold")
@@ -32,6 +33,7 @@ class SharedState:
         padding: left padding of each sequence, in columns.
         batch_invariant: kernels divide a sequence's pages by its own length alone, not by the
             batch's.
+        states: of the layers of a hybrid model; none by default.
 
     Attributes:
         plain: the current call's mask hides left padding, the future and what lies behind a sliding
@@ -44,9 +46,14 @@ class SharedState:
     """
 
     def __init__(
-        self, geometry: Geometry, padding: list[int] | None = None, batch_invariant: bool = False
+        self,
+        geometry: Geometry,
+        padding: list[int] | None = None,
+        batch_invariant: bool = False,
+        states: States | None = None,
     ) -> None:
         self.geometry, self.padding, self.batch_invariant = geometry, padding or [], batch_invariant
+        self.states = States() if states is None else states
         self.plain, self.stepping = True, False
         self.clock, self.marks, self.workspace = Clock(), NanMarks(), Workspace()
 
@@ -90,7 +97,8 @@ class SharedState:
 
     def copy(self) -> "SharedState":
         """That of a cache that goes on from here by itself, with buffers of its own."""
-        other = SharedState(self.geometry, list(self.padding), self.batch_invariant)
+        states = self.states.copy()
+        other = SharedState(self.geometry, list(self.padding), self.batch_invariant, states)
         other.set_plain(self.plain)
         return other
 

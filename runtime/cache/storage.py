@@ -39,7 +39,8 @@ def save_layers(path: str | PathLike, layers: Sequence[PackedLayer], artifact: s
     Args:
         artifact: digest of the artifact that the cache belongs to.
     Raises:
-        KvfoldError: the cache holds no tokens, was made by hand, or `path` can't be written.
+        KvfoldError: the cache holds no tokens, was made by hand, has layers that keep states, or
+            `path` can't be written.
     """
     if artifact is None:
         raise KvfoldError(
@@ -51,6 +52,11 @@ def save_layers(path: str | PathLike, layers: Sequence[PackedLayer], artifact: s
         )
     tensors: dict[str, Tensor] = {}
     shared = layers[0].shared
+    if shared.states:
+        raise KvfoldError(
+            f"A file of a cache holds keys and values, but {len(shared.states.counts)} layers of this model keep "
+            "states beside them; go on with cache.fork(n), or run the prompt again."
+        )
     body = {
         "version": VERSION,
         "artifact": artifact,

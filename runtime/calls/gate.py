@@ -22,6 +22,7 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import BOTH_WAYS
 from kvfold.runtime.backends.base import NAME
 from kvfold.runtime.cache.cache import QuantizedKVCache
+from kvfold.runtime.calls.hybrid import check_state_mask
 from kvfold.runtime.calls.lora import check_adapters, moved_projections
 from kvfold.runtime.calls.masks import Place, read_squares
 
@@ -206,6 +207,8 @@ class Gate:
         batch, count = tokens.shape[:2]
         self.check_cache(cache, batch)
         mask = kwargs.get("attention_mask")
+        if cache.states:
+            check_state_mask(mask)
         if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
             cache.note_padding(mask, batch, count)
         else:

@@ -5,10 +5,12 @@ import logging
 from dataclasses import replace
 from typing import Any
 
+import torch
 from transformers.utils import ModelOutput
 
 from kvfold.errors import KvfoldError
-from kvfold.exports.architectures import row_of
+from kvfold.exports.architectures import hybrid_of, row_of
+from kvfold.exports.hybrids import Hybrid
 from kvfold.runtime.backends.base import Backend
 from kvfold.runtime.budget.ladder import Ladders
 from kvfold.runtime.cache.cache import QuantizedKVCache
@@ -51,11 +53,20 @@ class Calls:
         self.geometry = artifact.geometry
         if rollback is not None:
             self.geometry = replace(self.geometry, rollback=rollback)
+        self.hybrid: Hybrid | None = None
         self.covered = artifact.metadata.calibration.covered_positions
         self.gate = Gate(artifact)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Calls":
         return self  # a copy of the model is of the same artifact
+
+    def learn_states(self, config: Any, dtype: torch.dtype) -> None:
+        """Which layers of the model keep states, and their bytes where it computes in `dtype`."""
+        self.hybrid = hybrid_of(config)
+        if self.hybrid is not None:
+            states = self.artifact.metadata.cache.states
+            nbytes = states.nbytes(str(dtype).removeprefix("torch."))
+            self.geometry = replace(self.geometry, state_nbytes=nbytes)
 
     def new_cache(self, model: Any, ephemeral: bool = False) -> QuantizedKVCache:
         """An empty packed cache of this model; `ephemeral`: for one forward pass with
@@ -78,6 +89,7 @@ class Calls:
             artifact=self.gate.digest,
             ephemeral=ephemeral,
             tell=self.gate.tell,
+            hybrid=self.hybrid,
         )
 
     def prepare_cache(
@@ -120,6 +132,7 @@ class Calls:
         if getattr(generation_config, "is_assistant", False) and isinstance(
             cache, QuantizedKVCache
         ):
+            cache.states.refuse("Drafting for another model", "choose another assistant_model")
             cache.extend_rollback(own_drafts(generation_config))
 
     def update_kwargs(
@@ -182,6 +195,7 @@ class Calls:
                 self.gate.check_positions(kwargs, tokens.shape[0])
         self.gate.admit(cache, kwargs, tokens)
         cache.policy.check(cache.layers, tokens.shape[0], tokens.shape[1])
+        cache.states.begin()
         self.note_length(cache.get_seq_length() + tokens.shape[1])
         images = any(
             name.startswith("pixel_values") and x is not None for name, x in kwargs.items()
@@ -189,15 +203,20 @@ class Calls:
         seen = (
             images and row_of(module.config).rope_axes > 1
         )  # such a model gives images rows and columns itself
-        if kwargs.get("position_ids") is None and any(cache.shared.padding) and not seen:
+        counted = any(cache.shared.padding) or bool(cache.states)
+        if kwargs.get("position_ids") is None and counted and not seen:
             # generate counts positions from the first real token; a plain call must too, or a
-            # padded row's keys are rotated, and so quantised, unlike the same row's alone
+            # padded row's keys are rotated, and so quantised, unlike the same row's alone; and
+            # Bamba's own code would count each call from 0
             kwargs["position_ids"] = cache.positions(tokens.shape[1], tokens.device)
         return (), kwargs
 
     def after(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Without use_cache nobody may go on with the cache: generate would feed it the whole text
         again."""
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, QuantizedKVCache):
+            cache.states.end()
         if getattr(kwargs.get("past_key_values"), "ephemeral", False) and isinstance(
             output, ModelOutput
         ):

@@ -5,6 +5,7 @@ from pathlib import PurePath
 from typing import Any
 
 from kvfold.errors import KvfoldError
+from kvfold.exports.architectures import row_of
 
 JOINT = ("qkv_proj", "query_key_value")  # projections of queries, keys and values
 FOLDED_KEYS = {
@@ -17,7 +18,7 @@ def moved_projections(specs: Any) -> set[str]:
     `specs`: one LayerSpec a layer."""
     found: set[str] = set()
     if any(spec.value.transforms for spec in specs):
-        found |= {"v_proj", "o_proj", "dense", *JOINT}
+        found |= {"v_proj", "o_proj", "dense", "out_proj", *JOINT}
     if any(FOLDED_KEYS & set(spec.key.transforms) for spec in specs):
         found |= {"q_proj", "k_proj", "q_norm", "k_norm", *JOINT}
     return found
@@ -46,7 +47,7 @@ def check_adapters(model: Any, artifact: Any) -> None:
     }
     if not foreign:
         return
-    moved = moved_projections(artifact.specs)
+    moved = moved_projections(artifact.specs) | ({row_of(model.config).gate} - {""})
     for path, module in type(model).named_modules(model):
         projection = path.rsplit(".", 1)[-1]
         if projection not in moved or not hasattr(module, "base_layer"):

@@ -24,6 +24,10 @@ def get_candidate_generator(model: Any, *args: Any, **kwargs: Any) -> Any:
         type(generator).get_candidates,
         weakref.ref(generator),
     )  # no cycle, which would keep the cache
+    if isinstance(cache, QuantizedKVCache):
+        cache.states.refuse(
+            "Assisted decoding", "leave assistant_model and prompt_lookup_num_tokens out"
+        )
     if isinstance(cache, QuantizedKVCache) and cache.tokens:
         raise KvfoldError(
             f"Assisted decoding cannot go on with a cache that holds tokens ({cache.tokens}): "

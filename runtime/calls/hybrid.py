@@ -1,0 +1,47 @@
+"""What an artifact of a hybrid model can't be asked for: layers that keep states go forward only."""
+
+from typing import Any
+
+from torch import Tensor
+
+from kvfold.errors import KvfoldError
+from kvfold.exports.reader import Artifact
+
+
+def check_states(artifact: Artifact, rollback: int | None, cuda_graph: bool | str) -> None:
+    """Refuses options of load_pretrained that layers with states can't follow.
+
+    Args:
+        rollback, cuda_graph: as there.
+    Raises:
+        KvfoldError: naming the option.
+    """
+    if artifact.metadata.cache.states is None:
+        return
+    if rollback:
+        raise KvfoldError(
+            f"rollback={rollback} is for tokens that are taken back, but layers of this model keep a state, which no "
+            "token can be taken out of; leave rollback out."
+        )
+    if cuda_graph is True:
+        raise KvfoldError(
+            "cuda_graph=True captures a step by running it, which would change the states that layers of this model "
+            "keep; leave cuda_graph out."
+        )
+
+
+def check_state_mask(mask: Any) -> None:
+    """Refuses a mask that transformers takes for attention alone: states would have padding in them.
+
+    Args:
+        mask: of a call of a hybrid model.
+    Raises:
+        KvfoldError: it isn't [B, columns].
+    """
+    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+        return
+    shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    raise KvfoldError(
+        f"attention_mask is {shape}, which says nothing of padding to layers that keep states; give [B, columns], 0 "
+        "where padded."
+    )
