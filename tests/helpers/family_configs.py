@@ -6,6 +6,7 @@ from typing import Any
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+LINEAR = "linear_attention"
 FIELDS: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048, "bos_token_id": None,
@@ -32,9 +33,26 @@ SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
 GRANITE = {"logits_scaling": 4.0, "attention_multiplier": 0.3}
 HALF = _rope(partial_rotary_factor=0.5)
 NO_WINDOW = {"sliding_window": None}
+# hybrid models: the layers that attend are not the first ones, nor beside each other
+FOUR = {"num_hidden_layers": 4, "layer_types": [LINEAR, FULL, LINEAR, FULL]}
+DELTA = {
+    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}  # fmt: skip
+QWEN = {**FOUR, **DELTA, **_rope(partial_rotary_factor=0.25)}
+MAMBA = {
+    "mamba_d_state": 8,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 32,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 16,
+}
+LFM = {"num_hidden_layers": 4, "layer_types": ["conv", FULL, "conv", FULL]}
 OWN: dict[str, dict[str, Any]] = {
+    "afmoe": {**TWO, "num_dense_layers": 1},
     "apertus": _rope(),
     "arcee": _rope(),
+    "bamba": {**MAMBA, "num_hidden_layers": 4, "attn_layer_indices": [1, 3], **_rope(partial_rotary_factor=0.5)},
     "cohere": {"logit_scale": 0.25, "use_qk_norm": True},
     "cohere2": {**TWO, "logit_scale": 0.25},
     "cohere2_moe": {**TWO, **SPARSE, "logit_scale": 0.25},
@@ -44,6 +62,9 @@ OWN: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {},
     "exaone4": TWO,
     "exaone_moe": {**TWO, **SPARSE},
+    "falcon_h1": {
+        **MAMBA, "mamba_d_ssm": 128, "key_multiplier": 0.7, "lm_head_multiplier": 0.5, "ssm_out_multiplier": 0.6,
+    },
     "flex_olmo": {},
     "gemma": {},
     "glm": HALF,
@@ -52,6 +73,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_neox": {**_rope(partial_rotary_factor=0.5), "attention_bias": True},
     "granite": GRANITE,
     "granitemoe": GRANITE,
+    "granitemoehybrid": {**MAMBA, **FOUR, **GRANITE, "position_embedding_type": "rope"},
     "granitemoeshared": GRANITE,
     "helium": {},
     "hunyuan_v1_dense": {},
@@ -60,7 +82,18 @@ OWN: dict[str, dict[str, Any]] = {
     "hyperclovax": {"logits_scaling": 0.25, "attention_multiplier": 0.3},
     "internlm3": {},
     "jais2": {},
+    "jamba": {
+        "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 8,
+        "expert_layer_offset": 1,
+    },
     "kolibri1": TWO,
+    "laguna": {**TWO, **BY_TYPE, **SPARSE, "gating": "per-element"},
+    "lfm2": LFM,
+    "lfm2_moe": {**LFM, "num_dense_layers": 2},
+    "lfm3": {
+        **BY_TYPE, "num_hidden_layers": 4, "layer_types": ["conv", FULL, "conv", SLIDING], "sliding_window": 40,
+        "use_attention_gate": True,
+    },
     "mellum": {**TWO, **BY_TYPE, **SPARSE},
     "minimax_m2": HALF,
     "ministral": TWO,
@@ -68,15 +101,23 @@ OWN: dict[str, dict[str, Any]] = {
     "mixtral": NO_WINDOW,
     "nanochat": {"final_logit_softcapping": 5.0},
     "nemotron": HALF,
+    "nemotron_h": {
+        "layer_types": [LINEAR, FULL, "mlp", LINEAR, "moe", FULL], "ssm_state_size": 8, "mamba_num_heads": 4,
+        "mamba_head_dim": 32, "n_groups": 1, "chunk_size": 16,
+    },
     "olmo": {},
     "olmo2": {},
+    "olmo_hybrid": {**FOUR, **DELTA, **_rope()},
     "olmo3": {**TWO, **BY_TYPE},
     "olmoe": {},
     "persimmon": HALF,
     "phi": {**HALF, "qk_layernorm": True},
     "phimoe": NO_WINDOW,
     "qwen2_moe": {},
+    "qwen3_5_moe_text": QWEN,
+    "qwen3_5_text": QWEN,
     "qwen3_moe": {},
+    "qwen3_next": QWEN,
     "seed_oss": {},
     "solar_open": {},
     "stablelm": {**_rope(partial_rotary_factor=0.25), "use_qkv_bias": True},
