@@ -74,6 +74,8 @@ def traits(row: Architecture) -> str:
         "every layer may slide": row.sliding == "all",
         "sink logits": row.sink_logits,
         "the language model of several towers": bool(row.tower),
+        "layers that keep states": row.hybrid,
+        "a gate behind attention": bool(row.gate),
         "scaled logits": bool(row.logit_factor or row.logit_divisor),
     }
     return ", ".join(name for name, holds in said.items() if holds)

@@ -30,6 +30,7 @@ from kvfold.exports.place import full_disk
 from kvfold.exports.reader import Artifact
 from kvfold.exports.schema import (
     ROLLBACK_VERSION,
+    STATES_VERSION,
     AccountModel,
     BudgetModel,
     CacheModel,
@@ -210,7 +211,7 @@ def _metadata(plan: Plan, found: Found, specs: list[LayerSpec], dtype: torch.dty
     )
     lengths = [2**i for i in range(9, 31) if 2**i <= text_of(plan.config).max_position_embeddings]
     return Metadata(
-        format_version=ROLLBACK_VERSION,
+        format_version=ROLLBACK_VERSION if plan.states is None else STATES_VERSION,
         cache=CacheModel(
             num_layers=plan.num_layers,
             num_heads=text_of(plan.config).num_attention_heads,

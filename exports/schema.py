@@ -30,6 +30,7 @@ PAIRS_VERSION = (
     4  # the same and cache.rope_pairs, where RoPE turns other pairs of channels than (i, i + n/2)
 )
 ROLLBACK_VERSION = 5  # cache.rollback, and cache.rope_pairs where RoPE turns other pairs
+STATES_VERSION = 6  # the same and cache.states, of hybrid models alone: all others stay at 5
 METADATA_NAME = "kv_cache.json"
 TENSORS_NAME = "kv_cache.safetensors"
 
@@ -106,7 +107,8 @@ class CacheModel(Strict):
     where they are not the usual ones.
     `rollback`: tokens by which a cache may be cropped as if they had never come, unless a load asks
     for another number; from ROLLBACK_VERSION on, and None, which is 0, before.
-    `states`: of a hybrid model, whose `num_layers` and `layers` are those that attend; else absent.
+    `states`: in STATES_VERSION, of a hybrid model, whose `num_layers` and `layers` are those that
+    attend; else absent.
     """
 
     num_layers: Layers
@@ -231,15 +233,15 @@ class Metadata(Strict):
             )
         if self.format_version < ROLLBACK_VERSION and "rollback" in self.cache.model_fields_set:
             raise ValueError(f"cache.rollback goes with format_version {ROLLBACK_VERSION}")
-        if self.format_version < ROLLBACK_VERSION and "states" in self.cache.model_fields_set:
-            raise ValueError(f"cache.states goes with format_version {ROLLBACK_VERSION}")
+        if (self.format_version == STATES_VERSION) != (self.cache.states is not None):
+            raise ValueError(f"cache.states and format_version {STATES_VERSION} go together")
         if self.cache.states is not None and self.cache.rollback:
             raise ValueError(
                 "cache.rollback must be 0 where cache.states is, for no state goes back"
             )
-        if self.format_version == ROLLBACK_VERSION and self.cache.rollback is None:
+        if self.format_version >= ROLLBACK_VERSION and self.cache.rollback is None:
             raise ValueError(
-                f"format_version {ROLLBACK_VERSION} needs cache.rollback, a number of tokens"
+                f"format_version {self.format_version} needs cache.rollback, a number of tokens"
             )
         if self.format_version < MEAN_VERSION and any(
             "frequencies" in layer.key.tensors for layer in self.layers
@@ -327,9 +329,9 @@ def parse_metadata(text: str, name: str = METADATA_NAME) -> Metadata:
             f"{name} is not JSON ({error}); the artifact is damaged, write or download it again."
         ) from None
     version = data.get("format_version") if isinstance(data, dict) else None
-    if version not in range(FORMAT_VERSION, ROLLBACK_VERSION + 1):
+    if version not in range(FORMAT_VERSION, STATES_VERSION + 1):
         raise KvfoldError(
-            f"{name} has format_version {version!r}, but this kvfold reads {FORMAT_VERSION} to {ROLLBACK_VERSION}; use "
+            f"{name} has format_version {version!r}, but this kvfold reads {FORMAT_VERSION} to {STATES_VERSION}; use "
             "the kvfold that wrote it."
         )
     digest = data.pop("digest", None)

@@ -31,6 +31,7 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry, cache_nbytes, effective_bits
 from kvfold.exports.architectures import (
     architecture_of,
+    attention_layers_of,
     head_dim_of,
     num_kv_heads_of,
     sliding_windows_of,
@@ -178,7 +179,8 @@ class Comparison:
         s, begun = self.settings, time.monotonic()
         metadata = read_metadata(folder)
         geometry, formats = metadata.geometry, metadata.formats
-        mine = self.geometry.num_kv_heads, self.geometry.head_dim, self.config.num_hidden_layers
+        layers = len(attention_layers_of(self.config))
+        mine = self.geometry.num_kv_heads, self.geometry.head_dim, layers
         if (geometry.num_kv_heads, geometry.head_dim, len(formats)) != mine:
             raise KvfoldError(
                 f"'{folder}' was not made from '{s.model}': its heads or layers differ; give its own model."
@@ -222,7 +224,7 @@ class Comparison:
         if self._done(label):
             return
         kind = RIVALS[name]
-        head_dim, layers = self.geometry.head_dim, self.config.num_hidden_layers
+        head_dim, layers = self.geometry.head_dim, len(attention_layers_of(self.config))
         try:
             rivals = [kind(bits, head_dim) for _ in range(layers)]
         except KvfoldError as error:

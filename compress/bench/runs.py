@@ -14,10 +14,17 @@ import torch
 
 from kvfold.compress.evaluate import Evaluation, evaluate
 from kvfold.compress.models import read_config, resolve_model
+from kvfold.compress.models.states import states_of
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import Recipe
 from kvfold.exports.account import Geometry
-from kvfold.exports.architectures import head_dim_of, num_kv_heads_of, sliding_windows_of
+from kvfold.exports.architectures import (
+    architecture_of,
+    attention_layers_of,
+    head_dim_of,
+    num_kv_heads_of,
+    sliding_windows_of,
+)
 from kvfold.exports.scratch import write_whole
 
 # tokens in 16 bits at a sequence's beginning, as SKVQ has them (arXiv 2405.06219): the same in all
@@ -102,6 +109,7 @@ def geometry_of(model: str, recipe: Recipe) -> tuple[Geometry, int, int]:
     budgets count at."""
     config = read_config(resolve_model(model).path)
     heads = num_kv_heads_of(config), head_dim_of(config)
+    states = states_of(config, architecture_of(config))
     shape = Geometry(
         *heads,
         recipe.sinks,
@@ -109,8 +117,9 @@ def geometry_of(model: str, recipe: Recipe) -> tuple[Geometry, int, int]:
         recipe.page_tokens,
         sliding_windows_of(config),
         recipe.most_rollback,
+        0 if states is None else states.nbytes(),
     )
-    return shape, config.num_hidden_layers, min(CONTEXT, config.max_position_embeddings)
+    return shape, len(attention_layers_of(config)), min(CONTEXT, config.max_position_embeddings)
 
 
 def budget_for_payload(model: str, recipe: Recipe, bits: float) -> str:
@@ -123,7 +132,8 @@ def budget_for_payload(model: str, recipe: Recipe, bits: float) -> str:
     geometry, layers, at = geometry_of(model, recipe)
     at = min([at, *(window for window in geometry.sliding if window)])
     packed = geometry.packed_elements(at, layers)
-    return f"{layers * geometry.fixed_nbytes(at) + int(bits * packed / 8)}B@{at}"
+    fixed = layers * geometry.fixed_nbytes(at) + geometry.state_nbytes
+    return f"{fixed + int(bits * packed / 8)}B@{at}"
 
 
 def make(

@@ -164,7 +164,13 @@ def changed(path: str, value) -> dict:
         ("layers.1.key.format.zero", 0, r"not valid at layers.1.key.format.zero"),
         ("budget", ..., "not valid at budget"),
         ("provenance.revision", ..., "not valid at provenance.revision"),
-        ("format_version", 6, "format_version 6"),
+        ("format_version", 7, "format_version 7"),
+        ("format_version", 6, "cache.states and format_version 6 go together"),
+        (
+            "cache.states",
+            {"elements": 8, "float32": 8, "dtype": "float16"},
+            "format_version 6 go together",
+        ),
         ("format_version", 5, "format_version 5 needs cache.rollback"),
         ("cache.rollback", 16, "cache.rollback goes with format_version 5"),
         ("cache.rollback", None, "cache.rollback goes with format_version 5"),
@@ -275,6 +281,40 @@ def test_pairs_that_are_not_halves_are_version_4():
             cache["rollback"] = 16
         with pytest.raises(KvfoldError, match="goes with format_version 4, which needs it, and 5"):
             parse_metadata(dump_fields({**FIELDS, "format_version": version, "cache": cache}))
+
+
+def test_states_are_version_6():
+    """Their bytes are in the account, at any length the same; they are the last of the cache's fields."""
+    states = {"elements": 100, "float32": 7, "dtype": "bfloat16"}
+    cache = {**FIELDS["cache"], "rollback": 0, "states": states}
+    fields = {**FIELDS, "format_version": 6, "cache": cache}
+    metadata = parse_metadata(dump_fields(fields))
+    assert metadata.model_dump() == fields and metadata.geometry.state_nbytes == 228
+    assert (
+        metadata.cache.states.nbytes("float32")
+        == 428
+        == metadata.cache.states.nbytes("float64") - 400
+    )
+    plain = parse_metadata(
+        dump_fields({**FIELDS, "format_version": 5, "cache": {**FIELDS["cache"], "rollback": 0}})
+    )
+    for tokens in (1, 81, 5000):
+        pair = [cache_nbytes(x.geometry, x.formats, tokens) for x in (metadata, plain)]
+        assert pair[0] == pair[1] + 228
+    assert '"rollback": 0,\n  "states": {' in dump_metadata(metadata)
+    assert "states" not in dump_metadata(plain)
+    for wrong, words in (
+        ({"format_version": 5}, "cache.states and format_version 6 go together"),
+        ({"cache": {**cache, "states": None}}, "cache.states and format_version 6 go together"),
+        ({"cache": {**cache, "rollback": 16}}, "cache.rollback must be 0"),
+        ({"cache": {**cache, "rollback": None}}, "format_version 6 needs cache.rollback"),
+        ({"cache": {**cache, "states": {**states, "elements": -1}}}, "cache.states.elements"),
+        ({"cache": {**cache, "states": {**states, "dtype": "int8"}}}, "cache.states.dtype"),
+        ({"cache": {**cache, "states": {"elements": 1}}}, "cache.states.float32"),
+    ):
+        with pytest.raises(KvfoldError) as caught:
+            parse_metadata(dump_fields({**fields, **wrong}))
+        assert words in str(caught.value)
 
 
 def test_a_rollback_is_version_5():
