@@ -324,7 +324,7 @@ def calibrate(
             runner.embedded.shape[1] * step for runner, step in zip(runners, steps, strict=True)
         )
         sums = _Accumulator(
-            index,
+            place,
             num_kv_heads,
             per_sequence,
             frequencies(model, arch, index, last - 1),

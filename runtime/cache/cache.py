@@ -72,8 +72,7 @@ class QuantizedKVCache(SizedCache):
         hybrid: Hybrid | None = None,
     ) -> None:
         self.policy, self.places = choose(budget, ladders, offload), places_of(hybrid)
-        states = States(None if hybrid is None else hybrid.states)
-        self.shared = SharedState(geometry, batch_invariant=batch_invariant, states=states)
+        self.shared = SharedState(geometry, batch_invariant=batch_invariant, states=States(hybrid))
         layers = [
             PackedLayer(rungs, self.shared, i, backend, self.policy.new_pool)
             for i, rungs in enumerate(self.policy.specs(specs))
@@ -196,7 +195,7 @@ class QuantizedKVCache(SizedCache):
             self.shared.marks.unmark(self.layers[0].lengths())
         except KvfoldError:
             end = "a sliding window has left behind what going back takes, so reset() the cache or take a new one."
-        raise not_finite(bad.layer, bad.name, column, bad.sequence, end)
+        raise not_finite(self.states.number_of(bad.layer), bad.name, column, bad.sequence, end)
 
     @neutrally
     def reset(self) -> None:

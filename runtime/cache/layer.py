@@ -151,7 +151,8 @@ class PackedLayer(SizedLayer):
             FloatingPointError: a key or value is NaN or infinite; nothing is stored.
         """
         tokens, end = key_states.shape[2], self.columns + key_states.shape[2]
-        check_finite(self.layer_idx, key_states, value_states, self.columns, skips)
+        number = self.shared.states.number_of(self.layer_idx)
+        check_finite(number, key_states, value_states, self.columns, skips)
         positions = self._positions(tokens, skips) if self.spec.key.turns else None
         keys = to_float16(self.spec.key.apply(key_states, positions, self.geometry.sinks, end))
         values = to_float16(value_states.float())

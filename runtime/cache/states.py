@@ -6,13 +6,14 @@ back: what a call has done to them stays, and a call that ends half way leaves s
 fit the keys and values (`begin`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
 from kvfold.errors import KvfoldError
+from kvfold.exports.hybrids import Hybrid
 from kvfold.runtime.cache.ambient import neutral, no_gradient
 
 Kept = tuple[int, str, int]  # layer, "conv" or "recurrent", number among its layer's
@@ -42,16 +43,24 @@ class States:
     """The states of all layers of one cache.
 
     Args:
+        hybrid: which layers of the model attend and keep states; None where all attend.
+
+    Attributes:
         counts: number of each layer that keeps some → how many of each kind.
     """
 
-    def __init__(self, counts: Mapping[int, int] | None = None) -> None:
-        self.counts = dict(counts or {})
+    def __init__(self, hybrid: Hybrid | None = None) -> None:
+        self.hybrid = hybrid
+        self.counts = {} if hybrid is None else hybrid.states
         self.reset()
 
     def __bool__(self) -> bool:
         """Whether the model has layers that keep states."""
         return bool(self.counts)
+
+    def number_of(self, place: int) -> int:
+        """The model's number of the layer that is the `place`-th of those that attend, from 0."""
+        return place if self.hybrid is None else self.hybrid.attending[place]
 
     def of(self, layer: int) -> StateLayer:
         """One layer's states, for its code to change.
@@ -138,7 +147,7 @@ class States:
 
     def copy(self) -> "States":
         """The same for a cache that goes on from here by itself."""
-        other = States(self.counts)
+        other = States(self.hybrid)
         other._open, other._moved = self._open, self._moved
         for i, layer in self.layers.items():
             twin = other.layers[i]

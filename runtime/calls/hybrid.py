@@ -1,5 +1,6 @@
 """What an artifact of a hybrid model can't be asked for: layers that keep states go forward only."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -45,3 +46,21 @@ def check_state_mask(mask: Any) -> None:
         f"attention_mask is {shape}, which says nothing of padding to layers that keep states; give [B, columns], 0 "
         "where padded."
     )
+
+
+def check_lone_padding(padding: Sequence[int], seen: int) -> None:
+    """Refuses padding that comes alone: transformers takes a single token for a real one, and has
+    layers with states read it.
+
+    Args:
+        padding: of each sequence, leading columns that are padding.
+        seen: columns in the cache, before the one that comes.
+    Raises:
+        KvfoldError: the column is padding of some sequence.
+    """
+    for b, pad in enumerate(padding):
+        if pad > seen:
+            raise KvfoldError(
+                f"A call of one token brings column {seen} of sequence {b}, which attention_mask says is padding, but "
+                "layers that keep states would read it as a token; bring padding together with more tokens."
+            )

@@ -253,6 +253,40 @@ def test_a_mask_that_says_nothing_of_padding_is_refused():
 
 
 @torch.no_grad()
+def test_padding_that_comes_alone_is_refused():
+    """transformers itself has a single token read by layers with states, whatever the mask says."""
+    model = hybrid_model("qwen3_next")
+    mask = torch.tensor([[1], [0]])
+    with pytest.raises(KvfoldError, match="column 0 of sequence 1, which attention_mask says is"):
+        model(MORE[:2, :1], attention_mask=mask)
+    cache = model(MORE[:2, :4], attention_mask=mask.repeat(1, 4)).past_key_values
+    with pytest.raises(KvfoldError, match="column 4 of sequence 1"):
+        model(MORE[:2, 4:5], attention_mask=mask.repeat(1, 5), past_key_values=cache)
+    mask = torch.cat((mask.repeat(1, 4), torch.ones(2, 1, dtype=torch.long)), 1)
+    out = model(MORE[:2, 4:5], attention_mask=mask, past_key_values=cache).logits[1]
+    torch.testing.assert_close(out, model(MORE[1:2, 4:5]).logits[0], rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("triton", [False, True])
+def test_kernels_read_and_write_beside_states(triton):
+    """In a padded batch, a prompt and single tokens; as a pass over the whole text."""
+    model = hybrid_model("falcon_h1", PACKED, triton=triton)
+    whole = hybrid_model("falcon_h1", PACKED)
+    ids, mask = left_padded([60, 31])
+    ids = torch.cat((ids, MORE[:2, :3]), 1)
+    mask = torch.cat((mask, torch.ones(2, 3, dtype=torch.long)), 1)
+    cache = model(ids[:, :60], attention_mask=mask[:, :60]).past_key_values
+    for end in (61, 62, 63):
+        out = model(
+            ids[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=cache
+        ).logits
+        wanted = whole(ids[:, :end], attention_mask=mask[:, :end]).logits[:, -1:]
+        assert float((out - wanted).norm() / wanted.norm()) < 0.03
+    assert cache.nbytes == account(model, [63, 34])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("family", FEW)
 def test_a_call_that_fails_half_way_leaves_a_cache_that_is_refused(family):
     model = hybrid_model(family, PACKED)
@@ -282,7 +316,7 @@ def test_a_key_that_is_no_number_leaves_a_cache_that_is_refused():
     weight = model.model.layers[3].self_attn.k_proj.weight
     kept = weight.clone()
     weight[0, 0] = float("nan")
-    with pytest.raises(FloatingPointError):
+    with pytest.raises(FloatingPointError, match="Layer 3 computed a key"):
         model(MORE[:1], past_key_values=cache)
     weight.copy_(kept)
     with pytest.raises(KvfoldError, match=r"had already changed the states that 2 layers"):
