@@ -19,7 +19,7 @@ from conftest import CONFIGS, FAMILIES, MORE_FAMILIES  # noqa: E402
 from family_checks import BOUNDS, CONTEXT, IDS, STEPS, measure  # noqa: E402
 
 from kvfold.compress.models import quiet_transformers  # noqa: E402
-from kvfold.exports.architectures import Architecture, architecture_of  # noqa: E402
+from kvfold.exports.architectures import TEXT_ALONE, Architecture, architecture_of  # noqa: E402
 from kvfold.exports.refused import FIELDS, REFUSED  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"
@@ -56,6 +56,9 @@ KLs compare families with nothing: weights are random, and so is how sharply the
 Not only here: before it searches, `kvfold compress` folds a basis into each layer of the model in hand, compares what
 its attention gives, its keys at other positions and its logits with what it takes for granted
 (`compress/search/check.py`), and refuses a model that does something else, whatever family its `config.json` names.
+
+Checkpoints of {", ".join(f"`{name}`" for name in sorted(TEXT_ALONE))} are read as their language models alone, as
+transformers does.
 
 """
 

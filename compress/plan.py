@@ -17,6 +17,7 @@ from kvfold.compress.transforms import UNMIXED
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import RAW_NBYTES, Geometry, cache_nbytes
 from kvfold.exports.architectures import (
+    TEXT_ALONE,
     Architecture,
     architecture_of,
     attention_layers_of,
@@ -97,6 +98,10 @@ def make_plan(
     source = resolve_model(model)
     config = read_config(source.path)
     arch, text = architecture_of(config), text_of(config)
+    if config.model_type in TEXT_ALONE:
+        stage(
+            f"taking the language model of '{source.name}' alone, '{text.model_type}': the artifact reads no images"
+        )
     if recipe.key.transform == "smooth" and rotary_dim_of(config) != head_dim_of(config):
         raise KvfoldError(
             f"key.transform 'smooth' scales the pairs that RoPE rotates, but '{source.name}' rotates "

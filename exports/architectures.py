@@ -230,6 +230,9 @@ TOWERS = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "language_model"),
     **dict.fromkeys(("idefics3", "smolvlm"), "text_model"),
 }
+# checkpoints of several towers that transformers reads as their language model alone, which is what
+# is compressed then
+TEXT_ALONE = {"qwen3_5", "qwen3_5_moe"}
 BOTH_WAYS = {"gemma3"}  # whose tokens of an image attend to each other, also to later ones
 
 
@@ -261,7 +264,9 @@ def architecture_of(config: Any) -> Architecture:
         KvfoldError: the family isn't in the table, or its heads can't be packed.
     """
     name = getattr(config, "model_type", None)
-    known = ", ".join(sorted({*ARCHITECTURES, *TOWERS}))
+    known = ", ".join(sorted({*ARCHITECTURES, *TOWERS, *TEXT_ALONE}))
+    if name in TEXT_ALONE and text_of(config) is not config:
+        return architecture_of(text_of(config))
     if name in TOWERS and text_of(config) is not config:
         row, tower = architecture_of(text_of(config)), TOWERS[name]
         return replace(row, model_type=name, tower=tower, layers=f"model.{tower}.layers")

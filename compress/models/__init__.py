@@ -16,7 +16,7 @@ from kvfold.compress.models.attention_hook import NAME as TAP
 from kvfold.compress.models.gguf import ALIASES, alias_gguf, convert_gguf
 from kvfold.compress.models.shape import check_shape
 from kvfold.errors import KvfoldError
-from kvfold.exports.architectures import ARCHITECTURES, TOWERS, architecture_of
+from kvfold.exports.architectures import ARCHITECTURES, TEXT_ALONE, TOWERS, architecture_of
 from kvfold.exports.files import CARD_NAME, INDEX, WEIGHTS, read_index
 from kvfold.exports.page.licence import TEXTS
 from kvfold.exports.reader import is_artifact
@@ -111,9 +111,8 @@ def read_config(path: Path) -> Any:
         raise KvfoldError(
             f"config.json in '{path}' names no model_type; give a Hugging Face checkpoint."
         )
-    if (
-        family not in ARCHITECTURES and family not in TOWERS
-    ):  # refused by name, whether or not this transformers knows it
+    # refused by name, whether or not this transformers knows it
+    if family not in {*ARCHITECTURES, *TOWERS, *TEXT_ALONE}:
         architecture_of(SimpleNamespace(**stated))
     return config_from_pretrained(path)
 

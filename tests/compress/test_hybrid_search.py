@@ -6,11 +6,14 @@ import json
 
 import pytest
 import torch
-from conftest import CONFIGS, save_tiny, tiny_model
-from family_checks import RECIPE
+from conftest import CONFIGS, char_tokenizer, save_tiny, tiny_model
+from family_checks import IDS, RECIPE, kl
+from family_configs import VISION
 from safetensors.torch import load_file
 from test_calibrate import SEQUENCES, captured
 from test_fisher import GEOMETRY, make_probe, sides
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import AutoModelForImageTextToText
 
 from kvfold import KvfoldError, runtime
 from kvfold.compress.calibrate import SKIP_TOKENS, LayerStats, calibrate
@@ -27,7 +30,7 @@ from kvfold.compress.search.first_order import first_order_losses
 from kvfold.compress.search.sensitivity import packing_tap, specs_of
 from kvfold.compress.targets.engines import export_compressed_tensors
 from kvfold.compress.targets.onnx import export_onnx
-from kvfold.exports.architectures import architecture_of, attention_layers_of
+from kvfold.exports.architectures import TEXT_ALONE, architecture_of, attention_layers_of
 from kvfold.exports.reader import read_artifact
 
 CPU = torch.device("cpu")
@@ -158,6 +161,37 @@ def test_values_behind_a_gate_are_ordered_and_scaled(family, tmp_path):
     mixed = torch.linalg.qr(torch.randn(2, 16, 16, dtype=torch.float64))[0]
     with pytest.raises(AssertionError, match="lets no mixed channels through"):
         fuse_values(attention, mixed, arch.gate)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", sorted(TEXT_ALONE))
+def test_a_checkpoint_of_towers_is_read_as_its_language_model_alone(
+    family, tmp_path, text_file, capsys
+):
+    kind = CONFIG_MAPPING[family]
+    tower = kind().vision_config
+    vision = {name: value for name, value in VISION.items() if hasattr(tower, name)}
+    text = CONFIGS[f"{family}_text"]()
+    config = kind(
+        text_config=text.to_dict(), vision_config={**vision, "model_type": tower.model_type}
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.3)
+    model.save_pretrained(tmp_path / "model")
+    char_tokenizer().save_pretrained(tmp_path / "model")
+    outs = [tmp_path / name / "tiny" for name in ("whole", "streamed")]
+    for out, most in zip(outs, (None, 1), strict=True):
+        compress(
+            str(tmp_path / "model"), "12", out, calib=str(text_file), recipe=RECIPE, context=400,
+            accept_loss=True, max_memory=most,
+        )  # fmt: skip
+    assert "the artifact reads no images" in capsys.readouterr().err
+    assert hashes(outs[0]) == hashes(outs[1])
+    packed = runtime.load_pretrained(outs[0], device="cpu", attention="reference")
+    assert packed.config.model_type == f"{family}_text"
+    assert 0 < kl(model(input_ids=IDS).logits, packed(IDS).logits) < 1e-3
 
 
 def test_what_a_gate_or_a_state_does_not_allow_is_refused(tmp_path, text_file):
