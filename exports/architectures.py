@@ -46,6 +46,8 @@ class Architecture:
             else "".
         hybrid: config.layer_types says which layers attend and which keep a state of fixed size,
             a recurrent one or a convolution's (exports/hybrids.py).
+        continues: of a hybrid family: a call of several tokens goes on from the states that are
+            there. The code of others starts them anew, without a word.
         gives_tuples: a decoder layer gives its hidden states as the first of a tuple.
         gate: the projection whose outputs multiply those of attention, channel by channel, before
             o_proj: "q_proj", whose heads have their gate behind their query, or one of its own; ""
@@ -73,6 +75,7 @@ class Architecture:
     logit_divisor: str = ""
     tower: str = ""
     hybrid: bool = False
+    continues: bool = True
     gives_tuples: bool = False
     gate: Literal["", "q_proj", "gate_proj", "g_proj"] = ""
 
@@ -209,7 +212,7 @@ ARCHITECTURES = {
             rope_by_type=True,
             sliding="layer_types",
         ),
-        Architecture("jamba", hybrid=True, last_norm="final_layernorm"),
+        Architecture("jamba", hybrid=True, continues=False, last_norm="final_layernorm"),
         Architecture("bamba", hybrid=True, last_norm="final_layernorm", gives_tuples=True),
         Architecture("olmo_hybrid", hybrid=True, qk_norm=True),
         # a gate behind attention
@@ -322,9 +325,10 @@ def attention_layers_of(config: Any) -> tuple[int, ...]:
 def hybrid_of(config: Any) -> Hybrid | None:
     """Which layers of a hybrid model attend and which keep states; None where all attend."""
     config = text_of(config)
-    if not ARCHITECTURES[config.model_type].hybrid:
+    row = ARCHITECTURES[config.model_type]
+    if not row.hybrid:
         return None
-    return Hybrid(attending_layers(config, True), state_layers(config))
+    return Hybrid(attending_layers(config, True), state_layers(config), row.continues)
 
 
 def sliding_windows_of(config: Any) -> tuple[int, ...]:

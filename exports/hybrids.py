@@ -18,10 +18,12 @@ class Hybrid:
     Attributes:
         attending: those with keys and values, in order.
         states: those that keep a state → how many of each kind.
+        continues: a call of several tokens goes on from the states that are there.
     """
 
     attending: tuple[int, ...]
     states: dict[int, int]
+    continues: bool = True
 
 
 def attending_layers(config: Any, hybrid: bool) -> tuple[int, ...]:

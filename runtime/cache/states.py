@@ -26,9 +26,17 @@ class StateLayer(LinearAttentionLayer):
         with neutral():
             super().lazy_initialization(*args, **kwargs)
 
-    def update_conv_state(self, conv_states: Tensor, state_idx: int = 0, **kwargs) -> Tensor:
+    def update_conv_state(
+        self,
+        conv_states: Tensor,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        **kwargs,
+    ) -> Tensor:
         with neutral():
-            full = super().update_conv_state(conv_states.detach(), state_idx, **kwargs)
+            full = super().update_conv_state(
+                conv_states.detach(), state_idx, conv_kernel_size, **kwargs
+            )
         return no_gradient(full, conv_states)
 
     def update_recurrent_state(
@@ -52,6 +60,7 @@ class States:
     def __init__(self, hybrid: Hybrid | None = None) -> None:
         self.hybrid = hybrid
         self.counts = {} if hybrid is None else hybrid.states
+        self._open = self._moved = False  # a call runs; it has asked for states
         self.reset()
 
     def __bool__(self) -> bool:
@@ -160,4 +169,4 @@ class States:
     def reset(self) -> None:
         """Forgets everything and frees it."""
         self.layers = {i: StateLayer(number_of_states=n) for i, n in self.counts.items()}
-        self._open = self._moved = False  # a call runs; it has asked for states
+        self._open = self._moved = False

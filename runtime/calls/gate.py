@@ -22,7 +22,7 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import BOTH_WAYS
 from kvfold.runtime.backends.base import NAME
 from kvfold.runtime.cache.cache import QuantizedKVCache
-from kvfold.runtime.calls.hybrid import check_lone_padding, check_state_mask
+from kvfold.runtime.calls.hybrid import check_continued, check_lone_padding, check_state_mask
 from kvfold.runtime.calls.lora import check_adapters, moved_projections
 from kvfold.runtime.calls.masks import Place, read_squares
 
@@ -209,6 +209,7 @@ class Gate:
         mask = kwargs.get("attention_mask")
         if cache.states:
             check_state_mask(mask)
+            check_continued(cache.states.hybrid, cache.get_seq_length(), count)
         if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
             cache.note_padding(mask, batch, count)
             if cache.states and count == 1:

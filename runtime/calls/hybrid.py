@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from kvfold.errors import KvfoldError
+from kvfold.exports.hybrids import Hybrid
 from kvfold.exports.reader import Artifact
 
 
@@ -46,6 +47,23 @@ def check_state_mask(mask: Any) -> None:
         f"attention_mask is {shape}, which says nothing of padding to layers that keep states; give [B, columns], 0 "
         "where padded."
     )
+
+
+def check_continued(hybrid: Hybrid | None, seen: int, tokens: int) -> None:
+    """Refuses several tokens on states that the model's code would start anew for them.
+
+    Args:
+        hybrid: of the model.
+        seen: columns in the cache.
+        tokens: columns that come.
+    Raises:
+        KvfoldError: the family's code takes one token at a time from there on.
+    """
+    if hybrid is not None and not hybrid.continues and seen and tokens > 1:
+        raise KvfoldError(
+            f"A call of {tokens} tokens goes on from a cache of {seen}, where transformers' code of this family "
+            "would start its states anew; bring tokens one by one, or the whole text at once into a new cache."
+        )
 
 
 def check_lone_padding(padding: Sequence[int], seen: int) -> None:
