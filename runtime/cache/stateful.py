@@ -38,10 +38,10 @@ class KeepsStates(Cache):
         return not self.states
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return self.states.get(layer_idx, "conv", state_idx)
+        return self.states.get(layer_idx, "conv_states", state_idx)
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return self.states.get(layer_idx, "recurrent", state_idx)
+        return self.states.get(layer_idx, "recurrent_states", state_idx)
 
     def update_conv_state(
         self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any

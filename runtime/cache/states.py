@@ -16,7 +16,7 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.hybrids import Hybrid
 from kvfold.runtime.cache.ambient import neutral, no_gradient
 
-Kept = tuple[int, str, int]  # layer, "conv" or "recurrent", number among its layer's
+Kept = tuple[int, str, int]  # layer, "conv_states" or "recurrent_states", number among its layer's
 
 
 class StateLayer(LinearAttentionLayer):
@@ -81,12 +81,12 @@ class States:
         return self.layers[layer]
 
     def get(self, layer: int, kind: str, index: int) -> Tensor | None:
-        """A state, to be changed in place, or None before the first call; `kind`: "conv" or
-        "recurrent"."""
+        """A state, to be changed in place, or None before the first call; `kind`: "conv_states" or
+        "recurrent_states"."""
         held = self.of(layer)
         if not held.has_previous_state[index]:
             return None
-        state = getattr(held, f"{kind}_states")[index]
+        state = getattr(held, kind)[index]
         return None if state is None else state.detach()  # writing to it is nothing for autograd
 
     # -- calls -------------------------------------------------------------------------------------
@@ -138,7 +138,10 @@ class States:
         return [
             ((i, kind, j), tensor)
             for i, layer in self.layers.items()
-            for kind, held in (("conv", layer.conv_states), ("recurrent", layer.recurrent_states))
+            for kind, held in (
+                ("conv_states", layer.conv_states),
+                ("recurrent_states", layer.recurrent_states),
+            )
             for j, tensor in held.items()
             if tensor is not None
         ]
@@ -152,7 +155,7 @@ class States:
         """Keeps the sequences `chosen`, in that order; one may repeat."""
         for (i, kind, j), tensor in self.kept():
             index = torch.tensor(list(chosen), device=tensor.device)
-            getattr(self.layers[i], f"{kind}_states")[j] = tensor.index_select(0, index)
+            getattr(self.layers[i], kind)[j] = tensor.index_select(0, index)
 
     def copy(self) -> "States":
         """The same for a cache that goes on from here by itself."""
@@ -163,7 +166,7 @@ class States:
             for name, value in vars(layer).items():
                 setattr(twin, name, dict(value) if isinstance(value, dict) else value)
         for (i, kind, j), tensor in self.kept():
-            getattr(other.layers[i], f"{kind}_states")[j] = tensor.clone()
+            getattr(other.layers[i], kind)[j] = tensor.clone()
         return other
 
     def reset(self) -> None:
