@@ -15,7 +15,7 @@ _TIED = (
     "several of its layers share one attention module and differ in their keys and values, so no basis of values fits "
     "them all"
 )
-_OWN_ROPE = "its attention has a rotary module of its own in each layer"
+_OWN_STATES = "its layers keep their states in themselves and not in a cache, so that one text would go on in another's"
 _INDEXED = "its layers keep an index beside keys and values, by which each query chooses what it attends to"
 _DELAYED = "half of its values are those of the token before, projected by weights of their own"
 _BIASED = "its attention adds learned biases to logits (position_bias)"
@@ -44,7 +44,7 @@ REFUSED = {
     **dict.fromkeys(("gemma3n", "gemma3n_text"), _SHARED),
     "gemma4_text": _VALUE_NORM,
     **dict.fromkeys(("zamba", "zamba2"), _TIED),
-    "recurrent_gemma": _OWN_ROPE,
+    "recurrent_gemma": _OWN_STATES,
     "zaya": _DELAYED,
     "inkling_text": _BIASED,
     "qwen4_exp_text": _INDEXED,
