@@ -7,18 +7,19 @@ from torch import Tensor
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.hybrids import Hybrid
-from kvfold.exports.reader import Artifact
+from kvfold.exports.schema import CacheModel
 
 
-def check_states(artifact: Artifact, rollback: int | None, cuda_graph: bool | str) -> None:
+def check_states(cache: CacheModel, rollback: int | None, cuda_graph: bool | str) -> None:
     """Refuses options of load_pretrained that layers with states can't follow.
 
     Args:
+        cache: of the artifact.
         rollback, cuda_graph: as there.
     Raises:
         KvfoldError: naming the option.
     """
-    if artifact.metadata.cache.states is None:
+    if cache.states is None:
         return
     if rollback:
         raise KvfoldError(

@@ -26,7 +26,7 @@ from kvfold.runtime.budget.ladder import Ladders
 from kvfold.runtime.cache.onnx_inputs import onnx_inputs
 from kvfold.runtime.calls.hybrid import check_states
 from kvfold.runtime.load import attach
-from kvfold.runtime.parallel import own_part
+from kvfold.runtime.parallel import check_heads
 
 HEADS, DIM = 2, 16
 ALL = sorted(name for name, row in ARCHITECTURES.items() if row.hybrid and name in CONFIGS)
@@ -239,16 +239,15 @@ def test_what_takes_tokens_back_is_refused_and_changes_nothing(family, tmp_path)
 
 
 def test_options_that_states_cannot_follow_are_refused(monkeypatch):
-    artifact = hybrid_model("lfm2").kv_artifact
+    cache = hybrid_model("lfm2").kv_artifact.metadata.cache
     with pytest.raises(KvfoldError, match="rollback=5 is for tokens that are taken back"):
-        check_states(artifact, 5, "auto")
+        check_states(cache, 5, "auto")
     with pytest.raises(KvfoldError, match="cuda_graph=True captures a step by running it"):
-        check_states(artifact, None, True)
-    check_states(artifact, 0, "auto")
-    monkeypatch.setenv("RANK", "0")
+        check_states(cache, None, True)
+    check_states(cache, 0, "auto")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(KvfoldError, match="tp_plan='auto' divides heads of keys and values"):
-        own_part(artifact, tiny_model("lfm2").config)
+        check_heads(cache, tiny_model("lfm2").config)
 
 
 @torch.no_grad()
