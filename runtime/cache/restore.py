@@ -4,11 +4,15 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from kvfold.errors import KVBudgetExceeded, KvfoldError
 from kvfold.runtime.cache.ambient import neutrally
 from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.cache.saved import check_saved
-from kvfold.runtime.cache.storage import read_file, restore_layer
+from kvfold.runtime.cache.states import Kept
+from kvfold.runtime.cache.storage import read_file, restore_layer, state_name
 
 
 def check_origin(path: Path, found: str, digest: str) -> None:
@@ -47,7 +51,9 @@ def load_cache(path: str | PathLike, model: Any) -> QuantizedKVCache:
     body, tensors = read_file(Path(path))
     check_origin(Path(path), str(body.get("artifact")), model.kv_artifact.digest)
     cache: QuantizedKVCache = model.new_kv_cache()
-    check_saved(Path(path), body, tensors, cache.geometry, cache.formats)
+    like = _states_of(model) if cache.states else {}
+    shapes = {state_name(kept): (x.dtype, tuple(x.shape[1:])) for kept, x in like.items()}
+    check_saved(Path(path), body, tensors, cache.geometry, cache.formats, shapes)
     cache.extend_rollback(body["rollback"])
     if cache.budget is not None:
         pages = max(len(tensors[f"layers.{i}.pages"]) for i in range(len(cache.layers)))
@@ -62,4 +68,15 @@ def load_cache(path: str | PathLike, model: Any) -> QuantizedKVCache:
     parameter = next(model.parameters())
     for i, (layer, state) in enumerate(zip(cache.layers, body["layers"], strict=True)):
         restore_layer(layer, state, f"layers.{i}.", tensors, parameter)
+    cache.states.restore({kept: tensors[state_name(kept)].to(x.device) for kept, x in like.items()})
     return cache
+
+
+@torch.no_grad()
+def _states_of(model: Any) -> dict[Kept, Tensor]:
+    """States [1, …] of a hybrid model after any token, for their types, shapes and devices."""
+    probe = model.new_kv_cache()
+    parameter = next(model.parameters())
+    token = torch.zeros(1, 1, dtype=torch.int64, device=parameter.device)
+    model.base_model(input_ids=token, past_key_values=probe)
+    return dict(probe.states.kept())

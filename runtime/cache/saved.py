@@ -1,7 +1,7 @@
 """What a cache file states, checked against the model before anything is made of it:
 its hash fits whatever somebody has written."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ def check_saved(
     tensors: dict[str, Tensor],
     geometry: Geometry,
     formats: Sequence[tuple[Format, Format]],
+    states: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
 ) -> None:
     """Checks the JSON object and the tensors of a cache file (storage.py).
 
     Args:
         geometry, formats: of a new cache of the model.
+        states: type and shape, without the batch, of each state of a hybrid model, by name.
     Raises:
         KvfoldError: what is wrong, by field.
     """
@@ -43,6 +45,7 @@ def check_saved(
         "it lacks a field, or has one too many",
     )
     need(_count(body["rollback"], MOST_TOKENS), "rollback is no number of tokens")
+    need(not states or not body["rollback"], "states go back by no rollback")
     need(_counts(body["padding"]), "padding is no list of columns")
     layers = body["layers"]
     need(
@@ -60,7 +63,14 @@ def check_saved(
     names = {
         f"layers.{i}.{name}" for i in range(len(layers)) for name in ("keys", "values", "pages")
     }
-    need(set(tensors) == names, "its tensors are not three a layer")
+    need(
+        set(tensors) == names | set(states),
+        "its tensors are not three a layer" + (" and its states" if states else ""),
+    )
+    for name, (dtype, shape) in states.items():
+        fits = tensors[name].shape == (len(body["padding"]), *shape)
+        need(fits and tensors[name].dtype == dtype, f"{name} has another type or shape")
+        need(bool(torch.isfinite(tensors[name]).all()), f"{name} is not finite")
     for i, (layer, pair) in enumerate(zip(layers, formats, strict=True)):
         found = {name: tensors[f"layers.{i}.{name}"] for name in ("keys", "values", "pages")}
         rows = sum(

@@ -6,7 +6,7 @@ back: what a call has done to them stays, and a call that ends half way leaves s
 fit the keys and values (`begin`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -97,12 +97,16 @@ class States:
         Raises:
             KvfoldError: the call before has failed once states had moved on.
         """
+        self.check()
+        self._open, self._moved = True, False
+
+    def check(self) -> None:
+        """Raises KvfoldError if states have moved on without their keys and values."""
         if self._open and self._moved and self:
             raise KvfoldError(
                 f"A call that failed had already changed the states that {len(self.counts)} layers of this model "
                 "keep, and they can't go back; reset() the cache or take a new one."
             )
-        self._open, self._moved = True, False
 
     def end(self) -> None:
         """After a call that went through."""
@@ -156,6 +160,15 @@ class States:
         for (i, kind, j), tensor in self.kept():
             index = torch.tensor(list(chosen), device=tensor.device)
             getattr(self.layers[i], kind)[j] = tensor.index_select(0, index)
+
+    def restore(self, kept: Mapping[Kept, Tensor]) -> None:
+        """Fills new states with what `kept` gave, tensors on the device that the layers run on."""
+        for (i, kind, j), tensor in kept.items():
+            layer = self.layers[i]
+            if kind == "conv_states":
+                layer.update_conv_state(tensor, j)
+            else:
+                layer.update_recurrent_state(tensor, j)
 
     def copy(self) -> "States":
         """The same for a cache that goes on from here by itself."""

@@ -6,6 +6,11 @@ Tensors of layer I, with R 16-bit rows and P distinct pages of all sequences tog
     layers.I.keys, layers.I.values    float16 [num_kv_heads, R, head_dim]: of each sequence its
     sinks, then its window layers.I.pages                    uint8 [P, page_nbytes]
 
+and of layer I of a hybrid model, by the model's own numbers, its states of sequences B in the types
+that the model computes them in, KIND being conv_states or recurrent_states, J their number:
+
+    states.I.KIND.J                   [B, …]
+
 The JSON object: `version`; `artifact`, the digest of the artifact's kv_cache.json; `rollback`;
 `padding`, columns of each sequence; `layers`, of each layer `columns`, and of each sequence
 `length`, `oldest` (first token of the window that is there) and `pages` (rows of layers.I.pages, −1
@@ -28,6 +33,7 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.scratch import write_whole
 from kvfold.runtime.cache.layer import PackedLayer
 from kvfold.runtime.cache.sequence import PASSED
+from kvfold.runtime.cache.states import Kept
 
 VERSION = 1
 FIELD = "kvfold_cache"
@@ -39,8 +45,8 @@ def save_layers(path: str | PathLike, layers: Sequence[PackedLayer], artifact: s
     Args:
         artifact: digest of the artifact that the cache belongs to.
     Raises:
-        KvfoldError: the cache holds no tokens, was made by hand, has layers that keep states, or
-            `path` can't be written.
+        KvfoldError: the cache holds no tokens, was made by hand, has states that a call which
+            failed has changed, or `path` can't be written.
     """
     if artifact is None:
         raise KvfoldError(
@@ -52,11 +58,8 @@ def save_layers(path: str | PathLike, layers: Sequence[PackedLayer], artifact: s
         )
     tensors: dict[str, Tensor] = {}
     shared = layers[0].shared
-    if shared.states:
-        raise KvfoldError(
-            f"A file of a cache holds keys and values, but {len(shared.states.counts)} layers of this model keep "
-            "states beside them; go on with cache.fork(n), or run the prompt again."
-        )
+    shared.states.check()
+    tensors |= {state_name(name): tensor.cpu() for name, tensor in shared.states.kept()}
     body = {
         "version": VERSION,
         "artifact": artifact,
@@ -72,6 +75,11 @@ def save_layers(path: str | PathLike, layers: Sequence[PackedLayer], artifact: s
         raise KvfoldError(
             f"The cache cannot be written to '{path}' ({error}); choose another place."
         ) from None
+
+
+def state_name(kept: Kept) -> str:
+    """What a state is called in a file."""
+    return "states.{}.{}.{}".format(*kept)
 
 
 def _layer_state(layer: Any, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 them, through every way of generating."""
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import CONFIGS, tiny_model
+from safetensors.torch import save_file
 from test_modes import GREEDY, MODES, PACKED, PROMPT, RAW, left_padded, text, text_16bit
 
 from kvfold import KvfoldError, runtime
@@ -23,6 +25,7 @@ from kvfold.exports.architectures import (
 )
 from kvfold.exports.reader import Artifact
 from kvfold.runtime.budget.ladder import Ladders
+from kvfold.runtime.cache import storage
 from kvfold.runtime.cache.onnx_inputs import onnx_inputs
 from kvfold.runtime.calls.hybrid import check_states
 from kvfold.runtime.load import attach
@@ -213,7 +216,7 @@ def test_policies_make_room_as_without_states(family):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FEW)
-def test_what_takes_tokens_back_is_refused_and_changes_nothing(family, tmp_path):
+def test_what_takes_tokens_back_is_refused_and_changes_nothing(family):
     model = hybrid_model(family, PACKED)
     cache = model(PROMPT).past_key_values
     before = [t.clone() for t in cache.states.tensors()]
@@ -222,7 +225,6 @@ def test_what_takes_tokens_back_is_refused_and_changes_nothing(family, tmp_path)
         (lambda: cache.crop(-3), "crop(-3) takes tokens back"),
         (lambda: cache.crop(20), "crop(20) takes tokens back"),
         (lambda: cache.extend_rollback(5), "extend_rollback(5)"),
-        (lambda: cache.save(tmp_path / "cache"), "keep states"),
         (lambda: onnx_inputs(cache), "keep states"),
     ):
         with pytest.raises(KvfoldError) as caught:
@@ -230,7 +232,7 @@ def test_what_takes_tokens_back_is_refused_and_changes_nothing(family, tmp_path)
         assert words in str(caught.value)
     cache.crop(0)
     cache.crop(75)
-    assert cache.get_seq_length() == 75 and not list(tmp_path.iterdir())
+    assert cache.get_seq_length() == 75
     assert all(torch.equal(a, b) for a, b in zip(before, cache.states.tensors(), strict=True))
     with pytest.raises((KvfoldError, ValueError), match=r"takes tokens back|stateful models"):
         text(model, prompt_lookup_num_tokens=5, **GREEDY)
@@ -257,6 +259,45 @@ def test_a_mask_that_says_nothing_of_padding_is_refused():
     for mask, shape in ((square, r"\[1, 1, 75, 75\]"), ({"full_attention": square}, "dict")):
         with pytest.raises(KvfoldError, match=f"attention_mask is {shape}, which says nothing"):
             model(PROMPT, attention_mask=mask)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FEW)
+def test_a_cache_goes_on_from_a_file(family, dtype, tmp_path):
+    """To the bit, states and all; a file of other states is refused."""
+    model, path = hybrid_model(family, PACKED, dtype=dtype), tmp_path / "cache"
+    ids, mask = left_padded([75, 31])
+    cache = model(ids, attention_mask=mask).past_key_values
+    cache.save(path)
+    restored = runtime.load_cache(path, model)
+    assert restored.nbytes == cache.nbytes == account(model, [75, 31])
+    mask = torch.cat((mask, torch.ones(2, 20, dtype=torch.long)), 1)
+    for part in (slice(0, 1), slice(1, 2), slice(2, 20)):
+        found, wanted = (
+            model(
+                MORE[:2, part], attention_mask=mask[:, : 75 + part.stop], past_key_values=x
+            ).logits
+            for x in (restored, cache)
+        )
+        assert torch.equal(found, wanted)
+    body, tensors = storage.read_file(path)
+    names = [name for name in tensors if name.startswith("states.")]
+    assert len(names) == len(cache.states.tensors()) > 0
+    state = tensors[names[0]]
+    for fault, words in (
+        ({names[0]: state[:1]}, "another type or shape"),
+        ({names[0]: state.double()}, "another type or shape"),
+        ({names[0]: state * float("nan")}, "is not finite"),
+        ({"states.9.conv_states.0": state.clone()}, "its tensors are not three a layer and its"),
+        ({"rollback": 8}, "states go back by no rollback"),
+    ):
+        other = {**body, **{k: v for k, v in fault.items() if k in body}}
+        held = {**tensors, **{k: v.contiguous() for k, v in fault.items() if k not in body}}
+        header = json.dumps({**other, "sha256": storage._sha256(other, held)})
+        save_file(held, path, metadata={storage.FIELD: header})
+        with pytest.raises(KvfoldError, match=words):
+            runtime.load_cache(path, model)
 
 
 @torch.no_grad()
@@ -295,7 +336,7 @@ def test_kernels_read_and_write_beside_states(triton):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FEW)
-def test_a_call_that_fails_half_way_leaves_a_cache_that_is_refused(family):
+def test_a_call_that_fails_half_way_leaves_a_cache_that_is_refused(family, tmp_path):
     model = hybrid_model(family, PACKED)
     cache = model(PROMPT).past_key_values
     last = model.model.layers[-1]
@@ -306,6 +347,8 @@ def test_a_call_that_fails_half_way_leaves_a_cache_that_is_refused(family):
     for use in (lambda c: c, lambda c: c.fork(1)[0]):
         with pytest.raises(KvfoldError, match=r"reset\(\) (the cache|it) or take a new one"):
             model(MORE[:1], past_key_values=use(cache))
+    with pytest.raises(KvfoldError, match="had already changed the states"):
+        cache.save(tmp_path / "cache")
     cache.reset()
     out = model(PROMPT, past_key_values=cache)
     assert torch.equal(out.logits, model(PROMPT).logits)
