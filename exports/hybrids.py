@@ -7,6 +7,8 @@ fixed size instead, a recurrent one or the last inputs of a convolution; some do
 from dataclasses import dataclass
 from typing import Any
 
+from kvfold.errors import KvfoldError
+
 ATTEND = {"full_attention", "sliding_attention", "hybrid", "hybrid_sliding"}
 KEEP_STATE = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 
@@ -24,6 +26,23 @@ class Hybrid:
     attending: tuple[int, ...]
     states: dict[int, int]
     continues: bool = True
+
+
+def check_transformers(family: str) -> None:
+    """Refuses a hybrid family where the installed transformers hands out states otherwise than by
+    asking the cache for them.
+
+    Raises:
+        KvfoldError: it is older than 5.21.
+    """
+    import transformers
+    from transformers.cache_utils import Cache
+
+    if not hasattr(Cache, "get_conv_state"):
+        raise KvfoldError(
+            f"Layers of a '{family}' model keep states, which transformers asks a cache for from 5.21 on, but "
+            f"{transformers.__version__} is installed; install a newer one."
+        )
 
 
 def attending_layers(config: Any, hybrid: bool) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from kvfold.exports.architectures import Architecture, text_of
-from kvfold.exports.hybrids import state_layers
+from kvfold.exports.hybrids import check_transformers, state_layers
 from kvfold.exports.schema import StatesModel
 from kvfold.pretrained import model_from_config
 
@@ -30,9 +30,12 @@ def states_of(config: Any, arch: Architecture) -> StatesModel | None:
     Args:
         config: of the model, with the type that its weights have.
         arch: its row in the table.
+    Raises:
+        KvfoldError: the installed transformers is too old for hybrid models.
     """
     if not arch.hybrid:
         return None
+    check_transformers(arch.model_type)
     dtype = str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")
     text = copy.deepcopy(text_of(config))  # a model that is made notes its type there
     with torch.device("meta"):

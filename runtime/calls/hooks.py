@@ -10,7 +10,7 @@ from transformers.utils import ModelOutput
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import hybrid_of, row_of
-from kvfold.exports.hybrids import Hybrid
+from kvfold.exports.hybrids import Hybrid, check_transformers
 from kvfold.runtime.backends.base import Backend
 from kvfold.runtime.budget.ladder import Ladders
 from kvfold.runtime.cache.cache import QuantizedKVCache
@@ -61,9 +61,14 @@ class Calls:
         return self  # a copy of the model is of the same artifact
 
     def learn_states(self, config: Any, dtype: torch.dtype) -> None:
-        """Which layers of the model keep states, and their bytes where it computes in `dtype`."""
+        """Which layers of the model keep states, and their bytes where it computes in `dtype`.
+
+        Raises:
+            KvfoldError: the installed transformers is too old for hybrid models.
+        """
         self.hybrid = hybrid_of(config)
         if self.hybrid is not None:
+            check_transformers(row_of(config).model_type)
             states = self.artifact.metadata.cache.states
             nbytes = states.nbytes(str(dtype).removeprefix("torch."))
             self.geometry = replace(self.geometry, state_nbytes=nbytes)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import CONFIGS, tiny_model
 from safetensors.torch import save_file
+from transformers.cache_utils import Cache
 from test_modes import GREEDY, MODES, PACKED, PROMPT, RAW, left_padded, text, text_16bit
 
 from kvfold import KvfoldError, runtime
@@ -23,6 +24,7 @@ from kvfold.exports.architectures import (
     attention_layers_of,
     sliding_windows_of,
 )
+from kvfold.exports.hybrids import check_transformers
 from kvfold.exports.reader import Artifact
 from kvfold.runtime.budget.ladder import Ladders
 from kvfold.runtime.cache import storage
@@ -386,6 +388,14 @@ def test_states_outlive_the_mode_that_they_were_made_in(family):
     assert not any(t.requires_grad or t.is_inference() for t in cache.states.tensors())
     with pytest.raises(KvfoldError, match="Gradients don't pass"):
         found[2].sum().backward()
+
+
+def test_a_transformers_that_hands_out_states_otherwise_is_refused(monkeypatch):
+    monkeypatch.delattr(Cache, "get_conv_state")
+    with pytest.raises(KvfoldError, match=r"'lfm2' model keep states, .* from 5\.21 on, but 5\."):
+        states_of(CONFIGS["lfm2"](), ARCHITECTURES["lfm2"])
+    with pytest.raises(KvfoldError, match="install a newer one"):
+        check_transformers("lfm2")
 
 
 @torch.no_grad()
