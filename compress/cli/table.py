@@ -114,8 +114,9 @@ def print_table(metadata: Metadata, at: int | None = None) -> None:
     )
     if "state_bytes" in info:
         print(
-            f"States of layers that don't attend, or not only, at any length: {format_nbytes(info['state_bytes'])} "
-            f"({info['state_bytes']} bytes), which are in the bytes above and not in the bits."
+            f"Layers above are those that attend, in order; states that layers keep at any length take "
+            f"{format_nbytes(info['state_bytes'])} ({info['state_bytes']} bytes), which are in the bytes above and not "
+            "in the bits."
         )
     if words := loss_words(info["kl"]):
         print(f"Warning: {words}")

@@ -47,7 +47,9 @@ def check_adapters(model: Any, artifact: Any) -> None:
     }
     if not foreign:
         return
-    moved = moved_projections(artifact.specs) | ({row_of(model.config).gate} - {""})
+    moved = moved_projections(artifact.specs)
+    if "v_proj" in moved:  # a gate's rows are in the order of values
+        moved |= {row_of(model.config).gate} - {""}
     for path, module in type(model).named_modules(model):
         projection = path.rsplit(".", 1)[-1]
         if projection not in moved or not hasattr(module, "base_layer"):

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import CONFIGS, tiny_model
 from safetensors.torch import save_file
-from transformers.cache_utils import Cache
 from test_modes import GREEDY, MODES, PACKED, PROMPT, RAW, left_padded, text, text_16bit
+from transformers.cache_utils import Cache
 
 from kvfold import KvfoldError, runtime
 from kvfold.compress.models.states import states_of
@@ -388,6 +388,25 @@ def test_states_outlive_the_mode_that_they_were_made_in(family):
     assert not any(t.requires_grad or t.is_inference() for t in cache.states.tensors())
     with pytest.raises(KvfoldError, match="Gradients don't pass"):
         found[2].sum().backward()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changed", ["q_proj", "k_proj"])
+def test_an_adapter_of_a_gate_whose_rows_were_ordered_is_refused(changed):
+    value = replace(PACKED.value, transforms=("whiten", "scale"))
+    model = hybrid_model("qwen3_next", replace(PACKED, value=value))
+    attention, wrapped = model.model.layers[1].self_attn, torch.nn.Module()
+    wrapped.base_layer = getattr(attention, changed)
+    wrapped.lora_A = torch.nn.ModuleDict({"default": torch.nn.Identity()})
+    wrapped.adapter_layer_names, wrapped.forward = ("lora_A",), wrapped.base_layer.forward
+    setattr(attention, changed, wrapped)
+    config = SimpleNamespace(base_model_name_or_path="owner/original")
+    vars(model)["peft_config"] = {"default": config}
+    if changed == "q_proj":
+        with pytest.raises(KvfoldError, match="Adapter 'default' changes q_proj, but was trained"):
+            model(PROMPT)
+    else:
+        assert model(PROMPT).logits.isfinite().all()
 
 
 def test_a_transformers_that_hands_out_states_otherwise_is_refused(monkeypatch):
