@@ -323,12 +323,21 @@ def attention_layers_of(config: Any) -> tuple[int, ...]:
 
 
 def hybrid_of(config: Any) -> Hybrid | None:
-    """Which layers of a hybrid model attend and which keep states; None where all attend."""
+    """Which layers of a hybrid model attend and which keep states; None where all attend and none
+    keeps a state, as some models of hybrid families are."""
     config = text_of(config)
     row = ARCHITECTURES[config.model_type]
     if not row.hybrid:
         return None
-    return Hybrid(attending_layers(config, True), state_layers(config), row.continues)
+    found = Hybrid(attending_layers(config, True), state_layers(config), row.continues)
+    plain = len(found.attending) == config.num_hidden_layers and not found.states
+    return None if plain else found
+
+
+def keeps_states(config: Any) -> bool:
+    """Whether some layers of a model keep states."""
+    hybrid = hybrid_of(config)
+    return hybrid is not None and bool(hybrid.states)
 
 
 def sliding_windows_of(config: Any) -> tuple[int, ...]:

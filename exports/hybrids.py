@@ -54,11 +54,11 @@ def attending_layers(config: Any, hybrid: bool) -> tuple[int, ...]:
     """
     if not hybrid:
         return tuple(range(config.num_hidden_layers))
-    return tuple(i for i, kind in enumerate(config.layer_types) if kind in ATTEND)
+    return tuple(i for i, kind in enumerate(config.layer_types or ()) if kind in ATTEND)
 
 
 def state_layers(config: Any) -> dict[int, int]:
     """Of a hybrid language model: number of each layer that keeps a state → how many it keeps of
     each kind."""
     count = getattr(config, "number_of_conv_states", 1)
-    return {i: count for i, kind in enumerate(config.layer_types) if kind in KEEP_STATE}
+    return {i: count for i, kind in enumerate(config.layer_types or ()) if kind in KEEP_STATE}

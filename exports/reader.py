@@ -15,6 +15,7 @@ from kvfold.exports.architectures import (
     architecture_of,
     attention_layers_of,
     head_dim_of,
+    keeps_states,
     num_kv_heads_of,
     sliding_windows_of,
     text_of,
@@ -226,8 +227,7 @@ def update_artifact(path: Path) -> list[str]:
 
 def _check_config(path: Path, metadata: Metadata) -> None:
     config = config_from_pretrained(path)
-    row = architecture_of(config)
-    pairs = row.rope_pairs
+    pairs = architecture_of(config).rope_pairs
     if getattr(config, "quantization_config", None) is not None:
         raise KvfoldError(
             f"config.json in '{path}' has a quantization_config, but an artifact's weights are plain; {AGAIN}."
@@ -240,7 +240,7 @@ def _check_config(path: Path, metadata: Metadata) -> None:
             num_kv_heads_of(text),
             head_dim_of(text),
         )
-        windows = sliding_windows_of(config)
+        windows, keeping = sliding_windows_of(config), keeps_states(config)
     except Exception as error:  # fields of the right names that hold anything
         raise KvfoldError(
             f"config.json in '{path}' does not describe a model ({type(error).__name__}: {reason_of(error)}); {AGAIN}."
@@ -255,11 +255,11 @@ def _check_config(path: Path, metadata: Metadata) -> None:
             f"config.json names a family whose RoPE turns {pairs} pairs, but {METADATA_NAME} says {cache.rope_pairs}; "
             f"{AGAIN}."
         )
-    if row.hybrid != (cache.states is not None):
-        known = "keep states" if row.hybrid else "all attend"
+    if keeping != (cache.states is not None):
+        known = "some of whose layers" if keeping else "none of whose layers"
         raise KvfoldError(
-            f"config.json names a '{row.model_type}' model, whose layers {known}, but {METADATA_NAME} says otherwise "
-            f"(cache.states); {AGAIN}."
+            f"config.json describes a model {known} keep a state, but {METADATA_NAME} says otherwise (cache.states); "
+            f"{AGAIN}."
         )
     stated = (cache.num_layers, cache.num_heads, cache.num_kv_heads, cache.head_dim)
     if found != stated:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from kvfold.exports.architectures import keeps_states
 from kvfold.exports.reader import Artifact
 from kvfold.runtime.backends.choose import backend_of
 from kvfold.runtime.backends.reference import REFERENCE
@@ -92,7 +93,7 @@ class Attachment:
         return (
             model.kv_triton
             and not self.calls.offload
-            and self.calls.hybrid is None  # a step that is captured runs more than once
+            and not keeps_states(model.config)  # a step that is captured runs more than once
             and model.device.type in DecodingStep.devices
         )
 

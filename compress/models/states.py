@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from kvfold.exports.architectures import Architecture, text_of
+from kvfold.exports.architectures import Architecture, keeps_states, text_of
 from kvfold.exports.hybrids import check_transformers, state_layers
 from kvfold.exports.schema import StatesModel
 from kvfold.pretrained import model_from_config
@@ -24,8 +24,8 @@ CACHES = ("cache_params", "past_key_values")  # what mixers call the cache that 
 
 
 def states_of(config: Any, arch: Architecture) -> StatesModel | None:
-    """What the states of one sequence consist of, in all layers together; None where all layers
-    attend.
+    """What the states of one sequence consist of, in all layers together; None where no layer keeps
+    any.
 
     Args:
         config: of the model, with the type that its weights have.
@@ -33,7 +33,7 @@ def states_of(config: Any, arch: Architecture) -> StatesModel | None:
     Raises:
         KvfoldError: the installed transformers is too old for hybrid models.
     """
-    if not arch.hybrid:
+    if not keeps_states(config):
         return None
     check_transformers(arch.model_type)
     dtype = str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")

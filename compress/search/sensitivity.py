@@ -37,6 +37,7 @@ from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import (
     Architecture,
     attention_layers_of,
+    keeps_states,
     last_norm_of,
     logits_of,
 )
@@ -87,7 +88,7 @@ class Probe:
         self.places = attention_layers_of(model.config)
         self.device = next(model.parameters()).device
         self.runners = [LayerRunner(model, arch, x.ids.to(self.device)) for x in passages]
-        early = 0 if arch.hybrid else early
+        early = 0 if keeps_states(model.config) else early
         self.early = [min(early, x.ids.shape[1] - 1) for x in passages]
         self.hidden: list[list[Tensor]] = []
         self.final: list[Tensor] = []

@@ -11,7 +11,7 @@ from kvfold.compress.models import load_model, read_config
 from kvfold.compress.progress import stage
 from kvfold.compress.targets.engines import NUM_SEQUENCES, PROBE_LEN, PROBE_STRIDE, SEQ_LEN
 from kvfold.errors import KvfoldError
-from kvfold.exports.architectures import architecture_of
+from kvfold.exports.architectures import architecture_of, hybrid_of
 from kvfold.exports.engines.folder import OURS, check_engine_folder
 from kvfold.exports.place import new_folder
 from kvfold.exports.reader import Artifact, read_artifact
@@ -74,7 +74,7 @@ def check_onnx(artifact: Artifact, form: str, bits: int | None) -> None:
             f"This '{family}' model cannot be expressed in ONNX: graphs take tokens, not images; export an artifact of "
             "its language model alone."
         )
-    if architecture_of(config).hybrid:
+    if hybrid_of(config) is not None:
         raise KvfoldError(
             f"This '{family}' model cannot be expressed in ONNX: graphs take keys and values, not the states that some "
             "of its layers keep; run it by runtime.load_pretrained."

@@ -9,7 +9,7 @@ import torch
 from transformers.utils import ModelOutput
 
 from kvfold.errors import KvfoldError
-from kvfold.exports.architectures import hybrid_of, row_of
+from kvfold.exports.architectures import hybrid_of, keeps_states, row_of
 from kvfold.exports.hybrids import Hybrid, check_transformers
 from kvfold.runtime.backends.base import Backend
 from kvfold.runtime.budget.ladder import Ladders
@@ -67,7 +67,7 @@ class Calls:
             KvfoldError: the installed transformers is too old for hybrid models.
         """
         self.hybrid = hybrid_of(config)
-        if self.hybrid is not None:
+        if keeps_states(config):
             check_transformers(row_of(config).model_type)
             states = self.artifact.metadata.cache.states
             nbytes = states.nbytes(str(dtype).removeprefix("torch."))

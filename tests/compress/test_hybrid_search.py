@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import CONFIGS, char_tokenizer, save_tiny, tiny_model
 from family_checks import IDS, RECIPE, kl
-from family_configs import VISION
+from family_configs import VISION, config_of
 from safetensors.torch import load_file
 from test_calibrate import SEQUENCES, captured
 from test_fisher import GEOMETRY, make_probe, sides
@@ -139,6 +139,35 @@ def test_states_are_in_the_bytes_and_not_in_the_bits(tmp_path, text_file, capsys
     (out / "config.json").write_text(json.dumps(fields))
     with pytest.raises(KvfoldError):
         read_artifact(out)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "types"),
+    [
+        ("granitemoehybrid", ["full_attention"] * 4),
+        ("lfm2", ["full_attention"] * 4),
+        ("nemotron_h", ["full_attention", "mlp", "full_attention", "mlp"]),
+    ],
+)
+def test_a_model_of_a_hybrid_family_that_keeps_no_state_is_as_any_other(
+    family, types, tmp_path, text_file, monkeypatch
+):
+    monkeypatch.setitem(CONFIGS, family, lambda: config_of(family, layer_types=types))
+    _, out = made(family, tmp_path, text_file, torch.float32)
+    metadata = read_artifact(out).metadata
+    assert metadata.format_version == 5 and metadata.cache.states is None
+    assert metadata.cache.num_layers == types.count("full_attention")
+    model = runtime.load_pretrained(out, device="cpu", attention="reference", rollback=8)
+    expected = tiny_model(family, attention="eager")(IDS, use_cache=False).logits
+    whole = model(IDS)
+    assert 0 < kl(expected, whole.logits) < 0.05
+    cache = model(IDS[:, :100]).past_key_values
+    model(IDS[:, 100:105], past_key_values=cache)
+    cache.crop(-5)
+    steps = [model(IDS[:, t : t + 1], past_key_values=cache).logits for t in range(100, 104)]
+    torch.testing.assert_close(torch.cat(steps, 1), whole.logits[:, 100:104], rtol=1e-2, atol=0.05)
+    assert cache.is_croppable and not cache.states
 
 
 @torch.no_grad()
