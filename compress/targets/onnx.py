@@ -76,8 +76,8 @@ def check_onnx(artifact: Artifact, form: str, bits: int | None) -> None:
         )
     if hybrid_of(config) is not None:
         raise KvfoldError(
-            f"This '{family}' model cannot be expressed in ONNX: graphs take keys and values, not the states that some "
-            "of its layers keep; run it by runtime.load_pretrained."
+            f"This '{family}' model cannot be expressed in ONNX: graphs take keys and values of every layer and "
+            "nothing else, which is not what its layers keep; run it by runtime.load_pretrained."
         )
     rope = getattr(config, "rope_parameters", None) or {}
     tables = [t for t in (rope, *rope.values()) if isinstance(t, dict)]
