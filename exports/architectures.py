@@ -175,6 +175,7 @@ ARCHITECTURES = {
         ),  # of checkpoints with other towers
         Architecture("qwen2_5_vl_text", sliding="layer_types", rope_axes=3),
         Architecture("qwen3_vl_text", qk_norm=True, rope_axes=3),
+        Architecture("qwen3_vl_moe_text", qk_norm=True, rope_axes=3),
         # RoPE turns channels 2i and 2i + 1
         Architecture("glm", rope_pairs="adjacent"),
         Architecture("glm4", rope_pairs="adjacent"),
@@ -230,7 +231,7 @@ ARCHITECTURES = {
 # model calls it
 TOWERS = {
     **dict.fromkeys(("gemma3", "mistral3", "llava", "llava_next", "internvl"), "language_model"),
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "language_model"),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), "language_model"),
     **dict.fromkeys(("idefics3", "smolvlm"), "text_model"),
 }
 # checkpoints of several towers that transformers reads as their language model alone, which is what

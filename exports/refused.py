@@ -40,7 +40,7 @@ REFUSED = {
          "kimi_linear", "bailing_hybrid"), _MLA),
     **dict.fromkeys(("bloom", "mpt", "baichuan"), ALIBI),
     **dict.fromkeys(
-        ("gemma4", "mllama", "llama4", "qwen3_vl_moe"), _MULTIMODAL),
+        ("gemma4", "mllama", "llama4"), _MULTIMODAL),
     **dict.fromkeys(("gemma3n", "gemma3n_text"), _SHARED),
     "gemma4_text": _VALUE_NORM,
     **dict.fromkeys(("zamba", "zamba2"), _TIED),

@@ -50,7 +50,7 @@ def with_image(family):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "family", ["llava", "mistral3", "internvl", "smolvlm", "qwen2_5_vl", "qwen3_vl"]
+    "family", ["llava", "mistral3", "internvl", "smolvlm", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
 )
 def test_an_image_is_read_through_packed_pages(family, tmp_path, text_file):
     _, path = packed(family, tmp_path, text_file)

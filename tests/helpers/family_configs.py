@@ -141,6 +141,7 @@ TOWERS: dict[str, tuple[str, dict[str, Any], int]] = {
     "qwen2_5_vl": ("qwen2_5_vl_text", SECTIONS, 4),
     "qwen2_vl": ("qwen2_vl_text", SECTIONS, 4),
     "qwen3_vl": ("qwen3_vl_text", SECTIONS, 4),
+    "qwen3_vl_moe": ("qwen3_vl_moe_text", SECTIONS, 4),
     "smolvlm": ("llama", {"scale_factor": 2}, 4),
 }
 VISION = {
