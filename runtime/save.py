@@ -98,8 +98,11 @@ def save_artifact(
 
 def _stored_state(model: Any, path: Path) -> tuple[dict[str, Tensor], bool]:
     """The state dict, with each tensor in the type that the artifact stores it in if that loses
-    nothing, and whether all are."""
+    nothing, and whether all are. Joined ones (experts) have other names there, and the type that
+    config.json states."""
     dtypes: dict[str, torch.dtype] = {}
+    stated = json.loads((path / CONFIG).read_text(encoding="utf-8")).get("dtype")
+    own = getattr(torch, str(stated), None)
     for file in sorted(path.glob("model*.safetensors")):
         with safe_open(file, "pt") as stored:
             dtypes |= {name: stored.get_slice(name)[..., :0].dtype for name in stored.keys()}  # noqa: SIM118
@@ -107,7 +110,7 @@ def _stored_state(model: Any, path: Path) -> tuple[dict[str, Tensor], bool]:
     done: dict[int, Tensor] = {}  # tied weights stay one tensor
     exact = True
     for name, tensor in model.state_dict().items():
-        wanted = dtypes.get(name, tensor.dtype)
+        wanted = dtypes.get(name, own if isinstance(own, torch.dtype) else tensor.dtype)
         if wanted != tensor.dtype and tensor.device.type != "meta":
             if tensor.data_ptr() not in done:
                 narrow = tensor.to(wanted)

@@ -102,7 +102,7 @@ def made(family, tmp_path, text_file, dtype=torch.bfloat16, budget="12", **optio
     return folder, out
 
 
-@pytest.mark.parametrize("family", ["qwen3_5_text", "falcon_h1"])
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_text", "falcon_h1"])
 def test_a_model_read_layer_by_layer_gives_the_same_artifact_which_saves_itself(
     family, tmp_path, text_file
 ):
