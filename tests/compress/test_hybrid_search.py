@@ -31,6 +31,7 @@ from kvfold.compress.search.sensitivity import packing_tap, specs_of
 from kvfold.compress.targets.engines import export_compressed_tensors
 from kvfold.compress.targets.onnx import export_onnx
 from kvfold.exports.architectures import TEXT_ALONE, architecture_of, attention_layers_of
+from kvfold.exports.page.report import account_parts
 from kvfold.exports.reader import read_artifact
 
 CPU = torch.device("cpu")
@@ -126,6 +127,8 @@ def test_states_are_in_the_bytes_and_not_in_the_bits(tmp_path, text_file, capsys
     assert account.bytes_16bit == 2 * elements + kept
     parts = account.page_bytes + account.raw_bytes + account.table_bytes
     assert account.bytes == parts + kept
+    shown = {name: nbytes for name, _, nbytes in account_parts(metadata)}
+    assert sum(shown.values()) == account.bytes and shown["states"] == kept
     assert describe(metadata, 900)["state_bytes"] == describe(metadata)["state_bytes"] == kept
     print_table(metadata)
     assert f"({kept} bytes), which are in the bytes above" in capsys.readouterr().out
