@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import Architecture, keeps_states, text_of
 from kvfold.exports.hybrids import check_transformers, state_layers
 from kvfold.exports.schema import StatesModel
-from kvfold.pretrained import model_from_config
+from kvfold.pretrained import model_from_config, reason_of
 
 TOKENS = 2  # more than one, since a single token goes by another path
 CACHES = ("cache_params", "past_key_values")  # what mixers call the cache that they are given
@@ -31,7 +32,8 @@ def states_of(config: Any, arch: Architecture) -> StatesModel | None:
         config: of the model, with the type that its weights have.
         arch: its row in the table.
     Raises:
-        KvfoldError: the installed transformers is too old for hybrid models.
+        KvfoldError: the installed transformers is too old for hybrid models, or the config makes
+            no layer that runs.
     """
     if not keeps_states(config):
         return None
@@ -46,9 +48,15 @@ def states_of(config: Any, arch: Architecture) -> StatesModel | None:
     first = min(layers)
     cache = DynamicCache(config=text)
     name, mixer = _mixer(arch.decoder_layers(model)[first], arch)
-    with torch.no_grad():
-        hidden = torch.zeros(1, TOKENS, text.hidden_size, dtype=torch.bfloat16, device="meta")
-        mixer(hidden_states=hidden, attention_mask=None, **{name: cache})
+    hidden = torch.zeros(1, TOKENS, text.hidden_size, dtype=torch.bfloat16, device="meta")
+    try:
+        with torch.no_grad():
+            mixer(hidden_states=hidden, attention_mask=None, **{name: cache})
+    except Exception as error:  # numbers that make modules need not make them fit each other
+        raise KvfoldError(
+            f"Layer {first} of this '{arch.model_type}' model, which keeps a state, can't be run as config.json "
+            f"describes it ({type(error).__name__}: {reason_of(error)}); give the checkpoint's own config.json."
+        ) from error
     held: Any = cache.layers[first]
     for states in (held.conv_states, held.recurrent_states):
         for state in states.values():

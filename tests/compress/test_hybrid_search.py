@@ -21,6 +21,7 @@ from kvfold.compress.cli.table import describe, print_table
 from kvfold.compress.fuse import fuse_values
 from kvfold.compress.models import load_model
 from kvfold.compress.models.attention_hook import NAME
+from kvfold.compress.models.states import states_of
 from kvfold.compress.pipeline import compress
 from kvfold.compress.plan import make_plan
 from kvfold.compress.recipe import Recipe
@@ -245,6 +246,12 @@ def test_what_a_gate_or_a_state_does_not_allow_is_refused(tmp_path, text_file):
     config.save_pretrained(tmp_path / "none")
     with pytest.raises(KvfoldError, match=r"None of the 4 layers .* attends"):
         make_plan(str(tmp_path / "none"), "12", str(text_file), Recipe(), 400)
+    odd = CONFIGS["qwen3_next"]()
+    odd.linear_num_value_heads = 3  # of 2 key heads
+    with pytest.raises(
+        KvfoldError, match="Layer 0 of this 'qwen3_next' model, which keeps a state"
+    ):
+        states_of(odd, architecture_of(odd))
     heads = CONFIGS["laguna"]()
     heads.num_attention_heads_per_layer = [4, 8]
     with pytest.raises(KvfoldError, match="query heads of several numbers"):
