@@ -99,6 +99,9 @@ _AFTER: dict[str, Any] = {"qk_norm": True, "norm_after_rope": True}
 _HUNYUAN: dict[str, Any] = {**_AFTER, "norms": ("query_layernorm", "key_layernorm")}
 _EXAONE: dict[str, Any] = {"qk_norm": True, "sliding": "layer_types", "rope_if_sliding": True}
 _LAYERNORMS: dict[str, Any] = {"qk_norm": True, "norms": ("q_layernorm", "k_layernorm")}
+_GRANITE_SWA: dict[str, Any] = {
+    "sliding": "layer_types", "sink_logits": True, "logit_divisor": "logits_scaling",
+}  # fmt: skip
 _LFM: dict[str, Any] = {"hybrid": True, "last_norm": "embedding_norm", **_LAYERNORMS}
 _HYBRID_QWEN: dict[str, Any] = {
     "hybrid": True, "qk_norm": True, "norm_plus": 1.0, "gate": "q_proj",
@@ -123,6 +126,7 @@ ARCHITECTURES = {
         Architecture("phi3", sliding="all"),  # one qkv_proj
         Architecture("smollm3", sliding="layer_types"),  # layers without RoPE
         Architecture("gpt_oss", rope_halves=True, sliding="layer_types", sink_logits=True),
+        Architecture("flint", sink_logits=True, **_EXAONE),
         # as those, with feed-forward layers or norms of their own
         Architecture("arcee"),
         Architecture("gemma", norm_plus=1.0),
@@ -189,6 +193,8 @@ ARCHITECTURES = {
         Architecture("granite", logit_divisor="logits_scaling"),
         Architecture("granitemoe", logit_divisor="logits_scaling"),
         Architecture("granitemoeshared", logit_divisor="logits_scaling"),
+        Architecture("granite_swa", **_GRANITE_SWA),
+        Architecture("granitemoe_swa", **_GRANITE_SWA),
         Architecture("hyperclovax", logit_factor="logits_scaling"),
         # layers that keep a state stand between those that attend, or beside them
         Architecture("qwen3_next", **_HYBRID_QWEN),
