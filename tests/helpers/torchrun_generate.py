@@ -1,6 +1,7 @@
-"""One process of several: generates from a divided artifact, and writes what it cached.
+"""One process of several: generates from a divided artifact by one policy and another, and writes
+what it cached.
 
-Usage: torchrun --nproc-per-node N torchrun_generate.py ARTIFACT OUT POLICY BUDGET
+Usage: torchrun --nproc-per-node N torchrun_generate.py ARTIFACT OUT POLICY=BUDGET …
 """
 
 import json
@@ -37,8 +38,6 @@ def answer(model: Any) -> Any:
 
 
 def main(artifact: str, out: Path, policy: str, budget: int) -> None:
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
     model = runtime.load_pretrained(
         artifact, tp_plan="auto", policy=policy, kv_budget=budget or None
     )
@@ -47,13 +46,13 @@ def main(artifact: str, out: Path, policy: str, budget: int) -> None:
     other = ""
     nbytes, pages = cache.nbytes, [layer["pages"] for layer in cache.report()]
     if policy == "floor":
-        cache.save(out / f"cache{rank}.safetensors")
+        cache.save(out / f"{policy}{rank}.safetensors")
         dist.barrier()
         try:
-            runtime.load_cache(out / f"cache{1 - rank}.safetensors", model)
+            runtime.load_cache(out / f"{policy}{1 - rank}.safetensors", model)
         except KvfoldError as error:
             other = str(error)
-        cache = runtime.load_cache(out / f"cache{rank}.safetensors", model)
+        cache = runtime.load_cache(out / f"{policy}{rank}.safetensors", model)
     again = model.generate(
         found.sequences, past_key_values=cache, max_new_tokens=5, do_sample=False
     )
@@ -72,10 +71,13 @@ def main(artifact: str, out: Path, policy: str, budget: int) -> None:
         "refused": refused,
         "other": other,
     }
-    (out / f"rank{rank}.json").write_text(json.dumps(rows, default=str))
-    dist.destroy_process_group()
+    (out / f"{policy}{rank}.json").write_text(json.dumps(rows, default=str))
 
 
 if __name__ == "__main__":
-    artifact, out, policy, budget = sys.argv[1:5]
-    main(artifact, Path(out), policy, int(budget))
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    artifact, out, *runs = sys.argv[1:]
+    for policy, budget in (run.split("=") for run in runs):
+        main(artifact, Path(out), policy, int(budget))
+    dist.destroy_process_group()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,23 +38,9 @@ def torchrun(*words: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize(("policy", "share"), [("floor", 0), ("progressive", 0.9)])
-def test_two_processes_give_the_text_of_one(policy, share, tiny_artifact, tmp_path):
-    ids = prompts()[0]
-    whole = runtime.load_pretrained(tiny_artifact, device="cpu")
-    budget = 0
-    if share:  # pages go down on the way, but all fit
-        probe = whole.new_kv_cache()
-        with torch.no_grad():
-            whole(torch.cat((ids, ids[:, :40]), 1), past_key_values=probe)
-        budget = int(probe.nbytes * (1 + share) / 2) * 2
-        whole = runtime.load_pretrained(
-            tiny_artifact, device="cpu", policy=policy, kv_budget=budget
-        )
+def check(policy: str, whole: Any, ranks: list[dict]) -> None:
+    """What two ranks gave by a policy, against the model on one process."""
     one = answer(whole)
-    done = torchrun(str(SCRIPT), str(tiny_artifact), str(tmp_path), policy, str(budget // 2))
-    assert done.returncode == 0, done.stderr[:6000]
-    ranks = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(2)]
     cache = one.past_key_values
     report = json.dumps([layer["pages"] for layer in cache.report()], default=str)
     want = torch.stack(one.logits).float().flatten()
@@ -69,17 +56,34 @@ def test_two_processes_give_the_text_of_one(policy, share, tiny_artifact, tmp_pa
             one.sequences, past_key_values=cache, max_new_tokens=5, do_sample=False
         )
     assert [found["again"] for found in ranks] == [more.tolist()] * 2
-    if (
-        policy == "progressive"
-    ):  # keeps no file; block tables stand in each, so pages go down sooner
+    if policy == "floor":
+        assert ranks[0]["pages"] == json.loads(report)
+    else:  # block tables stand in each, so pages go down sooner
         assert any(len([n for n in layer.values() if n]) > 1 for layer in ranks[0]["pages"])
-        return
-    assert ranks[0]["pages"] == json.loads(report)
-    if policy == "floor":  # a part's cache is not the whole model's, nor the other part's
-        with pytest.raises(KvfoldError, match="KV heads 0 to 0, but this model has all KV heads"):
-            runtime.load_cache(tmp_path / "cache0.safetensors", whole)
-        assert "KV heads 1 to 1, but this model has KV heads 0 to 0" in ranks[0]["other"]
-        assert "KV heads 0 to 0, but this model has KV heads 1 to 1" in ranks[1]["other"]
+
+
+def test_two_processes_give_the_text_of_one(tiny_artifact, tmp_path):
+    ids = prompts()[0]
+    plain = runtime.load_pretrained(tiny_artifact, device="cpu")
+    probe = plain.new_kv_cache()
+    with torch.no_grad():
+        plain(torch.cat((ids, ids[:, :40]), 1), past_key_values=probe)
+    budget = int(probe.nbytes * 0.95) * 2  # pages go down on the way, but all fit
+    lowered = runtime.load_pretrained(
+        tiny_artifact, device="cpu", policy="progressive", kv_budget=budget
+    )
+    runs = ("floor=0", f"progressive={budget // 2}")
+    done = torchrun(str(SCRIPT), str(tiny_artifact), str(tmp_path), *runs)
+    assert done.returncode == 0, done.stderr[:6000]
+    for policy, whole in (("floor", plain), ("progressive", lowered)):
+        ranks = [json.loads((tmp_path / f"{policy}{r}.json").read_text()) for r in range(2)]
+        check(policy, whole, ranks)
+    floor = [json.loads((tmp_path / f"floor{r}.json").read_text()) for r in range(2)]
+    # a part's cache is not the whole model's, nor the other part's
+    with pytest.raises(KvfoldError, match="KV heads 0 to 0, but this model has all KV heads"):
+        runtime.load_cache(tmp_path / "floor0.safetensors", plain)
+    assert "KV heads 1 to 1, but this model has KV heads 0 to 0" in floor[0]["other"]
+    assert "KV heads 0 to 0, but this model has KV heads 1 to 1" in floor[1]["other"]
 
 
 def test_what_takes_one_process_is_refused(tiny_artifact, monkeypatch):
