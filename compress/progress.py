@@ -9,6 +9,7 @@ from typing import TypeVar
 from rich.console import Console
 from tqdm import tqdm
 
+from kvfold.compress.processes import Processes
 from kvfold.exports.units import printable
 
 T = TypeVar("T")
@@ -17,8 +18,10 @@ T = TypeVar("T")
 def progress(
     items: Iterable[T], desc: str, unit: str, initial: int = 0, total: int | None = None
 ) -> "Iterable[T]":
-    """A bar over `items`; silent where stderr is not a terminal."""
-    return tqdm(items, desc=f"{desc:<12}", unit=unit, initial=initial, total=total, disable=None)
+    """A bar over `items`; silent where stderr is not a terminal, and in all processes but the
+    first."""
+    hidden = None if Processes.current().first else True
+    return tqdm(items, desc=f"{desc:<12}", unit=unit, initial=initial, total=total, disable=hidden)
 
 
 def print_anything() -> None:
@@ -51,5 +54,6 @@ def console(columns: int = 120, quiet: bool = False) -> Console:
 
 
 def stage(text: str) -> None:
-    """Says what begins now."""
-    print(f"kvfold: {printable(text)}", file=sys.stderr, flush=True)
+    """Says what begins now; of several processes the first does."""
+    if Processes.current().first:
+        print(f"kvfold: {printable(text)}", file=sys.stderr, flush=True)
