@@ -4,6 +4,7 @@ what goes wrong in any is said once."""
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -16,8 +17,8 @@ from kvfold.errors import KvfoldError
 
 COMING = timedelta(minutes=5)  # of all processes, at the beginning
 PATIENCE = timedelta(days=1)  # with one that computes; one that ends is noticed at once
-LEAVING = timedelta(seconds=10)  # that process 0 has to tidy up, before the launcher ends it
-FAILED, LEFT = "kvfold/failed", "kvfold/left"
+LEAVING = 10  # seconds that a process which has failed waits for the others to leave too
+FAILED = "kvfold/failed"  # how many have, in the table that they share
 
 
 def from_environment() -> Processes:
@@ -98,6 +99,11 @@ def join(device: str) -> Iterator[str]:
     if processes.size == 1:
         yield name
         return
+    if not dist.is_available():
+        raise KvfoldError(
+            f"This PyTorch is built without torch.distributed, which {processes.size} processes need; start a single "
+            "one, or install another build."
+        )
     own = torch.device(name) if name.startswith("cuda") else torch.device("cpu")
     if own.type == "cuda":
         torch.cuda.set_device(own)
@@ -119,7 +125,7 @@ def join(device: str) -> Iterator[str]:
         logging.disable(logging.NOTSET)
 
 
-def _meet(processes: Processes, backend: str) -> dist.Store:
+def _meet(processes: Processes, backend: str) -> "dist.Store":
     """Waits for all processes; returns what they share besides, a small table."""
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=COMING))
@@ -134,20 +140,20 @@ def _meet(processes: Processes, backend: str) -> dist.Store:
     return store
 
 
-def _fail(processes: Processes, device: torch.device, store: dist.Store) -> None:
+def _fail(processes: Processes, device: torch.device, store: "dist.Store") -> None:
     """Leaves the others, who see it; silences this process, if another has failed before."""
     try:
         says = store.add(FAILED, 1) == 1
-    except RuntimeError:  # the table was process 0's, which has ended
-        says = processes.first
+    except RuntimeError:  # the table was process 0's, which was killed
+        says = True
     if not says:
         sys.stderr.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     if device.type == "cuda":  # NCCL would wait for the others: the launcher ends them
         return
-    with suppress(RuntimeError):
+    with suppress(RuntimeError, KeyboardInterrupt):
         dist.destroy_process_group()
-        if processes.first:
-            store.set(LEFT, "1")
-        else:
-            store.wait([LEFT], LEAVING)
+        # the launcher ends all when one has ended, and process 0 may have files to remove
+        end = time.monotonic() + LEAVING
+        while store.add(FAILED, 0) < processes.size and time.monotonic() < end:
+            time.sleep(0.02)
