@@ -17,7 +17,7 @@ from kvfold.errors import KvfoldError
 
 COMING = timedelta(minutes=5)  # of all processes, at the beginning
 PATIENCE = timedelta(days=1)  # with one that computes; one that ends is noticed at once
-LEAVING = 10  # seconds that a process which has failed waits for the others to leave too
+LEAVING = 5  # seconds that a process which has failed waits for the others to leave too
 FAILED = "kvfold/failed"  # how many have, in the table that they share
 
 
@@ -61,14 +61,15 @@ def own_device(processes: Processes, name: str) -> str:
     Args:
         name: that is asked for: "auto", "cpu", "cuda"; of a single process anything.
     Raises:
-        KvfoldError: one CUDA device for several processes, or fewer devices than processes.
+        KvfoldError: another name for several processes, or fewer CUDA devices than processes.
     """
     if processes.size == 1:
         return name
     count, local_size = torch.cuda.device_count(), processes.local_size
-    if name.startswith("cuda:"):
+    if name not in ("auto", "cpu", "cuda"):
         raise KvfoldError(
-            f"--device '{name}' is one device, but {processes.size} processes take one each; give 'cuda' or 'cpu'."
+            f"--device '{name}' is one device for all {processes.size} processes; give 'cuda', of whose devices each "
+            "takes one, or 'cpu'."
         )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -122,7 +122,7 @@ def compress(
             "The version of kvfold": __version__,
             "The version of PyTorch": torch.__version__,
             "The model, by the sha256 of its files,": fingerprint(calibrated["model"])[:12],
-            "The text, by the sha256 of its tokens,": fingerprint(calibrated)[:12],
+            "The text, by the sha256 of its tokens,": fingerprint({"": calibrated["tokens"]})[:12],
         }
     )
     if not processes.first:

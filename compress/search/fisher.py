@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from kvfold.compress.models.attention_hook import attend_as_usual, tapped
-from kvfold.compress.processes import Processes
 from kvfold.compress.search.candidates import KeyCandidate, ValueCandidate
 from kvfold.compress.search.first_order import attend_whole
 from kvfold.compress.search.packed_attention import packed_attention
@@ -198,7 +197,7 @@ class Losses:
 
     def __init__(self, sweep: Sweep, path: Path) -> None:
         self.sweep, self.path = sweep, path
-        self.processes = Processes.current()
+        self.processes = sweep.probe.processes
         self.found: dict[str, float] = self.processes.from_first(
             lambda: kept(path, read_losses, {})
         )

@@ -146,7 +146,7 @@ def test_every_way_to_measure_gives_the_artifact_of_one_process(
     assert files_of(out / "streamed" / "tiny") == files_of(of_one["fisher"])
     assert all(x.stdout == done[0].stdout for x in done) and "True" in done[0].stdout
     assert "writing 2 answers" in done[0].stderr and "layer by layer" in done[0].stderr
-    assert [x.stderr for x in done[1:]] == [""] * (size - 1)
+    assert not any("kvfold" in x.stderr for x in done[1:])
 
 
 FAILING = """
@@ -212,7 +212,7 @@ main()
         (["--budget=5.0"], "--budget is '5.0' in process 1 and '4.0' in process 0"),
         (["--seed=1"], "The recipe, by its sha256, is "),
         (["--calib=TEXT"], "--calib is 'TEXT' in process 1"),
-        (["--device=cuda:0"], "--device 'cuda:0' is one device, but 2 processes take one each"),
+        (["--device=cuda:0"], "--device 'cuda:0' is one device for all 2 processes"),
     ],
 )
 def test_processes_of_different_runs_are_refused(
