@@ -1,5 +1,6 @@
 """Several processes give the artifact of one to the byte, and end as one."""
 
+import json
 import os
 import re
 import signal
@@ -107,6 +108,18 @@ def test_torchrun_gives_the_artifact_of_one_process(
     assert done.stdout.splitlines()[-1] == str(out) and done.stdout.count(str(out)) == 1
     assert done.stderr.count("kvfold: reading") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_those_that_find_nothing_to_do_wait(
+    tmp_path, tiny_folder, tiny_artifact, text_file, recipe_file
+):
+    """Two sequences and one passage, of three processes."""
+    words = ["compress", tiny_folder, *options(tmp_path / "tiny", text_file, recipe_file, "--json")]
+    done = several(3, tmp_path / "said", *words)
+    assert [x.returncode for x in done] == [0] * 3, [x.stderr for x in done]
+    assert files_of(tmp_path / "tiny") == files_of(tiny_artifact)
+    assert json.loads(done[0].stdout)["artifact"] == str(tmp_path / "tiny")
+    assert not any(x.stdout or "kvfold" in x.stderr for x in done[1:])
 
 
 SEVERAL_RUNS = """
