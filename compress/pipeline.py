@@ -87,7 +87,8 @@ def compress(
         statistics: folder that keeps the calibration for later runs on the same model and text,
             whatever else they choose.
         max_memory: bytes that are taken to be free; None: those that are. Weights of which half
-            would not fit are read layer by layer. The artifact is the same.
+            would not fit are read layer by layer. The artifact is the same. Processes of one host
+            share them.
         accept_loss: write the artifact also where the measured KL is above REFUSED_KL nats.
     Raises:
         KvfoldError: any bad input, in one sentence; nothing is left behind.

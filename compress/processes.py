@@ -82,10 +82,10 @@ class Processes:
         return self._meet(lambda: self._gathered(value))
 
     def _gathered(self, value: T) -> list[T]:
-        mine = self._bytes(b"" if self.first else pack(value))
+        mine = None if self.first else self._bytes(pack(value))
         lengths = [self._length(0) for _ in range(self.size)]
-        dist.all_gather(lengths, self._length(len(mine)))
-        if not self.first:
+        dist.all_gather(lengths, self._length(0 if mine is None else len(mine)))
+        if mine is not None:
             dist.send(mine, 0)
             return []
         found = [value]
@@ -104,16 +104,16 @@ class Processes:
         return value if self.size == 1 else self._meet(lambda: self._sent(value))
 
     def _sent(self, value: T) -> T:
-        message = self._bytes(pack(value) if self.first else b"")
-        length = self._length(len(message))
+        message = self._bytes(pack(value)) if self.first else None
+        length = self._length(0 if message is None else len(message))
         dist.broadcast(length, 0)
-        if not self.first:
+        if message is None:
             message = torch.empty(int(length), dtype=torch.uint8, device=self.device)
         dist.broadcast(message, 0)
         return value if self.first else unpack(message.cpu().numpy().tobytes(), self.device)
 
     def _bytes(self, data: bytes) -> Tensor:
-        return torch.tensor(bytearray(data), dtype=torch.uint8, device=self.device)
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
 
     def _length(self, count: int) -> Tensor:
         return torch.tensor([count], device=self.device)
