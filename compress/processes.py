@@ -58,14 +58,14 @@ class Processes:
 
     def share(self, costs: Sequence[float]) -> "Share":
         """Shares out items: the dearest first, each to the process that has the least to do, so
-        that equal ones go round.
+        that equal ones go round; process 0, which adds up and writes besides, comes last.
 
         Args:
             costs: of each item, in any unit.
         """
         load, owners = [0.0] * self.size, [0] * len(costs)
         for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-            owners[i] = load.index(min(load))
+            owners[i] = min(range(self.size), key=lambda rank: (load[rank], -rank))
             load[owners[i]] += costs[i]
         return Share(self, owners)
 

@@ -104,9 +104,7 @@ class Probe:
             self.hidden[index] = states[:-1]
             self.past[index] = past
             self.final[index] = self.normed(index, states[-1])
-        vocabulary = self.processes.from_first(
-            lambda: logits_of(model, next(iter(self.final.values()))[:1]).shape[-1]
-        )
+        (vocabulary,) = set(self.share.all(lambda i: logits_of(model, self.final[i][:1]).shape[-1]))
         # of all processes' passages: a product of more rows may differ in its last bits
         small = self.positions * vocabulary * 4 <= BASE_NBYTES
         self.base = {i: logits_of(model, x).log_softmax(-1) for i, x in self.final.items() if small}

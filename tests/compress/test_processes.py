@@ -364,7 +364,8 @@ def test_items_come_in_their_order_each_from_the_one_that_has_it(size, costs):
 
 def test_equal_items_go_round():
     """So that process 0 adds them up as they come, and none waits in its memory."""
-    assert Processes(size=3).share([7] * 8).owners == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert Processes(size=3).share([7] * 8).owners == [2, 1, 0, 2, 1, 0, 2, 1]
+    assert Processes().share([7] * 3).own == [0, 1, 2]
 
 
 numbers = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text())
