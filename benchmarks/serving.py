@@ -226,12 +226,15 @@ class Engine:
         return {"first": sorted(first.values()), "steps": steps, "prepare": added - begun}
 
 
-def decode_speed(steps: list[tuple[float, int, int]], requests: int) -> tuple[float, float]:
-    """(tokens a second, milliseconds a step) while so many requests decode and none reads a prompt."""
+def decode_speed(
+    steps: list[tuple[float, int, int]], requests: int
+) -> tuple[float | None, float | None]:
+    """(tokens a second, milliseconds a step) while so many requests decode and none reads a prompt;
+    None where that was never so for three steps, as with preemptions."""
     full = [(at, tokens) for at, tokens, going in steps if going == requests]
     full = full[2:]
     if len(full) < 3:
-        return 0.0, 0.0
+        return None, None
     seconds, tokens = full[-1][0] - full[0][0], full[-1][1] - full[0][1]
     return tokens / seconds, 1000 * seconds / (len(full) - 1)
 
@@ -299,7 +302,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     lines = ["| | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
     for name in names:
-        cells = [f"{row[name]:,.4g}" if name in row else "–" for row in rows.values()]
+        figures = [row.get(name) for row in rows.values()]
+        cells = ["–" if x is None else f"{x:,.4g}" for x in figures]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -34,7 +34,7 @@ from kvfold.runtime.budget.ladder import Ladders
 from kvfold.runtime.calls.options import HUB, check_names, device_of, device_of_map, dtype_of
 from kvfold.runtime.generate.ahead import begin_ahead
 from kvfold.runtime.generate.compile import begin_folder, compiling
-from kvfold.runtime.parallel import check_plan, own_device, own_part, plan_options
+from kvfold.runtime.parallel import check_heads, check_plan, own_device, own_part, plan_options
 
 if TYPE_CHECKING:  # transformers' models take seconds to import: kernels are compiled meanwhile
     from transformers import PreTrainedModel
@@ -166,18 +166,19 @@ def load_pretrained(
         target = device_of_map(device_map, target)
     ranks = 1
     if tp_plan is not None:
-        check_plan(tp_plan, device if device_map is None else device_map, cuda_graph)
+        check_plan(tp_plan, device, device_map, cuda_graph)
         target, ranks, cuda_graph = own_device(), int(os.environ["WORLD_SIZE"]), False
     folder = resolve_artifact(
         path_or_repo_id, revision, **{k: v for k, v in hub_kwargs.items() if k in HUB}
     )
-    triton = choose_triton(attention, target, read_metadata(folder))
+    metadata = read_metadata(folder)
+    if tp_plan is not None:
+        check_heads(metadata.cache, config_from_pretrained(folder))
+    triton = choose_triton(attention, target, metadata)
     # compiled while the weights are read
     computed = dtype if isinstance(dtype, torch.dtype) else None
     kernels = begin_folder(folder, target, computed, progressive, ranks) if triton else None
-    artifact = read_artifact(folder)
-    if tp_plan is not None:
-        artifact = own_part(artifact, config_from_pretrained(folder))
+    artifact = read_artifact(folder) if tp_plan is None else own_part(read_artifact(folder))
     ladders = progressive_policy(artifact) if progressive else None
     if budget is not None and kv_budget is not None:
         rollback = fitting_rollback(budget, kv_budget, artifact, rollback, ladders)

@@ -50,13 +50,15 @@ class Base:
 
 
 @cache
-def environment() -> Environment:
-    """Templates of this folder, each compiled once."""
+def environment(**options: Any) -> Environment:
+    """Jinja's environment for the templates of this folder, each compiled once; with more of its
+    options."""
     env = Environment(
         loader=PackageLoader("kvfold.exports.page", "."),
         undefined=StrictUndefined,
         keep_trailing_newline=True,
         trim_blocks=True,
+        **options,
     )
     env.filters["size"] = format_nbytes
     return env

@@ -3,16 +3,15 @@ one page that needs nothing else and is the same for the same artifact."""
 
 import json
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import RAW_NBYTES, STATE_NBYTES, Geometry, cache_nbytes
 from kvfold.exports.files import REPORT_NAME
+from kvfold.exports.page.card import environment
 from kvfold.exports.page.charts import Chart, layer_bars, loss_points, memory_lines
 from kvfold.exports.reader import read_metadata
 from kvfold.exports.schema import Metadata
@@ -226,7 +225,9 @@ def report_html(metadata: Metadata, results: Sequence[Result] = ()) -> str:
             }
         )
         start += nbytes
-    template = environment().get_template("report.html.jinja")
+    # names of models, texts and rows come from files that others wrote
+    env = environment(autoescape=True, lstrip_blocks=True)
+    template = env.get_template("report.html.jinja")
     return template.render(
         **metadata.model_dump(),
         rows=rows,
@@ -239,19 +240,6 @@ def report_html(metadata: Metadata, results: Sequence[Result] = ()) -> str:
         kl_charts={k: _loss(w, metadata, results) for k, w in WIDTHS.items()},
         size=format_nbytes,
         version=__version__,
-    )
-
-
-@cache
-def environment() -> Environment:
-    """The report's template, compiled once."""
-    return Environment(
-        loader=PackageLoader("kvfold.exports.page", "."),
-        undefined=StrictUndefined,
-        autoescape=True,  # names of models, texts and rows come from files that others wrote
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
     )
 
 

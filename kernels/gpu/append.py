@@ -18,11 +18,10 @@ from kvfold.kernels.compile.launch import launch
 from kvfold.kernels.gpu.clips import clips_of
 from kvfold.kernels.gpu.device.codec import RawRows
 from kvfold.kernels.gpu.device.columns import NBYTES
-from kvfold.kernels.gpu.device.mean import write_bias, write_coefficients
 from kvfold.kernels.gpu.device.pages import write_block
-from kvfold.kernels.gpu.device.step import LABELS, write_queries, write_row
+from kvfold.kernels.gpu.device.step import LABELS, write_query, write_row
 from kvfold.kernels.gpu.kinds import own_code
-from kvfold.kernels.gpu.mean import STEPS_BLOCK
+from kvfold.kernels.gpu.mean import STEPS_BLOCK, MeanTerm
 from kvfold.kernels.gpu.queries import QUERY_TOP, Queries, logit_factor
 from kvfold.kernels.gpu.records import KeyTransform, PagedCache, PageFormat, Regions
 from kvfold.kernels.gpu.tables import format_tables, table_length, warps_for
@@ -81,27 +80,12 @@ def _append_kernel(
     heads = tl.num_programs(1)
     place = b * heads + head
     q = query + b.to(tl.int64) * query_stride_b + head * GROUP * query_stride_h
-    if tl.program_id(2) > 2:
-        if MEAN > 0:
-            start = (tl.program_id(2) - 3) * BIAS
-            end = tl.maximum(tl.load(state + 2 * b) - sinks, 0) // 32 + 1
-            if start < end:
-                write_bias(
-                    bias + place.to(tl.int64) * bias_steps * N, q, query_stride_h, offset + head * DIM, pairs,
-                    steps, factor,
-                    start, end, DIM, GROUP, N, DIM // 8, BIAS,
-                )  # fmt: skip
-    elif tl.program_id(2) == 2:
-        if MEAN > 0:
-            to = coefficients + place.to(tl.int64) * (2 * MEAN * N)
-            write_coefficients(
-                to, q, query_stride_h, offset + head * DIM, pairs, factor, DIM, GROUP, N, DIM // 8, MEAN
-            )  # fmt: skip
-        out = q_out + place.to(tl.int64) * (N * DIM)
-        inverse = query_matrix + head * (DIM * DIM)
-        write_queries(
-            out, q_scale + place, q_shift + place * N, q, query_stride_h, inverse, offset + head * DIM, factor, scaling,
-            DIM, GROUP, N, TOP, MATRIX, SHIFT,
+    if tl.program_id(2) >= 2:
+        write_query(
+            tl.program_id(2) - 2, place, state + 2 * b, sinks, q, query_stride_h, q_out, q_scale, q_shift,
+            query_matrix + head * (DIM * DIM), offset + head * DIM, coefficients, bias, steps, pairs,
+            factor, scaling, bias_steps,
+            DIM, GROUP, N, TOP, MATRIX, SHIFT, MEAN, BIAS,
         )  # fmt: skip
     else:
         token = tl.load(state + 2 * b)
@@ -207,32 +191,12 @@ def append_step(
         raise KvfoldError(
             f"The ring has {ring} rows, but a window of {window} and a page of {page_tokens} must fit."
         )
-    _check(keys, values, query, cache, transform, rungs)
+    _check(keys, values, query, cache, rungs)
+    check_transform(transform, queries)
     shift, mean = queries.shift, queries.mean
-    if shift is not None and transform.offset is None:
-        raise KvfoldError(
-            "The queries have a shift, but the keys no offset; make them without, or give the offset."
-        )
-    if mean is not None and (transform.offset is None or shift is not None):
-        raise KvfoldError(
-            "A rotating mean of keys is made from their offset, and leaves no shift; give the first alone."
-        )
     none = queries.scale  # in place of what is not there, of the same type: nothing reads it
     matrix, offset, query_matrix = (none if x is None else x for x in transform)
-    term, chunks, bias_steps = [none] * 7, 0, 0
-    if mean is not None:
-        turns = mean.tables
-        term = [
-            mean.coefficients,
-            mean.bias,
-            turns.spans,
-            turns.within,
-            turns.steps,
-            turns.pairs,
-            turns.channels,
-        ]
-        bias_steps = mean.bias.shape[3]
-        chunks = bias_steps // STEPS_BLOCK
+    term, bias_steps = mean_arguments(mean, none)
     k_clip, *k_strides = clips_of([x.key_clip for x in formats], [x.key for x in formats], kv_heads)
     v_clip, *v_strides = clips_of(
         [x.value_clip for x in formats], [x.value for x in formats], kv_heads
@@ -241,7 +205,7 @@ def append_step(
         [[x.key for x in formats], [x.value for x in formats]], page_tokens, keys.device
     )
     launch(
-        _append_kernel, (batch, kv_heads, 3 + chunks),
+        _append_kernel, (batch, kv_heads, 3 + bias_steps // STEPS_BLOCK),
         # cache and new tokens
         anchor(keys.device), cache.table, cache.state, cache.table if marks is None else marks,
         keys, values, query, cache.raw_keys, cache.raw_values,
@@ -261,18 +225,44 @@ def append_step(
     )  # fmt: skip
 
 
+def mean_arguments(mean: MeanTerm | None, none: Tensor) -> tuple[list[Tensor], int]:
+    """(tensors of a rotating mean that a step's kernel writes and reads, steps of its bias).
+
+    Args:
+        none: in place of each where there is no such mean.
+    """
+    if mean is None:
+        return [none] * 7, 0
+    turns = mean.tables
+    tensors = [turns.spans, turns.within, turns.steps, turns.pairs, turns.channels]
+    return [mean.coefficients, mean.bias, *tensors], mean.bias.shape[3]
+
+
+def check_transform(transform: KeyTransform, queries: Queries) -> None:
+    """Raises KvfoldError where a step's transform is not as its kernel reads it, or is not that of
+    its queries."""
+    if (transform.matrix is None) != (transform.query_matrix is None):
+        raise KvfoldError("matrix and query_matrix belong together; give both or neither.")
+    if queries.shift is not None and transform.offset is None:
+        raise KvfoldError(
+            "The queries have a shift, but the keys no offset; make them without, or give the offset."
+        )
+    if queries.mean is not None and (transform.offset is None or queries.shift is not None):
+        raise KvfoldError(
+            "A rotating mean of keys is made from their offset, and leaves no shift; give the first alone."
+        )
+    for x in transform:
+        if x is not None and not (x.is_contiguous() and x.dtype == torch.float32):
+            raise KvfoldError(
+                "A key transform is not contiguous float32 (an inverse comes transposed); copy it once before."
+            )
+
+
 def _check(
-    keys: Tensor,
-    values: Tensor,
-    query: Tensor,
-    cache: PagedCache,
-    transform: KeyTransform,
-    rungs: Tensor | None,
+    keys: Tensor, values: Tensor, query: Tensor, cache: PagedCache, rungs: Tensor | None
 ) -> None:
     """Raises KvfoldError where tensors of a step lie otherwise in memory than its kernel reads
     them."""
-    if (transform.matrix is None) != (transform.query_matrix is None):
-        raise KvfoldError("matrix and query_matrix belong together; give both or neither.")
     rows = cache.raw_keys
     if rows.stride() != cache.raw_values.stride() or any(
         x.stride(-1) != 1 for x in (keys, values, query, rows)
@@ -280,11 +270,6 @@ def _check(
         raise KvfoldError(
             "16-bit keys and values need the same strides, and every tensor its channels side by side."
         )
-    for x in transform:
-        if x is not None and not (x.is_contiguous() and x.dtype == torch.float32):
-            raise KvfoldError(
-                "A key transform is not contiguous float32 (an inverse comes transposed); copy it once before."
-            )
     batch = len(keys)
     if rungs is not None and (
         rungs.shape != (batch,) or rungs.dtype != torch.int32 or not rungs.is_contiguous()

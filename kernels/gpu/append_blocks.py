@@ -2,7 +2,9 @@
 16-bit row, page, queries. A single launch, in which the host is asked for nothing.
 
 What is packed follows from a sequence's length alone, so nothing is moved on behind it. A page may
-be written again, by another sequence that shares its block: it gets the same bytes.
+be written again, by another sequence that shares its block: of the same 16-bit rows, the same bytes.
+A window of one token or none is for sequences that share no blocks: a page of theirs may come due
+in the launch that stores its last row.
 """
 
 import triton
@@ -11,15 +13,20 @@ from torch import Tensor
 
 from kvfold.errors import KvfoldError
 from kvfold.kernels.compile.launch import launch
-from kvfold.kernels.gpu.append import NO_TRANSFORM, REGISTERS, UNROLL
+from kvfold.kernels.gpu.append import (
+    NO_TRANSFORM,
+    REGISTERS,
+    UNROLL,
+    check_transform,
+    mean_arguments,
+)
 from kvfold.kernels.gpu.blocks import BlockCache
 from kvfold.kernels.gpu.clips import clips_of
 from kvfold.kernels.gpu.device.codec import IN_BLOCKS
 from kvfold.kernels.gpu.device.columns import NBYTES
-from kvfold.kernels.gpu.device.mean import write_bias, write_coefficients
 from kvfold.kernels.gpu.device.pages import write_block
 from kvfold.kernels.gpu.device.places import BlockRows, load_pages
-from kvfold.kernels.gpu.device.step import write_queries, write_row
+from kvfold.kernels.gpu.device.step import write_query, write_row
 from kvfold.kernels.gpu.kinds import own_code
 from kvfold.kernels.gpu.mean import STEPS_BLOCK
 from kvfold.kernels.gpu.queries import QUERY_TOP, Queries, logit_factor
@@ -58,31 +65,16 @@ def _append_blocks_kernel(
     head = tl.program_id(1)
     heads = tl.num_programs(1)
     place = b * heads + head
-    token = tl.load(lengths + b) - 1
     q = query + b.to(tl.int64) * query_stride_b + head * GROUP * query_stride_h
-    if tl.program_id(2) > 2:
-        if MEAN > 0:
-            start = (tl.program_id(2) - 3) * BIAS
-            end = tl.maximum(token - sinks, 0) // 32 + 1
-            if start < end:
-                write_bias(
-                    bias + place.to(tl.int64) * bias_steps * N, q, query_stride_h, offset + head * DIM, pairs,
-                    steps, factor,
-                    start, end, DIM, GROUP, N, DIM // 8, BIAS,
-                )  # fmt: skip
-    elif tl.program_id(2) == 2:
-        if MEAN > 0:
-            to = coefficients + place.to(tl.int64) * (2 * MEAN * N)
-            write_coefficients(
-                to, q, query_stride_h, offset + head * DIM, pairs, factor, DIM, GROUP, N, DIM // 8, MEAN
-            )  # fmt: skip
-        out = q_out + place.to(tl.int64) * (N * DIM)
-        inverse = query_matrix + head * (DIM * DIM)
-        write_queries(
-            out, q_scale + place, q_shift + place * N, q, query_stride_h, inverse, offset + head * DIM, factor, scaling,
-            DIM, GROUP, N, TOP, MATRIX, SHIFT,
+    if tl.program_id(2) >= 2:
+        write_query(
+            tl.program_id(2) - 2, place, lengths + b, sinks + 1, q, query_stride_h, q_out, q_scale, q_shift,
+            query_matrix + head * (DIM * DIM), offset + head * DIM, coefficients, bias, steps, pairs,
+            factor, scaling, bias_steps,
+            DIM, GROUP, N, TOP, MATRIX, SHIFT, MEAN, BIAS,
         )  # fmt: skip
     else:
+        token = tl.load(lengths + b) - 1
         slot = tl.load(slots + b)
         if (slot >= 0) & (token >= 0):
             rows = raw + head.to(tl.int64) * raw_stride_h
@@ -164,43 +156,28 @@ def append_blocks(
         scaling, softcap: of the model's attention.
         transform: of keys and queries, contiguous float32.
     Raises:
-        KvfoldError: channels do not lie side by side, or a shift or mean has no offset.
+        KvfoldError: channels do not lie side by side, or the transform is no contiguous float32 or
+            not that of the queries.
     """
     batch, kv_heads, dim = keys.shape
     page_tokens = regions.page_tokens
     if any(x.stride(-1) != 1 for x in (keys, values, query)):
         raise KvfoldError("Channels of a step's states do not lie side by side; copy them first.")
+    check_transform(transform, queries)
     shift, mean = queries.shift, queries.mean
-    if (shift is not None or mean is not None) and transform.offset is None:
-        raise KvfoldError(
-            "Queries have a shift or a mean, but the keys no offset; give the offset."
-        )
     none = queries.scale  # in place of what is not there, of the same type: nothing reads it
     matrix, offset, query_matrix = (none if x is None else x for x in transform)
-    term, chunks, bias_steps = [none] * 7, 0, 0
-    if mean is not None:
-        turns = mean.tables
-        term = [
-            mean.coefficients,
-            mean.bias,
-            turns.spans,
-            turns.within,
-            turns.steps,
-            turns.pairs,
-            turns.channels,
-        ]
-        bias_steps = mean.bias.shape[3]
-        chunks = bias_steps // STEPS_BLOCK
+    term, bias_steps = mean_arguments(mean, none)
     k_clip, _, *k_strides = clips_of([fmt.key_clip], [fmt.key], kv_heads)
     v_clip, _, *v_strides = clips_of([fmt.value_clip], [fmt.value], kv_heads)
     tables = format_tables([[fmt.key], [fmt.value]], page_tokens, keys.device)
     launch(
-        _append_blocks_kernel, (batch, kv_heads, 3 + chunks),
+        _append_blocks_kernel, (batch, kv_heads, 3 + bias_steps // STEPS_BLOCK),
         cache.packed, cache.raw, cache.table, cache.raw_table, cache.lengths, cache.slots, keys, values, query,
         queries.data, queries.scale, none if shift is None else shift, matrix, offset, query_matrix,
         tables, none if k_clip is None else k_clip, none if v_clip is None else v_clip, *k_strides, *v_strides,
         logit_factor(scaling, softcap), scaling,
-        cache.table.stride(0), cache.raw_table.stride(0), regions.sinks, regions.window, *cache.page_steps(regions),
+        cache.table.stride(0), cache.raw_table.stride(0), regions.sinks, regions.window, *cache.page_steps,
         cache.raw_shift, *keys.stride()[:2], *values.stride()[:2], *query.stride()[:2], *cache.raw.stride()[:3],
         *term, bias_steps,
         DIM=dim, ROWS=page_tokens // FIELDS, TABLE=table_length(dim), MATRIX=transform.matrix is not None,

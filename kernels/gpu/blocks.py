@@ -39,6 +39,9 @@ LEAST_SHARED = 4096  # tokens of a part, where it is for that alone that a seque
 class BlockCache(NamedTuple):
     """One layer's cache in an engine's pool, and B sequences that have one new token each.
 
+    Block 0 of both is nobody's and never written, its bytes finite numbers: where a sequence has no
+    page, what is read there is multiplied by 0.
+
     Attributes:
         packed: uint8 [blocks, bytes], pages side by side from the first byte on; its address and the
             step from block to block are multiples of 16.
@@ -51,6 +54,7 @@ class BlockCache(NamedTuple):
             row; negative for none.
         page_stride: bytes from a page to the next, a multiple of 16.
         pages_per_block: of `packed`.
+        first_place: places of a sequence, as many as pages, before that of its first page.
     """
 
     packed: Tensor
@@ -61,23 +65,17 @@ class BlockCache(NamedTuple):
     slots: Tensor
     page_stride: int
     pages_per_block: int
+    first_place: int
 
     @property
     def raw_shift(self) -> int:
         """Logarithm of the tokens of a raw block."""
         return self.raw.shape[2].bit_length() - 1
 
-    def first_place(self, regions: Regions) -> int:
-        """Places of a sequence, as many as pages, before that of its first page."""
-        return -(-regions.sinks // regions.page_tokens)
-
-    def page_steps(self, regions: Regions) -> tuple[int, int, int]:
+    @property
+    def page_steps(self) -> tuple[int, int, int]:
         """(first place, from block to block, from page to page), the steps in units of 16 bytes."""
-        return (
-            self.first_place(regions),
-            self.packed.stride(0) // UNIT,
-            self.page_stride // UNIT,
-        )
+        return self.first_place, self.packed.stride(0) // UNIT, self.page_stride // UNIT
 
 
 def check_blocks(cache: BlockCache) -> None:
@@ -117,7 +115,7 @@ def attend_blocks(
         cache: of one layer, the new tokens and their pages written.
         formats: (key format, value format) of every page.
         out: [B, num_heads, head_dim], any float type; written, with zeros where no sequence is.
-        regions: of the cache; the ring is none.
+        regions: of the cache; its ring is not read.
         logits: what is done to them.
         splits: programs that share the pages of one head and sequence; 0 chooses.
     """
@@ -147,7 +145,7 @@ def attend_blocks(
         # numbers
         0, cache.table.stride(0), regions.sinks, regions.window, 0, logits.sliding, 1, splits, splits, 1, 0, 0, 1,
         *(step // ROW_UNIT.value for step in cache.raw.stride()[:3]), *term,
-        cache.raw_table, cache.raw_table.stride(0), cache.raw_shift, *cache.page_steps(regions),
+        cache.raw_table, cache.raw_table.stride(0), cache.raw_shift, *cache.page_steps,
         K=k_layout, V=v_layout, R=device_layout(raw16(dim), page_tokens), N=padded, COLUMNS=queries.columns,
         GROUP=queries.group, PROMPT=False, MASKED=logits.sliding > 0, CAP=cap, SHIFT=shift is not None and cap > 0,
         MEAN=0 if mean is None else mean.tables.within.shape[1], STAGES=stages, PREFETCH=ahead, BLOCK=RAW_BLOCK,

@@ -131,7 +131,7 @@ def merge_parts(
         sink_logits: [num_heads], logits that join the denominator only, or None.
         shift: float32 [B, Hkv, query blocks, N], what all scores of a query lack, which sink logits
             must lack too; or None.
-        state: int32 [B, 2], tokens and pages of each sequence.
+        state: int32 [B, 2], tokens and pages of each sequence; anything where not `advance`.
         regions: of the cache.
         new: tokens that `state` does not count yet.
         in_order: sums are taken in an order that the number of slots has no part in.

@@ -110,7 +110,7 @@ class TritonKernels:
         cache = PagedCache(
             layer.block_table, layer.state, layer.raw_keys, layer.raw_values, segments
         )
-        regions = _regions(geometry, geometry.ring)
+        regions = kernel_regions(geometry, geometry.ring)
         append_step(
             keys.contiguous(),
             values.contiguous(),
@@ -132,7 +132,7 @@ class TritonKernels:
             _formats(layer),
             out,
             regions,
-            _logits(options),
+            kernel_logits(options),
             new=1,
             # the last kernel moves `state` on by the token and the page: all was read by then
             advance=True,
@@ -144,12 +144,12 @@ class TritonKernels:
 TRITON = TritonKernels()
 
 
-def _regions(geometry: Geometry, ring: int) -> Regions:
-    """The regions of a cache as kernels take them."""
+def kernel_regions(geometry: Geometry, ring: int = 0) -> Regions:
+    """The regions of a cache as kernels take them; with a ring of 16-bit rows, its length."""
     return Regions(geometry.sinks, geometry.window, geometry.page_tokens, ring)
 
 
-def _logits(options: LogitOptions) -> records.LogitOptions:
+def kernel_logits(options: LogitOptions) -> records.LogitOptions:
     """What a model does to its logits as kernels take it."""
     return records.LogitOptions(options.softcap or 0.0, options.sinks_logit, options.sliding)
 
@@ -266,8 +266,8 @@ def attend_prompt(
             cache,
             _formats(layer),
             out[:, start : start + QUERY_CHUNK],
-            _regions(geometry, 0),
-            _logits(options),
+            kernel_regions(geometry, 0),
+            kernel_logits(options),
             prompt=Prompt(first, before, together, mean),
         )
 

@@ -11,6 +11,26 @@ from kvfold.runtime.cache.saved import check_saved
 from kvfold.runtime.cache.storage import read_file, restore_layer
 
 
+def check_origin(path: Path, found: str, digest: str) -> None:
+    """Refuses a saved cache of another artifact, or of other KV heads of the same one.
+
+    Args:
+        found: the digest that the file names.
+        digest: that of the model (`Artifact.digest`).
+    """
+    (other, _, heads), (own, _, part) = found.partition(", "), digest.partition(", ")
+    if other != own:
+        raise KvfoldError(
+            f"'{path}' is a cache of another artifact ({other[:12]}…, this model's is {own[:12]}…); load "
+            "the artifact that it was made with."
+        )
+    if heads != part:
+        raise KvfoldError(
+            f"'{path}' is a cache of {heads or 'all KV heads'}, but this model has {part or 'all KV heads'}; load it "
+            "on the process that saved it, among as many as then."
+        )
+
+
 @neutrally
 def load_cache(path: str | PathLike, model: Any) -> QuantizedKVCache:
     """The cache that `cache.save` wrote, on the device of `model`, which must be of the same
@@ -25,13 +45,7 @@ def load_cache(path: str | PathLike, model: Any) -> QuantizedKVCache:
             "A cache is restored for a model that runtime.load_pretrained has loaded; this one is not."
         )
     body, tensors = read_file(Path(path))
-    digest = model.kv_artifact.digest
-    if body.get("artifact") != digest:
-        raise KvfoldError(
-            f"'{path}' is a cache of another artifact ({str(body.get('artifact'))[:12]}…, this "
-            f"model's is {digest[:12]}…); load "
-            "the artifact that it was made with."
-        )
+    check_origin(Path(path), str(body.get("artifact")), model.kv_artifact.digest)
     cache: QuantizedKVCache = model.new_kv_cache()
     check_saved(Path(path), body, tensors, cache.geometry, cache.formats)
     cache.extend_rollback(body["rollback"])

@@ -296,11 +296,12 @@ def artifact_launches(
 
     Args:
         dtype: of its activations; default: of its weights.
-        ranks: processes that its heads are divided among.
+        ranks: processes that its heads are divided among, in equal parts.
     """
     kinds, whole, heads, dtype = read_kinds(folder, dtype)
-    part = replace(whole, num_kv_heads=max(1, whole.num_kv_heads // ranks))
-    return launches_of(kinds, part, heads // ranks, dtype, progressive, multiprocessors)
+    part = replace(whole, num_kv_heads=whole.num_kv_heads // ranks)
+    own = [x._replace(spec=x.spec.of_heads(slice(0, part.num_kv_heads))) for x in kinds]
+    return launches_of(own, part, heads // ranks, dtype, progressive, multiprocessors)
 
 
 def warm_up(model: Any, jobs: int | None = None) -> int:

@@ -3,7 +3,6 @@ holds the 16-bit one."""
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +24,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from kvfold.errors import KvfoldError
 from kvfold.runtime.backends.base import LogitOptions
 from kvfold.runtime.vllm import torch_attention
-from kvfold.runtime.vllm.batch import Chunk, DeviceBatch
+from kvfold.runtime.vllm.batch import Chunk, DeviceBatch, divide
 from kvfold.runtime.vllm.layer import ServedLayer
 from kvfold.runtime.vllm.specs import packed_spec, raw_spec
 from kvfold.runtime.vllm.torch_attention import Batch, Blocks
@@ -56,6 +55,7 @@ class StepMetadata(AttentionMetadata):
     most_tokens: int
     block_table: Tensor
     slot_mapping: Tensor
+    _batch: DeviceBatch | None = None
 
     @cached_property
     def host_starts(self) -> list[int]:
@@ -68,27 +68,24 @@ class StepMetadata(AttentionMetadata):
         return self.lengths.tolist()
 
     @cached_property
+    def divided(self) -> tuple[int, list[int]]:
+        """(requests with one new token that come first, numbers of the chunks behind them)."""
+        return (len(self.lengths), []) if self.most_new == 1 else divide(self.host_starts)
+
+    @cached_property
     def chunks(self) -> list[Chunk]:
-        """All requests from the first on that has not one new token."""
-        if self.most_new == 1:
+        """The chunks of `divided`."""
+        behind = self.divided[1]
+        if not behind:
             return []
-        pairs = list(pairwise(self.host_starts))
-        first = next((i for i, (a, b) in enumerate(pairs) if b - a != 1), len(pairs))
-        if first == len(pairs):
-            return []
-        bounds = self.host_lengths if self.bounds is None else self.bounds.tolist()
-        return [
-            Chunk(i, *pairs[i], bounds[i])
-            for i in range(first, len(pairs))
-            if pairs[i][0] < pairs[i][1]
-        ]
+        lengths = self.host_lengths if self.bounds is None else self.bounds.tolist()
+        return [Chunk(i, *self.host_starts[i : i + 2], lengths[i]) for i in behind]
 
     def with_rows(self, rows: "StepMetadata") -> DeviceBatch:
         """The step of both groups, this one's and that of the 16-bit rows; made once."""
         if self._batch is None:
-            singles = self.chunks[0].request if self.chunks else len(self.lengths)
             self._batch = DeviceBatch(
-                singles,
+                self.divided[0],
                 self.chunks,
                 self.most_tokens,
                 self.lengths,
@@ -97,8 +94,6 @@ class StepMetadata(AttentionMetadata):
                 rows.slot_mapping,
             )
         return self._batch
-
-    _batch: DeviceBatch | None = None
 
 
 class StepMetadataBuilder(AttentionMetadataBuilder):
@@ -253,6 +248,7 @@ class PackedImpl(AttentionImpl):
                 "cache; generate with kvfold's own runtime."
             )
         self.layer: ServedLayer | None = None
+        self.most = (0, 0)  # sequences of a step, and tokens of one
 
     def forward(
         self,
@@ -304,15 +300,15 @@ class PackedImpl(AttentionImpl):
         from kvfold.runtime.vllm.triton_attention import scratch_nbytes
 
         assert self.layer is not None
-        room = scratch_nbytes(len(query), self.num_heads, self.layer)
+        room = scratch_nbytes(len(query), *self.most, self.num_heads, self.layer)
         torch.empty(room, dtype=torch.uint8, device=query.device)
 
 
-def serve(attention: Any, layer: ServedLayer, contexts: dict[str, Any], drafts: int) -> None:
+def serve(attention: Any, layer: ServedLayer, config: Any, drafts: int) -> None:
     """Gives an attention layer of vLLM's, made with PackedBackend, an artifact's layer.
 
     Args:
-        contexts: vLLM's layers by name; that of the 16-bit rows is added.
+        config: VllmConfig; to its layers by name that of the 16-bit rows is added.
         drafts: tokens that a step may draft.
     Raises:
         KvfoldError: the layer that vLLM has made is not the artifact's.
@@ -327,8 +323,9 @@ def serve(attention: Any, layer: ServedLayer, contexts: dict[str, Any], drafts: 
             f"the artifact {known}; leave out what changes the model's configuration."
         )
     impl.layer = layer
+    impl.most = (config.scheduler_config.max_num_seqs, config.model_config.max_model_len)
     raw = RawCache(layer, drafts)
-    contexts[attention.layer_name + RAW] = raw
+    config.compilation_config.static_forward_context[attention.layer_name + RAW] = raw
     # plain attributes: as a submodule it would be among the weights
     spec = packed_spec(layer)
     object.__setattr__(attention, "kv_raw", raw)

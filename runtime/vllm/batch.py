@@ -2,6 +2,7 @@
 does."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -25,6 +26,18 @@ class Chunk:
     def before(self) -> int:
         """Tokens of the request that were there."""
         return self.length - (self.end - self.first)
+
+
+def divide(starts: list[int]) -> tuple[int, list[int]]:
+    """(requests with one new token before the first that has another number of them, numbers of
+    those behind that have any).
+
+    Args:
+        starts: first new token of each request among the step's, and their number at the end.
+    """
+    counts = [b - a for a, b in pairwise(starts)]
+    singles = next((i for i, n in enumerate(counts) if n != 1), len(counts))
+    return singles, [i for i, n in enumerate(counts) if i >= singles and n > 0]
 
 
 @dataclass

@@ -143,4 +143,4 @@ def make_served(
         get_tensor_model_parallel_world_size(),
         config.cache_config.block_size,
     )
-    serve(attention, layer, config.compilation_config.static_forward_context, drafted(config))
+    serve(attention, layer, config, drafted(config))

@@ -25,6 +25,8 @@ KEY = "kvfold"  # in vLLM's additional_config, which every process gets: the art
 STEP_TOKENS = (
     2048  # of a step, unless asked for: until it is over, a chunk's rows are all in 16 bits
 )
+# of 16-bit tokens on a GPU, where one launch stores the step's rows and packs pages of older ones
+LEAST_WINDOW = 2
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,12 @@ def check_config(config: Any, artifact: Artifact) -> None:
             raise KvfoldError(
                 f"{refusal.name} is not supported with a packed cache; leave out {refusal.option}."
             )
+    window = artifact.geometry.window
+    if config.device_config.device_type == "cuda" and window < LEAST_WINDOW:
+        raise KvfoldError(
+            f"This artifact has a window of {window} tokens, but on a GPU requests that share a block need one of "
+            f"{LEAST_WINDOW}; compress the model with a larger window."
+        )
     ranks, heads = config.parallel_config.tensor_parallel_size, artifact.geometry.num_kv_heads
     if heads % ranks and ranks % heads:
         raise KvfoldError(

@@ -1,9 +1,9 @@
 """A step of an engine in plain torch, on any device: stores the new keys and values in blocks, packs
 the pages that come due, attends. What kernels over an engine's block tables are to be measured by.
 
-A module of such kernels has the same one function `attend_step`. This one loops over a step's
-requests on the host; the arithmetic is the reference backend's, which reads pages and 16-bit rows
-wherever they lie.
+triton_attention.py has the same one function `attend_step`. This one loops over a step's requests on
+the host; the arithmetic is the reference backend's, which reads pages and 16-bit rows wherever they
+lie.
 
 Nothing is kept beside the blocks and their tables: which tokens are packed follows from a request's
 length alone. A page may be packed again, by another request that shares its block or after a draft
@@ -41,7 +41,8 @@ class Batch(NamedTuple):
         starts: first new token of each request among the step's, and their number at the end.
         lengths: tokens of each request, new ones included.
         packed_table, raw_table: int32 [requests, entries], blocks of each request.
-        raw_slots: int64 [tokens], block · raw_block_tokens + place, where each new token's row goes.
+        raw_slots: int64 [tokens], block · raw_block_tokens + place, where each new token's row goes;
+            negative for no token.
     """
 
     starts: list[int]
@@ -142,8 +143,9 @@ def _store(layer: ServedLayer, blocks: Blocks, batch: Batch, key: Tensor, value:
     )
     rows = torch.cat((to_float16(keys), to_float16(value.transpose(0, 1).float())), -1)
     size = layer.layout.raw_block_tokens
-    slots = batch.raw_slots
-    blocks.raw[slots // size, :, slots % size] = rows.transpose(0, 1)
+    real = batch.raw_slots >= 0
+    slots = batch.raw_slots[real]
+    blocks.raw[slots // size, :, slots % size] = rows.transpose(0, 1)[real]
 
 
 def _rows(layer: ServedLayer, blocks: Blocks, table: Tensor, positions: Tensor) -> Tensor:
@@ -157,7 +159,7 @@ def _pack(layer: ServedLayer, record: LayerTensors, blocks: Blocks, batch: Batch
     """Packs the pages that the step's tokens have pushed out of the window."""
     layout, ids, rows = layer.layout, [], []
     for request in range(len(batch.lengths)):
-        first, last = (_packed(layer, length) for length in batch.tokens(request))
+        first, last = (pages_of(layer, length) for length in batch.tokens(request))
         if first == last:
             continue
         begin = layout.sinks + first * layout.page_tokens
@@ -170,7 +172,7 @@ def _pack(layer: ServedLayer, record: LayerTensors, blocks: Blocks, batch: Batch
         REFERENCE.write_pages(record, ids, keys, values)
 
 
-def _packed(layer: ServedLayer, length: int) -> int:
+def pages_of(layer: ServedLayer, length: int) -> int:
     """Pages of a request of so many tokens."""
     g = layer.geometry
     return packed_tokens(length, g.sinks, g.window, g.page_tokens) // g.page_tokens
@@ -188,15 +190,15 @@ def _row(layer: ServedLayer, blocks: Blocks, batch: Batch, request: int) -> RowV
     pages that its last one does."""
     g, device = layer.geometry, blocks.raw.device
     before, length = batch.tokens(request)
-    begin = g.sinks + _packed(layer, before + 1) * g.page_tokens
+    begin = g.sinks + pages_of(layer, before + 1) * g.page_tokens
     sinks, window = range(min(g.sinks, length)), range(begin, length)
     raw = torch.tensor([*sinks, *window], device=device)
     keys, values = _rows(layer, blocks, batch.raw_table[request], raw).chunk(2, -1)
     positions = torch.arange(before, length, device=device)
     behind = (positions + 1 - g.sinks - g.window).clamp_min(0)
     limit = g.sinks + behind // g.page_tokens * g.page_tokens
-    pages = _numbers(layer, batch.packed_table[request], range(_packed(layer, length)))
-    packed_before = _packed(layer, before) * g.page_tokens
+    pages = _numbers(layer, batch.packed_table[request], range(pages_of(layer, length)))
+    packed_before = pages_of(layer, before) * g.page_tokens
     return RowView(0, 0, positions, limit, keys, values, raw, pages, packed_before, length, 0)
 
 

@@ -64,13 +64,14 @@ class Answer(NamedTuple):
         tokens: those tokens.
         logprobs: of each, in nats.
         cached: tokens of the prompt that were in the engine's cache.
-        gaps: by how many nats each was more probable than the next best; empty if nobody asked.
+        seconds: the next best of each and by how many nats it was less probable; empty if nobody
+            asked.
     """
 
     tokens: list[int]
     logprobs: list[float]
     cached: int = 0
-    gaps: Sequence[float] = ()
+    seconds: Sequence[tuple[int, float]] = ()
 
 
 @contextmanager
@@ -103,8 +104,11 @@ def _answer(request: Any) -> Answer:
     out = request.outputs[0]
     tokens = list(out.token_ids)
     logprobs = [step[token].logprob for step, token in zip(out.logprobs, tokens, strict=True)]
-    best = [sorted((x.logprob for x in step.values()), reverse=True) for step in out.logprobs]
-    return Answer(tokens, logprobs, request.num_cached_tokens, [x[0] - x[1] for x in best])
+    seconds = []
+    for token, step in zip(tokens, out.logprobs, strict=True):
+        other = max((x for x in step if x != token), key=lambda x: step[x].logprob)
+        seconds.append((other, step[token].logprob - step[other].logprob))
+    return Answer(tokens, logprobs, request.num_cached_tokens, seconds)
 
 
 def own(model: object, prompts: Sequence[list[int]], new: int = 24) -> list[Answer]:
@@ -141,7 +145,9 @@ def assert_same(found: Sequence[Answer], expected: Sequence[Answer], within: flo
         )
         until = next(same, len(a.tokens))
         if until < len(a.tokens):
-            assert a.gaps and a.gaps[until] < 2 * within
+            assert a.seconds, "another token, and nobody asked which was the next best"
+            other, gap = a.seconds[until]
+            assert other == b.tokens[until] and gap < 2 * within
         compared += until
         torch.testing.assert_close(
             torch.tensor(a.logprobs[:until]), torch.tensor(b.logprobs[:until]), atol=within, rtol=0

@@ -77,12 +77,27 @@ def numbers_of_numpy(*tensors: Any) -> bool:
 
 def key_of(operand: Any) -> Any:
     """What an operation depends on: the type of a tensor, the value of a number."""
-    return id(operand.type) if operand.__class__ is Tensor else (operand.__class__, operand)
+    return id(operand.type) if operand.__class__ is Tensor else (operand.__class__, exact(operand))
+
+
+def exact(number: Any) -> Any:
+    """A number, by which −0.0 is another than 0.0 and NaN equals itself."""
+    if number.__class__ is Constant:
+        number = number.value
+    return number.hex() if number.__class__ is float else number
 
 
 def own_data(operand: Any, data: np.ndarray) -> tuple[np.ndarray | None, np.dtype]:
     """(of a number its array, the type that reached NumPy)."""
     return (None if isinstance(operand, Tensor) else data.reshape(-1)[:1].copy()), data.dtype
+
+
+def array_of(fixed: np.ndarray | None, operand: Any, kind: np.dtype) -> np.ndarray:
+    """The array of an operand, `fixed` of a number's, in the type that reached NumPy."""
+    if fixed is not None:
+        return fixed
+    data = operand.handle.data
+    return data if data.dtype is kind else data.astype(kind)
 
 
 def quotient(lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:
@@ -143,8 +158,8 @@ def binary(real: Callable) -> Callable:
         if named:  # the one that there is besides
             rest = (*named.values(),)
         key = (
-            id(lhs.type) if lhs.__class__ is Tensor else (lhs.__class__, lhs),
-            id(rhs.type) if rhs.__class__ is Tensor else (rhs.__class__, rhs),
+            id(lhs.type) if lhs.__class__ is Tensor else key_of(lhs),
+            id(rhs.type) if rhs.__class__ is Tensor else key_of(rhs),
             rest == (False,),  # an overflow is no error
         )
         found = plans.get(key)
@@ -163,14 +178,7 @@ def binary(real: Callable) -> Callable:
             handle = pointer.handle
             return made(handle.data + distance, handle.dtype, template)
         operation, left, left_type, right, right_type, bounds, data_type, kind, template = found
-        if left is None:
-            left = lhs.handle.data
-            if left.dtype is not left_type:
-                left = left.astype(left_type)
-        if right is None:
-            right = rhs.handle.data
-            if right.dtype is not right_type:
-                right = right.astype(right_type)
+        left, right = array_of(left, lhs, left_type), array_of(right, rhs, right_type)
         checked = bounds is not None and not key[2]
         data = wide(operation, left, right, bounds) if checked else operation(left, right)
         if data.dtype is not data_type:
@@ -203,14 +211,7 @@ def select(real: Callable) -> Callable:
         if found is False:
             return real(semantic, condition, x, y)
         one, one_type, other, other_type, kind, template = found
-        if one is None:
-            one = x.handle.data
-            if one.dtype is not one_type:
-                one = one.astype(one_type)
-        if other is None:
-            other = y.handle.data
-            if other.dtype is not other_type:
-                other = other.astype(other_type)
+        one, other = array_of(one, x, one_type), array_of(other, y, other_type)
         return made(np.where(condition.handle.data, one, other), kind, template)
 
     return quick
@@ -281,9 +282,7 @@ def load(real: Callable) -> Callable:
             if shown.shape != shape:
                 shown = np.broadcast_to(shown, shape)
         if other is not None:
-            missing = other.handle.data
-            if missing.dtype is not data_type:
-                missing = missing.astype(data_type)
+            missing = array_of(None, other, data_type)
             if missing.shape != shape:
                 missing = np.broadcast_to(missing, shape)
         data = interpreter._interpreter.load(ptr.handle.data, shown, missing, data_type)
@@ -298,7 +297,7 @@ def constant(real: Callable) -> Callable:
     kept = []
 
     def quick(semantic: Any, value: Any, dtype: Any) -> Any:
-        key = value.__class__, value, id(dtype)
+        key = value.__class__, exact(value), id(dtype)
         found = known.get(key)
         if found is None:
             result = real(semantic, value, dtype)

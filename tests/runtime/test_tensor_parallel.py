@@ -4,13 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torchrun_generate import answer, prompts
 
 from kvfold import runtime
 from kvfold.errors import KvfoldError
+from kvfold.runtime import parallel
+from kvfold.runtime.generate import compile as compilation
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "torchrun_generate.py"
 
@@ -33,33 +38,9 @@ def torchrun(*words: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize(("policy", "share"), [("floor", 0), ("progressive", 0.9)])
-def test_two_processes_give_the_text_of_one(policy, share, tiny_artifact, tmp_path):
-    ids = torch.randint(1, 128, (2, 90), generator=torch.Generator().manual_seed(4))
-    mask = torch.ones_like(ids)
-    ids[1, :7], mask[1, :7] = 0, 0
-    whole = runtime.load_pretrained(tiny_artifact, device="cpu")
-    budget = 0
-    if share:  # pages go down on the way, but all fit
-        probe = whole.new_kv_cache()
-        with torch.no_grad():
-            whole(torch.cat((ids, ids[:, :40]), 1), past_key_values=probe)
-        budget = int(probe.nbytes * (1 + share) / 2) * 2
-        whole = runtime.load_pretrained(
-            tiny_artifact, device="cpu", policy=policy, kv_budget=budget
-        )
-    with torch.no_grad():
-        one = whole.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=40,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-    done = torchrun(str(SCRIPT), str(tiny_artifact), str(tmp_path), policy, str(budget // 2))
-    assert done.returncode == 0, done.stderr[:6000]
-    ranks = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(2)]
+def check(policy: str, whole: Any, ranks: list[dict]) -> None:
+    """What two ranks gave by a policy, against the model on one process."""
+    one = answer(whole)
     cache = one.past_key_values
     report = json.dumps([layer["pages"] for layer in cache.report()], default=str)
     want = torch.stack(one.logits).float().flatten()
@@ -75,27 +56,72 @@ def test_two_processes_give_the_text_of_one(policy, share, tiny_artifact, tmp_pa
             one.sequences, past_key_values=cache, max_new_tokens=5, do_sample=False
         )
     assert [found["again"] for found in ranks] == [more.tolist()] * 2
-    if (
-        policy == "progressive"
-    ):  # keeps no file; block tables stand in each, so pages go down sooner
+    if policy == "floor":
+        assert ranks[0]["pages"] == json.loads(report)
+    else:  # block tables stand in each, so pages go down sooner
         assert any(len([n for n in layer.values() if n]) > 1 for layer in ranks[0]["pages"])
-        return
-    assert ranks[0]["pages"] == json.loads(report)
+
+
+def test_two_processes_give_the_text_of_one(tiny_artifact, tmp_path):
+    ids = prompts()[0]
+    plain = runtime.load_pretrained(tiny_artifact, device="cpu")
+    probe = plain.new_kv_cache()
+    with torch.no_grad():
+        plain(torch.cat((ids, ids[:, :40]), 1), past_key_values=probe)
+    budget = int(probe.nbytes * 0.95) * 2  # pages go down on the way, but all fit
+    lowered = runtime.load_pretrained(
+        tiny_artifact, device="cpu", policy="progressive", kv_budget=budget
+    )
+    runs = ("floor=0", f"progressive={budget // 2}")
+    done = torchrun(str(SCRIPT), str(tiny_artifact), str(tmp_path), *runs)
+    assert done.returncode == 0, done.stderr[:6000]
+    for policy, whole in (("floor", plain), ("progressive", lowered)):
+        ranks = [json.loads((tmp_path / f"{policy}{r}.json").read_text()) for r in range(2)]
+        check(policy, whole, ranks)
+    floor = [json.loads((tmp_path / f"floor{r}.json").read_text()) for r in range(2)]
     # a part's cache is not the whole model's, nor the other part's
-    with pytest.raises(KvfoldError, match="another artifact"):
-        runtime.load_cache(tmp_path / "cache0.safetensors", whole)
+    with pytest.raises(KvfoldError, match="KV heads 0 to 0, but this model has all KV heads"):
+        runtime.load_cache(tmp_path / "floor0.safetensors", plain)
+    assert "KV heads 1 to 1, but this model has KV heads 0 to 0" in floor[0]["other"]
+    assert "KV heads 0 to 0, but this model has KV heads 1 to 1" in floor[1]["other"]
 
 
 def test_what_takes_one_process_is_refused(tiny_artifact, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(KvfoldError, match="torchrun --nproc-per-node 2"):
         runtime.load_pretrained(tiny_artifact, tp_plan="auto")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     for options, word in (
         ({"tp_plan": "colwise"}, "'colwise'"),
-        ({"tp_plan": "auto", "device": "cpu"}, "exclude each other"),
+        ({"tp_plan": "auto", "device": "cpu"}, "device='cpu' and tp_plan='auto' exclude"),
+        ({"tp_plan": "auto", "device_map": "cpu"}, "device_map='cpu' and tp_plan='auto' exclude"),
         ({"tp_plan": "auto", "cuda_graph": True}, "one process"),
         ({"tp_plan": "auto"}, "3 processes divide the 2 KV heads and 4 query heads"),
     ):
         with pytest.raises(KvfoldError, match=word):
             runtime.load_pretrained(tiny_artifact, **options)
+
+
+def test_each_process_needs_a_device_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(KvfoldError, match="at most 1 processes a host"):
+        parallel.own_device()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert parallel.own_device() == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_the_kernels_of_a_part_are_found_without_a_device(progressive, tiny_artifact):
+    """As many launches as of the whole model, with one KV head in the place of two."""
+    find = partial(compilation.artifact_launches, tiny_artifact, None, progressive, 132)
+    whole, part = find(), find(ranks=2)
+    assert len(part) == len(whole) > 0
+    for one, other in zip(whole, part, strict=True):
+        assert one.kernel is other.kernel
+        assert [getattr(x, "dtype", None) for x in one.args] == [
+            getattr(x, "dtype", None) for x in other.args
+        ]

@@ -23,9 +23,9 @@ import quick_operations
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.kernels.formats import Format, uniform
 from kvfold.runtime.backends import triton as runtime_triton
-from kvfold.runtime.vllm.batch import Chunk, DeviceBatch
+from kvfold.runtime.vllm.batch import Chunk, DeviceBatch, divide
 from kvfold.runtime.vllm.torch_attention import BlockPages, Blocks
-from kvfold.runtime.vllm.triton_attention import attend_step
+from kvfold.runtime.vllm.triton_attention import attend_step, scratch_nbytes
 
 MOST = 320  # tokens of a request
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,12 +48,8 @@ class KernelPool(Pool):
         self.layer.to(torch.device(DEVICE))
 
     def attend(self, batch, query, keys, values, out) -> None:
-        counts = [b - a for a, b in zip(batch.starts, batch.starts[1:], strict=False)]
-        singles = next((i for i, n in enumerate(counts) if n > 1), len(counts))
-        chunks = [
-            Chunk(i, batch.starts[i], batch.starts[i + 1], batch.lengths[i])
-            for i in range(singles, len(counts))
-        ]
+        singles, behind = divide(batch.starts)
+        chunks = [Chunk(i, *batch.starts[i : i + 2], batch.lengths[i]) for i in behind]
         tables = [batch.packed_table, batch.raw_table]
         lengths, slots = torch.tensor(batch.lengths, dtype=torch.int32), batch.raw_slots
         if not chunks:  # padded, as a captured step is
@@ -78,6 +74,7 @@ class KernelPool(Pool):
         attend_step(self.layer, self.blocks, given, *states, SCALE, self.options, room)
         out.copy_(room[: len(out)])
         assert not room[len(out) :].any()
+        assert not any(memory[0].any() for memory in self.blocks)
 
 
 def same_pages(a: Pool, b: Pool, names) -> None:
@@ -154,3 +151,75 @@ def test_prompts_may_end_within_the_sinks():
         for n in step:
             torch.testing.assert_close(found[n], expected[n], atol=4e-3, rtol=4e-3)
     same_pages(kernels, plain, {"a": SINKS - 1, "b": 50})
+
+
+def test_a_step_may_fill_blocks_that_another_request_of_it_reads():
+    """A prompt with the blocks of one that is read in the same step, then tokens that are taken back
+    as drafts are."""
+    kernels, plain = KernelPool(SPECS["turning mean"]), Pool(SPECS["turning mean"])
+    states = {"a": drawn(110, 0), "b": drawn(110, 0)}
+    other = drawn(3, 7)
+    for pool in (kernels, plain):
+        pool.step({"a": part(states["a"], 0, 40)})
+    for pool in (kernels, plain):
+        pool.share("a", "b", 32)
+    steps = [
+        {"b": part(states["b"], 32, 75), "a": part(states["a"], 40, 75)},
+        {"a": part(states["a"], 75, 76), "b": other},
+        {"a": part(states["a"], 76, 77), "b": part(states["b"], 75, 110)},
+    ]
+    for step, advance in zip(steps, (True, False, True), strict=True):
+        if not advance:  # of "b" alone: drafts that turn out wrong
+            step = {"b": step["b"]}
+        found, expected = (pool.step(step, advance) for pool in (kernels, plain))
+        for n in step:
+            torch.testing.assert_close(found[n], expected[n], atol=4e-3, rtol=4e-3)
+        if not advance:
+            found, expected = (
+                pool.step({"a": part(states["a"], 75, 76)}) for pool in (kernels, plain)
+            )
+            torch.testing.assert_close(found["a"], expected["a"], atol=4e-3, rtol=4e-3)
+    same_pages(kernels, plain, states)
+
+
+def test_a_step_of_nobody_writes_nothing():
+    """Block tables of zeros and slots of −1, as an engine's own trials bring them, with lengths of
+    many pages."""
+    pool = KernelPool(SPECS["turning mean"])
+    pool.step({"a": part(drawn(90, 0), 0, 90)})
+    before = [memory.clone() for memory in pool.blocks]
+    tables = torch.zeros(2, 40, dtype=torch.int32, device=DEVICE)
+    states = tuple(x.transpose(0, 1).to(DEVICE) for x in drawn(61, 3))
+    batch = DeviceBatch(
+        1, [Chunk(1, 1, 61, 90)], MOST, torch.tensor([90, 90], dtype=torch.int32, device=DEVICE),
+        tables, tables, torch.full((61,), -1, device=DEVICE),
+    )  # fmt: skip
+    out = torch.zeros_like(states[0])
+    attend_step(pool.layer, pool.blocks, batch, *states, SCALE, pool.options, out)
+    for memory, old in zip(pool.blocks, before, strict=True):
+        assert torch.equal(memory.cpu().view(torch.uint8), old.cpu().view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("starts", "singles", "behind"),
+    [
+        ([0], 0, []),
+        ([0, 1, 2, 3], 3, []),
+        ([0, 1, 2, 2, 7], 2, [3]),
+        ([0, 5, 6, 6], 0, [0, 1]),
+        ([0, 1, 1, 1], 1, []),
+    ],
+)
+def test_a_step_is_divided_where_single_tokens_end(starts, singles, behind):
+    assert divide(starts) == (singles, behind)
+
+
+def test_room_beside_the_pool_grows_with_sequences_and_their_length(monkeypatch):
+    """A sequence's bias alone takes 4 bytes a query and step of the slow pairs."""
+    monkeypatch.setattr("kvfold.runtime.vllm.triton_attention.multiprocessors", lambda device: 132)
+    layer = Pool(SPECS["turning mean"]).layer
+    few, many, longer = (
+        scratch_nbytes(64, n, most, 2 * 2, layer) for n, most in ((1, 4096), (9, 4096), (9, 8192))
+    )
+    assert many - few >= 8 * 2 * 8 * 4 * 4096 // 32
+    assert longer - many >= 9 * 2 * 8 * 4 * 4096 // 32

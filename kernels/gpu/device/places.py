@@ -32,7 +32,8 @@ def row_offsets(table, position, mask, block_stride, stride, shift):
 
 @triton.jit
 def load_pages(table, number, mask, first, block_step, page_step, PER_BLOCK: tl.constexpr):
-    """Addresses of pages, as `page_address` gives them; of readable memory where not mask.
+    """Addresses of pages, as `page_address` gives them; of memory that can be read and holds finite
+    numbers where not mask: block 0's, or the table's first.
 
     With PER_BLOCK pages in a block, page `number` lies in place number + first of a sequence, and
     addresses count from block 0. With 0 the table holds addresses itself.

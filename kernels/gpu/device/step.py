@@ -5,7 +5,7 @@ import triton.language as tl
 
 from kvfold.kernels.gpu.device.bits import pow2
 from kvfold.kernels.gpu.device.codec import to_fp16
-from kvfold.kernels.gpu.device.mean import key_mean
+from kvfold.kernels.gpu.device.mean import key_mean, write_bias, write_coefficients
 
 BLOCK: tl.constexpr = tl.constexpr(32)  # rows of a matrix at a time
 # marks of one token; twice as many as there may be layers
@@ -101,3 +101,36 @@ def write_queries(
         to_fp16(q * power),
         mask=(n < N)[:, None] & (j < DIM)[None, :],
     )
+
+
+@triton.jit
+def write_query(
+    part, place, length, before, q_ptr, stride, out, scale, shift, matrix, offset, coefficients, bias, steps, pairs,
+    factor, scaling, bias_steps,
+    DIM: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, TOP: tl.constexpr, MATRIX: tl.constexpr,
+    SHIFT: tl.constexpr, MEAN: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """What the attention kernels read of the queries of one sequence and KV head, which is number
+    `place` of all. Part 0 are the queries themselves and, with MEAN, their coefficients; each
+    further part is the bias of BIAS steps, of the tokens that lie behind the sinks: those at
+    `length`, less `before`."""
+    if part > 0:
+        if MEAN > 0:
+            start = (part - 1) * BIAS
+            end = tl.maximum(tl.load(length) - before, 0) // 32 + 1
+            if start < end:
+                write_bias(
+                    bias + place.to(tl.int64) * bias_steps * N, q_ptr, stride, offset, pairs, steps, factor,
+                    start, end, DIM, GROUP, N, DIM // 8, BIAS,
+                )  # fmt: skip
+    else:
+        if MEAN > 0:
+            to = coefficients + place.to(tl.int64) * (2 * MEAN * N)
+            write_coefficients(
+                to, q_ptr, stride, offset, pairs, factor, DIM, GROUP, N, DIM // 8, MEAN
+            )
+        write_queries(
+            out + place.to(tl.int64) * (N * DIM), scale + place, shift + place * N, q_ptr, stride, matrix, offset,
+            factor, scaling,
+            DIM, GROUP, N, TOP, MATRIX, SHIFT,
+        )  # fmt: skip
