@@ -107,7 +107,8 @@ class Probe:
         (vocabulary,) = set(self.share.all(lambda i: logits_of(model, self.final[i][:1]).shape[-1]))
         # of all processes' passages: a product of more rows may differ in its last bits
         small = self.positions * vocabulary * 4 <= BASE_NBYTES
-        self.base = {i: logits_of(model, x).log_softmax(-1) for i, x in self.final.items() if small}
+        own = self.final.items()
+        self.base = {i: logits_of(model, x).log_softmax(-1) for i, x in own} if small else None
 
     def normed(self, index: int, hidden: Tensor, first: int = 0) -> Tensor:
         """[n, hidden_size] at the positions of a passage that count, of its last layer's states [1,
@@ -130,9 +131,9 @@ class Probe:
             q = logits_of(self.model, other[block : block + KL_BLOCK]).log_softmax(-1)
             rows = slice(first + block, first + block + len(q))
             p = (
-                self.base[index][rows]
-                if self.base
-                else logits_of(self.model, base[rows]).log_softmax(-1)
+                logits_of(self.model, base[rows]).log_softmax(-1)
+                if self.base is None
+                else self.base[index][rows]
             )
             found.append(float((p.exp() * (p - q)).sum()))
         return found
