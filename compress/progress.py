@@ -9,10 +9,17 @@ from typing import TypeVar
 from rich.console import Console
 from tqdm import tqdm
 
-from kvfold.compress.processes import Processes
 from kvfold.exports.units import printable
 
 T = TypeVar("T")
+
+
+def _speaks() -> bool:
+    """Whether this is the process that speaks, of several."""
+    # not at the top: PyTorch comes after what is small, so that too little memory is said in a sentence
+    from kvfold.compress.processes import Processes
+
+    return Processes.current().first
 
 
 def progress(
@@ -20,7 +27,7 @@ def progress(
 ) -> "Iterable[T]":
     """A bar over `items`; silent where stderr is not a terminal, and in all processes but the
     first."""
-    hidden = None if Processes.current().first else True
+    hidden = None if _speaks() else True
     return tqdm(items, desc=f"{desc:<12}", unit=unit, initial=initial, total=total, disable=hidden)
 
 
@@ -55,5 +62,5 @@ def console(columns: int = 120, quiet: bool = False) -> Console:
 
 def stage(text: str) -> None:
     """Says what begins now; of several processes the first does."""
-    if Processes.current().first:
+    if _speaks():
         print(f"kvfold: {printable(text)}", file=sys.stderr, flush=True)
