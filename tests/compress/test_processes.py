@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -324,17 +325,9 @@ class Thread(Processes):
 
 def in_threads(size: int, run) -> list:
     """What `run` gives for each of `size` processes."""
-    table, found = Table(size), [None] * size
-
-    def body(rank: int) -> None:
-        found[rank] = run(Thread(rank, size, table=table))
-
-    threads = [threading.Thread(target=body, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    return found
+    table = Table(size)
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(lambda rank: run(Thread(rank, size, table=table)), range(size)))
 
 
 @settings(deadline=None, max_examples=examples(100))
@@ -394,8 +387,7 @@ def test_tensors_arrive_as_they_lie_in_memory():
     spec = KeySpec(Format(((8, 4),)), ("mean",), base.float().mT, frequencies=(0.1, 1 / 3))
     found = unpack(pack({"spec": spec}))["spec"]
     assert isinstance(found, KeySpec) and torch.equal(found.matrix, spec.matrix)
-    assert (found.format, found.transforms, found.frequencies) == (
-        spec.format, spec.transforms, spec.frequencies,
-    )  # fmt: skip
+    for name in ("format", "transforms", "frequencies", "offset"):
+        assert getattr(found, name) == getattr(spec, name)
     with pytest.raises(TypeError, match="Recipe"):
         pack([Recipe()])
