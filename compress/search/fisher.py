@@ -149,22 +149,22 @@ class Sweep:
 
     def __init__(self, probe: Probe, geometry: Geometry, count: int, seed: int) -> None:
         self.probe, self.geometry, self.count, self.seed = probe, geometry, count, seed
-        self.gradients: list[Tensor | None] = [None] * len(probe.passages)  # by the next's output
+        self.gradients: dict[int, Tensor] = {}  # of each passage, by the next layer's output
         self.next = len(probe.attentions) - 1
 
     def at(self, layer: int) -> list[Seen]:
-        """What a layer does on every passage; layers are asked for from the last on, each once, and
-        may be left out."""
+        """What a layer does on every passage that this process has, in their order; layers are
+        asked for from the last on, each once, and may be left out."""
         assert layer <= self.next
         while True:
-            seen = [self._step(i) for i in range(len(self.gradients))]
+            seen = [self._step(i) for i in self.probe.share.own]
             self.next -= 1
             if self.next < layer:
                 return seen
 
     def _step(self, index: int) -> Seen:
         """One passage through layer `next`, and back."""
-        probe, layer, gradient = self.probe, self.next, self.gradients[index]
+        probe, layer, gradient = self.probe, self.next, self.gradients.get(index)
         first, tap = probe.early[index], _Recorder(*probe.past[index][layer])
         leaf = probe.hidden[index][layer][:, first:].detach()
         with torch.enable_grad(), tapped(probe.attentions[layer], tap):
@@ -187,7 +187,8 @@ class Sweep:
 
 
 class Losses:
-    """Losses to second order, layer by layer from the last on, kept in a file.
+    """Losses to second order, layer by layer from the last on, kept in a file. Several processes
+    ask for the same ones together.
 
     Args:
         sweep: runs where a loss is not in the file.
@@ -196,9 +197,12 @@ class Losses:
 
     def __init__(self, sweep: Sweep, path: Path) -> None:
         self.sweep, self.path = sweep, path
-        self.found: dict[str, float] = kept(path, read_losses, {})
-        self.positions = sum(map(len, sweep.probe.final))
-        self._seen: tuple[int, list[Seen]] = -1, []
+        self.processes = sweep.probe.processes
+        self.found: dict[str, float] = self.processes.from_first(
+            lambda: kept(path, read_losses, {})
+        )
+        self.positions = sweep.probe.positions
+        self._seen: tuple[int, dict[int, Seen]] = -1, {}
 
     def of(self, layer: int, named: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
         """KL in nats, mean over the probe's positions, that each KV head has of each choice.
@@ -215,16 +219,31 @@ class Losses:
         }
         left = [name for name in named if not set(keys[name]) <= set(self.found)]
         if left and self._seen[0] != layer:
-            self._seen = layer, self.sweep.at(layer)
-        for name in left:
-            specs = {side: x.to(device) for side, x in named[name].items()}
-            each = [seen.loss(geometry, specs) for seen in self._seen[1]]
-            losses = torch.stack(each).sum(0).cpu() / self.positions
-            check_finite_loss(float(losses.sum()))
-            self.found |= dict(zip(keys[name], losses.tolist(), strict=True))
+            own = self.sweep.probe.share.own
+            self._seen = layer, dict(zip(own, self.sweep.at(layer), strict=True))
+        specs = [{side: x.to(device) for side, x in named[name].items()} for name in left]
+
+        def of_passage(i: int) -> Tensor:
+            """float64 [names, Hkv], not yet divided by the positions."""
+            return torch.stack([self._seen[1][i].loss(geometry, x) for x in specs])
+
         if left:
+            each = list(self.sweep.probe.share.map(of_passage))
+            self.found |= self.processes.from_first(lambda: self._mean(each, left, keys))
+        if left and self.processes.first:
             keep_losses(self.path, self.found)
         return {name: [self.found[key] for key in keys[name]] for name in named}
+
+    def _mean(
+        self, each: list[Tensor], left: list[str], keys: dict[str, list[str]]
+    ) -> dict[str, float]:
+        """Losses by their names in the file, from those of every passage."""
+        found: dict[str, float] = {}
+        for n, name in enumerate(left):
+            losses = torch.stack([x[n] for x in each]).sum(0).cpu() / self.positions
+            check_finite_loss(float(losses.sum()))
+            found |= dict(zip(keys[name], losses.tolist(), strict=True))
+        return found
 
     def of_jobs(
         self,
