@@ -7,6 +7,7 @@ the plain text and no extra forward pass is needed.
 """
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -21,20 +22,17 @@ from kvfold.compress.fuse import output_name
 from kvfold.compress.models.attention_hook import tapped
 from kvfold.compress.models.layerwise import LayerRunner
 from kvfold.compress.models.rope import frequencies, norm_weights, rotate_on, turns
+from kvfold.compress.moments import Moments, Part
+from kvfold.compress.processes import Processes
 from kvfold.compress.progress import progress
 from kvfold.compress.work import forget, keep, kept
-from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import (
     Architecture,
     attention_layers_of,
     head_dim_of,
     num_kv_heads_of,
 )
-from kvfold.kernels.key_mean import STEP, RopePairs, turn_tables
 
-ATTENDED = {f"attended_{name}": "key" for name in ("keys", "mean", "rest", "turned")}
-ATTENDED |= {"attended_values": "value"}  # whose weights it is taken with
-LEAST_WEIGHT = 0.05  # of any token, in the mean of its sequence's
 SKIP_TOKENS = 8  # first tokens of each sequence: the sinks stay in 16 bits and are outliers
 
 
@@ -122,140 +120,6 @@ class LayerStats:
         )
 
 
-def _with_floor(weights: Tensor) -> Tensor:
-    """Weights [Hkv, T] with a part that is the same for all tokens, and all alike where there are none."""
-    mean = weights.mean(1, keepdim=True)
-    return torch.where(mean > 0, weights + LEAST_WEIGHT * mean, 1.0)
-
-
-class _Accumulator:
-    """Sums over sequences of one layer; its keys stay until their mean is known."""
-
-    def __init__(
-        self,
-        layer: int,
-        num_kv_heads: int,
-        sample_tokens: int,
-        omega: Tensor | None,
-        pairs: RopePairs = "halves",
-    ) -> None:
-        self.layer, self.num_kv_heads, self.sample_tokens, self.omega = (
-            layer,
-            num_kv_heads,
-            sample_tokens,
-            omega,
-        )
-        self.pairs = pairs
-        self.count = 0
-        self.sums: dict[str, Tensor] = {}
-        self.ranges: dict[str, Tensor] = {}
-        self.samples: dict[str, list[Tensor]] = {"query": [], "key": [], "value": [], "rest": []}
-        self.keys: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self.scaling = 1.0
-
-    def _add(self, name: str, amount: Tensor) -> None:
-        self.sums[name] = self.sums[name] + amount if name in self.sums else amount
-
-    def add(
-        self,
-        query: Tensor,
-        key: Tensor,
-        unturned: Tensor,
-        value: Tensor,
-        places: Tensor,
-        weights: tuple[Tensor, Tensor],
-        scaling: float,
-    ) -> None:
-        """Of one sequence: query [H, T, D], key and value [Hkv, T, D]; key and query stand at int64
-        positions `places` [T].
-
-        unturned: the keys before RoPE.
-        weights: of keys and of values, float64 [Hkv, T] each.
-        """
-        q, k, v = query.double(), key.double(), value.double()
-        grouped = q.unflatten(0, (self.num_kv_heads, -1)).flatten(1, 2)
-        self._add("query_moment", grouped.mT @ grouped / (q.shape[0] // self.num_kv_heads))
-        for name, x in (("key", k), ("value", v)):
-            self._add(f"{name}_sum", x.sum(1))
-            self._add(f"{name}_moment", x.mT @ x)
-            low, high = x.amin(1), x.amax(1)
-            if name in self.ranges:
-                low, high = (
-                    torch.minimum(low, self.ranges[name][:, 0]),
-                    torch.maximum(high, self.ranges[name][:, 1]),
-                )
-            self.ranges[name] = torch.stack((low, high), 1)
-        self._add("center_sum", unturned.double().sum(1))
-        of_keys, of_values = (_with_floor(x) for x in weights)
-        self._add("key_weight", of_keys.sum(1))
-        self._add("value_weight", of_values.sum(1))
-        self._add("attended_mean", (of_keys[..., None] * k).sum(1))
-        self._add("attended_keys", (of_keys[..., None] * k).mT @ k)
-        self._add("attended_values", (of_values[..., None] * v).mT @ v)
-        drawn = (
-            torch.linspace(0, k.shape[1] - 1, min(self.sample_tokens, k.shape[1]), device=k.device)
-            .round()
-            .long()
-        )
-        for name, x in (("query", query), ("key", key), ("value", value)):
-            self.samples[name].append(x[:, drawn].float())
-        self.keys.append((key.float(), places, drawn, of_keys))
-        self.count += k.shape[1]
-        self.scaling = scaling
-
-    def _take_off(self, center: Tensor) -> None:
-        """Sums over the keys without their rotating mean.
-
-        Positions are `step` apart, which may be a multiple of what the slow pairs' turn is held
-        for: places within such a run are taken from the token's number instead, so that all of them
-        occur.
-        """
-        for key, places, drawn, weights in self.keys:
-            turned = torch.zeros_like(key)
-            if self.omega is not None:
-                tables = turn_tables(
-                    tuple(self.omega.tolist()), key.shape[-1], 0, key.device, self.pairs
-                )
-                turned = tables.mean_at(
-                    center.float(), places, torch.arange(len(places), device=key.device) % STEP
-                )
-            rest = (key - turned).double()
-            self._add("rest_moment", rest.mT @ rest)
-            for name, x in (("rest", rest), ("turned", turned.double())):
-                self._add(f"attended_{name}", (weights[..., None] * x).mT @ x)
-            self.samples["rest"].append(rest[:, drawn].float())
-        self.keys.clear()
-
-    def finish(self, output_metric: Tensor) -> LayerStats:
-        found: dict[str, Tensor] = {"output_metric": output_metric}
-        for name in ("key", "value"):
-            mean = self.sums[f"{name}_sum"] / self.count
-            found[f"{name}_mean"] = mean
-            found[f"{name}_cov"] = (
-                self.sums[f"{name}_moment"] / self.count - mean[:, :, None] * mean[:, None, :]
-            )
-            found[f"{name}_range"] = self.ranges[name]
-        found["frequencies"] = torch.empty(0) if self.omega is None else self.omega
-        found["center"] = self.sums["center_sum"] / self.count
-        self._take_off(found["center"])
-        for name, parts in self.samples.items():
-            found[f"{name}_sample"] = torch.cat(parts, 1)
-        for name in ("query_moment", "rest_moment"):
-            found[name] = self.sums[name] / self.count
-        for name, side in ATTENDED.items():
-            weight = self.sums[f"{side}_weight"]
-            found[name] = self.sums[name] / weight.view(-1, *[1] * (self.sums[name].ndim - 1))
-        found["sample_lengths"] = torch.tensor([x.shape[1] for x in self.samples["key"]])
-        found["scaling"] = torch.tensor(self.scaling, dtype=torch.float64)
-        for name, tensor in found.items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise KvfoldError(
-                    f"Layer {self.layer} gives NaN or infinity ({name}) on the calibration text, so nothing can be "
-                    "fitted to it; check that the model's weights are whole, or calibrate in float32 (--device cpu)."
-                )
-        return LayerStats(**{name: tensor.cpu() for name, tensor in found.items()})
-
-
 def output_metric(attention: Any, num_kv_heads: int, head_dim: int) -> Tensor:
     """Mean of W_oᵀ W_o over each group's query heads, float64 [Hkv, D, D]."""
     heads = (
@@ -283,47 +147,42 @@ def calibrate(
         steps: s of each sequence, the step between interpolated positions.
         sample_tokens: tokens drawn from all sequences together, per head.
         work: folder for stats_*.safetensors and the hidden states that the next layer starts from.
+    Returns:
+        One a layer in process 0, which adds up and writes; [] in the others.
     """
     layers = arch.decoder_layers(model)
+    processes = Processes.current()
+    share = processes.share([ids.shape[1] for ids in sequences])
     places = attention_layers_of(model.config)
-    stats: list[LayerStats] = []
-    while len(stats) < len(places) and (
-        found := kept(work / f"stats_{len(stats):03d}.safetensors", LayerStats.load)
-    ):
-        stats.append(found)
-    if len(stats) == len(places):
+    stats, begin, saved = (
+        _finished(work, places, len(sequences)) if processes.first else ([], 0, [])
+    )
+    done, end = processes.broadcast(begin), places[-1] + 1  # of the model's layers
+    if done == end:
         return stats
-    done = min(
-        places[len(stats)],
-        kept(work / "hidden.json", lambda path: int(json.loads(path.read_text())["layer"]), 0),
-    )
-    saved: dict[str, Tensor] = (
-        kept(work / f"hidden_{done:03d}.safetensors", load_file, {}) if done else {}
-    )
-    if set(saved) != {str(i) for i in range(len(sequences))}:
-        done = 0
-    del stats[sum(place < done for place in places) :]
     config = model.config
     device = next(model.parameters()).device
     num_kv_heads, head_dim = num_kv_heads_of(config), head_dim_of(config)
-    runners = [LayerRunner(model, arch, ids.to(device)) for ids in sequences]
-    if done == 0:
-        hidden = [runner.embedded for runner in runners]
-    else:
-        hidden = [saved[str(i)].to(device) for i in range(len(sequences))]
+    runners = {i: LayerRunner(model, arch, sequences[i].to(device)) for i in share.own}
+    hidden = {i: runner.embedded for i, runner in runners.items()}
+    for i in range(len(sequences) if done else 0):
+        state = processes.from_first(partial(saved.__getitem__, i))
+        if i in hidden:
+            hidden[i] = state.to(device)
+    saved.clear()
     per_sequence = -(-sample_tokens // len(sequences))
-    end = places[-1] + 1
     for place in progress(range(done, end), "calibrate", "layer", done, end):
         if place not in places:
-            hidden = [runner.run(place, h) for runner, h in zip(runners, hidden, strict=True)]
-            _save_hidden(work, place + 1, hidden)
+            for i, runner in runners.items():
+                hidden[i] = runner.run(place, hidden[i])
+            states = list(share.map(lambda i: hidden[i].contiguous().cpu()))
+            if processes.first:
+                _save_hidden(work, place + 1, states)
             continue
         index = places.index(place)
         attention = layers[place].get_submodule(arch.attention)
-        last = max(
-            runner.embedded.shape[1] * step for runner, step in zip(runners, steps, strict=True)
-        )
-        sums = _Accumulator(
+        last = max(ids.shape[1] * step for ids, step in zip(sequences, steps, strict=True))
+        sums = Moments(
             place,
             num_kv_heads,
             per_sequence,
@@ -340,7 +199,8 @@ def calibrate(
             value,
             mask,
             scaling,
-            step,
+            which,
+            found,
             sums=sums,
             index=index,
             norms=norms,
@@ -348,6 +208,7 @@ def calibrate(
             **extras,
         ):
             places = torch.arange(key.shape[2], device=key.device)[None]
+            step = steps[which]
             near, far = (turns(model, arch, index, places * s) for s in (1, step))
             still = None if near is None else torch.ones_like(near)
             spread_q, spread_k = (
@@ -367,24 +228,63 @@ def calibrate(
                 None if mask is None else mask[0, 0], **extras,
             )  # fmt: skip
             of_keys, of_values = (x[:, kept] for x in weights)
-            sums.add(*of_kept, places[0, kept] * step, (of_keys, of_values), scaling)
-            return None
+            weighed = of_keys, of_values
+            found.append(sums.part(which, *of_kept, places[0, kept] * step, weighed, scaling))
 
-        after = []
-        for runner, h, step in zip(runners, hidden, steps, strict=True):
-            with tapped(attention, partial(tap, step=step)):
-                after.append(runner.run(place, h))
-        hidden = after
-        stats.append(sums.finish(metric))
-        stats[-1].save(work / f"stats_{index:03d}.safetensors")
-        _save_hidden(work, place + 1, hidden)
+        def part(i: int, tap=tap, attention=attention, place=place) -> Part:
+            found: list[Part] = []
+            with tapped(attention, partial(tap, which=i, found=found)):
+                hidden[i] = runners[i].run(place, hidden[i])
+            return found[0]
+
+        for x in share.map(part):
+            sums.add(x)
+        center = processes.from_first(sums.center)
+        for x in share.map(partial(sums.rest, center)):
+            sums.add(x)
+        if processes.first:
+            stats.append(LayerStats(**sums.finish(metric)))
+            stats[-1].save(work / f"stats_{index:03d}.safetensors")
+        states = list(share.map(lambda i: hidden[i].contiguous().cpu()))
+        if processes.first:
+            _save_hidden(work, place + 1, states)
     return stats
 
 
-def _save_hidden(work: Path, layer: int, hidden: list[Tensor]) -> None:
+def _finished(
+    work: Path, places: Sequence[int], sequences: int
+) -> tuple[list[LayerStats], int, list[Tensor]]:
+    """Statistics of the first layers that an earlier run has left, the model's number of the layer
+    to go on with, and each sequence's input of that.
+
+    Args:
+        places: numbers of the layers that attend, which statistics are of.
+    """
+    stats: list[LayerStats] = []
+    while len(stats) < len(places) and (
+        found := kept(work / f"stats_{len(stats):03d}.safetensors", LayerStats.load)
+    ):
+        stats.append(found)
+    if len(stats) == len(places):
+        return stats, places[-1] + 1, []
+    done = min(
+        places[len(stats)],
+        kept(work / "hidden.json", lambda path: int(json.loads(path.read_text())["layer"]), 0),
+    )
+    saved: dict[str, Tensor] = (
+        kept(work / f"hidden_{done:03d}.safetensors", load_file, {}) if done else {}
+    )
+    names = [str(i) for i in range(sequences)]
+    if set(saved) != set(names):
+        return [], 0, []
+    whole = sum(place < done for place in places)
+    return stats[:whole], done, [saved[name] for name in names]
+
+
+def _save_hidden(work: Path, layer: int, hidden: Iterable[Tensor]) -> None:
     """Keeps the input of `layer` and forgets the one before; hidden.json names the file that is
     complete."""
-    tensors = {str(i): h.contiguous().cpu() for i, h in enumerate(hidden)}
+    tensors = {str(i): h for i, h in enumerate(hidden)}
     keep(work / f"hidden_{layer:03d}.safetensors", lambda scratch: save_file(tensors, scratch))
     keep(work / "hidden.json", lambda scratch: scratch.write_text(json.dumps({"layer": layer})))
     forget(work / f"hidden_{layer - 1:03d}.safetensors")

@@ -14,11 +14,21 @@ from kvfold.exports.units import printable
 T = TypeVar("T")
 
 
+def _speaks() -> bool:
+    """Whether this is the process that speaks, of several."""
+    # not at the top: PyTorch comes after what is small, so that too little memory is said in a sentence
+    from kvfold.compress.processes import Processes
+
+    return Processes.current().first
+
+
 def progress(
     items: Iterable[T], desc: str, unit: str, initial: int = 0, total: int | None = None
 ) -> "Iterable[T]":
-    """A bar over `items`; silent where stderr is not a terminal."""
-    return tqdm(items, desc=f"{desc:<12}", unit=unit, initial=initial, total=total, disable=None)
+    """A bar over `items`; silent where stderr is not a terminal, and in all processes but the
+    first."""
+    hidden = None if _speaks() else True
+    return tqdm(items, desc=f"{desc:<12}", unit=unit, initial=initial, total=total, disable=hidden)
 
 
 def print_anything() -> None:
@@ -51,5 +61,6 @@ def console(columns: int = 120, quiet: bool = False) -> Console:
 
 
 def stage(text: str) -> None:
-    """Says what begins now."""
-    print(f"kvfold: {printable(text)}", file=sys.stderr, flush=True)
+    """Says what begins now; of several processes the first does."""
+    if _speaks():
+        print(f"kvfold: {printable(text)}", file=sys.stderr, flush=True)

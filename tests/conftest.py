@@ -327,6 +327,7 @@ LONG = (
     "test_differential.py",
     "test_interrupt.py",
     "test_modes.py",
+    "test_processes.py",
 )
 
 

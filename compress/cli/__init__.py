@@ -92,23 +92,32 @@ def compress_command(
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Writes a checkpoint whose KV cache is small. The last line printed is its path."""
+    """Writes a checkpoint whose KV cache is small. The last line printed is its path.
+
+    Started by torchrun or accelerate launch, its processes share the work, and the first one prints.
+    """
+    from kvfold.compress.launch import join
     from kvfold.compress.pipeline import compress
+    from kvfold.compress.processes import Processes
     from kvfold.compress.recipe import load_recipe
 
     target = out or default_output(model, budget)
-    artifact = compress(
-        model,
-        budget,
-        target,
-        calib=calib,
-        recipe=load_recipe(recipe, seed),
-        device=device,
-        context=context,
-        resume=resume,
-        max_memory=None if max_memory is None else parse_nbytes(max_memory),
-        accept_loss=accept_loss,
-    )
+    with join(device) as own_device:
+        artifact = compress(
+            model,
+            budget,
+            target,
+            calib=calib,
+            recipe=load_recipe(recipe, seed),
+            device=own_device,
+            context=context,
+            resume=resume,
+            max_memory=None if max_memory is None else parse_nbytes(max_memory),
+            accept_loss=accept_loss,
+        )
+        prints = Processes.current().first
+    if not prints:
+        return
     if as_json:
         print(json.dumps({"artifact": str(target), **describe(artifact.metadata)}))
         return

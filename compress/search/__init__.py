@@ -17,6 +17,7 @@ from kvfold.compress.models import load_model
 from kvfold.compress.models.attention_hook import NAME as TAP
 from kvfold.compress.models.streamed import is_streamed, load_streamed, release, stored_tensors
 from kvfold.compress.plan import Plan, check_reach
+from kvfold.compress.processes import Processes
 from kvfold.compress.progress import progress, stage
 from kvfold.compress.recipe import LEAST_WINDOW
 from kvfold.compress.search.allocate import Choice, allocate, least_nbytes
@@ -98,20 +99,23 @@ def measure(
 ) -> Measured:
     """Calibrates, and measures what each candidate of each layer costs.
 
+    Several processes share the sequences, and find the same.
+
     Args:
-        work: folder that holds what an interrupted run has finished.
+        work: folder that holds what an interrupted run has finished; process 0's.
         statistics: folder for the calibration's share of that; default: `work`.
     """
-    recipe, geometry = plan.recipe, plan.geometry
+    recipe, geometry, processes = plan.recipe, plan.geometry, Processes.current()
     stage(
         f"reading {plan.source.name}: {plan.num_layers} layers, {len(plan.sequences)} × {plan.sequences[0].shape[1]} "
         "tokens of calibration text"
     )
     model = load_weights(plan, device)
-    check_finite(model, plan.source.name)
-    check_model(
-        model, plan.arch, plan.sequences[0], plan.source.name, recipe.key.transform == "smooth"
-    )
+    if processes.first:
+        check_finite(model, plan.source.name)
+        check_model(
+            model, plan.arch, plan.sequences[0], plan.source.name, recipe.key.transform == "smooth"
+        )
     stats = calibrate(
         model,
         plan.arch,
@@ -129,20 +133,23 @@ def measure(
     passages = [Passage(ids, s.stride) for ids in sequences]
     if s.method != "first-order" and s.conversations:
         most = text_of(plan.config).max_position_embeddings
-        asked = write_conversations(
-            model, plan.tokenizer, plan.sequences, s.conversations, most, recipe.seed, work
+        asked = processes.from_first(
+            lambda: write_conversations(
+                model, plan.tokenizer, plan.sequences, s.conversations, most, recipe.seed, work
+            )
         )
         passages += [Passage(ids, start=prompt - 1) for ids, prompt in asked]
     probe = Probe(model, plan.arch, passages, early)
     bits = target_bits(plan)
     second = Losses(Sweep(probe, near, s.directions, recipe.seed), work / "fisher.json")
-    keys: list[list[KeyCandidate]] = [[] for _ in stats]
-    values: list[list[ValueCandidate]] = [[] for _ in stats]
+    keys: list[list[KeyCandidate]] = [[] for _ in range(plan.num_layers)]
+    values: list[list[ValueCandidate]] = [[] for _ in keys]
     found: dict[Job, float] = {}
-    for i in progress(range(len(stats))[::-1], "losses", "layer"):
-        part = _with_mean(plan, model, stats[i], i, second, bits)
+    for i in progress(range(plan.num_layers)[::-1], "losses", "layer"):
+        whole = processes.from_first(partial(stats.__getitem__, i))
+        part = _with_mean(plan, model, whole, i, second, bits)
         keys[i] = _key_candidates(plan, model, part, i)
-        values[i] = value_candidates(stats[i], recipe, i, bool(plan.arch.gate))
+        values[i] = value_candidates(whole, recipe, i, bool(plan.arch.gate))
         if s.method == "fisher":
             jobs = layer_jobs(i, keys[i], values[i], bits, s.probes)
             found |= second.of_jobs(i, jobs, keys, values)
@@ -202,7 +209,9 @@ def search(plan: Plan, work: Path, device: torch.device, statistics: Path | None
         work, statistics: as in `measure`.
     """
     x = measure(plan, work, device, statistics)
-    chosen = choose(plan, x.keys, x.values, x.key_losses, x.value_losses)
+    chosen = Processes.current().from_first(
+        lambda: choose(plan, x.keys, x.values, x.key_losses, x.value_losses)
+    )
     layers = [
         Layer(x.keys[i][k], x.values[i][v], x.key_losses[i][k], x.value_losses[i][v])
         for i, (k, v) in enumerate(chosen)
@@ -315,11 +324,12 @@ def _sum(a: Choice, b: Choice) -> Choice:
 
 def load_weights(plan: Plan, device: torch.device) -> Any:
     """The model in float32, since a probe's KL drowns in bfloat16's rounding: whole, or, where it
-    would take more than its share of the device's memory, layer by layer."""
-    room, need = (
-        room_for_weights(device, plan.max_memory),
-        weights_nbytes(plan.source.path, torch.float32),
-    )
+    would take more than its share of the device's memory, layer by layer. Several processes do the
+    same, and those of a host share its memory."""
+    processes = Processes.current()
+    rooms = processes.gather(room_for_weights(device, plan.max_memory, processes.local_size))
+    room = processes.from_first(lambda: min(rooms))
+    need = weights_nbytes(plan.source.path, torch.float32)
     if need <= room:
         return load_model(plan.source.path, torch.float32, device, TAP)
     stage(

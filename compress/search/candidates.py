@@ -1,14 +1,15 @@
 """What the search chooses from: for each layer, formats of keys and of values, with their
 transforms and measured error."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from kvfold.compress.calibrate import LayerStats
+from kvfold.compress.processes import Processes
 from kvfold.compress.recipe import KeyRecipe, Recipe, ValueRecipe
 from kvfold.compress.transforms import KEY_TRANSFORMS, VALUE_TRANSFORMS, Basis, Request, Transform
 from kvfold.exports.schema import MOST_SEED
@@ -20,6 +21,8 @@ from kvfold.kernels.quantizer import round_trip, to_float16
 CLIPS = tuple(
     round(0.4 + 0.05 * i, 2) for i in range(13)
 )  # factors on (minimum, maximum) tried for each group
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -89,11 +92,12 @@ def _fitted(
     stats: LayerStats,
     recipe: Recipe,
     layer: int,
+    make: Callable[[Format, Basis], T],
     near_bits: float | None = None,
     **more: Any,
-) -> Iterator[tuple[Format, Basis]]:
-    """Every format that a side offers, or the quantised one of nearly `near_bits` of payload, with
-    its basis."""
+) -> list[T]:
+    """What `make` gives of every format that a side offers and its basis, or of the quantised one
+    of nearly `near_bits` of payload; several processes share the formats."""
     head_dim = stats.key_mean.shape[-1]
     shared = side.shared_formats(head_dim) if recipe.catalogue else ()
     seed = (recipe.seed * 1_000_003 + layer) % MOST_SEED
@@ -107,8 +111,12 @@ def _fitted(
         coded = [fmt for fmt in formats if not fmt.raw]
         formats = [min(coded, key=lambda fmt: abs(fmt.payload_bits - near_bits))] if coded else []
     for_all = None if row.each_format else row.fit(stats, request)
-    for fmt in formats:
-        yield fmt, for_all or row.fit(stats, replace(request, fmt=fmt))
+
+    def candidate(i: int) -> T:
+        fmt = formats[i]
+        return make(fmt, for_all or row.fit(stats, replace(request, fmt=fmt)))
+
+    return Processes.current().share([1] * len(formats)).all(candidate)
 
 
 def _key_candidate(
@@ -151,21 +159,20 @@ def key_candidates(
         near_bits: only the quantised candidate of about so many bits of payload.
     """
     row, side = KEY_TRANSFORMS[recipe.key.transform], recipe.key
-    pairs = _fitted(
+    return _fitted(
         row,
         side,
         stats,
         recipe,
         layer,
+        lambda fmt, basis: _key_candidate(
+            fmt, Basis() if fmt.raw else basis, stats, recipe, rope_pairs
+        ),
         near_bits,
         one_norm=one_norm,
         output_weight=output_weight,
         pairs=rope_pairs,
     )
-    return [
-        _key_candidate(fmt, Basis() if fmt.raw else basis, stats, recipe, rope_pairs)
-        for fmt, basis in pairs
-    ]
 
 
 def _value_candidate(
@@ -186,9 +193,10 @@ def value_candidates(
     stats: LayerStats, recipe: Recipe, layer: int, gated: bool = False
 ) -> list[ValueCandidate]:
     """Candidates for one layer's values, 16 bits last if offered; `gated`: as Request has it."""
-    found = []
-    row = VALUE_TRANSFORMS[recipe.value.transform]
-    for fmt, basis in _fitted(row, recipe.value, stats, recipe, layer, gated=gated):
+
+    def make(fmt: Format, basis: Basis) -> ValueCandidate:
         assert basis.fused is not None
-        found.append(_value_candidate(fmt, basis.fused, stats, recipe))
-    return found
+        return _value_candidate(fmt, basis.fused, stats, recipe)
+
+    row = VALUE_TRANSFORMS[recipe.value.transform]
+    return _fitted(row, recipe.value, stats, recipe, layer, make, gated=gated)

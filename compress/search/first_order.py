@@ -134,14 +134,24 @@ def first_order_losses(
     """
     key_losses = [[0.0] * len(group) for group in keys]
     value_losses = [[0.0] * len(group) for group in values]
-    for index, input_ids in enumerate(progress(sequences, "first order", "sequence")):
-        for layer, (k, v, key_grad, value_grad) in enumerate(gradients(probe, index, input_ids)):
-            for c, key in enumerate(keys[layer]):
-                key_losses[layer][c] += _sum(
-                    key_error(k, key, geometry.sinks) * key_grad, geometry
-                ) / len(sequences)
-            for c, value in enumerate(values[layer]):
-                value_losses[layer][c] += _sum(value_error(v, value) * value_grad, geometry) / len(
-                    sequences
-                )
-    return key_losses, value_losses
+
+    def of_sequence(index: int) -> list[tuple[list[float], list[float]]]:
+        """Σ|g·Δ| of the key and the value candidates, of each layer."""
+        found = []
+        for layer, (k, v, key_grad, value_grad) in enumerate(
+            gradients(probe, index, sequences[index])
+        ):
+            of_keys = [
+                _sum(key_error(k, x, geometry.sinks) * key_grad, geometry) for x in keys[layer]
+            ]
+            of_values = [_sum(value_error(v, x) * value_grad, geometry) for x in values[layer]]
+            found.append((of_keys, of_values))
+        return found
+
+    every = probe.share.map(of_sequence)
+    for layers in progress(every, "first order", "sequence", total=len(sequences)):
+        for layer, sides in enumerate(layers):
+            for losses, more in zip((key_losses[layer], value_losses[layer]), sides, strict=True):
+                for c, loss in enumerate(more):
+                    losses[c] += loss / len(sequences)
+    return probe.processes.broadcast((key_losses, value_losses))

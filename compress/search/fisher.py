@@ -150,19 +150,19 @@ class Sweep:
 
     def __init__(self, probe: Probe, geometry: Geometry, count: int, seed: int) -> None:
         self.probe, self.geometry, self.count, self.seed = probe, geometry, count, seed
-        self.gradients: list[Tensor | None] = [None] * len(probe.passages)  # by the next's output
-        self.next = len(probe.runners[0].layers) - 1  # of the model's layers
+        self.gradients: dict[int, Tensor] = {}  # of each passage, by the next layer's output
+        self.next = probe.num_layers - 1  # of the model's layers
 
     def at(self, layer: int) -> list[Seen]:
-        """What one of the layers that attend does on every passage; layers are asked for from the
-        last on, each once, and may be left out."""
+        """What one of the layers that attend does on every passage that this process has, in their
+        order; layers are asked for from the last on, each once, and may be left out."""
         place = self.probe.places[layer]
         assert place <= self.next
         while self.next > place:
-            for i in range(len(self.gradients)):
+            for i in self.probe.share.own:
                 self._back(i)
             self.next -= 1
-        seen = [self._step(i) for i in range(len(self.gradients))]
+        seen = [self._step(i) for i in self.probe.share.own]
         self.next -= 1
         return seen
 
@@ -173,7 +173,7 @@ class Sweep:
             (what its attention saw, gradients [1, n, H, D] by what that gave, one a direction); (None, [])
             where the layer doesn't attend.
         """
-        probe, place, gradient = self.probe, self.next, self.gradients[index]
+        probe, place, gradient = self.probe, self.next, self.gradients.get(index)
         first, tap = probe.early[index], None
         leaf = probe.hidden[index][place][:, first:].detach()
         with torch.enable_grad(), ExitStack() as stack:
@@ -205,7 +205,8 @@ class Sweep:
 
 
 class Losses:
-    """Losses to second order, layer by layer from the last on, kept in a file.
+    """Losses to second order, layer by layer from the last on, kept in a file. Several processes
+    ask for the same ones together.
 
     Args:
         sweep: runs where a loss is not in the file.
@@ -214,9 +215,12 @@ class Losses:
 
     def __init__(self, sweep: Sweep, path: Path) -> None:
         self.sweep, self.path = sweep, path
-        self.found: dict[str, float] = kept(path, read_losses, {})
-        self.positions = sum(map(len, sweep.probe.final))
-        self._seen: tuple[int, list[Seen]] = -1, []
+        self.processes = sweep.probe.processes
+        self.found: dict[str, float] = self.processes.from_first(
+            lambda: kept(path, read_losses, {})
+        )
+        self.positions = sweep.probe.positions
+        self._seen: tuple[int, dict[int, Seen]] = -1, {}
 
     def of(self, layer: int, named: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
         """KL in nats, mean over the probe's positions, that each KV head has of each choice.
@@ -233,16 +237,31 @@ class Losses:
         }
         left = [name for name in named if not set(keys[name]) <= set(self.found)]
         if left and self._seen[0] != layer:
-            self._seen = layer, self.sweep.at(layer)
-        for name in left:
-            specs = {side: x.to(device) for side, x in named[name].items()}
-            each = [seen.loss(geometry, specs) for seen in self._seen[1]]
-            losses = torch.stack(each).sum(0).cpu() / self.positions
-            check_finite_loss(float(losses.sum()))
-            self.found |= dict(zip(keys[name], losses.tolist(), strict=True))
+            own = self.sweep.probe.share.own
+            self._seen = layer, dict(zip(own, self.sweep.at(layer), strict=True))
+        specs = [{side: x.to(device) for side, x in named[name].items()} for name in left]
+
+        def of_passage(i: int) -> Tensor:
+            """float64 [names, Hkv], not yet divided by the positions."""
+            return torch.stack([self._seen[1][i].loss(geometry, x) for x in specs])
+
         if left:
+            each = list(self.sweep.probe.share.map(of_passage))
+            self.found |= self.processes.from_first(lambda: self._mean(each, left, keys))
+        if left and self.processes.first:
             keep_losses(self.path, self.found)
         return {name: [self.found[key] for key in keys[name]] for name in named}
+
+    def _mean(
+        self, each: list[Tensor], left: list[str], keys: dict[str, list[str]]
+    ) -> dict[str, float]:
+        """Losses by their names in the file, from those of every passage."""
+        found: dict[str, float] = {}
+        for n, name in enumerate(left):
+            losses = torch.stack([x[n] for x in each]).sum(0).cpu() / self.positions
+            check_finite_loss(float(losses.sum()))
+            found |= dict(zip(keys[name], losses.tolist(), strict=True))
+        return found
 
     def of_jobs(
         self,

@@ -15,9 +15,10 @@ tokens. It runs in float32, because in bfloat16 the rounding of the rest of the 
 large as one layer's KL.
 """
 
+import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from kvfold.compress.models.attention_hook import Tap, attend_as_usual, tapped
 from kvfold.compress.models.layerwise import LayerRunner
+from kvfold.compress.processes import Processes
 from kvfold.compress.progress import progress
 from kvfold.compress.search.candidates import KeyCandidate, ValueCandidate
 from kvfold.compress.search.packed_attention import packed_attention
@@ -63,9 +65,16 @@ class Passage:
     stride: int = 1
     start: int = 0
 
+    @property
+    def positions(self) -> int:
+        """How many of its positions count."""
+        return len(range(self.start, self.ids.shape[1], self.stride))
+
 
 class Probe:
     """The unquantised model on passages: hidden states before every layer, and log-probabilities.
+    Several processes share the passages, and call the methods together; what `runners`, `hidden`,
+    `past`, `final` and `base` hold is by the numbers of the passages that this one has.
 
     Args:
         model: loaded with attention tap.NAME.
@@ -76,6 +85,7 @@ class Probe:
             leave there.
 
     Attributes:
+        num_layers: of the model.
         places: numbers of the layers that attend; `attentions`, `past` and taps go by these.
         hidden: of each passage, states [1, T, hidden_size] before every layer of the model.
     """
@@ -86,31 +96,38 @@ class Probe:
         self.model, self.passages = model, passages
         self.attentions = arch.attention_modules(model)
         self.places = attention_layers_of(model.config)
+        self.num_layers = len(arch.decoder_layers(model))
         self.device = next(model.parameters()).device
-        self.runners = [LayerRunner(model, arch, x.ids.to(self.device)) for x in passages]
         early = 0 if keeps_states(model.config) else early
         self.early = [min(early, x.ids.shape[1] - 1) for x in passages]
-        self.hidden: list[list[Tensor]] = []
-        self.final: list[Tensor] = []
-        self.past: list[
-            list[tuple[Tensor, Tensor]]
-        ] = []  # keys and values [1, Hkv, early, D] of each layer
-        for runner, first in zip(
-            progress(self.runners, "baseline", "sequence"), self.early, strict=True
-        ):
+        self.positions = sum(x.positions for x in passages)
+        self.processes = Processes.current()
+        costs = [x.ids.shape[1] - first for x, first in zip(passages, self.early, strict=True)]
+        self.share = self.processes.share(costs)
+        self.runners = {
+            i: LayerRunner(model, arch, passages[i].ids.to(self.device)) for i in self.share.own
+        }
+        self.hidden: dict[int, list[Tensor]] = {}
+        self.final: dict[int, Tensor] = {}
+        # keys and values [1, Hkv, early, D] of each layer
+        self.past: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for index in progress(self.share.own, "baseline", "sequence"):
+            runner = self.runners[index]
             states, past = [runner.embedded], list[tuple[Tensor, Tensor]]()
             attentions = dict(zip(self.places, self.attentions, strict=True))
-            for i in range(len(runner.layers)):
+            for i in range(self.num_layers):
                 with ExitStack() as stack:
                     if i in attentions:
-                        stack.enter_context(tapped(attentions[i], _keep(past, first)))
+                        stack.enter_context(tapped(attentions[i], _keep(past, self.early[index])))
                     states.append(runner.run(i, states[-1]))
-            self.hidden.append(states[:-1])
-            self.past.append(past)
-            self.final.append(self.normed(len(self.final), states[-1]))
-        vocabulary = logits_of(model, self.final[0][:1]).shape[-1]
-        small = sum(map(len, self.final)) * vocabulary * 4 <= BASE_NBYTES
-        self.base = [logits_of(model, x).log_softmax(-1) for x in self.final] if small else None
+            self.hidden[index] = states[:-1]
+            self.past[index] = past
+            self.final[index] = self.normed(index, states[-1])
+        (vocabulary,) = set(self.share.all(lambda i: logits_of(model, self.final[i][:1]).shape[-1]))
+        # of all processes' passages: a product of more rows may differ in its last bits
+        small = self.positions * vocabulary * 4 <= BASE_NBYTES
+        own = self.final.items()
+        self.base = {i: logits_of(model, x).log_softmax(-1) for i, x in own} if small else None
 
     def normed(self, index: int, hidden: Tensor, first: int = 0) -> Tensor:
         """[n, hidden_size] at the positions of a passage that count, of its last layer's states [1,
@@ -120,44 +137,62 @@ class Probe:
         kept = hidden[0, passage.start + skipped * passage.stride - first :: passage.stride]
         return last_norm_of(self.model)(kept)
 
-    def kl(self, finals: list[Tensor]) -> float:
-        """Mean KL(baseline ‖ probe) in nats over the positions that count; `finals`: normed hidden
-        states [n, hidden_size], of the last n of them where they are fewer: the others are taken to
-        be the baseline's."""
-        total, count = 0.0, 0
-        for i, (base, other) in enumerate(zip(self.final, finals, strict=True)):
-            first = len(base) - len(other)
-            for block in range(0, len(other), KL_BLOCK):
-                q = logits_of(self.model, other[block : block + KL_BLOCK]).log_softmax(-1)
-                rows = slice(first + block, first + block + len(q))
-                p = (
-                    logits_of(self.model, base[rows]).log_softmax(-1)
-                    if self.base is None
-                    else self.base[i][rows]
-                )
-                total += float((p.exp() * (p - q)).sum())
-            count += len(base)
-        check_finite_loss(total)
-        return max(total / count, 0.0)
+    def _kl(self, index: int, other: Tensor) -> list[float]:
+        """Σ KL(baseline ‖ probe) in nats of each KL_BLOCK of the positions that count in a passage.
+
+        Args:
+            other: normed hidden states [n, hidden_size], of the last n of them where they are
+                fewer: the others are taken to be the baseline's.
+        """
+        base, found = self.final[index], []
+        first = len(base) - len(other)
+        for block in range(0, len(other), KL_BLOCK):
+            q = logits_of(self.model, other[block : block + KL_BLOCK]).log_softmax(-1)
+            rows = slice(first + block, first + block + len(q))
+            p = (
+                logits_of(self.model, base[rows]).log_softmax(-1)
+                if self.base is None
+                else self.base[index][rows]
+            )
+            found.append(float((p.exp() * (p - q)).sum()))
+        return found
+
+    def _mean_kl(self, final: Callable[[int], Tensor]) -> float:
+        """Mean KL(baseline ‖ probe) in nats over the positions of all passages that count.
+
+        Args:
+            final: `other` of `_kl`, from the number of a passage that this process has.
+        """
+        blocks = list(self.share.map(lambda i: self._kl(i, final(i))))
+
+        def mean() -> float:
+            total = 0.0
+            for loss in itertools.chain.from_iterable(blocks):
+                total += loss  # `sum` rounds otherwise, depending on Python's version
+            check_finite_loss(total)
+            return max(total / self.positions, 0.0)
+
+        return self.processes.from_first(mean)
 
     def measure(self, layer: int, tap: Tap) -> float:
         """KL with the attention of one of the layers that attend replaced by `tap`, which leaves
         the `early` positions as they are."""
-        finals, place = [], self.places[layer]
-        for i, (runner, hidden, past, first) in enumerate(
-            zip(self.runners, self.hidden, self.past, self.early, strict=True)
-        ):
+        place = self.places[layer]
+
+        def final(i: int) -> Tensor:
+            runner, first = self.runners[i], self.early[i]
             with ExitStack() as stack:
                 stack.enter_context(tapped(self.attentions[layer], tap))
-                state = runner.run(place, hidden[place])[:, first:]
+                state = runner.run(place, self.hidden[i][place])[:, first:]
                 for attention, (keys, values) in zip(
-                    self.attentions[layer + 1 :], past[layer + 1 :], strict=True
+                    self.attentions[layer + 1 :], self.past[i][layer + 1 :], strict=True
                 ):
                     if first:
                         stack.enter_context(tapped(attention, _behind(keys, values)))
                 state = runner.run_from(place + 1, state, first)
-            finals.append(self.normed(i, state, first))
-        return self.kl(finals)
+            return self.normed(i, state, first)
+
+        return self._mean_kl(final)
 
     def whole_model(self, taps: list[Tap] | None = None) -> float:
         """KL of the model as its weights are now, with every layer tapped if `taps` are given,
@@ -165,15 +200,11 @@ class Probe:
         with ExitStack() as stack:
             for attention, tap in zip(self.attentions, taps or [], strict=False):
                 stack.enter_context(tapped(attention, tap))
-            return self._whole_model()
+            return self._mean_kl(self._whole)
 
-    def _whole_model(self) -> float:
-        return self.kl(
-            [
-                self.normed(i, runner.run_from(0, runner.embedded))
-                for i, runner in enumerate(self.runners)
-            ]
-        )
+    def _whole(self, index: int) -> Tensor:
+        runner = self.runners[index]
+        return self.normed(index, runner.run_from(0, runner.embedded))
 
 
 def check_finite_loss(loss: float) -> None:
@@ -280,8 +311,8 @@ def measured(
         keys, values: candidates of each layer.
         work: folder for sensitivity.json, from which an interrupted run goes on.
     """
-    path = work / "sensitivity.json"
-    found = kept(path, read_losses, {})
+    path, processes = work / "sensitivity.json", Processes.current()
+    found = processes.from_first(lambda: kept(path, read_losses, {}))
     for side, layer, c in progress(jobs, "sensitivity", "probe"):
         name = f"{layer}.{side}.{c}"
         if name in found:
@@ -289,7 +320,8 @@ def measured(
         found[name] = probe.measure(
             layer, packing_tap(geometry, probe.device, **specs_of(side, keys, values, layer, c))
         )
-        keep_losses(path, found)
+        if processes.first:
+            keep_losses(path, found)
     return {(side, layer, c): found[f"{layer}.{side}.{c}"] for side, layer, c in jobs}
 
 

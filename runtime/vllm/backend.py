@@ -79,7 +79,8 @@ class StepMetadata(AttentionMetadata):
         if not behind:
             return []
         lengths = self.host_lengths if self.bounds is None else self.bounds.tolist()
-        return [Chunk(i, *self.host_starts[i : i + 2], lengths[i]) for i in behind]
+        starts = self.host_starts
+        return [Chunk(i, starts[i], starts[i + 1], lengths[i]) for i in behind]
 
     def with_rows(self, rows: "StepMetadata") -> DeviceBatch:
         """The step of both groups, this one's and that of the 16-bit rows; made once."""

@@ -57,7 +57,8 @@ def main(args: list[str] | None = None, prog: str = "kvfold") -> None:
 def _leave(number: int, frame: Any) -> None:
     """Ends the process at once: nothing is under way yet,
     and an exception could come out of an import as another one."""
-    print("kvfold: interrupted.", file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first one says so
+        print("kvfold: interrupted.", file=sys.stderr, flush=True)
     os._exit(130)
 
 

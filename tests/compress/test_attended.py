@@ -9,9 +9,10 @@ from conftest import save_tiny
 
 from kvfold.compress import attended as module
 from kvfold.compress.attended import attended
-from kvfold.compress.calibrate import LEAST_WEIGHT, SKIP_TOKENS, calibrate
+from kvfold.compress.calibrate import SKIP_TOKENS, calibrate
 from kvfold.compress.models import load_model
 from kvfold.compress.models.attention_hook import NAME, tapped
+from kvfold.compress.moments import LEAST_WEIGHT
 from kvfold.exports.architectures import architecture_of
 
 HEADS, GROUP, DIM, SCALING = 2, 3, 8, 0.4

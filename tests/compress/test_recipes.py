@@ -265,7 +265,7 @@ def test_a_probe_that_leaves_the_first_positions_out_measures_the_same(family, k
     passages = [Passage(ids[0], 4), Passage(ids[1], start=41), Passage(ids[2], 3, start=7)]
     whole, late = (Probe(model, arch, passages, early) for early in (0, 3 + 16 + 8 - 1))
     assert whole.early == [0, 0, 0] and late.early == [26, 26, 19]
-    assert [len(x) for x in late.final] == [19, 20, 5]
+    assert [len(x) for x in late.final.values()] == [x.positions for x in passages] == [19, 20, 5]
     assert (late.base is not None) == kept
     keys = KeySpec(uniform(geometry.head_dim, 3))
     for layer in range(3):
