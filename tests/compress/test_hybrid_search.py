@@ -10,6 +10,7 @@ from conftest import CONFIGS, char_tokenizer, save_tiny, tiny_model
 from family_checks import IDS, RECIPE, kl
 from family_configs import VISION, config_of
 from safetensors.torch import load_file
+from several import several
 from test_calibrate import SEQUENCES, captured
 from test_fisher import GEOMETRY, make_probe, sides
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -114,6 +115,23 @@ def test_a_model_read_layer_by_layer_gives_the_same_artifact_which_saves_itself(
     model = runtime.load_pretrained(whole, device="cpu", attention="reference")
     model.save_pretrained(tmp_path / "saved")
     assert hashes(tmp_path / "saved") == hashes(whole)
+
+
+def test_several_processes_give_the_artifact_of_one(tmp_path, text_file):
+    """Two sequences and two passages, also through layers that don't attend."""
+    folder = save_tiny(tmp_path / "model", "granitemoehybrid")
+    text = """
+    {window: 24, page_tokens: 8, sinks: 3, calibration: {num_sequences: 2, seq_len: 192, sample_tokens: 96},
+     sensitivity: {num_sequences: 2, seq_len: 128, directions: 2, conversations: 0}}
+    """
+    (tmp_path / "recipe.yaml").write_text(text)
+    words = [f"--calib={text_file}", f"--recipe={tmp_path / 'recipe.yaml'}", "--budget=9"]
+    words += ["--context=600", "--device=cpu", "--accept-loss"]
+    outs = [tmp_path / name / "tiny" for name in ("one", "two")]
+    for count, out in zip((1, 2), outs, strict=True):
+        done = several(count, tmp_path / f"said{count}", "compress", folder, f"--out={out}", *words)
+        assert [x.returncode for x in done] == [0] * count, [x.stderr for x in done]
+    assert hashes(outs[0]) == hashes(outs[1])
 
 
 def test_states_are_in_the_bytes_and_not_in_the_bits(tmp_path, text_file, capsys):
