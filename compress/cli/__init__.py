@@ -90,6 +90,12 @@ def compress_command(
             "--accept-loss", help="Write the artifact also where the measured KL is above 3 nats."
         ),
     ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=64, help="Processes that share the work and the cores; default, on a CPU: 2."
+        ),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Writes a checkpoint whose KV cache is small. The last line printed is its path.
@@ -97,12 +103,23 @@ def compress_command(
     Started by torchrun or accelerate launch, its processes share the work, and the first one prints.
     """
     from kvfold.compress.launch import join
+    from kvfold.compress.local import count_of, started
     from kvfold.compress.pipeline import compress
     from kvfold.compress.processes import Processes
     from kvfold.compress.recipe import load_recipe
 
     target = out or default_output(model, budget)
-    with join(device) as own_device:
+    count = count_of(processes, model, device)
+    words = ["compress", "--budget", budget, "--out", str(target), "--recipe", recipe]
+    options = {
+        "calib": calib, "context": context, "device": device, "seed": seed, "max-memory": max_memory,
+    }  # fmt: skip
+    words += [
+        x for name, value in options.items() if value is not None for x in (f"--{name}", str(value))
+    ]
+    words += [name for name, on in (("--resume", resume), ("--accept-loss", accept_loss)) if on]
+    words += ["--", model]
+    with started(count, words), join(device) as own_device:
         artifact = compress(
             model,
             budget,
