@@ -17,11 +17,13 @@ from pathlib import Path
 import torch
 
 from kvfold.errors import KvfoldError
+from kvfold.memory import memory_left
 
 USUAL = 2  # processes; each reads the model's weights
-LEAST_NBYTES = (
-    64 << 20
-)  # of weights, below which another process takes longer to begin than it saves
+# bytes of weights, below which another process takes longer to begin than it saves
+LEAST_NBYTES = 64 << 20
+LEAST_LEFT = 8 << 30  # bytes of memory; and as many times the weights' files as there are here
+TIMES = 8  # two copies in float32, of files in 16 bits, in half of the memory
 LED = "KVFOLD_LED"  # set for a process that another has started
 READY = b"ready"
 LEAVING = 10  # seconds that a process that was led may take to end
@@ -39,7 +41,7 @@ def count_of(asked: int | None, model: str, device: str) -> int:
     launched = os.environ.get("WORLD_SIZE", "1") != "1"
     on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     if asked is None:
-        fit = on_cpu and not launched and torch.get_num_threads() >= USUAL and _is_large(model)
+        fit = on_cpu and not launched and torch.get_num_threads() >= USUAL and _is_worth(model)
         return USUAL if fit else 1
     if asked > 1 and launched:
         raise KvfoldError(
@@ -53,14 +55,22 @@ def count_of(asked: int | None, model: str, device: str) -> int:
     return asked
 
 
-def _is_large(model: str) -> bool:
-    """Whether a model's weights are worth a second process; of what is not on this disk they are."""
-    path = Path(model)
+def _is_worth(model: str) -> bool:
+    """Whether a model's weights are worth a second process, and there is room for both; of what is
+    not on this disk the size is unknown.
+
+    --max-memory is not asked: how many processes there are decides how many threads each has, and
+    so the artifact's last bits.
+    """
+    path, left = Path(model), memory_left()
     try:
         files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.bin")]
-        return not path.exists() or sum(file.stat().st_size for file in files) >= LEAST_NBYTES
+        nbytes = sum(file.stat().st_size for file in files)
+        known = path.exists()
     except OSError:
         return False
+    room = left is None or left[0] >= max(LEAST_LEFT, TIMES * nbytes)
+    return room and (not known or nbytes >= LEAST_NBYTES)
 
 
 @contextlib.contextmanager

@@ -77,9 +77,19 @@ def test_large_models_are_shared_on_a_cpu(tmp_path, monkeypatch):
             file.truncate(nbytes)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(local, "memory_left", lambda: None)
     count = lambda model, device="auto", asked=None: local.count_of(asked, str(model), device)  # noqa: E731
     assert count(small) == 1 and count(large) == count("someone/model") == 2
     assert count(large / "model.safetensors") == 2 and count(small, asked=3) == 3
+    for left, found in ((8 << 30, 2), ((8 << 30) - 1, 1)):
+        monkeypatch.setattr(local, "memory_left", lambda left=left: (left, ""))
+        assert count(large) == count("someone/model") == found and count(large, asked=2) == 2
+    monkeypatch.setattr(local, "memory_left", lambda: (15 << 30, ""))
+    for nbytes, found in ((1 << 30, 2), (2 << 30, 1)):
+        os.truncate(large / "model.safetensors", nbytes)
+        assert count(large) == found
+    monkeypatch.setattr(local, "memory_left", lambda: None)
+    assert count(large) == 2
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert count(large) == 1
     with pytest.raises(KvfoldError, match="leave --processes out"):
