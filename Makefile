@@ -14,7 +14,7 @@ READY := .venv/.ready
 quote = '$(subst ','\'',$(1))'
 
 # KVFOLD_TESTS=nightly make test ARGS="-m 'not real'" runs every case, and other random ones each time
-.PHONY: help compress eval bench ablation domains test serving mutations fuzz kills lint typecheck wheel clean
+.PHONY: help compress eval bench ablation domains test serving mutations fuzz kills curve processes lint typecheck wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -55,6 +55,12 @@ fuzz: $(READY)  ## 20,000 damaged artifacts, saved caches, GGUFs and work folder
 
 kills: $(READY)  ## kill runs at 40 random moments: --resume ends with the same bytes
 	@PYTHONPATH=tests:tests/helpers OMP_NUM_THREADS=1 $(BIN)/python -m fuzz.kills $(ARGS)
+
+curve: $(READY)  ## peak memory and time of compressing random models of 1B, 3B and 7B that are read layer by layer; hours
+	@$(BIN)/python benchmarks/memory_curve.py --max-memory 8GiB --recipe benchmarks/few_tokens.yaml $(ARGS)
+
+processes: $(READY)  ## the tests of several processes: they compress and generate what one does
+	@$(BIN)/python -m pytest tests/compress/test_processes.py tests/compress/test_local.py tests/runtime/test_tensor_parallel.py $(ARGS)
 
 lint: $(READY)  ## ruff
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
