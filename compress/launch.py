@@ -16,6 +16,8 @@ from kvfold.compress.processes import Processes
 from kvfold.errors import KvfoldError
 
 COMING = timedelta(minutes=5)  # of all processes, at the beginning
+STORE = "KVFOLD_STORE"  # the file by which processes of one machine find each other (local.py)
+NEAR = timedelta(minutes=1)  # until they have
 PATIENCE = timedelta(days=1)  # with one that computes; one that ends is noticed at once
 LEAVING = 5  # seconds that a process which has failed waits for the others to leave too
 FAILED = "kvfold/failed"  # how many have, in the table that they share
@@ -30,7 +32,8 @@ def from_environment() -> Processes:
     given = os.environ.get("WORLD_SIZE", "1")
     if given == "1":
         return Processes()
-    names = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+    places = () if os.environ.get(STORE) else ("MASTER_ADDR", "MASTER_PORT")
+    names = ("WORLD_SIZE", "RANK", *places)
     if missing := [name for name in names if not os.environ.get(name)]:
         raise KvfoldError(
             f"WORLD_SIZE is '{given}', so this is one of several processes, but {' and '.join(missing)} is not set; "
@@ -128,12 +131,23 @@ def join(device: str) -> Iterator[str]:
 
 def _meet(processes: Processes, backend: str) -> "dist.Store":
     """Waits for all processes; returns what they share besides, a small table."""
+    near = os.environ.get(STORE)
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=COMING))
+        if near:
+            store: dist.Store = dist.FileStore(near, processes.size)
+            store.set_timeout(NEAR)
+            rank, size = processes.rank, processes.size
+        else:
+            store, rank, size = next(dist.rendezvous("env://", timeout=COMING))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError, OSError) as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if near:
+            raise KvfoldError(
+                f"The {processes.size} processes did not find each other on this machine ({reason[:200]}); leave "
+                "--processes out."
+            ) from error
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise KvfoldError(
             f"The {processes.size} processes did not find each other by MASTER_ADDR and MASTER_PORT, '{place}' "
             f"({reason[:200]}); see to it that all are started and reach that address."

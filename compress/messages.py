@@ -39,6 +39,8 @@ def unpack(data: bytes, device: torch.device | None = None) -> Any:
 
     Args:
         device: this process's, for tensors that lay on the other's; None: the CPU.
+    Raises:
+        TypeError: it names something that `pack` never sends.
     """
     tensors = load(data)
     return _value(json.loads(tensors.pop(REST).numpy().tobytes()), tensors, device)
@@ -68,6 +70,19 @@ def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"a {kind.__name__} cannot be sent to another process")
 
 
+def _dataclass(name: str) -> Any:
+    """A dataclass of kvfold's by its full name; nothing else is ever called.
+
+    Raises:
+        TypeError: it is none.
+    """
+    module, _, own = name.rpartition(".")
+    found = getattr(importlib.import_module(module), own) if module.startswith("kvfold.") else None
+    if not isinstance(found, type) or not is_dataclass(found) or found.__module__ != module:
+        raise TypeError(f"'{name}' is no dataclass of kvfold's, and was not sent by it")
+    return found
+
+
 def _value(found: Any, tensors: dict[str, Tensor], device: torch.device | None) -> Any:
     if not isinstance(found, list):
         return found
@@ -78,9 +93,8 @@ def _value(found: Any, tensors: dict[str, Tensor], device: torch.device | None) 
         tensor = tensors[name].permute(back)
         return tensor if where == "cpu" or device is None else tensor.to(device)
     if kind == "object":
-        module, _, name = rest[0].rpartition(".")
         made_of = {field: _value(x, tensors, device) for field, x in rest[1:]}
-        return getattr(importlib.import_module(module), name)(**made_of)
+        return _dataclass(rest[0])(**made_of)
     if kind == "dict":
         return {_value(k, tensors, device): _value(x, tensors, device) for k, x in rest}
     values = [_value(x, tensors, device) for x in rest]

@@ -233,7 +233,8 @@ class Metadata(Strict):
             )
         if self.format_version < ROLLBACK_VERSION and "rollback" in self.cache.model_fields_set:
             raise ValueError(f"cache.rollback goes with format_version {ROLLBACK_VERSION}")
-        if (self.format_version == STATES_VERSION) != (self.cache.states is not None):
+        stated = "states" in self.cache.model_fields_set
+        if stated != (self.format_version == STATES_VERSION) or (stated and not self.cache.states):
             raise ValueError(f"cache.states and format_version {STATES_VERSION} go together")
         if self.cache.states is not None and self.cache.rollback:
             raise ValueError(

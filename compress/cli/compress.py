@@ -65,25 +65,23 @@ def compress_command(
         ),
     ] = False,
     processes: Annotated[
-        int | None,
-        typer.Option(
-            min=1, max=64, help="Processes that share the work and the cores; default, on a CPU: 2."
-        ),
-    ] = None,
+        int,
+        typer.Option(min=1, help="Processes on a CPU that share the work and the cores."),
+    ] = 1,
     as_json: JsonFlag = False,
 ) -> None:
     """Writes a checkpoint whose KV cache is small. The last line printed is its path.
 
-    Started by torchrun or accelerate launch, its processes share the work, and the first one prints.
+    Where torchrun or accelerate launch starts several, they share the work, and the first one prints.
     """
     from kvfold.compress.launch import join
-    from kvfold.compress.local import count_of, started
+    from kvfold.compress.local import check_processes, started
     from kvfold.compress.pipeline import compress
     from kvfold.compress.processes import Processes
     from kvfold.compress.recipe import load_recipe
 
     target = out or default_output(model, budget)
-    count = count_of(processes, model, device)
+    check_processes(processes, device, [model, recipe, calib])
     flags = (("--resume", resume), ("--accept-loss", accept_loss))
     given = {
         "budget": budget, "out": target, "recipe": recipe, "calib": calib, "context": context, "device": device,
@@ -93,7 +91,7 @@ def compress_command(
         x for name, value in given.items() if value is not None for x in (f"--{name}", str(value))
     ]
     words = ["compress", *words, *(name for name, on in flags if on), "--", model]
-    with started(count, words), join(device) as own_device:
+    with started(processes, words), join(device) as own_device:
         artifact = compress(
             model,
             budget,

@@ -177,7 +177,7 @@ class QuantizedKVCache(SizedCache):
         Raises:
             FloatingPointError: a key or value was NaN or infinite. The cache ends before the column
                 that had it, as if nothing had come since; if a sliding window has left behind what
-                that takes, it must be reset.
+                that takes, or layers keep states, it must be reset.
         """
         self._raise_marked(self.shared.marks.look())
 
@@ -187,7 +187,12 @@ class QuantizedKVCache(SizedCache):
             return
         pads = self.shared.padding or [0] * self.layers[0].batch_size
         column, _, bad = min((bad.token + pads[bad.sequence], bad.sequence, bad) for bad in found)
-        remove, end = self.tokens - column, ""
+        remove = self.tokens - column
+        end = (
+            "states of other layers have gone on, so reset() the cache or take a new one."
+            if self.states
+            else ""
+        )
         try:
             for layer in self.layers:
                 layer.check_crop(-remove)

@@ -16,6 +16,7 @@ from kvfold.runtime.budget.ladder import Ladders
 from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.cache.pager import Pager
 from kvfold.runtime.calls.gate import Gate
+from kvfold.runtime.calls.hybrid import check_stated
 from kvfold.runtime.calls.lora import check_adapters
 from kvfold.runtime.calls.masks import grown
 from kvfold.runtime.generate.assisted import own_drafts
@@ -221,6 +222,7 @@ class Calls:
         again."""
         cache = kwargs.get("past_key_values")
         if isinstance(cache, QuantizedKVCache):
+            check_stated(cache)
             cache.states.end()
         if getattr(kwargs.get("past_key_values"), "ephemeral", False) and isinstance(
             output, ModelOutput

@@ -8,6 +8,7 @@ from torch import Tensor
 from kvfold.errors import KvfoldError
 from kvfold.exports.hybrids import Hybrid
 from kvfold.exports.schema import CacheModel
+from kvfold.runtime.cache.cache import QuantizedKVCache
 
 
 def check_states(cache: CacheModel, rollback: int | None, cuda_graph: bool | str) -> None:
@@ -83,3 +84,21 @@ def check_lone_padding(padding: Sequence[int], seen: int) -> None:
                 f"A call of one token brings column {seen} of sequence {b}, which attention_mask says is padding, but "
                 "layers that keep states would read it as a token; bring padding together with more tokens."
             )
+
+
+def check_stated(cache: QuantizedKVCache) -> None:
+    """Refuses states that are larger than the artifact says, where a budget is kept by what it says.
+
+    Args:
+        cache: after a call.
+    Raises:
+        KvfoldError: naming both numbers of bytes.
+    """
+    if cache.budget is None or not cache.states:
+        return
+    batch, stated = cache.layers[0].batch_size, cache.geometry.state_nbytes
+    if cache.states.nbytes > batch * stated:
+        raise KvfoldError(
+            f"Layers of this model keep {cache.states.nbytes // batch} bytes of states a sequence, but kv_budget is "
+            f"kept by the {stated} that the artifact states; load it without kv_budget, or compress the model anew."
+        )

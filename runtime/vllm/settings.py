@@ -142,8 +142,8 @@ def check_config(config: Any, artifact: Artifact) -> None:
     window = artifact.geometry.window
     if config.device_config.device_type == "cuda" and window < LEAST_WINDOW:
         raise KvfoldError(
-            f"This artifact has a window of {window} tokens, but on a GPU requests that share a block need one of "
-            f"{LEAST_WINDOW}; compress the model with a larger window."
+            f"This artifact has a window of {window} tokens, but on a GPU requests that share a block need one of at "
+            f"least {LEAST_WINDOW}; compress the model with a larger window."
         )
     ranks, heads = config.parallel_config.tensor_parallel_size, artifact.geometry.num_kv_heads
     if heads % ranks and ranks % heads:

@@ -17,6 +17,7 @@ import torch
 from conftest import char_tokenizer, examples, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 from several import several
 
 from kvfold.compress import launch
@@ -391,3 +392,19 @@ def test_tensors_arrive_as_they_lie_in_memory():
         assert getattr(found, name) == getattr(spec, name)
     with pytest.raises(TypeError, match="Recipe"):
         pack([Recipe()])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "subprocess.Popen",
+        "kvfold.compress.messages.Path",
+        "kvfold.version.__version__",
+        "os.system",
+    ],
+)
+def test_nothing_else_is_called_by_its_name(name):
+    text = json.dumps(["object", name, ["args", "touch /tmp/nothing"]]).encode()
+    sent = save({"rest": torch.frombuffer(bytearray(text), dtype=torch.uint8)})
+    with pytest.raises((TypeError, AttributeError), match=r"no dataclass of kvfold's|no attribute"):
+        unpack(sent)

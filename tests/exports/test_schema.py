@@ -305,6 +305,10 @@ def test_states_are_version_6():
     assert "states" not in dump_metadata(plain)
     for wrong, words in (
         ({"format_version": 5}, "cache.states and format_version 6 go together"),
+        (
+            {"format_version": 5, "cache": {**cache, "states": None}},
+            "cache.states and format_version 6 go together",
+        ),
         ({"cache": {**cache, "states": None}}, "cache.states and format_version 6 go together"),
         ({"cache": {**cache, "rollback": 16}}, "cache.rollback must be 0"),
         ({"cache": {**cache, "rollback": None}}, "format_version 6 needs cache.rollback"),

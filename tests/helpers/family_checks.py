@@ -32,7 +32,7 @@ IDS = torch.randint(
 )  # printable characters
 PROMPT, STEPS, PADDING, CONTEXT = 100, 10, 37, 400
 BOUNDS = {
-    "turned": 1e-5, "algebra": 1e-9, "logits": 1e-5, "stock": 1e-5, "kl": 0.05, "decode": 0.01, "decode_kl": 0.2,
+    "turned": 1e-5, "algebra": 1e-9, "logits": 1e-5, "stock": 1e-5, "kl": 0.05, "decode": 0.01, "decode_kl": 0.1,
     "padding": 0.01, "bytes": 0,
 }  # fmt: skip
 RECIPE = Recipe.model_validate({

@@ -42,12 +42,16 @@ IN_PARTS = {"chunks"}  # modes in which a call of several tokens goes on
 MORE = torch.randint(1, 128, (5, 20), generator=torch.Generator().manual_seed(7))
 
 
-def hybrid_model(family, spec=RAW, budget=None, dtype=torch.float32, ladders=False, **options):
-    """A tiny model on a packed cache, as load_pretrained makes it, without a file."""
+def hybrid_model(
+    family, spec=RAW, budget=None, dtype=torch.float32, ladders=False, stated=1, **options
+):
+    """A tiny model on a packed cache, as load_pretrained makes it, without a file; `stated`: the
+    artifact says so many times its states' numbers."""
     model = tiny_model(family, dtype)
     config, arch = model.config, architecture_of(model.config)
     config.dtype = dtype
     states = states_of(config, arch)
+    states = states.model_copy(update={"elements": int(states.elements * stated)})
     geometry = Geometry(HEADS, DIM, 3, 10, 8, sliding_windows_of(config), 0, states.nbytes())
     specs = [spec] * len(attention_layers_of(config))
     known = SimpleNamespace(
@@ -196,6 +200,21 @@ def test_a_budget_counts_states_and_is_never_passed(options):
     with pytest.raises(KVBudgetExceeded):
         model(PROMPT, past_key_values=cache)
     assert cache.nbytes == 0 and not cache.states.tensors()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FEW)
+def test_states_larger_than_stated_are_refused_where_there_is_a_budget(family):
+    room = 1 << 20
+    for stated in (1, 2):
+        hybrid_model(family, PACKED, budget=room, stated=stated)(PROMPT)
+    hybrid_model(family, PACKED, stated=0)(PROMPT)
+    model = hybrid_model(family, PACKED, budget=room, stated=0.5)
+    cache = model.new_kv_cache()
+    with pytest.raises(KvfoldError, match="states a sequence, but kv_budget is kept by the"):
+        model(PROMPT, past_key_values=cache)
+    with pytest.raises(KvfoldError, match="had already changed the states"):
+        model(MORE[:1], past_key_values=cache)
 
 
 @torch.no_grad()
