@@ -8,7 +8,7 @@ import signal
 import sys
 from typing import Any
 
-from kvfold.memory import is_out_of_memory, reason_of_shortage
+from kvfold.memory import address_space_left, is_out_of_memory, reason_of_shortage
 
 LEAST_MIB = 1200  # that the libraries map; little of it is ever touched
 
@@ -21,6 +21,9 @@ def main(args: list[str] | None = None, prog: str = "kvfold") -> None:
     )  # else a job in the background, which is not to hear it, or someone else's handler
     if mine:
         signal.signal(signal.SIGINT, _leave)
+    left = address_space_left()
+    if left is not None and left[0] < LEAST_MIB << 20:  # libraries would abort, each in its words
+        _too_little(f"{max(0, left[0]) >> 20} MiB are left, {left[1]}")
     # read when OpenMP is loaded: threads that spin while they wait make a machine with other work
     # on it some thirty times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -34,12 +37,7 @@ def main(args: list[str] | None = None, prog: str = "kvfold") -> None:
     except (ImportError, OSError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(
-            f"kvfold: there is too little memory to begin ({reason_of_shortage(error)}): {LEAST_MIB} MiB of addresses "
-            "are needed (ulimit -v) before any model is read; raise the limit.",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        _too_little(reason_of_shortage(error))
     finally:
         if collecting:
             gc.enable()
@@ -52,6 +50,16 @@ def main(args: list[str] | None = None, prog: str = "kvfold") -> None:
     finally:
         if mine:  # all is done and said, though a large library may take seconds to leave
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _too_little(reason: str) -> None:
+    """Ends the process with a sentence."""
+    print(
+        f"kvfold: there is too little memory to begin ({reason}): {LEAST_MIB} MiB of addresses are needed (ulimit -v) "
+        "before any model is read; raise the limit.",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 
 def _leave(number: int, frame: Any) -> None:

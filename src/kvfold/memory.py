@@ -44,7 +44,7 @@ def memory_left() -> tuple[int, str] | None:
     The least of: the address space that is allowed (ulimit -v), the memory of the control groups
     that it is in (a container's), and the machine's.
     """
-    found = [x for x in (_of_address_space(), _of_cgroups(), _of_machine()) if x is not None]
+    found = [x for x in (address_space_left(), _of_cgroups(), _of_machine()) if x is not None]
     return min(found) if found else None
 
 
@@ -65,7 +65,8 @@ def need_memory(nbytes: int, what: str) -> None:
         )
 
 
-def _of_address_space() -> tuple[int, str] | None:
+def address_space_left() -> tuple[int, str] | None:
+    """Bytes of addresses that ulimit -v leaves this process, and why; None without such a limit."""
     if resource is None:
         return None
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
