@@ -61,9 +61,10 @@ def test_make_passes_words_as_they_are(tmp_path, model):
             f"MODEL={escaped}",
             *words,
         ]
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ)
-        )
+        # what `make test ARGS=…` was given is not for this one
+        outer = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "ARGS")
+        env = {name: value for name, value in os.environ.items() if name not in outer}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stderr
         return ast.literal_eval(
             done.stdout.splitlines()[-1]
