@@ -11,6 +11,7 @@ import mmap
 import struct
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,8 +135,13 @@ def load_streamed(
         for x in model.parameters():
             if id(x) not in within:
                 x.data = x.data.to(device).to(dtype)
-        for buffer in model.buffers():
-            buffer.data = buffer.data.to(device)
+        # numbers that are no weights, such as Gemma's factor on embeddings, have the type that is
+        # computed in, as in a model that is read whole
+        with init_empty_weights(include_buffers=False):
+            whole = model_from_config(deepcopy(config), dtype=dtype, attn_implementation=attention)
+        others = {name: x for name, x in whole.named_buffers() if name not in own}
+        for name, buffer in model.named_buffers():
+            buffer.data = others.get(name, buffer).data.to(device)
         for index, layer in enumerate(layers):
             prefix = f"{arch.layers}.{index}."
             parts = {
