@@ -13,6 +13,7 @@ Where a gate multiplies each channel between attention and o_proj, a basis of va
 times a positive scale of each channel, for only those go through; the gate's rows are permuted too.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -46,21 +47,26 @@ def _rows(
     }[side]
 
 
+def _copies(attention: Any, name: str, fused: dict[str, Tensor]) -> Iterator[Tensor]:
+    """A projection's weight, and its bias if it has one, as float64 copies in `fused`, to be changed
+    in place; what is there already goes on."""
+    for kind in ("weight", "bias"):
+        parameter = getattr(getattr(attention, name), kind)
+        if parameter is not None:
+            key = f"{name}.{kind}"
+            fused[key] = fused.get(key, parameter).to(torch.float64, copy=True)
+            yield fused[key]
+
+
 def _multiply_rows(attention: Any, side: str, matrix: Tensor, fused: dict[str, Tensor]) -> None:
     """Multiplies a side's rows, weight and bias, by matrix [Hkv, D, D] from the left, for each head
     of a group; into `fused`."""
     heads, dim = matrix.shape[:2]
     name, rows = _rows(attention, side, heads, dim)
-    projection = getattr(attention, name)
-    for kind in ("weight", "bias"):
-        parameter = getattr(projection, kind)
-        if parameter is None:
-            continue
-        whole = fused.get(f"{name}.{kind}", parameter).to(torch.float64, copy=True)
+    for whole in _copies(attention, name, fused):
         heads_of = whole[rows].unflatten(0, (heads, -1, dim))  # [Hkv, G, D, hidden] or [Hkv, G, D]
         product = torch.einsum("hde,hge...->hgd...", matrix.to(whole.device), heads_of)
         whole[rows] = product.flatten(0, 2)
-        fused[f"{name}.{kind}"] = whole
 
 
 def _permute_gate(
@@ -80,14 +86,8 @@ def _permute_gate(
         starts = 2 * starts + dim
     rows = starts + torch.arange(dim, device=order.device)
     taken = starts + order.repeat_interleave(count // heads, 0)
-    projection = getattr(attention, gate)
-    for kind in ("weight", "bias"):
-        parameter = getattr(projection, kind)
-        if parameter is None:
-            continue
-        whole = fused.get(f"{gate}.{kind}", parameter).to(torch.float64, copy=True)
+    for whole in _copies(attention, gate, fused):
         whole[rows.flatten()] = whole[taken.flatten()]
-        fused[f"{gate}.{kind}"] = whole
 
 
 def fuse_values(attention: Any, matrix: Tensor, gate: str = "") -> dict[str, Tensor]:

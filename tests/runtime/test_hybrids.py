@@ -11,7 +11,17 @@ import pytest
 import torch
 from conftest import CONFIGS, tiny_model
 from safetensors.torch import save_file
-from test_modes import GREEDY, MODES, PACKED, PROMPT, RAW, left_padded, text, text_16bit
+from test_modes import (
+    GREEDY,
+    MODES,
+    PACKED,
+    PROMPT,
+    RAW,
+    left_padded,
+    text,
+    text_16bit,
+    turns_in_one_cache,
+)
 from transformers.cache_utils import Cache
 
 from kvfold import KvfoldError, runtime
@@ -111,15 +121,7 @@ def test_beams_of_packed_pages_are_those_of_a_pass_over_the_whole_text(family):
 @pytest.mark.parametrize("family", FEW)
 def test_turns_of_a_conversation_go_on_in_one_cache(family):
     model = hybrid_model(family, PACKED)
-    turns = [PROMPT, *torch.randint(1, 128, (3, 1, 13), generator=torch.Generator().manual_seed(2))]
-    cache, ids = None, torch.zeros(1, 0, dtype=torch.long)
-    for turn in turns:
-        ids = torch.cat((ids, turn), 1)
-        out = model.generate(
-            ids, past_key_values=cache, max_new_tokens=9, return_dict_in_generate=True, **GREEDY
-        )
-        assert torch.equal(out.sequences, model.generate(ids, max_new_tokens=9, **GREEDY))
-        ids, cache = out.sequences, out.past_key_values
+    cache = turns_in_one_cache(model)
     cache.reset()
     assert cache.nbytes == 0 and cache.get_seq_length() == 0 and not cache.states.tensors()
     again = model.generate(PROMPT, past_key_values=cache, max_new_tokens=9, **GREEDY)

@@ -225,10 +225,8 @@ def test_a_rollback_that_is_no_number_of_tokens_is_refused(tiny_artifact):
     assert model(PROMPT).past_key_values.geometry.rollback == 5
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_turns_of_a_conversation_go_on_in_one_cache(family):
-    model = packed_model(family, PACKED)
+def turns_in_one_cache(model):
+    """The cache behind four turns of a conversation, each of them as without it."""
     turns = [PROMPT, *torch.randint(1, 128, (3, 1, 13), generator=torch.Generator().manual_seed(2))]
     cache, ids = None, torch.zeros(1, 0, dtype=torch.long)
     for turn in turns:
@@ -238,6 +236,14 @@ def test_turns_of_a_conversation_go_on_in_one_cache(family):
         )
         assert torch.equal(out.sequences, model.generate(ids, max_new_tokens=9, **GREEDY))
         ids, cache = out.sequences, out.past_key_values
+    return cache
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_turns_of_a_conversation_go_on_in_one_cache(family):
+    model = packed_model(family, PACKED)
+    cache = turns_in_one_cache(model)
     nbytes = cache.nbytes
     cache.reset()
     assert cache.nbytes == 0 < nbytes and cache.get_seq_length() == 0
