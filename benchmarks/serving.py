@@ -161,7 +161,7 @@ class Engine:
             max(options.prompt + options.new, longest) + SPARE, known["max_position_embeddings"]
         )
         seqs = options.fit or 256
-        sizes = sorted({*(2**i for i in range(8)), *range(8, 257, 8)})
+        sizes = sorted({*(2**i for i in range(8)), *range(16, 257, 16), seqs})
         begun = time.perf_counter()
         self.llm = LLM(
             str(options.artifact), skip_tokenizer_init=True, dtype="bfloat16", max_model_len=self.length,

@@ -55,6 +55,12 @@ class KeySpec:
             else torch.linalg.inv(self.matrix.double()).float().contiguous()
         )
 
+    @cached_property
+    def mean_bases(self) -> tuple[Tensor, Tensor]:
+        """What turns are multiplied with to give m_t in the stored basis; see TurnTables.bases."""
+        assert self.offset is not None
+        return self.tables(0).bases(self.offset, self.matrix)
+
     @property
     def turns(self) -> bool:
         """Whether the mean that is taken off turns with the position."""

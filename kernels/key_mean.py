@@ -222,6 +222,26 @@ class TurnTables:
         out[..., self.first], out[..., self.second] = m.real, m.imag
         return out
 
+    def bases(self, offset: Tensor, matrix: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What turns are multiplied with to give m_t in the basis that keys are stored in.
+
+        Args:
+            offset: float32 [Hkv, D]; matrix: float32 [Hkv, D, D], M, or None.
+        Returns:
+            float32 [Hkv, 2·F, D] and [Hkv, 2·slow, D]: rows of the fast pairs' cosines and of their
+            sines, as in `KernelTables.within`; and the same of the slow pairs, as in `steps`.
+        """
+        pairs, heads, dim = torch.arange(len(self.omega)), len(offset), offset.shape[1]
+        real, imag = offset[:, self.first], offset[:, self.second]
+        rows = offset.new_zeros(2, heads, len(pairs), dim)  # m_t = Σ cos·rows[0] + sin·rows[1]
+        rows[0][:, pairs, self.first], rows[0][:, pairs, self.second] = real, imag
+        rows[1][:, pairs, self.first], rows[1][:, pairs, self.second] = -imag, real
+        if matrix is not None:
+            rows = rows @ matrix.mT
+        fast, slow = rows[:, :, : self.fast], rows[:, :, self.fast :]
+        fast = torch.nn.functional.pad(fast, (0, 0, 0, padded_fast(dim) - self.fast))
+        return tuple(torch.cat(tuple(x), 1).contiguous() for x in (fast, slow))  # type: ignore[return-value]
+
     def coefficients(self, offset: Tensor, query: Tensor) -> Tensor:
         """c_i = conj(q_i)·b_i, fastest pair first.
 

@@ -16,11 +16,12 @@ from kvfold.compress.bench.decode import wait
 from kvfold.compress.bench.gate import LARGEST_ERROR
 from kvfold.compress.bench.model import attach_formats, build_model, free_memory, layer_formats
 from kvfold.exports.account import Geometry
-from kvfold.kernels.attention import Tile, attend, packed_tokens
+from kvfold.kernels.attention import Tile, attend
 from kvfold.kernels.gpu.attention import Prompt, attention
-from kvfold.kernels.gpu.prompt import PageRun
+from kvfold.kernels.gpu.dense import query_rows
+from kvfold.kernels.gpu.prompt import PageRun, RawRows, attend_prompt
 from kvfold.kernels.gpu.queries import prepare_queries
-from kvfold.kernels.gpu.records import PagedCache, Regions
+from kvfold.kernels.gpu.records import LogitOptions, PagedCache, Regions
 from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import decode, encode
 from kvfold.runtime.backends.choose import backend_of
@@ -36,14 +37,15 @@ def prompt_error(
     num_heads: int,
     tokens: int,
     queries: int,
-    together: bool,
+    decoded: bool,
     device: torch.device,
 ) -> float:
     """Largest relative error of any head, kernels against float32 on the same codes: the last
     `queries` of `tokens` tokens of a sequence, all of it in one call, in float16.
 
     Args:
-        together: read what all queries share as a run, at once; else by the kernel alone.
+        decoded: pages are decoded for all queries, as for many of them; else read as they are
+            packed, as by a step.
     """
     g, dim = geometry, geometry.head_dim
     raw = [torch.randn(g.num_kv_heads, tokens, dim, device=device).half() for _ in range(2)]
@@ -70,18 +72,24 @@ def prompt_error(
     ]
     query = (2 * torch.randn(1, num_heads, queries, dim, device=device)).half()
     want = attend(query[0], places[first:], limit, tiles, sinks=g.sinks, scaling=dim**-0.5)
-    shared = packed_tokens(first + 1, g.sinks, g.window, g.page_tokens) // g.page_tokens
     out = torch.full((1, queries, num_heads, dim), torch.nan, dtype=torch.float16, device=device)
-    numbers = partial(torch.tensor, dtype=torch.int32, device=device)
-    runs = [PageRun(*formats, 0, shared)] if together and shared else []
-    attention(
-        prepare_queries(query, g.num_kv_heads, dim**-0.5),
-        PagedCache(table, numbers([[tokens, count]]), raw[0][None], raw[1][None]),
-        [formats],
-        out,
-        Regions(g.sinks, g.window, g.page_tokens),
-        prompt=Prompt(numbers([first]), numbers([0]), runs),
-    )
+    regions = Regions(g.sinks, g.window, g.page_tokens)
+    if decoded:
+        rows = query_rows(query[0], g.num_kv_heads, None, dim**-0.5)
+        runs = [PageRun(*formats, 0, count)] if count else []
+        attend_prompt(
+            rows, first, runs, table[0], RawRows(raw[0], raw[1], 0), regions, LogitOptions(), out[0]
+        )
+    else:
+        numbers = partial(torch.tensor, dtype=torch.int32, device=device)
+        attention(
+            prepare_queries(query, g.num_kv_heads, dim**-0.5),
+            PagedCache(table, numbers([[tokens, count]]), raw[0][None], raw[1][None]),
+            [formats],
+            out,
+            regions,
+            prompt=Prompt(numbers([first]), numbers([0])),
+        )
     error = (out[0].transpose(0, 1).float() - want).norm(dim=(1, 2)) / want.norm(dim=(1, 2))
     return float(error.max())
 
@@ -100,11 +108,11 @@ def gate(
         formats.items(), dict.fromkeys((regions[0], MANY_SINKS))
     ):
         geometry = Geometry(heads[1], pair[0].head_dim, sinks, *regions[1:])
-        for together in (True, False):
+        for decoded in (True, False):
             error = prompt_error(
-                geometry, pair, heads[0], tokens, min(tokens, tokens // 4 | 1), together, device
+                geometry, pair, heads[0], tokens, min(tokens, tokens // 4 | 1), decoded, device
             )
-            what = "pages read together" if together else "by the kernel alone"
+            what = "pages decoded" if decoded else "pages as they are packed"
             found.append((f"{name}, {sinks} sinks, {what}", error, LARGEST_ERROR[torch.float16]))
     return found
 

@@ -6,7 +6,7 @@ Runs under Triton's interpreter on a CPU too (TRITON_INTERPRET=1 before Triton i
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,6 @@ from kvfold.kernels.gpu.device.packed import packed_part
 from kvfold.kernels.gpu.device.raw import raw_blocks, raw_part, store_part
 from kvfold.kernels.gpu.kinds import device_layout
 from kvfold.kernels.gpu.merge import MOST_SLOTS, merge_parts
-from kvfold.kernels.gpu.prompt import PageRun, read_together
 from kvfold.kernels.gpu.queries import Queries
 from kvfold.kernels.gpu.records import LogitOptions, PagedCache, Regions
 from kvfold.kernels.pages import anchor
@@ -65,7 +64,7 @@ def rung_parts(
 # kernel of their own
 @triton.jit(
     do_not_specialize=[
-        "new", "table_width", "sinks", "window", "ring", "sliding", "query_blocks", "splits", "slots", "least", "skip",
+        "new", "table_width", "sinks", "window", "ring", "sliding", "query_blocks", "splits", "slots", "least",
         "rung", "rungs", "raw_step_b", "raw_step_h", "raw_step_t", "bias_steps", "first_step", "first_place",
         "block_step", "page_step", "raw_table_width", "raw_shift",
     ],
@@ -78,7 +77,7 @@ def rung_parts(
 def _attention_kernel(
     q_ptr, q_scale_ptr, q_shift_ptr, anchor, table, state, segments, raw_k, raw_v, o_ptr, ml_ptr, first_query,
     packed_before,
-    new, table_width, sinks, window, ring, sliding, query_blocks, splits, slots, least, skip, rung, rungs,
+    new, table_width, sinks, window, ring, sliding, query_blocks, splits, slots, least, rung, rungs,
     raw_step_b, raw_step_h, raw_step_t, mean_ptr, bias_ptr, spans, within, bias_steps, first_step,
     raw_table, raw_table_width, raw_shift, first_place, block_step, page_step,
     K: tl.constexpr, V: tl.constexpr, R: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
@@ -92,7 +91,7 @@ def _attention_kernel(
     rung's launch writes a weight of zero for the parts that are left over, and nothing else of
     them.
 
-    PROMPT: many queries, and the first `skip` pages are another part's. MASKED: a query may not see
+    PROMPT: several queries. MASKED: a query may not see
     all that is packed, as in prompts and sliding windows (`sliding` tokens, 0 for all). Steps from
     one sequence, head and token of the 16-bit rows to the next are in units of ROW_UNIT numbers.
     MEAN: keys are stored without their rotating mean, but for a prompt's 16-bit rows. PER_BLOCK:
@@ -142,7 +141,6 @@ def _attention_kernel(
     columns = n < COLUMNS
     # the last rung ends where the pages do: a page that comes due belongs to it
     edges = segments + b * (rungs + 1)
-    first_page = tl.maximum(first_page, skip)
     from_page = tl.maximum(first_page, tl.load(edges + rung, mask=rung > 0, other=0))
     to_page = tl.minimum(
         last_page, tl.load(edges + rung + 1, mask=rung < rungs - 1, other=0x7FFFFFFF)
@@ -204,16 +202,10 @@ class Prompt:
     Attributes:
         first_query: int32 [B], position of the first query.
         packed_before: int32 [B], tokens in pages that every query reads from pages.
-        together: of one sequence, without sliding window and soft-cap: the runs of its first pages,
-            all of which every query reads; a library's attention takes them (prompt.py).
-        together_mean: what the keys of these pages were stored without, if anything; see
-            `read_together`.
     """
 
     first_query: Tensor
     packed_before: Tensor
-    together: Sequence[PageRun] = ()
-    together_mean: Callable[[int, int], Tensor] | None = None
 
 
 def attention(
@@ -265,16 +257,9 @@ def attention(
     places = batch * kv_heads * blocks
     splits = _splits(splits, cache, page_tokens, places, fixed)
     parts = splits + (len(formats) if len(formats) > 1 else 0)
-    together = prompt.together if prompt is not None else ()
-    slots = parts + bool(together)
     device = out.device
-    partial = torch.empty(places, slots, padded, dim, dtype=torch.float32, device=device)
-    ml = torch.empty(places, slots, 2, padded, dtype=torch.float32, device=device)
-    if prompt is not None and together:
-        read_together(
-            queries.data, queries.scale, together, table[0], page_tokens, partial[:, parts], ml[:, parts],
-            prompt.together_mean,
-        )  # fmt: skip
+    partial = torch.empty(places, parts, padded, dim, dtype=torch.float32, device=device)
+    ml = torch.empty(places, parts, 2, padded, dtype=torch.float32, device=device)
     none = cache.state  # in place of what is not there, of the same type: nothing reads it
     mean, shift = queries.mean, queries.shift
     term: tuple = (queries.scale, queries.scale, queries.scale, queries.scale, 0, 0)
@@ -308,8 +293,8 @@ def attention(
                 raw_keys, raw_values, partial, ml,
                 none if prompt is None else prompt.first_query, none if prompt is None else prompt.packed_before,
                 # numbers
-                new, table.shape[1], sinks, window, regions.ring, logits.sliding, blocks, splits, slots,
-                FIXED_TILES if fixed else 1, together[-1].end if together else 0, rung, len(formats), *raw_steps, *term,
+                new, table.shape[1], sinks, window, regions.ring, logits.sliding, blocks, splits, parts,
+                FIXED_TILES if fixed else 1, rung, len(formats), *raw_steps, *term,
                 none, 0, 0, 0, 0, 0,
                 K=k_layout, V=v_layout, R=device_layout(raw16(dim), page_tokens), N=padded, COLUMNS=queries.columns,
                 GROUP=queries.group, PROMPT=prompt is not None, MASKED=prompt is not None or logits.sliding > 0,

@@ -143,7 +143,7 @@ def attend_blocks(
         queries.data, scale, scale if shift is None else shift, cache.packed, cache.table, cache.lengths, none,
         keys, values, partial, ml, none, none,
         # numbers
-        0, cache.table.stride(0), regions.sinks, regions.window, 0, logits.sliding, 1, splits, splits, 1, 0, 0, 1,
+        0, cache.table.stride(0), regions.sinks, regions.window, 0, logits.sliding, 1, splits, splits, 1, 0, 1,
         *(step // ROW_UNIT.value for step in cache.raw.stride()[:3]), *term,
         cache.raw_table, cache.raw_table.stride(0), cache.raw_shift, *cache.page_steps,
         K=k_layout, V=v_layout, R=device_layout(raw16(dim), page_tokens), N=padded, COLUMNS=queries.columns,

@@ -48,6 +48,32 @@ class MeanOf(NamedTuple):
     end_step: int
 
 
+class StoredMean(NamedTuple):
+    """The rotating mean that keys of one call were stored without, in their stored basis.
+
+    Attributes:
+        fast: float32 [Hkv, 2·F, D], the fast pairs' (key_mean.TurnTables.bases).
+        slow: float32 [Hkv, steps, D], the slow pairs' share at every step from the sinks on.
+        tables: for the kernels.
+    """
+
+    fast: Tensor
+    slow: Tensor
+    tables: KernelTables
+
+
+def stored_mean(tables: TurnTables, bases: tuple[Tensor, Tensor], tokens: int) -> StoredMean:
+    """The mean of all positions below `tokens`.
+
+    Args:
+        bases: from `tables.bases`.
+    """
+    tables.reach(tokens)
+    fast, slow = bases
+    steps = tables.kernel_tables.steps[: max(0, tokens - tables.sinks) // STEP + 1]
+    return StoredMean(fast, steps.flatten(1) @ slow, tables.kernel_tables)
+
+
 def mean_term(mean: MeanOf, columns_of: Callable[[Tensor], Tensor], factor: float) -> MeanTerm:
     """The term of a prompt's queries, in plain torch.
 
@@ -71,3 +97,17 @@ def mean_term(mean: MeanOf, columns_of: Callable[[Tensor], Tensor], factor: floa
     bias = torch.cat((slow.real, -slow.imag), -1) @ torch.cat((turn.real, turn.imag), -1).mT
     bias = columns_of(bias.unflatten(1, (heads, -1))).transpose(-1, -2)
     return MeanTerm(both.contiguous(), bias.contiguous(), first_step, tables.kernel_tables)
+
+
+def mean_arguments(mean: StoredMean | None, device: torch.device) -> tuple[Tensor | int, ...]:
+    """What kernels read of a mean: fast, slow, spans, within, and the steps of `slow`."""
+    if mean is None:
+        none = torch.empty(0, device=device)  # nothing reads it
+        return none, none, none, none.half(), 0
+    tables = mean.tables
+    return mean.fast, mean.slow, tables.spans, tables.within, mean.slow.shape[1]
+
+
+def mean_rows(mean: StoredMean | None) -> int:
+    """Rows of the fast pairs' product, 0 where no mean turns."""
+    return 0 if mean is None else mean.fast.shape[1]

@@ -1,14 +1,9 @@
-"""What many queries of a prompt read of the pages together, through a library's attention.
-
-The split-K kernel unpacks a page again for every 16 columns of queries: right for a step, for a
-prompt most of its time. So where all queries of a call read the same first pages, those are decoded
-to float16 a bounded run at a time, scratch that the next run overwrites, and a library's
-FlashAttention goes over them without a mask. It gives the logarithm of its sum of weights too, so
-that runs are merged as the parts of split-K are. Runs under Triton's interpreter on a CPU too, with
-plain torch in the library's place.
+"""Attention of a prompt's queries to pages and 16-bit rows: pages are decoded to float16, a bounded
+run at a time into scratch that the next run overwrites, and dense.py goes over them. Runs under
+Triton's interpreter on a CPU too.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,18 +13,20 @@ from torch import Tensor
 
 from kvfold.kernels.compile.launch import launch
 from kvfold.kernels.formats import Format
+from kvfold.kernels.gpu.dense import Partial, QueryRows, Read, attend_rows
 from kvfold.kernels.gpu.device.codec import read_header, to_fp16
 from kvfold.kernels.gpu.device.columns import NBYTES
-from kvfold.kernels.gpu.device.constants import LOG2_E
 from kvfold.kernels.gpu.device.kinds import decode_elements
+from kvfold.kernels.gpu.device.mean import stored_mean
 from kvfold.kernels.gpu.device.tiles import TOKEN_TILE, tile_width
 from kvfold.kernels.gpu.kinds import own_code
+from kvfold.kernels.gpu.mean import StoredMean, mean_arguments, mean_rows
+from kvfold.kernels.gpu.records import LogitOptions, Regions
 from kvfold.kernels.gpu.tables import format_tables, table_length, warps_for
 from kvfold.kernels.kinds.storage import FIELDS
 from kvfold.kernels.pages import anchor
 
 SCRATCH_NBYTES = 64 << 20  # of decoded keys and values at a time
-KEY_SCALE = 64.0  # decoded keys carry the softmax scale; times this they lie in float16's middle
 
 
 class PageRun(NamedTuple):
@@ -42,19 +39,26 @@ class PageRun(NamedTuple):
 
 
 @triton.jit(
-    do_not_specialize=["table_length"],
-    do_not_specialize_on_alignment=["pages", "factors", "keys", "values"],
+    do_not_specialize=["table_length", "first", "slow_steps"],
+    do_not_specialize_on_alignment=["pages", "keys", "values", "slow"],
 )
 def _decode_kernel(
     anchor_ptr,
     pages,
-    factors,
+    first,
     keys,
     values,
     tables,
     table_length,
+    fast,
+    slow,
+    spans,
+    within,
+    slow_steps,
     ROWS: tl.constexpr,
     OWN: tl.constexpr,
+    MEAN: tl.constexpr,
+    DIM: tl.constexpr,
 ):
     """Grid: (pages, KV heads, keys or values). A tile holds some channels of all tokens."""
     i = tl.program_id(0)
@@ -63,120 +67,118 @@ def _decode_kernel(
     tokens: tl.constexpr = 8 * ROWS
     width: tl.constexpr = tile_width(TOKEN_TILE, tokens)
     block = anchor_ptr + tl.load(pages + i) * 16
-    if tl.program_id(2) == 0:
+    of_keys = tl.program_id(2) == 0
+    if of_keys:
         table = tables
         to = keys
-        factor = tl.load(factors + head)
     else:
         table = tables + table_length
         block += heads * tl.load(tables + NBYTES)
         to = values
-        factor = 1.0
     block += head * tl.load(table + NBYTES)
     header = read_header(table)
-    dim = header.head_dim
-    to += (head.to(tl.int64) * tl.num_programs(0) + i) * (tokens * dim)
-    t = tl.arange(0, tokens)[:, None]
-    for first in range(0, dim, width):
-        c = first + tl.arange(0, width)[None, :]
-        x = decode_elements(block, table, header, t // ROWS, t % ROWS, c, c < dim, OWN, ROWS)
-        tl.store(to + t * dim + c, to_fp16(x * factor), mask=c < dim)
+    to += (head.to(tl.int64) * tl.num_programs(0) + i) * (tokens * DIM)
+    t = tl.arange(0, tokens)
+    at = t[:, None]
+    for start in range(0, DIM, width):
+        c = start + tl.arange(0, width)[None, :]
+        x = decode_elements(block, table, header, at // ROWS, at % ROWS, c, c < DIM, OWN, ROWS)
+        if MEAN > 0:
+            if of_keys:
+                x += stored_mean(
+                    fast + head * (MEAN * DIM), slow + head.to(tl.int64) * slow_steps * DIM, spans, within,
+                    (first + i) * tokens + t, t >= 0, c, c < DIM, DIM, MEAN,
+                )  # fmt: skip
+        tl.store(to + at * DIM + c, to_fp16(x), mask=c < DIM)
 
 
 def decode_pages(
     pages: Tensor,
     key_format: Format,
     value_format: Format,
-    factors: Tensor,
     keys: Tensor,
     values: Tensor,
     page_tokens: int,
+    mean: StoredMean | None = None,
+    first: int = 0,
 ) -> None:
     """Decodes pages, in the order given.
 
     Args:
         pages: int64 [n], addresses (`page_address`).
-        factors: float32 [Hkv], what the keys of a head are multiplied with.
-        keys, values: float16 [Hkv, n·page_tokens, head_dim], contiguous; written.
+        keys, values: float16 [Hkv, n·page_tokens, head_dim], contiguous; written, keys with their
+            mean.
+        mean: where it turns.
+        first: number of the first page in its sequence, whose others follow it; only read with
+            `mean`.
     """
     dim = keys.shape[2]
     launch(
         _decode_kernel, (pages.numel(), keys.shape[0], 2),
-        anchor(pages.device), pages, factors, keys, values,
+        anchor(pages.device), pages, first, keys, values,
         format_tables([[key_format, value_format]], page_tokens, pages.device), table_length(dim),
-        ROWS=page_tokens // FIELDS, OWN=own_code([key_format, value_format]), num_warps=warps_for(page_tokens),
+        *mean_arguments(mean, pages.device),
+        ROWS=page_tokens // FIELDS, OWN=own_code([key_format, value_format]), MEAN=mean_rows(mean), DIM=dim,
+        num_warps=warps_for(page_tokens),
     )  # fmt: skip
 
 
-def plain_attention(
-    query: Tensor, keys: Tensor, values: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attention without a mask, by a library on a GPU.
+class RawRows(NamedTuple):
+    """16-bit rows of one sequence as its prompt reads them: float16 [Hkv, R, head_dim] each, the
+    sinks and then the tokens behind `before` packed ones; keys with their mean."""
 
-    Args:
-        query: float16 [1, Hkv, T, head_dim]; keys, values: float16 [1, Hkv, S, head_dim].
-    Returns:
-        (float16 [1, Hkv, T, head_dim], float32 [1, Hkv, T], natural logarithms of the sums of
-        weights)
-    """
-    if query.is_cuda:
-        found = torch.ops.aten._scaled_dot_product_flash_attention(
-            query, keys, values, 0.0, False, False, scale=scale
-        )
-        return found[0], found[1]
-    scores = query.float() @ keys.float().mT * scale
-    return (scores.softmax(-1) @ values.float()).half(), scores.logsumexp(-1)
+    keys: Tensor
+    values: Tensor
+    before: int
 
 
-def read_together(
-    query: Tensor,
-    scale: Tensor,
+def attend_prompt(
+    queries: QueryRows,
+    first_query: int,
     runs: Sequence[PageRun],
     table: Tensor,
-    page_tokens: int,
+    rows: RawRows,
+    regions: Regions,
+    logits: LogitOptions,
     out: Tensor,
-    ml: Tensor,
-    mean: Callable[[int, int], Tensor] | None = None,
+    mean: StoredMean | None = None,
 ) -> None:
-    """Attention of all queries of one sequence to whole runs of pages, as one part for the merge.
+    """Attention of many queries of one sequence.
 
     Args:
-        query, scale: `data` and `scale` of a `Queries` of one sequence.
-        runs: pages that every query reads.
+        first_query: position of the first.
+        runs: the pages that any of them reads, in order.
         table: int64 [entries], addresses of the sequence's pages.
-        out: float32 [Hkv · query blocks, N, head_dim], a part of the outputs, with weights' sum 1;
-            written.
-        ml: float32 [Hkv · query blocks, 2, N], logarithms to base 2 of the sums of weights, and
-            ones; written.
-        mean: what keys were stored without, if anything: (first entry, end) → float32 [Hkv, tokens,
-            head_dim] in their stored basis.
+        regions: of the cache; `ring` is not read.
+        out: [T, num_heads, head_dim], any float type; written.
+        mean: of the pages' keys, where it turns.
     """
-    heads, dim = query.shape[1], query.shape[-1]
-    flat = query.view(1, heads, -1, dim)
-    tokens = max(1, SCRATCH_NBYTES // (4 * heads * dim * page_tokens)) * page_tokens
-    tokens = min(tokens, max(run.end - run.first for run in runs) * page_tokens)
-    keys, values = (
-        torch.empty(heads * tokens * dim, dtype=torch.float16, device=query.device)
-        for _ in range(2)
-    )
-    factors = scale.view(heads) * (KEY_SCALE / LOG2_E.value)
-    total = sums = None
-    step = tokens // page_tokens
-    for run in runs:
-        for first in range(run.first, run.end, step):
-            pages = table[first : min(first + step, run.end)]
-            shape = (heads, len(pages) * page_tokens, dim)
-            k, v = (x[: heads * shape[1] * dim].view(shape) for x in (keys, values))
-            decode_pages(pages, run.key_format, run.value_format, factors, k, v, page_tokens)
-            if mean is not None:
-                k.copy_(k.float() + mean(first, first + len(pages)) * factors[:, None, None])
-            part, part_sums = plain_attention(flat, k[None], v[None], 1 / KEY_SCALE)
-            if total is None or sums is None:
-                total, sums = part.float(), part_sums
-            else:  # weights e^sums and e^part_sums
-                total.lerp_(part.float(), torch.sigmoid(part_sums - sums)[..., None])
-                sums = torch.logaddexp(sums, part_sums)
-    assert total is not None and sums is not None
-    out.copy_(total.reshape(out.shape))
-    ml[:, 0] = sums.view(ml[:, 0].shape) * LOG2_E.value
-    ml[:, 1] = 1.0
+    heads, _, dim = queries.data.shape
+    size = regions.page_tokens
+    most = max(1, SCRATCH_NBYTES // (4 * heads * dim * size))
+    parts = [
+        (run, first, min(first + most, run.end))
+        for run in runs
+        for first in range(run.first, run.end, most)
+    ]
+    longest = max((end - first for _, first, end in parts), default=0) * size
+    scratch = torch.empty(2, heads * longest * dim, dtype=torch.float16, device=out.device)
+    none = rows.keys[:, :0]
+    if not parts:
+        keys, values = scratch.view(2, heads, 0, dim)
+        read = Read(keys, values, regions.sinks, rows.keys, rows.values, first_query, rows.before)
+        attend_rows(queries, read, regions, logits, out)
+    part: Partial | None = None
+    for i, (run, first, end) in enumerate(parts):
+        last = i == len(parts) - 1
+        keys, values = (
+            x[: heads * (end - first) * size * dim].view(heads, -1, dim) for x in scratch
+        )
+        decode_pages(
+            table[first:end], run.key_format, run.value_format, keys, values, size, mean, first
+        )
+        raw = (rows.keys, rows.values) if last else (none, none)
+        read = Read(
+            keys, values, regions.sinks + first * size, raw[0], raw[1], first_query, rows.before
+        )
+        part = attend_rows(queries, read, regions, logits, out, part, last=last)

@@ -3,7 +3,8 @@
 A backend gets tensors and records of them, never a layer or a cache, and keeps nothing from one
 call to the next but buffers in the workspace that it is given. Who owns the pages, how long
 sequences are and what a budget allows is settled before it is called. A backend of one's own is one
-class in one file with the four methods of `Backend`, or with one more those of `StepBackend`;
+class in one file with the four methods of `Backend`, or with one more those of `StepBackend` or
+`RowBackend`;
 `QuantizedKVCache` takes it as `backend`.
 """
 
@@ -194,6 +195,24 @@ class Backend(Protocol):
 
     def lower_pages(self, geometry: Geometry, work: Sequence[LoweredPages]) -> None:
         """Re-quantises pages of any layers of a cache. No page is read that is written."""
+
+
+@runtime_checkable
+class RowBackend(Backend, Protocol):
+    """A backend that makes the 16-bit rows of many tokens by itself; else plain torch does."""
+
+    def rows(
+        self, spec: LayerSpec, sinks: int, keys: Tensor, values: Tensor, positions: Tensor, end: int
+    ) -> tuple[Tensor, Tensor]:
+        """Keys in their stored basis, and values, in 16 bits, saturating.
+
+        Args:
+            keys, values: [B, num_kv_heads, T, head_dim], keys after RoPE.
+            positions: int64 [B, T], tokens counted from each sequence's first.
+            end: a number that all positions are below.
+        Returns:
+            float16 [B, num_kv_heads, T, head_dim] each.
+        """
 
 
 @runtime_checkable

@@ -2,7 +2,6 @@
 an engine's blocks (runtime/vllm/triton_attention.py)."""
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import groupby
 
 import torch
@@ -15,11 +14,14 @@ from kvfold.kernels.formats import Format
 from kvfold.kernels.gpu import records
 from kvfold.kernels.gpu.append import LABELS, UNMARKED, append_step, empty_marks, read_mark
 from kvfold.kernels.gpu.attention import Prompt, attention
+from kvfold.kernels.gpu.dense import query_rows
 from kvfold.kernels.gpu.encode import encode_pages, lower_jobs, lower_pages
-from kvfold.kernels.gpu.mean import MeanOf
-from kvfold.kernels.gpu.prompt import PageRun
+from kvfold.kernels.gpu.mean import MeanOf, StoredMean, stored_mean
+from kvfold.kernels.gpu.prompt import PageRun, RawRows
+from kvfold.kernels.gpu.prompt import attend_prompt as attend_queries
 from kvfold.kernels.gpu.queries import Queries, empty_queries, prepare_queries
 from kvfold.kernels.gpu.records import FormatChange, KeyTransform, PagedCache, PageFormat, Regions
+from kvfold.kernels.gpu.rows import gather_rows, store_rows
 from kvfold.kernels.key_mean import STEP
 from kvfold.kernels.pages import page_address
 from kvfold.kernels.quantizer import to_float16
@@ -35,9 +37,8 @@ __all__ = [
     "read_mark",
 ]  # the marks are read by cache.nan_check
 
-QUERY_CHUNK = 4096  # queries of a prompt at a time: what all of them read is decoded once
-LEAST_PACKED = 1024  # tokens in pages, and
-LEAST_ROWS = 256  # queries times heads of a group, from which on decoding pays
+QUERY_CHUNK = 8192  # queries of a prompt at a time: what they read is decoded once
+LEAST_ROWS = 256  # queries times heads of a group from which on decoding pages pays
 
 
 class TritonKernels:
@@ -45,6 +46,24 @@ class TritonKernels:
 
     reads_masks = False
     reads_addresses = True
+
+    def rows(
+        self, spec: LayerSpec, sinks: int, keys: Tensor, values: Tensor, positions: Tensor, end: int
+    ) -> tuple[Tensor, Tensor]:
+        key = spec.key
+        batch, heads, tokens, dim = keys.shape
+        mean = stored_mean(key.tables(sinks), key.mean_bases, end) if key.turns else None
+        shape = (batch, heads, tokens, dim)
+        out, value_out = (
+            torch.empty(shape, dtype=torch.float16, device=keys.device) for _ in range(2)
+        )
+        places = torch.arange(tokens, device=keys.device) * dim
+        for b in range(batch):
+            store_rows(
+                keys[b].transpose(0, 1), values[b].transpose(0, 1), positions[b], places, key.matrix,
+                None if key.turns else key.offset, mean, sinks, out[b], value_out[b], tokens * dim,
+            )  # fmt: skip
+        return out, value_out
 
     def append(
         self, layer: LayerTensors, b: int, slots: Tensor, keys: Tensor, values: Tensor
@@ -216,60 +235,136 @@ def attend_prompt(
 ) -> None:
     """The queries [1, num_heads, T, head_dim] of one sequence, whose keys and values were appended
     before."""
-    key, geometry, device = layer.spec.key, layer.geometry, query.device
-    # filled on the device: a copy from the host would be waited for
-    before = torch.full((1,), row.packed_before, dtype=torch.int32, device=device)
+    key, g = layer.spec.key, layer.geometry
     # of this sequence alone, whatever the batch has room for
     table = layer.block_table[b : b + 1, : max(1, len(row.pages))]
+    if is_few(layer, row, query):
+        attend_few(layer, b, row, table, query, out, scaling, options)
+        return
+    mean = None
+    if key.turns:
+        mean = stored_mean(key.tables(g.sinks), key.mean_bases, row.length)
+    places = torch.arange(len(row.raw_positions), device=query.device) * row.keys.stride(1)
+    keys = gather_rows(
+        row.keys, row.values, row.keys.stride(0), row.raw_positions, places, g.num_kv_heads, g.head_dim, mean, g.sinks,
+        copy=False,
+    ).read_keys  # fmt: skip
+    attend_decoded(
+        layer,
+        row,
+        RawRows(keys, row.values, row.packed_before),
+        table,
+        mean,
+        query,
+        out,
+        scaling,
+        options,
+    )
+
+
+def is_few(layer: LayerTensors, row: RowView, query: Tensor) -> bool:
+    """Whether queries [1, num_heads, T, head_dim] are so few that pages are best read as they are
+    packed, as in a step: drafts for instance."""
+    rows = query.shape[1] * query.shape[2] // layer.geometry.num_kv_heads
+    return rows < LEAST_ROWS and bool(row.pages)
+
+
+def attend_decoded(
+    layer: LayerTensors,
+    row: RowView,
+    raw: RawRows,
+    table: Tensor,
+    mean: StoredMean | None,
+    query: Tensor,
+    out: Tensor,
+    scaling: float,
+    options: LogitOptions,
+) -> None:
+    """`attend_prompt` with pages decoded once for many queries.
+
+    Args:
+        raw: the sequence's 16-bit rows.
+        table: int64 [1, entries], addresses of its pages.
+        mean: that keys are stored without, where it turns.
+    """
+    key, g = layer.spec.key, layer.geometry
+    for start in range(0, query.shape[2], QUERY_CHUNK):
+        chunk = query[:, :, start : start + QUERY_CHUNK]
+        first = row.length - query.shape[2] + start
+        end = first + chunk.shape[2]
+        shift = key.shift(chunk) if is_shifted(key, options) else None
+        queries = query_rows(
+            chunk[0], g.num_kv_heads, key.query_matrix, scaling, options.softcap, None if shift is None else shift[0]
+        )  # fmt: skip
+        attend_queries(
+            queries, first, page_runs(layer, row, first, end, options.sliding), table[0], raw, kernel_regions(g),
+            kernel_logits(options), out[0, start : start + QUERY_CHUNK], mean,
+        )  # fmt: skip
+
+
+def page_runs(
+    layer: LayerTensors, row: RowView, first: int, end: int, sliding: int
+) -> list[PageRun]:
+    """The pages that queries at first … end − 1 read, as runs of one rung."""
+    g = layer.geometry
+    packed = max(row.packed_before, packed_tokens(end, g.sinks, g.window, g.page_tokens))
+    lowest = max(first - sliding + 1 - g.sinks, 0) // g.page_tokens if sliding else 0
+    begin, count = max(lowest, row.passed), packed // g.page_tokens
+    runs = []
+    for rung, pages in groupby(row.pages[begin:count], layer.pages.rung):
+        after = begin + len(list(pages))
+        spec = layer.rungs[rung]
+        runs.append(PageRun(spec.key.format, spec.value.format, begin, after))
+        begin = after
+    return runs
+
+
+def attend_few(
+    layer: LayerTensors,
+    b: int,
+    row: RowView,
+    table: Tensor,
+    query: Tensor,
+    out: Tensor,
+    scaling: float,
+    options: LogitOptions,
+) -> None:
+    """`attend_prompt` where `is_few`."""
+    key, g, device = layer.spec.key, layer.geometry, query.device
+    # filled on the device: a copy from the host would be waited for
+    before = torch.full((1,), row.packed_before, dtype=torch.int32, device=device)
     # a copy: where it begins decides how it is aligned, and each alignment would compile a kernel
     # of its own
     state = layer.state[b : b + 1].clone()
-    keys, mean = row.keys, None
-    if key.turns:  # a prompt's kernel reads its 16-bit rows with their mean, and pages without
-        assert key.offset is not None
-        mean = partial(_stored_mean, key, geometry)
-        keys = to_float16(
-            keys.float() + _stored(key, row.raw_positions, geometry.sinks, row.length)
-        )
+    keys = row.keys
+    if key.turns:  # the kernel reads 16-bit rows with their mean, and pages without
+        keys = to_float16(keys.float() + _stored(key, row.raw_positions, g.sinks, row.length))
     segments = layer.segments[b : b + 1].clone() if len(layer.rungs) > 1 else None
     cache = PagedCache(table, state, keys[None], row.values[None], segments)
-    for start in range(0, query.shape[2], QUERY_CHUNK):
-        chunk = query[:, :, start : start + QUERY_CHUNK]
-        position = row.length - query.shape[2] + start
-        first = torch.full((1,), position, dtype=torch.int32, device=device)
-        shift = key.shift(chunk) if is_shifted(key, options) else None
-        rows = chunk.shape[2] * chunk.shape[1] // geometry.num_kv_heads
-        bent = options.softcap or options.sliding
-        together = [] if bent else page_runs(layer, row, position, rows)
-        term = None
-        if key.turns:
-            assert key.offset is not None
-            first_page = together[-1].end if together else row.passed
-            packed = packed_tokens(
-                row.length, geometry.sinks, geometry.window, geometry.page_tokens
-            )
-            steps = (
-                first_page * geometry.page_tokens // STEP,
-                max(packed, row.packed_before) // STEP + 1,
-            )
-            term = MeanOf(key.tables(geometry.sinks), key.offset, chunk, *steps)
-        queries = prepare_queries(
-            key.apply_query(chunk),
-            geometry.num_kv_heads,
-            scaling,
-            options.softcap or 0.0,
-            shift,
-            term,
+    position = row.length - query.shape[2]
+    first = torch.full((1,), position, dtype=torch.int32, device=device)
+    shift = key.shift(query) if is_shifted(key, options) else None
+    term = None
+    if key.turns:
+        assert key.offset is not None
+        packed = packed_tokens(row.length, g.sinks, g.window, g.page_tokens)
+        steps = (
+            row.passed * g.page_tokens // STEP,
+            max(packed, row.packed_before) // STEP + 1,
         )
-        attention(
-            queries,
-            cache,
-            _formats(layer),
-            out[:, start : start + QUERY_CHUNK],
-            kernel_regions(geometry, 0),
-            kernel_logits(options),
-            prompt=Prompt(first, before, together, mean),
-        )
+        term = MeanOf(key.tables(g.sinks), key.offset, query, *steps)
+    queries = prepare_queries(
+        key.apply_query(query), g.num_kv_heads, scaling, options.softcap or 0.0, shift, term
+    )
+    attention(
+        queries,
+        cache,
+        _formats(layer),
+        out,
+        kernel_regions(g, 0),
+        kernel_logits(options),
+        prompt=Prompt(first, before),
+    )
 
 
 def _stored(key: KeySpec, positions: Tensor, sinks: int, end: int) -> Tensor:
@@ -278,37 +373,3 @@ def _stored(key: KeySpec, positions: Tensor, sinks: int, end: int) -> Tensor:
     mean = key.mean(positions, sinks, end)
     assert mean is not None
     return key.transform(mean)
-
-
-def _stored_mean(key: KeySpec, geometry: Geometry, first: int, end: int) -> Tensor:
-    """`_stored` of pages first … end − 1."""
-    assert key.offset is not None
-    tokens = torch.arange(
-        first * geometry.page_tokens, end * geometry.page_tokens, device=key.offset.device
-    )
-    return _stored(
-        key, geometry.sinks + tokens, geometry.sinks, geometry.sinks + end * geometry.page_tokens
-    )
-
-
-def page_runs(layer: LayerTensors, row: RowView, position: int, rows: int) -> list[PageRun]:
-    """The pages that every query from `position` on reads, as runs of one rung; none where it would
-    not pay to decode them.
-
-    Args:
-        rows: queries times heads of a group.
-    """
-    g = layer.geometry
-    count = (
-        max(row.packed_before, packed_tokens(position + 1, g.sinks, g.window, g.page_tokens))
-        // g.page_tokens
-    )
-    if count * g.page_tokens < LEAST_PACKED or rows < LEAST_ROWS:
-        return []
-    runs, first = [], 0
-    for rung, pages in groupby(row.pages[:count], layer.pages.rung):
-        end = first + len(list(pages))
-        spec = layer.rungs[rung]
-        runs.append(PageRun(spec.key.format, spec.value.format, first, end))
-        first = end
-    return runs

@@ -9,7 +9,13 @@ from torch import Tensor
 from kvfold.errors import KvfoldError
 from kvfold.exports.spec import LayerSpec
 from kvfold.kernels.quantizer import to_float16
-from kvfold.runtime.backends.base import Backend, LogitOptions, RowView, StepBackend
+from kvfold.runtime.backends.base import (
+    Backend,
+    LogitOptions,
+    RowBackend,
+    RowView,
+    StepBackend,
+)
 from kvfold.runtime.backends.reference import REFERENCE
 from kvfold.runtime.cache.ambient import neutrally
 from kvfold.runtime.cache.nan_check import check_finite
@@ -150,12 +156,10 @@ class PackedLayer(SizedLayer):
         Raises:
             FloatingPointError: a key or value is NaN or infinite; nothing is stored.
         """
-        tokens, end = key_states.shape[2], self.columns + key_states.shape[2]
+        end = self.columns + key_states.shape[2]
         number = self.shared.states.number_of(self.layer_idx)
         check_finite(number, key_states, value_states, self.columns, skips)
-        positions = self._positions(tokens, skips) if self.spec.key.turns else None
-        keys = to_float16(self.spec.key.apply(key_states, positions, self.geometry.sinks, end))
-        values = to_float16(value_states.float())
+        keys, values = self._rows(key_states, value_states, skips, end)
         rows = [
             self.held.append(b, keys[b, :, skip:], values[b, :, skip:], skip, pad)
             for b, (skip, pad) in enumerate(zip(skips, pads, strict=True))
@@ -164,6 +168,17 @@ class PackedLayer(SizedLayer):
         self.table.publish()
         shape = torch.Size((*key_states.shape[:2], end, key_states.shape[3]))
         return StoredView(self, shape, key_states.dtype, key_states.device, rows=rows)
+
+    def _rows(
+        self, keys: Tensor, values: Tensor, skips: list[int], end: int
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of the next columns as 16-bit rows."""
+        key, sinks = self.spec.key, self.geometry.sinks
+        if isinstance(self.backend, RowBackend):
+            places = self._positions(keys.shape[2], skips)
+            return self.backend.rows(self.spec, sinks, keys, values, places, end)
+        positions = self._positions(keys.shape[2], skips) if key.turns else None
+        return to_float16(key.apply(keys, positions, sinks, end)), to_float16(values.float())
 
     def _positions(self, tokens: int, skips: list[int]) -> Tensor:
         """Positions of the next columns, counted from each sequence's first token: int64 [B,

@@ -1,9 +1,10 @@
-"""Kernels of the catalogue's other pairs of formats, compiled behind an artifact's own while its
-process lives.
+"""Kernels that an artifact's first answer does not need, compiled behind those that it does while
+its process lives.
 
-An attention kernel is compiled for a pair of formats, and an artifact of other bits has others of
-the catalogue's short list (kernels/catalogue.py). Once a model is loaded, a process of the lowest
-priority compiles those that are missing, so that the next artifact finds them. It ends with the
+An attention kernel is compiled for a pair of formats, once for steps and once for a few tokens at a
+time, as drafts are; and an artifact of other bits has other pairs of the catalogue's short list
+(kernels/catalogue.py). Once a model is loaded, a process of the lowest priority compiles those that
+are missing, so that drafts and the next artifact find them. It ends with the
 process that started it, at the latest, and what it has compiled by then is kept. A file beside the
 kernels says that all are there, so that later processes start nothing. KVFOLD_COMPILE_AHEAD=0 turns
 this off.
@@ -65,8 +66,8 @@ def _with_formats(spec: LayerSpec, key: Format, value: Format) -> LayerSpec:
 def begin_ahead(
     folder: Path, device: torch.device, dtype: torch.dtype | None, progressive: bool
 ) -> None:
-    """Starts to compile what the catalogue has besides an artifact's own kernels, which must be
-    there; returns at once.
+    """Starts to compile what an artifact's drafts need and what the catalogue has besides, behind
+    its own kernels, which must be there; returns at once.
 
     Args:
         folder: the artifact's.
@@ -86,8 +87,7 @@ def begin_ahead(
         "arch": 10 * major + minor,
         "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count,
     }
-    mark = stamp(task)
-    if mark is None or mark.exists():
+    if stamp(task).exists():
         return
     command = [
         sys.executable,
@@ -111,17 +111,23 @@ def wait() -> None:
         process.wait()
 
 
-def stamp(task: dict[str, Any]) -> Path | None:
-    """The file that says that all kernels of a task were compiled from these sources; None where no
-    layer has a pair of the catalogue."""
+def wanted_kinds(kinds: list[Kind], head_dim: int) -> list[Kind]:
+    """Layers whose kernels are compiled: an artifact's own, and where one of them has a pair of the
+    catalogue's list all of these."""
+    listed = set(catalogue.pairs(head_dim))
+    own = [kind for kind in kinds if (kind.spec.key.format, kind.spec.value.format) not in listed]
+    return own if len(own) == len(kinds) else own + catalogue_kinds(kinds)
+
+
+def stamp(task: dict[str, Any]) -> Path:
+    """The file that says that all kernels of a task were compiled from these sources."""
     import triton
 
     from kvfold.kernels.compile import kernel_cache
 
     kinds, geometry, heads, dtype = read_kinds(Path(task["folder"]), _dtype(task))
-    listed = set(catalogue.pairs(geometry.head_dim))
-    if not any((kind.spec.key.format, kind.spec.value.format) in listed for kind in kinds):
-        return None
+    wanted = wanted_kinds(kinds, geometry.head_dim)
+    formats = sorted({f"{x.spec.key.format} {x.spec.value.format}" for x in wanted})
     sorts = [
         (
             kind.sliding > 0,
@@ -139,6 +145,7 @@ def stamp(task: dict[str, Any]) -> Path | None:
         heads,
         str(dtype),
         sorted(sorts, key=str),
+        formats,
     )
     rest = [
         *shape,
@@ -175,11 +182,10 @@ def main(text: str) -> None:
     threading.Thread(target=_end_with_caller, daemon=True).start()
     task = json.loads(text)
     model = read_kinds(Path(task["folder"]), _dtype(task))
-    wanted = model._replace(kinds=catalogue_kinds(model.kinds))
+    wanted = model._replace(kinds=wanted_kinds(model.kinds, model.geometry.head_dim))
     launches = launches_of(*wanted, task["progressive"], task["multiprocessors"])
     with Builder() as builder:
         builder.build(jobs_of(launches, GPUTarget("cuda", task["arch"], 32)))
         builder.wait()
-    mark = stamp(task)
-    if mark is not None and not builder.failed and not builder.lost:
-        mark.touch()
+    if not builder.failed and not builder.lost:
+        stamp(task).touch()

@@ -30,6 +30,7 @@ CONTEXTS = (
 )  # tokens that block tables have room for: how many parts are merged is a constant of a kernel
 # tokens behind a prompt that is continued, so that its pages are decoded once for all queries
 LEAST_CHUNK = 1024
+DRAFTS = 3  # tokens of a call that is no step and no prompt
 
 
 class Kind(NamedTuple):
@@ -88,6 +89,7 @@ def launches_of(
     dtype: torch.dtype,
     progressive: bool = False,
     multiprocessors: int = 132,
+    drafts: bool = True,
 ) -> list[Launch]:
     """What layers of these kinds launch: in prompts, short and long, in a prompt that is continued,
     in decoding steps at any length, and with the progressive policy with pages on every rung and on
@@ -97,17 +99,24 @@ def launches_of(
         num_heads: query heads.
         dtype: of the model's activations.
         multiprocessors: of the device that will run them.
+        drafts: also what a few tokens behind packed ones launch, as drafts and a short turn of a
+            conversation do, which take one more kernel for each pair of formats.
     """
     found: list[Launch] = []
     for kind in kinds:
         with noting(multiprocessors) as noted:
-            _walk(kind, geometry, num_heads, dtype, progressive)
+            _walk(kind, geometry, num_heads, dtype, progressive, drafts)
         found += noted
     return found
 
 
 def _walk(
-    kind: Kind, geometry: Geometry, num_heads: int, dtype: torch.dtype, progressive: bool
+    kind: Kind,
+    geometry: Geometry,
+    num_heads: int,
+    dtype: torch.dtype,
+    progressive: bool,
+    drafts: bool,
 ) -> None:
     from kvfold.runtime.backends.triton import TRITON
     from kvfold.runtime.budget.ladder import Ladders
@@ -140,6 +149,7 @@ def _walk(
             *([page] * 2 * rungs if progressive else []),
             *([LEAST_CHUNK] if longest else []),
             1,
+            *([DRAFTS] if drafts and tokens >= first else []),
         ]
         for new in calls:
             keys, values = (torch.zeros(batch, heads, new, dim, dtype=dtype) for _ in range(2))
@@ -255,13 +265,14 @@ def begin_folder(
     folder: Path, device: torch.device, dtype: torch.dtype | None, progressive: bool, ranks: int = 1
 ) -> Compilation:
     """Starts to compile the kernels of an artifact's folder, of which only kv_cache.json and
-    config.json are read.
+    config.json are read; but for those that drafts need, which ahead.py compiles behind them.
 
     Args:
         dtype: of the model's activations; None for that of its weights.
         ranks: processes that the heads are divided among.
     """
-    return begin(device, partial(artifact_launches, folder, dtype, progressive, ranks=ranks))
+    find = partial(artifact_launches, folder, dtype, progressive, ranks=ranks, drafts=False)
+    return begin(device, find)
 
 
 class Model(NamedTuple):
@@ -291,17 +302,19 @@ def artifact_launches(
     progressive: bool,
     multiprocessors: int,
     ranks: int = 1,
+    drafts: bool = True,
 ) -> list[Launch]:
     """What a model from an artifact's folder will launch.
 
     Args:
         dtype: of its activations; default: of its weights.
         ranks: processes that its heads are divided among, in equal parts.
+        drafts: as in `launches_of`.
     """
     kinds, whole, heads, dtype = read_kinds(folder, dtype)
     part = replace(whole, num_kv_heads=whole.num_kv_heads // ranks)
     own = [x._replace(spec=x.spec.of_heads(slice(0, part.num_kv_heads))) for x in kinds]
-    return launches_of(own, part, heads // ranks, dtype, progressive, multiprocessors)
+    return launches_of(own, part, heads // ranks, dtype, progressive, multiprocessors, drafts)
 
 
 def warm_up(model: Any, jobs: int | None = None) -> int:

@@ -19,17 +19,19 @@ from kvfold.kernels.gpu.append_blocks import append_blocks
 from kvfold.kernels.gpu.attention import WAVE
 from kvfold.kernels.gpu.blocks import WAVES, BlockCache, attend_blocks, check_blocks
 from kvfold.kernels.gpu.encode import encode_pages
-from kvfold.kernels.gpu.mean import STEPS_BLOCK
-from kvfold.kernels.gpu.prompt import SCRATCH_NBYTES
+from kvfold.kernels.gpu.mean import STEPS_BLOCK, StoredMean, stored_mean
+from kvfold.kernels.gpu.prompt import SCRATCH_NBYTES, RawRows
 from kvfold.kernels.gpu.queries import Queries, empty_queries
 from kvfold.kernels.gpu.records import KeyTransform
+from kvfold.kernels.gpu.rows import gather_rows, store_rows
 from kvfold.kernels.key_mean import STEP
 from kvfold.kernels.pages import UNIT, anchor
-from kvfold.kernels.quantizer import to_float16
 from kvfold.runtime.backends.base import LayerTensors, LogitOptions, RowView
 from kvfold.runtime.backends.triton import (
     QUERY_CHUNK,
-    attend_prompt,
+    attend_decoded,
+    attend_few,
+    is_few,
     is_shifted,
     kernel_logits,
     kernel_regions,
@@ -56,21 +58,26 @@ def attend_step(
     `out` is not written."""
     # 16-bit rows of chunks before any page, and all pages before any query: a request may share
     # blocks that another one of this step fills
-    _store(layer, blocks, batch, key, value)
+    mean = _mean(layer, batch) if batch.chunks and layer.spec.key.turns else None
+    _store(layer, blocks, batch, key, value, mean)
     n, single = batch.singles, None
     if n:
         cache = _cache(layer, blocks, batch)
         single = _append(layer, cache, batch, query[:n], key[:n], value[:n], scaling, options)
-    read = [_pack(layer, blocks, batch, chunk) for chunk in batch.chunks]
+    read = [_pack(layer, blocks, batch, chunk, mean) for chunk in batch.chunks]
     if single is not None:
         formats = (layer.spec.key.format, layer.spec.value.format)
         attend_blocks(
             single, cache, formats, out[:n], kernel_regions(layer.geometry), kernel_logits(options)
         )
-    for chunk, (record, row) in zip(batch.chunks, read, strict=True):
+    for chunk, prompt in zip(batch.chunks, read, strict=True):
         queries = query[chunk.first : chunk.end].transpose(0, 1)[None]
         to = out[None, chunk.first : chunk.end]
-        attend_prompt(record, 0, row, queries, to, scaling, options)
+        record, row, raw, table, mean = prompt
+        if is_few(record, row, queries):  # drafts
+            attend_few(record, 0, row, table, queries, to, scaling, options)
+        else:
+            attend_decoded(record, row, raw, table, mean, queries, to, scaling, options)
 
 
 def scratch_nbytes(
@@ -83,9 +90,11 @@ def scratch_nbytes(
         most_tokens: that a sequence can have.
     """
     g = layer.geometry
-    together = min(tokens, QUERY_CHUNK)
-    queries = together * g.head_dim * (24 * num_heads + 128 * g.num_kv_heads)
-    chunks = queries + 40 * tokens * g.num_kv_heads * g.head_dim + 3 * SCRATCH_NBYTES
+    width = g.num_kv_heads * g.head_dim
+    queries = 12 * min(tokens, QUERY_CHUNK) * num_heads * g.head_dim
+    slow = 4 * width * (most_tokens // STEP + 2)  # the mean's slow pairs at every step
+    rows = 16 * width * (tokens + g.sinks + g.window + g.page_tokens)
+    chunks = queries + rows + slow + 2 * SCRATCH_NBYTES
     columns = max(8, 2 * num_heads // g.num_kv_heads)  # queries of a KV head, to a power of two
     places = sequences * g.num_kv_heads
     parts = places + WAVES * WAVE * multiprocessors(torch.device("cuda"))
@@ -125,64 +134,92 @@ def _append(
 
 
 def _store(
-    layer: ServedLayer, blocks: Blocks, batch: DeviceBatch, key: Tensor, value: Tensor
+    layer: ServedLayer,
+    blocks: Blocks,
+    batch: DeviceBatch,
+    key: Tensor,
+    value: Tensor,
+    mean: StoredMean | None,
 ) -> None:
     """Writes the chunks' rows, in 16 bits and keys in their stored basis, into raw blocks."""
     if not batch.chunks:
         return
+    spec, raw = layer.spec.key, blocks.raw
     new = slice(batch.chunks[0].first, batch.chunks[-1].end)
-    size = layer.layout.raw_block_tokens
-    places = batch.kept.get(("slots",))
+    positions = batch.kept.get(("positions",))
+    if positions is None:
+        tokens = [torch.arange(x.before, x.length, device=key.device) for x in batch.chunks]
+        positions = batch.kept[("positions",)] = torch.cat(tokens)
+    name = ("places", *raw.stride())
+    places = batch.kept.get(name)
     if places is None:
-        positions = [torch.arange(x.before, x.length, device=key.device) for x in batch.chunks]
         slots = batch.raw_slots[new]
-        kept = (slots >= 0, slots.clamp_min(0))
-        places = torch.stack((torch.cat(positions), kept[1] // size, kept[1] % size, kept[0]))
-        batch.kept[("slots",)] = places
-    keys = layer.spec.key.apply(
-        key[new].transpose(0, 1), places[0], layer.layout.sinks, max(x.length for x in batch.chunks)
-    )
-    rows = torch.cat((to_float16(keys), to_float16(value[new].transpose(0, 1).float())), -1)
-    rows, old = rows.transpose(0, 1), blocks.raw[places[1], :, places[2]]
-    blocks.raw[places[1], :, places[2]] = torch.where(places[3, :, None, None] > 0, rows, old)
+        places = torch.where(slots >= 0, _row_places(layer, raw, slots), -1)
+        batch.kept[name] = places
+    keys, values = raw.chunk(2, -1)
+    store_rows(
+        key[new], value[new], positions, places, spec.matrix, None if spec.turns else spec.offset, mean,
+        layer.layout.sinks, keys, values, raw.stride(1),
+    )  # fmt: skip
+
+
+def _row_places(layer: ServedLayer, raw: Tensor, slots: Tensor) -> Tensor:
+    """Numbers from the beginning of `raw` to the rows of slots, block · raw_block_tokens + place."""
+    size = layer.layout.raw_block_tokens
+    return slots // size * raw.stride(0) + slots % size * raw.stride(2)
+
+
+def _mean(layer: ServedLayer, batch: DeviceBatch) -> StoredMean:
+    """What the keys of all requests of a step with several new tokens are stored without."""
+    spec = layer.spec.key
+    tokens = max(x.length for x in batch.chunks)
+    return stored_mean(spec.tables(layer.layout.sinks), spec.mean_bases, tokens)
 
 
 def _pack(
-    layer: ServedLayer, blocks: Blocks, batch: DeviceBatch, chunk: Chunk
-) -> tuple[LayerTensors, RowView]:
+    layer: ServedLayer, blocks: Blocks, batch: DeviceBatch, chunk: Chunk, mean: StoredMean | None
+) -> tuple[LayerTensors, RowView, RawRows, Tensor, StoredMean | None]:
     """Packs the pages that come due with a chunk's tokens, and says what its queries read: sinks,
     what was not packed before, and all pages."""
-    g, size, device = layer.geometry, layer.layout.raw_block_tokens, blocks.raw.device
+    g, size, raw = layer.geometry, layer.layout.raw_block_tokens, blocks.raw
     first, last = (pages_of(layer, tokens) for tokens in (chunk.before, chunk.length))
     begin, sinks = (min(x, chunk.length) for x in (g.sinks + first * g.page_tokens, g.sinks))
-    name = ("rows", chunk.request)
+    name = ("rows", chunk.request, *raw.stride())
     if name not in batch.kept:
-        tokens = [torch.arange(a, b, device=device) for a, b in ((0, sinks), (begin, chunk.length))]
+        tokens = [
+            torch.arange(a, b, device=raw.device) for a, b in ((0, sinks), (begin, chunk.length))
+        ]
         positions = torch.cat(tokens)
         numbers = batch.raw_table[chunk.request].long()[positions // size]
-        batch.kept[name] = torch.stack((positions, numbers, positions % size))
-    positions, numbers, places = batch.kept[name]
-    rows = blocks.raw[numbers, :, places].unflatten(-1, (2, g.head_dim))
-    keys, values = rows.permute(
-        2, 1, 0, 3
-    ).contiguous()  # of the same strides, as kernels read them
+        places = _row_places(layer, raw, numbers * size + positions % size)
+        batch.kept[name] = torch.stack((positions, places))
+    positions, places = batch.kept[name]
+    keys, values = raw.chunk(2, -1)
+    rows = gather_rows(
+        keys, values, raw.stride(1), positions, places, g.num_kv_heads, g.head_dim, mean, g.sinks, copy=True
+    )  # fmt: skip
     addresses = _addresses(layer, blocks, batch, chunk, last)
     if first < last:
-        starts = torch.arange(last - first, dtype=torch.int32, device=device) * g.page_tokens
+        starts = torch.arange(last - first, dtype=torch.int32, device=raw.device) * g.page_tokens
         encode_pages(
-            keys[None, :, sinks:], values[None, :, sinks:], page_format(layer.spec), addresses[first:],
+            rows.keys[None, :, sinks:], rows.values[None, :, sinks:], page_format(layer.spec), addresses[first:],
             torch.zeros_like(starts), starts, page_tokens=g.page_tokens,
         )  # fmt: skip
-    state = torch.full((1, 2), chunk.length, dtype=torch.int32, device=device)
-    state[:, 1] = last
+    name = ("state", chunk.request)
+    if name not in batch.kept:
+        state = torch.full((1, 2), chunk.length, dtype=torch.int32, device=raw.device)
+        state[:, 1] = last
+        batch.kept[name] = state
+    state = batch.kept[name]
     record = LayerTensors(
-        layer.index, g, [layer.spec], keys, values, state, addresses[None], state, None,
+        layer.index, g, [layer.spec], rows.keys, rows.values, state, addresses[None], state, None,
         BlockPages(layer, blocks.packed), layer.workspace, batch_invariant=False,
     )  # fmt: skip
+    before = first * g.page_tokens
     row = RowView(
-        0, 0, positions, positions, keys, values, positions, list(range(last)), first * g.page_tokens, chunk.length, 0
+        0, 0, positions, positions, rows.keys, rows.values, positions, list(range(last)), before, chunk.length, 0
     )  # fmt: skip
-    return record, row
+    return record, row, RawRows(rows.read_keys, rows.values, before), addresses[None], mean
 
 
 def _addresses(

@@ -23,7 +23,7 @@ POINTERS = {
     "q_ptr": "*fp16", "q_scale_ptr": "*fp32", "anchor": "*u8", "table": "*i64", "state": "*i32", "raw_k": "*fp16",
     "raw_v": "*fp16", "o_ptr": "*fp32", "ml_ptr": "*fp32", "first_query": "*i32", "packed_before": "*i32",
     "out": "*bf16", "aux": "*fp32", "q_shift_ptr": "*fp32", "mean_ptr": "*fp32", "bias_ptr": "*fp32", "spans": "*fp32",
-    "within": "*fp16", "segments": "*i32", "anchor_ptr": "*u8", "pages": "*i64", "factors": "*fp32",
+    "within": "*fp16", "segments": "*i32", "anchor_ptr": "*u8", "pages": "*i64", "fast": "*fp32", "slow": "*fp32",
     "keys": "*fp16", "values": "*fp16", "tables": "*i32", "raw_table": "*i32",
 }  # fmt: skip
 
@@ -69,9 +69,11 @@ def compile_merge(dim: int, block: int = 256, once: bool = True, shift: bool = F
 
 
 def compile_decode() -> Any:
-    """Decoding of pages that a prompt's queries read together."""
+    """Decoding of pages that a prompt's queries read."""
     return compile_kernel(
-        triton_prompt._decode_kernel, {"ROWS": 4, "OWN": ()}, num_warps=warps_for(32)
+        triton_prompt._decode_kernel,
+        {"ROWS": 4, "OWN": (), "MEAN": 32, "DIM": 128},
+        num_warps=warps_for(32),
     )
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import prepared
@@ -20,6 +21,7 @@ from kvfold.compress.recipe import load_recipe
 pytest.importorskip("triton")
 from kvfold.kernels import catalogue
 from kvfold.runtime.generate import ahead
+from kvfold.runtime.generate.compile import launches_of, read_kinds
 
 # an artifact of six pairs in one process, the catalogue by another artifact of one pair: keys of
 # Triton's cache of both
@@ -82,8 +84,10 @@ def task(folder: Path) -> dict:
     }
 
 
-def test_an_artifact_without_the_catalogues_pairs_starts_nothing(tiny_artifact, monkeypatch):
-    assert ahead.stamp(task(tiny_artifact)) is None
+def test_an_artifact_without_the_catalogues_pairs_has_its_own_compiled(tiny_artifact, monkeypatch):
+    """For drafts; on a CPU nothing is started."""
+    model = read_kinds(tiny_artifact, None)
+    assert ahead.wanted_kinds(model.kinds, model.geometry.head_dim) == model.kinds
     monkeypatch.setattr(
         subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a process was started")
     )
@@ -91,11 +95,29 @@ def test_an_artifact_without_the_catalogues_pairs_starts_nothing(tiny_artifact, 
     assert runtime.load_pretrained(tiny_artifact).kv_triton in (False, True)
 
 
+def test_stamps_tell_apart_what_was_compiled(tiny_artifact, plain_artifact):
+    tasks = [task(tiny_artifact), task(plain_artifact), {**task(tiny_artifact), "arch": 80}]
+    assert len({ahead.stamp(x) for x in tasks}) == 3
+    assert ahead.stamp(tasks[0]) == ahead.stamp(task(tiny_artifact))
+
+
+def test_drafts_take_kernels_of_their_own(tiny_artifact):
+    """For which the first answer does not wait."""
+    model = read_kinds(tiny_artifact, None)
+    geometry = replace(model.geometry, sinks=64, window=128, page_tokens=32)
+    found = [
+        launches_of(model.kinds, geometry, model.num_heads, model.dtype, drafts=drafts)
+        for drafts in (True, False)
+    ]
+    prompts = [[x for x in launches if x.options.get("PROMPT")] for launches in found]
+    assert prompts[0] and not prompts[1] and len(found[1]) < len(found[0])
+
+
 MAIN = """
 import sys
 from pathlib import Path
 from kvfold.runtime.generate import ahead
-ahead.catalogue_kinds = lambda kinds: list(kinds)[:1]
+ahead.wanted_kinds = lambda kinds, dim: list(kinds)[:1]
 ahead.stamp = lambda task: Path(sys.argv[2])
 ahead.main(sys.argv[1])
 """

@@ -109,12 +109,11 @@ def test_more_sinks_than_a_block_of_rows_has(models):
 
 
 @torch.no_grad()
-def test_a_prompt_whose_queries_read_pages_together(models, monkeypatch):
+def test_a_prompt_whose_pages_are_decoded(models, monkeypatch):
     """In chunks of queries, of a padded batch: the second ones read pages that the same call
     packed."""
     monkeypatch.setattr(runtime_triton, "QUERY_CHUNK", 48)
-    monkeypatch.setattr(runtime_triton, "LEAST_PACKED", 16)
-    monkeypatch.setattr(runtime_triton, "LEAST_ROWS", 64)
+    monkeypatch.setattr(runtime_triton, "LEAST_ROWS", 1)
     seen = []
     real = runtime_triton.page_runs
     monkeypatch.setattr(
@@ -123,9 +122,15 @@ def test_a_prompt_whose_queries_read_pages_together(models, monkeypatch):
     batch = batch_of([TEXTS[1] + TEXTS[0], TEXTS[1] * 2])
     logits = [model(**batch).logits[batch.attention_mask.bool()] for model in models]
     assert error(logits[1], logits[0]) < 1e-2
-    # of each row's chunks, in two layers: from query 48 on a page is packed, if there are 32
-    # queries or more
-    assert [[run.end for run in runs] for runs in seen] == [[], [], [], [1], []] * 2
+    lengths = batch.attention_mask.sum(1).tolist()
+    g = models[0].kv_artifact.geometry
+    expected = [
+        [g.num_pages(min(start + 48, n))] if g.num_pages(min(start + 48, n)) else []
+        for n in lengths
+        for start in range(0, n, 48)
+    ]
+    assert [[run.end for run in runs] for runs in seen] == expected * 2
+    assert expected != [[]] * len(expected)
 
 
 @torch.no_grad()

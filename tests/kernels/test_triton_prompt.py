@@ -1,23 +1,26 @@
-"""Pages that all queries of a prompt read together: decoding by kernel, and the same attention as
-token by token."""
+"""Prompts by kernels: 16-bit rows made of keys and values, pages decoded, and attention over both,
+against plain torch."""
 
-from dataclasses import replace
+from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
-from test_triton_attention import DEVICE, PAIRS, error, prompt_case
+from test_triton_attention import DEVICE, PAIRS, error
 
-from kvfold.kernels.attention import attend
+from kvfold.exports.spec import KeySpec
+from kvfold.kernels.attention import Tile, attend, packed_tokens
 from kvfold.kernels.formats import raw16, uniform
 from kvfold.kernels.pages import page_address
-from kvfold.kernels.quantizer import decode, encode
+from kvfold.kernels.quantizer import decode, encode, to_float16
 
 pytest.importorskip("triton")
-from kvfold.kernels.gpu import attention as kernels
 from kvfold.kernels.gpu import prompt as triton_prompt
-from kvfold.kernels.gpu.prompt import PageRun, decode_pages, plain_attention
-from kvfold.kernels.gpu.queries import prepare_queries
-from kvfold.kernels.gpu.records import LogitOptions
+from kvfold.kernels.gpu.dense import query_rows
+from kvfold.kernels.gpu.mean import stored_mean
+from kvfold.kernels.gpu.prompt import PageRun, RawRows, attend_prompt, decode_pages
+from kvfold.kernels.gpu.records import LogitOptions, Regions
+from kvfold.kernels.gpu.rows import gather_rows, store_rows
 
 
 def pages_of(pair, count, heads, page, seed=0):
@@ -35,6 +38,18 @@ def pages_of(pair, count, heads, page, seed=0):
     return data, tuple(torch.cat(side, 1) for side in read)
 
 
+def turning_spec(heads, dim, rotated=None, pairs="halves", matrix=True, seed=1, size=20):
+    """A layer's keys with a large mean that turns."""
+    rng = torch.Generator().manual_seed(seed)
+    rotated = dim // 2 if rotated is None else rotated
+    basis = torch.linalg.qr(torch.randn(heads, dim, dim, generator=rng))[0].to(DEVICE)
+    offset = size * torch.randn(heads, dim, generator=rng).to(DEVICE)
+    turns = tuple(1e4 ** (-i / rotated) for i in range(rotated))
+    return KeySpec(
+        raw16(dim), matrix=basis.contiguous() if matrix else None, offset=offset, frequencies=turns, pairs=pairs
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "page"), [*((name, 32) for name in PAIRS), ("mixed both", 8), ("ternary 96", 128)]
 )
@@ -43,84 +58,210 @@ def test_pages_decode_to_what_the_reference_reads(name, page):
     data, (keys, values) = pages_of(PAIRS[name], 2, heads, page)
     pages = torch.tensor([page_address(x) for x in reversed(data)], device=DEVICE)
     order = torch.arange(2 * page, device=DEVICE).view(2, page).flip(0).flatten()
-    factors = torch.tensor([0.25, 64.0], device=DEVICE)
     got = [
         torch.full((heads, 2 * page, dim), torch.nan, dtype=torch.float16, device=DEVICE)
         for _ in range(2)
     ]
-    decode_pages(pages, *PAIRS[name], factors, *got, page)
-    wanted = ((keys * factors[:, None, None])[:, order], values[:, order])
-    for found, want in zip(got, wanted, strict=True):
+    decode_pages(pages, *PAIRS[name], *got, page)
+    for found, want in zip(got, (keys[:, order], values[:, order]), strict=True):
         # a last bit of float32 may round to the other float16
         torch.testing.assert_close(found.float(), want, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("name", "before", "chunk", "group", "sink_logits"),
-    [
-        ("2 bits", 131, 19, 1, True),
-        ("mixed keys", 60, 37, 4, False),
-        ("ternary values", 101, 5, 7, True),
-        ("4 and 5 bits, 96", 80, 20, 3, False),
-    ],
+    ("page", "dim", "rotated", "pairs"),
+    [(32, 64, 32, "halves"), (8, 64, 20, "adjacent"), (128, 96, 48, "swapped"), (16, 80, 40, "halves")],
+)  # fmt: skip
+def test_decoded_keys_get_their_mean_back(page, dim, rotated, pairs):
+    heads, first, count, sinks = 2, 3, 3, 5
+    spec = turning_spec(heads, dim, rotated, pairs)
+    data, (keys, _) = pages_of((uniform(dim, 4), uniform(dim, 4)), count, heads, page)
+    pages = torch.tensor([page_address(x) for x in data], device=DEVICE)
+    got = [torch.empty(heads, count * page, dim, device=DEVICE).half() for _ in range(2)]
+    tokens = sinks + torch.arange(first * page, (first + count) * page, device=DEVICE)
+    end = int(tokens[-1]) + 1
+    mean = stored_mean(spec.tables(sinks), spec.mean_bases, end)
+    decode_pages(pages, uniform(dim, 4), uniform(dim, 4), *got, page, mean, first)
+    want = keys + spec.transform(spec.mean(tokens, sinks, end))
+    torch.testing.assert_close(got[0].float(), want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("turns", [True, False])
+@pytest.mark.parametrize(
+    ("dim", "matrix", "tokens"), [(64, True, 83), (80, True, 3), (128, False, 70)]
 )
-def test_reading_pages_together_changes_nothing(
-    name, before, chunk, group, sink_logits, monkeypatch
-):
-    pair = PAIRS[name]
-    dim = pair[0].head_dim
-    case, query, (positions, limit, tiles), cache, prompt, together = prompt_case(
-        pair, before, chunk, group
+def test_rows_are_stored_as_the_reference_stores_them(dim, matrix, tokens, turns):
+    """Into places in any order, some of them nowhere; and read again with their mean."""
+    heads, sinks, start = 2, 5, 2
+    spec = turning_spec(heads, dim, matrix=matrix)
+    if not turns:
+        spec = KeySpec(raw16(dim), matrix=spec.matrix, offset=spec.offset)
+    rng = torch.Generator().manual_seed(3)
+    both = (30 * torch.randn(tokens, 3 * heads, dim, generator=rng)).to(DEVICE, torch.bfloat16)
+    both[0, :, 0] = 1e6  # saturates
+    keys, values = both[:, :heads], both[:, 2 * heads :]
+    positions = start + torch.arange(tokens, device=DEVICE)
+    order = torch.randperm(tokens, generator=rng).to(DEVICE)
+    rows = torch.full((tokens, heads, 2 * dim), 7.0, device=DEVICE).half()
+    places = order * rows.stride(0)
+    places[1] = -1
+    end = start + tokens
+    mean = stored_mean(spec.tables(sinks), spec.mean_bases, end) if turns else None
+    constant = None if turns else spec.offset
+    store_rows(
+        keys, values, positions, places, spec.matrix, constant, mean, sinks, *rows.chunk(2, -1), rows.stride(1)
+    )  # fmt: skip
+    want = spec.apply(keys.transpose(0, 1), positions, sinks, end)
+    kept = torch.arange(tokens, device=DEVICE) != 1
+    found = rows[order].transpose(0, 1)
+    torch.testing.assert_close(
+        found[:, kept, :dim], to_float16(want)[:, kept], rtol=2e-3, atol=2e-3
     )
-    assert together > 1
-    monkeypatch.setattr(triton_prompt, "SCRATCH_NBYTES", 4 * 2 * dim * 32)  # two pages at a time
-    aux = torch.linspace(-3, 3, group * 2, device=DEVICE) if sink_logits else None
-    want = attend(query[0], positions, limit, tiles, sinks=5, scaling=dim**-0.5, sinks_logit=aux)
-    for count in (1, together):
-        out = torch.full((1, chunk, group * 2, dim), float("nan"), device=DEVICE)
-        kernels.attention(
-            prepare_queries(query, 2, dim**-0.5), cache, [pair], out, case.regions(), LogitOptions(sink_logits=aux),
-            prompt=replace(prompt, together=[PageRun(*pair, 0, count)]),
-        )  # fmt: skip
-        assert error(out[0].transpose(0, 1), want) < 1e-3
+    assert torch.equal(found[:, kept, dim:], to_float16(values.transpose(0, 1).float())[:, kept])
+    assert bool((found[:, 1] == 7.0).all())
+    places = order * rows.stride(0)
+    got = gather_rows(
+        *rows.chunk(2, -1), rows.stride(1), positions, places, heads, dim, mean, sinks, copy=True
+    )  # fmt: skip
+    assert torch.equal(got.keys, found[..., :dim]) and torch.equal(got.values, found[..., dim:])
+    read = got.keys.float()
+    if turns:
+        read = read + spec.transform(spec.mean(positions, sinks, end))
+    torch.testing.assert_close(got.read_keys, to_float16(read), rtol=2e-3, atol=2e-3)
 
 
-def test_runs_of_several_formats_are_read_together():
-    """Two rungs, the second in 16 bits; all of the first and part of the second are read
-    together."""
-    dim, page, sinks = 64, 16, 5
-    pairs = [PAIRS["mixed keys"], (raw16(dim), uniform(dim, 256, "fp16"))]
-    case, query, (positions, limit, tiles), cache, prompt, together = prompt_case(
-        pairs[0], 150, 18, 2
-    )
-    count = case.rows[0][2]
-    data, read = pages_of(pairs[1], count - 4, 2, page, seed=9)
-    for i, block in enumerate(data):
-        case.table[0, 4 + i] = page_address(block)
-    at = slice(4 * page, None)
-    for tensor, new in zip(tiles[1][:2], read, strict=True):
-        tensor[:, at] = new
-    want = attend(query[0], positions, limit, tiles, sinks=sinks, scaling=dim**-0.5)
-    segments = torch.tensor([[0, 4, count]], dtype=torch.int32, device=DEVICE)
-    assert together > 6
-    for end in (2, 6):
-        runs = [
-            PageRun(*pairs[0], 0, min(end, 4)),
-            *([PageRun(*pairs[1], 4, end)] if end > 4 else []),
+@dataclass
+class Prompted:
+    """A sequence whose last queries are a prompt's chunk, and what they should get.
+
+    Attributes:
+        sliding, softcap, sink_logits, shift: of the logits.
+    """
+
+    pair: tuple
+    before: int
+    chunk: int
+    group: int
+    page: int = 16
+    sinks: int = 5
+    window: int = 24
+    sliding: int = 0
+    softcap: float | None = None
+    sink_logits: bool = False
+    shift: bool = False
+    turns: bool = True
+    heads: int = 2
+
+    def __post_init__(self):
+        dim, total = self.pair[0].head_dim, self.before + self.chunk
+        rng = torch.Generator().manual_seed(5)
+
+        def draw(*shape):
+            return torch.randn(*shape, generator=rng).to(DEVICE)
+
+        self.at = torch.arange(total, device=DEVICE)
+        self.spec = turning_spec(self.heads, dim, size=4)
+        packed = packed_tokens(self.before, self.sinks, self.window, self.page)
+        count = packed_tokens(total, self.sinks, self.window, self.page) // self.page
+        self.packed, self.count = packed, count
+        raw = [draw(self.heads, total, dim).half() for _ in range(2)]
+        read = [x.float() for x in raw]
+        self.pages = []
+        for i in range(count):
+            at = slice(self.sinks + i * self.page, self.sinks + (i + 1) * self.page)
+            blocks = [encode(x[:, at], fmt) for x, fmt in zip(raw, self.pair, strict=True)]
+            for side, block, fmt in zip(read, blocks, self.pair, strict=True):
+                side[:, at] = decode(block, fmt, self.page)
+            self.pages.append(torch.cat([block.flatten() for block in blocks]))
+        self.mean = None
+        mean = torch.zeros(self.heads, total, dim, device=DEVICE)
+        if self.turns:
+            tables = self.spec.tables(self.sinks)
+            self.mean = stored_mean(tables, self.spec.mean_bases, total)
+            mean = self.spec.transform(self.spec.mean(self.at, self.sinks, total))
+        self.query = draw(self.heads * self.group, self.chunk, dim)
+        numbers = torch.linspace(-3, 3, self.heads * self.group, device=DEVICE)
+        self.aux = numbers if self.sink_logits else None
+        self.q_mu = 3 * draw(self.heads * self.group, self.chunk) if self.shift else None
+        limit = (self.at[self.before :] + 1 - self.sinks - self.window).clamp_min(0)
+        limit = self.sinks + (limit // self.page * self.page).clamp_min(packed)
+        middle = slice(self.sinks, self.sinks + count * self.page)
+        tiles = [
+            Tile(raw[0].float() + mean, raw[1], self.at, False),
+            Tile((read[0] + mean)[:, middle], read[1][:, middle], self.at[middle], True),
         ]
-        out = torch.full((1, 18, 4, dim), float("nan"), device=DEVICE)
-        kernels.attention(
-            prepare_queries(query, 2, dim**-0.5), cache._replace(segments=segments), pairs, out, case.regions(),
-            prompt=replace(prompt, together=runs),
+        mask = None
+        if self.sliding:
+            behind = self.at[self.before :, None] - self.at
+            mask = (behind >= 0) & (behind < self.sliding)
+        self.want = attend(
+            self.spec.apply_query(self.query), self.at[self.before :], limit, tiles, sinks=self.sinks,
+            scaling=dim**-0.5, mask=mask, softcap=self.softcap, sinks_logit=self.aux, shift=self.q_mu,
         )  # fmt: skip
-        assert error(out[0].transpose(0, 1), want) < 1e-3
+        kept = torch.cat((self.at[: min(self.sinks, total)], self.at[self.sinks + packed :]))
+        self.rows = RawRows((raw[0].float() + mean)[:, kept].half(), raw[1][:, kept], packed)
+
+    def got(self, cut=0):
+        """By kernels; `cut`: pages of a first run, 0 for one run of all."""
+        heads, dim = len(self.query), self.query.shape[2]
+        table = torch.tensor([page_address(x) for x in self.pages] or [0], device=DEVICE)
+        first = 0
+        if self.sliding:
+            first = max(self.before - self.sliding + 1 - self.sinks, 0) // self.page
+        edges = sorted({first, min(max(cut, first), self.count), max(first, self.count)})
+        runs = [PageRun(*self.pair, a, b) for a, b in pairwise(edges)]
+        queries = query_rows(
+            self.query, self.heads, self.spec.query_matrix, dim**-0.5, self.softcap, self.q_mu
+        )
+        out = torch.full((self.chunk, heads, dim), torch.nan, device=DEVICE)
+        attend_prompt(
+            queries, self.before, runs, table, self.rows, Regions(self.sinks, self.window, self.page),
+            LogitOptions(self.softcap, self.aux, self.sliding), out, self.mean,
+        )  # fmt: skip
+        return out.transpose(0, 1)
 
 
-def test_the_librarys_sums_are_natural_logarithms():
-    """What `read_together` counts on, of whichever attention this machine has."""
-    query, keys, values = (torch.randn(1, 2, n, 64, device=DEVICE).half() for n in (33, 70, 70))
-    out, sums = plain_attention(query, keys, values, 0.3)
-    scores = query.float() @ keys.float().mT * 0.3
-    assert out.shape == query.shape and out.dtype == torch.float16
-    assert error(out, scores.softmax(-1) @ values.float()) < 2e-3
-    torch.testing.assert_close(sums, scores.logsumexp(-1), rtol=1e-4, atol=1e-3)
+CASES = {
+    "a first prompt": Prompted(PAIRS["mixed keys"], 0, 101, 2),
+    "shorter than the sinks": Prompted(PAIRS["2 bits"], 0, 3, 1),
+    "shorter than the window": Prompted(PAIRS["2 bits"], 0, 27, 3),
+    "a chunk": Prompted(PAIRS["mixed keys"], 131, 90, 4),
+    "a chunk of ternary codes": Prompted(PAIRS["ternary values"], 101, 75, 1),
+    "96 channels": Prompted(PAIRS["4 and 5 bits, 96"], 80, 70, 3),
+    "large pages": Prompted(PAIRS["ternary 96"], 290, 70, 1, page=128),
+    "small pages": Prompted(PAIRS["mixed both"], 45, 70, 2, page=8),
+    "many sinks": Prompted(PAIRS["2 bits"], 140, 70, 2, sinks=100),
+    "no sinks": Prompted(PAIRS["2 bits"], 60, 70, 2, sinks=0),
+    "no mean": Prompted(PAIRS["2 bits"], 60, 70, 2, turns=False),
+    "a sliding window": Prompted(PAIRS["mixed keys"], 151, 90, 2, sliding=50),
+    "a sliding window of a block": Prompted(PAIRS["mixed keys"], 0, 140, 1, sliding=32),
+    "a soft-cap": Prompted(PAIRS["2 bits"], 70, 66, 2, softcap=5.0),
+    "a soft-cap and a shift": Prompted(PAIRS["2 bits"], 70, 66, 2, softcap=5.0, shift=True, turns=False),
+    "sink logits": Prompted(PAIRS["2 bits"], 70, 66, 2, sink_logits=True),
+    "sink logits and a shift": Prompted(PAIRS["2 bits"], 70, 66, 3, sink_logits=True, shift=True, turns=False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prompts_read_what_token_by_token_reads(name, monkeypatch):
+    """In one run of pages, and in several, of which the last calls go on from the ones before."""
+    case = CASES[name]
+    assert error(case.got(), case.want) < 2e-3
+    if case.count > 2:
+        heads, dim = case.heads, case.query.shape[2]
+        monkeypatch.setattr(triton_prompt, "SCRATCH_NBYTES", 2 * 4 * heads * dim * case.page)
+        assert error(case.got(cut=3), case.want) < 2e-3
+
+
+def test_large_queries_stay_in_range():
+    case = CASES["a chunk"]
+    found = []
+    for factor in (1.0, 2.0**20, 2.0**-30):
+        dim = case.query.shape[2]
+        queries = query_rows(case.query * factor, case.heads, None, dim**-0.5)
+        found.append(queries.data)
+        assert bool(queries.data.isfinite().all())
+        torch.testing.assert_close(
+            queries.scale / factor, query_rows(case.query, case.heads, None, dim**-0.5).scale
+        )
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])

@@ -74,13 +74,13 @@ def test_one_kernel_serves_all_formats(monkeypatch):
         x = torch.zeros(1, heads, size, dim, dtype=torch.float16, device=DEVICE)
         one = torch.zeros(1, dtype=torch.int32, device=DEVICE)
         clip = torch.ones(heads, device=DEVICE)
-        places, factors = one.long(), torch.ones(heads, device=DEVICE)
+        places = one.long()
         with noting() as launches:
             fmt = PageFormat(key, value)
             clipped = fmt._replace(value_clip=clip if dim == 64 else None)
             encode_pages(x, x, clipped, places, one, one, page_tokens=size)
             lower(places, places, fmt, fmt, num_kv_heads=heads, page_tokens=size)
-            decode_pages(places, key, value, factors, x[0], x[0], size)
+            decode_pages(places, key, value, x[0], x[0], size)
             append_step(
                 x[:, :, :1], x[:, :, :1], x[:, :, :1], PagedCache(places[None], one.expand(2)[None].contiguous(), x, x),
                 empty_queries(1, heads, heads, dim, DEVICE), [fmt] * 2, Regions(0, 0, size), scaling=1.0, rungs=one,
@@ -107,39 +107,55 @@ from triton.compiler import ASTSource
 from kvfold.kernels.gpu.tables import table_length
 from kvfold.kernels.gpu.append import _append_kernel
 from kvfold.kernels.gpu.encode import _encode_kernel, _lower_kernel
+from kvfold.kernels.gpu.dense import _dense_kernel, _query_kernel
 from kvfold.kernels.gpu.prompt import _decode_kernel
+from kvfold.kernels.gpu.rows import _gather_kernel, _store_kernel
 
 FLOATS = {
     "k_clip", "v_clip", "q_scale", "q_shift", "matrix", "offset", "query_matrix", "coefficients", "bias", \
-"spans", "steps",
+"spans", "steps", "fast", "slow", "scale", "scale_ptr", "shift_ptr", "part_out", "part_sums",
+}
+HALVES = {
+    "keys", "values", "raw_keys", "raw_values", "q_out", "within", "q_ptr", "page_k", "page_v", "raw_k", "raw_v", \
+"read_keys", "value_out",
 }
 INTS = {"sequences", "tokens", "state", "tables", "formats", "rungs", "pairs", "channels"}
 
-def compile(kernel, **constants):
+def compile(kernel, warps=4, **constants):
     signature = {}
+    attention = kernel is _dense_kernel
     for name in kernel.arg_names:
-        longs = name in ("pages", "jobs", "table", "marks")
-        halves = name in ("keys", "values", "raw_keys", "raw_values", "q_out", "within")
+        longs = name in ("pages", "jobs", "table", "marks", "positions", "places")
         signature[name] = (
-            "constexpr" if name in constants else "*fp32" if name in FLOATS else "*i32" if name in INTS
+            "constexpr" if name in constants else "i32" if attention and name in ("tokens", "query")
+            else "i32" if kernel in (_store_kernel, _gather_kernel) and name == "tokens"
+            else "*fp32" if name in FLOATS else "*i32" if name in INTS
             else "*i64" if longs else "*u8" if name == "anchor_ptr" else "fp32" if name in ("factor", "scaling")
-            else "*bf16" if name == "new_values" else "*fp16" if halves  # under autocast RoPE's sides stay float32
-            else "*fp32" if name in ("new_keys", "query")
-            else "*fp32" if name == "factors" else "i32"
+            else "*bf16" if name in ("new_values", "out", "sinks_logit") and kernel is not _store_kernel
+            else "*fp16" if name in HALVES or name == "out"  # under autocast RoPE's sides stay float32
+            else "*fp32" if name in ("new_keys", "query") else "i32"
         )
     for parameter in kernel.params:  # or a number of 1, or one that 16 divides, would compile a kernel of its own
         free = parameter.is_constexpr or signature[parameter.name] != "i32" or parameter.do_not_specialize
         assert free or parameter.name.startswith("query_stride"), parameter.name  # which a model has once
-    signature["OWN"], constants["OWN"] = "constexpr", ()
+    if "OWN" in signature:
+        signature["OWN"], constants["OWN"] = "constexpr", ()
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    options = {"num_warps": 4, "enable_fp_fusion": False}
+    options = {"num_warps": warps, "enable_fp_fusion": kernel in (_dense_kernel, _query_kernel)}
     code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert code.asm["cubin"]
 
 compile(_encode_kernel, ROWS=1)
 compile(_encode_kernel, ROWS=4)
 compile(_lower_kernel, ROWS=2)
-compile(_decode_kernel, ROWS=16)
+compile(_decode_kernel, ROWS=16, MEAN=0, DIM=80)
+compile(_decode_kernel, ROWS=4, MEAN=32, DIM=128)
+compile(_query_kernel, DIM=96, GROUP=3, ROWS=32, TOP=7, MATRIX=True)
+compile(_store_kernel, DIM=80, TOKENS=64, MATRIX=True, OFFSET=False, MEAN=32)
+compile(_gather_kernel, DIM=80, TOKENS=32, MEAN=32, COPY=True)
+for dim in (128, 80):
+    compile(_dense_kernel, 8, DIM=dim, GROUP=3, PAGE=32, M=128, N=64, STAGES=3, CAP=30.0 if dim == 80 else 0.0, \
+SHIFT=dim == 80, SINKS=dim == 80)
 for matrix, mean in ((False, 0), (True, 0), (True, 32)):
     compile(_append_kernel, DIM=96, ROWS=2, TABLE=table_length(96), MATRIX=matrix, OFFSET=matrix, \
 SHIFT=matrix and not mean,

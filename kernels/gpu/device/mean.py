@@ -90,6 +90,34 @@ def key_mean(
 
 
 @triton.jit
+def stored_mean(
+    fast, slow, spans, within, u, known, c, inside, DIM: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """What keys of tokens u [rows] behind the sinks were stored without, in their stored basis:
+    float32 [rows, channels] of channels c [1, channels], 0 where not `known` or not `inside`.
+
+    fast: pointer to a head's [ROWS, DIM], what the cosines and then the sines of the fast pairs are
+    multiplied with; slow: to its [steps, DIM], the slow pairs' share (kernels.gpu.mean.StoredMean).
+    """
+    half: tl.constexpr = ROWS // 2
+    k = tl.arange(0, ROWS)
+    u = tl.where(known, u, 0)
+    at = tl.multiple_of(spans + (u // 128)[:, None] * (2 * ROWS) + k[None, :], [1, 16])
+    t = within + (u % 128)[:, None] * ROWS
+    own = tl.load(tl.multiple_of(t + k[None, :], [1, 16])).to(tl.float32)
+    other = tl.load(t + ((k + half) % ROWS)[None, :]).to(tl.float32)
+    sign = tl.where(k < half, -1.0, 1.0)[None, :]
+    x = tl.load(at) * own + sign * tl.load(tl.multiple_of(at + ROWS, [1, 16])) * other
+    w = tl.load(fast + k[:, None] * DIM + c, mask=inside, other=0.0)
+    base = tl.load(slow + (u // 32)[:, None] * DIM + c, mask=inside, other=0.0)
+    if x.shape[0] < 16:  # too few rows for a matrix product
+        mean = tl.sum(x[:, :, None] * w[None, :, :], 1) + base
+    else:
+        mean = tl.dot(x, w, base, input_precision="tf32x3")
+    return tl.where(known[:, None], mean, 0.0)
+
+
+@triton.jit
 def write_coefficients(
     out, q_ptr, stride, offset, pairs, factor, DIM: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr,
     FAST: tl.constexpr, ROWS: tl.constexpr,
