@@ -38,7 +38,9 @@ class Tile(NamedTuple):
     stages: int
 
 
-TILES = {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 4, 2)}
+TILES = {
+    64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 4, 2), 512: Tile(64, 32, 8, 2)
+}  # fmt: skip
 
 
 class QueryRows(NamedTuple):

@@ -104,7 +104,6 @@ SPECS = SPECS | {
 @pytest.mark.parametrize(("name", "options"), [*CASES, ("planes", {}), ("four bits", {})])
 def test_kernels_write_the_same_pages_and_read_them_alike(name, options, monkeypatch):
     """Prompts, chunks of any size and single tokens in one step, blocks in no order."""
-    monkeypatch.setattr(runtime_triton, "LEAST_PACKED", 32)
     monkeypatch.setattr(runtime_triton, "LEAST_ROWS", 16)
     kernels, plain = KernelPool(SPECS[name], **options), Pool(SPECS[name], **options)
     rng = random.Random(3)
