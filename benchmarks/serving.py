@@ -5,17 +5,19 @@ memory full, and over a trace of requests. Needs a GPU and vLLM.
 usage: python benchmarks/serving.py ARTIFACT [options]
        python benchmarks/serving.py --random 32,32,8,128 [--pairs 2.5a/1.75a,2.5a/2a] [options]
 
-options: --caches packed,bf16,fp8  --memory 40GiB  --prompt 32768  --new 128  --chunk 8192  --trace N
+options: --caches packed,bf16,fp8  --memory 40GiB  --prompt 32768  --new 192  --chunk 8192  --trace N
          --seed 0  --eager  --json FILE  --fit N (requests at once; else as many as the memory holds)
 
 Each cache is a process of its own: kvfold's plugin is turned off in those of vLLM's caches, to which
-an artifact is an ordinary checkpoint. --random makes an artifact of Llama-3.1's shape with so many
-layers, heads, KV heads and channels a head, whose layers take turns with --pairs of the catalogue;
-its weights are vLLM's dummies, and its file of them one hole. Prompts are random tokens, prefix
-caching is off, decoding is captured in CUDA graphs.
+an artifact is an ordinary checkpoint. All engines start beside each other, so that the GPU must hold
+the weights and the memory of all, and are then measured one at a time. --random makes an artifact of
+Llama-3.1's shape with so many layers, heads, KV heads and channels a head, whose layers take turns
+with --pairs of the catalogue; its weights are vLLM's dummies, and its file of them one hole. Prompts
+are random tokens, prefix caching is off, decoding is captured in CUDA graphs.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import random
@@ -166,6 +168,7 @@ class Engine:
         self.llm = LLM(
             str(options.artifact), skip_tokenizer_init=True, dtype="bfloat16", max_model_len=self.length,
             max_num_seqs=seqs, max_num_batched_tokens=options.chunk, kv_cache_memory_bytes=parse_nbytes(options.memory),
+            gpu_memory_utilization=0.9 / len(options.caches.split(",")),
             enable_prefix_caching=False, disable_log_stats=False, seed=0,
             load_format="dummy" if options.random else "auto", kv_cache_dtype="fp8" if cache == "fp8" else "auto",
             **({"enforce_eager": True} if options.eager else {"compilation_config": {
@@ -242,6 +245,8 @@ def decode_speed(
 def child(options: argparse.Namespace, cache: str) -> dict[str, Any]:
     """All figures of one cache, in this process."""
     engine = Engine(options, cache)
+    turn = options.turn.open()
+    fcntl.flock(turn, fcntl.LOCK_EX)  # held until this process ends
     each, chunk = engine.per_request(cache, options)
     fit = (engine.blocks - 1 - chunk) / each
     found: dict[str, Any] = {
@@ -280,21 +285,15 @@ def child(options: argparse.Namespace, cache: str) -> dict[str, Any]:
     return found
 
 
-def measure(argv: list[str], cache: str) -> dict[str, Any]:
-    """`child` in a process of its own."""
+def start(argv: list[str], cache: str, turn: Path) -> tuple[subprocess.Popen, Path]:
+    """`child` in a process of its own, and the file that it writes its figures to."""
+    out = turn.with_name(f"{cache}.json")
     env = {
         **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
         "VLLM_PLUGINS": "kvfold" if cache == "packed" else "",
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, __file__, *argv, "--child", cache],
-        env=env,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    last = done.stdout.strip().rpartition("\n")[2]
-    return json.loads(last) if done.returncode == 0 else {"failed": done.returncode}
+    command = [sys.executable, __file__, *argv, "--child", cache, "--turn", turn, "--json", out]
+    return subprocess.Popen(command, env=env, stdout=sys.stderr), out
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -318,7 +317,7 @@ def main() -> None:
     parser.add_argument("--memory", default="40GiB")
     for name, usual in (
         ("prompt", 32768),
-        ("new", 128),
+        ("new", 192),
         ("chunk", 8192),
         ("trace", 0),
         ("seed", 0),
@@ -328,9 +327,10 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", choices=CACHES)
+    parser.add_argument("--turn", type=Path)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(child(options, options.child)))
+        options.json.write_text(json.dumps(child(options, options.child)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         argv = sys.argv[1:]
@@ -339,12 +339,15 @@ def main() -> None:
             argv = [str(options.artifact), *argv]
         elif options.artifact is None:
             parser.error("give an artifact's folder, or --random")
-        rows = {}
-        for cache in options.caches.split(","):
-            begun = time.perf_counter()
-            rows[cache] = measure(argv, cache)
-            rows[cache]["process s"] = time.perf_counter() - begun
+        turn = Path(scratch) / "turn"
+        turn.touch()
+        begun, rows = time.perf_counter(), {}
+        started = {cache: start(argv, cache, turn) for cache in options.caches.split(",")}
+        for cache, (process, out) in started.items():
+            failed = process.wait()
+            rows[cache] = {"failed": failed} if failed else json.loads(out.read_text())
             print(cache, json.dumps(rows[cache]), flush=True)
+        print(f"{time.perf_counter() - begun:.0f} s in all")
     print(table(rows))
     if options.json:
         options.json.write_text(json.dumps(rows))
