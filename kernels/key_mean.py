@@ -231,7 +231,11 @@ class TurnTables:
             float32 [Hkv, 2·F, D] and [Hkv, 2·slow, D]: rows of the fast pairs' cosines and of their
             sines, as in `KernelTables.within`; and the same of the slow pairs, as in `steps`.
         """
-        pairs, heads, dim = torch.arange(len(self.omega)), len(offset), offset.shape[1]
+        pairs, heads, dim = (
+            torch.arange(len(self.omega), device=self.first.device),
+            len(offset),
+            offset.shape[1],
+        )
         real, imag = offset[:, self.first], offset[:, self.second]
         rows = offset.new_zeros(2, heads, len(pairs), dim)  # m_t = Σ cos·rows[0] + sin·rows[1]
         rows[0][:, pairs, self.first], rows[0][:, pairs, self.second] = real, imag

@@ -17,7 +17,7 @@ from kvfold.kernels.gpu.device.codec import to_fp16
 from kvfold.kernels.gpu.device.mean import stored_mean
 from kvfold.kernels.gpu.mean import StoredMean, mean_arguments, mean_rows
 
-STORE_TOKENS, GATHER_TOKENS = 64, 32  # of a program
+STORE_TOKENS, GATHER_TOKENS = 32, 32  # of a program
 BLOCK: tl.constexpr = tl.constexpr(32)  # rows of a matrix at a time
 WARPS = 4
 
