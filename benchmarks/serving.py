@@ -187,7 +187,8 @@ class Engine:
         self.rng, self.count = random.Random(options.seed), 0
 
     def per_request(self, cache: str, options: argparse.Namespace) -> tuple[float, int]:
-        """(blocks that a request holds when it ends, blocks of a step's prompt tokens)."""
+        """(blocks that a request holds when it ends, blocks of prompt tokens of the step that runs
+        and of the one that is being prepared)."""
         tokens = options.prompt + options.new
         if cache != "packed":
             return -(-tokens // self.block_tokens), 0
@@ -199,7 +200,7 @@ class Engine:
         rows = layout.raw_block_tokens
         window = -(-layout.raw_window() // rows) + 1
         own = -(-tokens // layout.block_tokens) + window + layout.sink_blocks
-        return own, -(-options.chunk // rows)
+        return own, 2 * -(-options.chunk // rows)
 
     def run(self, lengths: list[tuple[int, int]]) -> dict[str, Any]:
         """Requests of (prompt tokens, answer tokens), all at once: when each token came, in seconds
