@@ -6,8 +6,8 @@
 | pair scale s of keys | 1/s: rows of k_proj and its bias, or k_norm | s: rows of q_proj and its bias, or q_norm |
 
 A model with one qkv_proj has the rows of all three in it, queries first, then keys, then values;
-one with a query_key_value has them head by head. What is said of o_proj goes for `dense` and
-`out_proj`, as some models call it.
+one with a query_key_value has them by KV heads: the queries of its group, its key, its value. What
+is said of o_proj goes for `dense` and `out_proj`, as some models call it.
 
 Where a gate multiplies each channel between attention and o_proj, a basis of values is a permutation
 times a positive scale of each channel, for only those go through; the gate's rows are permuted too.
@@ -34,8 +34,10 @@ def _rows(
 ) -> tuple[str, slice | Tensor]:
     """The projection that computes "q", "k" or "v", and its rows."""
     if hasattr(attention, "query_key_value"):
-        rows = torch.arange(3 * num_kv_heads * head_dim).view(num_kv_heads, 3, head_dim)
-        return "query_key_value", rows[:, "qkv".index(side)].flatten()
+        count = attention.query_key_value.weight.shape[0]
+        rows = torch.arange(count).view(num_kv_heads, -1, head_dim)
+        of_side = {"q": slice(0, -2), "k": slice(-2, -1), "v": slice(-1, None)}[side]
+        return "query_key_value", rows[:, of_side].flatten()
     if not hasattr(attention, "qkv_proj"):
         return f"{side}_proj", slice(None)
     keys = num_kv_heads * head_dim

@@ -157,6 +157,13 @@ ARCHITECTURES = {
             attention="attention",
             last_norm="final_layer_norm",
         ),
+        Architecture(  # attention in its own code (exports/falcon.py)
+            "falcon",
+            layers="transformer.h",
+            attention="self_attention",
+            last_norm="ln_f",
+            gives_tuples=True,
+        ),
         Architecture("minimax_m2", qk_norm=True),  # one norm for the whole projection, as OLMo has
         Architecture("olmo2", qk_norm=True),
         Architecture("olmo3", qk_norm=True, rope_by_type=True, sliding="layer_types"),
@@ -389,4 +396,8 @@ def logits_of(model: Any, hidden: Any) -> Any:
 def num_kv_heads_of(config: Any) -> int:
     """Heads that keys and values have; as many as queries have without grouping."""
     config = text_of(config)
+    if config.model_type == "falcon":  # whose num_kv_heads counts in the new architecture alone
+        if config.new_decoder_architecture:
+            return config.num_kv_heads
+        return 1 if config.multi_query else config.num_attention_heads
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -53,7 +53,7 @@ REFUSED = {
     "bitnet": _SUB_NORM,
     "diffllama": _DIFFERENTIAL,
     "doge": _MASKED,
-    **dict.fromkeys(("falcon", "gpt_neox_japanese", "gptj", "codegen"), _OWN_CODE),
+    **dict.fromkeys(("gpt_neox_japanese", "gptj", "codegen"), _OWN_CODE),
     "dbrx": _CLIPPED,
     **dict.fromkeys(("gpt2", "gpt-sw3", "gpt_bigcode", "gpt_neo", "opt", "biogpt", "xglm"), _LEARNED),
     "llama4_text": _CHUNKED,

@@ -62,6 +62,7 @@ OWN: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {},
     "exaone4": TWO,
     "exaone_moe": {**TWO, **SPARSE},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
     "falcon_h1": {
         **MAMBA, "mamba_d_ssm": 128, "key_multiplier": 0.7, "lm_head_multiplier": 0.5, "ssm_out_multiplier": 0.6,
     },
