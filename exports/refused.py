@@ -9,8 +9,8 @@ _MULTIMODAL = (
 )
 _BOTH_WAYS = "it attends to later tokens (use_bidirectional_attention), which a cache does not hold"
 _CLIPPED = "it clamps values to a range (clip_qkv), which no basis of values can be folded through"
+BOTH = "use_bidirectional_attention"
 _SHARED = "its layers normalise values and share them with later layers, so no basis of values can be folded in"
-_VALUE_NORM = "it normalises values, and its layers have heads of several sizes, so no basis of values can be folded in"
 _TIED = (
     "several of its layers share one attention module and differ in their keys and values, so no basis of values fits "
     "them all"
@@ -40,9 +40,8 @@ REFUSED = {
          "kimi_linear", "bailing_hybrid"), _MLA),
     **dict.fromkeys(("bloom", "mpt", "baichuan"), ALIBI),
     **dict.fromkeys(
-        ("gemma4", "mllama", "llama4"), _MULTIMODAL),
+        ("mllama", "llama4"), _MULTIMODAL),
     **dict.fromkeys(("gemma3n", "gemma3n_text"), _SHARED),
-    "gemma4_text": _VALUE_NORM,
     **dict.fromkeys(("zamba", "zamba2"), _TIED),
     "recurrent_gemma": _OWN_STATES,
     "zaya": _DELAYED,
@@ -64,6 +63,6 @@ REFUSED = {
 FIELDS = {
     "kv_lora_rank": _MLA,
     "vision_config": _MULTIMODAL,
-    "use_bidirectional_attention": _BOTH_WAYS,
+    BOTH: _BOTH_WAYS,
     "clip_qkv": _CLIPPED,
 }

@@ -31,6 +31,9 @@ PAIRS_VERSION = (
 )
 ROLLBACK_VERSION = 5  # cache.rollback, and cache.rope_pairs where RoPE turns other pairs
 STATES_VERSION = 6  # the same and cache.states, of hybrid models alone: all others stay at 5
+# version 5 and cache.heads, where layers have heads of several shapes, or cache.shared, where layers
+# read others' keys and values
+HEADS_VERSION = 7
 METADATA_NAME = "kv_cache.json"
 TENSORS_NAME = "kv_cache.safetensors"
 
@@ -109,6 +112,10 @@ class CacheModel(Strict):
     for another number; from ROLLBACK_VERSION on, and None, which is 0, before.
     `states`: in STATES_VERSION, of a hybrid model, whose `num_layers` and `layers` are those that
     attend; else absent.
+    `heads`: in HEADS_VERSION, [num_kv_heads, head_dim] of each layer where they differ, the first
+    layer's being `num_kv_heads` and `head_dim`; else absent.
+    `shared`: in HEADS_VERSION, numbers of the layers whose keys and values other layers of the model
+    read too, which have none of their own and are not among `num_layers`; absent where there are none.
     """
 
     num_layers: Layers
@@ -122,6 +129,10 @@ class CacheModel(Strict):
     rope_pairs: RopePairs = "halves"
     rollback: RawTokens | None = None
     states: StatesModel | None = None
+    heads: list[Annotated[list[Positive], Field(min_length=2, max_length=2)]] = Field(
+        default_factory=list
+    )
+    shared: list[Count] = Field(default_factory=list)
 
     @model_serializer(mode="wrap")
     def _fields(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -134,7 +145,15 @@ class CacheModel(Strict):
             del fields["rollback"]
         if self.states is None:
             del fields["states"]
+        for name in ("heads", "shared"):
+            if not fields[name]:
+                del fields[name]
         return fields
+
+    def heads_of(self, layer: int) -> tuple[int, int]:
+        """num_kv_heads and head_dim of a layer."""
+        kv_heads, dim = self.heads[layer] if self.heads else (self.num_kv_heads, self.head_dim)
+        return kv_heads, dim
 
 
 class AccountModel(Strict):
@@ -248,8 +267,7 @@ class Metadata(Strict):
             "frequencies" in layer.key.tensors for layer in self.layers
         ):
             raise ValueError(f"frequencies of keys go with format_version {MEAN_VERSION}")
-        if self.cache.num_heads % self.cache.num_kv_heads:
-            raise ValueError("num_heads is not a multiple of num_kv_heads")
+        self._check_heads()
         for i, layer in enumerate(self.layers):
             if "frequencies" in layer.key.tensors and "offset" not in layer.key.tensors:
                 raise ValueError(
@@ -263,9 +281,9 @@ class Metadata(Strict):
                 if len(set(side.tensors)) != len(side.tensors):
                     raise ValueError(f"layer {i}: a tensor is listed twice")
                 fmt = side.format.build()
-                if fmt.head_dim != self.cache.head_dim:
+                if fmt.head_dim != (dim := self.cache.heads_of(i)[1]):
                     raise ValueError(
-                        f"layer {i}: a format covers {fmt.head_dim} channels, but head_dim is {self.cache.head_dim}"
+                        f"layer {i}: a format covers {fmt.head_dim} channels, but head_dim is {dim}"
                     )
                 if abs(fmt.payload_bits - side.payload_bits) > 1e-9:
                     raise ValueError(
@@ -273,12 +291,41 @@ class Metadata(Strict):
                     )
         return self
 
+    def _check_heads(self) -> None:
+        """Raises ValueError if `heads`, `shared` and the numbers of heads don't go together."""
+        c = self.cache
+        stated = {"heads", "shared"} & c.model_fields_set
+        if bool(stated) != (self.format_version == HEADS_VERSION) or not all(
+            getattr(c, name) for name in stated
+        ):
+            raise ValueError(
+                f"cache.heads or cache.shared and format_version {HEADS_VERSION} go together"
+            )
+        shapes = [tuple(x) for x in c.heads]
+        if shapes and (
+            len(shapes) != c.num_layers
+            or len(set(shapes)) == 1
+            or shapes[0] != (c.num_kv_heads, c.head_dim)
+        ):
+            raise ValueError(
+                f"cache.heads must be of each of {c.num_layers} layers, which differ, the first having the "
+                f"{c.num_kv_heads} KV heads and the head_dim {c.head_dim} that are stated besides"
+            )
+        if c.shared != sorted({i for i in c.shared if i < c.num_layers}):
+            raise ValueError(
+                f"cache.shared must have numbers of some of {c.num_layers} layers, rising"
+            )
+        if any(c.num_heads % c.heads_of(i)[0] for i in range(c.num_layers)):
+            raise ValueError("num_heads is not a multiple of num_kv_heads")
+
     @property
     def geometry(self) -> Geometry:
         c = self.cache
         shape = c.num_kv_heads, c.head_dim, c.sinks, c.window, c.page_tokens
         states = 0 if c.states is None else c.states.nbytes()
-        return Geometry(*shape, tuple(c.sliding), c.rollback or 0, states)
+        heads = tuple(c.heads_of(i) for i in range(c.num_layers)) if c.heads else ()
+        rollback = c.rollback or 0
+        return Geometry(*shape, tuple(c.sliding), rollback, states, heads, tuple(c.shared))
 
     @property
     def formats(self) -> list[tuple[Format, Format]]:
@@ -330,9 +377,9 @@ def parse_metadata(text: str, name: str = METADATA_NAME) -> Metadata:
             f"{name} is not JSON ({error}); the artifact is damaged, write or download it again."
         ) from None
     version = data.get("format_version") if isinstance(data, dict) else None
-    if version not in range(FORMAT_VERSION, STATES_VERSION + 1):
+    if version not in range(FORMAT_VERSION, HEADS_VERSION + 1):
         raise KvfoldError(
-            f"{name} has format_version {version!r}, but this kvfold reads {FORMAT_VERSION} to {STATES_VERSION}; use "
+            f"{name} has format_version {version!r}, but this kvfold reads {FORMAT_VERSION} to {HEADS_VERSION}; use "
             "the kvfold that wrote it."
         )
     digest = data.pop("digest", None)

@@ -104,6 +104,7 @@ class Attachment:
             model.kv_triton
             and not self.calls.offload
             and not keeps_states(model.config)  # a step that is captured runs more than once
+            and not self.calls.geometry.shared  # whose handles are read more than once
             and model.device.type in DecodingStep.devices
         )
 

@@ -60,6 +60,8 @@ class PackedLayer(SizedLayer):
         self.steps = (
             backend if isinstance(backend, StepBackend) else None
         )  # takes a decoding step in one go
+        # other layers of the model read it too, behind its own attention
+        self.is_shared = layer_idx in shared.geometry.shared
         self._planned: list[list[int]] = []  # before there are sequences
 
     @neutrally
@@ -103,7 +105,8 @@ class PackedLayer(SizedLayer):
         tokens = key_states.shape[2]
         pads = self.shared.pads(self.batch_size)
         skips = [min(max(pad - self.columns, 0), tokens) for pad in pads]
-        if self.steps is not None and self.shared.plain and tokens == 1 and not any(skips):
+        one = tokens == 1 and not any(skips) and not self.is_shared
+        if self.steps is not None and self.shared.plain and one:
             view = self.defer(key_states, value_states)
         else:
             view = self.store(key_states, value_states, skips, pads)
@@ -188,7 +191,8 @@ class PackedLayer(SizedLayer):
             self.table.bring()
         out = backend.attend(self.held.record(), rows, query, scaling, options, mask)
         self.table.pool.written()
-        self.release_passed()
+        if not self.is_shared:
+            self.release_passed()
         return out
 
     def append_and_attend(
@@ -212,7 +216,7 @@ class PackedLayer(SizedLayer):
 
     def release_passed(self) -> None:
         """Frees pages that lie behind a sliding window of every query to come; called once the
-        latest queries have attended."""
+        latest queries have attended, those of other layers included."""
         if self.sliding and self.is_initialized:
             self.table.drop_passed(self.geometry, self.sliding)
 

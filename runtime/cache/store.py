@@ -43,15 +43,15 @@ class LayerStore:
 
     @property
     def geometry(self) -> Geometry:
-        """Sinks, window, page size and head shape."""
-        return self.shared.geometry
+        """Sinks, window, page size and the layer's head shape."""
+        return self.shared.geometry.of_layer(self.layer_idx)
 
     def record(self, marks: Tensor | None = None) -> LayerTensors:
         """The layer's tensors, for a backend."""
         window, table = self.window, self.table
         return LayerTensors(
             self.layer_idx,
-            self.shared.geometry,
+            self.geometry,
             self.rungs,
             window.keys,
             window.values,

@@ -19,7 +19,7 @@ from transformers import Cache
 from transformers.masking_utils import find_packed_sequence_indices
 
 from kvfold.errors import KvfoldError
-from kvfold.exports.architectures import BOTH_WAYS
+from kvfold.exports.architectures import looks_both_ways
 from kvfold.runtime.backends.base import NAME
 from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.calls.hybrid import check_continued, check_lone_padding, check_state_mask
@@ -90,8 +90,9 @@ class Gate:
                 f"attn_implementation='{config._attn_implementation}' reads no packed cache; go back with "
                 f"model.set_attn_implementation('{NAME}'), or run the call {HOW}."
             )
+        both = getattr(config, "use_bidirectional_attention", False)
         if (
-            getattr(config, "use_bidirectional_attention", False)
+            (both and both != "vision")  # tokens of an image alone, see check_options
             or getattr(config, "is_causal", True) is False
         ):
             raise KvfoldError(
@@ -165,8 +166,12 @@ class Gate:
                 f"{HOW} after model.set_attn_implementation('eager')."
             )
         types = kwargs.get("token_type_ids")
-        images = kwargs.get("pixel_values") is not None or (types is not None and bool(types.any()))
-        if images and module.config.model_type in BOTH_WAYS:
+        types = kwargs.get("mm_token_type_ids") if types is None else types
+        given = any(
+            kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos")
+        )
+        images = given or (types is not None and bool(types.any()))
+        if images and looks_both_ways(module.config):
             raise KvfoldError(
                 f"Tokens of an image look at later ones in a '{module.config.model_type}' model, but a packed cache is "
                 f"causal; give text alone, or run the call {HOW}."

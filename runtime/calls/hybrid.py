@@ -12,7 +12,8 @@ from kvfold.runtime.cache.cache import QuantizedKVCache
 
 
 def check_states(cache: CacheModel, rollback: int | None, cuda_graph: bool | str) -> None:
-    """Refuses options of load_pretrained that layers with states can't follow.
+    """Refuses options of load_pretrained that layers with states, or layers that read others' keys
+    and values, can't follow.
 
     Args:
         cache: of the artifact.
@@ -20,6 +21,11 @@ def check_states(cache: CacheModel, rollback: int | None, cuda_graph: bool | str
     Raises:
         KvfoldError: naming the option.
     """
+    if cuda_graph is True and cache.shared:
+        raise KvfoldError(
+            "cuda_graph=True captures a step, in which each layer stores its token and attends at once, but layers of "
+            "this model read the keys and values of others; leave cuda_graph out."
+        )
     if cache.states is None:
         return
     if rollback:

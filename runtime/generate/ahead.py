@@ -41,9 +41,9 @@ def templates(kinds: Iterable[Kind]) -> list[Kind]:
     for kind in kinds:
         key = kind.spec.key
         if not key.format.raw:  # which has no basis that the others could have
-            found.setdefault(
-                (kind.sliding > 0, key.turns, key.matrix is None, key.offset is None), kind
-            )
+            sort = kind.sliding > 0, key.turns, key.matrix is None, key.offset is None
+            own = kind.num_kv_heads, key.format.head_dim, kind.shared
+            found.setdefault((*sort, *own), kind)
     return list(found.values())
 
 
@@ -119,9 +119,11 @@ def stamp(task: dict[str, Any]) -> Path | None:
     from kvfold.kernels.compile import kernel_cache
 
     kinds, geometry, heads, dtype = read_kinds(Path(task["folder"]), _dtype(task))
-    listed = set(catalogue.pairs(geometry.head_dim))
+    dims = {kind.spec.key.format.head_dim for kind in kinds}
+    listed = {pair for dim in dims for pair in catalogue.pairs(dim)}
     if not any((kind.spec.key.format, kind.spec.value.format) in listed for kind in kinds):
         return None
+    several = len(dims) > 1 or any(kind.shared for kind in kinds)
     sorts = [
         (
             kind.sliding > 0,
@@ -129,6 +131,7 @@ def stamp(task: dict[str, Any]) -> Path | None:
             kind.sinks_logit,
             kind.spec.key.turns,
             kind.spec.key.matrix is None,
+            *((kind.num_kv_heads, kind.spec.key.format.head_dim, kind.shared) if several else ()),
         )
         for kind in templates(kinds)
     ]

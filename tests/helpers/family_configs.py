@@ -69,6 +69,13 @@ OWN: dict[str, dict[str, Any]] = {
     "flex_olmo": {},
     "flint": TWO,
     "gemma": {},
+    # heads of two shapes; the last two layers read the keys and values of the two before them
+    "gemma4_text": {
+        **BY_TYPE, "num_hidden_layers": 6, "layer_types": [SLIDING, SLIDING, FULL, SLIDING, FULL, FULL],
+        "sliding_window": 40, "global_head_dim": 32, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 128, "final_logit_softcapping": 5.0, "pad_token_id": 0,
+        "use_double_wide_mlp": True,
+    },
     "glm": HALF,
     "glm4": HALF,
     "glm4_moe": {**HALF, "use_qk_norm": True},
@@ -187,6 +194,7 @@ def config_of(family: str, **own: Any) -> Any:
         return _tower(family)
     kind: Any = CONFIG_MAPPING[family]
     default, names = kind(), getattr(kind, "attribute_map", {})
+    default.allow_global_per_layer_attribute_access = True  # of heads that layers differ in
     fields = {k: v for k, v in FIELDS.items() if hasattr(default, k) and k not in names}
     fields = {k: v for k, v in fields.items() if not isinstance(getattr(kind, k, None), property)}
     return kind(**{**fields, **OWN.get(family, {}), **own})
