@@ -34,6 +34,10 @@ MARK = (
 )
 
 
+# of tokens, not 0 where an image's are
+TYPES = ("token_type_ids", "mm_token_type_ids")
+
+
 class Gate:
     """The checks of one model's calls.
 
@@ -165,13 +169,11 @@ class Gate:
                 "leave it out, or run the call "
                 f"{HOW} after model.set_attn_implementation('eager')."
             )
-        types = kwargs.get("token_type_ids")
-        types = kwargs.get("mm_token_type_ids") if types is None else types
-        given = any(
-            kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos")
-        )
-        images = given or (types is not None and bool(types.any()))
-        if images and looks_both_ways(module.config):
+        if looks_both_ways(module.config) and any(
+            x is not None and (name.startswith("pixel_values") or bool(x.any()))
+            for name, x in kwargs.items()
+            if name.startswith("pixel_values") or name in TYPES
+        ):
             raise KvfoldError(
                 f"Tokens of an image look at later ones in a '{module.config.model_type}' model, but a packed cache is "
                 f"causal; give text alone, or run the call {HOW}."

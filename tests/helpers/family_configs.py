@@ -144,6 +144,7 @@ SECTIONS = _rope(mrope_section=[2, 3, 3])
 # 28 × 28
 TOWERS: dict[str, tuple[str, dict[str, Any], int]] = {
     "gemma3": ("gemma3_text", {**TWO, **BY_TYPE, "mm_tokens_per_image": 4}, 4),
+    "gemma4": ("gemma4_text", {}, 4),
     "idefics3": ("llama", {"scale_factor": 2}, 4),
     "internvl": ("qwen2", {}, 4),
     "llava": ("llama", {}, 16),
@@ -159,7 +160,7 @@ VISION = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "num_channels": 3,
     "head_dim": 16, "image_size": 28, "patch_size": 7, "depth": 1, "num_heads": 2, "embed_dim": 32,
     "fullatt_block_indexes": [0], "deepstack_visual_indexes": [0], "window_size": 28, "num_position_embeddings": 16,
-    "out_hidden_size": 64,
+    "out_hidden_size": 64, "num_key_value_heads": 2, "pooling_kernel_size": 2, "position_embedding_size": 16,
 }  # fmt: skip
 IMAGE = 31  # a token that no text of the tests has
 
@@ -168,15 +169,11 @@ def _tower(family: str) -> Any:
     """A tiny config of images and text."""
     kind: Any = CONFIG_MAPPING[family]
     default, (text, fields, _) = kind(), TOWERS[family]
-    kinds, own = (
-        type(default.vision_config),
-        {k: v for k, v in fields.items() if hasattr(default, k)},
-    )
-    vision = {k: v for k, v in VISION.items() if hasattr(default.vision_config, k)}
+    tower = default.vision_config or CONFIG_MAPPING[f"{family}_vision"]()
+    kinds, own = type(tower), {k: v for k, v in fields.items() if hasattr(default, k)}
+    vision = {k: v for k, v in VISION.items() if hasattr(tower, k)}
     twice = {
-        k
-        for k in ("image_size", "patch_size")
-        if isinstance(getattr(default.vision_config, k, 0), list | tuple)
+        k for k in ("image_size", "patch_size") if isinstance(getattr(tower, k, 0), list | tuple)
     }
     vision = {k: [v, v] if k in twice else v for k, v in vision.items()}
     vision = {k: v for k, v in vision.items() if k not in getattr(kinds, "attribute_map", {})}
