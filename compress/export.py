@@ -207,6 +207,8 @@ def _metadata(plan: Plan, found: Found, specs: list[LayerSpec], dtype: torch.dty
         optional["heads"] = [list(x) for x in g.heads]
     if g.shared:
         optional["shared"] = list(g.shared)
+    if g.chunked:
+        optional["chunked"] = True
     if pairs != "halves":
         optional["rope_pairs"] = pairs
     nbytes = cache_nbytes(g, formats, at)
@@ -219,7 +221,7 @@ def _metadata(plan: Plan, found: Found, specs: list[LayerSpec], dtype: torch.dty
     lengths = [2**i for i in range(9, 31) if 2**i <= text_of(plan.config).max_position_embeddings]
     usual = ROLLBACK_VERSION if plan.states is None else STATES_VERSION
     return Metadata(
-        format_version=HEADS_VERSION if g.heads or g.shared else usual,
+        format_version=HEADS_VERSION if g.heads or g.shared or g.chunked else usual,
         cache=CacheModel(
             num_layers=plan.num_layers,
             num_heads=text_of(plan.config).num_attention_heads,

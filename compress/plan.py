@@ -23,12 +23,13 @@ from kvfold.exports.architectures import (
     attention_layers_of,
     head_dim_of,
     heads_of,
+    is_chunked,
     rotary_dim_of,
     shared_layers_of,
     sliding_windows_of,
     text_of,
 )
-from kvfold.exports.schema import StatesModel
+from kvfold.exports.cache_model import StatesModel
 from kvfold.kernels.formats import Format
 from kvfold.pretrained import tokenizer_from_pretrained
 
@@ -128,6 +129,7 @@ def make_plan(
         0 if states is None else states.nbytes(),
         heads if len(set(heads)) > 1 else (),
         shared_layers_of(config),
+        is_chunked(config),
     )
     layers = len(heads)
     allowance = parse_budget(budget, geometry, layers, text.max_position_embeddings, context)

@@ -63,6 +63,8 @@ class Geometry:
             where all layers attend.
         heads: (num_kv_heads, head_dim) of each layer, where layers differ; else empty.
         shared: layers whose keys and values later layers read too.
+        chunked: what a query of a layer that slides sees at the most are the tokens of its chunk,
+            counted from the sequence's first, and not the latest ones.
     """
 
     num_kv_heads: int
@@ -75,6 +77,7 @@ class Geometry:
     state_nbytes: int = 0
     heads: tuple[tuple[int, int], ...] = ()
     shared: tuple[int, ...] = ()
+    chunked: bool = False
 
     def of_layer(self, layer: int) -> "Geometry":
         """The same with the heads of one layer, for all that is asked of a single layer."""

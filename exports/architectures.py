@@ -18,8 +18,9 @@ from kvfold.exports.refused import ALIBI, BOTH, FIELDS, REFUSED
 
 __all__ = [
     "ARCHITECTURES", "BOTH_WAYS", "TEXT_ALONE", "TOWERS", "Architecture", "architecture_of", "attention_layers_of",
-    "head_dim_of", "heads_of", "hybrid_of", "keeps_states", "last_norm_of", "logits_of", "looks_both_ways",
-    "num_kv_heads_of", "readers_of", "rotary_dim_of", "row_of", "shared_layers_of", "sliding_windows_of", "text_of",
+    "head_dim_of", "heads_of", "hybrid_of", "is_chunked", "keeps_states", "last_norm_of", "logits_of",
+    "looks_both_ways", "num_kv_heads_of", "readers_of", "rotary_dim_of", "row_of", "shared_layers_of",
+    "sliding_windows_of", "text_of",
 ]  # fmt: skip
 
 
@@ -163,22 +164,27 @@ def keeps_states(config: Any) -> bool:
 
 def sliding_windows_of(config: Any) -> tuple[int, ...]:
     """For each layer that attends the tokens that a query sees at the most, itself included, 0 for
-    all; empty if no layer slides."""
+    all; empty if no layer slides. Of a layer that attends in chunks a chunk's length."""
     config = text_of(config)
-    window = getattr(config, "sliding_window", None) or 0
+    rule = ARCHITECTURES[config.model_type].sliding
+    named = "chunked_attention" if rule == "chunks" else "sliding_attention"
+    field = "attention_chunk_size" if rule == "chunks" else "sliding_window"
+    window = getattr(config, field, None) or 0
     if getattr(config, "use_sliding_window", True) is False:
         window = 0
-    rule = ARCHITECTURES[config.model_type].sliding
     count = config.num_hidden_layers
     types = (
         config.layer_types
-        if rule == "layer_types"
+        if rule in ("layer_types", "chunks")
         else ["sliding_attention" if rule == "all" else ""] * count
     )
-    windows = tuple(
-        window if types[i] == "sliding_attention" else 0 for i in attention_layers_of(config)
-    )
+    windows = tuple(window if types[i] == named else 0 for i in attention_layers_of(config))
     return windows if any(windows) else ()
+
+
+def is_chunked(config: Any) -> bool:
+    """Whether what a layer sees at the most are the tokens of a chunk, and not the latest ones."""
+    return row_of(config).sliding == "chunks" and bool(sliding_windows_of(config))
 
 
 def looks_both_ways(config: Any) -> bool:
@@ -190,8 +196,8 @@ def looks_both_ways(config: Any) -> bool:
 
 def last_norm_of(model: Any) -> Any:
     """A causal LM's norm before its head."""
-    base = getattr(model.base_model, TOWERS.get(model.config.model_type, ""), model.base_model)
-    return getattr(base, row_of(model.config).last_norm)
+    row = replace(row_of(model.config), tower=TOWERS.get(model.config.model_type, ""))
+    return getattr(row.language_model(model), row.last_norm)
 
 
 def logits_of(model: Any, hidden: Any) -> Any:

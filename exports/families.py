@@ -37,7 +37,8 @@ class Architecture:
             are equal.
         rope_if_sliding: where some layers slide, only those have RoPE.
         sliding: layers that attend in a window of config.sliding_window tokens: "none", "all", or
-            those that "layer_types" names.
+            those that "layer_types" names; "chunks": those that it names attend within chunks of
+            config.attention_chunk_size tokens, counted from each sequence's first.
         sink_logits: a learned logit of each head joins the denominator of its softmax.
         logit_factor, logit_divisor: fields of the config by which the head's logits are multiplied
             or divided.
@@ -71,7 +72,7 @@ class Architecture:
     rope_pairs: RopePairs = "halves"
     rope_axes: int = 1
     rope_if_sliding: bool = False
-    sliding: Literal["none", "all", "layer_types"] = "none"
+    sliding: Literal["none", "all", "layer_types", "chunks"] = "none"
     sink_logits: bool = False
     logit_factor: str = ""
     logit_divisor: str = ""
@@ -85,7 +86,10 @@ class Architecture:
 
     def language_model(self, model: Any) -> Any:
         """What turns tokens into the hidden states that the head reads."""
-        return getattr(model.base_model, self.tower) if self.tower else model.base_model
+        if self.tower:
+            return getattr(model.base_model, self.tower)
+        base = model.base_model
+        return base.model if base is model else base  # a family may misname its own
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         layers = model.get_submodule(self.layers)
@@ -209,6 +213,13 @@ ARCHITECTURES = {
         Architecture("qwen3_vl_text", qk_norm=True, rope_axes=3),
         Architecture("qwen3_vl_moe_text", qk_norm=True, rope_axes=3),
         # RoPE turns channels 2i and 2i + 1
+        Architecture(  # and not in each layer; queries of the others grow with the position
+            "llama4_text",
+            norms=("qk_norm", "qk_norm"),  # without weights
+            rope_pairs="adjacent",
+            sliding="chunks",
+            **_AFTER,
+        ),
         Architecture("glm", rope_pairs="adjacent"),
         Architecture("glm4", rope_pairs="adjacent"),
         Architecture("ernie4_5", rope_pairs="adjacent"),

@@ -15,6 +15,7 @@ from kvfold.exports.architectures import (
     architecture_of,
     attention_layers_of,
     heads_of,
+    is_chunked,
     keeps_states,
     shared_layers_of,
     sliding_windows_of,
@@ -277,6 +278,10 @@ def _check_config(path: Path, metadata: Metadata) -> None:
         raise KvfoldError(
             f"config.json has other layers read the keys and values of layers {shared}, but {METADATA_NAME} says "
             f"{tuple(cache.shared)}; {AGAIN}."
+        )
+    if cache.chunked != is_chunked(config):
+        raise KvfoldError(
+            f"config.json and {METADATA_NAME} (cache.chunked) differ in whether layers attend in chunks; {AGAIN}."
         )
     shards = (
         [WEIGHTS] if WEIGHTS in metadata.files else sorted(set(read_index(path / INDEX).values()))

@@ -26,7 +26,6 @@ _SUB_NORM = (
 )
 _OWN_CODE = "it computes attention inside its own code, where no packed cache can be read"
 _LEARNED = "its attention has other projections than q_proj, k_proj, v_proj and o_proj, and learned positions"
-_CHUNKED = "some of its layers attend in chunks, which the packed cache does not know"
 _VALUE_DIM = "its values have another head_dim than its keys"
 _MASKED = "it computes its mask from the values, inside its own code"
 _DIFFERENTIAL = (
@@ -55,7 +54,6 @@ REFUSED = {
     **dict.fromkeys(("gpt_neox_japanese", "gptj", "codegen"), _OWN_CODE),
     "dbrx": _CLIPPED,
     **dict.fromkeys(("gpt2", "gpt-sw3", "gpt_bigcode", "gpt_neo", "opt", "biogpt", "xglm"), _LEARNED),
-    "llama4_text": _CHUNKED,
     "mimo_v2_flash": _VALUE_DIM,
 }  # fmt: skip
 

@@ -105,6 +105,7 @@ class Attachment:
             and not self.calls.offload
             and not keeps_states(model.config)  # a step that is captured runs more than once
             and not self.calls.geometry.shared  # whose handles are read more than once
+            and not self.calls.geometry.chunked  # whose code counts tokens on the host
             and model.device.type in DecodingStep.devices
         )
 

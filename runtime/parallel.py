@@ -14,8 +14,8 @@ import torch
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import text_of
+from kvfold.exports.cache_model import CacheModel
 from kvfold.exports.reader import Artifact
-from kvfold.exports.schema import CacheModel
 
 DIVIDED = "colwise"  # what transformers' plans say of a projection whose outputs are divided
 KEYS = ("k_proj", "query_key_value")

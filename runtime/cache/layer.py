@@ -105,12 +105,19 @@ class PackedLayer(SizedLayer):
         tokens = key_states.shape[2]
         pads = self.shared.pads(self.batch_size)
         skips = [min(max(pad - self.columns, 0), tokens) for pad in pads]
-        one = tokens == 1 and not any(skips) and not self.is_shared
+        one = tokens == 1 and not any(skips) and not self.is_shared and not self.cut(tokens)
         if self.steps is not None and self.shared.plain and one:
             view = self.defer(key_states, value_states)
         else:
             view = self.store(key_states, value_states, skips, pads)
         return view, view
+
+    def cut(self, tokens: int = 0) -> bool:
+        """Whether queries see less than the tokens before them or the latest of these, once `tokens`
+        columns more have come: the layer attends in chunks, and a sequence has more than one."""
+        if not self.geometry.chunked or not self.sliding:
+            return False
+        return max(self.lengths(), default=0) + tokens > self.sliding
 
     def plan(self, rungs: list[list[int]]) -> None:
         """Says which rungs each sequence's next pages are written on, oldest first; [] for the
@@ -186,7 +193,8 @@ class PackedLayer(SizedLayer):
         mask: Tensor | None,
     ) -> Tensor:
         """Attention over what `store` stored; see Backend.attend."""
-        backend = self.backend if self.shared.plain or self.backend.reads_masks else REFERENCE
+        plain = self.shared.plain and not self.cut()
+        backend = self.backend if plain or self.backend.reads_masks else REFERENCE
         if backend.reads_addresses:
             self.table.bring()
         out = backend.attend(self.held.record(), rows, query, scaling, options, mask)

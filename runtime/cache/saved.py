@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
-from kvfold.exports.schema import MOST_TOKENS
+from kvfold.exports.cache_model import MOST_TOKENS
 from kvfold.kernels.formats import Format
 
 GONE = -1  # a page that a sliding window has left behind

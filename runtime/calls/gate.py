@@ -230,6 +230,12 @@ class Gate:
                 mask, Place(seen, count, pads, windows), tokens.device
             )
             cache.shared.set_plain(plain)
+        cut = cache.geometry.chunked and any(layer.cut(count) for layer in cache.layers)
+        if cut and not cache.layers[0].backend.reads_masks:
+            self.tell(
+                "chunks", "layers that attend in chunks have come to their second one, which the Triton kernels don't "
+                "know; the plain-torch reference, which is slower, computes them"
+            )  # fmt: skip
         if not cache.shared.plain and not cache.layers[0].backend.reads_masks:
             self.tell(
                 "mask", "attention_mask hides more than left padding, which the Triton kernels "

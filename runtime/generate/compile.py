@@ -17,6 +17,7 @@ from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import (
     ARCHITECTURES,
     heads_of,
+    is_chunked,
     shared_layers_of,
     sliding_windows_of,
 )
@@ -76,6 +77,8 @@ def kinds_of(specs: Sequence[LayerSpec], config: Any) -> list[Kind]:
     """The distinct kinds of layers among `specs`, one a layer of a model of this config."""
     text = config.get_text_config()
     sliding = sliding_windows_of(text) or [0] * len(specs)
+    if is_chunked(text):  # kernels run while there is one chunk, all of which is seen
+        sliding = [0] * len(specs)
     shapes, shared = heads_of(text), shared_layers_of(text)
     heads = [count if len(set(shapes)) > 1 else 0 for count, _ in shapes]
     cap = getattr(text, "attn_logit_softcapping", None)

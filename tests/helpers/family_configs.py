@@ -105,6 +105,10 @@ OWN: dict[str, dict[str, Any]] = {
         **BY_TYPE, "num_hidden_layers": 4, "layer_types": ["conv", FULL, "conv", SLIDING], "sliding_window": 40,
         "use_attention_gate": True,
     },
+    "llama4_text": {
+        "num_hidden_layers": 4, "no_rope_layers": [1, 1, 0, 1], "attention_chunk_size": 40,
+        "interleave_moe_layer_step": 2, "intermediate_size_mlp": 96,
+    },
     "mellum": {**TWO, **BY_TYPE, **SPARSE},
     "minimax_m2": HALF,
     "ministral": TWO,
