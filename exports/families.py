@@ -86,9 +86,9 @@ class Architecture:
 
     def language_model(self, model: Any) -> Any:
         """What turns tokens into the hidden states that the head reads."""
-        if self.tower:
-            return getattr(model.base_model, self.tower)
         base = model.base_model
+        if self.tower:
+            return getattr(base, self.tower)
         return base.model if base is model else base  # a family may misname its own
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
@@ -283,7 +283,7 @@ TOWERS = {
 }
 # checkpoints of several towers that transformers reads as their language model alone, which is what
 # is compressed then
-TEXT_ALONE = {"qwen3_5", "qwen3_5_moe"}
+TEXT_ALONE = {"llama4", "qwen3_5", "qwen3_5_moe"}
 # whose tokens of an image attend to each other, also to later ones; smaller models of gemma4 don't
 BOTH_WAYS = {"gemma3", "gemma4"}
 

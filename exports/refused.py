@@ -38,8 +38,7 @@ REFUSED = {
          "glm4_moe_lite", "glm_moe_dsa", "youtu", "axk1", "axk2", "hy_v4", "dots3_note_text",
          "kimi_linear", "bailing_hybrid"), _MLA),
     **dict.fromkeys(("bloom", "mpt", "baichuan"), ALIBI),
-    **dict.fromkeys(
-        ("mllama", "llama4"), _MULTIMODAL),
+    "mllama": _MULTIMODAL,
     **dict.fromkeys(("gemma3n", "gemma3n_text"), _SHARED),
     **dict.fromkeys(("zamba", "zamba2"), _TIED),
     "recurrent_gemma": _OWN_STATES,

@@ -310,8 +310,14 @@ def test_heads_of_several_shapes_and_shared_layers_are_version_7():
         with pytest.raises(KvfoldError, match=said):
             parse_metadata(dump_fields(broken))
     plain = {**FIELDS["cache"], "rollback": 0}
-    with pytest.raises(KvfoldError, match=together):
-        parse_metadata(dump_fields({**FIELDS, "format_version": 7, "cache": plain}))
+    for more, said in (
+        ({}, together), ({"chunked": False}, together), ({"chunked": True}, "but there are none"),
+    ):  # fmt: skip
+        with pytest.raises(KvfoldError, match=said):
+            parse_metadata(dump_fields({**FIELDS, "format_version": 7, "cache": {**plain, **more}}))
+    chunks = {**plain, "sliding": [30, 0], "chunked": True}
+    metadata = parse_metadata(dump_fields({**FIELDS, "format_version": 7, "cache": chunks}))
+    assert metadata.geometry.chunked and metadata.model_dump()["cache"] == chunks
 
 
 def test_states_are_version_6():
