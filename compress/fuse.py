@@ -133,7 +133,7 @@ def fuse_values(attention: Any, matrix: Tensor, gate: str = "") -> dict[str, Ten
         attention: the attention module; not changed.
         matrix: float64 [Hkv, D, D], invertible; with a gate, a permutation times a positive scale of
             each channel; the identity where values come of the keys' projection.
-        gate: of the family's row in the table (exports/architectures.py).
+        gate: of the family's row in the table (exports/families.py).
     Returns:
         New parameters by name ("v_proj.weight", …), float64.
     """
