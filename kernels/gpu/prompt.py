@@ -29,6 +29,7 @@ from kvfold.kernels.kinds.storage import FIELDS
 from kvfold.kernels.pages import anchor
 
 SCRATCH_NBYTES = 64 << 20  # of decoded keys and values at a time
+FLASH_DIM = 256  # the most channels of a head that PyTorch's flash attention has
 KEY_SCALE = 64.0  # decoded keys carry the softmax scale; times this they lie in float16's middle
 
 
@@ -119,6 +120,11 @@ def plain_attention(
         (float16 [1, Hkv, T, head_dim], float32 [1, Hkv, T], natural logarithms of the sums of
         weights)
     """
+    if query.is_cuda and query.shape[-1] > FLASH_DIM:
+        out, sums, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, keys, values, None, True, scale=scale
+        )
+        return out, sums[..., : query.shape[2]]  # which is padded
     if query.is_cuda:
         found = torch.ops.aten._scaled_dot_product_flash_attention(
             query, keys, values, 0.0, False, False, scale=scale
