@@ -119,6 +119,9 @@ _LAYERNORMS: dict[str, Any] = {"qk_norm": True, "norms": ("q_layernorm", "k_laye
 _GRANITE_SWA: dict[str, Any] = {
     "sliding": "layer_types", "sink_logits": True, "logit_divisor": "logits_scaling",
 }  # fmt: skip
+_GEMMA4: dict[str, Any] = {
+    "qk_norm": True, "rope_by_type": True, "sliding": "layer_types", "by_layer": True, "value_norm": True,
+}  # fmt: skip
 _LFM: dict[str, Any] = {"hybrid": True, "last_norm": "embedding_norm", **_LAYERNORMS}
 _HYBRID_QWEN: dict[str, Any] = {
     "hybrid": True, "qk_norm": True, "norm_plus": 1.0, "gate": "q_proj",
@@ -141,14 +144,8 @@ ARCHITECTURES = {
             "gemma3_text", qk_norm=True, norm_plus=1.0, rope_by_type=True, sliding="layer_types"
         ),
         Architecture("phi3", sliding="all"),  # one qkv_proj
-        Architecture(
-            "gemma4_text",
-            qk_norm=True,
-            rope_by_type=True,
-            sliding="layer_types",
-            by_layer=True,
-            value_norm=True,
-        ),
+        Architecture("gemma4_text", **_GEMMA4),
+        Architecture("gemma4_unified_text", **_GEMMA4),
         Architecture("smollm3", sliding="layer_types"),  # layers without RoPE
         Architecture("gpt_oss", rope_halves=True, sliding="layer_types", sink_logits=True),
         Architecture("flint", sink_logits=True, **_EXAONE),
@@ -275,6 +272,7 @@ ARCHITECTURES = {
 # checkpoints of several towers, whose language model is of a family of the table: what the base
 # model calls it
 TOWERS = {
+    "gemma4_unified": "language_model",
     **dict.fromkeys(
         ("gemma3", "gemma4", "mistral3", "llava", "llava_next", "internvl"), "language_model"
     ),
@@ -285,7 +283,7 @@ TOWERS = {
 # is compressed then
 TEXT_ALONE = {"llama4", "qwen3_5", "qwen3_5_moe"}
 # whose tokens of an image attend to each other, also to later ones; smaller models of gemma4 don't
-BOTH_WAYS = {"gemma3", "gemma4"}
+BOTH_WAYS = {"gemma3", "gemma4", "gemma4_unified"}
 
 
 def text_of(config: Any) -> Any:

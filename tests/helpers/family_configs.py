@@ -48,6 +48,10 @@ MAMBA = {
     "mamba_chunk_size": 16,
 }
 LFM = {"num_hidden_layers": 4, "layer_types": ["conv", FULL, "conv", FULL]}
+GEMMA4 = {  # heads of two shapes
+    **BY_TYPE, "num_hidden_layers": 6, "layer_types": [SLIDING, SLIDING, FULL, SLIDING, FULL, FULL],
+    "sliding_window": 40, "global_head_dim": 32, "final_logit_softcapping": 5.0, "pad_token_id": 0,
+}  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
     "afmoe": {**TWO, "num_dense_layers": 1},
     "apertus": _rope(),
@@ -69,13 +73,12 @@ OWN: dict[str, dict[str, Any]] = {
     "flex_olmo": {},
     "flint": TWO,
     "gemma": {},
-    # heads of two shapes; the last two layers read the keys and values of the two before them
+    # the last two layers read the keys and values of one before them
     "gemma4_text": {
-        **BY_TYPE, "num_hidden_layers": 6, "layer_types": [SLIDING, SLIDING, FULL, SLIDING, FULL, FULL],
-        "sliding_window": 40, "global_head_dim": 32, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8,
-        "vocab_size_per_layer_input": 128, "final_logit_softcapping": 5.0, "pad_token_id": 0,
+        **GEMMA4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128,
         "use_double_wide_mlp": True,
     },
+    "gemma4_unified_text": {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
     "glm": HALF,
     "glm4": HALF,
     "glm4_moe": {**HALF, "use_qk_norm": True},
@@ -149,6 +152,7 @@ SECTIONS = _rope(mrope_section=[2, 3, 3])
 TOWERS: dict[str, tuple[str, dict[str, Any], int]] = {
     "gemma3": ("gemma3_text", {**TWO, **BY_TYPE, "mm_tokens_per_image": 4}, 4),
     "gemma4": ("gemma4_text", {}, 4),
+    "gemma4_unified": ("gemma4_unified_text", {}, 4),
     "idefics3": ("llama", {"scale_factor": 2}, 4),
     "internvl": ("qwen2", {}, 4),
     "llava": ("llama", {}, 16),
