@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.compress.calibrate import LayerStats, calibrate
+from kvfold.compress.calibrate import SKIP_TOKENS, LayerStats, calibrate
 from kvfold.compress.fuse import fuse_all, output_name, shares_scale, value_bases
 from kvfold.compress.memory import room_for_weights
 from kvfold.compress.models import load_model
@@ -19,6 +19,7 @@ from kvfold.compress.models.streamed import is_streamed, load_streamed, release,
 from kvfold.compress.plan import Plan, check_reach
 from kvfold.compress.processes import Processes
 from kvfold.compress.progress import progress, stage
+from kvfold.compress.readers import with_readers
 from kvfold.compress.recipe import LEAST_WINDOW
 from kvfold.compress.search.allocate import Choice, allocate, least_nbytes
 from kvfold.compress.search.allocate_shared import allocate_shared
@@ -116,14 +117,10 @@ def measure(
         check_model(
             model, plan.arch, plan.sequences[0], plan.source.name, recipe.key.transform == "smooth"
         )
-    stats = calibrate(
-        model,
-        plan.arch,
-        plan.sequences,
-        plan.steps,
-        recipe.calibration.sample_tokens,
-        statistics or work,
-    )
+    text = plan.sequences, plan.steps
+    kept = statistics or work
+    stats = calibrate(model, plan.arch, *text, recipe.calibration.sample_tokens, kept)
+    stats = with_readers(stats, model, plan.arch, *text, SKIP_TOKENS, kept)
     s = recipe.sensitivity
     sequences = [ids[:, : s.seq_len] for ids in plan.sequences[: s.num_sequences]]
     near = replace(geometry, window=min(geometry.window, PROBED_WINDOW))

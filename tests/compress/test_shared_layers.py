@@ -11,9 +11,12 @@ from family_configs import config_of
 
 from kvfold import KvfoldError, runtime
 from kvfold.autoclass import stock_from_pretrained
+from kvfold.compress.calibrate import SKIP_TOKENS, calibrate
 from kvfold.compress.models.attention_hook import NAME as TAP
+from kvfold.compress.models.attention_hook import tapped
 from kvfold.compress.pipeline import compress
 from kvfold.compress.plan import make_plan
+from kvfold.compress.readers import with_readers
 from kvfold.compress.recipe import Recipe
 from kvfold.compress.search import measure
 from kvfold.compress.search.fisher import Sweep
@@ -190,3 +193,31 @@ def test_options_that_cannot_be_are_refused(packed):
     recipe["value"] |= {"levels": []}
     with pytest.raises(KvfoldError, match=r"value.levels is empty, but values .* are normalised"):
         packed(recipe=Recipe.model_validate(recipe))
+
+
+@torch.no_grad()
+def test_queries_of_all_readers_count(made, tmp_path):
+    """As those of an ordinary pass do, and again where a run goes on."""
+    made(**MANY)
+    model = tiny_model("gemma4_text", attention=TAP)
+    arch, ids = architecture_of(model.config), IDS[:1, :60]
+    plain = calibrate(model, arch, [ids], [1], 32, tmp_path)
+    stats = with_readers(plain, model, arch, [ids], [1], SKIP_TOKENS, tmp_path)
+    assert all(stats[i] is plain[i] for i in (0, 2))
+    for layer, modules in ((1, (1, 6)), (3, (3, 4, 5))):
+        moments, seen = [], {}
+        for i in modules:
+            with tapped(
+                model.model.layers[i].self_attn,
+                lambda module, query, *rest, seen=seen, **extras: seen.update(query=query),
+            ):
+                model(ids, use_cache=False)
+            q = seen["query"][0, :, SKIP_TOKENS:].double().unflatten(0, (2, -1)).flatten(1, 2)
+            moments.append(q.mT @ q / q.shape[1])
+        torch.testing.assert_close(stats[layer].query_moment, torch.stack(moments).mean(0))
+        assert not torch.allclose(stats[layer].query_moment, plain[layer].query_moment)
+    kept = torch.equal(
+        with_readers(plain, model, arch, [ids], [7], SKIP_TOKENS, tmp_path)[1].query_moment,
+        stats[1].query_moment,
+    )
+    assert kept  # what the folder has is taken, whatever it was found with
