@@ -24,6 +24,9 @@ __all__ = [
 ]  # fmt: skip
 
 
+BY_LAYER = {"head_dim", "num_key_value_heads"}  # what layers may differ in
+
+
 def row_of(config: Any) -> Architecture:
     """The table row of a config's language model; the family must be supported."""
     return ARCHITECTURES[text_of(config).model_type]
@@ -86,6 +89,12 @@ def _head_dims(config: Any, row: Architecture) -> list[int]:
         )
     if not row.by_layer:
         return [head_dim_of(config)]
+    fields = config.to_dict().get("per_layer_config") or {}
+    if other := sorted({name for of_layer in fields.values() for name in of_layer} - BY_LAYER):
+        raise KvfoldError(
+            f"The layers of this '{row.model_type}' model differ in {other[0]} (per_layer_config), but kvfold knows of "
+            f"layers that differ in {' and '.join(sorted(BY_LAYER))}; give a model whose layers are alike in the rest."
+        )
     try:
         readers(config, row.hybrid)
         heads = heads_of(config)

@@ -21,17 +21,17 @@ def check_states(cache: CacheModel, rollback: int | None, cuda_graph: bool | str
     Raises:
         KvfoldError: naming the option.
     """
-    if cuda_graph is True and cache.shared:
-        raise KvfoldError(
-            "cuda_graph=True captures a step, in which each layer stores its token and attends at once, but layers of "
-            "this model read the keys and values of others; leave cuda_graph out."
-        )
-    if cuda_graph is True and cache.chunked:
-        raise KvfoldError(
-            "cuda_graph=True captures a step with all that the host has counted, but the code of this model, whose "
-            "layers attend in chunks, counts the tokens of each step there; leave cuda_graph out."
-        )
     if cache.states is None:
+        if cuda_graph is True and cache.shared:
+            raise KvfoldError(
+                "cuda_graph=True captures a step, in which each layer stores its token and attends at once, but layers "
+                "of this model read the keys and values of others; leave cuda_graph out."
+            )
+        if cuda_graph is True and cache.chunked:
+            raise KvfoldError(
+                "cuda_graph=True captures a step with all that the host has counted, but the code of this model, whose "
+                "layers attend in chunks, counts the tokens of each step there; leave cuda_graph out."
+            )
         return
     if rollback:
         raise KvfoldError(
