@@ -89,6 +89,13 @@ def _head_dims(config: Any, row: Architecture) -> list[int]:
         )
     if not row.by_layer:
         return [head_dim_of(config)]
+    if not (hasattr(type(config), "kv_sharing_modes") and hasattr(config, "per_layer_config")):
+        import transformers
+
+        raise KvfoldError(
+            f"transformers {transformers.__version__} does not say which layers of a '{row.model_type}' model share "
+            "keys and values; install a newer one, such as 5.23."
+        )
     fields = config.to_dict().get("per_layer_config") or {}
     if other := sorted({name for of_layer in fields.values() for name in of_layer} - BY_LAYER):
         raise KvfoldError(
