@@ -10,7 +10,10 @@ _MULTIMODAL = (
 _BOTH_WAYS = "it attends to later tokens (use_bidirectional_attention), which a cache does not hold"
 _CLIPPED = "it clamps values to a range (clip_qkv), which no basis of values can be folded through"
 BOTH = "use_bidirectional_attention"
-_SHARED = "its layers normalise values and share them with later layers, so no basis of values can be folded in"
+_ALTUP = (
+    "its layers pass on several streams of hidden states at once (AltUp), which no search that runs them one by one "
+    "follows"
+)
 _TIED = (
     "several of its layers share one attention module and differ in their keys and values, so no basis of values fits "
     "them all"
@@ -39,7 +42,7 @@ REFUSED = {
          "kimi_linear", "bailing_hybrid"), _MLA),
     **dict.fromkeys(("bloom", "mpt", "baichuan"), ALIBI),
     "mllama": _MULTIMODAL,
-    **dict.fromkeys(("gemma3n", "gemma3n_text"), _SHARED),
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), _ALTUP),
     **dict.fromkeys(("zamba", "zamba2"), _TIED),
     "recurrent_gemma": _OWN_STATES,
     "zaya": _DELAYED,

@@ -1,12 +1,17 @@
 """Falcon's three layouts of query_key_value, each through the whole product."""
 
+import copy
+
 import pytest
 import torch
-from conftest import CONFIGS, tiny_model
-from family_checks import BOUNDS, IDS, measure
+from conftest import CONFIGS, save_tiny, tiny_model
+from family_checks import BOUNDS, IDS, RECIPE, kl, measure
 from family_configs import config_of
 
+from kvfold import runtime
+from kvfold.autoclass import stock_from_pretrained
 from kvfold.compress.models.attention_hook import NAME as TAP
+from kvfold.compress.pipeline import compress
 from kvfold.exports.falcon import set_attention
 
 LAYOUTS = {
@@ -25,6 +30,27 @@ def test_every_layout_is_what_the_row_says(layout, tmp_path, no_plots, monkeypat
     assert not {
         name: value for name, value in found.items() if not value <= BOUNDS.get(name, value)
     }
+
+
+@torch.no_grad()
+def test_a_loaded_model_gives_its_own_attention_back(tmp_path, text_file, no_plots):
+    source = save_tiny(tmp_path / "model", "falcon", torch.float32)
+    path = compress(
+        str(source), "13", tmp_path / "out", calib=str(text_file), recipe=RECIPE, context=400
+    ).path
+    expected = stock_from_pretrained(path, dtype=torch.float32)(IDS, use_cache=False).logits
+    model = runtime.load_pretrained(path, device="cpu", attention="reference")
+    twin = copy.deepcopy(model)
+    with runtime.plain_cache(model):
+        torch.testing.assert_close(model(IDS).logits, expected)
+    packed = model(IDS).logits
+    assert 0 < kl(expected, packed) < 0.01 and torch.equal(twin(IDS).logits, packed)
+    model.save_pretrained(tmp_path / "again")
+    again = runtime.load_pretrained(tmp_path / "again", device="cpu", attention="reference")
+    assert torch.equal(again(IDS).logits, packed)
+    plain = model.kv_attachment.detach()
+    assert type(plain.transformer.h[0].self_attention).__module__.startswith("transformers.")
+    torch.testing.assert_close(plain(IDS).logits, expected)
 
 
 @torch.no_grad()
