@@ -138,9 +138,27 @@ def shared_layers_of(config: Any) -> tuple[int, ...]:
     return tuple(i for i, others in enumerate(readers_of(config).values()) if others)
 
 
+def _alike(config: Any) -> Any:
+    """The config itself.
+
+    Raises:
+        KvfoldError: it is of layers that differ in their heads.
+    """
+    if getattr(config, "is_heterogeneous", False):
+        raise KvfoldError(
+            f"Layers of this '{config.model_type}' model have heads of several shapes, but one is asked for; give a "
+            "model whose layers are alike."
+        )
+    return config
+
+
 def head_dim_of(config: Any) -> int:
-    """Channels of one head, of a model whose layers are alike."""
-    config = text_of(config)
+    """Channels of one head, of a model whose layers are alike.
+
+    Raises:
+        KvfoldError: they are not.
+    """
+    config = _alike(text_of(config))
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -231,8 +249,12 @@ def logits_of(model: Any, hidden: Any) -> Any:
 
 def num_kv_heads_of(config: Any) -> int:
     """Heads that keys and values have, of a model whose layers are alike; as many as queries have
-    without grouping."""
-    config = text_of(config)
+    without grouping.
+
+    Raises:
+        KvfoldError: they are not.
+    """
+    config = _alike(text_of(config))
     if config.model_type == "falcon":  # whose num_kv_heads counts in the new architecture alone
         if config.new_decoder_architecture:
             return config.num_kv_heads
