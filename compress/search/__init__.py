@@ -296,10 +296,17 @@ def choose(
     else:
         found = allocate(pairs, room)
     names = [[(k[i], v[j]) for i, j in row] for row, (k, v) in zip(places, kinds, strict=True)]
-    used = {names[g][c] for g, c in enumerate(found)}
-    if 0 < plan.recipe.pairs < len(used) and all(set(row) == set(names[0]) for row in names):
-        stage(f"choosing {plan.recipe.pairs} pairs of formats instead of {len(used)}")
-        found = allocate_shared(pairs, names, room, plan.recipe.pairs)
+    limit, alike = plan.recipe.pairs, [frozenset(row) for row in names]
+    # layers of one shape of heads, where there are several, have formats of their own
+    for offered in dict.fromkeys(alike) if geometry.heads or len(set(alike)) == 1 else ():
+        layers = [g for g in range(count) if alike[g] == offered]
+        used = {names[g][found[g]] for g in layers}
+        if 0 < limit < len(used):
+            stage(f"choosing {limit} pairs of formats instead of {len(used)}")
+            rest = sum(pairs[g][found[g]].nbytes for g in range(count) if g not in layers)
+            part = [pairs[g] for g in layers], [names[g] for g in layers]
+            for g, c in zip(layers, allocate_shared(*part, room - rest, limit), strict=True):
+                found[g] = c
     return [places[g][c] for g, c in enumerate(found)]
 
 
