@@ -29,8 +29,7 @@ from kvfold.compress.work import forget, keep, kept
 from kvfold.exports.architectures import (
     Architecture,
     attention_layers_of,
-    head_dim_of,
-    num_kv_heads_of,
+    heads_of,
 )
 
 SKIP_TOKENS = 8  # first tokens of each sequence: the sinks stay in 16 bits and are outliers
@@ -120,15 +119,19 @@ class LayerStats:
         )
 
 
-def output_metric(attention: Any, num_kv_heads: int, head_dim: int) -> Tensor:
-    """Mean of W_oᵀ W_o over each group's query heads, float64 [Hkv, D, D]."""
-    heads = (
-        getattr(attention, output_name(attention))
-        .weight.double()
-        .unflatten(1, (-1, head_dim))
-        .permute(1, 2, 0)
-    )  # [H, D, hidden]
-    return (heads @ heads.mT).unflatten(0, (num_kv_heads, -1)).mean(1)
+def output_metric(modules: Sequence[Any], num_kv_heads: int, head_dim: int) -> Tensor:
+    """Mean of W_oᵀ W_o over each group's query heads, of all attention modules that read the same
+    values: float64 [Hkv, D, D]."""
+    found = []
+    for attention in modules:
+        heads = (
+            getattr(attention, output_name(attention))
+            .weight.double()
+            .unflatten(1, (-1, head_dim))
+            .permute(1, 2, 0)
+        )  # [H, D, hidden]
+        found.append((heads @ heads.mT).unflatten(0, (num_kv_heads, -1)).mean(1))
+    return found[0] if len(found) == 1 else torch.stack(found).mean(0)
 
 
 def calibrate(
@@ -150,7 +153,6 @@ def calibrate(
     Returns:
         One a layer in process 0, which adds up and writes; [] in the others.
     """
-    layers = arch.decoder_layers(model)
     processes = Processes.current()
     share = processes.share([ids.shape[1] for ids in sequences])
     places = attention_layers_of(model.config)
@@ -162,7 +164,7 @@ def calibrate(
         return stats
     config = model.config
     device = next(model.parameters()).device
-    num_kv_heads, head_dim = num_kv_heads_of(config), head_dim_of(config)
+    heads, reading = heads_of(config), arch.reading_modules(model)
     runners = {i: LayerRunner(model, arch, sequences[i].to(device)) for i in share.own}
     hidden = {i: runner.embedded for i, runner in runners.items()}
     for i in range(len(sequences) if done else 0):
@@ -180,7 +182,7 @@ def calibrate(
                 _save_hidden(work, place + 1, states)
             continue
         index = places.index(place)
-        attention = layers[place].get_submodule(arch.attention)
+        attention, (num_kv_heads, head_dim) = reading[index][0], heads[index]
         last = max(ids.shape[1] * step for ids, step in zip(sequences, steps, strict=True))
         sums = Moments(
             place,
@@ -190,7 +192,7 @@ def calibrate(
             arch.rope_pairs,
         )
         norms = norm_weights(attention, arch)
-        metric = output_metric(attention, num_kv_heads, head_dim)
+        metric = output_metric(reading[index], num_kv_heads, head_dim)
 
         def tap(
             module,

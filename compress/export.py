@@ -29,6 +29,7 @@ from kvfold.exports.page.licence import Licence, find_licence
 from kvfold.exports.place import full_disk
 from kvfold.exports.reader import Artifact
 from kvfold.exports.schema import (
+    HEADS_VERSION,
     ROLLBACK_VERSION,
     STATES_VERSION,
     AccountModel,
@@ -74,10 +75,10 @@ def export(plan: Plan, found: Found, out: Path) -> Artifact:
 
     def save_model(folder: Path) -> None:
         model = _stored(plan)
-        for attention, layer in zip(plan.arch.attention_modules(model), layers, strict=True):
-            set_parameters(
-                attention, fused_parameters(attention, plan.arch, layer), dtype, keep=True
-            )
+        for modules, layer in zip(plan.arch.reading_modules(model), layers, strict=True):
+            fused = fused_parameters(modules, plan.arch, layer)
+            for attention, parameters in zip(modules, fused, strict=True):
+                set_parameters(attention, parameters, dtype, keep=True)
             release(model)
         if hasattr(model.config, "auto_map"):
             del model.config.auto_map  # code that an artifact has not
@@ -202,16 +203,25 @@ def _metadata(plan: Plan, found: Found, specs: list[LayerSpec], dtype: torch.dty
     optional: dict[str, Any] = {"sliding": list(g.sliding)} if g.sliding else {}
     if plan.states is not None:
         optional["states"] = plan.states
+    if g.heads:
+        optional["heads"] = [list(x) for x in g.heads]
+    if g.shared:
+        optional["shared"] = list(g.shared)
+    if g.chunked:
+        optional["chunked"] = True
     if pairs != "halves":
         optional["rope_pairs"] = pairs
     nbytes = cache_nbytes(g, formats, at)
-    raw = plan.num_layers * g.raw_rows * g.num_kv_heads * g.head_dim * 4
+    raw = g.raw_nbytes(plan.num_layers)
     pages = sum(
-        g.side_nbytes(fmt, at, g.sliding_of(i)) for i, pair in enumerate(formats) for fmt in pair
+        g.of_layer(i).side_nbytes(fmt, at, g.sliding_of(i))
+        for i, pair in enumerate(formats)
+        for fmt in pair
     )
     lengths = [2**i for i in range(9, 31) if 2**i <= text_of(plan.config).max_position_embeddings]
+    usual = ROLLBACK_VERSION if plan.states is None else STATES_VERSION
     return Metadata(
-        format_version=ROLLBACK_VERSION if plan.states is None else STATES_VERSION,
+        format_version=HEADS_VERSION if g.heads or g.shared or g.chunked else usual,
         cache=CacheModel(
             num_layers=plan.num_layers,
             num_heads=text_of(plan.config).num_attention_heads,

@@ -6,15 +6,19 @@
 | pair scale s of keys | 1/s: rows of k_proj and its bias, or k_norm | s: rows of q_proj and its bias, or q_norm |
 
 A model with one qkv_proj has the rows of all three in it, queries first, then keys, then values;
-one with a query_key_value has them head by head. What is said of o_proj goes for `dense` and
-`out_proj`, as some models call it.
+one with a query_key_value has them by KV heads: the queries of its group, its key, its value. What
+is said of o_proj goes for `dense` and `out_proj`, as some models call it.
+
+Where values are normalised behind their projection, a basis of them is orthogonal, and where they come
+of the keys' projection, there is none. Later layers that read the same keys and values take the
+inverse of their basis in their own o_proj, and of a pair scale in their own q_norm.
 
 Where a gate multiplies each channel between attention and o_proj, a basis of values is a permutation
 times a positive scale of each channel, for only those go through; the gate's rows are permuted too.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,8 +38,10 @@ def _rows(
 ) -> tuple[str, slice | Tensor]:
     """The projection that computes "q", "k" or "v", and its rows."""
     if hasattr(attention, "query_key_value"):
-        rows = torch.arange(3 * num_kv_heads * head_dim).view(num_kv_heads, 3, head_dim)
-        return "query_key_value", rows[:, "qkv".index(side)].flatten()
+        count = attention.query_key_value.weight.shape[0]
+        rows = torch.arange(count).view(num_kv_heads, -1, head_dim)
+        of_side = {"q": slice(0, -2), "k": slice(-2, -1), "v": slice(-1, None)}[side]
+        return "query_key_value", rows[:, of_side].flatten()
     if not hasattr(attention, "qkv_proj"):
         return f"{side}_proj", slice(None)
     keys = num_kv_heads * head_dim
@@ -90,24 +96,53 @@ def _permute_gate(
         whole[rows.flatten()] = whole[taken.flatten()]
 
 
+def value_bases(attention: Any, arch: Architecture) -> Literal["any", "channels", "turns", "none"]:
+    """Which bases of its values can be folded into an attention module: any that is invertible,
+    permutations with scales, orthogonal ones, or none."""
+    if arch.value_norm:
+        return "turns" if _own_values(attention) else "none"
+    return "channels" if arch.gate else "any"
+
+
+def _own_values(attention: Any) -> bool:
+    """Whether values have a projection of their own."""
+    return getattr(attention, "v_proj", None) is not None or not hasattr(attention, "k_proj")
+
+
+def fuse_outputs(attention: Any, inverse: Tensor) -> dict[str, Tensor]:
+    """o_proj of an attention whose values come in another basis.
+
+    Args:
+        attention: the module; not changed.
+        inverse: float64 [Hkv, D, D], of the values' basis.
+    Returns:
+        New parameters by name, float64.
+    """
+    heads, dim = inverse.shape[:2]
+    name = output_name(attention)
+    weight = getattr(attention, name).weight
+    o = weight.double().unflatten(1, (heads, -1, dim))  # [hidden, Hkv, G, D]
+    turned = torch.einsum("nhgd,hde->nhge", o, inverse.to(weight.device))
+    return {f"{name}.weight": turned.flatten(1)}
+
+
 def fuse_values(attention: Any, matrix: Tensor, gate: str = "") -> dict[str, Tensor]:
     """v_proj and o_proj with a value basis folded in, and the gate between attention and o_proj.
 
     Args:
         attention: the attention module; not changed.
         matrix: float64 [Hkv, D, D], invertible; with a gate, a permutation times a positive scale of
-            each channel.
-        gate: of the family's row in the table (exports/architectures.py).
+            each channel; the identity where values come of the keys' projection.
+        gate: of the family's row in the table (exports/families.py).
     Returns:
         New parameters by name ("v_proj.weight", …), float64.
     """
-    heads, dim = matrix.shape[:2]
-    name = output_name(attention)
-    weight = getattr(attention, name).weight
+    if not _own_values(attention):
+        assert torch.equal(matrix, torch.eye(matrix.shape[1]).to(matrix).expand_as(matrix))
+        return {}
+    weight = getattr(attention, output_name(attention)).weight
     matrix = matrix.to(weight.device)
-    inverse = torch.linalg.inv(matrix)
-    o = weight.double().unflatten(1, (heads, -1, dim))  # [hidden, Hkv, G, D]
-    fused = {f"{name}.weight": torch.einsum("nhgd,hde->nhge", o, inverse).flatten(1)}
+    fused = fuse_outputs(attention, torch.linalg.inv(matrix))
     _multiply_rows(attention, "v", matrix, fused)
     if gate:
         order = matrix.argmax(-1)
@@ -196,3 +231,28 @@ def fuse_pair_scale(
     for side, factor in (("q", scale), ("k", 1 / scale)):
         _multiply_rows(attention, side, torch.diag_embed(factor), changed)
     return changed
+
+
+def fuse_all(
+    modules: Sequence[Any], matrix: Tensor, scale: Tensor | None, arch: Architecture
+) -> list[dict[str, Tensor]]:
+    """What a layer's choices change in its attention module and in those that read its keys and
+    values too.
+
+    Args:
+        modules: as `Architecture.reading_modules` gives them; not changed.
+        matrix: of `fuse_values`.
+        scale: of `fuse_pair_scale`; None for none.
+    Returns:
+        New parameters by name, float64, of each module.
+    """
+    found = [fuse_values(modules[0], matrix, arch.gate)]
+    inverse = torch.linalg.inv(matrix)
+    found += [fuse_outputs(reader, inverse) for reader in modules[1:] if found[0]]
+    found += [{} for _ in modules[len(found) :]]
+    if scale is not None:
+        found = [
+            fused | fuse_pair_scale(module, scale, arch, fused)
+            for module, fused in zip(modules, found, strict=True)
+        ]
+    return found

@@ -15,19 +15,21 @@ from kvfold.compress.recipe import Recipe
 from kvfold.compress.text import calibration_sequences
 from kvfold.compress.transforms import UNMIXED
 from kvfold.errors import KvfoldError
-from kvfold.exports.account import RAW_NBYTES, Geometry, cache_nbytes
+from kvfold.exports.account import Geometry, cache_nbytes
 from kvfold.exports.architectures import (
     TEXT_ALONE,
     Architecture,
     architecture_of,
     attention_layers_of,
     head_dim_of,
-    num_kv_heads_of,
+    heads_of,
+    is_chunked,
     rotary_dim_of,
+    shared_layers_of,
     sliding_windows_of,
     text_of,
 )
-from kvfold.exports.schema import StatesModel
+from kvfold.exports.cache_model import StatesModel
 from kvfold.kernels.formats import Format
 from kvfold.pretrained import tokenizer_from_pretrained
 
@@ -102,31 +104,42 @@ def make_plan(
         stage(
             f"taking the language model of '{source.name}' alone, '{text.model_type}': the artifact reads no images"
         )
-    if recipe.key.transform == "smooth" and rotary_dim_of(config) != head_dim_of(config):
+    if (
+        recipe.key.transform == "smooth"
+        and not arch.by_layer
+        and rotary_dim_of(config) != head_dim_of(config)
+    ):
         raise KvfoldError(
             f"key.transform 'smooth' scales the pairs that RoPE rotates, but '{source.name}' rotates "
             f"{rotary_dim_of(config)} of {head_dim_of(config)} channels; choose another key.transform in the recipe."
         )
     check_values_keep_channels(arch, recipe, source.name)
-    shape = num_kv_heads_of(config), head_dim_of(config)
+    heads, values = heads_of(config), recipe.value
+    if arch.value_norm:  # no mixed formats (search/candidates.py)
+        values = values.model_copy(update={"bits": ()})
     states = states_of(config, arch)
     recipe = without_rollback(recipe, source.name) if states is not None else recipe
     geometry = Geometry(
-        *shape,
+        *heads[0],
         recipe.sinks,
         recipe.least_window,
         recipe.page_tokens,
         sliding_windows_of(config),
         recipe.most_rollback,
         0 if states is None else states.nbytes(),
+        heads if len(set(heads)) > 1 else (),
+        shared_layers_of(config),
+        is_chunked(config),
     )
-    layers = len(attention_layers_of(config))
+    layers = len(heads)
     allowance = parse_budget(budget, geometry, layers, text.max_position_embeddings, context)
-    k, v = (
-        side.least_format(geometry.head_dim, recipe.catalogue)
-        for side in (recipe.key, recipe.value)
-    )
-    smallest = [(k, v)] * layers
+    smallest = [
+        (
+            recipe.key.least_format(dim, recipe.catalogue),
+            values.least_format(dim, recipe.catalogue),
+        )
+        for _, dim in heads
+    ]
     if recipe.rollback == "auto":
         if cache_nbytes(geometry, smallest, allowance.at) > allowance.nbytes:
             geometry = replace(geometry, rollback=0)
@@ -162,12 +175,17 @@ def make_plan(
 
 def check_values_keep_channels(arch: Architecture, recipe: Recipe, name: str) -> None:
     """Refuses a basis that mixes the channels of values where a gate multiplies each of them behind
-    attention.
+    attention, and a recipe that offers no format for values that are normalised.
 
     Raises:
         KvfoldError: naming the transform.
     """
     transform = recipe.value.transform
+    if arch.value_norm and not recipe.value.levels:
+        raise KvfoldError(
+            f"value.levels is empty, but values of a '{arch.model_type}' model such as '{name}' are normalised behind "
+            "their projection, which no format of value.bits goes with; offer some levels in the recipe."
+        )
     if arch.gate and transform not in UNMIXED:
         raise KvfoldError(
             f"value.transform '{transform}' mixes channels, each of which a '{arch.model_type}' model such as '{name}' "
@@ -202,7 +220,7 @@ def longest_window(geometry: Geometry, budget: Budget, least: list[tuple[Format,
         geometry: with the shortest window.
         least: the smallest formats of each layer, which must fit beside the window.
     """
-    token = 2 * RAW_NBYTES * geometry.num_kv_heads * geometry.head_dim * len(least)
+    token = geometry.raw_nbytes(len(least)) / geometry.raw_rows
     most = min(
         [
             (budget.nbytes - geometry.state_nbytes) / (WINDOW_SHARE * token),

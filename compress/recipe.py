@@ -24,7 +24,8 @@ from pydantic import (
 from kvfold.compress.recipe_yaml import Loader, nearest, refuse_conversion
 from kvfold.compress.transforms import KEY_TRANSFORMS, VALUE_TRANSFORMS, Transform
 from kvfold.errors import KvfoldError
-from kvfold.exports.schema import MOST_SEED, MOST_TOKENS
+from kvfold.exports.cache_model import MOST_TOKENS
+from kvfold.exports.schema import MOST_SEED
 from kvfold.kernels.catalogue import KEY_BITS, VALUE_BITS, key_formats, mixed_between, value_formats
 from kvfold.kernels.formats import Format, raw16
 from kvfold.kernels.kinds import KINDS, stores
@@ -38,9 +39,8 @@ MOST_SEQUENCES = 4096  # what is computed of each is held for all of them
 MOST_PAIRS = 10_000
 MOST_CHOICES = 64  # of a list
 DEFAULT_PAIRS = 8  # benchmarks/LOG.md has what fewer and more cost
-LEAST_WINDOW = (
-    128  # tokens, of a window that the budget decides: SKVQ's (2405.06219) and most others'
-)
+# tokens, of a window that the budget decides: SKVQ's (2405.06219) and most others'
+LEAST_WINDOW = 128
 MEAN_FACTORS = (1.0, 0.75, 0.5)
 MANY_LEVELS = (64, 256, RAW)  # beyond 5 bits nothing is won by mixing
 

@@ -26,7 +26,8 @@ rung:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from kvfold.kernels.attention import packed_tokens
 from kvfold.kernels.formats import Format
@@ -51,7 +52,8 @@ class Geometry:
     """What the size of a cache depends on besides the formats.
 
     Attributes:
-        num_kv_heads, head_dim: KV heads of the model, and channels of one.
+        num_kv_heads, head_dim: KV heads of a layer, and channels of one; where layers differ, those
+            of the first.
         sinks, window, page_tokens: in tokens.
         sliding: for each layer the tokens that a query sees at the most, itself included, 0 for
             all; empty if no layer slides.
@@ -59,6 +61,10 @@ class Geometry:
             that much longer.
         state_nbytes: bytes of one sequence's states in all layers, which do not grow with tokens; 0
             where all layers attend.
+        heads: (num_kv_heads, head_dim) of each layer, where layers differ; else empty.
+        shared: layers whose keys and values later layers read too.
+        chunked: what a query of a layer that slides sees at the most are the tokens of its chunk,
+            counted from the sequence's first, and not the latest ones.
     """
 
     num_kv_heads: int
@@ -69,6 +75,13 @@ class Geometry:
     sliding: tuple[int, ...] = ()
     rollback: int = 0
     state_nbytes: int = 0
+    heads: tuple[tuple[int, int], ...] = ()
+    shared: tuple[int, ...] = ()
+    chunked: bool = False
+
+    def of_layer(self, layer: int) -> "Geometry":
+        """The same with the heads of one layer, for all that is asked of a single layer."""
+        return _with_heads(self, *self.heads[layer]) if self.heads else self
 
     @property
     def ring(self) -> int:
@@ -107,13 +120,16 @@ class Geometry:
         attended."""
         return self.num_pages(tokens) - self.passed_pages(tokens, sliding)
 
+    @property
+    def token_elements(self) -> int:
+        """Elements of one token in one layer, K and V."""
+        return 2 * self.num_kv_heads * self.head_dim
+
     def table_nbytes(self, entries: int) -> int:
         """Bytes of one layer and sequence besides pages, where the block table has so many entries:
         raw rows, table, state."""
         return (
-            self.raw_rows * self.num_kv_heads * self.head_dim * 2 * RAW_NBYTES
-            + entries * ENTRY_NBYTES
-            + STATE_NBYTES
+            self.raw_rows * self.token_elements * RAW_NBYTES + entries * ENTRY_NBYTES + STATE_NBYTES
         )
 
     def fixed_nbytes(self, tokens: int) -> int:
@@ -142,13 +158,32 @@ class Geometry:
 
     def elements(self, tokens: int, num_layers: int) -> int:
         """Cached elements of one sequence, K and V: of every token that a later query may see."""
-        seen = sum(min(tokens, self.sliding_of(i) or tokens) for i in range(num_layers))
-        return 2 * self.num_kv_heads * self.head_dim * seen
+        return sum(
+            self.of_layer(i).token_elements * min(tokens, self.sliding_of(i) or tokens)
+            for i in range(num_layers)
+        )
 
     def packed_elements(self, tokens: int, num_layers: int) -> int:
         """Elements in the resident pages of one sequence, K and V."""
-        pages = sum(self.held_pages(tokens, self.sliding_of(i)) for i in range(num_layers))
-        return 2 * self.num_kv_heads * self.head_dim * self.page_tokens * pages
+        return self.page_tokens * sum(
+            self.of_layer(i).token_elements * self.held_pages(tokens, self.sliding_of(i))
+            for i in range(num_layers)
+        )
+
+    def raw_nbytes(self, num_layers: int) -> int:
+        """Bytes of one sequence's 16-bit rows in all layers."""
+        elements = sum(self.of_layer(i).token_elements for i in range(num_layers))
+        return self.raw_rows * elements * RAW_NBYTES
+
+    def all_fixed_nbytes(self, tokens: int, num_layers: int) -> int:
+        """Bytes of one sequence that no format changes: `fixed_nbytes` of all layers, and states."""
+        fixed = sum(self.of_layer(i).fixed_nbytes(tokens) for i in range(num_layers))
+        return fixed + self.state_nbytes
+
+
+@lru_cache(maxsize=256)
+def _with_heads(geometry: Geometry, num_kv_heads: int, head_dim: int) -> Geometry:
+    return replace(geometry, num_kv_heads=num_kv_heads, head_dim=head_dim, heads=())
 
 
 def cache_nbytes(geometry: Geometry, formats: Sequence[tuple[Format, Format]], tokens: int) -> int:
@@ -188,17 +223,15 @@ def batch_nbytes(
         lengths: tokens of each sequence, without padding.
         new: 0: between two calls of the model. Else the most that is resident in the call that
             brings the last `new` tokens: the layer whose turn it is keeps what the first of their
-            queries sees until all have attended.
+            queries sees until all have attended, and so do, from their turn on, layers that others
+            read too.
     """
     longest = max(lengths)
-    fixed = len(formats) * geometry.fixed_nbytes(longest) + geometry.state_nbytes
+    fixed = geometry.all_fixed_nbytes(longest, len(formats))
     total = len(lengths) * fixed if longest else 0
     most = 0
     for i, (key, value) in enumerate(formats):
-        page, sliding = (
-            geometry.page_nbytes(key) + geometry.page_nbytes(value),
-            geometry.sliding_of(i),
-        )
+        page, sliding = geometry.of_layer(i).pair_nbytes(key, value), geometry.sliding_of(i)
         at_rest = sum(geometry.held_pages(n, sliding) for n in lengths)
         before = sum(geometry.held_pages(max(0, n - new), sliding) for n in lengths)
         within = sum(
@@ -206,7 +239,10 @@ def batch_nbytes(
         )
         kept = max(at_rest, before) if new else at_rest
         total += page * kept
-        most = max(most, page * (within - kept))
+        if i in geometry.shared and new:
+            total += page * (within - kept)
+        else:
+            most = max(most, page * (within - kept))
     return total + most if new else total
 
 

@@ -1,265 +1,30 @@
-"""The table of model families. A new family of this shape is one row here and one test
-parameter."""
+"""What kvfold asks of a model's config: its family, which layers have keys and values, of how many
+heads and channels, and what its head does. The table of families is families.py."""
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal
-
-from torch import nn
+from dataclasses import replace
+from typing import Any
 
 from kvfold.errors import KvfoldError
-from kvfold.exports.hybrids import Hybrid, attending_layers, state_layers
-from kvfold.exports.refused import ALIBI, FIELDS, REFUSED
-from kvfold.kernels.key_mean import RopePairs
+from kvfold.exports.families import (
+    ARCHITECTURES,
+    BOTH_WAYS,
+    TEXT_ALONE,
+    TOWERS,
+    Architecture,
+    text_of,
+)
+from kvfold.exports.hybrids import Hybrid, attending_layers, readers, state_layers
+from kvfold.exports.refused import ALIBI, BOTH, FIELDS, REFUSED
+
+__all__ = [
+    "ARCHITECTURES", "BOTH_WAYS", "TEXT_ALONE", "TOWERS", "Architecture", "architecture_of", "attention_layers_of",
+    "head_dim_of", "heads_of", "hybrid_of", "is_chunked", "keeps_states", "last_norm_of", "logits_of",
+    "looks_both_ways", "num_kv_heads_of", "readers_of", "rotary_dim_of", "row_of", "shared_layers_of",
+    "sliding_windows_of", "text_of",
+]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """Where a family keeps what kvfold reads and changes.
-
-    Attributes:
-        model_type: of config.json.
-        layers: path from the causal LM to the list of decoder layers.
-        attention: attribute of the attention module in a decoder layer.
-        last_norm: attribute of the norm before the head, in the base model.
-        qk_norm: queries and keys are normalised, so a scale belongs into those norms. Their weights
-            have one number a channel of a head, of each head, or of the whole projection; a config
-            may leave them out.
-        norms: what the attention module calls them.
-        norm_after_rope: they come after RoPE.
-        norm_plus: what a norm adds to its stored weight before it multiplies: 1 in Gemma's (1 + w).
-        rotary: what the language model calls its rotary module, which it may be without.
-        rope_by_type: the rotary module is asked by layer type, e.g. another base for sliding
-            layers.
-        rope_halves: its tables hold each angle once, not once for each channel of a pair.
-        rope_repeats: its tables hold a pair's angle at two places beside each other, not half a
-            table apart.
-        rope_pairs: which channels RoPE turns together (kernels/key_mean.py).
-        rope_axes: numbers that a position has, 3 where images have rows and columns; of a text they
-            are equal.
-        rope_if_sliding: where some layers slide, only those have RoPE.
-        sliding: layers that attend in a window of config.sliding_window tokens: "none", "all", or
-            those that "layer_types" names.
-        sink_logits: a learned logit of each head joins the denominator of its softmax.
-        logit_factor, logit_divisor: fields of the config by which the head's logits are multiplied
-            or divided.
-        tower: attribute of the base model that holds the language model, where it has other towers;
-            else "".
-        hybrid: config.layer_types says which layers attend and which keep a state of fixed size,
-            a recurrent one or a convolution's (exports/hybrids.py).
-        continues: of a hybrid family: a call of several tokens goes on from the states that are
-            there. The code of others starts them anew, without a word.
-        gives_tuples: a decoder layer gives its hidden states as the first of a tuple.
-        gate: the projection whose outputs multiply those of attention, channel by channel, before
-            o_proj: "q_proj", whose heads have their gate behind their query, or one of its own; ""
-            for none.
-    """
-
-    model_type: str
-    layers: str = "model.layers"
-    attention: str = "self_attn"
-    last_norm: str = "norm"
-    qk_norm: bool = False
-    norms: tuple[str, str] = ("q_norm", "k_norm")
-    norm_after_rope: bool = False
-    norm_plus: float = 0.0
-    rotary: str = "rotary_emb"
-    rope_by_type: bool = False
-    rope_halves: bool = False
-    rope_repeats: bool = False
-    rope_pairs: RopePairs = "halves"
-    rope_axes: int = 1
-    rope_if_sliding: bool = False
-    sliding: Literal["none", "all", "layer_types"] = "none"
-    sink_logits: bool = False
-    logit_factor: str = ""
-    logit_divisor: str = ""
-    tower: str = ""
-    hybrid: bool = False
-    continues: bool = True
-    gives_tuples: bool = False
-    gate: Literal["", "q_proj", "gate_proj", "g_proj"] = ""
-
-    def language_model(self, model: Any) -> Any:
-        """What turns tokens into the hidden states that the head reads."""
-        return getattr(model.base_model, self.tower) if self.tower else model.base_model
-
-    def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
-        layers = model.get_submodule(self.layers)
-        assert isinstance(layers, nn.ModuleList)
-        return layers
-
-    def attention_modules(self, model: nn.Module) -> list[nn.Module]:
-        """Those of the layers that attend, in order."""
-        layers = self.decoder_layers(model)
-        places = attending_layers(text_of(model.config), self.hybrid)
-        return [layers[i].get_submodule(self.attention) for i in places]
-
-
-_AFTER: dict[str, Any] = {"qk_norm": True, "norm_after_rope": True}
-_HUNYUAN: dict[str, Any] = {**_AFTER, "norms": ("query_layernorm", "key_layernorm")}
-_EXAONE: dict[str, Any] = {"qk_norm": True, "sliding": "layer_types", "rope_if_sliding": True}
-_LAYERNORMS: dict[str, Any] = {"qk_norm": True, "norms": ("q_layernorm", "k_layernorm")}
-_GRANITE_SWA: dict[str, Any] = {
-    "sliding": "layer_types", "sink_logits": True, "logit_divisor": "logits_scaling",
-}  # fmt: skip
-_LFM: dict[str, Any] = {"hybrid": True, "last_norm": "embedding_norm", **_LAYERNORMS}
-_HYBRID_QWEN: dict[str, Any] = {
-    "hybrid": True, "qk_norm": True, "norm_plus": 1.0, "gate": "q_proj",
-}  # fmt: skip
-_COHERE: dict[str, Any] = {
-    "rope_pairs": "adjacent",
-    "rope_repeats": True,
-    "logit_factor": "logit_scale",
-}
-
-ARCHITECTURES = {
-    row.model_type: row
-    for row in (
-        Architecture("llama"),
-        Architecture("mistral", sliding="all"),
-        Architecture("qwen2", sliding="layer_types"),
-        Architecture("qwen3", qk_norm=True, sliding="layer_types"),
-        Architecture("gemma2", norm_plus=1.0, sliding="layer_types"),  # soft-capped logits
-        Architecture(
-            "gemma3_text", qk_norm=True, norm_plus=1.0, rope_by_type=True, sliding="layer_types"
-        ),
-        Architecture("phi3", sliding="all"),  # one qkv_proj
-        Architecture("smollm3", sliding="layer_types"),  # layers without RoPE
-        Architecture("gpt_oss", rope_halves=True, sliding="layer_types", sink_logits=True),
-        Architecture("flint", sink_logits=True, **_EXAONE),
-        # as those, with feed-forward layers or norms of their own
-        Architecture("arcee"),
-        Architecture("gemma", norm_plus=1.0),
-        Architecture("jais2"),
-        Architecture("internlm3"),
-        Architecture("olmo"),
-        Architecture("seed_oss"),
-        Architecture("solar_open"),
-        Architecture("cwm", sliding="layer_types"),
-        Architecture("ministral", sliding="layer_types"),
-        Architecture("ministral3", sliding="all"),  # queries grow with the position
-        Architecture("mixtral", sliding="all"),
-        Architecture("phimoe", sliding="all"),
-        Architecture("qwen2_moe", sliding="layer_types"),
-        Architecture("starcoder2", sliding="all"),
-        Architecture("vaultgemma", norm_plus=1.0, sliding="layer_types"),
-        Architecture("nemotron", norm_plus=1.0),  # as the next four, turns a part of each head
-        Architecture("stablelm", **_LAYERNORMS),
-        Architecture(
-            "phi", last_norm="final_layernorm", **_LAYERNORMS
-        ),  # as the next two, a `dense` for an o_proj
-        Architecture(
-            "persimmon", last_norm="final_layernorm", **_LAYERNORMS
-        ),  # as the next, one query_key_value
-        Architecture(
-            "gpt_neox",
-            layers="gpt_neox.layers",
-            attention="attention",
-            last_norm="final_layer_norm",
-        ),
-        Architecture("minimax_m2", qk_norm=True),  # one norm for the whole projection, as OLMo has
-        Architecture("olmo2", qk_norm=True),
-        Architecture("olmo3", qk_norm=True, rope_by_type=True, sliding="layer_types"),
-        Architecture("olmoe", qk_norm=True),
-        Architecture("flex_olmo", qk_norm=True),
-        Architecture("apertus", qk_norm=True),  # a norm for each head, as qwen3
-        Architecture("dots1", qk_norm=True, sliding="layer_types"),
-        Architecture("glm4_moe", qk_norm=True),
-        Architecture("hy_v3", qk_norm=True),
-        Architecture("mellum", qk_norm=True, rope_by_type=True, sliding="layer_types"),
-        Architecture("qwen3_moe", qk_norm=True, sliding="all"),
-        Architecture("exaone4", **_EXAONE),
-        Architecture("exaone_moe", **_EXAONE),
-        Architecture("kolibri1", **_EXAONE),
-        Architecture("hunyuan_v1_dense", **_HUNYUAN),
-        Architecture("hunyuan_v1_moe", **_HUNYUAN),
-        Architecture("nanochat", **_AFTER, rope_pairs="swapped"),  # norms without weights
-        Architecture(
-            "qwen2_vl_text", sliding="layer_types", rope_axes=3
-        ),  # of checkpoints with other towers
-        Architecture("qwen2_5_vl_text", sliding="layer_types", rope_axes=3),
-        Architecture("qwen3_vl_text", qk_norm=True, rope_axes=3),
-        Architecture("qwen3_vl_moe_text", qk_norm=True, rope_axes=3),
-        # RoPE turns channels 2i and 2i + 1
-        Architecture("glm", rope_pairs="adjacent"),
-        Architecture("glm4", rope_pairs="adjacent"),
-        Architecture("ernie4_5", rope_pairs="adjacent"),
-        Architecture("ernie4_5_moe", rope_pairs="adjacent"),
-        Architecture("helium", rope_pairs="adjacent"),
-        Architecture("cohere", qk_norm=True, **_COHERE),
-        Architecture("cohere2", sliding="layer_types", rope_if_sliding=True, **_COHERE),
-        Architecture("cohere2_moe", sliding="layer_types", rope_if_sliding=True, **_COHERE),
-        # logits times a number, or through one
-        Architecture("granite", logit_divisor="logits_scaling"),
-        Architecture("granitemoe", logit_divisor="logits_scaling"),
-        Architecture("granitemoeshared", logit_divisor="logits_scaling"),
-        Architecture("granite_swa", **_GRANITE_SWA),
-        Architecture("granitemoe_swa", **_GRANITE_SWA),
-        Architecture("hyperclovax", logit_factor="logits_scaling"),
-        # layers that keep a state stand between those that attend, or beside them
-        Architecture("qwen3_next", **_HYBRID_QWEN),
-        Architecture("qwen3_5_text", **_HYBRID_QWEN),
-        Architecture("qwen3_5_moe_text", **_HYBRID_QWEN),
-        Architecture("granitemoehybrid", hybrid=True, logit_divisor="logits_scaling"),
-        Architecture("nemotron_h", hybrid=True, attention="mixer", last_norm="norm_f"),
-        Architecture(
-            "falcon_h1",
-            hybrid=True,
-            last_norm="final_layernorm",
-            gives_tuples=True,
-            logit_factor="lm_head_multiplier",
-        ),
-        Architecture("lfm2", **_LFM),
-        Architecture("lfm2_moe", rotary="pos_emb", **_LFM),
-        Architecture(  # a gate of a whole head, as laguna may have: any basis goes through
-            "lfm3",
-            hybrid=True,
-            qk_norm=True,
-            last_norm="embedding_norm",
-            rope_by_type=True,
-            sliding="layer_types",
-        ),
-        Architecture("jamba", hybrid=True, continues=False, last_norm="final_layernorm"),
-        Architecture("bamba", hybrid=True, last_norm="final_layernorm", gives_tuples=True),
-        Architecture("olmo_hybrid", hybrid=True, qk_norm=True),
-        # a gate behind attention
-        Architecture(
-            "afmoe", qk_norm=True, sliding="layer_types", rope_if_sliding=True, gate="gate_proj"
-        ),
-        Architecture(
-            "laguna", qk_norm=True, sliding="layer_types", rope_by_type=True, gate="g_proj"
-        ),
-    )
-}
-
-
-# checkpoints of several towers, whose language model is of a family of the table: what the base
-# model calls it
-TOWERS = {
-    **dict.fromkeys(("gemma3", "mistral3", "llava", "llava_next", "internvl"), "language_model"),
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), "language_model"),
-    **dict.fromkeys(("idefics3", "smolvlm"), "text_model"),
-}
-# checkpoints of several towers that transformers reads as their language model alone, which is what
-# is compressed then
-TEXT_ALONE = {"qwen3_5", "qwen3_5_moe"}
-BOTH_WAYS = {"gemma3"}  # whose tokens of an image attend to each other, also to later ones
-
-
-def text_of(config: Any) -> Any:
-    """The part of a config that the language model is made from: the config itself where it has no
-    other.
-
-    Raises:
-        KvfoldError: that part is none.
-    """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if not hasattr(text, "model_type"):
-        raise KvfoldError(
-            f"config.json has the text_config {text!r:.80}, which describes no model; give the "
-            "checkpoint's own config.json."
-        )
-    return text
+BY_LAYER = {"head_dim", "num_key_value_heads"}  # what layers may differ in
 
 
 def row_of(config: Any) -> Architecture:
@@ -282,7 +47,9 @@ def architecture_of(config: Any) -> Architecture:
         return replace(row, model_type=name, tower=tower, layers=f"model.{tower}.layers")
     reason = ALIBI if getattr(config, "alibi", None) else REFUSED.get(str(name))
     for field, why in FIELDS.items():
-        if reason is None and getattr(config, field, None):
+        stated = getattr(config, field, None)
+        # images alone look both ways: the gate refuses those
+        if reason is None and stated and (field, stated) != (BOTH, "vision"):
             reason = why
     if reason is not None:
         raise KvfoldError(
@@ -292,10 +59,11 @@ def architecture_of(config: Any) -> Architecture:
         raise KvfoldError(
             f"Model family '{name}' is not in the table of architectures; supported families are {known}."
         )
-    if head_dim_of(config) % 8:
-        raise KvfoldError(
-            f"head_dim {head_dim_of(config)} of this '{name}' model is not a multiple of 8, so no head can be packed."
-        )
+    for dim in _head_dims(config, ARCHITECTURES[name]):
+        if dim % 8:
+            raise KvfoldError(
+                f"head_dim {dim} of this '{name}' model is not a multiple of 8, so no head can be packed."
+            )
     each = getattr(config, "num_attention_heads_per_layer", None) or ()
     if set(each) - {getattr(config, "num_attention_heads", None)}:
         raise KvfoldError(
@@ -307,9 +75,90 @@ def architecture_of(config: Any) -> Architecture:
     return replace(row, gate="") if whole else row  # a gate of a whole head lets any basis through
 
 
+def _head_dims(config: Any, row: Architecture) -> list[int]:
+    """Channels that heads of any layer have.
+
+    Raises:
+        KvfoldError: layers differ and the family's code is not known to have such, or what the
+            config says of them makes no model.
+    """
+    if not row.by_layer and getattr(config, "is_heterogeneous", False):
+        raise KvfoldError(
+            f"The layers of this '{row.model_type}' model differ (per_layer_config), which kvfold does not know of "
+            "that family; give a model whose layers are alike."
+        )
+    if not row.by_layer:
+        return [head_dim_of(config)]
+    if not (hasattr(type(config), "kv_sharing_modes") and hasattr(config, "per_layer_config")):
+        import transformers
+
+        raise KvfoldError(
+            f"transformers {transformers.__version__} does not say which layers of a '{row.model_type}' model share "
+            "keys and values; install a newer one, such as 5.23."
+        )
+    fields = config.to_dict().get("per_layer_config") or {}
+    if other := sorted({name for of_layer in fields.values() for name in of_layer} - BY_LAYER):
+        raise KvfoldError(
+            f"The layers of this '{row.model_type}' model differ in {other[0]} (per_layer_config), but kvfold knows of "
+            f"layers that differ in {' and '.join(sorted(BY_LAYER))}; give a model whose layers are alike in the rest."
+        )
+    try:
+        readers(config, row.hybrid)
+        heads = heads_of(config)
+        bad = [x for x in heads if not all(isinstance(n, int) and n > 0 for n in x)]
+        if bad or not heads:
+            raise ValueError(f"a layer of {bad[0] if bad else 0} heads and channels")
+    except Exception as error:  # fields of the right names that hold anything
+        raise KvfoldError(
+            f"config.json of this '{row.model_type}' model does not say what heads its layers have "
+            f"({type(error).__name__}: {error}); give the checkpoint's own config.json."
+        ) from None
+    return sorted({dim for _, dim in heads})
+
+
+def heads_of(config: Any) -> tuple[tuple[int, int], ...]:
+    """(KV heads, channels of a head) of each layer that has keys and values."""
+    text = text_of(config)
+    places = attention_layers_of(text)
+    if not row_of(text).by_layer:
+        return ((num_kv_heads_of(text), head_dim_of(text)),) * len(places)
+    layers = [text.per_layer_config[i] for i in places]
+    return tuple((num_kv_heads_of(x), head_dim_of(x)) for x in layers)
+
+
+def readers_of(config: Any) -> dict[int, tuple[int, ...]]:
+    """Number of each layer that has keys and values → numbers of the later layers that read the
+    same."""
+    text = text_of(config)
+    return readers(text, row_of(text).hybrid)
+
+
+def shared_layers_of(config: Any) -> tuple[int, ...]:
+    """Which of the layers that have keys and values, counted from 0, are read by later layers too."""
+    return tuple(i for i, others in enumerate(readers_of(config).values()) if others)
+
+
+def _alike(config: Any) -> Any:
+    """The config itself.
+
+    Raises:
+        KvfoldError: it is of layers that differ in their heads.
+    """
+    if getattr(config, "is_heterogeneous", False):
+        raise KvfoldError(
+            f"Layers of this '{config.model_type}' model have heads of several shapes, but one is asked for; give a "
+            "model whose layers are alike."
+        )
+    return config
+
+
 def head_dim_of(config: Any) -> int:
-    """Channels of one head."""
-    config = text_of(config)
+    """Channels of one head, of a model whose layers are alike.
+
+    Raises:
+        KvfoldError: they are not.
+    """
+    config = _alike(text_of(config))
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -324,7 +173,7 @@ def rotary_dim_of(config: Any) -> int:
 
 
 def attention_layers_of(config: Any) -> tuple[int, ...]:
-    """Which of the model's layers attend, and so have keys and values, in order."""
+    """Which of the model's layers attend with keys and values of their own, in order."""
     config = text_of(config)
     return attending_layers(config, ARCHITECTURES[config.model_type].hybrid)
 
@@ -349,28 +198,40 @@ def keeps_states(config: Any) -> bool:
 
 def sliding_windows_of(config: Any) -> tuple[int, ...]:
     """For each layer that attends the tokens that a query sees at the most, itself included, 0 for
-    all; empty if no layer slides."""
+    all; empty if no layer slides. Of a layer that attends in chunks a chunk's length."""
     config = text_of(config)
-    window = getattr(config, "sliding_window", None) or 0
+    rule = ARCHITECTURES[config.model_type].sliding
+    named = "chunked_attention" if rule == "chunks" else "sliding_attention"
+    field = "attention_chunk_size" if rule == "chunks" else "sliding_window"
+    window = getattr(config, field, None) or 0
     if getattr(config, "use_sliding_window", True) is False:
         window = 0
-    rule = ARCHITECTURES[config.model_type].sliding
     count = config.num_hidden_layers
     types = (
         config.layer_types
-        if rule == "layer_types"
+        if rule in ("layer_types", "chunks")
         else ["sliding_attention" if rule == "all" else ""] * count
     )
-    windows = tuple(
-        window if types[i] == "sliding_attention" else 0 for i in attention_layers_of(config)
-    )
+    windows = tuple(window if types[i] == named else 0 for i in attention_layers_of(config))
     return windows if any(windows) else ()
+
+
+def is_chunked(config: Any) -> bool:
+    """Whether what a layer sees at the most are the tokens of a chunk, and not the latest ones."""
+    return row_of(config).sliding == "chunks" and bool(sliding_windows_of(config))
+
+
+def looks_both_ways(config: Any) -> bool:
+    """Whether tokens of an image attend to each other, also to later ones."""
+    if config.model_type not in BOTH_WAYS:
+        return False
+    return config.model_type == "gemma3" or getattr(text_of(config), BOTH, None) == "vision"
 
 
 def last_norm_of(model: Any) -> Any:
     """A causal LM's norm before its head."""
-    base = getattr(model.base_model, TOWERS.get(model.config.model_type, ""), model.base_model)
-    return getattr(base, row_of(model.config).last_norm)
+    row = replace(row_of(model.config), tower=TOWERS.get(model.config.model_type, ""))
+    return getattr(row.language_model(model), row.last_norm)
 
 
 def logits_of(model: Any, hidden: Any) -> Any:
@@ -387,6 +248,15 @@ def logits_of(model: Any, hidden: Any) -> Any:
 
 
 def num_kv_heads_of(config: Any) -> int:
-    """Heads that keys and values have; as many as queries have without grouping."""
-    config = text_of(config)
+    """Heads that keys and values have, of a model whose layers are alike; as many as queries have
+    without grouping.
+
+    Raises:
+        KvfoldError: they are not.
+    """
+    config = _alike(text_of(config))
+    if config.model_type == "falcon":  # whose num_kv_heads counts in the new architecture alone
+        if config.new_decoder_architecture:
+            return config.num_kv_heads
+        return 1 if config.multi_query else config.num_attention_heads
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -10,6 +10,7 @@ from typing import Any
 from kvfold.errors import KvfoldError
 
 ATTEND = {"full_attention", "sliding_attention", "hybrid", "hybrid_sliding"}
+REUSE = "reuse"  # of config.kv_sharing_modes: the layer reads keys and values of an earlier one
 KEEP_STATE = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 
 
@@ -46,15 +47,33 @@ def check_transformers(family: str) -> None:
 
 
 def attending_layers(config: Any, hybrid: bool) -> tuple[int, ...]:
-    """Numbers of the layers that attend.
+    """Numbers of the layers that attend with keys and values of their own.
 
     Args:
         config: of the language model.
         hybrid: whether its family's layer_types say so; else all layers attend.
     """
     if not hybrid:
-        return tuple(range(config.num_hidden_layers))
+        modes = getattr(config, "kv_sharing_modes", None) or [None] * config.num_hidden_layers
+        return tuple(i for i, mode in enumerate(modes) if mode != REUSE)
     return tuple(i for i, kind in enumerate(config.layer_types or ()) if kind in ATTEND)
+
+
+def readers(config: Any, hybrid: bool) -> dict[int, tuple[int, ...]]:
+    """Number of each layer that attends with keys and values of its own → numbers of the later
+    layers that read the same: the last one of their own type.
+
+    Args:
+        config, hybrid: as in `attending_layers`.
+    """
+    found: dict[int, tuple[int, ...]] = dict.fromkeys(attending_layers(config, hybrid), ())
+    if hybrid or len(found) == config.num_hidden_layers:
+        return found
+    types = config.layer_types
+    for layer in sorted(set(range(config.num_hidden_layers)) - set(found)):
+        source = max(i for i in found if types[i] == types[layer])
+        found[source] += (layer,)
+    return found
 
 
 def state_layers(config: Any) -> dict[int, int]:

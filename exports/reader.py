@@ -14,9 +14,10 @@ from kvfold.exports.account import Geometry, cache_nbytes, stepped_nbytes
 from kvfold.exports.architectures import (
     architecture_of,
     attention_layers_of,
-    head_dim_of,
+    heads_of,
+    is_chunked,
     keeps_states,
-    num_kv_heads_of,
+    shared_layers_of,
     sliding_windows_of,
     text_of,
 )
@@ -74,7 +75,9 @@ class Artifact:
         whole = self.metadata.geometry
         if self.heads is None:
             return whole
-        return replace(whole, num_kv_heads=self.heads.stop - self.heads.start)
+        return replace(
+            whole, num_kv_heads=self.heads.stop - self.heads.start
+        )  # layers are alike (runtime/parallel.py)
 
     @property
     def num_heads(self) -> int:
@@ -237,9 +240,10 @@ def _check_config(path: Path, metadata: Metadata) -> None:
         found = (
             len(attention_layers_of(text)),
             text.num_attention_heads,
-            num_kv_heads_of(text),
-            head_dim_of(text),
+            *heads_of(text)[0],
         )
+        heads = heads_of(text)
+        shared = shared_layers_of(text)
         windows, keeping = sliding_windows_of(config), keeps_states(config)
     except Exception as error:  # fields of the right names that hold anything
         raise KvfoldError(
@@ -266,6 +270,19 @@ def _check_config(path: Path, metadata: Metadata) -> None:
         raise KvfoldError(
             f"config.json has layers, heads, KV heads and head_dim {found}, but {METADATA_NAME} {stated}; {AGAIN}."
         )
+    if len(set(heads)) > 1 and heads != tuple(cache.heads_of(i) for i in range(cache.num_layers)):
+        raise KvfoldError(
+            f"config.json has layers of KV heads and head_dim {heads}, but {METADATA_NAME} {cache.heads}; {AGAIN}."
+        )
+    if tuple(cache.shared) != shared:
+        raise KvfoldError(
+            f"config.json has other layers read the keys and values of layers {shared}, but {METADATA_NAME} says "
+            f"{tuple(cache.shared)}; {AGAIN}."
+        )
+    if cache.chunked != is_chunked(config):
+        raise KvfoldError(
+            f"config.json and {METADATA_NAME} (cache.chunked) differ in whether layers attend in chunks; {AGAIN}."
+        )
     shards = (
         [WEIGHTS] if WEIGHTS in metadata.files else sorted(set(read_index(path / INDEX).values()))
     )
@@ -275,9 +292,9 @@ def _check_config(path: Path, metadata: Metadata) -> None:
 def tensor_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that kv_cache.safetensors must hold, all float32;
     −1 is any number up to head_dim / 2."""
-    heads, dim = metadata.cache.num_kv_heads, metadata.cache.head_dim
 
-    def shape(name: str, groups: int) -> tuple[int, ...]:
+    def shape(name: str, layer: int, groups: int) -> tuple[int, ...]:
+        heads, dim = metadata.cache.heads_of(layer)
         clip = (heads,) if groups == 1 else (heads, groups)
         return {
             "matrix": (heads, dim, dim),
@@ -287,7 +304,7 @@ def tensor_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
         }[name]
 
     return {
-        f"layers.{i}.{side}.{name}": shape(name, model.format.build().num_groups)
+        f"layers.{i}.{side}.{name}": shape(name, i, model.format.build().num_groups)
         for i, layer in enumerate(metadata.layers)
         for side, model in (("key", layer.key), ("value", layer.value))
         for name in model.tensors
@@ -333,7 +350,8 @@ def _read_specs(path: Path, metadata: Metadata) -> list[LayerSpec]:
                 raise KvfoldError(f"{path.name} {fault}; {AGAIN}.")
             for name, shape in expected.items():
                 tensors[name] = stored.get_tensor(name)
-                if not _fits(tensors[name], shape, metadata.cache.head_dim):
+                dim = metadata.cache.heads_of(int(name.split(".")[1]))[1]
+                if not _fits(tensors[name], shape, dim):
                     raise KvfoldError(
                         f"{path.name}: {name} is {tuple(tensors[name].shape)}, but must be float32 {shape}; {AGAIN}."
                     )

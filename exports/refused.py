@@ -9,8 +9,11 @@ _MULTIMODAL = (
 )
 _BOTH_WAYS = "it attends to later tokens (use_bidirectional_attention), which a cache does not hold"
 _CLIPPED = "it clamps values to a range (clip_qkv), which no basis of values can be folded through"
-_SHARED = "its layers normalise values and share them with later layers, so no basis of values can be folded in"
-_VALUE_NORM = "it normalises values, and its layers have heads of several sizes, so no basis of values can be folded in"
+BOTH = "use_bidirectional_attention"
+_ALTUP = (
+    "its layers pass on several streams of hidden states at once (AltUp), which no search that runs them one by one "
+    "follows"
+)
 _TIED = (
     "several of its layers share one attention module and differ in their keys and values, so no basis of values fits "
     "them all"
@@ -26,7 +29,6 @@ _SUB_NORM = (
 )
 _OWN_CODE = "it computes attention inside its own code, where no packed cache can be read"
 _LEARNED = "its attention has other projections than q_proj, k_proj, v_proj and o_proj, and learned positions"
-_CHUNKED = "some of its layers attend in chunks, which the packed cache does not know"
 _VALUE_DIM = "its values have another head_dim than its keys"
 _MASKED = "it computes its mask from the values, inside its own code"
 _DIFFERENTIAL = (
@@ -39,10 +41,8 @@ REFUSED = {
          "glm4_moe_lite", "glm_moe_dsa", "youtu", "axk1", "axk2", "hy_v4", "dots3_note_text",
          "kimi_linear", "bailing_hybrid"), _MLA),
     **dict.fromkeys(("bloom", "mpt", "baichuan"), ALIBI),
-    **dict.fromkeys(
-        ("gemma4", "mllama", "llama4"), _MULTIMODAL),
-    **dict.fromkeys(("gemma3n", "gemma3n_text"), _SHARED),
-    "gemma4_text": _VALUE_NORM,
+    "mllama": _MULTIMODAL,
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), _ALTUP),
     **dict.fromkeys(("zamba", "zamba2"), _TIED),
     "recurrent_gemma": _OWN_STATES,
     "zaya": _DELAYED,
@@ -53,10 +53,9 @@ REFUSED = {
     "bitnet": _SUB_NORM,
     "diffllama": _DIFFERENTIAL,
     "doge": _MASKED,
-    **dict.fromkeys(("falcon", "gpt_neox_japanese", "gptj", "codegen"), _OWN_CODE),
+    **dict.fromkeys(("gpt_neox_japanese", "gptj", "codegen"), _OWN_CODE),
     "dbrx": _CLIPPED,
     **dict.fromkeys(("gpt2", "gpt-sw3", "gpt_bigcode", "gpt_neo", "opt", "biogpt", "xglm"), _LEARNED),
-    "llama4_text": _CHUNKED,
     "mimo_v2_flash": _VALUE_DIM,
 }  # fmt: skip
 
@@ -64,6 +63,6 @@ REFUSED = {
 FIELDS = {
     "kv_lora_rank": _MLA,
     "vision_config": _MULTIMODAL,
-    "use_bidirectional_attention": _BOTH_WAYS,
+    BOTH: _BOTH_WAYS,
     "clip_qkv": _CLIPPED,
 }

@@ -4,20 +4,18 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, model_validator
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
+from kvfold.exports.cache_model import (
+    HEADS_VERSION,
+    CacheModel,
+    Count,
+    Positive,
+    Strict,
+)
 from kvfold.kernels.formats import Format
-from kvfold.kernels.key_mean import RopePairs
 from kvfold.kernels.kinds import known
 from kvfold.kernels.kinds.storage import FIELDS
 
@@ -34,24 +32,9 @@ STATES_VERSION = 6  # the same and cache.states, of hybrid models alone: all oth
 METADATA_NAME = "kv_cache.json"
 TENSORS_NAME = "kv_cache.safetensors"
 
-MOST_TOKENS = 1 << 24  # of sinks, window and rollback, which are allocated whole
-MOST_PAGE_TOKENS = 1024
-MOST_LAYERS = 1000
 MOST_SEED = 1 << 63  # seeds are below, as torch takes them
-Count = Annotated[int, Field(ge=0, lt=1 << 63)]
-Positive = Annotated[int, Field(gt=0, lt=1 << 63)]
-ITEM_NBYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-Layers = Annotated[int, Field(gt=0, le=MOST_LAYERS)]
-RawTokens = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
-PageTokens = Annotated[int, Field(gt=0, le=MOST_PAGE_TOKENS)]
 Bits = Annotated[float, Field(ge=0, le=64)]
 Loss = Annotated[float, Field(ge=0, le=1e9)]
-
-
-class Strict(BaseModel):
-    """No unknown field, no silent conversion, no NaN or infinity."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class FormatModel(Strict):
@@ -79,62 +62,6 @@ class SideModel(Strict):
 class LayerModel(Strict):
     key: SideModel
     value: SideModel
-
-
-class StatesModel(Strict):
-    """States of fixed size that layers of a hybrid model keep of one sequence.
-
-    `elements`: numbers of the type that the model computes in; `dtype`: that type, as the account
-    takes it.
-    `float32`: numbers that are float32 whatever the model computes in.
-    """
-
-    elements: Count
-    float32: Count
-    dtype: Literal["float64", "float32", "float16", "bfloat16"]
-
-    def nbytes(self, dtype: str | None = None) -> int:
-        """Bytes of one sequence's states where the model computes in `dtype`; None for its own."""
-        return self.elements * ITEM_NBYTES[dtype or self.dtype] + self.float32 * 4
-
-
-class CacheModel(Strict):
-    """Shape of the model's cache and of its regions, in tokens.
-
-    `sliding`: of each layer, 0 for none; from SLIDING_VERSION on, where one layer slides at least,
-    else empty.
-    `rope_pairs`: which channels RoPE turns together (kernels/key_mean.py); from PAIRS_VERSION on,
-    where they are not the usual ones.
-    `rollback`: tokens by which a cache may be cropped as if they had never come, unless a load asks
-    for another number; from ROLLBACK_VERSION on, and None, which is 0, before.
-    `states`: in STATES_VERSION, of a hybrid model, whose `num_layers` and `layers` are those that
-    attend; else absent.
-    """
-
-    num_layers: Layers
-    num_heads: Positive
-    num_kv_heads: Positive
-    head_dim: Positive
-    sinks: RawTokens
-    window: RawTokens
-    page_tokens: PageTokens
-    sliding: list[Count] = Field(default_factory=list)
-    rope_pairs: RopePairs = "halves"
-    rollback: RawTokens | None = None
-    states: StatesModel | None = None
-
-    @model_serializer(mode="wrap")
-    def _fields(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields = dump(self)
-        if not self.sliding:
-            del fields["sliding"]
-        if self.rope_pairs == "halves":
-            del fields["rope_pairs"]
-        if self.rollback is None:
-            del fields["rollback"]
-        if self.states is None:
-            del fields["states"]
-        return fields
 
 
 class AccountModel(Strict):
@@ -248,8 +175,7 @@ class Metadata(Strict):
             "frequencies" in layer.key.tensors for layer in self.layers
         ):
             raise ValueError(f"frequencies of keys go with format_version {MEAN_VERSION}")
-        if self.cache.num_heads % self.cache.num_kv_heads:
-            raise ValueError("num_heads is not a multiple of num_kv_heads")
+        self.cache.check_heads(self.format_version)
         for i, layer in enumerate(self.layers):
             if "frequencies" in layer.key.tensors and "offset" not in layer.key.tensors:
                 raise ValueError(
@@ -263,9 +189,9 @@ class Metadata(Strict):
                 if len(set(side.tensors)) != len(side.tensors):
                     raise ValueError(f"layer {i}: a tensor is listed twice")
                 fmt = side.format.build()
-                if fmt.head_dim != self.cache.head_dim:
+                if fmt.head_dim != (dim := self.cache.heads_of(i)[1]):
                     raise ValueError(
-                        f"layer {i}: a format covers {fmt.head_dim} channels, but head_dim is {self.cache.head_dim}"
+                        f"layer {i}: a format covers {fmt.head_dim} channels, but head_dim is {dim}"
                     )
                 if abs(fmt.payload_bits - side.payload_bits) > 1e-9:
                     raise ValueError(
@@ -275,10 +201,7 @@ class Metadata(Strict):
 
     @property
     def geometry(self) -> Geometry:
-        c = self.cache
-        shape = c.num_kv_heads, c.head_dim, c.sinks, c.window, c.page_tokens
-        states = 0 if c.states is None else c.states.nbytes()
-        return Geometry(*shape, tuple(c.sliding), c.rollback or 0, states)
+        return self.cache.geometry
 
     @property
     def formats(self) -> list[tuple[Format, Format]]:
@@ -330,9 +253,9 @@ def parse_metadata(text: str, name: str = METADATA_NAME) -> Metadata:
             f"{name} is not JSON ({error}); the artifact is damaged, write or download it again."
         ) from None
     version = data.get("format_version") if isinstance(data, dict) else None
-    if version not in range(FORMAT_VERSION, STATES_VERSION + 1):
+    if version not in range(FORMAT_VERSION, HEADS_VERSION + 1):
         raise KvfoldError(
-            f"{name} has format_version {version!r}, but this kvfold reads {FORMAT_VERSION} to {STATES_VERSION}; use "
+            f"{name} has format_version {version!r}, but this kvfold reads {FORMAT_VERSION} to {HEADS_VERSION}; use "
             "the kvfold that wrote it."
         )
     digest = data.pop("digest", None)

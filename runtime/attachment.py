@@ -22,6 +22,16 @@ if TYPE_CHECKING:  # transformers' models take seconds to import: kernels are co
     from transformers import PreTrainedModel
 
 
+def set_attention(model: Any, name: str) -> None:
+    """Makes a model attend by the function of transformers' interface called `name`."""
+    if model.config.model_type == "falcon":
+        from kvfold.exports import falcon
+
+        falcon.set_attention(model, name)
+    else:
+        model.set_attn_implementation(name)
+
+
 class Absent:
     """In place of what an attribute was before: it was not there. A class, as a copy of a model
     must find the same."""
@@ -58,7 +68,7 @@ class Attachment:
         check(GENERATION)
         model, calls = self.owner(), self.calls
         model.eval()
-        model.set_attn_implementation(NAME)
+        set_attention(model, NAME)
         for name, method in (
             ("_prepare_cache_for_generation", calls.prepare_cache),
             ("_update_model_kwargs_for_generation", calls.update_kwargs),
@@ -94,6 +104,8 @@ class Attachment:
             model.kv_triton
             and not self.calls.offload
             and not keeps_states(model.config)  # a step that is captured runs more than once
+            and not self.calls.geometry.shared  # whose handles are read more than once
+            and not self.calls.geometry.chunked  # whose code counts tokens on the host
             and model.device.type in DecodingStep.devices
         )
 
@@ -116,7 +128,7 @@ class Attachment:
             else:
                 setattr(target, name, value)
         self._before.clear()
-        model.set_attn_implementation(self.attention)
+        set_attention(model, self.attention)
         return model
 
     @contextmanager

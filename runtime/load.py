@@ -22,8 +22,9 @@ from huggingface_hub.errors import (
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import batch_nbytes
+from kvfold.exports.cache_model import MOST_TOKENS
 from kvfold.exports.reader import Artifact, read_artifact, read_metadata
-from kvfold.exports.schema import MOST_TOKENS, Metadata
+from kvfold.exports.schema import Metadata
 from kvfold.exports.units import parse_nbytes
 from kvfold.exports.weights import weights_nbytes
 from kvfold.memory import is_out_of_memory, need_memory, reason_of_shortage
@@ -65,8 +66,7 @@ def resolve_artifact(
     ) as error:
         raise KvfoldError(
             f"'{path_or_repo_id}' is neither a folder nor a Hub repository that can be reached "
-            f"({type(error).__name__}); "
-            "give an artifact's folder or the id of one that was pushed."
+            f"({type(error).__name__}); give an artifact's folder or the id of one that was pushed."
         ) from error
 
 

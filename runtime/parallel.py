@@ -14,8 +14,8 @@ import torch
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import text_of
+from kvfold.exports.cache_model import CacheModel
 from kvfold.exports.reader import Artifact
-from kvfold.exports.schema import CacheModel
 
 DIVIDED = "colwise"  # what transformers' plans say of a projection whose outputs are divided
 KEYS = ("k_proj", "query_key_value")
@@ -89,6 +89,11 @@ def check_heads(cache: CacheModel, config: Any) -> None:
         raise KvfoldError(
             f"tp_plan='auto' divides heads of keys and values among processes, but layers of a '{text.model_type}' "
             "model keep states, which it does not divide; leave tp_plan out."
+        )
+    if cache.heads or cache.shared:
+        raise KvfoldError(
+            f"tp_plan='auto' divides the same heads of all layers among processes, but layers of a '{text.model_type}' "
+            "model have other heads than others; leave tp_plan out."
         )
     plan = getattr(text, "base_model_tp_plan", None) or {}
     divided = [kind for name, kind in plan.items() if name.rpartition(".")[2] in KEYS]

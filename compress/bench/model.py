@@ -12,8 +12,9 @@ from transformers import LlamaConfig
 from kvfold.compress.bench.cases import DISTINCT, Pair, pair, random_pages
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
+from kvfold.exports.cache_model import CacheModel
 from kvfold.exports.reader import Artifact
-from kvfold.exports.schema import CacheModel, CalibrationModel, Metadata
+from kvfold.exports.schema import CalibrationModel, Metadata
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.pretrained import model_from_config
 from kvfold.runtime.cache.cache import QuantizedKVCache

@@ -33,7 +33,7 @@ def describe(metadata: Metadata, at: int | None = None) -> dict[str, Any]:
                     "format": str(fmt),
                     "payload_bits": side.payload_bits,
                     "transforms": side.transforms,
-                    "bytes": geometry.side_nbytes(fmt, tokens, geometry.sliding_of(i)),
+                    "bytes": geometry.of_layer(i).side_nbytes(fmt, tokens, geometry.sliding_of(i)),
                     "predicted_loss": side.predicted_loss,
                 }
                 for name, side, fmt in (

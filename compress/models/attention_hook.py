@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from kvfold.exports.falcon import build_with
 from kvfold.kernels.attention import attend_plain
 
 NAME = "kvfold-tap"  # load a model with this attention to tap it
@@ -67,6 +68,7 @@ def attend_as_usual(
 
 AttentionInterface.register(NAME, _forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+build_with(NAME)
 
 
 @contextmanager

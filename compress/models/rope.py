@@ -42,9 +42,11 @@ def turns(model: Any, arch: Architecture, layer: int, positions: Tensor) -> Tens
     of_type = (text_of(model.config).layer_types[place],) if arch.rope_by_type else ()
     if arch.rope_axes > 1:
         positions = positions.expand(arch.rope_axes, *positions.shape)
-    cos, sin = rotary(
-        torch.empty(0, device=positions.device), positions, *of_type
-    )  # the tensor only gives its type
+    # the tensor only gives its type
+    table = rotary(torch.empty(0, device=positions.device), positions, *of_type)
+    if isinstance(table, Tensor):  # e^{iθ} of each pair
+        return table / table.abs()
+    cos, sin = table
     pairs = cos.shape[-1] if arch.rope_halves else cos.shape[-1] // 2
     once = slice(0, None, 2) if arch.rope_repeats else slice(pairs)
     turn = torch.complex(cos[..., once].float(), sin[..., once].float())
@@ -78,7 +80,8 @@ def norm_weights(attention: Any, arch: Architecture) -> tuple[Tensor | None, Ten
     """What queries and keys are multiplied by after RoPE, float32 [D] each; None for nothing."""
     if not arch.norm_after_rope:
         return None, None
-    weights = (getattr(getattr(attention, name), "weight", None) for name in arch.norms)
+    norms = (getattr(attention, name, None) for name in arch.norms)
+    weights = (getattr(norm, "weight", None) for norm in norms)
     query, key = (None if w is None else w.float() + arch.norm_plus for w in weights)
     return query, key
 

@@ -16,8 +16,8 @@ from transformers import DynamicCache
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import Architecture, keeps_states, text_of
+from kvfold.exports.cache_model import StatesModel
 from kvfold.exports.hybrids import check_transformers, state_layers
-from kvfold.exports.schema import StatesModel
 from kvfold.pretrained import model_from_config, reason_of
 
 TOKENS = 2  # more than one, since a single token goes by another path

@@ -186,9 +186,13 @@ def save_model(model: Any, folder: Path) -> None:
         return
     _, tensors, names = model.kvfold_stored
     own = model.state_dict()
-    state = {name: own[target] for name, target in names.same.items()} | {
-        name: tensors[name] for name in names.joined
-    }
+    # of a text model that is read from a checkpoint of towers, whose part it is, transformers drops
+    # the part's name
+    part = f"{model.base_model_prefix}."
+    state = {
+        target if name == part + target else name: own[target]
+        for name, target in names.same.items()
+    } | {name: tensors[name] for name in names.joined}
     model.save_pretrained(folder, state_dict=state, save_original_format=False)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.compress.calibrate import LayerStats, calibrate
-from kvfold.compress.fuse import fuse_pair_scale, fuse_values, output_name, shares_scale
+from kvfold.compress.calibrate import SKIP_TOKENS, LayerStats, calibrate
+from kvfold.compress.fuse import fuse_all, output_name, shares_scale, value_bases
 from kvfold.compress.memory import room_for_weights
 from kvfold.compress.models import load_model
 from kvfold.compress.models.attention_hook import NAME as TAP
@@ -19,6 +19,7 @@ from kvfold.compress.models.streamed import is_streamed, load_streamed, release,
 from kvfold.compress.plan import Plan, check_reach
 from kvfold.compress.processes import Processes
 from kvfold.compress.progress import progress, stage
+from kvfold.compress.readers import with_readers
 from kvfold.compress.recipe import LEAST_WINDOW
 from kvfold.compress.search.allocate import Choice, allocate, least_nbytes
 from kvfold.compress.search.allocate_shared import allocate_shared
@@ -116,14 +117,10 @@ def measure(
         check_model(
             model, plan.arch, plan.sequences[0], plan.source.name, recipe.key.transform == "smooth"
         )
-    stats = calibrate(
-        model,
-        plan.arch,
-        plan.sequences,
-        plan.steps,
-        recipe.calibration.sample_tokens,
-        statistics or work,
-    )
+    text = plan.sequences, plan.steps
+    kept = statistics or work
+    stats = calibrate(model, plan.arch, *text, recipe.calibration.sample_tokens, kept)
+    stats = with_readers(stats, model, plan.arch, *text, SKIP_TOKENS, kept)
     s = recipe.sensitivity
     sequences = [ids[:, : s.seq_len] for ids in plan.sequences[: s.num_sequences]]
     near = replace(geometry, window=min(geometry.window, PROBED_WINDOW))
@@ -149,10 +146,13 @@ def measure(
         whole = processes.from_first(partial(stats.__getitem__, i))
         part = _with_mean(plan, model, whole, i, second, bits)
         keys[i] = _key_candidates(plan, model, part, i)
-        values[i] = value_candidates(whole, recipe, i, bool(plan.arch.gate))
+        values[i] = value_candidates(whole, recipe, i, value_bases(probe.attentions[i], plan.arch))
         if s.method == "fisher":
             jobs = layer_jobs(i, keys[i], values[i], bits, s.probes)
-            found |= second.of_jobs(i, jobs, keys, values)
+            if i in geometry.shared:  # its errors add up in all that read it
+                found |= measured(probe, jobs, keys, values, near, work)
+            else:
+                found |= second.of_jobs(i, jobs, keys, values)
     if s.method == "first-order":
         losses = first_order_losses(probe, sequences, keys, values, near)
     elif s.method == "kl":
@@ -171,7 +171,7 @@ def _key_candidates(
         stats,
         plan.recipe,
         layer,
-        shares_scale(attention, plan.arch, plan.geometry.head_dim),
+        shares_scale(attention, plan.arch, stats.key_mean.shape[1]),
         getattr(attention, output_name(attention)).weight,
         plan.arch.rope_pairs,
         near_bits,
@@ -197,7 +197,7 @@ def _with_mean(
 def target_bits(plan: Plan) -> float:
     """Payload bits an element that the budget leaves for pages."""
     g = plan.geometry
-    fixed = plan.num_layers * g.fixed_nbytes(plan.budget.at) + g.state_nbytes
+    fixed = g.all_fixed_nbytes(plan.budget.at, plan.num_layers)
     packed = g.packed_elements(plan.budget.at, plan.num_layers)
     return 8 * (plan.budget.nbytes - fixed) / max(packed, 1)
 
@@ -223,10 +223,10 @@ def search(plan: Plan, work: Path, device: torch.device, statistics: Path | None
     ]
     together = x.probe.whole_model(taps)
     dtype: torch.dtype = plan.config.dtype or torch.float32
-    for attention, layer in zip(plan.arch.attention_modules(x.model), layers, strict=True):
-        set_parameters(
-            attention, fused_parameters(attention, plan.arch, layer), dtype, is_streamed(x.model)
-        )
+    for modules, layer in zip(plan.arch.reading_modules(x.model), layers, strict=True):
+        fused = fused_parameters(modules, plan.arch, layer)
+        for attention, parameters in zip(modules, fused, strict=True):
+            set_parameters(attention, parameters, dtype, is_streamed(x.model))
         release(x.model)
     return Found(layers, together, x.probe.whole_model())
 
@@ -271,9 +271,9 @@ def choose(
     geometry, budget, count = plan.geometry, plan.budget, plan.num_layers
 
     def choices(layer: int, formats: list[Format], losses: list[float]) -> list[Choice]:
-        sliding = geometry.sliding_of(layer)
+        own, sliding = geometry.of_layer(layer), geometry.sliding_of(layer)
         return [
-            Choice(geometry.side_nbytes(f, budget.at, sliding), loss)
+            Choice(own.side_nbytes(f, budget.at, sliding), loss)
             for f, loss in zip(formats, losses, strict=True)
         ]
 
@@ -284,7 +284,7 @@ def choose(
     sides = [choices(i % count, *side) for i, side in enumerate(zip(formats, losses, strict=True))]
     kinds = [(formats[g], formats[count + g]) for g in range(count)]
     places = [_places(plan, *pair) for pair in kinds]
-    fixed = count * geometry.fixed_nbytes(budget.at) + geometry.state_nbytes
+    fixed = geometry.all_fixed_nbytes(budget.at, count)
     pairs = [
         [_sum(sides[g][k], sides[count + g][v]) for k, v in row] for g, row in enumerate(places)
     ]
@@ -296,10 +296,17 @@ def choose(
     else:
         found = allocate(pairs, room)
     names = [[(k[i], v[j]) for i, j in row] for row, (k, v) in zip(places, kinds, strict=True)]
-    used = {names[g][c] for g, c in enumerate(found)}
-    if 0 < plan.recipe.pairs < len(used) and all(set(row) == set(names[0]) for row in names):
-        stage(f"choosing {plan.recipe.pairs} pairs of formats instead of {len(used)}")
-        found = allocate_shared(pairs, names, room, plan.recipe.pairs)
+    limit, alike = plan.recipe.pairs, [frozenset(row) for row in names]
+    # layers of one shape of heads, where there are several, have formats of their own
+    for offered in dict.fromkeys(alike) if geometry.heads or len(set(alike)) == 1 else ():
+        layers = [g for g in range(count) if alike[g] == offered]
+        used = {names[g][found[g]] for g in layers}
+        if 0 < limit < len(used):
+            stage(f"choosing {limit} pairs of formats instead of {len(used)}")
+            rest = sum(pairs[g][found[g]].nbytes for g in range(count) if g not in layers)
+            part = [pairs[g] for g in layers], [names[g] for g in layers]
+            for g, c in zip(layers, allocate_shared(*part, room - rest, limit), strict=True):
+                found[g] = c
     return [places[g][c] for g, c in enumerate(found)]
 
 
@@ -309,9 +316,7 @@ def _places(plan: Plan, keys: list[Format], values: list[Format]) -> list[tuple[
     recipe, every = plan.recipe, list(product(range(len(keys)), range(len(values))))
     if recipe.tied:
         return [(i, i) for i in range(len(keys))]
-    listed = (
-        set(catalogue.pairs(plan.geometry.head_dim)) if recipe.catalogue and recipe.pairs else set()
-    )
+    listed = set(catalogue.pairs(keys[0].head_dim)) if recipe.catalogue and recipe.pairs else set()
     found = [(i, j) for i, j in every if (keys[i], values[j]) in listed]
     return (
         found if listed and len({(keys[i], values[j]) for i, j in found}) == len(listed) else every
@@ -338,13 +343,12 @@ def load_weights(plan: Plan, device: torch.device) -> Any:
     return load_streamed(plan.source.path, plan.arch, torch.float32, device, TAP)
 
 
-def fused_parameters(attention: Any, arch: Architecture, layer: Layer) -> dict[str, Tensor]:
-    """All parameters of an attention module that the layer's choices change, float64, by name; the
-    module stays."""
-    fused = fuse_values(attention, layer.value.matrix, arch.gate)
-    if layer.key.pair_scale is not None:
-        fused |= fuse_pair_scale(attention, layer.key.pair_scale, arch, fused)
-    return fused
+def fused_parameters(
+    modules: list[Any], arch: Architecture, layer: Layer
+) -> list[dict[str, Tensor]]:
+    """All parameters of attention modules that the layer's choices change, float64, by name; the
+    modules, its own and those that read its keys and values too, stay."""
+    return fuse_all(modules, layer.value.matrix, layer.key.pair_scale, arch)
 
 
 def set_parameters(

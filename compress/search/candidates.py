@@ -3,7 +3,7 @@ transforms and measured error."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,14 @@ from torch import Tensor
 from kvfold.compress.calibrate import LayerStats
 from kvfold.compress.processes import Processes
 from kvfold.compress.recipe import KeyRecipe, Recipe, ValueRecipe
-from kvfold.compress.transforms import KEY_TRANSFORMS, VALUE_TRANSFORMS, Basis, Request, Transform
+from kvfold.compress.transforms import (
+    KEY_TRANSFORMS,
+    SCALED,
+    VALUE_TRANSFORMS,
+    Basis,
+    Request,
+    Transform,
+)
 from kvfold.exports.schema import MOST_SEED
 from kvfold.exports.spec import KeySpec, ValueSpec, clip_rows
 from kvfold.kernels.formats import Format
@@ -176,10 +183,8 @@ def key_candidates(
 
 
 def _value_candidate(
-    fmt: Format, matrix: Tensor, stats: LayerStats, recipe: Recipe
+    fmt: Format, matrix: Tensor, stats: LayerStats, recipe: Recipe, names: tuple[str, ...]
 ) -> ValueCandidate:
-    name = recipe.value.transform
-    names = ("scale",) if name == "none" else (name, "scale")
     values = to_float16(stats.value_sample @ matrix.float().mT).float()
     inverse = torch.linalg.inv(matrix)
     metric = inverse.mT @ stats.output_metric @ inverse
@@ -190,13 +195,25 @@ def _value_candidate(
 
 
 def value_candidates(
-    stats: LayerStats, recipe: Recipe, layer: int, gated: bool = False
+    stats: LayerStats,
+    recipe: Recipe,
+    layer: int,
+    bases: Literal["any", "channels", "turns", "none"] = "any",
 ) -> list[ValueCandidate]:
-    """Candidates for one layer's values, 16 bits last if offered; `gated`: as Request has it."""
+    """Candidates for one layer's values, 16 bits last if offered; `bases`: those that can be folded
+    in (fuse.value_bases)."""
+    name, normed = recipe.value.transform, bases in ("turns", "none")
+    if bases == "none":
+        name = "none"
+    elif normed and name in SCALED:
+        name = "rotate"
+    names = (() if name == "none" else (name,)) + (() if normed else ("scale",))
 
     def make(fmt: Format, basis: Basis) -> ValueCandidate:
         assert basis.fused is not None
-        return _value_candidate(fmt, basis.fused, stats, recipe)
+        return _value_candidate(fmt, basis.fused, stats, recipe, names)
 
-    row = VALUE_TRANSFORMS[recipe.value.transform]
-    return _fitted(row, recipe.value, stats, recipe, layer, make, gated=gated)
+    gated = bases == "channels"
+    return _fitted(
+        VALUE_TRANSFORMS[name], recipe.value, stats, recipe, layer, make, gated=gated, normed=normed
+    )

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfold.compress.fuse import fuse_pair_scale, fuse_values
+from kvfold.compress.fuse import fuse_outputs, fuse_pair_scale, fuse_values, value_bases
 from kvfold.compress.models.attention_hook import tapped
 from kvfold.compress.models.layerwise import LayerRunner
 from kvfold.compress.models.rope import norm_weights, rotate_on, turns
@@ -33,10 +33,11 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import (
     Architecture,
     attention_layers_of,
-    head_dim_of,
+    heads_of,
     last_norm_of,
     logits_of,
-    num_kv_heads_of,
+    readers_of,
+    text_of,
 )
 from kvfold.kernels.key_mean import join_pairs
 
@@ -71,6 +72,8 @@ class Call:
     def output(self, parameters: dict[str, Tensor] | None = None) -> Tensor:
         """The module's output, with some of its parameters replaced, rounded to their types."""
         saved = {name: self.attention.get_parameter(name).data for name in parameters or {}}
+        shared = self.kwargs.get("shared_kv_states")  # for later layers, which must not read these
+        before = dict(shared or {})
         try:
             for name, value in (parameters or {}).items():
                 self.attention.get_parameter(name).data = value.to(saved[name].dtype)
@@ -78,6 +81,8 @@ class Call:
         finally:
             for name, data in saved.items():
                 self.attention.get_parameter(name).data = data
+            if shared is not None:
+                shared.update(before)
 
 
 class _Rounded:
@@ -177,11 +182,30 @@ def check_model(
             check(side, error, FOLDED * max(rounding, unit), what)
         return after
 
+    def reading(number: int, source: int, hidden: Tensor) -> Tensor:
+        """As `checked`, of a layer that reads the keys and values of layer `source`."""
+        attention = arch.decoder_layers(model)[number].get_submodule(arch.attention)
+        with Call(attention) as call:
+            after = near.run(number, hidden)
+        heads, dim = heads_of(model.config)[numbers.index(source)]
+        generator = torch.Generator().manual_seed(number)
+        matrix = torch.stack([mixing_matrix(dim, generator) for _ in range(heads)])
+        before = call.output()
+        unit = torch.finfo(before.dtype).eps / 2
+        kind = text_of(model.config).layer_types[number]
+        error = _relative(_read_folded(call, kind, matrix) - before, before)
+        what = f"layer {number} does not read the values of layer {source}, in whatever basis they stand,"
+        check("values", error, FOLDED * 10 * unit, f"{what} and what it gives differs")
+        return after
+
     attentions = dict(zip(numbers, arch.attention_modules(model), strict=True))
+    sources = {place: i for i, others in readers_of(model.config).items() for place in others}
     for number, layer in enumerate(arch.decoder_layers(model)):
         with present(layer):
             if number in attentions:
                 hidden = checked(numbers.index(number), attentions[number], hidden)
+            elif number in sources:
+                hidden = reading(number, sources[number], hidden)
             else:
                 hidden = near.run(number, hidden)
     logits = model(ids, use_cache=False).logits.float()
@@ -196,7 +220,7 @@ Fold = Callable[[Any, bool], dict[str, Tensor]]
 def folds(model: Any, arch: Architecture, scaled: bool, layer: int) -> dict[str, Fold]:
     """What is folded into one layer, and out again: an orthogonal basis of values, or, where a gate
     lets nothing else through, a permutation with scales; then scales of pairs of keys."""
-    heads, dim = num_kv_heads_of(model.config), head_dim_of(model.config)
+    heads, dim = heads_of(model.config)[layer]
     generator = torch.Generator().manual_seed(layer)
     matrix = torch.stack([mixing_matrix(dim, generator) for _ in range(heads)])
     half = torch.exp2(torch.rand(1, dim // 2, generator=generator, dtype=torch.float64) - 0.5)
@@ -215,4 +239,20 @@ def folds(model: Any, arch: Architecture, scaled: bool, layer: int) -> dict[str,
     def keys(attention: Any, out: bool) -> dict[str, Tensor]:
         return fuse_pair_scale(attention, 1 / scale if out else scale, arch)
 
-    return {"values": values, "keys": keys} if scaled else {"values": values}
+    found: dict[str, Fold] = {"keys": keys} if scaled else {}
+    if value_bases(arch.attention_modules(model)[layer], arch) != "none":
+        found = {"values": values, **found}
+    return found
+
+
+def _read_folded(call: Call, layer_type: str, matrix: Tensor) -> Tensor:
+    """What a layer that reads an earlier one's keys and values gives where those values come in the
+    basis `matrix`, float64 [Hkv, D, D], and its o_proj undoes it."""
+    shared = call.kwargs["shared_kv_states"]
+    keys, values = plain = shared[layer_type]
+    turned = (values.double() @ matrix.to(values.device).mT).to(values.dtype)
+    try:
+        shared[layer_type] = keys, turned
+        return call.output(fuse_outputs(call.attention, torch.linalg.inv(matrix)))
+    finally:
+        shared[layer_type] = plain

@@ -13,6 +13,9 @@ up in squares: E[(G·Δo)²] is the sum over KV heads of E[(G_h·Δo_h)²], and 
 times less noisy.
 
 Δo of a candidate takes that layer's attention alone, through packed bytes (packed_attention.py).
+Where later layers read a layer's keys and values too, their gradients by those add up and go back
+through it; the losses of such a layer itself are measured by forward passes (search/__init__.py).
+
 Layers are run again one at a time from stored hidden states, all passages through one before the
 next, so that one layer's activations are in memory, and what it does is known when its candidates
 are made; and only positions that read pages are run at all.
@@ -37,6 +40,7 @@ from kvfold.compress.search.sensitivity import (
     Probe,
     check_finite_loss,
     keep_losses,
+    last_rows,
     put_behind,
     read_losses,
     specs_of,
@@ -83,6 +87,7 @@ class _Recorder:
         scaling, extras: as a tap gets them.
         mask: bool [n, T] or None.
         out: [1, n, H, D] with its graph.
+        joined: keys and values [1, Hkv, T, D] with theirs.
     """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -92,12 +97,34 @@ class _Recorder:
         self.scaling, self.extras = scaling, extras
         self.mask = None if mask is None else mask[0, 0]
         key, value, mask = put_behind(*self.before, key, value, mask)
+        self.joined = key, value
         self.query, self.key, self.value = (x[0].detach() for x in (query, key, value))
         if extras:
             self.out = attend_whole(query, key, value, mask, scaling, **extras)
         else:
             self.out = attend_as_usual(module, query, key, value, mask, scaling)
         return self.out
+
+
+class _Reader:
+    """A tap for the last n of a passage's T positions in a layer that reads an earlier one's keys and
+    values.
+
+    Args:
+        keys, values: [1, Hkv, T, D], what it reads.
+    Attributes:
+        sources: the same as leaves of the graph.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.sources = keys.detach().requires_grad_(), values.detach().requires_grad_()
+
+    def __call__(self, module, query, key, value, mask, scaling, **extras):
+        keys, values = self.sources
+        mask = last_rows(mask, query, keys)
+        if extras:
+            return attend_whole(query, keys, values, mask, scaling, **extras)
+        return attend_as_usual(module, query, keys, values, mask, scaling)
 
 
 @dataclass(frozen=True)
@@ -151,6 +178,9 @@ class Sweep:
     def __init__(self, probe: Probe, geometry: Geometry, count: int, seed: int) -> None:
         self.probe, self.geometry, self.count, self.seed = probe, geometry, count, seed
         self.gradients: dict[int, Tensor] = {}  # of each passage, by the next layer's output
+        # of each passage and layer whose keys and values others read, by both: [count, 2, 1, Hkv, T,
+        # D], the sum of the readers so far
+        self.read: dict[tuple[int, int], Tensor] = {}
         self.next = probe.num_layers - 1  # of the model's layers
 
     def at(self, layer: int) -> list[Seen]:
@@ -174,7 +204,8 @@ class Sweep:
             where the layer doesn't attend.
         """
         probe, place, gradient = self.probe, self.next, self.gradients.get(index)
-        first, tap = probe.early[index], None
+        first, tap, reader = probe.early[index], None, None
+        source, read = probe.sources.get(place), None
         leaf = probe.hidden[index][place][:, first:].detach()
         with torch.enable_grad(), ExitStack() as stack:
             leaf.requires_grad_()
@@ -182,14 +213,37 @@ class Sweep:
                 layer = probe.places.index(place)
                 tap = _Recorder(*probe.past[index][layer])
                 stack.enter_context(tapped(probe.attentions[layer], tap))
+                read = self.read.pop((index, layer), None)
+            elif source is not None:
+                reader = _Reader(*probe.whole[index][source])
+                module = probe.reading[source][1 + self._turn(place)]
+                stack.enter_context(tapped(module, reader))
             state = probe.runners[index].run(place, leaf, first)
             if gradient is None:
                 state = probe.normed(index, state, first)
                 gradient = directions(probe, index, state, self.count, self.seed)
-            sources = (leaf,) if tap is None else (leaf, tap.out)
-            found = [torch.autograd.grad(state, sources, g, retain_graph=True) for g in gradient]
+            sources = [leaf, *([] if tap is None else [tap.out])]
+            sources += [] if reader is None else reader.sources
+            ends = (state, *(() if tap is None or read is None else tap.joined))
+            found = [
+                torch.autograd.grad(
+                    ends, sources, (g, *(() if read is None else read[i])), retain_graph=True
+                )
+                for i, g in enumerate(gradient)
+            ]
         self.gradients[index] = torch.stack([by_leaf for by_leaf, *_ in found])
+        if source is not None:
+            both = torch.stack([torch.stack(rest) for _, *rest in found])
+            name = index, source
+            self.read[name] = both if name not in self.read else self.read[name] + both
+            return None, []
         return tap, [by_out for _, *outs in found for by_out in outs]
+
+    def _turn(self, place: int) -> int:
+        """How many layers read the same keys and values between the layer that has them and `place`,
+        which reads them too."""
+        sources = self.probe.sources
+        return sum(sources[other] == sources[place] for other in sources if other < place)
 
     def _step(self, index: int) -> Seen:
         """One passage through layer `next`, which attends, and back."""
@@ -200,7 +254,7 @@ class Sweep:
         plain = packed_attention(
             tap.query, tap.key, tap.value, self.geometry, tap.scaling, **options
         )
-        heads = by_out.unflatten(1, (self.geometry.num_kv_heads, -1))
+        heads = by_out.unflatten(1, (len(tap.key), -1))
         return Seen(tap.query, tap.key, tap.value, tap.scaling, options, plain, heads)
 
 
@@ -233,7 +287,8 @@ class Losses:
         """
         geometry, device = self.sweep.geometry, self.sweep.probe.device
         keys = {
-            name: [f"{layer}.{name}.{h}" for h in range(geometry.num_kv_heads)] for name in named
+            name: [f"{layer}.{name}.{h}" for h in range(geometry.of_layer(layer).num_kv_heads)]
+            for name in named
         }
         left = [name for name in named if not set(keys[name]) <= set(self.found)]
         if left and self._seen[0] != layer:

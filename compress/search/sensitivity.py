@@ -42,6 +42,7 @@ from kvfold.exports.architectures import (
     keeps_states,
     last_norm_of,
     logits_of,
+    readers_of,
 )
 from kvfold.exports.spec import KeySpec, ValueSpec
 
@@ -86,7 +87,10 @@ class Probe:
 
     Attributes:
         num_layers: of the model.
-        places: numbers of the layers that attend; `attentions`, `past` and taps go by these.
+        places: numbers of the layers that attend with keys and values of their own; `attentions`,
+            `past` and taps go by these.
+        sources: number of each later layer that reads one's keys and values → which one's.
+        whole: of each passage, keys and values [1, Hkv, T, D] of those that are read so.
         hidden: of each passage, states [1, T, hidden_size] before every layer of the model.
     """
 
@@ -94,8 +98,13 @@ class Probe:
         self, model: Any, arch: Architecture, passages: Sequence[Passage], early: int = 0
     ) -> None:
         self.model, self.passages = model, passages
-        self.attentions = arch.attention_modules(model)
+        self.reading = arch.reading_modules(model)
+        self.attentions = [modules[0] for modules in self.reading]
         self.places = attention_layers_of(model.config)
+        readers = readers_of(model.config)
+        self.sources = {
+            place: self.places.index(i) for i, others in readers.items() for place in others
+        }
         self.num_layers = len(arch.decoder_layers(model))
         self.device = next(model.parameters()).device
         early = 0 if keeps_states(model.config) else early
@@ -111,14 +120,20 @@ class Probe:
         self.final: dict[int, Tensor] = {}
         # keys and values [1, Hkv, early, D] of each layer
         self.past: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.whole: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
+        shared = set(self.sources.values())
         for index in progress(self.share.own, "baseline", "sequence"):
             runner = self.runners[index]
             states, past = [runner.embedded], list[tuple[Tensor, Tensor]]()
+            self.whole[index] = {}
             attentions = dict(zip(self.places, self.attentions, strict=True))
             for i in range(self.num_layers):
                 with ExitStack() as stack:
                     if i in attentions:
-                        stack.enter_context(tapped(attentions[i], _keep(past, self.early[index])))
+                        layer = len(past)
+                        kept = self.whole[index] if layer in shared else None
+                        tap = _keep(past, self.early[index], layer, kept)
+                        stack.enter_context(tapped(attentions[i], tap))
                     states.append(runner.run(i, states[-1]))
             self.hidden[index] = states[:-1]
             self.past[index] = past
@@ -182,13 +197,17 @@ class Probe:
         def final(i: int) -> Tensor:
             runner, first = self.runners[i], self.early[i]
             with ExitStack() as stack:
-                stack.enter_context(tapped(self.attentions[layer], tap))
+                for attention in self.reading[layer]:
+                    stack.enter_context(tapped(attention, tap))
                 state = runner.run(place, self.hidden[i][place])[:, first:]
-                for attention, (keys, values) in zip(
-                    self.attentions[layer + 1 :], self.past[i][layer + 1 :], strict=True
+                for modules, (keys, values) in zip(
+                    self.reading[layer + 1 :], self.past[i][layer + 1 :], strict=True
                 ):
-                    if first:
+                    for attention in modules if first else ():
                         stack.enter_context(tapped(attention, _behind(keys, values)))
+                for other, (keys, values) in self.whole[i].items():
+                    for attention in self.reading[other][1:] if other < layer else ():
+                        stack.enter_context(tapped(attention, instead(keys, values)))
                 state = runner.run_from(place + 1, state, first)
             return self.normed(i, state, first)
 
@@ -198,8 +217,9 @@ class Probe:
         """KL of the model as its weights are now, with every layer tapped if `taps` are given,
         against the baseline."""
         with ExitStack() as stack:
-            for attention, tap in zip(self.attentions, taps or [], strict=False):
-                stack.enter_context(tapped(attention, tap))
+            for modules, tap in zip(self.reading, taps or [], strict=False):
+                for attention in modules:
+                    stack.enter_context(tapped(attention, tap))
             return self._mean_kl(self._whole)
 
     def _whole(self, index: int) -> Tensor:
@@ -216,10 +236,17 @@ def check_finite_loss(loss: float) -> None:
         )
 
 
-def _keep(past: list[tuple[Tensor, Tensor]], early: int) -> Tap:
-    """A tap that changes nothing and notes the first keys and values."""
+def _keep(
+    past: list[tuple[Tensor, Tensor]],
+    early: int,
+    layer: int,
+    whole: dict[int, tuple[Tensor, Tensor]] | None,
+) -> Tap:
+    """A tap that changes nothing and notes the first keys and values, and in `whole` all of them."""
 
     def tap(module, query, key, value, mask, scaling, **extras):
+        if whole is not None:
+            whole[layer] = key, value
         past.append((key[:, :, :early].clone(), value[:, :, :early].clone()))
 
     return tap
@@ -253,6 +280,26 @@ def _behind(keys: Tensor, values: Tensor) -> Tap:
         return attend_as_usual(module, query, key, value, mask, scaling, extras=extras)
 
     return tap
+
+
+def instead(keys: Tensor, values: Tensor) -> Tap:
+    """A tap for the last positions of a sequence that attend to these keys and values [1, Hkv, T,
+    D] of all of it, whatever they are given."""
+
+    def tap(module, query, key, value, mask, scaling, **extras):
+        mask = last_rows(mask, query, keys)
+        return attend_as_usual(module, query, keys, values, mask, scaling, extras=extras)
+
+    return tap
+
+
+def last_rows(mask: Tensor | None, query: Tensor, keys: Tensor) -> Tensor | None:
+    """The mask of queries [1, H, n, D] that are the last of the T positions of `keys`: bool [1, 1, n,
+    T], or None for all T of them and causal."""
+    n, tokens = query.shape[2], keys.shape[2]
+    if mask is not None or n == tokens:
+        return mask
+    return torch.ones(n, tokens, dtype=torch.bool, device=keys.device).tril(tokens - n)[None, None]
 
 
 def packing_tap(

@@ -79,6 +79,11 @@ def check_onnx(artifact: Artifact, form: str, bits: int | None) -> None:
             f"This '{family}' model cannot be expressed in ONNX: graphs take keys and values of every layer and "
             "nothing else, which is not what its layers keep; run it by runtime.load_pretrained."
         )
+    if artifact.metadata.cache.heads or artifact.metadata.cache.shared:
+        raise KvfoldError(
+            f"This '{family}' model cannot be expressed in ONNX: graphs take keys and values of as many heads and "
+            "channels for every layer, and its layers differ; run it by runtime.load_pretrained."
+        )
     rope = getattr(config, "rope_parameters", None) or {}
     tables = [t for t in (rope, *rope.values()) if isinstance(t, dict)]
     for table in tables:

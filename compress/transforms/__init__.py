@@ -12,6 +12,9 @@
 | balance | V | an invertible matrix | – | rotate.py |
 | whiten | V | an invertible matrix M | – | whiten.py |
 | whiten | V, gated | a permutation times a scale of each channel | – | channels.py |
+
+Values that are normalised behind their projection take no scale, and no "whiten" or "balance":
+theirs is "rotate" then, or "none" where they come of the keys' projection.
 """
 
 from kvfold.compress.transforms import reorder, rotate, smooth, whiten
@@ -25,6 +28,15 @@ VALUE_TRANSFORMS = {
     for row in (rotate.PLAIN, reorder.VALUES, rotate.ROTATE, rotate.BALANCE, whiten.VALUES)
 }
 
+SCALED = ("whiten", "balance")  # of values, which no norm behind their projection lets through
 UNMIXED = ("whiten", "none", "reorder")  # of values, which a gate behind attention lets through
 
-__all__ = ["KEY_TRANSFORMS", "UNMIXED", "VALUE_TRANSFORMS", "Basis", "Request", "Transform"]
+__all__ = [
+    "KEY_TRANSFORMS",
+    "SCALED",
+    "UNMIXED",
+    "VALUE_TRANSFORMS",
+    "Basis",
+    "Request",
+    "Transform",
+]

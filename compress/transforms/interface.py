@@ -64,6 +64,7 @@ class Request:
         pairs: which channels RoPE turns together (kernels/key_mean.py).
         gated: a gate multiplies each channel between attention and o_proj, so that a basis of values
             must be a permutation times a positive scale of each.
+        normed: values are normalised behind their projection, so that a basis must be orthogonal.
     """
 
     fmt: Format | None = None
@@ -75,6 +76,7 @@ class Request:
     catalogue: tuple[Format, ...] = ()
     pairs: RopePairs = "halves"
     gated: bool = False
+    normed: bool = False
 
     def generator(self) -> torch.Generator:
         """Always in the same state."""

@@ -54,7 +54,8 @@ def _keys(stats: LayerStats, request: Request) -> Basis:
 
 def _values(stats: LayerStats, request: Request) -> Basis:
     return Basis(
-        fused=unit_scale(stats) @ reorder(stats.value_range, request.group_size, request.seed)
+        fused=unit_scale(stats, request.normed)
+        @ reorder(stats.value_range, request.group_size, request.seed)
     )
 
 

@@ -49,7 +49,8 @@ def attention_names(artifact: Artifact) -> list[str]:
     for scales.
 
     Raises:
-        KvfoldError: a family whose attention modules are called something else.
+        KvfoldError: a family whose attention modules are called something else, or whose layers
+            differ.
     """
     config = config_from_pretrained(artifact.path)
     arch = architecture_of(config)
@@ -58,6 +59,12 @@ def attention_names(artifact: Artifact) -> list[str]:
             f"Model family '{arch.model_type}' cannot be expressed: engines look for scales at "
             f"model.layers.N.self_attn, this family keeps its attention at {arch.layers}.N.{arch.attention}; "
             "export another family."
+        )
+    if artifact.metadata.cache.heads or artifact.metadata.cache.shared:
+        raise KvfoldError(
+            f"Model family '{arch.model_type}' cannot be expressed: its layers have heads of several shapes or read "
+            "other layers' keys and values, for which engines' scales have no names that are known; export another "
+            "family."
         )
     return [f"{arch.layers}.{i}.{arch.attention}" for i in attention_layers_of(config)]
 

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import (
-    RAW_NBYTES,
     STATE_NBYTES,
     Geometry,
     cache_nbytes,
@@ -111,18 +110,20 @@ def account_parts(metadata: Metadata) -> list[tuple[str, str, int]]:
     geometry, at = metadata.geometry, metadata.account.at
     layers = metadata.cache.num_layers
     sides = [
-        (fmt, geometry.sliding_of(i)) for i, pair in enumerate(metadata.formats) for fmt in pair
+        (fmt, geometry.of_layer(i), geometry.sliding_of(i))
+        for i, pair in enumerate(metadata.formats)
+        for fmt in pair
     ]
     rows = [
-        geometry.held_pages(at, sliding) * geometry.page_tokens * geometry.num_kv_heads
-        for _, sliding in sides
+        own.held_pages(at, sliding) * own.page_tokens * own.num_kv_heads
+        for _, own, sliding in sides
     ]
-    codes = sum(n * code_row_nbytes(fmt) for n, (fmt, _) in zip(rows, sides, strict=True))
+    codes = sum(n * code_row_nbytes(fmt) for n, (fmt, *_) in zip(rows, sides, strict=True))
     params = sum(
-        n * fmt.num_params * fmt.param_nbytes for n, (fmt, _) in zip(rows, sides, strict=True)
+        n * fmt.num_params * fmt.param_nbytes for n, (fmt, *_) in zip(rows, sides, strict=True)
     )
-    packed = sum(geometry.side_nbytes(fmt, at, sliding) for fmt, sliding in sides)
-    token = layers * geometry.num_kv_heads * geometry.head_dim * 2 * RAW_NBYTES
+    packed = sum(own.side_nbytes(fmt, at, sliding) for fmt, own, sliding in sides)
+    token = geometry.raw_nbytes(layers) // geometry.raw_rows
     state = layers * STATE_NBYTES
     raw = token * geometry.raw_rows
     kept = geometry.state_nbytes
@@ -204,7 +205,7 @@ def report_html(metadata: Metadata, results: Sequence[Result] = ()) -> str:
             "value_loss": v.predicted_loss,
             "value_transforms": ", ".join(v.transforms),
             "bytes": sum(
-                metadata.geometry.side_nbytes(
+                metadata.geometry.of_layer(i).side_nbytes(
                     fmt, metadata.account.at, metadata.geometry.sliding_of(i)
                 )
                 for fmt in formats[i]

@@ -22,6 +22,12 @@ BLOCK: tl.constexpr = tl.constexpr(32)  # rows of a matrix at a time
 WARPS = 4
 
 
+@triton.constexpr_function
+def row_width(dim):
+    """Channels of a row at a time, as registers and shared memory allow."""
+    return pow2(dim) if dim <= 128 else 64
+
+
 @triton.jit(
     do_not_specialize=["tokens", "sinks", "k_step_t", "k_step_h", "v_step_t", "v_step_h", "slow_steps", "to_step_h"],
     do_not_specialize_on_alignment=["slow", "positions", "places"],
@@ -32,43 +38,45 @@ def _store_kernel(
     DIM: tl.constexpr, TOKENS: tl.constexpr, MATRIX: tl.constexpr, OFFSET: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of TOKENS tokens, KV heads). A row whose place is negative is not written."""
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    c = tl.arange(0, pow2(DIM))[None, :]
-    there, inside = t < tokens, c < DIM
-    position = tl.load(positions + t, mask=there, other=0).to(tl.int32)
+    there = t < tokens
     place = tl.load(places + t, mask=there, other=-1)
-    to = tl.multiple_of(place + head.to(tl.int64) * to_step_h, 8)[:, None] + c
-    written = (place >= 0)[:, None] & inside
-    source = keys + t.to(tl.int64)[:, None] * k_step_t + head.to(tl.int64) * k_step_h
-    if MATRIX:
-        x = tl.zeros((TOKENS, pow2(DIM)), tl.float32)
-        for start in tl.range(0, pow2(DIM), BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            a = tl.load(source + i[None, :], mask=there[:, None] & (i < DIM)[None, :], other=0.0)
-            a = a.to(tl.float32)
+    to = tl.multiple_of(place + head * to_step_h, 8)[:, None]
+    written = (place >= 0)[:, None]
+    u = tl.load(positions + t, mask=there, other=0).to(tl.int32) - sinks
+    source = (keys + t.to(tl.int64) * k_step_t + head * k_step_h)[:, None]
+    value_source = (values + t.to(tl.int64) * v_step_t + head * v_step_h)[:, None]
+    width: tl.constexpr = row_width(DIM)
+    for first in tl.range(0, DIM, width, num_stages=1):
+        c = first + tl.arange(0, width)[None, :]
+        inside = c < DIM
+        if MATRIX:
+            x = tl.zeros((TOKENS, width), tl.float32)
+            for start in tl.range(0, pow2(DIM), BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                known = there[:, None] & (i < DIM)[None, :]
+                a = tl.load(source + i[None, :], mask=known, other=0.0).to(tl.float32)
+                if OFFSET:
+                    a = a - tl.load(offset + head * DIM + i, mask=i < DIM, other=0.0)[None, :]
+                m = tl.load(
+                    matrix + head * (DIM * DIM) + c * DIM + i[:, None],
+                    mask=inside & (i < DIM)[:, None],
+                    other=0.0,
+                )
+                x = tl.dot(a, m, x, input_precision="tf32x3")
+        else:
+            x = tl.load(source + c, mask=there[:, None] & inside, other=0.0).to(tl.float32)
             if OFFSET:
-                a = a - tl.load(offset + head * DIM + i, mask=i < DIM, other=0.0)[None, :]
-            m = tl.load(
-                matrix + head * (DIM * DIM) + c * DIM + i[:, None],
-                mask=inside & (i < DIM)[:, None],
-                other=0.0,
-            )
-            x = tl.dot(a, m, x, input_precision="tf32x3")
-    else:
-        x = tl.load(source + c, mask=there[:, None] & inside, other=0.0).to(tl.float32)
-        if OFFSET:
-            x = x - tl.load(offset + head * DIM + c, mask=inside, other=0.0)
-    if MEAN > 0:
-        u = position - sinks
-        x -= stored_mean(
-            fast + head * (MEAN * DIM), slow + head.to(tl.int64) * slow_steps * DIM, spans, within, u, there & (u >= 0),
-            c, inside, DIM, MEAN,
-        )  # fmt: skip
-    tl.store(out + to, to_fp16(x), mask=written)
-    source = values + t.to(tl.int64)[:, None] * v_step_t + head.to(tl.int64) * v_step_h
-    v = tl.load(source + c, mask=there[:, None] & inside, other=0.0).to(tl.float32)
-    tl.store(value_out + to, to_fp16(v), mask=written)
+                x = x - tl.load(offset + head * DIM + c, mask=inside, other=0.0)
+        if MEAN > 0:
+            x -= stored_mean(
+                fast + head * (MEAN * DIM), slow + head * slow_steps * DIM, spans, within, u, there & (u >= 0), c,
+                inside, DIM, MEAN,
+            )  # fmt: skip
+        tl.store(out + to + c, to_fp16(x), mask=written & inside)
+        v = tl.load(value_source + c, mask=there[:, None] & inside, other=0.0).to(tl.float32)
+        tl.store(value_out + to + c, to_fp16(v), mask=written & inside)
 
 
 def store_rows(
@@ -135,23 +143,27 @@ def _gather_kernel(
     """Grid: (blocks of TOKENS rows, KV heads)."""
     head = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    c = tl.arange(0, pow2(DIM))[None, :]
-    there, inside = r < rows, c < DIM
-    mask = there[:, None] & inside
-    at = tl.multiple_of(tl.load(places + r, mask=there, other=0) + head * step_h, 8)[:, None] + c
-    to = (head * rows + r)[:, None] * DIM + c
-    k = tl.load(keys + at, mask=mask, other=0.0)
-    x = k.to(tl.float32)
-    if MEAN > 0:
-        u = tl.load(positions + r, mask=there, other=0).to(tl.int32) - sinks
-        x += stored_mean(
-            fast + head * (MEAN * DIM), slow + head * slow_steps * DIM, spans, within, u, there & (u >= 0), c, inside,
-            DIM, MEAN,
-        )  # fmt: skip
-    tl.store(read_keys + to, to_fp16(x), mask=mask)
-    if COPY:
-        tl.store(out + to, k, mask=mask)
-        tl.store(value_out + to, tl.load(values + at, mask=mask, other=0.0), mask=mask)
+    there = r < rows
+    at = tl.load(places + r, mask=there, other=0) + head * step_h
+    at = tl.multiple_of(at, 8)[:, None]
+    to = (head * rows + r)[:, None] * DIM
+    u = tl.load(positions + r, mask=there, other=0).to(tl.int32) - sinks
+    width: tl.constexpr = row_width(DIM)
+    for first in tl.range(0, DIM, width, num_stages=1):
+        c = first + tl.arange(0, width)[None, :]
+        inside = c < DIM
+        mask = there[:, None] & inside
+        k = tl.load(keys + at + c, mask=mask, other=0.0)
+        x = k.to(tl.float32)
+        if MEAN > 0:
+            x += stored_mean(
+                fast + head * (MEAN * DIM), slow + head * slow_steps * DIM, spans, within, u, there & (u >= 0), c,
+                inside, DIM, MEAN,
+            )  # fmt: skip
+        tl.store(read_keys + to + c, to_fp16(x), mask=mask)
+        if COPY:
+            tl.store(out + to + c, k, mask=mask)
+            tl.store(value_out + to + c, tl.load(values + at + c, mask=mask, other=0.0), mask=mask)
 
 
 def gather_rows(

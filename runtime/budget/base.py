@@ -78,7 +78,7 @@ class Policy(ABC):
         Returns:
             the bytes that it takes; if that is more than the budget, there is no room.
         """
-        return batch_nbytes(layers[0].geometry, [layer.formats for layer in layers], lengths)
+        return batch_nbytes(layers[0].shared.geometry, [layer.formats for layer in layers], lengths)
 
     def specs(self, specs: Sequence[LayerSpec]) -> list[tuple[LayerSpec, ...]]:
         """What pages of each layer may stand in, floor first; `specs`: the artifact's own."""
@@ -134,7 +134,7 @@ class Policy(ABC):
         """The error that says what did not fit."""
         g = layers[0].geometry
         rows = g.raw_rows - replace(g, rollback=0).raw_rows
-        saved = rows * row_nbytes(g) * batch_size * len(layers)
+        saved = rows * sum(row_nbytes(x.geometry) for x in layers) * batch_size
         way = f", load with rollback=0, which saves {saved} bytes" if saved else ""
         return KVBudgetExceeded(
             f"{tokens} tokens in {batch_size} sequence(s) need a cache of {need} bytes{self.floor}, but kv_budget is "
@@ -170,8 +170,10 @@ def fixed_nbytes(layers: Layers, batch_size: int, pages: Sequence[int]) -> int:
     )
     if first.is_initialized:
         room = max(room, first.table.block_table.shape[1])
-    segments = sum(g.segments_nbytes(len(layer.rungs)) for layer in layers)
-    return batch_size * (len(layers) * g.table_nbytes(room) + segments + g.state_nbytes)
+    fixed = sum(
+        layer.geometry.table_nbytes(room) + g.segments_nbytes(len(layer.rungs)) for layer in layers
+    )
+    return batch_size * (fixed + g.state_nbytes)
 
 
 def pages_nbytes(layers: Layers) -> int:
@@ -203,8 +205,11 @@ def rollback_nbytes(layers: Layers, tokens: int) -> int:
     held = [layer for layer in layers if layer.is_initialized]
     g = layers[0].geometry
     rows = replace(g, rollback=tokens).raw_rows - g.raw_rows
-    moving = g.raw_rows if rows else 0  # one layer's old ring stands beside its new one
-    return row_nbytes(g) * held[0].batch_size * (len(held) * rows + moving) if held else 0
+    if not held or not rows:
+        return 0
+    own = [row_nbytes(layer.geometry) for layer in held]
+    # one layer's old ring stands beside its new one
+    return held[0].batch_size * (rows * sum(own) + g.raw_rows * max(own))
 
 
 def regroup_nbytes(layers: Layers, sequences: int) -> int:

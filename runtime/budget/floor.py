@@ -11,7 +11,7 @@ class Floor(Policy):
         end = layers[0].get_seq_length() + tokens
         lengths = [max(0, end - pad) for pad in layers[0].shared.pads(batch_size)]
         return batch_nbytes(
-            layers[0].geometry, [layer.formats for layer in layers], lengths, tokens
+            layers[0].shared.geometry, [layer.formats for layer in layers], lengths, tokens
         )
 
     def admit(self, layers: Layers, batch_size: int, tokens: int) -> bool:

@@ -160,8 +160,8 @@ class Ladders:
     ) -> None:
         self.rungs = [ladder(spec) for spec in specs]
         self.sizes = [
-            [geometry.pair_nbytes(r.key.format, r.value.format) for r in rungs]
-            for rungs in self.rungs
+            [geometry.of_layer(i).pair_nbytes(r.key.format, r.value.format) for r in rungs]
+            for i, rungs in enumerate(self.rungs)
         ]
         # bytes to keep free while any page may go down: it stands on both rungs for a moment
         self.slack = max((sizes[-2] for sizes in self.sizes if len(sizes) > 1), default=0)
@@ -190,11 +190,8 @@ class Ladders:
 
     def least_nbytes(self, geometry: Geometry, tokens: int) -> int:
         """Bytes of one sequence's cache with all pages on the floor."""
-        fixed = sum(
-            geometry.fixed_nbytes(tokens) + geometry.segments_nbytes(len(sizes))
-            for sizes in self.sizes
-        )
-        fixed += geometry.state_nbytes
+        fixed = geometry.all_fixed_nbytes(tokens, len(self.sizes))
+        fixed += sum(geometry.segments_nbytes(len(sizes)) for sizes in self.sizes)
         return fixed + geometry.num_pages(tokens) * sum(sizes[0] for sizes in self.sizes)
 
     def plan(

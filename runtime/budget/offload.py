@@ -80,8 +80,8 @@ class Offload(Policy):
         return super().spare(layers, more) or self._push_out(layers, more)
 
     def hold(self, layers: Layers, lengths: Sequence[int], pages: int) -> int:
-        g = layers[0].geometry
-        fixed = len(lengths) * (g.fixed_nbytes(max(lengths)) * len(layers) + g.state_nbytes)
+        g = layers[0].shared.geometry
+        fixed = len(lengths) * g.all_fixed_nbytes(max(lengths), len(layers))
         need = fixed + self.pager.needed(pages, min(1, pages))
         if need <= self.limit:
             self.pager.admit(self, fixed, self.limit, pages)

@@ -163,6 +163,13 @@ class QuantizedKVCache(SizedCache):
         if not self.steps.quiet:
             self.steps.finish(self.layers)
 
+    def finish_call(self) -> None:
+        """After a call of the model: layers that others read too give back what only its queries
+        saw."""
+        for layer in self.layers:
+            if layer.is_shared:
+                layer.release_passed()
+
     def _check_marks_before(self, tokens: int) -> None:
         """Reports what is marked before the next `tokens` columns pack it."""
         if self.layers[0].is_initialized:

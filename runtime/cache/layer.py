@@ -66,6 +66,8 @@ class PackedLayer(SizedLayer):
         self.steps = (
             backend if isinstance(backend, StepBackend) else None
         )  # takes a decoding step in one go
+        # other layers of the model read it too, behind its own attention
+        self.is_shared = layer_idx in shared.geometry.shared
         self._planned: list[list[int]] = []  # before there are sequences
 
     @neutrally
@@ -109,11 +111,19 @@ class PackedLayer(SizedLayer):
         tokens = key_states.shape[2]
         pads = self.shared.pads(self.batch_size)
         skips = [min(max(pad - self.columns, 0), tokens) for pad in pads]
-        if self.steps is not None and self.shared.plain and tokens == 1 and not any(skips):
+        one = tokens == 1 and not any(skips) and not self.is_shared and not self.cut(tokens)
+        if self.steps is not None and self.shared.plain and one:
             view = self.defer(key_states, value_states)
         else:
             view = self.store(key_states, value_states, skips, pads)
         return view, view
+
+    def cut(self, tokens: int = 0) -> bool:
+        """Whether queries see less than the tokens before them or the latest of these, once `tokens`
+        columns more have come: the layer attends in chunks, and a sequence has more than one."""
+        if not self.geometry.chunked or not self.sliding:
+            return False
+        return max(self.lengths(), default=0) + tokens > self.sliding
 
     def plan(self, rungs: list[list[int]]) -> None:
         """Says which rungs each sequence's next pages are written on, oldest first; [] for the
@@ -198,12 +208,14 @@ class PackedLayer(SizedLayer):
         mask: Tensor | None,
     ) -> Tensor:
         """Attention over what `store` stored; see Backend.attend."""
-        backend = self.backend if self.shared.plain or self.backend.reads_masks else REFERENCE
+        plain = self.shared.plain and not self.cut()
+        backend = self.backend if plain or self.backend.reads_masks else REFERENCE
         if backend.reads_addresses:
             self.table.bring()
         out = backend.attend(self.held.record(), rows, query, scaling, options, mask)
         self.table.pool.written()
-        self.release_passed()
+        if not self.is_shared:
+            self.release_passed()
         return out
 
     def append_and_attend(
@@ -227,7 +239,7 @@ class PackedLayer(SizedLayer):
 
     def release_passed(self) -> None:
         """Frees pages that lie behind a sliding window of every query to come; called once the
-        latest queries have attended."""
+        latest queries have attended, those of other layers included."""
         if self.sliding and self.is_initialized:
             self.table.drop_passed(self.geometry, self.sliding)
 

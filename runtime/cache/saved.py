@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
-from kvfold.exports.schema import MOST_TOKENS
+from kvfold.exports.cache_model import MOST_TOKENS
 from kvfold.kernels.formats import Format
 
 GONE = -1  # a page that a sliding window has left behind
@@ -77,7 +77,8 @@ def check_saved(
             min(geometry.sinks, n) + max(0, n - low)
             for n, low in zip(layer["length"], layer["oldest"], strict=True)
         )
-        shape = (geometry.num_kv_heads, rows, geometry.head_dim)
+        own = geometry.of_layer(i)
+        shape = (own.num_kv_heads, rows, own.head_dim)
         for name in ("keys", "values"):
             need(
                 found[name].dtype == torch.float16 and found[name].shape == shape,
@@ -85,7 +86,7 @@ def check_saved(
             )
             need(bool(torch.isfinite(found[name]).all()), f"layers.{i}.{name} is not finite")
         pages = found["pages"]
-        size = geometry.pair_nbytes(*pair)
+        size = own.pair_nbytes(*pair)
         need(
             pages.dtype == torch.uint8 and pages.shape == (len(pages), size),
             f"layers.{i}.pages has another shape",

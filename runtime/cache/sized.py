@@ -35,8 +35,8 @@ class SizedLayer(CacheLayerMixin):
 
     @property
     def geometry(self) -> Geometry:
-        """Sinks, window, page size and head shape."""
-        return self.shared.geometry
+        """Sinks, window, page size and the layer's head shape."""
+        return self.shared.geometry.of_layer(self.layer_idx)
 
     @property
     def spec(self) -> LayerSpec:

@@ -43,15 +43,15 @@ class LayerStore:
 
     @property
     def geometry(self) -> Geometry:
-        """Sinks, window, page size and head shape."""
-        return self.shared.geometry
+        """Sinks, window, page size and the layer's head shape."""
+        return self.shared.geometry.of_layer(self.layer_idx)
 
     def record(self, marks: Tensor | None = None) -> LayerTensors:
         """The layer's tensors, for a backend."""
         window, table = self.window, self.table
         return LayerTensors(
             self.layer_idx,
-            self.shared.geometry,
+            self.geometry,
             self.rungs,
             window.keys,
             window.values,
@@ -315,8 +315,9 @@ class Lowering:
     left, however it is left."""
 
     def __init__(self) -> None:
-        self._held: LayerStore | None = None
-        self._work: list[LoweredPages] = []
+        self._backend: Backend | None = None
+        # by the layers' heads, of which a launch has one number
+        self._work: dict[int, tuple[Geometry, list[LoweredPages]]] = {}
         self._pages: set[tuple[int, int]] = set()  # layers, and pages of theirs, that wait
         self._nbytes = 0
 
@@ -336,19 +337,19 @@ class Lowering:
         pages = {(held.layer_idx, i) for i in ids}
         freed = 0 if self._pages.isdisjoint(pages) else self.carry_out()
         work = held.take_down(ids)
-        self._held = held
-        self._work.append(work)
+        self._backend, g = held.backend, held.geometry
+        self._work.setdefault(g.num_kv_heads, (g, []))[1].append(work)
         self._pages |= pages
         self._nbytes += len(ids) * work.old[0].nbytes
         return freed
 
     def carry_out(self) -> int:
         """Re-quantises what waits, and returns how many bytes that has freed."""
-        if self._held is None:
+        if self._backend is None:
             return 0
-        work, freed = self._work, self._nbytes
-        self._work, self._nbytes = [], 0
+        work, freed, backend = self._work, self._nbytes, self._backend
+        self._work, self._nbytes, self._backend = {}, 0, None
         self._pages.clear()
-        self._held.backend.lower_pages(self._held.geometry, work)
-        self._held = None
+        for geometry, pages in work.values():
+            backend.lower_pages(geometry, pages)
         return freed

@@ -19,7 +19,7 @@ from transformers import Cache
 from transformers.masking_utils import find_packed_sequence_indices
 
 from kvfold.errors import KvfoldError
-from kvfold.exports.architectures import BOTH_WAYS
+from kvfold.exports.architectures import looks_both_ways
 from kvfold.runtime.backends.base import NAME
 from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.calls.hybrid import check_continued, check_lone_padding, check_state_mask
@@ -32,6 +32,10 @@ HOW = "inside `with runtime.plain_cache(model):`"
 MARK = (
     "kvfold_artifact"  # attribute of a cache that isn't packed: the artifact whose model fills it
 )
+
+
+# of tokens, not 0 where an image's are
+TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 class Gate:
@@ -90,8 +94,9 @@ class Gate:
                 f"attn_implementation='{config._attn_implementation}' reads no packed cache; go back with "
                 f"model.set_attn_implementation('{NAME}'), or run the call {HOW}."
             )
+        both = getattr(config, "use_bidirectional_attention", False)
         if (
-            getattr(config, "use_bidirectional_attention", False)
+            (both and both != "vision")  # tokens of an image alone, see check_options
             or getattr(config, "is_causal", True) is False
         ):
             raise KvfoldError(
@@ -164,9 +169,11 @@ class Gate:
                 "leave it out, or run the call "
                 f"{HOW} after model.set_attn_implementation('eager')."
             )
-        types = kwargs.get("token_type_ids")
-        images = kwargs.get("pixel_values") is not None or (types is not None and bool(types.any()))
-        if images and module.config.model_type in BOTH_WAYS:
+        if looks_both_ways(module.config) and any(
+            x is not None and (name.startswith("pixel_values") or bool(x.any()))
+            for name, x in kwargs.items()
+            if name.startswith("pixel_values") or name in TYPES
+        ):
             raise KvfoldError(
                 f"Tokens of an image look at later ones in a '{module.config.model_type}' model, but a packed cache is "
                 f"causal; give text alone, or run the call {HOW}."
@@ -223,6 +230,12 @@ class Gate:
                 mask, Place(seen, count, pads, windows), tokens.device
             )
             cache.shared.set_plain(plain)
+        cut = cache.geometry.chunked and any(layer.cut(count) for layer in cache.layers)
+        if cut and not cache.layers[0].backend.reads_masks:
+            self.tell(
+                "chunks", "layers that attend in chunks have come to their second one, which the Triton kernels don't "
+                "know; the plain-torch reference, which is slower, computes them"
+            )  # fmt: skip
         if not cache.shared.plain and not cache.layers[0].backend.reads_masks:
             self.tell(
                 "mask", "attention_mask hides more than left padding, which the Triton kernels "

@@ -81,7 +81,10 @@ class Calls:
         if self.offload:
             buffers = 2 if next(model.parameters()).device.type == "cuda" else 1
             away = Pager(
-                [self.geometry.pair_nbytes(*pair) for pair in self.artifact.formats],
+                [
+                    self.geometry.of_layer(i).pair_nbytes(*pair)
+                    for i, pair in enumerate(self.artifact.formats)
+                ],
                 buffers=buffers,
             )
         return QuantizedKVCache(
@@ -200,6 +203,10 @@ class Calls:
             if cache.ephemeral:
                 self.gate.check_positions(kwargs, tokens.shape[0])
         self.gate.admit(cache, kwargs, tokens)
+        if cache.geometry.shared and kwargs.get("logits_to_keep"):
+            # such a model would run its last layers for these tokens alone; what a handle has been
+            # given is read by all of them
+            kwargs["logits_to_keep"] = 0
         cache.policy.check(cache.layers, tokens.shape[0], tokens.shape[1])
         cache.states.begin()
         self.note_length(cache.get_seq_length() + tokens.shape[1])
@@ -222,6 +229,7 @@ class Calls:
         again."""
         cache = kwargs.get("past_key_values")
         if isinstance(cache, QuantizedKVCache):
+            cache.finish_call()
             check_stated(cache)
             cache.states.end()
         if getattr(kwargs.get("past_key_values"), "ephemeral", False) and isinstance(

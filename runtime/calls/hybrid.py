@@ -6,13 +6,14 @@ from typing import Any
 from torch import Tensor
 
 from kvfold.errors import KvfoldError
+from kvfold.exports.cache_model import CacheModel
 from kvfold.exports.hybrids import Hybrid
-from kvfold.exports.schema import CacheModel
 from kvfold.runtime.cache.cache import QuantizedKVCache
 
 
 def check_states(cache: CacheModel, rollback: int | None, cuda_graph: bool | str) -> None:
-    """Refuses options of load_pretrained that layers with states can't follow.
+    """Refuses options of load_pretrained that layers with states, or layers that read others' keys
+    and values, can't follow.
 
     Args:
         cache: of the artifact.
@@ -21,6 +22,16 @@ def check_states(cache: CacheModel, rollback: int | None, cuda_graph: bool | str
         KvfoldError: naming the option.
     """
     if cache.states is None:
+        if cuda_graph is True and cache.shared:
+            raise KvfoldError(
+                "cuda_graph=True captures a step, in which each layer stores its token and attends at once, but layers "
+                "of this model read the keys and values of others; leave cuda_graph out."
+            )
+        if cuda_graph is True and cache.chunked:
+            raise KvfoldError(
+                "cuda_graph=True captures a step with all that the host has counted, but the code of this model, whose "
+                "layers attend in chunks, counts the tokens of each step there; leave cuda_graph out."
+            )
         return
     if rollback:
         raise KvfoldError(

@@ -42,9 +42,9 @@ def templates(kinds: Iterable[Kind]) -> list[Kind]:
     for kind in kinds:
         key = kind.spec.key
         if not key.format.raw:  # which has no basis that the others could have
-            found.setdefault(
-                (kind.sliding > 0, key.turns, key.matrix is None, key.offset is None), kind
-            )
+            sort = kind.sliding > 0, key.turns, key.matrix is None, key.offset is None
+            own = kind.num_kv_heads, key.format.head_dim, kind.shared
+            found.setdefault((*sort, *own), kind)
     return list(found.values())
 
 
@@ -111,10 +111,11 @@ def wait() -> None:
         process.wait()
 
 
-def wanted_kinds(kinds: list[Kind], head_dim: int) -> list[Kind]:
+def wanted_kinds(kinds: list[Kind]) -> list[Kind]:
     """Layers whose kernels are compiled: an artifact's own, and where one of them has a pair of the
     catalogue's list all of these."""
-    listed = set(catalogue.pairs(head_dim))
+    dims = {kind.spec.key.format.head_dim for kind in kinds}
+    listed = {pair for dim in dims for pair in catalogue.pairs(dim)}
     own = [kind for kind in kinds if (kind.spec.key.format, kind.spec.value.format) not in listed]
     return own if len(own) == len(kinds) else own + catalogue_kinds(kinds)
 
@@ -126,8 +127,9 @@ def stamp(task: dict[str, Any]) -> Path:
     from kvfold.kernels.compile import kernel_cache
 
     kinds, geometry, heads, dtype = read_kinds(Path(task["folder"]), _dtype(task))
-    wanted = wanted_kinds(kinds, geometry.head_dim)
+    wanted = wanted_kinds(kinds)
     formats = sorted({f"{x.spec.key.format} {x.spec.value.format}" for x in wanted})
+    several = len({x.spec.key.format.head_dim for x in kinds}) > 1 or any(x.shared for x in kinds)
     sorts = [
         (
             kind.sliding > 0,
@@ -135,6 +137,7 @@ def stamp(task: dict[str, Any]) -> Path:
             kind.sinks_logit,
             kind.spec.key.turns,
             kind.spec.key.matrix is None,
+            *((kind.num_kv_heads, kind.spec.key.format.head_dim, kind.shared) if several else ()),
         )
         for kind in templates(kinds)
     ]
@@ -182,7 +185,7 @@ def main(text: str) -> None:
     threading.Thread(target=_end_with_caller, daemon=True).start()
     task = json.loads(text)
     model = read_kinds(Path(task["folder"]), _dtype(task))
-    wanted = model._replace(kinds=wanted_kinds(model.kinds, model.geometry.head_dim))
+    wanted = model._replace(kinds=wanted_kinds(model.kinds))
     launches = launches_of(*wanted, task["progressive"], task["multiprocessors"])
     with Builder() as builder:
         builder.build(jobs_of(launches, GPUTarget("cuda", task["arch"], 32)))

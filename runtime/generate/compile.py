@@ -14,7 +14,13 @@ import torch
 
 from kvfold.errors import KVBudgetExceeded, KvfoldError
 from kvfold.exports.account import Geometry
-from kvfold.exports.architectures import ARCHITECTURES, sliding_windows_of
+from kvfold.exports.architectures import (
+    ARCHITECTURES,
+    heads_of,
+    is_chunked,
+    shared_layers_of,
+    sliding_windows_of,
+)
 from kvfold.exports.reader import read_metadata, tensor_shapes
 from kvfold.exports.schema import Metadata
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
@@ -40,12 +46,14 @@ class Kind(NamedTuple):
     sliding: int
     softcap: float | None
     sinks_logit: bool
+    num_kv_heads: int = 0  # where layers have different ones; 0: the geometry's
+    shared: bool = False  # other layers read it too, so that steps store before they attend
 
 
 def placeholder(metadata: Metadata, layer: int) -> LayerSpec:
     """A layer's formats, with tensors of the right shapes and no meaning."""
     shapes = tensor_shapes(metadata)
-    dim = metadata.cache.head_dim
+    dim = metadata.cache.heads_of(layer)[1]
 
     def side(name: str, model: Any) -> dict[str, Any]:
         found: dict[str, Any] = {"format": model.format.build()}
@@ -70,14 +78,20 @@ def kinds_of(specs: Sequence[LayerSpec], config: Any) -> list[Kind]:
     """The distinct kinds of layers among `specs`, one a layer of a model of this config."""
     text = config.get_text_config()
     sliding = sliding_windows_of(text) or [0] * len(specs)
+    if is_chunked(text):  # kernels run while there is one chunk, all of which is seen
+        sliding = [0] * len(specs)
+    shapes, shared = heads_of(text), shared_layers_of(text)
+    heads = [count if len(set(shapes)) > 1 else 0 for count, _ in shapes]
     cap = getattr(text, "attn_logit_softcapping", None)
     found: dict[tuple, Kind] = {}
-    for spec, window in zip(specs, sliding, strict=True):
+    for i, (spec, window, count) in enumerate(zip(specs, sliding, heads, strict=True)):
         tensors = (spec.key.matrix, spec.key.offset, spec.key.clip, spec.value.clip)
-        shapes = tuple(None if tensor is None else tuple(tensor.shape) for tensor in tensors)
-        name = (spec.key.format, spec.value.format, shapes, spec.key.turns, window > 0)
+        of_tensors = tuple(None if tensor is None else tuple(tensor.shape) for tensor in tensors)
+        rest = spec.key.turns, window > 0, count, i in shared
+        name = (spec.key.format, spec.value.format, of_tensors, *rest)
         if name not in found:
-            found[name] = Kind(spec, window, cap, ARCHITECTURES[text.model_type].sink_logits)
+            sinks = ARCHITECTURES[text.model_type].sink_logits
+            found[name] = Kind(spec, window, cap, sinks, count, i in shared)
     return list(found.values())
 
 
@@ -122,7 +136,8 @@ def _walk(
     from kvfold.runtime.budget.ladder import Ladders
     from kvfold.runtime.cache.cache import QuantizedKVCache
 
-    heads, dim, page = geometry.num_kv_heads, geometry.head_dim, geometry.page_tokens
+    heads, dim = kind.num_kv_heads or geometry.num_kv_heads, kind.spec.key.format.head_dim
+    page = geometry.page_tokens
     logits = torch.zeros(num_heads, dtype=dtype) if kind.sinks_logit else None
     own = Geometry(
         heads,
@@ -131,7 +146,7 @@ def _walk(
         geometry.window,
         page,
         (kind.sliding,) if kind.sliding else (),
-        0,
+        shared=(0,) if kind.shared else (),
     )
     ladders = Ladders([kind.spec], [(1.0, 1.0)], own) if progressive else None
     first = own.sinks + own.window + 2 * page

@@ -1,5 +1,5 @@
 """The model families whose artifacts were served by vLLM and gave the tokens of kvfold's own
-runtime, one by one (tests/serving/test_served_families.py). A family of exports/architectures.py that is
+runtime, one by one (tests/serving/test_served_families.py). A family of exports/families.py that is
 not here is refused: what vLLM computes around its attention was not compared."""
 
 SERVED = {

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import CONFIGS, FAMILIES, save_tiny, tiny_model
-from transformers import Llama4Config, LlamaConfig
+from transformers import LlamaConfig, MllamaConfig
 
 from kvfold.compress.models import check_checkpoint, load_model
 from kvfold.compress.models.attention_hook import NAME as TAP
@@ -301,7 +301,7 @@ def refusal(config, *words):
 
 
 def test_what_is_not_supported_is_refused_by_name():
-    refusal(Llama4Config(), "'llama4'", "multi-modal", "gemma3_text")
+    refusal(MllamaConfig(), "'mllama'", "multi-modal", "gemma3_text")
     other = LlamaConfig()
     other.vision_config = {"depth": 2}
     refusal(other, "'llama'", "multi-modal")

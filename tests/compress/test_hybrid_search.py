@@ -200,7 +200,7 @@ def test_values_behind_a_gate_are_ordered_and_scaled(family, tmp_path):
     arch = architecture_of(model.config)
     assert arch.gate
     stats = calibrate(model, arch, SEQUENCES, [1, 1], 64, tmp_path)
-    for found in value_candidates(stats[0], RECIPE, 0, gated=True):
+    for found in value_candidates(stats[0], RECIPE, 0, bases="channels"):
         one = found.matrix != 0
         assert bool((one.sum(-1) == 1).all()) and bool((one.sum(-2) == 1).all())
         moment = found.matrix @ stats[0].attended_values @ found.matrix.mT

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import save_tiny, tiny_model
+from conftest import CONFIGS, save_tiny, tiny_model
 from family_checks import RECIPE, kl
 from family_configs import IMAGE, TOWERS
 
@@ -41,6 +41,11 @@ def with_image(family):
         inputs["pixel_values"] = torch.randn(16, 3 * 2 * 7 * 7, generator=generator)
         inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]])
         inputs["mm_token_type_ids"] = (ids == IMAGE).long()
+    if family == "gemma4":  # patches in rows, and where they stand
+        inputs["pixel_values"] = torch.rand(1, 16, 3 * 7 * 7, generator=generator)
+        places = torch.arange(16)
+        inputs["image_position_ids"] = torch.stack((places % 4, places // 4), -1)[None]
+        inputs["mm_token_type_ids"] = (ids == IMAGE).long()
     if family in ("mistral3", "llava_next"):
         inputs["image_sizes"] = torch.tensor([[28, 28]])
     if family in ("idefics3", "smolvlm", "llava_next"):
@@ -50,7 +55,17 @@ def with_image(family):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "family", ["llava", "mistral3", "internvl", "smolvlm", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
+    "family",
+    [
+        "llava",
+        "mistral3",
+        "internvl",
+        "smolvlm",
+        "qwen2_5_vl",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+        "gemma4",
+    ],
 )
 def test_an_image_is_read_through_packed_pages(family, tmp_path, text_file):
     _, path = packed(family, tmp_path, text_file)
@@ -92,6 +107,20 @@ def test_an_image_that_looks_both_ways_is_refused(tmp_path, text_file):
     with runtime.plain_cache(model):
         expected = tiny_model("gemma3", attention="eager")(**inputs).logits
         assert kl(expected, model(**inputs).logits) < 1e-6
+
+
+@torch.no_grad()
+def test_images_of_larger_gemma4_models_look_both_ways(tmp_path, text_file, monkeypatch):
+    made = CONFIGS["gemma4"]()
+    made.text_config.use_bidirectional_attention = "vision"
+    monkeypatch.setitem(CONFIGS, "gemma4", lambda: made)
+    _, path = packed("gemma4", tmp_path, text_file)
+    inputs, plain = with_image("gemma4"), tiny_model("gemma4", attention="eager")
+    model = runtime.load_pretrained(path, device="cpu", attention="reference")
+    with pytest.raises(KvfoldError, match="look at later ones in a 'gemma4' model"):
+        model(**inputs)
+    ids = inputs["input_ids"][:, 25:]
+    assert kl(plain(ids, use_cache=False).logits, model(ids).logits) < 0.05
 
 
 def test_other_towers_and_processor_files_are_copied(tmp_path, text_file):

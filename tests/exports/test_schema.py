@@ -283,6 +283,43 @@ def test_pairs_that_are_not_halves_are_version_4():
             parse_metadata(dump_fields({**FIELDS, "format_version": version, "cache": cache}))
 
 
+def test_heads_of_several_shapes_and_shared_layers_are_version_7():
+    wide = {**VALUE, "format": {**VALUE["format"], "classes": [[32, 3]]}, "payload_bits": 2.25}
+    raw = {**RAW_KEY, "format": {**RAW_KEY["format"], "classes": [[32, 65536]]}}
+    layers = [FIELDS["layers"][0], {"key": raw, "value": {**wide, "tensors": []}}]
+    cache = {**FIELDS["cache"], "rollback": 0, "heads": [[2, 16], [1, 32]], "shared": [1]}
+    fields = {**FIELDS, "format_version": 7, "cache": cache, "layers": layers}
+    metadata = parse_metadata(dump_fields(fields))
+    assert metadata.model_dump() == fields and parse_metadata(dump_metadata(metadata)) == metadata
+    g = metadata.geometry
+    assert (g.heads, g.shared) == (((2, 16), (1, 32)), (1,))
+    assert g.of_layer(1).num_kv_heads == 1 and g.of_layer(1).head_dim == 32
+    assert g.elements(10, 2) == 2 * 10 * (2 * 16 + 32)
+    assert tensor_shapes(metadata)["layers.0.key.matrix"] == (2, 16, 16)
+    together = "go together"
+    for version, change, said in (
+        (5, {}, together), (6, {}, together), (8, {}, "format_version 8"), (7, {"heads": []}, together),
+        (7, {"heads": [[2, 16], [2, 16]]}, "which differ"), (7, {"heads": [[2, 16]]}, "each of 2 layers"),
+        (7, {"heads": [[1, 32], [2, 16]]}, "stated besides"), (7, {"heads": [[2, 16], [3, 32]]}, "not a multiple"),
+        (7, {"heads": [[2, 16], [1, 64]]}, "head_dim is 64"), (7, {"heads": [[2, 16], [0, 32]]}, "cache.heads"),
+        (7, {"heads": [[2, 16], [1]]}, "cache.heads"), (7, {"shared": [2]}, "some of 2 layers"),
+        (7, {"shared": [1, 0]}, "rising"), (7, {"shared": [1, 1]}, "rising"), (7, {"rollback": None}, "rollback"),
+        (7, {"states": {"elements": 1, "float32": 0, "dtype": "float32"}}, "cache.states and format_version 6"),
+    ):  # fmt: skip
+        broken = {**fields, "format_version": version, "cache": {**cache, **change}}
+        with pytest.raises(KvfoldError, match=said):
+            parse_metadata(dump_fields(broken))
+    plain = {**FIELDS["cache"], "rollback": 0}
+    for more, said in (
+        ({}, together), ({"chunked": False}, together), ({"chunked": True}, "but there are none"),
+    ):  # fmt: skip
+        with pytest.raises(KvfoldError, match=said):
+            parse_metadata(dump_fields({**FIELDS, "format_version": 7, "cache": {**plain, **more}}))
+    chunks = {**plain, "sliding": [30, 0], "chunked": True}
+    metadata = parse_metadata(dump_fields({**FIELDS, "format_version": 7, "cache": chunks}))
+    assert metadata.geometry.chunked and metadata.model_dump()["cache"] == chunks
+
+
 def test_states_are_version_6():
     """Their bytes are in the account, at any length the same; they are the last of the cache's fields."""
     states = {"elements": 100, "float32": 7, "dtype": "bfloat16"}

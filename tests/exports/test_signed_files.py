@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from kvfold import KvfoldError, runtime
 from kvfold.compress.cli import main
+from kvfold.exports.cache_model import MOST_PAGE_TOKENS, MOST_TOKENS
 from kvfold.exports.files import is_read
 from kvfold.exports.reader import (
     MOST_NBYTES,
@@ -25,7 +26,7 @@ from kvfold.exports.reader import (
     read_metadata,
     update_artifact,
 )
-from kvfold.exports.schema import METADATA_NAME, MOST_PAGE_TOKENS, MOST_TOKENS, dump_metadata
+from kvfold.exports.schema import METADATA_NAME, dump_metadata
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -3,6 +3,7 @@ figures, which test_more_families.py has bounds for and benchmarks/families.py p
 docs/families.md."""
 
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,23 +61,38 @@ def algebra(family: str) -> float:
     model = tiny_model(family, torch.float64, attention="eager")
     model.config._experts_implementation = "eager"  # grouped products have no float64
     arch, worst = architecture_of(model.config), 0.0
+    if arch.value_norm:
+        own = tiny_model(family, torch.float64, attention=TAP)
+        norm_in_float64(own), norm_in_float64(model)
+        checked = check_model(own, arch, IDS[:1], family, False)  # layers that read others' values
+        worst = checked["values"]
     for index, attention in enumerate(arch.attention_modules(model)):
+        fold = folds(model, arch, False, index).get("values")
+        if fold is None:  # its values take no basis
+            continue
         with Call(attention) as call:
             model(IDS[:1, :40], use_cache=False)
-        before = call.output()
-        worst = max(
-            worst,
-            relative(
-                call.output(folds(model, arch, False, index)["values"](attention, False)), before
-            ),
-        )
+        worst = max(worst, relative(call.output(fold(attention, False)), call.output()))
     return worst
+
+
+def norm_in_float64(model: Any) -> None:
+    """Makes norms of values compute in the type that they are given, not in float32."""
+
+    def forward(x: Tensor, eps: float) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+    for attention in architecture_of(model.config).attention_modules(model):
+        norm: Any = attention.v_norm
+        norm.forward = partial(forward, eps=norm.eps)
 
 
 def takes_scales(model: Any, arch: Architecture) -> bool:
     """Whether scales of pairs of keys can be folded into a model."""
     with suppress(KvfoldError):
         scaled_norms(arch.attention_modules(model)[0], arch)
+        if arch.by_layer:
+            return True
         return rotary_dim_of(model.config) == head_dim_of(model.config)
     return False
 

@@ -48,6 +48,10 @@ MAMBA = {
     "mamba_chunk_size": 16,
 }
 LFM = {"num_hidden_layers": 4, "layer_types": ["conv", FULL, "conv", FULL]}
+GEMMA4 = {  # heads of two shapes
+    **BY_TYPE, "num_hidden_layers": 6, "layer_types": [SLIDING, SLIDING, FULL, SLIDING, FULL, FULL],
+    "sliding_window": 40, "global_head_dim": 32, "final_logit_softcapping": 5.0, "pad_token_id": 0,
+}  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
     "afmoe": {**TWO, "num_dense_layers": 1},
     "apertus": _rope(),
@@ -62,12 +66,19 @@ OWN: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {},
     "exaone4": TWO,
     "exaone_moe": {**TWO, **SPARSE},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True},
     "falcon_h1": {
         **MAMBA, "mamba_d_ssm": 128, "key_multiplier": 0.7, "lm_head_multiplier": 0.5, "ssm_out_multiplier": 0.6,
     },
     "flex_olmo": {},
     "flint": TWO,
     "gemma": {},
+    # the last two layers read the keys and values of one before them
+    "gemma4_text": {
+        **GEMMA4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128,
+        "use_double_wide_mlp": True,
+    },
+    "gemma4_unified_text": {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
     "glm": HALF,
     "glm4": HALF,
     "glm4_moe": {**HALF, "use_qk_norm": True},
@@ -96,6 +107,10 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm3": {
         **BY_TYPE, "num_hidden_layers": 4, "layer_types": ["conv", FULL, "conv", SLIDING], "sliding_window": 40,
         "use_attention_gate": True,
+    },
+    "llama4_text": {
+        "num_hidden_layers": 4, "no_rope_layers": [1, 1, 0, 1], "attention_chunk_size": 40,
+        "interleave_moe_layer_step": 2, "intermediate_size_mlp": 96,
     },
     "mellum": {**TWO, **BY_TYPE, **SPARSE},
     "minimax_m2": HALF,
@@ -136,6 +151,8 @@ SECTIONS = _rope(mrope_section=[2, 3, 3])
 # 28 × 28
 TOWERS: dict[str, tuple[str, dict[str, Any], int]] = {
     "gemma3": ("gemma3_text", {**TWO, **BY_TYPE, "mm_tokens_per_image": 4}, 4),
+    "gemma4": ("gemma4_text", {}, 4),
+    "gemma4_unified": ("gemma4_unified_text", {}, 4),
     "idefics3": ("llama", {"scale_factor": 2}, 4),
     "internvl": ("qwen2", {}, 4),
     "llava": ("llama", {}, 16),
@@ -151,7 +168,7 @@ VISION = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "num_channels": 3,
     "head_dim": 16, "image_size": 28, "patch_size": 7, "depth": 1, "num_heads": 2, "embed_dim": 32,
     "fullatt_block_indexes": [0], "deepstack_visual_indexes": [0], "window_size": 28, "num_position_embeddings": 16,
-    "out_hidden_size": 64,
+    "out_hidden_size": 64, "num_key_value_heads": 2, "pooling_kernel_size": 2, "position_embedding_size": 16,
 }  # fmt: skip
 IMAGE = 31  # a token that no text of the tests has
 
@@ -160,15 +177,11 @@ def _tower(family: str) -> Any:
     """A tiny config of images and text."""
     kind: Any = CONFIG_MAPPING[family]
     default, (text, fields, _) = kind(), TOWERS[family]
-    kinds, own = (
-        type(default.vision_config),
-        {k: v for k, v in fields.items() if hasattr(default, k)},
-    )
-    vision = {k: v for k, v in VISION.items() if hasattr(default.vision_config, k)}
+    tower = default.vision_config or CONFIG_MAPPING[f"{family}_vision"]()
+    kinds, own = type(tower), {k: v for k, v in fields.items() if hasattr(default, k)}
+    vision = {k: v for k, v in VISION.items() if hasattr(tower, k)}
     twice = {
-        k
-        for k in ("image_size", "patch_size")
-        if isinstance(getattr(default.vision_config, k, 0), list | tuple)
+        k for k in ("image_size", "patch_size") if isinstance(getattr(tower, k, 0), list | tuple)
     }
     vision = {k: [v, v] if k in twice else v for k, v in vision.items()}
     vision = {k: v for k, v in vision.items() if k not in getattr(kinds, "attribute_map", {})}
@@ -186,6 +199,7 @@ def config_of(family: str, **own: Any) -> Any:
         return _tower(family)
     kind: Any = CONFIG_MAPPING[family]
     default, names = kind(), getattr(kind, "attribute_map", {})
+    default.allow_global_per_layer_attribute_access = True  # of heads that layers differ in
     fields = {k: v for k, v in FIELDS.items() if hasattr(default, k) and k not in names}
     fields = {k: v for k, v in fields.items() if not isinstance(getattr(kind, k, None), property)}
     return kind(**{**fields, **OWN.get(family, {}), **own})

@@ -87,7 +87,7 @@ def task(folder: Path) -> dict:
 def test_an_artifact_without_the_catalogues_pairs_has_its_own_compiled(tiny_artifact, monkeypatch):
     """For drafts; on a CPU nothing is started."""
     model = read_kinds(tiny_artifact, None)
-    assert ahead.wanted_kinds(model.kinds, model.geometry.head_dim) == model.kinds
+    assert ahead.wanted_kinds(model.kinds) == model.kinds
     monkeypatch.setattr(
         subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a process was started")
     )
@@ -117,7 +117,7 @@ MAIN = """
 import sys
 from pathlib import Path
 from kvfold.runtime.generate import ahead
-ahead.wanted_kinds = lambda kinds, dim: list(kinds)[:1]
+ahead.wanted_kinds = lambda kinds: list(kinds)[:1]
 ahead.stamp = lambda task: Path(sys.argv[2])
 ahead.main(sys.argv[1])
 """

@@ -88,7 +88,7 @@ def test_decoded_keys_get_their_mean_back(page, dim, rotated, pairs):
 
 @pytest.mark.parametrize("turns", [True, False])
 @pytest.mark.parametrize(
-    ("dim", "matrix", "tokens"), [(64, True, 83), (80, True, 3), (128, False, 70)]
+    ("dim", "matrix", "tokens"), [(64, True, 83), (80, True, 3), (128, False, 70), (256, True, 33)]
 )
 def test_rows_are_stored_as_the_reference_stores_them(dim, matrix, tokens, turns):
     """Into places in any order, some of them nowhere; and read again with their mean."""

@@ -151,8 +151,8 @@ compile(_lower_kernel, ROWS=2)
 compile(_decode_kernel, ROWS=16, MEAN=0, DIM=80)
 compile(_decode_kernel, ROWS=4, MEAN=32, DIM=128)
 compile(_query_kernel, DIM=96, GROUP=3, ROWS=32, TOP=7, MATRIX=True)
-compile(_store_kernel, DIM=80, TOKENS=64, MATRIX=True, OFFSET=False, MEAN=32)
-compile(_gather_kernel, DIM=80, TOKENS=32, MEAN=32, COPY=True)
+compile(_store_kernel, DIM=80, TOKENS=32, MATRIX=True, OFFSET=False, MEAN=32)
+compile(_gather_kernel, DIM=512, TOKENS=32, MEAN=128, COPY=True)
 for dim in (128, 80):
     compile(_dense_kernel, 8, DIM=dim, GROUP=3, PAGE=32, M=128, N=64, STAGES=3, CAP=30.0 if dim == 80 else 0.0, \
 SHIFT=dim == 80, SINKS=dim == 80)

@@ -12,8 +12,12 @@ from kvfold import runtime
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import load_recipe
 from kvfold.exports import account
+from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
+from kvfold.kernels.formats import uniform
 from kvfold.runtime import attachment
+from kvfold.runtime.backends.reference import REFERENCE
 from kvfold.runtime.backends.triton import TRITON
+from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.cache.layer import PackedLayer
 from kvfold.runtime.cache.shared import SharedState
 from kvfold.runtime.generate import graph as graphs
@@ -366,3 +370,53 @@ def test_a_model_that_goes_frees_its_graphs(paths):
     del model, out
     gc.collect()
     assert torch.cuda.memory_allocated() <= before + (1 << 20)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "queries", "shared"),
+    [(((1, 256), (1, 512)), 8, (0, 1)), (((4, 256), (1, 512)), 16, ()), (((1, 64),), 71, ())],
+    ids=["layers that are shared", "heads of two shapes", "71 queries a head"],
+)
+def test_heads_of_any_shape_are_read_as_the_reference_does(heads, queries, shared, dtype):
+    """A prompt, one that goes on, and steps."""
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    specs = [
+        LayerSpec(
+            KeySpec(
+                uniform(dim, 16), matrix=torch.linalg.qr(drawn(n, dim, dim))[0].contiguous(),
+                offset=drawn(n, dim) / 4, frequencies=(1.0, 0.1, 0.01),
+            ),
+            ValueSpec(uniform(dim, 8)),
+        )
+        for n, dim in heads
+    ]  # fmt: skip
+    several = heads if len(heads) > 1 else ()
+    windows = (512, 0) if several else ()
+    g = account.Geometry(*heads[0], 64, 128, 32, windows, 0, 0, several, shared)
+    caches = [QuantizedKVCache(specs, g, None, backend) for backend in (TRITON, REFERENCE)]
+    seen = 0
+    for tokens in (1500, 33, *[1] * 40):
+        rows, columns = torch.arange(seen, seen + tokens)[:, None], torch.arange(seen + tokens)
+        for i, (n, dim) in enumerate(heads):
+            keys, values = (drawn(2, n, tokens, dim).to("cuda", dtype) for _ in range(2))
+            window = g.sliding_of(i)
+            mask = (columns <= rows) & (columns > rows - window) if window else None
+            mask = None if mask is None else mask.expand(2, 1, -1, -1).cuda()
+            views = [cache.update(keys, values, i)[0] for cache in caches]
+            for _ in range(3 if i in shared else 1):
+                query = drawn(2, queries, tokens, dim).to("cuda", dtype)
+                ours, theirs = (
+                    view.attend(query, dim**-0.5, mask, sliding=window) for view in views
+                )
+                assert relative(ours, theirs) < 0.01
+        for cache in caches:
+            cache.finish_call()
+        seen += tokens
+        formats = [(spec.key.format, spec.value.format) for spec in specs]
+        assert caches[0].nbytes == account.batch_nbytes(g, formats, [seen, seen])
