@@ -25,7 +25,8 @@ from filelock import FileLock
 # what transformers imports of others: neither it nor huggingface_hub is among that
 TORCH = (
     "import torch, torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor, torch.export\n"
-    "import numpy, scipy.optimize, scipy.stats\n"
+    "import numpy, scipy.optimize, scipy.stats, sys\n"
+    "assert not {'huggingface_hub', 'transformers'} & set(sys.modules)\n"
 )
 MODELS = (
     "import torch\nfrom transformers import AutoModelForCausalLM, LlamaForCausalLM, DynamicCache\n"
@@ -162,6 +163,11 @@ def command(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
 def _environment(kind: str) -> dict[str, str]:
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **KINDS[kind]["env"]}
     return {**os.environ, **own}
+
+
+def only(variables: Mapping[str, str]) -> dict[str, str | None]:
+    """`env` of a process that has these variables and no others of this one."""
+    return {**dict.fromkeys(os.environ), **variables}
 
 
 def _connect(path: Path) -> socket.socket:

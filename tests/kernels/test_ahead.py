@@ -2,10 +2,8 @@
 next artifact asks for, and the process that compiles them ends with its caller."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import prepared
@@ -114,16 +112,10 @@ def plain_artifact(tmp_path_factory, tiny_folder, text_file):
     return compress(str(tiny_folder), "6.0", out, **options).path
 
 
-def start(folder: Path, cache: Path) -> subprocess.Popen:
-    env = {
-        **os.environ,
-        "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(cache),
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    return subprocess.Popen(
-        [sys.executable, "-c", MAIN, json.dumps(task(folder)), str(cache / "stamp")],
-        env=env, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+def start(folder: Path, cache: Path) -> prepared.Process:
+    return prepared.start(
+        "compiler", MAIN, json.dumps(task(folder)), cache / "stamp",
+        env={"TRITON_CACHE_DIR": str(cache)}, stdin=subprocess.PIPE, session=True,
     )  # fmt: skip
 
 

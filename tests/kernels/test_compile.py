@@ -2,10 +2,8 @@
 up, in processes that leave nothing behind; and what happens where that goes wrong."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -120,13 +118,10 @@ def python(code: str, cache: Path) -> subprocess.CompletedProcess:
     return done
 
 
-def environment(cache: Path) -> dict[str, str]:
-    return {
-        **os.environ,
-        "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(cache),
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
+def begin(code: str, cache: Path) -> prepared.Process:
+    """The same, while it runs."""
+    env = {"TRITON_CACHE_DIR": str(cache)}
+    return prepared.start("compiler", code, env=env, cwd=ROOT, stdout=subprocess.PIPE)
 
 
 def test_kernels_are_found_under_the_key_they_are_looked_up_by(tmp_path):
@@ -185,16 +180,11 @@ def test_a_disk_that_fills_up_costs_one_warning(tmp_path):
 
 def test_two_processes_compile_the_same_at_once(tmp_path):
     code = "from compile_ahead import *\nprint(json.dumps(build()))"
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env=environment(tmp_path),
-            stdout=subprocess.PIPE,
-        )
-        for _ in range(2)
-    ]
-    found = [json.loads(process.communicate()[0]) for process in both]
+    both = [begin(code, tmp_path) for _ in range(2)]
+    found = []
+    for process in both:
+        with process:
+            found.append(json.loads(process.stdout.read()))
     assert all(x["built"] == [True] * x["count"] and not x["failed"] for x in found)
     assert json.loads(python("print(json.dumps(build()))", tmp_path).stdout)["compiled"] == 0
 
@@ -214,14 +204,7 @@ def test_nothing_is_left_when_the_caller_ends(tmp_path, number):
     # a shell's background job is told to ignore Ctrl-C
     heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code = heard + "from compile_ahead import *\nbuild(endless=True)"
-    with subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=environment(tmp_path),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as caller:
+    with begin(code, tmp_path) as caller:
         server = int(caller.stdout.readline())
         while len(members(server)) < 2:  # the server and a compiler
             time.sleep(0.05)

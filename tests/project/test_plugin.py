@@ -240,12 +240,8 @@ model.dtype, hasattr(model, "kv_artifact"))
 )
 def test_an_import_leaves_transformers_alone(tiny_artifact, order):
     """What else runs in the process loads what it loaded before."""
-    begin = (
-        functools.partial(prepared.python, "transformers")
-        if order.startswith("from transformers")
-        else python
-    )
-    done = begin(UNTOUCHED.format(order=order), tiny_artifact)
+    kind = "transformers" if order.startswith("from transformers") else "torch"
+    done = prepared.python(kind, UNTOUCHED.format(order=order), tiny_artifact)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["DynamicCache torch.bfloat16 False"]
 
