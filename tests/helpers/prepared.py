@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -176,14 +177,22 @@ def _connect(path: Path) -> socket.socket:
     return connection
 
 
+@cache
+def _folder() -> Path:
+    """Of the run's sockets, whose paths may hardly have a hundred letters."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None:
+        return Path(tempfile.mkdtemp(prefix="kvfold-tests-"))
+    folder = Path(tempfile.gettempdir()) / f"kvfold-tests-{run[:12]}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
 def _hold(kind: str) -> Path:
-    """The folder of the run's sockets, among them that of `kind`, which stays until this process
-    ends."""
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-    folder = Path(tempfile.gettempdir()) / f"kvfold-tests-{run}"
+    """The folder of sockets, among them that of `kind`, which stays until this process ends."""
+    folder = _folder()
     if kind in _leases:
         return folder
-    folder.mkdir(exist_ok=True)
     with FileLock(folder / f"{kind}.lock"):
         try:
             lease = _connect(folder / kind)
