@@ -99,11 +99,21 @@ CONFIGS = {
     ),
 }  # fmt: skip
 FAMILIES = sorted(CONFIGS)
+# to a cache they are one: no layer slides, every channel turns, and neither caps nor sinks bend logits
+PLAIN = ("llama", "mistral", "qwen2", "qwen3")
 MORE_FAMILIES = [
     *sorted(set(OWN) & set(CONFIG_MAPPING)),
     *sorted(TOWERS),
 ]  # that this transformers has
 CONFIGS |= {family: partial(config_of, family) for family in MORE_FAMILIES}
+
+
+def families(*kept: str) -> list:
+    """FAMILIES as a test's parameters: of the plain ones all but `kept` are slow cases."""
+    return [
+        pytest.param(family, marks=[pytest.mark.slow] * (family in PLAIN and family not in kept))
+        for family in FAMILIES
+    ]
 
 
 def tiny_model(
@@ -217,6 +227,31 @@ def tiny_artifact(tmp_path_factory, tiny_folder, text_file, recipe_file) -> Path
     return out
 
 
+_read: dict[tuple, tuple[int, ...]] = {}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _texts_tokenized_once():
+    """Runs are calibrated on the built-in texts too: a tokenizer of the same content makes the same
+    tokens of them, which are not looked for again."""
+    from kvfold.compress import text as module
+
+    real = module.tokenize
+
+    def tokenize(tokenizer, text: str) -> list[int]:
+        content = getattr(tokenizer, "backend_tokenizer", None)
+        if len(text) < 10_000 or content is None:
+            return real(tokenizer, text)
+        key = (type(tokenizer), content.to_str(), text)
+        if key not in _read:
+            _read[key] = tuple(real(tokenizer, text))
+        return list(_read[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "tokenize", tokenize)
+        yield
+
+
 _drawn: dict[str, dict[str, bytes]] = {}
 
 
@@ -297,7 +332,8 @@ SLOW = re.compile(
     r"|test_optimum.py::test_same_words\[args[1-4]\]"
     r"|test_modes.py::test_rows_of_a_left_padded_batch_are_each_row_alone\["
     r"options[12]-(qwen3|gemma2|phi3|gpt_oss)-raw\]"
-    r"|test_modes.py::test_rows_of_a_left_padded_batch_are_each_row_alone\[options1-(qwen3|phi3)-packed\]"
+    r"|test_modes.py::test_rows_of_a_left_padded_batch_are_each_row_alone\["
+    r"(options1-(qwen3|phi3)|options0-(qwen3|gemma2|phi3|gpt_oss))-packed\]"
     r"|test_ahead.py::test_another_artifacts_kernels_are_all_among_the_catalogues\[False\]"
     r"|test_triton_encode.py::test_pages_equal_the_reference\[(64@1.6|128@1.6|48@1.6|8@1 48@5)"
     r"|test_triton_encode.py::test_lowered_pages_equal_the_reference\[(16-40@8|64@4 asym g32|8@6 32@5|128@1.6)"

@@ -300,17 +300,36 @@ def test_stdout_that_is_full(monkeypatch, capsys, tiny_artifact, number):
     )
 
 
+# a fork for each way, which ends as an interpreter ends
 LATE = """
-import sys, time
+import json, os, sys
 from kvfold.compress import cli
 from kvfold.compress.exit_codes import exit_code
-sys.stdin.read()  # until the reader is gone
+found = {}
+for how in sys.argv[1:]:
+    ends = [os.pipe(), os.pipe()]  # stdout, stderr
+    if how != "a connection":
+        os.close(ends[0][0])  # its reader is gone
+    child = os.fork()
+    if child == 0:
+        break
+    for _, end in ends:
+        os.close(end)
+    with open(ends[1][0]) as err:
+        said = err.read()
+    found[how] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
+else:
+    print(json.dumps(found))
+    sys.exit()
+for number, (_, write) in enumerate(ends, 1):
+    os.dup2(write, number)
+    os.close(write)
 def show():
-    if sys.argv[1] == "print":
+    if how == "print":
         print("x" * 100_000)
-    elif sys.argv[1] == "rich":
+    elif how == "rich":
         cli.console().print("x")
-    elif sys.argv[1] == "flushed at the end":
+    elif how == "flushed at the end":
         print("x")
     else:
         raise BrokenPipeError("of a connection")
@@ -318,23 +337,17 @@ sys.exit(exit_code(show, ["inspect"]))
 """
 
 
-@pytest.mark.parametrize("how", ["print", "rich", "flushed at the end", "a connection"])
-def test_a_reader_that_has_seen_enough(how):
+def test_a_reader_that_has_seen_enough():
     """`kvfold … | head -1` has done all the same; what breaks elsewhere is a failure."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", LATE, how],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+    ways = ["print", "rich", "flushed at the end", "a connection"]
+    done = subprocess.run(
+        [sys.executable, "-c", LATE, *ways], capture_output=True, text=True, timeout=120
     )
-    if how != "a connection":
-        process.stdout.close()
-        process.stdout = None
-    err = process.communicate(b"", timeout=120)[1].decode()
-    if how == "a connection":
-        assert process.returncode == 1 and "BrokenPipeError" in err
-    else:
-        assert (process.returncode, err) == (0, "")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    code, err = found.pop("a connection")
+    assert code == 1 and "BrokenPipeError" in err
+    assert found == {how: [0, ""] for how in ways[:3]}
 
 
 def test_figures_are_in_their_file_before_they_are_printed(

@@ -2,8 +2,6 @@
 download protocol."""
 
 import json
-import subprocess
-import sys
 
 import prepared
 import pytest
@@ -40,10 +38,5 @@ def test_an_artifact_loads_by_its_hub_id_and_then_offline(client, commit, hub):
     assert client(token=None, code=code)[:2] == (0, "3\n")
     # what huggingface_hub reads when it is imported
     environment = hub.environment(client.folder / "hf", token=None) | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", prepared.alone(code)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = prepared.python("torch", code, env=prepared.only(environment))
     assert (done.returncode, done.stdout.strip()) == (0, "3"), done.stderr

@@ -3,8 +3,6 @@ there."""
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 
 import prepared
@@ -19,7 +17,7 @@ from kvfold.exports.reader import file_sha256, read_metadata
 from kvfold.exports.schema import METADATA_NAME, TENSORS_NAME
 
 pytest_plugins = ("hub_client",)
-KVFOLD = (sys.executable, "-m", "kvfold")
+KVFOLD = "from kvfold.__main__ import main; main()"
 
 # -- there and back
 
@@ -74,8 +72,8 @@ def test_round_trip(client, hub, tmp_path, tiny_folder, text_file, recipe_file):
     assert [json.loads(line) for line in out.splitlines()] == [wanted, wanted] and hub.log
     hub.log.clear()
     environment = hub.environment(client.folder / "hf") | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", prepared.alone(GENERATE), prompt, "v1", pushed["commit"]]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    words = (prompt, "v1", pushed["commit"])
+    done = prepared.python("torch", GENERATE, *words, env=prepared.only(environment))
     assert done.returncode == 0, done.stderr
     assert [json.loads(line) for line in done.stdout.splitlines()] == [wanted, wanted]
     assert not hub.log
@@ -251,12 +249,8 @@ def test_status(client, hub, artifact, place, status, headers, words):
 
 def test_offline(hub, artifact, tmp_path):
     environment = hub.environment(tmp_path / "hf") | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*KVFOLD, "push", str(artifact), "someone/small"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    words = ("push", artifact, "someone/small")
+    done = prepared.python("torch", KVFOLD, *words, env=prepared.only(environment))
     assert (done.returncode, done.stderr.count("\n")) == (
         2,
         1,
@@ -324,10 +318,9 @@ def test_killed_while_uploading(push, hub, artifact, tmp_path):
     """The second large file hangs and the process is killed; the next run sends what is missing,
     and only that."""
     hub.faults.append(Fault(f"PUT /objects/{file_sha256(artifact / 'model.safetensors')}", stall))
-    environment = hub.environment(tmp_path / "hf")
-    with subprocess.Popen(
-        [*KVFOLD, "push", str(artifact), "someone/small"], env=environment, stderr=subprocess.PIPE
-    ) as process:
+    environment = prepared.only(hub.environment(tmp_path / "hf"))
+    words = ("push", artifact, "someone/small")
+    with prepared.start("torch", KVFOLD, *words, env=environment) as process:
         deadline = time.monotonic() + 60
         while (
             not (hub.objects and len(hub.puts()) > len(hub.objects)) and time.monotonic() < deadline

@@ -2,8 +2,6 @@
 online and where there is no network."""
 
 import json
-import subprocess
-import sys
 
 import prepared
 import pytest
@@ -59,12 +57,7 @@ def hub(server, client, tiny_folder, tiny_artifact, tmp_path_factory):
 def load(server: Hub, home, *names: str, **environment: str) -> list[list[dict]]:
     """Of each name what happened with kvfold, and without."""
     env = {**server.environment(home, token=None), **environment}
-    done = subprocess.run(
-        [sys.executable, "-c", prepared.alone(LOAD), home, *names],
-        env=env,
-        capture_output=True,
-        text=True,
-    )
+    done = prepared.python("torch", LOAD, home, *names, env=prepared.only(env))
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

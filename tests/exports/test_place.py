@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import NIGHTLY
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -304,18 +305,20 @@ def test_a_model_that_was_only_copied_is_the_same(
 def test_what_is_damaged_is_computed_again(tmp_path, tiny_artifact, run, interrupted, damage):
     begun = shutil.copytree(interrupted(tmp_path / "tiny"), tmp_path / "kept")
     shutil.rmtree(tmp_path / "tiny.work")
-    for name in ("stats_001.safetensors", "fisher.json", "hidden.json", "stats_000.safetensors"):
+    every = ("stats_001.safetensors", "fisher.json", "hidden.json", "stats_000.safetensors")
+    for names_of in [(name,) for name in every] if NIGHTLY else (every[:2], every[2:]):
         work = shutil.copytree(begun, tmp_path / "tiny.work")
-        file = work / name
-        if damage is None:
-            file.unlink()
-        elif damage == "folder":
-            file.unlink()
-            file.mkdir()
-        else:
-            file.write_bytes(damage)
+        for name in names_of:
+            file = work / name
+            if damage is None:
+                file.unlink()
+            elif damage == "folder":
+                file.unlink()
+                file.mkdir()
+            else:
+                file.write_bytes(damage)
         run(tmp_path / "tiny", resume=True)
-        assert digest(tmp_path / "tiny") == digest(tiny_artifact), name
+        assert digest(tmp_path / "tiny") == digest(tiny_artifact), names_of
         assert names(tmp_path) == ["kept", "tiny"]
         shutil.rmtree(tmp_path / "tiny")
 

@@ -4,9 +4,9 @@ tests that push)."""
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import prepared
 import pytest
 from hub_artifact import set_licence
 from hub_server import OWNER, Hub
@@ -50,12 +50,12 @@ for line in sys.stdin:
 class Client:
     def __init__(self, environment: dict[str, str], folder: Path):
         self.folder = folder
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVE],
-            env=environment,
+        self.process = prepared.start(
+            "torch",
+            SERVE,
+            env=prepared.only(environment),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
         )
 
     def __call__(

@@ -74,10 +74,15 @@ def main(artifact: str, out: Path, policy: str, budget: int) -> None:
     (out / f"{policy}{rank}.json").write_text(json.dumps(rows, default=str))
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The arguments' runs, one after another."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     artifact, out, *runs = sys.argv[1:]
     for policy, budget in (run.split("=") for run in runs):
         main(artifact, Path(out), policy, int(budget))
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run()

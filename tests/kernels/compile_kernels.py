@@ -19,6 +19,7 @@ from kvfold.kernels.gpu.kinds import device_layout
 from kvfold.kernels.gpu.tables import warps_for
 from kvfold.kernels.key_mean import padded_fast
 
+NIGHTLY = os.environ.get("KVFOLD_TESTS") == "nightly"
 POINTERS = {
     "q_ptr": "*fp16", "q_scale_ptr": "*fp32", "anchor": "*u8", "table": "*i64", "state": "*i32", "raw_k": "*fp16",
     "raw_v": "*fp16", "o_ptr": "*fp32", "ml_ptr": "*fp32", "first_query": "*i32", "packed_before": "*i32",
@@ -88,9 +89,10 @@ def compile_named(name: str, prompt: bool) -> None:
 
     if name == "cap":
         compile_pair(*PAIRS["mixed keys"], prompt, cap=30.0)
-        compile_pair(raw16(64), raw16(64), prompt, cap=30.0)
-    elif name == "mean":
-        for pair in ("mixed keys", "2 bits"):
+        if NIGHTLY:  # test_blocks_compile.py has 16 bits under a soft-cap each time
+            compile_pair(raw16(64), raw16(64), prompt, cap=30.0)
+    elif name == "mean":  # of mixed keys each time in test_blocks_compile.py
+        for pair in ("mixed keys", "2 bits") if NIGHTLY else ("2 bits",):
             compile_pair(*PAIRS[pair], prompt, mean=2 * padded_fast(PAIRS[pair][0].head_dim))
     elif name == "merge":
         for block, once in (

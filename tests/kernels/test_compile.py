@@ -2,10 +2,9 @@
 up, in processes that leave nothing behind; and what happens where that goes wrong."""
 
 import json
-import os
+import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -120,38 +119,42 @@ def python(code: str, cache: Path) -> subprocess.CompletedProcess:
     return done
 
 
-def environment(cache: Path) -> dict[str, str]:
-    return {
-        **os.environ,
-        "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(cache),
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
+def begin(code: str, cache: Path) -> prepared.Process:
+    """The same, while it runs."""
+    env = {"TRITON_CACHE_DIR": str(cache)}
+    return prepared.start("compiler", code, env=env, cwd=ROOT, stdout=subprocess.PIPE)
 
 
-def test_kernels_are_found_under_the_key_they_are_looked_up_by(tmp_path):
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(a folder of compiled kernels, what compiling them gave); don't write into it."""
+    folder = tmp_path_factory.mktemp("built")
+    return folder, json.loads(python("print(json.dumps(build()))", folder).stdout)
+
+
+def test_kernels_are_found_under_the_key_they_are_looked_up_by(built):
     """Compiled ahead, then asked for as a launch asks, in a process whose kernels were hashed in
     another order: nothing is compiled."""
-    first = json.loads(python("print(json.dumps(build()))", tmp_path).stdout)
+    folder, first = built
     assert first["compiled"] == first["count"] > 1 and not first["failed"]
-    again = json.loads(python("print(json.dumps(build(reverse=True)))", tmp_path).stdout)
+    again = json.loads(python("print(json.dumps(build(reverse=True)))", folder).stdout)
     assert again["compiled"] == 0 and again["hashes"] == first["hashes"]
-    looked_up = json.loads(python("print(json.dumps(launch_as_on_a_device()))", tmp_path).stdout)
+    looked_up = json.loads(python("print(json.dumps(launch_as_on_a_device()))", folder).stdout)
     assert (
         sorted(looked_up["hashes"]) == first["hashes"]
         and looked_up["hits"] == [True] * first["count"]
     )
 
 
-def test_an_entry_that_is_not_whole_is_compiled_again(tmp_path):
-    first = json.loads(python("print(json.dumps(build()))", tmp_path).stdout)
+def test_an_entry_that_is_not_whole_is_compiled_again(built, tmp_path):
+    shutil.copytree(built[0], tmp_path, dirs_exist_ok=True)
     cubin = next(tmp_path.rglob("*.cubin"))
     cubin.write_bytes(cubin.read_bytes()[:-1])
     listing = next(x for x in tmp_path.rglob("__grp__*.json") if x.parent != cubin.parent)
     listing.write_text(listing.read_text()[:20])
     assert json.loads(python("print(json.dumps(build()))", tmp_path).stdout)["compiled"] == 2
     assert json.loads(python("print(json.dumps(build()))", tmp_path).stdout)["compiled"] == 0
-    assert first["count"] > 2
+    assert built[1]["count"] > 2
 
 
 def test_a_folder_may_be_moved(tmp_path):
@@ -185,16 +188,11 @@ def test_a_disk_that_fills_up_costs_one_warning(tmp_path):
 
 def test_two_processes_compile_the_same_at_once(tmp_path):
     code = "from compile_ahead import *\nprint(json.dumps(build()))"
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env=environment(tmp_path),
-            stdout=subprocess.PIPE,
-        )
-        for _ in range(2)
-    ]
-    found = [json.loads(process.communicate()[0]) for process in both]
+    both = [begin(code, tmp_path) for _ in range(2)]
+    found = []
+    for process in both:
+        with process:
+            found.append(json.loads(process.stdout.read()))
     assert all(x["built"] == [True] * x["count"] and not x["failed"] for x in found)
     assert json.loads(python("print(json.dumps(build()))", tmp_path).stdout)["compiled"] == 0
 
@@ -214,14 +212,7 @@ def test_nothing_is_left_when_the_caller_ends(tmp_path, number):
     # a shell's background job is told to ignore Ctrl-C
     heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code = heard + "from compile_ahead import *\nbuild(endless=True)"
-    with subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=environment(tmp_path),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as caller:
+    with begin(code, tmp_path) as caller:
         server = int(caller.stdout.readline())
         while len(members(server)) < 2:  # the server and a compiler
             time.sleep(0.05)

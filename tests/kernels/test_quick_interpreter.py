@@ -1,9 +1,6 @@
 """The quick interpreter of these tests gives what Triton's own gives, to the bit."""
 
-import os
-import subprocess
-import sys
-
+import prepared
 import pytest
 import torch
 
@@ -45,12 +42,17 @@ def written(key: Format, value: Format):
     return room
 
 
-PLAIN = "import sys, test_quick_interpreter as t, torch; torch.save(t.results(), sys.argv[1])"
+PLAIN = """
+import sys, quick_interpreter, test_quick_interpreter as t, torch
+from triton.runtime import interpreter
+assert not isinstance(interpreter._patch_lang, quick_interpreter.Patches)
+torch.save(t.results(), sys.argv[1])
+"""
 
 
 def test_results_are_those_of_tritons_own(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", PLAIN, tmp_path / "plain"], env=environment, check=True)
+    done = prepared.python("kvfold", PLAIN, tmp_path / "plain")
+    assert done.returncode == 0, done.stderr
     wanted = torch.load(tmp_path / "plain")
     for got, want in zip(results(), wanted, strict=True):
         assert torch.equal(got, want) and not got.float().isnan().any()

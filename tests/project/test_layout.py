@@ -3,12 +3,11 @@
 
 import ast
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import prepared
 import pytest
-from prepared import alone
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("kernels", "exports", "compress", "runtime")
@@ -47,13 +46,21 @@ def imported(tree: ast.Module) -> set[str]:
     return names
 
 
+# what stands in sys.path of `python -c`: the working directory, PYTHONPATH, the installed packages
+PATHS = """
+import sys
+code, tests, *path = sys.argv[1:]
+installed = [folder for folder in sys.path if not folder.startswith(tests)]
+sys.path[:] = ["", *path, *installed]
+exec(code)
+"""
+
+
 def run(code: str, *path: Path, cwd: Path = ROOT) -> str:
     """stdout of `python -c code` in the repository root, with `path` in front of the installed
-    packages."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", alone(code)], cwd=cwd, env=env, capture_output=True, text=True
-    )
+    packages; PyTorch alone is already imported."""
+    words = (code, ROOT / "tests", *path)
+    done = prepared.python("torch", PATHS, *words, env={"HF_HUB_OFFLINE": "1"}, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -181,7 +181,8 @@ kvfold.unregister()
 print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])(ids).past_key_values).__name__)
 print(type(model(ids).past_key_values).__name__, len(sys.meta_path), AutoModelForCausalLM.from_pretrained.__module__)
 """
-    done = python(code, tiny_artifact, tiny_folder)
+    imported = order.startswith("from transformers")  # all else begins with nothing imported
+    done = begin(imported)(code, tiny_artifact, tiny_folder)
     assert done.returncode == 0, done.stderr
     [packed, plain, back, stays] = done.stdout.splitlines()
     wanted = runtime.load_pretrained(tiny_artifact, device="cpu").generate(
@@ -190,15 +191,21 @@ print(type(model(ids).past_key_values).__name__, len(sys.meta_path), AutoModelFo
     assert packed == f"QuantizedKVCache|{wanted[0].tolist()}"
     assert plain == back == "DynamicCache"
     name, finders, module = stays.split()
-    assert [name, finders] == ["QuantizedKVCache", stock_finders()] and module.startswith(
+    assert [name, finders] == ["QuantizedKVCache", stock_finders(imported)] and module.startswith(
         "transformers."
     )
 
 
+def begin(imported: bool):
+    """What runs code: in a process that has imported transformers, or in one that has nothing."""
+    return functools.partial(prepared.python, "transformers") if imported else python
+
+
 @functools.cache
-def stock_finders() -> str:
+def stock_finders(imported: bool) -> str:
     """How many finders a process has that has imported transformers alone."""
-    return python("import sys, transformers; print(len(sys.meta_path))").stdout.strip()
+    code = "import sys, transformers; print(len(sys.meta_path))"
+    return begin(imported)(code).stdout.strip()
 
 
 UNTOUCHED = """
@@ -240,12 +247,8 @@ model.dtype, hasattr(model, "kv_artifact"))
 )
 def test_an_import_leaves_transformers_alone(tiny_artifact, order):
     """What else runs in the process loads what it loaded before."""
-    begin = (
-        functools.partial(prepared.python, "transformers")
-        if order.startswith("from transformers")
-        else python
-    )
-    done = begin(UNTOUCHED.format(order=order), tiny_artifact)
+    kind = "transformers" if order.startswith("from transformers") else "torch"
+    done = prepared.python(kind, UNTOUCHED.format(order=order), tiny_artifact)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["DynamicCache torch.bfloat16 False"]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from prepared import alone
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("compress", "exports", "kernels", "runtime")
@@ -102,24 +103,16 @@ def test_wheel_says_what_an_index_shows(wheel):
 def test_command_from_the_wheel(installed, tmp_path, tiny_artifact):
     """With the source tree out of sight optimum-cli finds the command, and the code is the
     wheel's."""
-    where = run(
-        (sys.executable, "-c", "import kvfold.compress.cli as c; print(c.__file__)"),
-        env=installed,
-        cwd=tmp_path,
+    code = (
+        "import kvfold.compress.cli as c; print(c.__file__)\n"
+        "from kvfold.exports.page.card import quality_section as q; print(q(None, 'x', ()))"
     )
-    assert where.stdout.startswith(installed["PYTHONPATH"]), where.stderr
+    own = run((sys.executable, "-c", alone(code)), env=installed, cwd=tmp_path)
+    where, _, card = own.stdout.partition("\n")
+    assert where.startswith(installed["PYTHONPATH"]), own.stderr
+    assert "kvfold eval x" in card, own.stderr
     done = run(
         (*OPTIMUM_CLI, "kvfold"), "inspect", tiny_artifact, "--json", env=installed, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["model"] == "tiny-llama"
-    card = run(
-        (
-            sys.executable,
-            "-c",
-            "from kvfold.exports.page.card import quality_section as q; print(q(None, 'x', ()))",
-        ),
-        env=installed,
-        cwd=tmp_path,
-    )
-    assert "kvfold eval x" in card.stdout, card.stderr

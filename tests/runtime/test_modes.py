@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FAMILIES, NIGHTLY, tiny_model
+from conftest import NIGHTLY, families, tiny_model
 from transformers import DynamicCache
 
 from kvfold import KvfoldError, runtime
@@ -89,7 +89,7 @@ MODES = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families("qwen2"))
 def test_pages_of_16_bits_generate_what_transformers_generates(family):
     model, wanted = packed_model(family), {}
     for name, options in MODES.items():
@@ -169,7 +169,7 @@ def test_beams_do_not_depend_on_the_size_of_pages(family):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families("qwen3"))
 def test_beams_of_packed_pages_are_those_of_a_pass_over_the_whole_text(family):
     """Without a cache each step reads the text anew, quantised in the same places."""
     model = packed_model(family, PACKED)
@@ -179,7 +179,7 @@ def test_beams_of_packed_pages_are_those_of_a_pass_over_the_whole_text(family):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families("mistral"))
 def test_crop_and_continue_is_never_having_generated(family):
     """With both signs, over page boundaries, again and again: not a bit of the tokens that were
     taken back is left."""
@@ -347,7 +347,7 @@ def test_a_fork_of_nothing():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families("llama"))
 @pytest.mark.parametrize("rollback", [0, 20])
 def test_a_restored_cache_goes_on_bit_for_bit(family, rollback, tmp_path):
     model = packed_model(family, PACKED, rollback=rollback)

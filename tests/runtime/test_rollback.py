@@ -236,7 +236,9 @@ def test_crops_again_and_again_are_never_having_come(family, mode, told):
     if mode == "kernels":
         pytest.importorskip("triton")
     model = model_of(family, **MODES[mode])
-    ids, mask = left_padded([75, 31])
+    # of kernels' pages, which the interpreter takes a second to write, hardly more than are cropped
+    longest = 51 if mode == "kernels" else 75
+    ids, mask = left_padded([longest, 31])
 
     def feed(cache, ids, mask, parts):
         for part in ids.split(parts, 1):
@@ -246,7 +248,6 @@ def test_crops_again_and_again_are_never_having_come(family, mode, told):
         return cache, out.logits
 
     mask = torch.cat((mask, torch.ones(2, 200, dtype=torch.long)), 1)
-    # the interpreter takes a second for a prompt's chunk
     chunk, first = (40, 2) if mode == "kernels" else (20, 0)
     used, _ = feed(None, ids, mask, chunk)
     fresh, _ = feed(None, ids, mask, chunk)
@@ -256,7 +257,7 @@ def test_crops_again_and_again_are_never_having_come(family, mode, told):
         if more:
             feed(used, ids_of(more, i, 2), mask, 1 if i % 2 else 3)
         used.crop(-less)
-    assert used.get_seq_length() == fresh.get_seq_length() == 75 and not told()
+    assert used.get_seq_length() == fresh.get_seq_length() == longest and not told()
     assert (used.host_nbytes > 0) == (mode == "offload")
     more = ids_of(24, 9, 2)
     for part in more.split((1, 9, 1, 13), 1):
