@@ -26,6 +26,7 @@ from kvfold.runtime.backends.base import LogitOptions
 from kvfold.runtime.vllm import torch_attention
 from kvfold.runtime.vllm.batch import Chunk, DeviceBatch, divide
 from kvfold.runtime.vllm.layer import ServedLayer
+from kvfold.runtime.vllm.served_kernels import Served, wait
 from kvfold.runtime.vllm.specs import packed_spec, raw_spec
 from kvfold.runtime.vllm.torch_attention import Batch, Blocks
 
@@ -269,6 +270,8 @@ class PackedImpl(AttentionImpl):
         assert ours is not None
         ours.to(query.device)
         kernels = query.is_cuda
+        if kernels:
+            wait()
         if attn_metadata is None:  # memory is being measured
             if kernels:
                 self._reserve(query)
@@ -305,8 +308,9 @@ class PackedImpl(AttentionImpl):
         torch.empty(room, dtype=torch.uint8, device=query.device)
 
 
-def serve(attention: Any, layer: ServedLayer, config: Any, drafts: int) -> None:
-    """Gives an attention layer of vLLM's, made with PackedBackend, an artifact's layer.
+def serve(attention: Any, layer: ServedLayer, config: Any, drafts: int) -> Served:
+    """Gives an attention layer of vLLM's, made with PackedBackend, an artifact's layer, and returns
+    what decides which kernels it needs.
 
     Args:
         config: VllmConfig; to its layers by name that of the 16-bit rows is added.
@@ -331,3 +335,5 @@ def serve(attention: Any, layer: ServedLayer, config: Any, drafts: int) -> None:
     spec = packed_spec(layer)
     object.__setattr__(attention, "kv_raw", raw)
     object.__setattr__(attention, "get_kv_cache_spec", lambda vllm_config: spec)
+    options = LogitOptions(impl.softcap, impl.sinks, impl.sliding)
+    return Served(layer, impl.num_heads, options, config.model_config.dtype, *impl.most)

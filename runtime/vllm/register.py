@@ -125,7 +125,8 @@ def make_served(
     from vllm.model_executor.models.utils import extract_layer_index
 
     from kvfold.runtime.vllm.backend import PackedBackend, serve
-    from kvfold.runtime.vllm.layer import served_layer
+    from kvfold.runtime.vllm.layer import served_cache, served_layer
+    from kvfold.runtime.vllm.served_kernels import note_layer
     from kvfold.runtime.vllm.settings import drafted
     from kvfold.runtime.vllm.specs import register_specs
 
@@ -143,4 +144,5 @@ def make_served(
         get_tensor_model_parallel_world_size(),
         config.cache_config.block_size,
     )
-    serve(attention, layer, config, drafted(config))
+    served = serve(attention, layer, config, drafted(config))
+    note_layer(served, len(served_cache(folder).specs), config.device_config.device_type)

@@ -8,6 +8,7 @@ import torch
 from test_blocks import (
     CASES,
     DIM,
+    HEADS,
     PAGE,
     SCALE,
     SINKS,
@@ -21,9 +22,11 @@ pytest.importorskip("triton")
 import quick_operations
 
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
+from kvfold.kernels.compile.launch import noting
 from kvfold.kernels.formats import Format, uniform
 from kvfold.runtime.backends import triton as runtime_triton
 from kvfold.runtime.vllm.batch import Chunk, DeviceBatch, divide
+from kvfold.runtime.vllm.served_kernels import Served, launches_of
 from kvfold.runtime.vllm.torch_attention import BlockPages, Blocks
 from kvfold.runtime.vllm.triton_attention import attend_step, scratch_nbytes
 
@@ -73,7 +76,11 @@ class KernelPool(Pool):
         states = (x.to(DEVICE) for x in (query, keys, values))
         attend_step(self.layer, self.blocks, given, *states, SCALE, self.options, room)
         out.copy_(room[: len(out)])
-        assert not room[len(out) :].any()
+        self.check(room[len(out) :])
+
+    def check(self, rest) -> None:
+        """Of nobody's rows and block."""
+        assert not rest.any()
         assert not any(memory[0].any() for memory in self.blocks)
 
 
@@ -197,6 +204,43 @@ def test_a_step_of_nobody_writes_nothing():
     attend_step(pool.layer, pool.blocks, batch, *states, SCALE, pool.options, out)
     for memory, old in zip(pool.blocks, before, strict=True):
         assert torch.equal(memory.cpu().view(torch.uint8), old.cpu().view(torch.uint8))
+
+
+class NotedPool(KernelPool):
+    """Steps of which nothing runs."""
+
+    def check(self, rest) -> None:
+        """Nothing was written."""
+
+
+def _kernels(launches) -> set:
+    """Kernels, as the compiler tells them apart."""
+    return {
+        (
+            x.kernel.fn.__name__,
+            str(sorted(x.options.items(), key=str)),
+            *(str(a.dtype) if isinstance(a, torch.Tensor) else type(a).__name__ for a in x.args),
+        )
+        for x in launches
+    }
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_what_steps_launch_is_compiled_before(name, options):
+    pool = NotedPool(SPECS[name], **options)
+    states = {n: drawn(400, i) for i, n in enumerate("abcde")}
+    served = Served(pool.layer, 2 * HEADS, pool.options, torch.float32, 8, MOST)
+    known = _kernels(launches_of([served], 132))
+    with noting(132) as found:
+        pool.step({"a": part(states["a"], 0, 1)})
+        pool.step({n: part(states[n], 0, 200 + i) for i, n in enumerate("bcde")})
+        pool.step({"a": part(states["a"], 1, 2), "b": part(states["b"], 200, 203)})
+        pool.step({"c": part(states["c"], 201, 320)})
+        for t in range(3):
+            pool.step({n: part(states[n], 203 + t, 204 + t) for n in "bde"})
+    assert _kernels(found) <= known
+    # layers of one sort have one set of kernels
+    assert len(launches_of([served, served], 132)) == len(launches_of([served], 132))
 
 
 @pytest.mark.parametrize(
