@@ -93,6 +93,13 @@ MUTATIONS = (
              "tl.maximum(length - sinks - window + 1, 0) // page_tokens", "test_triton_encode.py test_triton_model.py"),
     Mutation("kernels/gpu/device/raw.py", "position[:, None] >= limit[None, :]", "position[:, None] > limit[None, :]",
              "test_triton_attention.py"),
+    # a prompt's kernels
+    Mutation("kernels/gpu/dense.py", "packed = tl.maximum(last + 1 - sinks - window, 0)",
+             "packed = tl.maximum(last - sinks - window, 0)", "test_triton_prompt.py"),
+    Mutation("kernels/gpu/dense.py", "tl.where(row < sinks, row, row + before)", "row + before",
+             "test_triton_prompt.py"),
+    Mutation("kernels/gpu/dense.py", "(is_packed == paged)", "(is_packed | (paged == 0))", "test_triton_prompt.py"),
+    Mutation("kernels/gpu/prompt.py", "(first + i) * tokens + t", "i * tokens + t", "test_triton_prompt.py"),
 )  # fmt: skip
 
 

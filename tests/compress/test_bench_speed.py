@@ -3,7 +3,6 @@ look full."""
 
 import json
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -425,20 +424,17 @@ def test_prompt_command(kvfold, monkeypatch, tmp_path):
     assert len(out.splitlines()) == 4 and "8 checks passed" in out
 
 
-@pytest.mark.parametrize(("fault", "wrong"), [("all", 4), ("together", 1)])
+@pytest.mark.parametrize(("fault", "wrong"), [("packed", 2), ("decoded", 1)])
 def test_prompt_command_prints_no_speed_if_the_gate_fails(kvfold, monkeypatch, fault, wrong):
-    real = bench_prompt.attention
+    real = bench_prompt.attend_prompt
 
-    def broken(*args, **kwargs):
-        if fault == "all":
-            return args[3]  # nothing written
-        if together := kwargs["prompt"].together:  # a page is read twice
-            kwargs["prompt"] = replace(
-                kwargs["prompt"], together=[*together, together[0]._replace(end=1)]
-            )
-        return real(*args, **kwargs)
+    def twice(queries, first, runs, *args):
+        return real(queries, first, [*runs, *runs], *args)  # where there are pages
 
-    monkeypatch.setattr(bench_prompt, "attention", broken)
+    if fault == "packed":  # nothing is written
+        monkeypatch.setattr(bench_prompt, "attention", lambda *args, **kwargs: args[3])
+    else:
+        monkeypatch.setattr(bench_prompt, "attend_prompt", twice)
     monkeypatch.setattr(bench_prompt, "prompt_rows", None)  # not even measured
     code, out, err = kvfold(*[x if x != "k2v2,best" else "k2v2" for x in PROMPT])
     assert code == 1 and out == "" and err.count("gate: k2v2") == wrong
