@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvfold.kernels.formats import Format
-from kvfold.kernels.key_mean import RopePairs, TurnTables, turn_tables
+from kvfold.kernels.key_mean import RopePairs, TurnTables, mean_bases, turn_tables
 
 
 def clip_rows(clip: Tensor | None) -> Tensor | None:
@@ -57,9 +57,9 @@ class KeySpec:
 
     @cached_property
     def mean_bases(self) -> tuple[Tensor, Tensor]:
-        """What turns are multiplied with to give m_t in the stored basis; see TurnTables.bases."""
-        assert self.offset is not None
-        return self.tables(0).bases(self.offset, self.matrix)
+        """What turns are multiplied with to give m_t in the stored basis; see key_mean.py."""
+        assert self.offset is not None and self.frequencies is not None
+        return mean_bases(self.frequencies, self.pairs, self.offset, self.matrix)
 
     @property
     def turns(self) -> bool:

@@ -97,6 +97,47 @@ class KernelTables(NamedTuple):
     channels: Tensor
 
 
+def pair_order(
+    frequencies: tuple[float, ...], head_dim: int, pairs: RopePairs
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(first, second, ω) of all pairs, fastest first: int64, int64 and float64 [head_dim / 2]."""
+    rotated = len(frequencies)
+    rest = head_dim // 2 - rotated
+    turned, still = pair_channels(rotated, pairs), pair_channels(rest)
+    first, second = (torch.cat((a, 2 * rotated + b)) for a, b in zip(turned, still, strict=True))
+    omega = torch.cat(
+        (torch.tensor(frequencies, dtype=torch.float64), torch.zeros(rest, dtype=torch.float64))
+    )
+    order = omega.argsort(descending=True, stable=True)
+    return first[order], second[order], omega[order]
+
+
+def mean_bases(
+    frequencies: tuple[float, ...], pairs: RopePairs, offset: Tensor, matrix: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What turns are multiplied with to give m_t in the basis that keys are stored in.
+
+    Args:
+        offset: float32 [Hkv, D]; matrix: float32 [Hkv, D, D], M, or None.
+    Returns:
+        float32 [Hkv, 2·F, D] and [Hkv, 2·slow, D]: rows of the fast pairs' cosines and of their
+        sines, as in `KernelTables.within`; and the same of the slow pairs, as in `steps`.
+    """
+    heads, dim = offset.shape
+    first, second, _ = (x.to(offset.device) for x in pair_order(frequencies, dim, pairs))
+    number, fast = torch.arange(len(first), device=offset.device), num_fast(dim)
+    real, imag = offset[:, first], offset[:, second]
+    rows = offset.new_zeros(2, heads, len(first), dim)  # m_t = Σ cos·rows[0] + sin·rows[1]
+    rows[0][:, number, first], rows[0][:, number, second] = real, imag
+    rows[1][:, number, first], rows[1][:, number, second] = -imag, real
+    if matrix is not None:
+        rows = rows @ matrix.mT
+    near = torch.nn.functional.pad(rows[:, :, :fast], (0, 0, 0, padded_fast(dim) - fast))
+    cos, sin = near
+    far_cos, far_sin = rows[:, :, fast:]
+    return torch.cat((cos, sin), 1).contiguous(), torch.cat((far_cos, far_sin), 1).contiguous()
+
+
 class TurnTables:
     """Turns of one set of frequencies on one device, for all layers and caches that have it; from
     `turn_tables`.
@@ -119,21 +160,8 @@ class TurnTables:
         device: torch.device,
         pairs: RopePairs = "halves",
     ) -> None:
-        rotated = len(frequencies)
-        rest = head_dim // 2 - rotated
-        turned, still = pair_channels(rotated, pairs), pair_channels(rest)
-        first, second = (
-            torch.cat((a, 2 * rotated + b)) for a, b in zip(turned, still, strict=True)
-        )
-        omega = torch.cat(
-            (torch.tensor(frequencies, dtype=torch.float64), torch.zeros(rest, dtype=torch.float64))
-        )
-        order = omega.argsort(descending=True, stable=True)
-        self.first, self.second, self.omega = (
-            first[order].to(device),
-            second[order].to(device),
-            omega[order],
-        )
+        first, second, self.omega = pair_order(frequencies, head_dim, pairs)
+        self.first, self.second = first.to(device), second.to(device)
         self.fast, self.sinks, self.device = num_fast(head_dim), sinks, device
         angles = torch.arange(SPAN)[:, None] * self.omega[: self.fast]
         self.within = torch.complex(angles.cos().half().float(), angles.sin().half().float()).to(
@@ -141,9 +169,9 @@ class TurnTables:
         )
         dim = head_dim
         pair, partner = torch.empty(dim, dtype=torch.int32), torch.empty(dim, dtype=torch.int32)
-        pair[first[order]] = pair[second[order]] = torch.arange(dim // 2, dtype=torch.int32)
+        pair[first] = pair[second] = torch.arange(dim // 2, dtype=torch.int32)
         partner[first], partner[second] = second.int() - dim, first.int()
-        channels = torch.stack((first[order], second[order])).int()
+        channels = torch.stack((first, second)).int()
         self._indices = channels.to(device), torch.stack((pair, partner)).to(device)
         self._old: list[KernelTables | tuple[Tensor, Tensor]] = []
         self.spans: Tensor
@@ -221,30 +249,6 @@ class TurnTables:
         out = torch.empty(*m.shape[:-1], offset.shape[1], dtype=torch.float32, device=offset.device)
         out[..., self.first], out[..., self.second] = m.real, m.imag
         return out
-
-    def bases(self, offset: Tensor, matrix: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What turns are multiplied with to give m_t in the basis that keys are stored in.
-
-        Args:
-            offset: float32 [Hkv, D]; matrix: float32 [Hkv, D, D], M, or None.
-        Returns:
-            float32 [Hkv, 2·F, D] and [Hkv, 2·slow, D]: rows of the fast pairs' cosines and of their
-            sines, as in `KernelTables.within`; and the same of the slow pairs, as in `steps`.
-        """
-        pairs, heads, dim = (
-            torch.arange(len(self.omega), device=self.first.device),
-            len(offset),
-            offset.shape[1],
-        )
-        real, imag = offset[:, self.first], offset[:, self.second]
-        rows = offset.new_zeros(2, heads, len(pairs), dim)  # m_t = Σ cos·rows[0] + sin·rows[1]
-        rows[0][:, pairs, self.first], rows[0][:, pairs, self.second] = real, imag
-        rows[1][:, pairs, self.first], rows[1][:, pairs, self.second] = -imag, real
-        if matrix is not None:
-            rows = rows @ matrix.mT
-        fast, slow = rows[:, :, : self.fast], rows[:, :, self.fast :]
-        fast = torch.nn.functional.pad(fast, (0, 0, 0, padded_fast(dim) - self.fast))
-        return tuple(torch.cat(tuple(x), 1).contiguous() for x in (fast, slow))  # type: ignore[return-value]
 
     def coefficients(self, offset: Tensor, query: Tensor) -> Tensor:
         """c_i = conj(q_i)·b_i, fastest pair first.

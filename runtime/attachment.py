@@ -80,6 +80,8 @@ class Attachment:
             self._put(name, Bound(method, model))
         for name in ("init_continuous_batching", "generate_batch"):
             self._put(name, refuse_batching)
+        if model.config.model_type == "falcon":  # transformers' own changes nothing there
+            self._put("set_attn_implementation", Bound(set_attention, model))
         for name, value in (
             ("kv_attachment", self),
             ("kv_gate", calls.gate),

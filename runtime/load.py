@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +23,12 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.account import batch_nbytes
 from kvfold.exports.cache_model import MOST_TOKENS
 from kvfold.exports.reader import Artifact, read_artifact, read_metadata
-from kvfold.exports.schema import Metadata
 from kvfold.exports.units import parse_nbytes
 from kvfold.exports.weights import weights_nbytes
 from kvfold.memory import is_out_of_memory, need_memory, reason_of_shortage
 from kvfold.pretrained import config_from_pretrained, reason_of, stock_from_pretrained
 from kvfold.runtime.attachment import attach
+from kvfold.runtime.backends.choose import choose_triton
 from kvfold.runtime.budget.choose import check_choice
 from kvfold.runtime.budget.ladder import Ladders
 from kvfold.runtime.calls.hybrid import check_states
@@ -356,40 +355,6 @@ def check_complete(info: Any, artifact: Artifact) -> None:
             f"The weight {name} in '{artifact.path}' has not the shape that config.json gives it; "
             "write or download the artifact again."
         )
-
-
-def choose_triton(attention: str, device: torch.device, artifact: Artifact | Metadata) -> bool:
-    """Whether the Triton kernels run.
-
-    Raises:
-        KvfoldError: "triton" was asked for, but isn't installed, or the cache needs what the
-            kernels lack.
-    """
-    if attention == "reference" or (attention == "auto" and device.type != "cuda"):
-        return False
-    page = artifact.geometry.page_tokens
-    reason = ""
-    if find_spec("triton") is None:
-        reason = "the package triton is not installed"
-    elif device.type == "cpu" and not interpreting():
-        reason = "the kernels need a CUDA device"
-    elif page & (page - 1) or not 8 <= page <= 128:
-        reason = f"page_tokens is {page}, and kernels read pages of 8 to 128 tokens, a power of two"
-    if reason and attention == "triton":
-        raise KvfoldError(
-            f"attention='triton' can't be used: {reason}; use attention='auto' or 'reference'."
-        )
-    if reason:
-        log.warning("attention: plain-torch reference, because %s", reason)
-    return not reason
-
-
-def interpreting() -> bool:
-    """Whether Triton's interpreter runs the kernels, on any device: TRITON_INTERPRET=1 was set
-    before they were imported."""
-    from triton import knobs
-
-    return knobs.runtime.interpret
 
 
 @contextmanager

@@ -337,7 +337,6 @@ SLOW = re.compile(
     r"|test_ahead.py::test_another_artifacts_kernels_are_all_among_the_catalogues\[False\]"
     r"|test_triton_encode.py::test_pages_equal_the_reference\[(64@1.6|128@1.6|48@1.6|8@1 48@5)"
     r"|test_triton_encode.py::test_lowered_pages_equal_the_reference\[(16-40@8|64@4 asym g32|8@6 32@5|128@1.6)"
-    r"|test_triton_prompt.py::test_reading_pages_together_changes_nothing\[(2 bits|ternary values)"
     r"|test_plugin.py::test_registering_is_enough\[(import transformers, kvfold"
     r"|import kvfold, transformers|import kvfold; kvfold.unreg)"
     r"|test_hub_push.py::test_status\[(429|418)-headers[12]-words[12]-(GET /api/models/|POST /api/repos/create)\]"

@@ -80,7 +80,7 @@ MUTATIONS = (
     Mutation("exports/account.py", "self.window + self.page_tokens + self.rollback)", "self.window + self.page_tokens)",
              "test_sequences.py test_cache.py"),
     # rows that a crop brings back
-    Mutation("exports/schema.py", "tuple(c.sliding), c.rollback or 0, states)", "tuple(c.sliding), 0, states)",
+    Mutation("exports/cache_model.py", "rest = c.rollback or 0, states", "rest = 0, states",
              "test_schema.py test_rollback.py"),
     Mutation("runtime/cache/store.py", "max(0, total - g.rollback), g.sinks", "total, g.sinks",
              "test_sequences.py test_rollback.py"),

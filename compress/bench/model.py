@@ -17,8 +17,9 @@ from kvfold.exports.reader import Artifact
 from kvfold.exports.schema import CalibrationModel, Metadata
 from kvfold.exports.spec import KeySpec, LayerSpec, ValueSpec
 from kvfold.pretrained import model_from_config
+from kvfold.runtime.backends.choose import choose_triton
 from kvfold.runtime.cache.cache import QuantizedKVCache
-from kvfold.runtime.load import attach, choose_triton
+from kvfold.runtime.load import attach
 
 MOST_TOKENS = 1 << 21  # positions that the models take
 

@@ -19,7 +19,7 @@ from kvfold.exports.account import Geometry
 from kvfold.kernels.attention import Tile, attend
 from kvfold.kernels.gpu.attention import Prompt, attention
 from kvfold.kernels.gpu.dense import query_rows
-from kvfold.kernels.gpu.prompt import PageRun, RawRows, attend_prompt
+from kvfold.kernels.gpu.prompt import PageRun, PromptRows, attend_queries
 from kvfold.kernels.gpu.queries import prepare_queries
 from kvfold.kernels.gpu.records import LogitOptions, PagedCache, Regions
 from kvfold.kernels.pages import page_address
@@ -77,8 +77,15 @@ def prompt_error(
     if decoded:
         rows = query_rows(query[0], g.num_kv_heads, None, dim**-0.5)
         runs = [PageRun(*formats, 0, count)] if count else []
-        attend_prompt(
-            rows, first, runs, table[0], RawRows(raw[0], raw[1], 0), regions, LogitOptions(), out[0]
+        attend_queries(
+            rows,
+            first,
+            runs,
+            table[0],
+            PromptRows(raw[0], raw[1], 0),
+            regions,
+            LogitOptions(),
+            out[0],
         )
     else:
         numbers = partial(torch.tensor, dtype=torch.int32, device=device)

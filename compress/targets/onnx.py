@@ -84,6 +84,16 @@ def check_onnx(artifact: Artifact, form: str, bits: int | None) -> None:
             f"This '{family}' model cannot be expressed in ONNX: graphs take keys and values of as many heads and "
             "channels for every layer, and its layers differ; run it by runtime.load_pretrained."
         )
+    if artifact.metadata.cache.chunked:
+        raise KvfoldError(
+            f"This '{family}' model cannot be expressed in ONNX: graphs attend to all tokens or to the latest, and its "
+            "layers attend in chunks; run it by runtime.load_pretrained."
+        )
+    if family == "falcon":
+        raise KvfoldError(
+            "This 'falcon' model cannot be expressed in ONNX: transformers' own attention of it is inside its layers; "
+            "run it by runtime.load_pretrained."
+        )
     rope = getattr(config, "rope_parameters", None) or {}
     tables = [t for t in (rope, *rope.values()) if isinstance(t, dict)]
     for table in tables:

@@ -3,7 +3,7 @@
 
 The split-K kernel unpacks a page again for every 16 columns of queries: right for a step, for a
 prompt most of its time. Here pages are float16 already (prompt.py decodes them), and a program goes
-over 128 rows of queries, a query and head of the group each: first over the tokens that all its
+over 128 rows of queries (64 of wide heads), a query and head of the group each: first over the tokens that all its
 queries read from pages, without a mask, then over those that some of them do, and over the 16-bit
 rows. Runs under Triton's interpreter on a CPU too.
 """
@@ -74,7 +74,8 @@ def _query_kernel(
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, pow2(DIM))[None, :]
     there, inside = (r < rows)[:, None], c < DIM
-    source = query + (r // GROUP).to(tl.int64) * step_t + (head * GROUP + r % GROUP) * step_h
+    at = (head * GROUP + r % GROUP).to(tl.int64)
+    source = query + (r // GROUP).to(tl.int64) * step_t + at * step_h
     if MATRIX:
         q = tl.zeros((ROWS, pow2(DIM)), tl.float32)
         for start in tl.range(0, pow2(DIM), BLOCK):

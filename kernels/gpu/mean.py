@@ -52,7 +52,7 @@ class StoredMean(NamedTuple):
     """The rotating mean that keys of one call were stored without, in their stored basis.
 
     Attributes:
-        fast: float32 [Hkv, 2·F, D], the fast pairs' (key_mean.TurnTables.bases).
+        fast: float32 [Hkv, 2·F, D], the fast pairs' (key_mean.mean_bases).
         slow: float32 [Hkv, steps, D], the slow pairs' share at every step from the sinks on.
         tables: for the kernels.
     """
@@ -66,7 +66,7 @@ def stored_mean(tables: TurnTables, bases: tuple[Tensor, Tensor], tokens: int) -
     """The mean of all positions below `tokens`.
 
     Args:
-        bases: from `tables.bases`.
+        bases: from `key_mean.mean_bases`.
     """
     tables.reach(tokens)
     fast, slow = bases
@@ -99,7 +99,9 @@ def mean_term(mean: MeanOf, columns_of: Callable[[Tensor], Tensor], factor: floa
     return MeanTerm(both.contiguous(), bias.contiguous(), first_step, tables.kernel_tables)
 
 
-def mean_arguments(mean: StoredMean | None, device: torch.device) -> tuple[Tensor | int, ...]:
+def stored_mean_arguments(
+    mean: StoredMean | None, device: torch.device
+) -> tuple[Tensor | int, ...]:
     """What kernels read of a mean: fast, slow, spans, within, and the steps of `slow`."""
     if mean is None:
         none = torch.empty(0, device=device)  # nothing reads it

@@ -20,7 +20,7 @@ from kvfold.kernels.gpu.device.kinds import decode_elements
 from kvfold.kernels.gpu.device.mean import stored_mean
 from kvfold.kernels.gpu.device.tiles import TOKEN_TILE, tile_width
 from kvfold.kernels.gpu.kinds import own_code
-from kvfold.kernels.gpu.mean import StoredMean, mean_arguments, mean_rows
+from kvfold.kernels.gpu.mean import StoredMean, mean_rows, stored_mean_arguments
 from kvfold.kernels.gpu.records import LogitOptions, Regions
 from kvfold.kernels.gpu.tables import format_tables, table_length, warps_for
 from kvfold.kernels.kinds.storage import FIELDS
@@ -117,13 +117,13 @@ def decode_pages(
         _decode_kernel, (pages.numel(), keys.shape[0], 2),
         anchor(pages.device), pages, first, keys, values,
         format_tables([[key_format, value_format]], page_tokens, pages.device), table_length(dim),
-        *mean_arguments(mean, pages.device),
+        *stored_mean_arguments(mean, pages.device),
         ROWS=page_tokens // FIELDS, OWN=own_code([key_format, value_format]), MEAN=mean_rows(mean), DIM=dim,
         num_warps=warps_for(page_tokens),
     )  # fmt: skip
 
 
-class RawRows(NamedTuple):
+class PromptRows(NamedTuple):
     """16-bit rows of one sequence as its prompt reads them: float16 [Hkv, R, head_dim] each, the
     sinks and then the tokens behind `before` packed ones; keys with their mean."""
 
@@ -132,12 +132,12 @@ class RawRows(NamedTuple):
     before: int
 
 
-def attend_prompt(
+def attend_queries(
     queries: QueryRows,
     first_query: int,
     runs: Sequence[PageRun],
     table: Tensor,
-    rows: RawRows,
+    rows: PromptRows,
     regions: Regions,
     logits: LogitOptions,
     out: Tensor,

@@ -15,7 +15,7 @@ from kvfold.kernels.compile.launch import launch
 from kvfold.kernels.gpu.device.bits import pow2
 from kvfold.kernels.gpu.device.codec import to_fp16
 from kvfold.kernels.gpu.device.mean import stored_mean
-from kvfold.kernels.gpu.mean import StoredMean, mean_arguments, mean_rows
+from kvfold.kernels.gpu.mean import StoredMean, mean_rows, stored_mean_arguments
 
 STORE_TOKENS, GATHER_TOKENS = 32, 32  # of a program
 BLOCK: tl.constexpr = tl.constexpr(32)  # rows of a matrix at a time
@@ -112,7 +112,8 @@ def store_rows(
         _store_kernel,
         (-(-tokens // STORE_TOKENS), heads),
         keys, values, *keys.stride()[:2], *values.stride()[:2], positions, places,
-        none if matrix is None else matrix, none if offset is None else offset, *mean_arguments(mean, keys.device),
+        none if matrix is None else matrix, none if offset is None else offset,
+        *stored_mean_arguments(mean, keys.device),
         out, value_out, head_step, tokens, sinks,
         DIM=dim, TOKENS=STORE_TOKENS, MATRIX=matrix is not None, OFFSET=offset is not None, MEAN=mean_rows(mean),
         num_warps=WARPS,
@@ -201,7 +202,7 @@ def gather_rows(
         launch(
             _gather_kernel,
             (-(-rows // GATHER_TOKENS), heads),
-            keys, values, head_step, positions, places, *mean_arguments(mean, device), read_keys, out, value_out,
+            keys, values, head_step, positions, places, *stored_mean_arguments(mean, device), read_keys, out, value_out,
             rows, sinks,
             DIM=dim, TOKENS=GATHER_TOKENS, MEAN=mean_rows(mean), COPY=copy, num_warps=WARPS,
         )  # fmt: skip

@@ -17,8 +17,7 @@ from kvfold.kernels.gpu.attention import Prompt, attention
 from kvfold.kernels.gpu.dense import query_rows
 from kvfold.kernels.gpu.encode import encode_pages, lower_jobs, lower_pages
 from kvfold.kernels.gpu.mean import MeanOf, StoredMean, stored_mean
-from kvfold.kernels.gpu.prompt import PageRun, RawRows
-from kvfold.kernels.gpu.prompt import attend_prompt as attend_queries
+from kvfold.kernels.gpu.prompt import PageRun, PromptRows, attend_queries
 from kvfold.kernels.gpu.queries import Queries, empty_queries, prepare_queries
 from kvfold.kernels.gpu.records import FormatChange, KeyTransform, PagedCache, PageFormat, Regions
 from kvfold.kernels.gpu.rows import gather_rows, store_rows
@@ -58,6 +57,7 @@ class TritonKernels:
             torch.empty(shape, dtype=torch.float16, device=keys.device) for _ in range(2)
         )
         places = torch.arange(tokens, device=keys.device) * dim
+        keys, values = (by_channels(x) for x in (keys, values))
         for b in range(batch):
             store_rows(
                 keys[b].transpose(0, 1), values[b].transpose(0, 1), positions[b], places, key.matrix,
@@ -244,15 +244,17 @@ def attend_prompt(
     mean = None
     if key.turns:
         mean = stored_mean(key.tables(g.sinks), key.mean_bases, row.length)
-    places = torch.arange(len(row.raw_positions), device=query.device) * row.keys.stride(1)
-    keys = gather_rows(
-        row.keys, row.values, row.keys.stride(0), row.raw_positions, places, g.num_kv_heads, g.head_dim, mean, g.sinks,
-        copy=False,
-    ).read_keys  # fmt: skip
+    keys = row.keys
+    if mean is not None:
+        places = torch.arange(len(row.raw_positions), device=query.device) * keys.stride(1)
+        keys = gather_rows(
+            keys, row.values, keys.stride(0), row.raw_positions, places, g.num_kv_heads, g.head_dim, mean, g.sinks,
+            copy=False,
+        ).read_keys  # fmt: skip
     attend_decoded(
         layer,
         row,
-        RawRows(keys, row.values, row.packed_before),
+        PromptRows(keys, row.values, row.packed_before),
         table,
         mean,
         query,
@@ -260,6 +262,11 @@ def attend_prompt(
         scaling,
         options,
     )
+
+
+def by_channels(x: Tensor) -> Tensor:
+    """With channels next to each other, as kernels read them."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def is_few(layer: LayerTensors, row: RowView, query: Tensor) -> bool:
@@ -272,7 +279,7 @@ def is_few(layer: LayerTensors, row: RowView, query: Tensor) -> bool:
 def attend_decoded(
     layer: LayerTensors,
     row: RowView,
-    raw: RawRows,
+    raw: PromptRows,
     table: Tensor,
     mean: StoredMean | None,
     query: Tensor,
@@ -294,7 +301,8 @@ def attend_decoded(
         end = first + chunk.shape[2]
         shift = key.shift(chunk) if is_shifted(key, options) else None
         queries = query_rows(
-            chunk[0], g.num_kv_heads, key.query_matrix, scaling, options.softcap, None if shift is None else shift[0]
+            by_channels(chunk[0]), g.num_kv_heads, key.query_matrix, scaling, options.softcap,
+            None if shift is None else shift[0],
         )  # fmt: skip
         attend_queries(
             queries, first, page_runs(layer, row, first, end, options.sliding), table[0], raw, kernel_regions(g),

@@ -9,6 +9,7 @@ import torch
 
 from kvfold.exports.reader import read_artifact, read_metadata
 from kvfold.pretrained import code_free
+from kvfold.runtime.backends.choose import choose_triton
 from kvfold.runtime.calls.locate import locate
 from kvfold.runtime.calls.options import HUB, PASSED_ON, REFUSED, check_names, dtype_of
 from kvfold.runtime.generate.ahead import begin_ahead
@@ -16,7 +17,6 @@ from kvfold.runtime.generate.compile import begin_folder, compiling
 from kvfold.runtime.load import (
     attach,
     check_complete,
-    choose_triton,
     default_device,
     default_dtype,
     load_pretrained,

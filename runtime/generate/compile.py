@@ -328,7 +328,9 @@ def artifact_launches(
     """
     kinds, whole, heads, dtype = read_kinds(folder, dtype)
     part = replace(whole, num_kv_heads=whole.num_kv_heads // ranks)
-    own = [x._replace(spec=x.spec.of_heads(slice(0, part.num_kv_heads))) for x in kinds]
+    own = kinds
+    if ranks > 1:
+        own = [x._replace(spec=x.spec.of_heads(slice(0, part.num_kv_heads))) for x in kinds]
     return launches_of(own, part, heads // ranks, dtype, progressive, multiprocessors, drafts)
 
 

@@ -20,10 +20,10 @@ from kvfold.kernels.gpu.attention import WAVE
 from kvfold.kernels.gpu.blocks import WAVES, BlockCache, attend_blocks, check_blocks
 from kvfold.kernels.gpu.encode import encode_pages
 from kvfold.kernels.gpu.mean import STEPS_BLOCK, StoredMean, stored_mean
-from kvfold.kernels.gpu.prompt import SCRATCH_NBYTES, RawRows
+from kvfold.kernels.gpu.prompt import SCRATCH_NBYTES, PromptRows
 from kvfold.kernels.gpu.queries import Queries, empty_queries
 from kvfold.kernels.gpu.records import KeyTransform
-from kvfold.kernels.gpu.rows import gather_rows, store_rows
+from kvfold.kernels.gpu.rows import GatheredRows, gather_rows, store_rows
 from kvfold.kernels.key_mean import STEP
 from kvfold.kernels.pages import UNIT, anchor
 from kvfold.runtime.backends.base import LayerTensors, LogitOptions, RowView
@@ -31,6 +31,7 @@ from kvfold.runtime.backends.triton import (
     QUERY_CHUNK,
     attend_decoded,
     attend_few,
+    by_channels,
     is_few,
     is_shifted,
     kernel_logits,
@@ -61,23 +62,26 @@ def attend_step(
     mean = _mean(layer, batch) if batch.chunks and layer.spec.key.turns else None
     _store(layer, blocks, batch, key, value, mean)
     n, single = batch.singles, None
+    read: tuple[Tensor, GatheredRows] | None = None
     if n:
         cache = _cache(layer, blocks, batch)
         single = _append(layer, cache, batch, query[:n], key[:n], value[:n], scaling, options)
-    read = [_pack(layer, blocks, batch, chunk, mean) for chunk in batch.chunks]
+    for chunk in batch.chunks:  # rows of one at a time, whatever their number
+        if pages_of(layer, chunk.before) < pages_of(layer, chunk.length):
+            read = _rows(layer, blocks, batch, chunk, mean)
+            _pack(layer, blocks, batch, chunk, read[1])
     if single is not None:
         formats = (layer.spec.key.format, layer.spec.value.format)
         attend_blocks(
             single, cache, formats, out[:n], kernel_regions(layer.geometry), kernel_logits(options)
         )
-    for chunk, prompt in zip(batch.chunks, read, strict=True):
-        queries = query[chunk.first : chunk.end].transpose(0, 1)[None]
-        to = out[None, chunk.first : chunk.end]
-        record, row, raw, table, mean = prompt
-        if is_few(record, row, queries):  # drafts
-            attend_few(record, 0, row, table, queries, to, scaling, options)
-        else:
-            attend_decoded(record, row, raw, table, mean, queries, to, scaling, options)
+    for chunk in batch.chunks:
+        if read is None or len(batch.chunks) > 1:
+            read = _rows(layer, blocks, batch, chunk, mean)
+        new = slice(chunk.first, chunk.end)
+        _attend_chunk(
+            layer, blocks, batch, chunk, read, mean, query[new], out[new], scaling, options
+        )
 
 
 def scratch_nbytes(
@@ -157,8 +161,9 @@ def _store(
         places = torch.where(slots >= 0, _row_places(layer, raw, slots), -1)
         batch.kept[name] = places
     keys, values = raw.chunk(2, -1)
+    offset = None if spec.turns else spec.offset
     store_rows(
-        key[new], value[new], positions, places, spec.matrix, None if spec.turns else spec.offset, mean,
+        by_channels(key[new]), by_channels(value[new]), positions, places, spec.matrix, offset, mean,
         layer.layout.sinks, keys, values, raw.stride(1),
     )  # fmt: skip
 
@@ -176,14 +181,14 @@ def _mean(layer: ServedLayer, batch: DeviceBatch) -> StoredMean:
     return stored_mean(spec.tables(layer.layout.sinks), spec.mean_bases, tokens)
 
 
-def _pack(
+def _rows(
     layer: ServedLayer, blocks: Blocks, batch: DeviceBatch, chunk: Chunk, mean: StoredMean | None
-) -> tuple[LayerTensors, RowView, RawRows, Tensor, StoredMean | None]:
-    """Packs the pages that come due with a chunk's tokens, and says what its queries read: sinks,
-    what was not packed before, and all pages."""
+) -> tuple[Tensor, GatheredRows]:
+    """(positions int64 [R], 16-bit rows) of what a chunk's queries read so: sinks, and what was not
+    packed before."""
     g, size, raw = layer.geometry, layer.layout.raw_block_tokens, blocks.raw
-    first, last = (pages_of(layer, tokens) for tokens in (chunk.before, chunk.length))
-    begin, sinks = (min(x, chunk.length) for x in (g.sinks + first * g.page_tokens, g.sinks))
+    first = pages_of(layer, chunk.before) * g.page_tokens
+    begin, sinks = (min(x, chunk.length) for x in (g.sinks + first, g.sinks))
     name = ("rows", chunk.request, *raw.stride())
     if name not in batch.kept:
         tokens = [
@@ -198,28 +203,54 @@ def _pack(
     rows = gather_rows(
         keys, values, raw.stride(1), positions, places, g.num_kv_heads, g.head_dim, mean, g.sinks, copy=True
     )  # fmt: skip
+    return positions, rows
+
+
+def _pack(
+    layer: ServedLayer, blocks: Blocks, batch: DeviceBatch, chunk: Chunk, rows: GatheredRows
+) -> None:
+    """Packs the pages that come due with a chunk's tokens."""
+    g, device = layer.geometry, blocks.raw.device
+    first, last = (pages_of(layer, tokens) for tokens in (chunk.before, chunk.length))
     addresses = _addresses(layer, blocks, batch, chunk, last)
-    if first < last:
-        starts = torch.arange(last - first, dtype=torch.int32, device=raw.device) * g.page_tokens
-        encode_pages(
-            rows.keys[None, :, sinks:], rows.values[None, :, sinks:], page_format(layer.spec), addresses[first:],
-            torch.zeros_like(starts), starts, page_tokens=g.page_tokens,
-        )  # fmt: skip
+    starts = torch.arange(last - first, dtype=torch.int32, device=device) * g.page_tokens
+    sinks = min(g.sinks, chunk.length)
+    encode_pages(
+        rows.keys[None, :, sinks:], rows.values[None, :, sinks:], page_format(layer.spec), addresses[first:],
+        torch.zeros_like(starts), starts, page_tokens=g.page_tokens,
+    )  # fmt: skip
+
+
+def _attend_chunk(
+    layer: ServedLayer, blocks: Blocks, batch: DeviceBatch, chunk: Chunk, read: tuple[Tensor, GatheredRows],
+    mean: StoredMean | None, query: Tensor, out: Tensor, scaling: float, options: LogitOptions,
+) -> None:  # fmt: skip
+    """The queries [T, num_heads, head_dim] of a chunk, whose pages are all there; `read`: from
+    `_rows`."""
+    g, device = layer.geometry, blocks.raw.device
+    first, last = (pages_of(layer, tokens) for tokens in (chunk.before, chunk.length))
+    table = _addresses(layer, blocks, batch, chunk, last)[None]
     name = ("state", chunk.request)
     if name not in batch.kept:
-        state = torch.full((1, 2), chunk.length, dtype=torch.int32, device=raw.device)
+        state = torch.full((1, 2), chunk.length, dtype=torch.int32, device=device)
         state[:, 1] = last
         batch.kept[name] = state
     state = batch.kept[name]
+    positions, rows = read
     record = LayerTensors(
-        layer.index, g, [layer.spec], rows.keys, rows.values, state, addresses[None], state, None,
+        layer.index, g, [layer.spec], rows.keys, rows.values, state, table, state, None,
         BlockPages(layer, blocks.packed), layer.workspace, batch_invariant=False,
     )  # fmt: skip
     before = first * g.page_tokens
     row = RowView(
         0, 0, positions, positions, rows.keys, rows.values, positions, list(range(last)), before, chunk.length, 0
     )  # fmt: skip
-    return record, row, RawRows(rows.read_keys, rows.values, before), addresses[None], mean
+    queries = query.transpose(0, 1)[None]
+    if is_few(record, row, queries):  # drafts
+        attend_few(record, 0, row, table, queries, out[None], scaling, options)
+    else:
+        raw = PromptRows(rows.read_keys, rows.values, before)
+        attend_decoded(record, row, raw, table, mean, queries, out[None], scaling, options)
 
 
 def _addresses(

@@ -426,7 +426,7 @@ def test_prompt_command(kvfold, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("fault", "wrong"), [("packed", 2), ("decoded", 1)])
 def test_prompt_command_prints_no_speed_if_the_gate_fails(kvfold, monkeypatch, fault, wrong):
-    real = bench_prompt.attend_prompt
+    real = bench_prompt.attend_queries
 
     def twice(queries, first, runs, *args):
         return real(queries, first, [*runs, *runs], *args)  # where there are pages
@@ -434,7 +434,7 @@ def test_prompt_command_prints_no_speed_if_the_gate_fails(kvfold, monkeypatch, f
     if fault == "packed":  # nothing is written
         monkeypatch.setattr(bench_prompt, "attention", lambda *args, **kwargs: args[3])
     else:
-        monkeypatch.setattr(bench_prompt, "attend_prompt", twice)
+        monkeypatch.setattr(bench_prompt, "attend_queries", twice)
     monkeypatch.setattr(bench_prompt, "prompt_rows", None)  # not even measured
     code, out, err = kvfold(*[x if x != "k2v2,best" else "k2v2" for x in PROMPT])
     assert code == 1 and out == "" and err.count("gate: k2v2") == wrong

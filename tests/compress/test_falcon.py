@@ -12,6 +12,7 @@ from kvfold import runtime
 from kvfold.autoclass import stock_from_pretrained
 from kvfold.compress.models.attention_hook import NAME as TAP
 from kvfold.compress.pipeline import compress
+from kvfold.errors import KvfoldError
 from kvfold.exports.falcon import set_attention
 
 LAYOUTS = {
@@ -48,6 +49,14 @@ def test_a_loaded_model_gives_its_own_attention_back(tmp_path, text_file, no_plo
     model.save_pretrained(tmp_path / "again")
     again = runtime.load_pretrained(tmp_path / "again", device="cpu", attention="reference")
     assert torch.equal(again(IDS).logits, packed)
+    model.set_attn_implementation("eager")
+    with runtime.plain_cache(model):
+        weights = model(IDS, output_attentions=True).attentions
+    assert len(weights) == model.config.num_hidden_layers and weights[0].shape[-1] == IDS.shape[1]
+    with pytest.raises(KvfoldError, match="attn_implementation='eager' reads no packed cache"):
+        model(IDS)
+    model.set_attn_implementation("kvfold")
+    assert torch.equal(model(IDS).logits, packed)
     plain = model.kv_attachment.detach()
     assert type(plain.transformer.h[0].self_attention).__module__.startswith("transformers.")
     torch.testing.assert_close(plain(IDS).logits, expected)

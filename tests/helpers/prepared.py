@@ -214,10 +214,11 @@ def _begin(folder: Path, kind: str) -> None:
             connection.sendall(json.dumps({"fork": kind}).encode() + b"\n")
             assert connection.makefile().readline() == "ready\n", kind
         return
-    (folder / "kinds.json").write_text(json.dumps(KINDS))
+    kinds = folder / f"{kind}.json"  # its own: two may begin at once
+    kinds.write_text(json.dumps(KINDS))
     program = Path(__file__).with_name("prepared_server.py")
     server = subprocess.Popen(
-        [sys.executable, str(program), str(folder), kind, str(folder / "kinds.json")],
+        [sys.executable, str(program), str(folder), kind, str(kinds)],
         env=_environment(kind),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from kvfold.kernels.gpu import prompt as triton_prompt
 from kvfold.kernels.gpu.dense import query_rows
 from kvfold.kernels.gpu.mean import stored_mean
-from kvfold.kernels.gpu.prompt import PageRun, RawRows, attend_prompt, decode_pages
+from kvfold.kernels.gpu.prompt import PageRun, PromptRows, attend_queries, decode_pages
 from kvfold.kernels.gpu.records import LogitOptions, Regions
 from kvfold.kernels.gpu.rows import gather_rows, store_rows
 
@@ -136,6 +136,7 @@ class Prompted:
 
     Attributes:
         sliding, softcap, sink_logits, shift: of the logits.
+        finer: formats of the pages from the third on; None for those of all.
     """
 
     pair: tuple
@@ -151,6 +152,7 @@ class Prompted:
     shift: bool = False
     turns: bool = True
     heads: int = 2
+    finer: tuple | None = None
 
     def __post_init__(self):
         dim, total = self.pair[0].head_dim, self.before + self.chunk
@@ -169,8 +171,9 @@ class Prompted:
         self.pages = []
         for i in range(count):
             at = slice(self.sinks + i * self.page, self.sinks + (i + 1) * self.page)
-            blocks = [encode(x[:, at], fmt) for x, fmt in zip(raw, self.pair, strict=True)]
-            for side, block, fmt in zip(read, blocks, self.pair, strict=True):
+            pair = self.pair if i < 2 else self.finer or self.pair
+            blocks = [encode(x[:, at], fmt) for x, fmt in zip(raw, pair, strict=True)]
+            for side, block, fmt in zip(read, blocks, pair, strict=True):
                 side[:, at] = decode(block, fmt, self.page)
             self.pages.append(torch.cat([block.flatten() for block in blocks]))
         self.mean = None
@@ -199,7 +202,7 @@ class Prompted:
             scaling=dim**-0.5, mask=mask, softcap=self.softcap, sinks_logit=self.aux, shift=self.q_mu,
         )  # fmt: skip
         kept = torch.cat((self.at[: min(self.sinks, total)], self.at[self.sinks + packed :]))
-        self.rows = RawRows((raw[0].float() + mean)[:, kept].half(), raw[1][:, kept], packed)
+        self.rows = PromptRows((raw[0].float() + mean)[:, kept].half(), raw[1][:, kept], packed)
 
     def got(self, cut=0):
         """By kernels; `cut`: pages of a first run, 0 for one run of all."""
@@ -208,13 +211,17 @@ class Prompted:
         first = 0
         if self.sliding:
             first = max(self.before - self.sliding + 1 - self.sinks, 0) // self.page
-        edges = sorted({first, min(max(cut, first), self.count), max(first, self.count)})
-        runs = [PageRun(*self.pair, a, b) for a, b in pairwise(edges)]
+        cuts = (cut, 2 if self.finer else first)
+        edges = {first, *(min(max(x, first), self.count) for x in cuts), max(first, self.count)}
+        runs = [
+            PageRun(*(self.pair if a < 2 else self.finer or self.pair), a, b)
+            for a, b in pairwise(sorted(edges))
+        ]
         queries = query_rows(
             self.query, self.heads, self.spec.query_matrix, dim**-0.5, self.softcap, self.q_mu
         )
         out = torch.full((self.chunk, heads, dim), torch.nan, device=DEVICE)
-        attend_prompt(
+        attend_queries(
             queries, self.before, runs, table, self.rows, Regions(self.sinks, self.window, self.page),
             LogitOptions(self.softcap, self.aux, self.sliding), out, self.mean,
         )  # fmt: skip
@@ -237,6 +244,12 @@ CASES = {
     "a sliding window of a block": Prompted(PAIRS["mixed keys"], 0, 140, 1, sliding=32),
     "a soft-cap": Prompted(PAIRS["2 bits"], 70, 66, 2, softcap=5.0),
     "a soft-cap and a shift": Prompted(PAIRS["2 bits"], 70, 66, 2, softcap=5.0, shift=True, turns=False),
+    "pages of two formats": Prompted(
+        PAIRS["mixed keys"], 100, 90, 2, finer=(raw16(64), uniform(64, 256, "fp16"))
+    ),
+    "two formats and a sliding window": Prompted(
+        PAIRS["2 bits"], 100, 90, 2, sliding=90, finer=(uniform(64, 16), uniform(64, 4))
+    ),
     "sink logits": Prompted(PAIRS["2 bits"], 70, 66, 2, sink_logits=True),
     "sink logits and a shift": Prompted(PAIRS["2 bits"], 70, 66, 3, sink_logits=True, shift=True, turns=False),
 }  # fmt: skip
