@@ -31,6 +31,7 @@ except ImportError:  # no POSIX
 
 log = logging.getLogger("kvfold")
 MARK = "run.json"
+MOST_MARK = 1 << 20  # bytes; a run's has some hundred
 SUMS_NBYTES = 256  # two sums of 64 digits, and room
 MADE_BY = {"made_by": "kvfold"}  # at the head of the mark: who made the folder
 TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
@@ -167,6 +168,8 @@ def _is_ours(work: Path) -> bool:
     if not names:
         return True
     if mark.is_symlink() or not mark.is_file():
+        return False
+    if mark.stat().st_size > MOST_MARK:
         return False
     head, text = json.dumps(MADE_BY)[:-1].encode(), mark.read_bytes()
     return text.startswith(head) or (head.startswith(text) and (bool(text) or names == {MARK}))

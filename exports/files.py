@@ -45,6 +45,9 @@ ITEM_NBYTES = {
     "BOOL": 1,
 }
 LONGEST_NAME = 255  # bytes, of most file systems
+MOST_TEXT = (
+    64 << 20
+)  # bytes of a text that is read whole; the index of a million tensors is as large
 MOST_NBYTES = 256 << 20  # of a file without weights; the largest tokenizers have a tenth of it
 
 
@@ -209,6 +212,18 @@ def write_index(folder: Path) -> bool:
     return True
 
 
+def read_small(file: Path, most: int = MOST_TEXT) -> str:
+    """The text of a file that is small where it is what it should be, such as JSON.
+
+    Raises:
+        ValueError: it has more than `most` bytes, which a hole in it makes at once, or isn't UTF-8.
+        OSError: it can't be read.
+    """
+    if file.stat().st_size > most:
+        raise ValueError(f"it has more than {most >> 20} MiB")
+    return file.read_text(encoding="utf-8")
+
+
 def read_index(file: Path) -> dict[str, str]:
     """Tensor → shard, of an index of safetensors files.
 
@@ -216,7 +231,7 @@ def read_index(file: Path) -> dict[str, str]:
         KvfoldError: it is none.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        found = json.loads(read_small(file))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         found = None
     if (

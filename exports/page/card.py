@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import cache_nbytes, effective_bits, stock_nbytes
-from kvfold.exports.files import CARD_NAME
+from kvfold.exports.files import CARD_NAME, read_small
 from kvfold.exports.page.licence import UNKNOWN, Licence, read_card
 from kvfold.exports.page.plots import BITS_NAME, MEMORY_NAME
 from kvfold.exports.schema import Metadata
@@ -138,7 +138,7 @@ def read_results(file: Path, metadata: Metadata) -> dict[str, Any]:
         KvfoldError: no such file, not such figures, or figures of another artifact.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(read_small(file))
     except (OSError, ValueError):
         raise KvfoldError(
             f"Results '{file}' cannot be read as JSON; give what `kvfold eval … --json FILE` wrote."

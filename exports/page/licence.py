@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from kvfold.errors import KvfoldError
+from kvfold.exports.files import read_small
 
 UNKNOWN = "unknown"  # the Hub's own word for it
 TEXTS = (
@@ -91,8 +92,8 @@ def find_licence(folder: Path) -> Licence:
 def card_fields(card: Path) -> dict[str, Any]:
     """The front matter of a model card; empty if there is none that can be read."""
     try:
-        return read_card(card.read_text(encoding="utf-8"), str(card)).data.to_dict()
-    except (OSError, UnicodeDecodeError, KvfoldError):
+        return read_card(read_small(card), str(card)).data.to_dict()
+    except (OSError, ValueError, KvfoldError):
         return {}
 
 
