@@ -43,20 +43,34 @@ def scratch_folder(place: Path) -> Iterator[Path]:
         place: what is in the making, absolute and without links.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=place.name + PART, dir=place.parent))
-    lock = None
+    folder, lock = _begin(place)
     try:
-        lock = os.open(folder / f"{MARK}.part", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        if fcntl is not None:
-            with suppress(OSError):  # no locks here: then nobody takes it for a leftover either
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.write(lock, _mark(place))
-        os.replace(folder / f"{MARK}.part", folder / MARK)  # it appears locked
         yield folder
     finally:
-        if lock is not None:
-            os.close(lock)
+        os.close(lock)
         _remove(folder)
+
+
+def _begin(place: Path) -> tuple[Path, int]:
+    """A new folder with its mark, and the mark's lock."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=place.name + PART, dir=place.parent))
+        begun, lock = folder / f"{MARK}.part", -1
+        try:
+            lock = os.open(begun, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            if fcntl is not None:
+                with suppress(OSError):  # no locks here: then nobody takes it for a leftover either
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.write(lock, _mark(place))
+            os.replace(begun, folder / MARK)  # it appears locked
+            return folder, lock
+        except BaseException as error:
+            if lock >= 0:
+                os.close(lock)
+            _remove(folder)
+            # else another run has taken it for a leftover, in the moment before it was locked
+            if not isinstance(error, FileNotFoundError) or not place.parent.is_dir():
+                raise
 
 
 def remove_leftovers(place: Path) -> None:
@@ -75,10 +89,13 @@ def remove_leftovers(place: Path) -> None:
 
 
 def _remove_leftover(folder: Path, place: Path) -> None:
-    lock = os.open(folder / MARK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    begun = f"{MARK}.part"  # all that is there of a process that was killed before it began
+    alone = [path.name for path in folder.iterdir()] == [begun]
+    lock = os.open(folder / (begun if alone else MARK), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else somebody is at work there
-        if os.read(lock, 4096) != _mark(place):
+        text = os.read(lock, 4096)
+        if text != _mark(place) and not (alone and _mark(place).startswith(text)):
             return
         if (folder / OLD).is_dir() and not place.exists():
             os.replace(folder / OLD, place)

@@ -271,3 +271,18 @@ def test_a_mark_that_a_crash_cut_short_is_ours(tmp_path, mark):
     with work_folder(tmp_path / "out", "key", False):
         pass
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "beside", "goes"),
+    [(b"", False, True), (b'{"made_by": "kv', False, True), (b"mine", False, False), (b"", True, False)],
+)  # fmt: skip
+def test_a_run_that_was_killed_before_it_began_leaves_nothing(tmp_path, text, beside, goes):
+    """Its mark was not there yet, but under a name that is kvfold's."""
+    folder = tmp_path / "out.part-abcd_123"
+    folder.mkdir()
+    (folder / "kvfold-scratch.json.part").write_bytes(text)
+    if beside:
+        (folder / "notes").touch()
+    remove_leftovers(tmp_path / "out")
+    assert folder.exists() != goes
