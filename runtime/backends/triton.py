@@ -23,7 +23,6 @@ from kvfold.kernels.gpu.records import FormatChange, KeyTransform, PagedCache, P
 from kvfold.kernels.gpu.rows import gather_rows, store_rows
 from kvfold.kernels.key_mean import STEP
 from kvfold.kernels.pages import page_address
-from kvfold.kernels.quantizer import to_float16
 from kvfold.runtime.backends.base import LayerTensors, LogitOptions, LoweredPages, RowView
 from kvfold.runtime.backends.reference import runs_of
 from kvfold.runtime.cache.upload import on_device
@@ -238,9 +237,6 @@ def attend_prompt(
     key, g = layer.spec.key, layer.geometry
     # of this sequence alone, whatever the batch has room for
     table = layer.block_table[b : b + 1, : max(1, len(row.pages))]
-    if is_few(layer, row, query):
-        attend_few(layer, b, row, table, query, out, scaling, options)
-        return
     mean = None
     if key.turns:
         mean = stored_mean(key.tables(g.sinks), key.mean_bases, row.length)
@@ -251,17 +247,11 @@ def attend_prompt(
             keys, row.values, keys.stride(0), row.raw_positions, places, g.num_kv_heads, g.head_dim, mean, g.sinks,
             copy=False,
         ).read_keys  # fmt: skip
-    attend_decoded(
-        layer,
-        row,
-        PromptRows(keys, row.values, row.packed_before),
-        table,
-        mean,
-        query,
-        out,
-        scaling,
-        options,
-    )
+    raw = PromptRows(keys, row.values, row.packed_before)
+    if is_few(layer, row, query):
+        attend_few(layer, b, row, raw, table, query, out, scaling, options)
+    else:
+        attend_decoded(layer, row, raw, table, mean, query, out, scaling, options)
 
 
 def by_channels(x: Tensor) -> Tensor:
@@ -331,24 +321,22 @@ def attend_few(
     layer: LayerTensors,
     b: int,
     row: RowView,
+    raw: PromptRows,
     table: Tensor,
     query: Tensor,
     out: Tensor,
     scaling: float,
     options: LogitOptions,
 ) -> None:
-    """`attend_prompt` where `is_few`."""
+    """`attend_prompt` where `is_few`; `raw` and `table` as in `attend_decoded`."""
     key, g, device = layer.spec.key, layer.geometry, query.device
     # filled on the device: a copy from the host would be waited for
-    before = torch.full((1,), row.packed_before, dtype=torch.int32, device=device)
+    before = torch.full((1,), raw.before, dtype=torch.int32, device=device)
     # a copy: where it begins decides how it is aligned, and each alignment would compile a kernel
     # of its own
     state = layer.state[b : b + 1].clone()
-    keys = row.keys
-    if key.turns:  # the kernel reads 16-bit rows with their mean, and pages without
-        keys = to_float16(keys.float() + _stored(key, row.raw_positions, g.sinks, row.length))
     segments = layer.segments[b : b + 1].clone() if len(layer.rungs) > 1 else None
-    cache = PagedCache(table, state, keys[None], row.values[None], segments)
+    cache = PagedCache(table, state, raw.keys[None], raw.values[None], segments)
     position = row.length - query.shape[2]
     first = torch.full((1,), position, dtype=torch.int32, device=device)
     shift = key.shift(query) if is_shifted(key, options) else None
@@ -358,7 +346,7 @@ def attend_few(
         packed = packed_tokens(row.length, g.sinks, g.window, g.page_tokens)
         steps = (
             row.passed * g.page_tokens // STEP,
-            max(packed, row.packed_before) // STEP + 1,
+            max(packed, raw.before) // STEP + 1,
         )
         term = MeanOf(key.tables(g.sinks), key.offset, query, *steps)
     queries = prepare_queries(
@@ -373,11 +361,3 @@ def attend_few(
         kernel_logits(options),
         prompt=Prompt(first, before),
     )
-
-
-def _stored(key: KeySpec, positions: Tensor, sinks: int, end: int) -> Tensor:
-    """The mean that keys at int64 positions [n], all below `end`, were stored without, in their
-    stored basis: float32 [Hkv, n, head_dim]."""
-    mean = key.mean(positions, sinks, end)
-    assert mean is not None
-    return key.transform(mean)

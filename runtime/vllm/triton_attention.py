@@ -246,10 +246,10 @@ def _attend_chunk(
         0, 0, positions, positions, rows.keys, rows.values, positions, list(range(last)), before, chunk.length, 0
     )  # fmt: skip
     queries = query.transpose(0, 1)[None]
+    raw = PromptRows(rows.read_keys, rows.values, before)
     if is_few(record, row, queries):  # drafts
-        attend_few(record, 0, row, table, queries, out[None], scaling, options)
+        attend_few(record, 0, row, raw, table, queries, out[None], scaling, options)
     else:
-        raw = PromptRows(rows.read_keys, rows.values, before)
         attend_decoded(record, row, raw, table, mean, queries, out[None], scaling, options)
 
 
