@@ -1,13 +1,17 @@
 """Peak memory and time of `kvfold compress` on Llama-shaped checkpoints of random bfloat16 weights
 in shards.
 
-usage: python benchmarks/memory_curve.py [1b 3b 7b 8b …] [--max-memory 8GiB] [--recipe FILE] [--keep DIR] [--limit N]
+usage: python benchmarks/memory_curve.py [1b 3b 7b 8b 32b …] [--max-memory 8GiB] [--recipe FILE] [--device cuda]
+                                         [--layers N] [--tokenizer DIR] [--keep DIR] [--limit N]
 
 For each shape a process of its own compresses the checkpoint; the table has the most that it held
 of its own (what the system can't take back: RssAnon of /proc/PID/status, every 50 ms), the most
-with the pages of files that it had read (VmHWM), and its time. --max-memory is handed on; 1 MiB has
-any model read layer by layer. --limit is a limit on its memory (a cgroup's, version 1; root), so
-that what does not fit fails. --keep leaves the checkpoints for another call.
+with the pages of files that it had read (VmHWM), the most tensors that it held on a GPU, and its
+time. --max-memory, --recipe and --device are handed on; 1 MiB has any model read layer by layer.
+--layers makes models of so many layers, for disks that hold no more; --tokenizer is whose they
+get, where the default model isn't at hand. --limit is a limit on its
+memory (a cgroup's, version 1; root), so that what does not fit fails. --keep leaves the checkpoints
+for another call.
 """
 
 import argparse
@@ -35,7 +39,22 @@ SHAPES = {  # hidden, layers, heads, KV heads, MLP
     "3b": (3072, 28, 24, 8, 8192),
     "7b": (4096, 32, 32, 32, 11008),
     "8b": (4096, 32, 32, 8, 14336),
+    "32b": (5120, 64, 40, 8, 27648),
 }
+# compresses in this process, then writes the most bytes of tensors on the GPU to a file
+COMPRESS = """
+import sys
+from kvfold.__main__ import main
+out = sys.argv.pop(1)
+try:
+    code = main()
+except SystemExit as stop:
+    code = stop.code
+import torch
+if torch.cuda.is_available():
+    open(out, "w").write(str(torch.cuda.max_memory_allocated()))
+sys.exit(code)
+"""
 
 
 def tensors_of(config: LlamaConfig) -> list[tuple[str, tuple[int, ...]]]:
@@ -70,10 +89,11 @@ def tensors_of(config: LlamaConfig) -> list[tuple[str, tuple[int, ...]]]:
     ]
 
 
-def make_checkpoint(shape: str, folder: Path) -> None:
-    """Writes config, tokenizer and shards; the tokenizer is the default model's."""
-    tokenizer = tokenizer_from_pretrained(resolve_model("smollm2-135m").path)
-    hidden, layers, heads, kv_heads, mlp = SHAPES[shape]
+def make_checkpoint(shape: str, folder: Path, layers: int | None, tokenizer_of: str) -> None:
+    """Writes config, tokenizer and shards."""
+    tokenizer = tokenizer_from_pretrained(resolve_model(tokenizer_of).path)
+    hidden, most, heads, kv_heads, mlp = SHAPES[shape]
+    layers = layers or most
     config = LlamaConfig(
         vocab_size=32000 if len(tokenizer) <= 32000 else len(tokenizer), hidden_size=hidden, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=mlp, dtype="bfloat16",
@@ -82,7 +102,8 @@ def make_checkpoint(shape: str, folder: Path) -> None:
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    rng = torch.Generator().manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # only to be quick
+    rng = torch.Generator(device).manual_seed(0)
     places: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
 
@@ -93,7 +114,7 @@ def make_checkpoint(shape: str, folder: Path) -> None:
         shard.clear()
 
     for name, size in tensors_of(config):
-        weight = torch.empty(size, dtype=torch.bfloat16)
+        weight = torch.empty(size, dtype=torch.bfloat16, device=device)
         if len(size) == 1:
             weight.fill_(1)
         else:  # what a layer puts out is of the size of what it gets
@@ -102,7 +123,7 @@ def make_checkpoint(shape: str, folder: Path) -> None:
                 (2 if "q_proj" in name or "k_proj" in name else 1) * size[1] ** -0.5,
                 generator=rng,
             )
-        shard[name] = weight
+        shard[name] = weight.cpu()
         if sum(x.nbytes for x in shard.values()) > SHARD_NBYTES:
             write()
     write()
@@ -118,12 +139,15 @@ def held(pid: int) -> int:
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
 
 
-def run(model: Path, options: list[str], limit: int | None) -> tuple[int, int, float, int]:
-    """(bytes held at the most, those with files' pages, seconds, exit code) of one compression."""
+def run(model: Path, options: list[str], limit: int | None) -> tuple[int, int, int, float, int]:
+    """(bytes held at the most, those with files' pages, those on a GPU, seconds, exit code) of one
+    compression."""
+    on_gpu = Path(f"{model}-gpu")
     words = [
         sys.executable,
-        "-m",
-        "kvfold",
+        "-c",
+        COMPRESS,
+        str(on_gpu),
         "compress",
         str(model),
         "--out",
@@ -149,8 +173,11 @@ def run(model: Path, options: list[str], limit: int | None) -> tuple[int, int, f
             except OSError:
                 pass
             time.sleep(0.05)
+    seconds = time.perf_counter() - start
     shutil.rmtree(f"{model}-out", ignore_errors=True)
-    return most, whole, time.perf_counter() - start, child.returncode
+    there = int(on_gpu.read_text()) if on_gpu.exists() else 0
+    on_gpu.unlink(missing_ok=True)
+    return most, whole, there, seconds, child.returncode
 
 
 def main() -> None:
@@ -162,25 +189,29 @@ def main() -> None:
     )
     parser.add_argument("--max-memory")
     parser.add_argument("--recipe")
+    parser.add_argument("--device")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--tokenizer", default="smollm2-135m")
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--limit")
     o = parser.parse_args()
-    options = [word for name in ("max_memory", "recipe") if getattr(o, name)
+    options = [word for name in ("max_memory", "recipe", "device") if getattr(o, name)
                for word in (f"--{name.replace('_', '-')}", getattr(o, name))]  # fmt: skip
     print(
-        "| shape | weights in bfloat16 | held | with files' pages | time | exit |\n|---|---|---|---|---|---|"
+        "| shape | weights in bfloat16 | held | with files' pages | on the GPU | time | exit |\n"
+        "|---|---|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as scratch:
         for shape in o.shapes:
             model = (o.keep or Path(scratch)) / shape
             if not (model / INDEX).is_file():
                 model.mkdir(parents=True, exist_ok=True)
-                make_checkpoint(shape, model)
+                make_checkpoint(shape, model, o.layers, o.tokenizer)
             nbytes = sum(p.stat().st_size for p in model.glob("*.safetensors"))
-            most, whole, seconds, code = run(
+            most, whole, there, seconds, code = run(
                 model, options, parse_nbytes(o.limit) if o.limit else None
             )
-            sizes = " | ".join(map(format_nbytes, (nbytes, most, whole)))
+            sizes = " | ".join(map(format_nbytes, (nbytes, most, whole, there)))
             print(f"| {shape} | {sizes} | {seconds:.0f} s | {code} |", flush=True)
             if o.keep is None:
                 shutil.rmtree(model)

@@ -174,11 +174,21 @@ def test_pages_of_several_rungs_are_the_references(models, tmp_path):
 @torch.no_grad()
 @pytest.mark.usefixtures("least_rows")
 def test_greedy_text_is_the_references_row_by_row(models):
-    """Left-padded rows of a batch, by kernels, against each row alone by the reference."""
-    options = {"max_new_tokens": 4, "do_sample": False}
+    """Left-padded rows of a batch, by kernels, against each row alone by the reference: the same
+    logits, and so the same tokens, up to one that a GPU's sums in another order tip."""
+    options = {
+        "max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True,
+    }  # fmt: skip
     together = models[1].generate(**batch_of(TEXTS), **options)
-    for text, row in zip(TEXTS, together, strict=True):
-        assert torch.equal(row[-4:], models[0].generate(**batch_of([text]), **options)[0, -4:])
+    for i, text in enumerate(TEXTS):
+        alone = models[0].generate(**batch_of([text]), **options)
+        for step, (got, expected) in enumerate(zip(together.logits, alone.logits, strict=True)):
+            assert error(got[i], expected[0]) < 1e-2
+            token, own = together.sequences[i, step - 4], alone.sequences[0, step - 4]
+            if token != own:
+                assert DEVICE == "cuda"
+                assert expected[0, own] - expected[0, token] < 1e-2 * expected[0].abs().max()
+                break
 
 
 @pytest.mark.parametrize("page", [24, 256])

@@ -362,14 +362,15 @@ def test_a_model_that_waits_for_the_device_goes_on_by_itself(paths, caplog):
 @torch.no_grad()
 def test_a_model_that_goes_frees_its_graphs(paths):
     ids = torch.randint(1, 128, (1, 60), generator=torch.Generator().manual_seed(4)).cuda()
-    gc.collect()
-    before = torch.cuda.memory_allocated()
-    model = runtime.load_pretrained(paths, device="cuda", dtype=torch.float32)
-    out = model.generate(ids, max_new_tokens=30, do_sample=False, return_dict_in_generate=True)
-    assert isinstance(out.past_key_values.steps.captured, DecodingStep)
-    del model, out
-    gc.collect()
-    assert torch.cuda.memory_allocated() <= before + (1 << 20)
+    held = []
+    for _ in range(2):  # the first leaves what a process keeps: tables, workspaces
+        model = runtime.load_pretrained(paths, device="cuda", dtype=torch.float32)
+        out = model.generate(ids, max_new_tokens=30, do_sample=False, return_dict_in_generate=True)
+        assert isinstance(out.past_key_values.steps.captured, DecodingStep)
+        del model, out
+        gc.collect()
+        held.append(torch.cuda.memory_allocated())
+    assert held[1] <= held[0] + (1 << 16)
 
 
 @torch.no_grad()
