@@ -148,6 +148,8 @@ def encode_pages(
     heads = keys.shape[1]
     if not pages.numel():
         return
+    if any(x.data_ptr() % 16 or any(n % 8 for n in x.stride()[:3]) for x in (keys, values)):
+        keys, values = (x.clone(memory_format=torch.contiguous_format) for x in (keys, values))
     launch(
         _encode_kernel,
         (pages.numel(), heads, 2),

@@ -29,11 +29,12 @@ BLOCK_ELEMENTS = 1 << 15  # that a CPU searches at a time, so that its caches ho
 
 
 def _units(x: Tensor, numbers: bool) -> Tensor:
-    """float32 [n, 1], the sum over channels of whole numbers between ±MOST_UNITS. NaN counts as one
-    of the ends; `numbers`: there is none."""
+    """float32 [n, 1], the sum over channels of x, each cut off at ±MOST_UNITS and rounded to a
+    whole number. NaN counts as one of the ends; `numbers`: there is none."""
     if not numbers:
         x = torch.where(x > -MOST_UNITS, x, -MOST_UNITS)
-    return x.clamp(-MOST_UNITS, MOST_UNITS).to(torch.int32).sum(-1, keepdim=True).float()
+    cut = x.clamp(-MOST_UNITS, MOST_UNITS).round_()
+    return cut.to(torch.int32).sum(-1, keepdim=True).float()
 
 
 class Symmetric(CodeKind):
@@ -89,32 +90,37 @@ def _search(
     Returns:
         (codes uint8 [n, head_dim], bytes of the scales [n, 1 or 2])
     """
-    unit = root.clamp_min(TINY)
-    v = x / unit
+    # divisions are many times dearer than products, so all is in units of the root
+    inverse = 1 / root.clamp_min(TINY)
+    v = x * inverse
+    in_steps = v * (1 / steps)
     numbers = x.device.type == "cpu" and bool(v.isfinite().all())
     size = _units(v * weights * v, numbers).clamp_min(1)
-    half, top, middle = levels / 2, (levels - 1).clamp_min(0), (levels - 1) / 2
-    found: tuple[Tensor, Tensor, Tensor] | None = None  # cost, codes, bytes of the scale
+    top, middle = (levels - 1).clamp_min(0), (levels - 1) / 2
+    found: tuple[Tensor, Tensor, Tensor] | None = None  # cost, scale, its bytes
     for factor in FACTORS:
         stored, scale = store_param(root * factor, param_dtype)
-        u = x / (scale.clamp_min(TINY) * steps)
-        tried = torch.minimum(u.add_(half).floor_().clamp_min_(0), top)
-        n = (x - (tried - middle) * (scale * steps)).div_(unit)
+        ratio = scale * inverse
+        tried = in_steps * (1 / ratio.clamp_min(TINY))
+        tried = torch.minimum(tried.add_(middle).clamp_min_(0), top).round_()
+        n = v - tried.sub_(middle).mul_(ratio * steps)
         weighted = n * weights
         along = _units(weighted * v, numbers)
         cost = _units(weighted.mul_(n), numbers) + ALONG * (along * (along / size))
         if found is None:
-            found = cost, tried, stored
+            found = cost, scale, stored
             continue
-        best, codes, params = found
+        best, scales, params = found
         better = cost < best
         found = (
             torch.where(better, cost, best),
-            torch.where(better, tried, codes),
+            torch.where(better, scale, scales),
             torch.where(better, stored, params),
         )
     assert found is not None
-    return found[1].to(torch.uint8), found[2]
+    u = x / (found[1].clamp_min(TINY) * steps)
+    codes = torch.minimum(u.add_(levels / 2).floor_().clamp_min_(0), top)
+    return codes.to(torch.uint8), found[2]
 
 
 SYMMETRIC = Symmetric()

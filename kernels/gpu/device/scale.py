@@ -15,12 +15,17 @@ from kvfold.kernels.gpu.device.columns import ALONG, FACTORS, LEVELS, MOST_UNITS
 from kvfold.kernels.gpu.device.kinds import load_source
 from kvfold.kernels.gpu.device.tiles import TOKEN_TILE, tile_width
 
+WHOLE: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding it rounds to whole numbers
+WHOLE_BITS: tl.constexpr = tl.constexpr(0x4B400000)
+TOGETHER: tl.constexpr = tl.constexpr(4)  # trials in one pass over the channels
+ROUND: tl.constexpr = tl.constexpr(8388608.0)  # 2^23, the same for what is not negative
+
 
 @triton.jit
 def _units(x, most):
-    """int32, cut off at ±most; NaN counts as the lower end."""
-    x = tl.where(x > -most, x, -most)
-    return tl.where(x < most, x, most).to(tl.int32)
+    """int32, cut off at ±most and rounded; NaN counts as the lower end."""
+    x = tl.minimum(tl.where(x > -most, x, -most), most)
+    return (x + WHOLE).to(tl.int32, bitcast=True) - WHOLE_BITS
 
 
 @triton.jit
@@ -33,37 +38,64 @@ def best_scale(
     table, header, root, source, ROWS: tl.constexpr, PACKED: tl.constexpr, OWN: tl.constexpr
 ):
     """Scales of a page's tokens, float32 [tokens], as they are stored; `root`: their root mean
-    squares over the stored channels, not yet rounded."""
+    squares over the stored channels, not yet rounded.
+
+    Sums stay where their channels are until all are read: a sum over a tile's channels would take
+    more instructions than what is summed.
+    """
     tokens: tl.constexpr = 8 * ROWS
     width: tl.constexpr = tile_width(TOKEN_TILE, tokens)
-    dim, nbytes = header.head_dim, header.param_nbytes
+    dim, nbytes = tl.multiple_of(header.head_dim, 8), header.param_nbytes
     most = _number(table, MOST_UNITS)
     t = tl.arange(0, tokens)[:, None]
     s = tl.arange(0, width)[None, :]
-    trial = tl.arange(0, TRIALS)[None, :]
     root = rounded_param(root, nbytes)
-    unit = tl.maximum(root, TINY)[:, None]
-    error = tl.zeros((tokens, TRIALS), tl.int32)
-    along = tl.zeros((tokens, TRIALS), tl.int32)
-    size = tl.zeros((tokens,), tl.int32)
-    for first in range(0, dim, width):
-        c = first + s
-        inside = c < dim
-        x = load_source(source, t // ROWS, t % ROWS, c, inside, ROWS, PACKED, OWN)
-        levels = channel_row(table, dim, c, inside, LEVELS).to(tl.float32)
-        step = channel_step(table, dim, c, inside)
-        weight = channel_weight(table, dim, c, inside)
-        v = tl.math.div_rn(x, unit)
-        size += tl.sum(_units(v * weight * v, most), 1)
-        for k in range(TRIALS):
-            scale = rounded_param(root * _number(table, FACTORS + k), nbytes)[:, None]
-            u = tl.math.div_rn(x, tl.maximum(scale, TINY) * step) + levels * 0.5
-            code = tl.minimum(tl.maximum(tl.floor(u), 0.0), tl.maximum(levels - 1.0, 0.0))
-            n = tl.math.div_rn(x - (code - (levels - 1.0) * 0.5) * (scale * step), unit)
-            weighted = n * weight
-            along += tl.where(trial == k, tl.sum(_units(weighted * v, most), 1)[:, None], 0)
-            error += tl.where(trial == k, tl.sum(_units(weighted * n, most), 1)[:, None], 0)
-    part = along.to(tl.float32)
-    ratio = tl.math.div_rn(part, tl.maximum(size, 1).to(tl.float32)[:, None])
-    best = tl.argmin(error.to(tl.float32) + _number(table, ALONG) * (part * ratio), 1)
-    return rounded_param(root * _number(table, FACTORS + best), nbytes)
+    inverse = tl.math.div_rn(1.0, tl.maximum(root, TINY))
+    least = tl.zeros((tokens,), tl.float32)
+    best = root
+    for trial in range(0, TRIALS, TOGETHER):
+        scales = ()
+        ratios = ()
+        backs = ()
+        errors = ()
+        alongs = ()
+        size = tl.zeros((tokens, width), tl.int32)
+        for k in tl.static_range(TOGETHER):
+            scale = rounded_param(root * _number(table, FACTORS + trial + k), nbytes)
+            ratio = scale * inverse
+            scales = scales + (scale,)
+            ratios = ratios + (ratio[:, None],)
+            backs = backs + (tl.math.div_rn(1.0, tl.maximum(ratio, TINY))[:, None],)
+            errors = errors + (size,)
+            alongs = alongs + (size,)
+        for first in range(0, dim, width):
+            c = first + s
+            inside = c < dim
+            x = load_source(source, t // ROWS, t % ROWS, c, inside, ROWS, PACKED, OWN)
+            levels = channel_row(table, dim, c, inside, LEVELS).to(tl.float32)
+            step = channel_step(table, dim, c, inside)
+            weight = channel_weight(table, dim, c, inside)
+            middle = (levels - 1.0) * 0.5
+            top = tl.maximum(levels - 1.0, 0.0)
+            v = x * inverse[:, None]
+            in_steps = v * tl.math.div_rn(1.0, step)
+            size += _units(v * weight * v, most)
+            new_errors = ()
+            new_alongs = ()
+            for k in tl.static_range(TOGETHER):
+                u = tl.minimum(tl.maximum(in_steps * backs[k] + middle, 0.0), top)
+                n = v - ((u + ROUND) - ROUND - middle) * (ratios[k] * step)
+                weighted = n * weight
+                new_alongs = new_alongs + (alongs[k] + _units(weighted * v, most),)
+                new_errors = new_errors + (errors[k] + _units(weighted * n, most),)
+            errors = new_errors
+            alongs = new_alongs
+        whole = tl.maximum(tl.sum(size, 1), 1).to(tl.float32)
+        for k in tl.static_range(TOGETHER):
+            part = tl.sum(alongs[k], 1).to(tl.float32)
+            error = tl.sum(errors[k], 1).to(tl.float32)
+            cost = error + _number(table, ALONG) * (part * tl.math.div_rn(part, whole))
+            better = (cost < least) | (trial + k == 0)
+            least = tl.where(better, cost, least)
+            best = tl.where(better, scales[k], best)
+    return best
