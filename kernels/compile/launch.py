@@ -7,6 +7,7 @@ have started is collected. What was collected is exactly what a model will start
 it (build.py) leaves nothing to be compiled at the first token.
 """
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ class Launch(NamedTuple):
     args: tuple
     options: dict[str, Any]  # constants, and num_warps, num_stages, … of the compiler
 
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton's interpreter runs the kernels
 
 _noted: list[Launch] | None = None
 _multiprocessors = 0

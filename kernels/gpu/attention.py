@@ -5,7 +5,6 @@ Lengths and the block table live on the device, so a decoding step can be captur
 Runs under Triton's interpreter on a CPU too (TRITON_INTERPRET=1 before Triton is imported).
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvfold.errors import KvfoldError
-from kvfold.kernels.compile.launch import Branches, launch, multiprocessors
+from kvfold.kernels.compile.launch import INTERPRET, Branches, launch, multiprocessors
 from kvfold.kernels.formats import Format, raw16
 from kvfold.kernels.gpu.device.bits import count, pick
 from kvfold.kernels.gpu.device.constants import NEVER
@@ -27,7 +26,6 @@ from kvfold.kernels.gpu.queries import Queries
 from kvfold.kernels.gpu.records import LogitOptions, PagedCache, Regions
 from kvfold.kernels.pages import anchor
 
-INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 PLAIN_LOGITS = LogitOptions()
 RAW_BLOCK = 32  # 16-bit rows at a time
 MOST_RUNGS: tl.constexpr = tl.constexpr(8)

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from kvfold.errors import KvfoldError
-from kvfold.kernels.compile.launch import launch, multiprocessors
+from kvfold.kernels.compile.launch import INTERPRET, launch, multiprocessors
 from kvfold.kernels.formats import Format, raw16
 from kvfold.kernels.gpu.attention import (
     AHEAD_STAGES,
     FOUR_BIT_REGISTERS,
-    INTERPRET,
     MOST_SLOTS,
     PLAIN_LOGITS,
     RAW_BLOCK,

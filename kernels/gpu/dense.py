@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvfold.kernels.compile.launch import launch
+from kvfold.kernels.compile.launch import INTERPRET, launch
 from kvfold.kernels.gpu.device.bits import pow2
 from kvfold.kernels.gpu.device.codec import to_fp16
 from kvfold.kernels.gpu.device.constants import LOG2_E, NEVER
+from kvfold.kernels.gpu.device.products import add_product
 from kvfold.kernels.gpu.device.scores import soft_cap
 from kvfold.kernels.gpu.queries import QUERY_TOP, logit_factor
 from kvfold.kernels.gpu.records import LogitOptions, Regions
@@ -68,6 +69,7 @@ class QueryRows(NamedTuple):
 def _query_kernel(
     query, step_t, step_h, matrix, out, scale, rows, factor,
     DIM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, TOP: tl.constexpr, MATRIX: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of ROWS rows, KV heads)."""
     head = tl.program_id(1)
@@ -80,15 +82,13 @@ def _query_kernel(
         q = tl.zeros((ROWS, pow2(DIM)), tl.float32)
         for start in tl.range(0, pow2(DIM), BLOCK):
             i = start + tl.arange(0, BLOCK)
-            a = tl.load(
-                source[:, None] + i[None, :], mask=there & (i < DIM)[None, :], other=0.0
-            ).to(tl.float32)
+            a = tl.load(source[:, None] + i[None, :], mask=there & (i < DIM)[None, :], other=0.0)
             m = tl.load(
                 matrix + head * (DIM * DIM) + i[:, None] * DIM + c,
                 mask=(i < DIM)[:, None] & inside,
                 other=0.0,
             )
-            q = tl.dot(a, m, q, input_precision="tf32x3")
+            q = add_product(a, m, q, INTERPRET)
     else:
         q = tl.load(source[:, None] + c, mask=there & inside, other=0.0).to(tl.float32)
     largest = tl.maximum(tl.max(tl.abs(q), 1), 1.0e-30)
@@ -127,7 +127,8 @@ def query_rows(
         (-(-rows // QUERY_ROWS), num_kv_heads),
         query, query.stride(1), query.stride(0), scale if matrix is None else matrix, data, scale, rows,
         logit_factor(scaling, softcap),
-        DIM=dim, GROUP=group, ROWS=QUERY_ROWS, TOP=QUERY_TOP, MATRIX=matrix is not None, num_warps=WARPS,
+        DIM=dim, GROUP=group, ROWS=QUERY_ROWS, TOP=QUERY_TOP, MATRIX=matrix is not None,
+        INTERPRET=INTERPRET, num_warps=WARPS,
     )  # fmt: skip
     if shift is not None:
         own = (shift.float() * scaling).view(num_kv_heads, group, tokens)
@@ -254,13 +255,17 @@ def _dense_kernel(
     own_v = page_v + heads_at * page_tokens * DIM
     for j in tl.range(full, full_end, N, num_stages=STAGES):
         k = _load_full(own_k + (j + n)[None, :] * DIM + c[:, None], inside[:, None], DIM)
-        qk = tl.dot(q, k) * scale[:, None]
+        qk = tl.dot(q, k)
         if CAP > 0:
+            qk = qk * scale[:, None]
             if SHIFT:
                 qk += shift[:, None]
             qk = soft_cap(qk, CAP)
-        m_new = tl.maximum(m_i, tl.max(qk, 1))
-        p = tl.exp2(qk - m_new[:, None])
+            m_new = tl.maximum(m_i, tl.max(qk, 1))
+            p = tl.exp2(qk - m_new[:, None])
+        else:  # the scale, which is positive, goes into one fused operation of each score
+            m_new = tl.maximum(m_i, tl.max(qk, 1) * scale)
+            p = tl.exp2(qk * scale[:, None] - m_new[:, None])
         alpha = tl.exp2(m_i - m_new)
         l_i = l_i * alpha + tl.sum(p, 1)
         v = _load_full(own_v + (j + n)[:, None] * DIM + c[None, :], inside[None, :], DIM)

@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvfold.kernels.compile.launch import launch
+from kvfold.kernels.compile.launch import INTERPRET, launch
 from kvfold.kernels.gpu.device.bits import pow2
 from kvfold.kernels.gpu.device.codec import to_fp16
 from kvfold.kernels.gpu.device.mean import stored_mean
+from kvfold.kernels.gpu.device.products import add_product
 from kvfold.kernels.gpu.mean import StoredMean, mean_rows, stored_mean_arguments
 
 STORE_TOKENS, GATHER_TOKENS = 32, 32  # of a program
@@ -36,6 +37,7 @@ def _store_kernel(
     keys, values, k_step_t, k_step_h, v_step_t, v_step_h, positions, places, matrix, offset, fast, slow, spans, within,
     slow_steps, out, value_out, to_step_h, tokens, sinks,
     DIM: tl.constexpr, TOKENS: tl.constexpr, MATRIX: tl.constexpr, OFFSET: tl.constexpr, MEAN: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of TOKENS tokens, KV heads). A row whose place is negative is not written."""
     head = tl.program_id(1).to(tl.int64)
@@ -56,15 +58,16 @@ def _store_kernel(
             for start in tl.range(0, pow2(DIM), BLOCK):
                 i = start + tl.arange(0, BLOCK)
                 known = there[:, None] & (i < DIM)[None, :]
-                a = tl.load(source + i[None, :], mask=known, other=0.0).to(tl.float32)
+                a = tl.load(source + i[None, :], mask=known, other=0.0)
                 if OFFSET:
-                    a = a - tl.load(offset + head * DIM + i, mask=i < DIM, other=0.0)[None, :]
+                    own = tl.load(offset + head * DIM + i, mask=i < DIM, other=0.0)
+                    a = a.to(tl.float32) - own[None, :]
                 m = tl.load(
                     matrix + head * (DIM * DIM) + c * DIM + i[:, None],
                     mask=inside & (i < DIM)[:, None],
                     other=0.0,
                 )
-                x = tl.dot(a, m, x, input_precision="tf32x3")
+                x = add_product(a, m, x, INTERPRET)
         else:
             x = tl.load(source + c, mask=there[:, None] & inside, other=0.0).to(tl.float32)
             if OFFSET:
@@ -116,7 +119,7 @@ def store_rows(
         *stored_mean_arguments(mean, keys.device),
         out, value_out, head_step, tokens, sinks,
         DIM=dim, TOKENS=STORE_TOKENS, MATRIX=matrix is not None, OFFSET=offset is not None, MEAN=mean_rows(mean),
-        num_warps=WARPS,
+        INTERPRET=INTERPRET, num_warps=WARPS,
     )  # fmt: skip
 
 

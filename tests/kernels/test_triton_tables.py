@@ -121,7 +121,7 @@ HALVES = {
 }
 INTS = {"sequences", "tokens", "state", "tables", "formats", "rungs", "pairs", "channels"}
 
-def compile(kernel, warps=4, **constants):
+def compile(kernel, warps=4, rows="*fp32", **constants):
     signature = {}
     attention = kernel is _dense_kernel
     for name in kernel.arg_names:
@@ -132,8 +132,9 @@ def compile(kernel, warps=4, **constants):
             else "*fp32" if name in FLOATS else "*i32" if name in INTS
             else "*i64" if longs else "*u8" if name == "anchor_ptr" else "fp32" if name in ("factor", "scaling")
             else "*bf16" if name in ("new_values", "out", "sinks_logit") and kernel is not _store_kernel
+            else rows if kernel is _store_kernel and name in ("keys", "values") and rows == "*bf16"
             else "*fp16" if name in HALVES or name == "out"  # under autocast RoPE's sides stay float32
-            else "*fp32" if name in ("new_keys", "query") else "i32"
+            else rows if name in ("new_keys", "query") else "i32"
         )
     for parameter in kernel.params:  # or a number of 1, or one that 16 divides, would compile a kernel of its own
         free = parameter.is_constexpr or signature[parameter.name] != "i32" or parameter.do_not_specialize
@@ -150,8 +151,9 @@ compile(_encode_kernel, ROWS=4)
 compile(_lower_kernel, ROWS=2)
 compile(_decode_kernel, ROWS=16, MEAN=0, DIM=80)
 compile(_decode_kernel, ROWS=4, MEAN=32, DIM=128)
-compile(_query_kernel, DIM=96, GROUP=3, ROWS=32, TOP=7, MATRIX=True)
-compile(_store_kernel, DIM=80, TOKENS=32, MATRIX=True, OFFSET=False, MEAN=32)
+for rows in ("*fp32", "*bf16"):
+    compile(_query_kernel, rows=rows, DIM=96, GROUP=3, ROWS=32, TOP=7, MATRIX=True, INTERPRET=False)
+    compile(_store_kernel, rows=rows, DIM=80, TOKENS=32, MATRIX=True, OFFSET=False, MEAN=32, INTERPRET=False)
 compile(_gather_kernel, DIM=512, TOKENS=32, MEAN=128, COPY=True)
 for dim in (128, 80):
     compile(_dense_kernel, 8, DIM=dim, GROUP=3, PAGE=32, M=128, N=64, STAGES=3, CAP=30.0 if dim == 80 else 0.0, \
