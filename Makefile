@@ -53,7 +53,7 @@ mutations: $(READY)  ## break 27 delicate lines, one at a time: the tests must s
 fuzz: $(READY)  ## 20,000 damaged artifacts, saved caches, GGUFs and work folders: each is refused in a sentence or changes nothing
 	@PYTHONPATH=tests:tests/helpers OMP_NUM_THREADS=1 $(BIN)/python -m fuzz $(ARGS)
 
-kills: $(READY)  ## kill runs at 40 random moments: --resume ends with the same bytes
+kills: $(READY)  ## kill runs at 40 random moments, of every fourth one of two processes: --resume ends with the same bytes
 	@PYTHONPATH=tests:tests/helpers OMP_NUM_THREADS=1 $(BIN)/python -m fuzz.kills $(ARGS)
 
 curve: $(READY)  ## peak memory and time of compressing random models of 1B, 3B and 7B that are read layer by layer; hours

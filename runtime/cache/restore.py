@@ -53,7 +53,7 @@ def load_cache(path: str | PathLike, model: Any) -> QuantizedKVCache:
     cache: QuantizedKVCache = model.new_kv_cache()
     like = _states_of(model) if cache.states else {}
     shapes = {state_name(kept): (x.dtype, tuple(x.shape[1:])) for kept, x in like.items()}
-    check_saved(Path(path), body, tensors, cache.geometry, cache.formats, shapes)
+    tensors = check_saved(Path(path), body, tensors, cache.geometry, cache.formats, shapes)
     cache.extend_rollback(body["rollback"])
     if cache.budget is not None:
         pages = max(len(tensors[f"layers.{i}.pages"]) for i in range(len(cache.layers)))

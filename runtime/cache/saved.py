@@ -13,6 +13,8 @@ from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
 from kvfold.exports.cache_model import MOST_TOKENS
 from kvfold.kernels.formats import Format
+from kvfold.runtime.cache.entropy import NAMES, decode_layer
+from kvfold.runtime.cache.storage import CODED
 
 GONE = -1  # a page that a sliding window has left behind
 
@@ -24,12 +26,15 @@ def check_saved(
     geometry: Geometry,
     formats: Sequence[tuple[Format, Format]],
     states: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-) -> None:
+) -> dict[str, Tensor]:
     """Checks the JSON object and the tensors of a cache file (storage.py).
 
     Args:
+        tensors: as stored; taken out of there, so that memory holds one layer twice at the most.
         geometry, formats: of a new cache of the model.
         states: type and shape, without the batch, of each state of a hybrid model, by name.
+    Returns:
+        The tensors, decoded where they are entropy-coded.
     Raises:
         KvfoldError: what is wrong, by field.
     """
@@ -60,9 +65,7 @@ def check_saved(
     geometry = replace(geometry, rollback=max(geometry.rollback, body["rollback"]))
     for i, layer in enumerate(layers):
         _check_layer(layer, layers[0], body["padding"], geometry, geometry.sliding_of(i), i, need)
-    names = {
-        f"layers.{i}.{name}" for i in range(len(layers)) for name in ("keys", "values", "pages")
-    }
+    names = {f"layers.{i}.{name}" for i in range(len(layers)) for name in NAMES}
     need(
         set(tensors) == names | set(states),
         "its tensors are not three a layer" + (" and its states" if states else ""),
@@ -71,13 +74,21 @@ def check_saved(
         fits = tensors[name].shape == (len(body["padding"]), *shape)
         need(fits and tensors[name].dtype == dtype, f"{name} has another type or shape")
         need(bool(torch.isfinite(tensors[name]).all()), f"{name} is not finite")
+    checked = {name: tensors.pop(name) for name in states}
     for i, (layer, pair) in enumerate(zip(layers, formats, strict=True)):
-        found = {name: tensors[f"layers.{i}.{name}"] for name in ("keys", "values", "pages")}
+        found = {name: tensors.pop(f"layers.{i}.{name}") for name in NAMES}
         rows = sum(
             min(geometry.sinks, n) + max(0, n - low)
             for n, low in zip(layer["length"], layer["oldest"], strict=True)
         )
+        used = {row for rows in layer["pages"] for row in rows if row != GONE}
+        need(used == set(range(len(used))), f"layer {i} counts its pages with gaps")
         own = geometry.of_layer(i)
+        if body["version"] == CODED:
+            try:
+                found = decode_layer(found, rows, len(used), own, pair)
+            except ValueError as error:
+                need(False, f"layers.{i}.{error}")
         shape = (own.num_kv_heads, rows, own.head_dim)
         for name in ("keys", "values"):
             need(
@@ -88,11 +99,11 @@ def check_saved(
         pages = found["pages"]
         size = own.pair_nbytes(*pair)
         need(
-            pages.dtype == torch.uint8 and pages.shape == (len(pages), size),
-            f"layers.{i}.pages has another shape",
+            pages.dtype == torch.uint8 and pages.shape == (len(used), size),
+            f"layers.{i}.pages has another shape than {len(used)} pages of {size} bytes",
         )
-        used = {row for rows in layer["pages"] for row in rows if row != GONE}
-        need(used == set(range(len(pages))), f"layer {i} has other pages than layers.{i}.pages")
+        checked |= {f"layers.{i}.{name}": tensor for name, tensor in found.items()}
+    return checked
 
 
 def _check_layer(

@@ -15,6 +15,9 @@ The JSON object: `version`; `artifact`, the digest of the artifact's kv_cache.js
 `padding`, columns of each sequence; `layers`, of each layer `columns`, and of each sequence
 `length`, `oldest` (first token of the window that is there) and `pages` (rows of layers.I.pages, −1
 where a sliding window has left one behind); `sha256` of all that.
+
+In version 2, the entropy-coded form, the three tensors of a layer are streams, uint8 [bytes] each,
+that decode to those of version 1 (entropy.py); all else is the same.
 """
 
 import hashlib
@@ -31,23 +34,35 @@ from torch import Tensor
 
 from kvfold.errors import KvfoldError
 from kvfold.exports.scratch import write_whole
+from kvfold.runtime.cache.entropy import NAMES, code_layer
 from kvfold.runtime.cache.layer import PackedLayer
 from kvfold.runtime.cache.sequence import PASSED
 from kvfold.runtime.cache.states import Kept
 
 VERSION = 1
+CODED = 2  # the version of entropy-coded files
 FIELD = "kvfold_cache"
 
 
-def save_layers(path: str | PathLike, layers: Sequence[PackedLayer], artifact: str | None) -> None:
+def save_layers(
+    path: str | PathLike,
+    layers: Sequence[PackedLayer],
+    artifact: str | None,
+    entropy_coded: bool = False,
+) -> None:
     """Writes the layers of a cache to `path`, which appears complete or not at all.
 
     Args:
         artifact: digest of the artifact that the cache belongs to.
+        entropy_coded: write version 2.
     Raises:
         KvfoldError: the cache holds no tokens, was made by hand, has states that a call which
-            failed has changed, or `path` can't be written.
+            failed has changed, or `path` can't be written; `entropy_coded` is no bool.
     """
+    if not isinstance(entropy_coded, bool):
+        raise KvfoldError(
+            f"entropy_coded={entropy_coded!r} is not one this version knows; use True or False."
+        )
     if artifact is None:
         raise KvfoldError(
             "This cache belongs to no artifact, so no file could say when it fits; save one of generate's."
@@ -60,12 +75,19 @@ def save_layers(path: str | PathLike, layers: Sequence[PackedLayer], artifact: s
     shared = layers[0].shared
     shared.states.check()
     tensors |= {state_name(name): tensor.cpu() for name, tensor in shared.states.kept()}
+    states = []
+    for i, layer in enumerate(layers):
+        states.append(_layer_state(layer, f"layers.{i}.", tensors))
+        if entropy_coded:  # a layer at a time, so that memory holds one twice
+            found = {name: tensors[f"layers.{i}.{name}"] for name in NAMES}
+            streams = code_layer(found, layer.geometry, layer.formats)
+            tensors |= {f"layers.{i}.{name}": stream for name, stream in streams.items()}
     body = {
-        "version": VERSION,
+        "version": CODED if entropy_coded else VERSION,
         "artifact": artifact,
         "rollback": shared.geometry.rollback,
         "padding": shared.padding,
-        "layers": [_layer_state(layer, f"layers.{i}.", tensors) for i, layer in enumerate(layers)],
+        "layers": states,
     }
     header = json.dumps({**body, "sha256": _sha256(body, tensors)})
     path = Path(path)
@@ -129,7 +151,7 @@ def restore_layer(
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The JSON object and the tensors of a file, checked against its hash."""
+    """The JSON object and the tensors of a file, as they are stored, checked against its hash."""
     if not path.is_file():
         raise KvfoldError(f"'{path}' is no file; give what `cache.save` wrote.")
     try:
@@ -144,10 +166,10 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from None
     if not isinstance(body, dict):
         raise KvfoldError(f"'{path}' is no cache of kvfold; give what `cache.save` wrote.")
-    if body.get("version") != VERSION:
+    if body.get("version") not in (VERSION, CODED):
         raise KvfoldError(
             f"'{path}' is a cache of version {body.get('version')!r}, but this kvfold reads "
-            f"{VERSION}; save the cache again."
+            f"{VERSION} and {CODED}; save the cache again."
         )
     digest = body.pop("sha256", None)
     if digest != _sha256(body, tensors):

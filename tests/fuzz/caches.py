@@ -1,8 +1,10 @@
-"""Saved caches: bytes, the JSON object in the header, tensors; the hash as it was or made to
-fit."""
+"""Saved caches, plain or entropy-coded: bytes, the JSON object in the header, tensors, streams; the
+hash as it was or made to fit."""
 
 import copy
 import json
+import zlib
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 
 from fuzz.mutate import corrupt, read_header, replace_file, tamper, tamper_tensors, write_header
 from kvfold import runtime
@@ -28,9 +31,11 @@ class Caches:
         mask = torch.ones_like(ids)
         for b, length in enumerate((90, 33, 2)):
             mask[b, : 90 - length] = 0
-        file = scratch / "good.kv"
-        self.model(ids, attention_mask=mask).past_key_values.save(file)
-        self.data, self.mask = file.read_bytes(), mask
+        file, held = scratch / "good.kv", self.model(ids, attention_mask=mask).past_key_values
+        self.mask, self.forms = mask, []
+        for entropy_coded in (True, False):
+            held.save(file, entropy_coded=entropy_coded)
+            self.forms.append(file.read_bytes())
         self.logits = self.go_on(runtime.load_cache(file, self.model))
 
     def go_on(self, cache: Any) -> torch.Tensor:
@@ -45,21 +50,25 @@ class Caches:
 
     def make(self, folder: Path, rng: Random) -> tuple[str, bool]:
         file = folder / "cache.kv"
-        kind = rng.choice(("bytes", "field", "field", "field", "tensors", "tensors", "place"))
+        data = rng.choice(self.forms)
+        coded = data is self.forms[0]
+        kinds = ["bytes", "field", "field", "field", "tensors", "tensors", "place"]
+        kind = rng.choice(kinds + ["stream"] * 3 * coded)
         if kind == "place":
-            file.write_bytes(self.data)
+            file.write_bytes(data)
             return f"{kind} {replace_file(file, rng)}", False
         if kind == "bytes":
-            file.write_bytes(corrupt(self.data, rng, rng.choice((None, 4000))))
+            file.write_bytes(corrupt(data, rng, rng.choice((None, 4000))))
             return kind, False
-        header, _ = read_header(self.data)
-        state = json.loads(header["__metadata__"][storage.FIELD])
-        data, what = self.data, ""
+        header, _ = read_header(data)
+        state, what = json.loads(header["__metadata__"][storage.FIELD]), ""
         if kind == "field":
             for _ in range(rng.choice((1, 1, 2))):
                 what = tamper(state, rng)
+        elif kind == "stream":
+            data, what = tamper_stream(data, rng)
         else:
-            data, what = tamper_tensors(self.data, rng)
+            data, what = tamper_tensors(data, rng)
         sealed = rng.random() < 0.9
         file.write_bytes(reseal(data, state) if sealed else data)
         return f"{kind} {what}", sealed
@@ -75,6 +84,41 @@ class Caches:
             same = False
         assert same or sealed
         return "same" if same else "another"
+
+
+def tamper_stream(data: bytes, rng: Random) -> tuple[bytes, str]:
+    """An entropy-coded file with another stream of one tensor."""
+    tensors, (header, _) = load_tensors(data), read_header(data)
+    name = rng.choice(sorted(tensors))
+    stream = tensors[name].numpy().tobytes()
+    how = rng.choice(("corrupt", "corrupt", "bomb", "long", "short", "again", "zlib", "empties"))
+    if how == "corrupt":
+        stream = corrupt(stream, rng)
+    elif how == "bomb":
+        stream = bomb()
+    elif how == "empties":  # blocks that decode to nothing, without end
+        stream = bytes((0, 0, 0, 0xFF, 0xFF)) * 100_000
+    else:
+        whole = zlib.decompress(stream, -15)
+        whole = {
+            "long": whole + bytes(rng.randrange(1, 9)),
+            "short": whole[: -rng.randrange(1, 9)],
+        }.get(how, whole)
+        stream = zlib.compress(whole) if how == "zlib" else deflate(whole)
+    tensors[name] = torch.frombuffer(bytearray(stream or b"x"), dtype=torch.uint8)
+    return save_tensors(tensors, header["__metadata__"]), f"{name} {how}"
+
+
+@cache
+def bomb() -> bytes:
+    """A stream that is a thousandth of what it decodes to."""
+    return deflate(bytes(1 << 28))
+
+
+def deflate(data: bytes) -> bytes:
+    """A stream of DEFLATE by all its means, repetitions too."""
+    coder = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return coder.compress(data) + coder.flush()
 
 
 def reseal(data: bytes, state: Any) -> bytes:

@@ -1,5 +1,6 @@
 """Runs killed at random moments, over an older artifact too: what stands there then is whole, and
---resume ends with the same bytes. `make kills` tries 40 points.
+--resume ends with the same bytes. `make kills` tries 40 points, each fourth of them with two processes
+(pairs.py).
 
 A moment is counted in what the run does to files: the child that is forked for a run gets SIGKILL
 when it begins its n-th such step, or a random part of a hundredth of a second later, in the middle
@@ -57,7 +58,7 @@ def forked(
         os.close(read)
         code = 1
         try:
-            place, count = str(folder), 0
+            place, count, own = str(folder), 0, os.getpid()
 
             def note(event: str, args: tuple) -> None:
                 nonlocal count
@@ -65,11 +66,13 @@ def forked(
                     str(args[0]).startswith(place) or (event in REMOVALS and args[-1] != -1)
                 ):
                     return
+                if os.getpid() != own:  # a process that it has started
+                    return
                 count += 1
                 if count == number and delay is None:
                     os.kill(os.getpid(), signal.SIGKILL)
                 elif count == number:
-                    threading.Thread(target=_die, args=(delay,), daemon=True).start()
+                    threading.Thread(target=die, args=(delay,), daemon=True).start()
 
             sys.addaudithook(note)
             torch.set_num_threads(1)  # the parent's pool of threads is none of the child's
@@ -90,9 +93,21 @@ def forked(
     return False, int(steps)
 
 
-def _die(delay: float) -> None:
+def die(delay: float) -> None:
+    """Kills this process, `delay` seconds later."""
     time.sleep(delay)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def some_step(steps: int, rng: Random) -> tuple[int, float | None]:
+    """A step, from 1 on, and seconds behind it or None."""
+    return rng.randrange(1, steps + 1), rng.choice((None, rng.random() * DELAY))
+
+
+def told(who: str, killed: bool, number: int, steps: int, delay: float | None) -> str:
+    """What has been done, in words."""
+    said = f", {who}{'killed' if killed else 'ended'} at step {number} of {steps}"
+    return said + ("" if delay is None else f" + {1000 * delay:.1f} ms")
 
 
 class Kills:
@@ -120,6 +135,16 @@ class Kills:
             str(self.model), budget, out, calib=str(self.text), recipe=self.recipe, resume=resume
         )
 
+    def disturb(self, out: Path, resume: bool, rng: Random) -> str:
+        """Kills a run at a random step, and says at which."""
+        number, delay = some_step(self.steps, rng)
+        killed, _ = forked(lambda: self.compress(out, resume), out.parent, number, delay)
+        return told("", killed, number, self.steps, delay)
+
+    def finish(self, out: Path) -> None:
+        """Resumes, undisturbed."""
+        self.compress(out, resume=True)
+
     def point(self, folder: Path, rng: Random) -> str:
         """Kills a run, and at times the one that resumes it, and lets the next one finish.
 
@@ -132,19 +157,11 @@ class Kills:
             shutil.copytree(self.old, out)
         said = "over an artifact" if over else "into nothing"
         for resume in (False, True)[: rng.choice((1, 1, 2))]:
-            number, delay = (
-                rng.randrange(1, self.steps + 1),
-                rng.choice((None, rng.random() * DELAY)),
-            )
-            killed, _ = forked(
-                lambda resume=resume: self.compress(out, resume), folder, number, delay
-            )
-            said += f", {'killed' if killed else 'ended'} at step {number} of {self.steps}"
-            said += "" if delay is None else f" + {1000 * delay:.1f} ms"
+            said += self.disturb(out, resume, rng)
             kept = [path / OLD for path in folder.iterdir() if (path / OLD).is_dir()]
             if out.exists() or over:  # the older one, moved away, or the new one
                 assert sums(out if out.exists() else kept[0]) in (self.before, self.wanted), said
-        self.compress(out, resume=True)
+        self.finish(out)
         read_artifact(out)
         assert sums(out) == self.wanted, said
         for left in (
@@ -158,6 +175,9 @@ class Kills:
 
 
 def main() -> int:
+    """The command line."""
+    from fuzz.pairs import Pairs  # which is made of this module
+
     parser = argparse.ArgumentParser(prog="make kills", description=__doc__)
     parser.add_argument("--points", type=int, default=40)
     parser.add_argument("--seed", type=int, default=int(time.time()))
@@ -165,10 +185,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="kvfold-kills-") as folder:
         scratch = Path(folder)
         kills = Kills(scratch / "made")
+        pairs = Pairs(kills, scratch / "pairs")
         for number in range(options.points):
             print(
                 number,
-                kills.point(scratch / str(number), Random(f"{options.seed}.{number}")),
+                (pairs if number % 4 == 3 else kills).point(
+                    scratch / str(number), Random(f"{options.seed}.{number}")
+                ),
                 flush=True,
             )
     print(f"seed {options.seed}: {options.points} of {options.points} resumed to the same bytes")

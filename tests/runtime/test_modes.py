@@ -400,8 +400,8 @@ def test_a_file_that_is_no_fitting_cache_is_refused(tmp_path):
         refused("cache")
         path.write_bytes(data[:at])
         refused("cache")
-    path.write_bytes(data.replace(b'\\"version\\": 1', b'\\"version\\": 2'))
-    refused("version 2, but this kvfold reads 1")
+    path.write_bytes(data.replace(b'\\"version\\": 1', b'\\"version\\": 3'))
+    refused("version 3, but this kvfold reads 1 and 2")
     path.unlink()
     refused("is no file")
     with pytest.raises(KvfoldError, match="cannot be written"):

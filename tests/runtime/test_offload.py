@@ -351,7 +351,7 @@ def test_turns_crops_forks_and_a_file(pair, tmp_path):
         same(fork, ids[:, 133 + i : 172])
     same(caches, ids[:, 140:177])
     for cache, name in zip(caches, ("plain", "away"), strict=True):
-        cache.save(tmp_path / name)
+        cache.save(tmp_path / name, entropy_coded=name == "away")
     again = [
         runtime.load_cache(tmp_path / "plain", plain),
         runtime.load_cache(tmp_path / "away", model),

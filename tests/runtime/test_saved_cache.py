@@ -85,8 +85,10 @@ def test_a_cache_file_of_any_content_under_a_hash_that_fits(saved, tmp_path_fact
 
 @pytest.mark.parametrize(
     "fault",
-    ["one column", "one head", "float32", "nan", "pages cut", "page bytes", "extra", "missing"],
-)
+    [
+        "one column", "one head", "float32", "nan", "pages cut", "page bytes", "no pages", "extra", "missing"
+    ],
+)  # fmt: skip
 def test_tensors_that_do_not_fit_a_cache_file(saved, tmp_path, fault):
     model, _, body, tensors = saved
     tensors, name = dict(tensors), "layers.1.keys"
@@ -95,6 +97,8 @@ def test_tensors_that_do_not_fit_a_cache_file(saved, tmp_path, fault):
         tensors["layers.1.pages"] = pages[1:].clone()
     elif fault == "page bytes":
         tensors["layers.1.pages"] = pages[:, 16:].clone()
+    elif fault == "no pages":
+        tensors["layers.1.pages"] = torch.tensor(0, dtype=torch.uint8)
     elif fault == "missing":
         del tensors[name]
     elif fault == "extra":
