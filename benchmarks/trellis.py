@@ -8,7 +8,10 @@ Pages are written and read by the plain-torch reference; only the kind of code o
 another (trellis_codes.py), in the same planes. The formats and the bits of the layers stay those that
 were chosen for scalar codes. Classes of formats with a minimum, and of three levels, stay scalar.
 The reference is the same weights with an unquantised cache, all in float32; differences are paired by
-window. `python benchmarks/trellis_kernel.py` counts the instructions of reading and of writing.
+window. Errors are those of the layers that have such classes; "of the error" is their part of all
+scalar codes' squared error there.
+
+`python benchmarks/trellis_kernel.py` counts the instructions of reading and of writing.
 """
 
 import argparse
@@ -47,21 +50,23 @@ class Row:
     keys: bool = False
     values: bool = True
     computed: bool = False  # the numbers, instead of looked up
-    search: bool = False  # for the tokens' scales, anew
+    refit: bool = False  # tokens' scales to what the trellis made of them
     unbiased: bool = False  # numbers divided by 1 − error, so that none of x is taken off
     by_scale: bool = False  # tokens weigh by their squared scale instead of alike
 
 
 ROWS = {
+    "V scalar, scales refitted": Row((), refit=True),  # what of the gain is no trellis's
     "V 2 bits": Row((2,)),
-    "V 2 bits, scales searched": Row((2,), search=True),  # takes four times as long
+    "V 2 bits, scales refitted": Row((2,), refit=True),
     "V 2 bits, unbiased": Row((2,), unbiased=True),
     "V 2 bits, tokens by scale": Row((2,), by_scale=True),
     "V 2 bits, computed": Row((2,), computed=True),
     "V 2 bits, 64 states": Row((2,), 64),
     "V 2 bits, 16 states": Row((2,), 16),
-    "V 2 and 3 bits, scales searched": Row((2, 3), search=True),
-    "K and V 2 and 3 bits, scales searched": Row((2, 3), keys=True, search=True),
+    "V 1, 2 and 3 bits, scales refitted": Row((1, 2, 3), refit=True),
+    "K and V 2 bits, scales refitted": Row((2,), keys=True, refit=True),
+    "K and V 1, 2 and 3 bits, scales refitted": Row((1, 2, 3), keys=True, refit=True),
 }
 
 
@@ -79,7 +84,7 @@ def kind_of(row: Row | None) -> Trellised:
     if row is None:
         return Trellised({}, False)
     codes = {2**b: code_of(b, row.states, row.computed, row.unbiased) for b in row.bits}
-    return Trellised(codes, row.search, row.by_scale)
+    return Trellised(codes, row.refit, row.by_scale)
 
 
 def put(model: Any, specs: list[LayerSpec], row: Row | None, kind: Trellised) -> None:
@@ -112,12 +117,11 @@ def share(specs: list[LayerSpec], row: Row) -> dict[str, float]:
     return found
 
 
-def writing_time(kind: Trellised, heads: int = 8) -> tuple[float, float]:
+def writing_time(kind: Trellised, pages: int = 4) -> tuple[float, float]:
     """Seconds to write the values of a page of 32 tokens of 8 heads of 128 channels, half of them of
     2 bits: (scalar, trellis)."""
     fmt = Format(((16, 8), (64, 4), (48, 2)))
-    pages = 8
-    x = gaussian(pages * heads * 32, 128, 7).view(pages, heads, 32, 128)
+    x = gaussian(pages * 8 * 32, 128, 7).view(pages, 8, 32, 128)
     found = []
     for own in (fmt, with_trellis(fmt, kind)):
         encode(x[:1], own)
@@ -219,9 +223,9 @@ def main() -> None:
             f"| {differences[0]:+.5f} ± {differences[1]:.5f} | {ratio:.3f} "
             f"| {seconds[label] / len(windows):.1f} |"
         )
-    for label, row in rows.items():
-        if row.bits == (2,) and not row.keys:
-            scalar, own = writing_time(kinds[label])
+    for label, kind in kinds.items():
+        if 4 in kind.codes:
+            scalar, own = writing_time(kind)
             print(
                 f"\nwriting values of a page (32 tokens × 8 heads × 128 channels, 64 of 2 bits), {label}: "
                 f"{own:.3f} s on this CPU, {scalar:.3f} s scalar"

@@ -30,7 +30,6 @@ from kvfold.kernels.kinds.symmetric import ALONG, FACTORS, Symmetric
 SEAM = 24  # symbols on both sides of a ring's seam that decide the state there
 RINGS = 512  # searched at a time: costs of 256 states stay in a core's cache
 # of a computed code: multiplier and addend, the best of 24 drawn for 256 states of two bits
-
 HASH = 236996814, 3570525885
 
 
@@ -102,20 +101,14 @@ def _least(cost: Tensor) -> tuple[Tensor, Tensor]:
     return cost[0], which[0]
 
 
-def states_of(y: Tensor, w: Tensor, code: Code, ring: bool = True) -> Tensor:
-    """The states, int64 [..., n], with the least Σ w·(y − table[state])²; y, w: float32 [..., n].
-    Their lowest k bits are the symbols.
-
-    Args:
-        ring: the sequence closes; else, in under half of the time, it has more bits than a ring.
-    """
+def states_of(y: Tensor, w: Tensor, code: Code) -> Tensor:
+    """The states of rings, int64 [..., n], with the least Σ w·(y − table[state])²; y, w: float32 [...,
+    n]. Their lowest k bits are the symbols."""
     found, rows = [], (x.flatten(0, -2).split(RINGS) for x in (y, w))
     for part_y, part_w in zip(*rows, strict=True):
         flow_y, flow_w = part_y.flip(-1).T.contiguous(), part_w.flip(-1).T.contiguous()
-        first = None
-        if ring:
-            around = torch.arange(-SEAM, SEAM) % len(flow_y)
-            first = _search(flow_y[around], flow_w[around], code, None)[SEAM - 1]
+        around = torch.arange(-SEAM, SEAM) % len(flow_y)
+        first = _search(flow_y[around], flow_w[around], code, None)[SEAM - 1]
         found.append(_search(flow_y, flow_w, code, first).T.flip(-1))
     return torch.cat(found).view(y.shape)
 
@@ -159,18 +152,18 @@ def hashed(bits: int, state_bits: int, multiplier: int, addend: int) -> Code:
 
 class Trellised(Symmetric):
     """Symmetric codes, of which classes of some numbers of levels are trellis-coded. The token's
-    scale is that of scalar codes, or searched for anew.
+    scale is that of scalar codes, or fitted anew.
 
     Args:
         codes: levels of the classes → their code.
         by_scale: tokens weigh by the square of their scale, which minimises the squared error; else
             alike, whatever their scale.
-        search: try all FACTORS by the rule of kinds/symmetric.py, each on all tokens of a page; every
-            token then takes the best of its own, and rings are coded once more.
+        refit: each token then takes the best of FACTORS times its scale, by the rule of
+            kinds/symmetric.py, while the trellises' states stay and scalar codes follow.
     """
 
-    def __init__(self, codes: Mapping[int, Code], search: bool, by_scale: bool = False) -> None:
-        self.codes, self.search, self.by_scale = codes, search, by_scale
+    def __init__(self, codes: Mapping[int, Code], refit: bool, by_scale: bool = False) -> None:
+        self.codes, self.refit, self.by_scale = codes, refit, by_scale
         # levels → [squared error of scalar codes, of these], summed over all that was coded; 0: of all
         # channels
         self.errors = {levels: [0.0, 0.0] for levels in (0, *codes)}
@@ -190,22 +183,23 @@ class Trellised(Symmetric):
         self._note(
             0, x, Symmetric.decode(self, codes, load_param(params, fmt.param_dtype), fmt), fmt
         )
-        if self.search:
-            params = self._scales(x, codes, params, fmt)
-            codes = self._scalar(x, load_param(params, fmt.param_dtype), fmt)
         scale = load_param(params, fmt.param_dtype)
-        for channels, code in self._classes(fmt):
-            states = self._states(x[..., channels], scale, code)
-            codes[..., channels] = _tokens(states & 2**code.bits - 1).to(torch.uint8)
+        states = [self._states(x[..., own], scale, code) for own, code in self._classes(fmt)]
+        if self.refit:
+            params = self._refitted(x, states, scale, fmt)
+            scale = load_param(params, fmt.param_dtype)
+            codes = self._scalar(x, scale, fmt)
+        for (channels, code), own in zip(self._classes(fmt), states, strict=True):
+            codes[..., channels] = _tokens(own & 2**code.bits - 1).to(torch.uint8)
         self._note(1, x, self.decode(codes, scale, fmt), fmt)
         return codes, params
 
-    def _states(self, x: Tensor, scale: Tensor, code: Code, ring: bool = True) -> Tensor:
+    def _states(self, x: Tensor, scale: Tensor, code: Code) -> Tensor:
         """States of the rings of a class [..., T, channels] at scales [..., T, 1]."""
         scale = scale.clamp_min(TINY)
         weights = _rings((scale * scale if self.by_scale else torch.ones_like(scale)).expand_as(x))
         unit = weights.amax(-1, keepdim=True)  # so that small numbers keep their digits
-        return states_of(_rings(x / scale), weights / unit, code, ring)
+        return states_of(_rings(x / scale), weights / unit, code)
 
     def _note(self, which: int, x: Tensor, decoded: Tensor, fmt: Layout) -> None:
         errors, start = (decoded - x).square().sum(tuple(range(x.ndim - 1))), 0
@@ -234,24 +228,19 @@ class Trellised(Symmetric):
             start += channels
         return codes
 
-    def _scales(self, x: Tensor, codes: Tensor, params: Tensor, fmt: Layout) -> Tensor:
-        """Bytes of the scales with the least cost, [..., T, size]."""
+    def _refitted(self, x: Tensor, states: list[Tensor], scale: Tensor, fmt: Layout) -> Tensor:
+        """Bytes of the scales with the least cost while trellises' states stay, [..., T, size]."""
         levels = torch.tensor([n for size, n in fmt.classes for _ in range(size)])
         weights = torch.tensor([self.weight(int(n)) for n in levels])
         for channels, code in self._classes(fmt):
             weights[channels] *= self.error(int(levels[channels][0])) / error_of(code)
-        _, root = store_param(
-            x[..., levels > 0].square().mean(-1, keepdim=True).sqrt(), fmt.param_dtype
-        )
         size = (weights * x * x).sum(-1, keepdim=True).clamp_min(TINY)
-        best = torch.full_like(root, torch.inf)
+        best, params = torch.full_like(scale, torch.inf), store_param(scale, fmt.param_dtype)[0]
         for factor in FACTORS:
-            tried, scale = store_param(root * factor, fmt.param_dtype)
-            d = x - super().decode(self._scalar(x, scale, fmt), scale, fmt)
-            for channels, code in self._classes(fmt):
-                own = x[..., channels]
-                states = self._states(own, scale, code, ring=False)
-                d[..., channels] = own - _tokens(code.table[states]) * scale
+            tried, own = store_param(scale * factor, fmt.param_dtype)
+            d = x - super().decode(self._scalar(x, own, fmt), own, fmt)
+            for (channels, code), held in zip(self._classes(fmt), states, strict=True):
+                d[..., channels] = x[..., channels] - _tokens(code.table[held]) * own
             cost = (weights * d * d).sum(-1, keepdim=True)
             cost += ALONG * (weights * d * x).sum(-1, keepdim=True).square() / size
             better = cost < best
@@ -281,7 +270,8 @@ class TrellisFormat(Format):
 
 
 def with_trellis(fmt: Format, coded: Trellised) -> Format:
-    """`fmt` with trellis-coded classes; itself where it has none of them."""
-    if not fmt.kind.symmetric or not any(levels in coded.codes for _, levels in fmt.classes):
+    """`fmt` with trellis-coded classes; itself where it has none of those that are to be."""
+    held = {levels for _, levels in fmt.classes}
+    if not fmt.kind.symmetric or (coded.codes and held.isdisjoint(coded.codes)):
         return fmt
     return TrellisFormat(fmt.classes, fmt.params, fmt.param_dtype, fmt.group_size, coded)

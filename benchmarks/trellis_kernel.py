@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from instructions import INSTRUCTION, listing, packed_loop
+from trellis_codes import HASH
 
 from kvfold.kernels.catalogue import named_keys, named_values
 from kvfold.kernels.formats import Format
@@ -32,7 +33,7 @@ from kvfold.kernels.gpu.device.bits import count, pick
 from kvfold.kernels.gpu.kinds import DeviceCode, device_layout
 from kvfold.kernels.layout import HeadLayout
 
-MULTIPLIER, ADDEND = 236996814, 3570525885  # trellis_codes.HASH
+MULTIPLIER, ADDEND = HASH
 DIM, TOKENS = 128, 128  # channels; tokens of a pass of the loop
 DEFAULT = ("2.5a/1.25a", "2.5a/2a", "2a/2.5a")
 BANKS = 32  # of shared memory, four bytes wide
