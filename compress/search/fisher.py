@@ -51,6 +51,17 @@ from kvfold.exports.architectures import logits_of
 from kvfold.exports.schema import MOST_SEED
 
 
+def random_signs(shape: torch.Size, rng: torch.Generator, device: torch.device) -> Tensor:
+    """float32, each −1 or 1: the bits of random numbers of 64 bits, since a number for each sign
+    takes a core longer than a GPU takes for all the rest. Drawn on the CPU, so that no device
+    changes them."""
+    count = shape.numel()
+    words = torch.empty(-(-count // 64), dtype=torch.int64).random_(-(2**63), None, generator=rng)
+    one_byte = torch.arange(8, dtype=torch.uint8, device=device)
+    bits = words.view(torch.uint8).to(device)[:, None] >> one_byte & 1
+    return (2.0 * bits - 1.0).flatten()[:count].view(shape)
+
+
 def directions(probe: Probe, index: int, normed: Tensor, count: int, seed: int) -> Tensor:
     """Gradients of Σ_s u_s·logits_s by the normed hidden states, for `count` draws of u.
 
@@ -70,8 +81,7 @@ def directions(probe: Probe, index: int, normed: Tensor, count: int, seed: int) 
         p = logits.detach().float().softmax(-1)
         roots = p.sqrt()
         for draw in found:
-            signs = torch.randint(0, 2, p.shape, generator=rng, dtype=torch.int8).to(p.device)
-            u = roots * (2.0 * signs - 1.0)
+            u = roots * random_signs(p.shape, rng, p.device)
             u -= p * u.sum(-1, keepdim=True)
             (draw[rows],) = torch.autograd.grad(logits, leaf, u.to(logits.dtype), retain_graph=True)
     return found

@@ -53,6 +53,18 @@ JOBS = [(side, layer, 0) for layer in range(3) for side in ("key", "value")]
 
 
 @torch.no_grad()
+def test_signs_are_fair_and_independent():
+    rng = torch.Generator().manual_seed(0)
+    x = fisher.random_signs(torch.Size((999, 67)), rng, torch.device("cpu"))
+    assert x.shape == (999, 67) and x.dtype == torch.float32 and bool((x.abs() == 1).all())
+    scale = len(x) ** -0.5  # of what the mean of so many signs is off
+    together = x.T @ x / len(x) - torch.eye(67)  # of neighbours in a word, and across words
+    assert float(x.mean(0).abs().max()) < 5 * scale and float(together.abs().max()) < 6 * scale
+    assert not torch.equal(x, fisher.random_signs(x.shape, rng, x.device))
+    again = torch.Generator().manual_seed(0)
+    assert torch.equal(x, fisher.random_signs(x.shape, again, x.device))
+
+
 def test_directions_have_the_covariance_of_the_output():
     """Over many draws the mean of G·Gᵀ by one position's state is Wᵀ(diag(p) − p·pᵀ)W."""
     probe = make_probe()
