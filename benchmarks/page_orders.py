@@ -209,7 +209,7 @@ class Ordered(Progressive):
                 keys = [place + p / count for p in range(count)]
             else:
                 keys = [step.harm * x for x in score]
-                if self.order == "monotone":
+                if self.order.startswith("monotone"):
                     keys = rising_means(keys)
             found += [(key, -r, i, p) for p, key in enumerate(keys)]
             if self.order == "drop" and r == 1:

@@ -17,6 +17,8 @@ of the continuation, teacher-forced through packed pages in plain torch. Rows:
     squares        the same with squared weights: independent errors of tokens add up so
     root           the same with the square root of that part
     monotone       as squares, but a layer's older pages never have more bits than its younger
+    monotone root  both
+    shuffled       as root, but the parts are given to pages of the layer by lot
     decoding       as squares, with the weights of the chunks since
     drop           as squares; a page may also go altogether, at the harm of 0 bits
     oracle         squares of the continuation's own queries, from a 16-bit cache
@@ -60,18 +62,8 @@ from kvfold.pretrained import tokenizer_from_pretrained
 from kvfold.runtime.cache.cache import QuantizedKVCache
 from kvfold.runtime.load import load_pretrained, plain_cache, progressive_policy
 
-ROWS = (
-    "uniform",
-    "age",
-    "mass",
-    "squares",
-    "root",
-    "monotone",
-    "near",
-    "decoding",
-    "drop",
-    "oracle",
-)
+SCORED = ("mass", "squares", "root", "monotone", "monotone root", "shuffled", "decoding", "drop")
+ROWS = ("uniform", "age", *SCORED, "oracle")
 RUNGS = ("floor", "finer", "4", "8", "16", "gone")
 PLENTY = 1 << 40
 DECAY = 0.5  # of earlier chunks' weights, "decoding"
@@ -239,8 +231,11 @@ def sample(
         ratio = [x[2, :packed].sum() / x[1, :packed].sum() for _, x in sorted(floor.seen.items())]
         lost = relative(floor.seen, 2, packed)
         floor.cache.policy.lost = [(x * n).tolist() for x, n in zip(lost, ratio, strict=True)]
-        if name == "root":
+        if name in ("root", "monotone root", "shuffled"):
             scores = [x.sqrt() / x.sqrt().mean() for x in scores]
+        if name == "shuffled":
+            drawn = torch.Generator().manual_seed(0)
+            scores = [x[torch.randperm(len(x), generator=drawn)] for x in scores]
         if name == "oracle":
             scores = relative(floor.oracle(), 1, g.num_pages(ids.shape[1]))
         if name == "uniform":
