@@ -130,7 +130,7 @@ class RowView:
 
 
 class LoweredPages(NamedTuple):
-    """Pages of one layer that go down a rung together.
+    """Pages of one layer that go down together.
 
     Attributes:
         old, new: uint8 [size of the rung] each, the pages as they are and the memory for them.

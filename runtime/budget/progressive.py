@@ -103,29 +103,50 @@ class Progressive(Policy):
 
     def _carry_out(self, layers: Layers, plan: Plan, limit: int | None) -> None:
         """Lowers a plan's resident pages in the ladders' order, as many together as there is room
-        for; `limit`: pages at the most, None for all."""
+        for; `limit`: pages at the most, None for all. What goes down several rungs at once, as
+        before a long prompt's next chunk, is re-quantised once."""
         left = sum(map(sum, plan.moves))
         if not left:
             return
         left = left if limit is None else min(left, limit)
+        wanted: list[tuple[int, int, int]] = []  # layer, rung, pages
+        moves = [[0] * len(row) for row in plan.moves]
+        for step in self.ladders.order:
+            count = min(left, plan.moves[step.layer][step.rung])
+            if count:
+                wanted.append((step.layer, step.rung, count))
+                moves[step.layer][step.rung] = count
+                left -= count
         batch_size = layers[0].batch_size
         fixed = fixed_nbytes(layers, batch_size, [0] * batch_size)
         room = self.limit - fixed - pages_nbytes(layers)
         most = GROUP_TOKENS // layers[0].geometry.page_tokens
+        far = {
+            i
+            for i, row in enumerate(moves)
+            if any(
+                row[rung] and row[rung - 1] > layers[i].table.pool.counts[rung - 1]
+                for rung in range(2, len(row))
+            )
+        }
         with Lowering() as lowering:
-            for step in self.ladders.order:
-                count = min(left, plan.moves[step.layer][step.rung])
-                if not count:
-                    continue
-                left -= count
-                held, after = layers[step.layer].held, self.ladders.sizes[step.layer][step.rung - 1]
-                while count:
+
+            def lower(layer: int, ids: list[int], to: int) -> None:
+                nonlocal room
+                held, after = layers[layer].held, self.ladders.sizes[layer][to]
+                while ids:
                     if room < after:
                         room += lowering.carry_out()
-                    group = max(1, min(count, room // after, most))
-                    room += lowering.add(held, held.table.oldest(step.rung, group))
-                    room -= group * after
-                    count -= group
+                    group = max(1, min(len(ids), room // after, most))
+                    room += lowering.add(held, ids[:group], to) - group * after
+                    ids = ids[group:]
+
+            for layer in far:
+                for _, to, ids in layers[layer].table.descents(moves[layer]):
+                    lower(layer, ids, to)
+            for layer, rung, count in wanted:
+                if layer not in far:
+                    lower(layer, layers[layer].table.oldest(rung, count), rung - 1)
 
 
 def rungs_of(fresh: list[int], pages: list[int]) -> list[list[int]]:

@@ -251,16 +251,47 @@ class PageTable:
                 break
         return list(found)
 
-    def note_lowered(self, ids: list[int], rung: int) -> None:
+    def descents(self, moves: list[int]) -> list[tuple[int, int, list[int]]]:
+        """Where pages come to lie of which so many go down from each rung, the oldest first and
+        from the highest rung on, so that one may go down several.
+
+        Args:
+            moves: of each rung.
+        Returns:
+            (rung, rung where they end, pages), in the order in which they can go there at once:
+            older pages of a sequence are never above newer ones.
+        """
+        places: dict[int, tuple[int, int]] = {}  # of a page: how old it is among all sequences'
+        for b, row in enumerate(self.pages()):
+            for i, page in enumerate(row):
+                if page != PASSED:
+                    places[page] = min((i, b), places.get(page, (i, b)))
+        have: list[list[int]] = [[] for _ in range(self.rungs)]
+        for page in sorted(places, key=places.__getitem__):
+            have[self.pool.rung(page)].append(page)
+        ends = {page: rung for rung, ids in enumerate(have) for page in ids}
+        for rung in range(self.rungs - 1, 0, -1):
+            gone = have[rung][: moves[rung]]
+            ends.update(dict.fromkeys(gone, rung - 1))
+            have[rung - 1] = sorted(have[rung - 1] + gone, key=places.__getitem__)
+        found: dict[tuple[int, int], list[int]] = {}
+        for page in sorted(places, key=places.__getitem__):
+            if ends[page] < self.pool.rung(page):
+                found.setdefault((self.pool.rung(page), ends[page]), []).append(page)
+        return [(rung, to, found[rung, to]) for rung, to in sorted(found)]
+
+    def note_lowered(self, ids: list[int], rung: int, to: int) -> None:
         """Takes note of pages that are about to come down from `rung`: a run in each sequence, the
-        first of those that stand on it. `publish` tells the device."""
+        first of those that stand on it, with none between the two rungs. `publish` tells the
+        device."""
         lowered = set(ids)
         for b, (row, cuts) in enumerate(zip(self.pages(), self.cuts(), strict=True)):
             first = end = cuts[rung]
             while end < len(row) and row[end] in lowered:
                 end += 1
             if end > first:
-                cuts[rung] = end
+                assert cuts[to + 1] == first
+                cuts[to + 1 : rung + 1] = [end] * (rung - to)
                 known, last = self._lowered.get(b, (first, end))
                 self._lowered[b] = min(known, first), max(last, end)
 

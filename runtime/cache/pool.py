@@ -131,20 +131,21 @@ class PagePool:
         """uint8 [len(ids), page size], a copy of the packed bytes of pages of one rung."""
         return torch.stack(self.readable(ids))
 
-    def lower(self, ids: list[int]) -> tuple[list[Tensor], list[Tensor]]:
-        """Takes memory one rung down for pages of one rung. The numbers stay, and so do the owners.
+    def lower(self, ids: list[int], to: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Takes memory on a lower rung for pages of one rung. The numbers stay, and so do the
+        owners.
 
         Returns:
             (old, new): the bytes as they were, freed when the caller lets go of them, and the
             undefined bytes that replace them.
         """
         old, rung = [self._pages[i] for i in ids], self._rungs[ids[0]]
-        assert rung > 0 and all(self._rungs[i] == rung for i in ids)
-        new = [self._new(rung - 1) for _ in ids]  # all of them before any page is replaced
+        assert 0 <= to < rung and all(self._rungs[i] == rung for i in ids)
+        new = [self._new(to) for _ in ids]  # all of them before any page is replaced
         for i, page in zip(ids, new, strict=True):
-            self._place(i, rung - 1, page)
+            self._place(i, to, page)
         self._count(rung, -len(ids))
-        self._count(rung - 1, len(ids))
+        self._count(to, len(ids))
         return old, new
 
     def share(self, ids: list[int]) -> None:

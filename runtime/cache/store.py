@@ -204,15 +204,20 @@ class LayerStore:
         stored basis."""
         return read_pages(self.table.pool, ids, self.rungs, self.geometry)
 
-    def take_down(self, ids: list[int]) -> LoweredPages:
-        """Gives pages of one rung memory on the next lower one, once for all their owners; what
-        they held is then the backend's to re-quantise. The oldest of their rung in each
-        sequence."""
+    def take_down(self, ids: list[int], to: int | None = None) -> LoweredPages:
+        """Gives pages of one rung memory on a lower one, once for all their owners; what they held
+        is then the backend's to re-quantise. The oldest of their rung in each sequence, with no
+        page between the two rungs.
+
+        Args:
+            to: the lower rung; None for the next.
+        """
         table, rung = self.table, self.table.pool.rung(ids[0])
+        to = rung - 1 if to is None else to
         table.cuts()  # as they are before
-        old, new = table.pool.lower(ids)
-        table.note_lowered(ids, rung)
-        return LoweredPages(old, new, self.rungs[rung], self.rungs[rung - 1])
+        old, new = table.pool.lower(ids, to)
+        table.note_lowered(ids, rung, to)
+        return LoweredPages(old, new, self.rungs[rung], self.rungs[to])
 
     # -- tokens go ---------------------------------------------------------------------------------
 
@@ -310,9 +315,9 @@ class LayerStore:
 
 
 class Lowering:
-    """Pages of any layers of a cache that go down a rung together, in one launch where kernels do
-    it. While this is entered they wait, and stand on both rungs; they are through when it is
-    left, however it is left."""
+    """Pages of any layers of a cache that go down together, in one launch where kernels do it.
+    While this is entered they wait, and stand on both rungs; they are through when it is left,
+    however it is left."""
 
     def __init__(self) -> None:
         self._backend: Backend | None = None
@@ -327,16 +332,19 @@ class Lowering:
     def __exit__(self, *args: object) -> None:
         self.carry_out()
 
-    def add(self, held: LayerStore, ids: list[int]) -> int:
+    def add(self, held: LayerStore, ids: list[int], to: int | None = None) -> int:
         """Takes the oldest pages of one rung of a layer. Pages that have yet to come down to that
         rung do so first.
 
+        Args:
+            to: the rung where they go; None for the next lower one. Re-quantised once, they lose
+                less than from rung to rung.
         Returns:
             bytes that were freed by that.
         """
         pages = {(held.layer_idx, i) for i in ids}
         freed = 0 if self._pages.isdisjoint(pages) else self.carry_out()
-        work = held.take_down(ids)
+        work = held.take_down(ids, to)
         self._backend, g = held.backend, held.geometry
         self._work.setdefault(g.num_kv_heads, (g, []))[1].append(work)
         self._pages |= pages

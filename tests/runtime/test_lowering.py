@@ -10,6 +10,8 @@ from test_cache import DIM, GEOMETRY, HEADS, SPECS
 from test_progressive import feed, make, policy_of
 
 from kvfold.exports.account import Geometry
+from kvfold.exports.spec import clip_rows
+from kvfold.kernels.quantizer import round_trip
 from kvfold.runtime.backends.choose import backend_of
 from kvfold.runtime.backends.reference import Reference
 from kvfold.runtime.cache.cache import QuantizedKVCache
@@ -96,6 +98,60 @@ def test_layers_and_rungs_together_are_a_page_at_a_time(lengths, triton):
     assert caches[0].layers[0].table.pool.counts[:2] == [1, 1]
 
 
+@pytest.mark.parametrize("lengths", [[80], [80, 33, 61]], ids=str)
+@pytest.mark.parametrize("triton", [False, True])
+def test_pages_that_go_down_several_rungs_are_requantised_once(lengths, triton):
+    """They end where they would from rung to rung, with what their first bytes give there."""
+    geometry = Geometry(HEADS, DIM, sinks=3, window=10, page_tokens=8)
+    if triton:
+        pytest.importorskip("triton")
+    caches = [filled(NAMES, lengths, backend_of(triton), geometry=geometry) for _ in range(2)]
+    moves = [0, 2, 4, 6]
+    far = 0
+    for layer, twin in zip(*(cache.layers for cache in caches), strict=True):
+        held, own = layer.held, moves[: len(layer.held.rungs)]
+        found = held.table.descents(own)
+        assert sum((rung - to) * len(ids) for rung, to, ids in found) == sum(own)
+        before = {i: held.read_pages([i]) for _, _, ids in found for i in ids}
+        with Lowering() as lowering:
+            for _, to, ids in found:
+                lowering.add(held, ids, to)
+        for rung in range(len(own) - 1, 0, -1):
+            with Lowering() as lowering:
+                lowering.add(twin.held, twin.held.table.oldest(rung, own[rung]))
+        for row, theirs in zip(layer.table.pages(), twin.table.pages(), strict=True):
+            rungs = [twin.table.pool.rung(i) for i in theirs]
+            assert [layer.table.pool.rung(i) for i in row] == rungs
+        for rung, to, ids in found:
+            far += rung - to > 1
+            for i in ids:
+                for side, was, now in zip("kv", before[i], held.read_pages([i]), strict=True):
+                    spec = held.rungs[to].key if side == "k" else held.rungs[to].value
+                    clip = None if spec.clip is None else clip_rows(spec.clip)
+                    assert torch.equal(now, round_trip(was, spec.format, clip))
+    publish(caches[0])
+    told(caches[0])
+    assert far >= 3
+
+
+def test_a_chunk_that_needs_much_room_lowers_each_page_once(monkeypatch):
+    cache = make(["mixed", "ternary"], 24_000)
+    feed(cache, 60)
+    moved, real = [], LayerStore.take_down
+
+    def follow(held, ids, to):
+        moved.extend((held.layer_idx, i, held.table.pool.rung(i) - to) for i in ids)
+        return real(held, ids, to)
+
+    monkeypatch.setattr(LayerStore, "take_down", follow)
+    feed(cache, 200)
+    assert cache.nbytes <= 24_000
+    assert max(rungs for *_, rungs in moved) > 1
+    assert len({(layer, i) for layer, i, _ in moved}) == len(moved)
+    publish(cache)
+    told(cache)
+
+
 def test_pages_that_have_just_come_down_wait_for_their_bytes():
     backend = Counted()
     cache = filled(["mixed", "mixed"], [80], backend)
@@ -170,10 +226,10 @@ def test_a_failure_leaves_no_page_without_bytes(monkeypatch):
     held = [layer.held for layer in cache.layers]
     real = LayerStore.take_down
 
-    def fail(store, ids):
+    def fail(store, ids, to):
         if store is held[1]:
             raise MemoryError
-        return real(store, ids)
+        return real(store, ids, to)
 
     monkeypatch.setattr(LayerStore, "take_down", fail)
     with pytest.raises(MemoryError), Lowering() as lowering:

@@ -243,11 +243,11 @@ class ProgressiveLists(PlainLists):
             sides.append(round_trip(tokens, side.format, clip).unbind(1))
         row[start : start + PAGE] = list(zip(*sides, strict=True))
 
-    def lowered(self, layer, ids):
+    def lowered(self, layer, ids, to):
         for b, own in enumerate(layer.table.pages()):
             for page, number in enumerate(own):
                 if number in ids:
-                    self.requantise(b, page, layer.table.pool.rung(number) - 1)
+                    self.requantise(b, page, to)
 
     def _pack(self, b):
         """Done by `settle`, which knows the new pages' rungs."""
@@ -322,9 +322,10 @@ def test_any_sequence_of_operations_equals_plain_lists_and_stays_in_the_budget(
     cache = make(names, budget)
     lists, real_take = [ProgressiveLists(SPECS[n], batch) for n in names], LayerStore.take_down
 
-    def follow(held, ids):
-        lists[held.layer_idx].lowered(held, ids)
-        return real_take(held, ids)
+    def follow(held, ids, to):
+        down = held.table.pool.rung(ids[0]) - 1 if to is None else to
+        lists[held.layer_idx].lowered(held, ids, down)
+        return real_take(held, ids, to)
 
     def append(tokens):
         rows = len(lists[0].rows)
@@ -422,7 +423,9 @@ def test_a_step_of_decoding_lowers_a_page_a_layer_and_none_when_a_page_comes(
     cache = make(["mixed", "ternary"], 8_000 + 11_000 * batch)
     calls, lowered, real_take = [], [], LayerStore.take_down
     monkeypatch.setattr(
-        LayerStore, "take_down", lambda held, ids: (calls.append(len(ids)), real_take(held, ids))[1]
+        LayerStore,
+        "take_down",
+        lambda held, ids, to: (calls.append(len(ids)), real_take(held, ids, to))[1],
     )
     feed(cache, 20, batch)
     pages = cache.layers[0].num_pages()
