@@ -55,7 +55,7 @@ MUTATIONS = (
     Mutation("kernels/quantizer.py", "(own >> plane.shift) & (2**plane.width - 1)", "own & (2**plane.width - 1)",
              "test_quantizer.py"),
     # scales, levels, clip, saturation
-    Mutation("kernels/kinds/symmetric.py", "middle = levels / 2,", "middle = (levels - 1) / 2,", "test_quantizer.py"),
+    Mutation("kernels/kinds/symmetric.py", "u.add_(levels / 2)", "u.add_((levels - 1) / 2)", "test_quantizer.py"),
     Mutation("kernels/kinds/min_max.py", "top = fmt.classes[0][1] - 1", "top = fmt.classes[0][1] - 2",
              "test_quantizer.py"),
     Mutation("kernels/kinds/min_max.py", "low, high = low * clip, high * clip", "low, high = low * clip, high",

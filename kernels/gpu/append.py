@@ -26,7 +26,7 @@ from kvfold.kernels.gpu.queries import QUERY_TOP, Queries, logit_factor
 from kvfold.kernels.gpu.records import KeyTransform, PagedCache, PageFormat, Regions
 from kvfold.kernels.gpu.tables import format_tables, table_length, warps_for
 from kvfold.kernels.kinds.storage import FIELDS
-from kvfold.kernels.pages import anchor
+from kvfold.kernels.pages import UNIT, anchor
 
 UNROLL: tl.constexpr = tl.constexpr(2)  # fields of a page at a time
 # of a thread: steps that write no page, nearly all, want many programs at once and not what a page
@@ -270,6 +270,12 @@ def _check(
         raise KvfoldError(
             "16-bit keys and values need the same strides, and every tensor its channels side by side."
         )
+    for x in (rows, cache.raw_values):
+        if x.data_ptr() % UNIT or any(step % (UNIT // 2) for step in x.stride()[:-1]):
+            raise KvfoldError(
+                f"16-bit rows with strides {x.stride()} do not all begin at multiples of {UNIT} bytes; "
+                "allocate them as contiguous tensors of a head_dim that is a multiple of 8."
+            )
     batch = len(keys)
     if rungs is not None and (
         rungs.shape != (batch,) or rungs.dtype != torch.int32 or not rungs.is_contiguous()

@@ -81,7 +81,8 @@ def check_blocks(cache: BlockCache) -> None:
     """Raises KvfoldError where blocks lie otherwise in memory than kernels read them."""
     rows, packed = cache.raw, cache.packed
     steps = (*rows.stride()[:3], rows.shape[3] // 2)
-    if rows.stride(3) != 1 or any(step % ROW_UNIT.value for step in steps):
+    odd = any(step % ROW_UNIT.value for step in steps) or rows.data_ptr() % UNIT
+    if rows.stride(3) != 1 or odd:
         raise KvfoldError(
             f"16-bit rows with steps {rows.stride()} are not aligned to 16 bytes; "
             "use a head_dim that is a multiple of 8."

@@ -24,7 +24,7 @@ from kvfold.kernels.kinds.params import TINY, store_param
 FACTORS = (1.0, 0.8, 0.9, 1.1, 1.25, 1.5, 1.8, 2.2)  # of equally good ones the first is taken
 ALONG = 4.0
 UNITS = 16.0  # in the sums, of one squared root mean square of weight 1
-MOST_UNITS = float(1 << 22)  # of a channel, so that 512 of them fit an int32
+MOST_UNITS = float((1 << 22) - 1)  # of a channel, so that 512 of them fit an int32
 BLOCK_ELEMENTS = 1 << 15  # that a CPU searches at a time, so that its caches hold them
 
 

@@ -66,7 +66,7 @@ def decode_elements(
 @triton.jit
 def _aligned(row, ROWS: tl.constexpr):
     """Pointers to 16-bit rows, of which the compiler knows that they are multiples of 16 bytes, so
-    that a thread reads channels side by side. What is said of a single row it loses."""
+    that a thread reads channels side by side. Of a page's only row (ROWS = 1) it forgets it."""
     if ROWS > 1:
         return tl.multiple_of(row, [16, 16])
     else:
