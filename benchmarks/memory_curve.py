@@ -203,7 +203,8 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as scratch:
         for shape in o.shapes:
-            model = (o.keep or Path(scratch)) / shape
+            name = f"{shape}, {o.layers} layers" if o.layers else shape
+            model = (o.keep or Path(scratch)) / name.replace(", ", "-").replace(" ", "-")
             if not (model / INDEX).is_file():
                 model.mkdir(parents=True, exist_ok=True)
                 make_checkpoint(shape, model, o.layers, o.tokenizer)
@@ -212,7 +213,7 @@ def main() -> None:
                 model, options, parse_nbytes(o.limit) if o.limit else None
             )
             sizes = " | ".join(map(format_nbytes, (nbytes, most, whole, there)))
-            print(f"| {shape} | {sizes} | {seconds:.0f} s | {code} |", flush=True)
+            print(f"| {name} | {sizes} | {seconds:.0f} s | {code} |", flush=True)
             if o.keep is None:
                 shutil.rmtree(model)
 

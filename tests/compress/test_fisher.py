@@ -52,7 +52,6 @@ def fisher_losses(probe, keys, values, count, seed, folder):
 JOBS = [(side, layer, 0) for layer in range(3) for side in ("key", "value")]
 
 
-@torch.no_grad()
 def test_signs_are_fair_and_independent():
     rng = torch.Generator().manual_seed(0)
     x = fisher.random_signs(torch.Size((999, 67)), rng, torch.device("cpu"))
@@ -65,6 +64,7 @@ def test_signs_are_fair_and_independent():
     assert torch.equal(x, fisher.random_signs(x.shape, again, x.device))
 
 
+@torch.no_grad()
 def test_directions_have_the_covariance_of_the_output():
     """Over many draws the mean of G·Gᵀ by one position's state is Wᵀ(diag(p) − p·pᵀ)W."""
     probe = make_probe()

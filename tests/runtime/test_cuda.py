@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import weakref
 from functools import partial
 
 import pytest
@@ -367,8 +368,10 @@ def test_a_model_that_goes_frees_its_graphs(paths):
         model = runtime.load_pretrained(paths, device="cuda", dtype=torch.float32)
         out = model.generate(ids, max_new_tokens=30, do_sample=False, return_dict_in_generate=True)
         assert isinstance(out.past_key_values.steps.captured, DecodingStep)
+        step = weakref.ref(out.past_key_values.steps.captured)
         del model, out
         gc.collect()
+        assert step() is None
         held.append(torch.cuda.memory_allocated())
     assert held[1] <= held[0] + (1 << 16)
 
