@@ -261,8 +261,18 @@ class PageTable:
             (rung, rung where they end, pages), in the order in which they can go there at once:
             older pages of a sequence are never above newer ones.
         """
+        rows = self.pages()
+        if len(rows) == 1:  # where rungs begin, before and after
+            (cuts,) = self.cuts()
+            new = [cut + count for cut, count in zip(cuts, [*moves, 0], strict=True)]
+            runs = [
+                (rung, to, rows[0][max(cuts[rung], new[to]) : min(cuts[rung + 1], new[to + 1])])
+                for rung in range(self.rungs)
+                for to in range(rung)
+            ]
+            return [run for run in runs if run[2]]
         places: dict[int, tuple[int, int]] = {}  # of a page: how old it is among all sequences'
-        for b, row in enumerate(self.pages()):
+        for b, row in enumerate(rows):
             for i, page in enumerate(row):
                 if page != PASSED:
                     places[page] = min((i, b), places.get(page, (i, b)))
