@@ -1,6 +1,7 @@
 """Calibrates a model, measures what each choice costs, chooses, and folds the choices into
 weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -26,6 +27,8 @@ from kvfold.compress.search.allocate_shared import allocate_shared
 from kvfold.compress.search.candidates import (
     KeyCandidate,
     ValueCandidate,
+    bare_key,
+    bare_value,
     key_candidates,
     value_candidates,
 )
@@ -84,6 +87,8 @@ class Measured:
         near: the geometry that losses are measured with.
         keys, values: the candidates of each layer.
         key_losses, value_losses: nats of KL, one for each candidate.
+        made: candidates of a layer by number, of keys and of values. Where a model is read layer by
+            layer, `keys` and `values` have no tensors once their losses are known.
     """
 
     model: Any
@@ -93,6 +98,7 @@ class Measured:
     values: list[list[ValueCandidate]]
     key_losses: list[list[float]]
     value_losses: list[list[float]]
+    made: Callable[[int, int, int], tuple[KeyCandidate, ValueCandidate]]
 
 
 def measure(
@@ -142,17 +148,37 @@ def measure(
     keys: list[list[KeyCandidate]] = [[] for _ in range(plan.num_layers)]
     values: list[list[ValueCandidate]] = [[] for _ in keys]
     found: dict[Job, float] = {}
+    lean = is_streamed(model) and s.method == "fisher"
+    factors: list[Tensor | None] = [None] * plan.num_layers
+
+    def candidates(
+        i: int, whole: LayerStats, key: int | None = None, value: int | None = None
+    ) -> tuple[list[KeyCandidate], list[ValueCandidate]]:
+        mean, bases = factors[i], value_bases(probe.attentions[i], plan.arch)
+        part = whole if mean is None else whole.with_mean(mean)
+        return (
+            _key_candidates(plan, model, part, i, only=key),
+            value_candidates(whole, recipe, i, bases, value),
+        )
+
+    def made(i: int, key: int, value: int) -> tuple[KeyCandidate, ValueCandidate]:
+        if not lean:
+            return keys[i][key], values[i][value]
+        own, other = candidates(i, processes.from_first(partial(stats.__getitem__, i)), key, value)
+        return own[0], other[0]
+
     for i in progress(range(plan.num_layers)[::-1], "losses", "layer"):
         whole = processes.from_first(partial(stats.__getitem__, i))
-        part = _with_mean(plan, model, whole, i, second, bits)
-        keys[i] = _key_candidates(plan, model, part, i)
-        values[i] = value_candidates(whole, recipe, i, value_bases(probe.attentions[i], plan.arch))
+        factors[i] = _mean_factors(plan, model, whole, i, second, bits)
+        keys[i], values[i] = candidates(i, whole)
         if s.method == "fisher":
             jobs = layer_jobs(i, keys[i], values[i], bits, s.probes)
             if i in geometry.shared:  # its errors add up in all that read it
                 found |= measured(probe, jobs, keys, values, near, work)
             else:
                 found |= second.of_jobs(i, jobs, keys, values)
+        if lean:
+            keys[i], values[i] = [*map(bare_key, keys[i])], [*map(bare_value, values[i])]
     if s.method == "first-order":
         losses = first_order_losses(probe, sequences, keys, values, near)
     elif s.method == "kl":
@@ -160,12 +186,13 @@ def measure(
         losses = sensitivities(keys, values, bits, s.probes, find)
     else:
         losses = sensitivities(keys, values, bits, s.probes, lambda jobs: found)
-    return Measured(model, probe, near, keys, values, *losses)
+    return Measured(model, probe, near, keys, values, *losses, made)
 
 
 def _key_candidates(
-    plan: Plan, model: Any, stats: LayerStats, layer: int, near_bits: float | None = None
-) -> list[KeyCandidate]:
+    plan: Plan, model: Any, stats: LayerStats, layer: int, near_bits: float | None = None,
+    only: int | None = None,
+) -> list[KeyCandidate]:  # fmt: skip
     attention = plan.arch.attention_modules(model)[layer]
     return key_candidates(
         stats,
@@ -175,23 +202,27 @@ def _key_candidates(
         getattr(attention, output_name(attention)).weight,
         plan.arch.rope_pairs,
         near_bits,
+        only,
     )
 
 
-def _with_mean(
+def _mean_factors(
     plan: Plan, model: Any, stats: LayerStats, layer: int, losses: Losses, bits: float
-) -> LayerStats:
-    """A layer's statistics with as much of each head's rotating mean taken off as measures best."""
+) -> Tensor | None:
+    """How much of each head's rotating mean is taken off a layer's keys, as measures best: float64
+    [Hkv]; None where there is none."""
     recipe, factors = plan.recipe, plan.recipe.key.mean_factors
     if not takes_mean(recipe, stats):
-        return stats
-    parts = [stats.with_mean(torch.full_like(stats.center[:, 0], factor)) for factor in factors]
+        return None
+    parts = [torch.full_like(stats.center[:, 0], factor) for factor in factors]
     if len(parts) == 1 or recipe.sensitivity.method == "first-order":
         return parts[0]
-    candidates = [_key_candidates(plan, model, part, layer, bits) for part in parts]
+    candidates = [
+        _key_candidates(plan, model, stats.with_mean(part), layer, bits) for part in parts
+    ]
     if not candidates[0]:  # only 16 bits are offered
         return parts[0]
-    return stats.with_mean(choose_factors(losses, layer, [x[0] for x in candidates], factors))
+    return choose_factors(losses, layer, [x[0] for x in candidates], factors)
 
 
 def target_bits(plan: Plan) -> float:
@@ -213,7 +244,7 @@ def search(plan: Plan, work: Path, device: torch.device, statistics: Path | None
         lambda: choose(plan, x.keys, x.values, x.key_losses, x.value_losses)
     )
     layers = [
-        Layer(x.keys[i][k], x.values[i][v], x.key_losses[i][k], x.value_losses[i][v])
+        Layer(*x.made(i, k, v), x.key_losses[i][k], x.value_losses[i][v])
         for i, (k, v) in enumerate(chosen)
     ]
     stage("measuring all choices together, then what rounding the fused weights costs")

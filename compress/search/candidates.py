@@ -64,6 +64,16 @@ class ValueCandidate:
     distortion: float
 
 
+def bare_key(candidate: KeyCandidate) -> KeyCandidate:
+    """The candidate without its tensors, of which those of all layers take as much as weights."""
+    return replace(candidate, spec=KeySpec(candidate.spec.format), pair_scale=None)
+
+
+def bare_value(candidate: ValueCandidate) -> ValueCandidate:
+    """The same of values."""
+    return replace(candidate, spec=ValueSpec(candidate.spec.format), matrix=torch.empty(0))
+
+
 def best_clip(x: Tensor, fmt: Format, metric: Tensor) -> Tensor:
     """The clip of each group with the least squared error, the other groups left as they are (after
     SKVQ, 2405.06219, which takes the error of the attention's output; here a metric stands for it).
@@ -101,10 +111,11 @@ def _fitted(
     layer: int,
     make: Callable[[Format, Basis], T],
     near_bits: float | None = None,
+    only: int | None = None,
     **more: Any,
 ) -> list[T]:
     """What `make` gives of every format that a side offers and its basis, or of the quantised one
-    of nearly `near_bits` of payload; several processes share the formats."""
+    of nearly `near_bits` of payload, or of number `only`; several processes share the formats."""
     head_dim = stats.key_mean.shape[-1]
     shared = side.shared_formats(head_dim) if recipe.catalogue else ()
     seed = (recipe.seed * 1_000_003 + layer) % MOST_SEED
@@ -117,6 +128,8 @@ def _fitted(
     if near_bits is not None:
         coded = [fmt for fmt in formats if not fmt.raw]
         formats = [min(coded, key=lambda fmt: abs(fmt.payload_bits - near_bits))] if coded else []
+    if only is not None:
+        formats = [formats[only]]
     for_all = None if row.each_format else row.fit(stats, request)
 
     def candidate(i: int) -> T:
@@ -156,6 +169,7 @@ def key_candidates(
     output_weight: Tensor | None = None,
     rope_pairs: RopePairs = "halves",
     near_bits: float | None = None,
+    only: int | None = None,
 ) -> list[KeyCandidate]:
     """Candidates for one layer's keys, 16 bits last if offered.
 
@@ -164,6 +178,7 @@ def key_candidates(
         output_weight: float [hidden_size, H·D], o_proj's weight, which "smooth" needs.
         rope_pairs: which channels RoPE turns together.
         near_bits: only the quantised candidate of about so many bits of payload.
+        only: the number of the only candidate that is made.
     """
     row, side = KEY_TRANSFORMS[recipe.key.transform], recipe.key
     return _fitted(
@@ -176,6 +191,7 @@ def key_candidates(
             fmt, Basis() if fmt.raw else basis, stats, recipe, rope_pairs
         ),
         near_bits,
+        only,
         one_norm=one_norm,
         output_weight=output_weight,
         pairs=rope_pairs,
@@ -199,9 +215,10 @@ def value_candidates(
     recipe: Recipe,
     layer: int,
     bases: Literal["any", "channels", "turns", "none"] = "any",
+    only: int | None = None,
 ) -> list[ValueCandidate]:
     """Candidates for one layer's values, 16 bits last if offered; `bases`: those that can be folded
-    in (fuse.value_bases)."""
+    in (fuse.value_bases); `only`: the number of the only one that is made."""
     name, normed = recipe.value.transform, bases in ("turns", "none")
     if bases == "none":
         name = "none"
@@ -215,5 +232,5 @@ def value_candidates(
 
     gated = bases == "channels"
     return _fitted(
-        VALUE_TRANSFORMS[name], recipe.value, stats, recipe, layer, make, gated=gated, normed=normed
-    )
+        VALUE_TRANSFORMS[name], recipe.value, stats, recipe, layer, make, only=only, gated=gated, normed=normed,
+    )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from conftest import CONFIGS, FAMILIES, MORE_FAMILIES, save_tiny
 from safetensors.torch import load_file, save_file
 
+from kvfold.compress import search
 from kvfold.compress.memory import room_for_weights
 from kvfold.compress.models import load_model
 from kvfold.compress.models.attention_hook import NAME
@@ -62,6 +63,25 @@ def test_the_artifact_is_the_same(
     recipe = load_recipe(recipe_file)
     compress(str(tiny_folder), "4.0", out, calib=str(text_file), recipe=recipe, max_memory=LITTLE)
     assert len(read) == 1 and hashes(out) == hashes(tiny_artifact)
+
+
+def test_what_was_only_tried_leaves_no_tensors(tmp_path, text_file, recipe_file, monkeypatch):
+    """Candidates of all layers would take as much memory as the weights."""
+    seen = []
+
+    def choose(plan, keys, values, *losses):
+        seen.extend(x.spec.matrix for row in keys for x in row)
+        seen.extend(x.matrix for row in values for x in row if x.matrix.numel())
+        return real(plan, keys, values, *losses)
+
+    real = search.choose
+    monkeypatch.setattr(search, "choose", choose)
+    source = save_tiny(tmp_path / "model", "llama")
+    compress(
+        str(source), "6.0", tmp_path / "out", calib=str(text_file), recipe=load_recipe(recipe_file),
+        max_memory=LITTLE,
+    )  # fmt: skip
+    assert len(seen) > 3 and all(x is None for x in seen)
 
 
 def test_so_is_that_of_a_model_of_experts(tmp_path, text_file, recipe_file):
