@@ -93,8 +93,8 @@ def lower(layer: Any, row: list[int], known: dict[tuple[int, int], Tensor], prom
         for target in range(source):
             here = [p for p, n in enumerate(ids) if pool.rung(n) == source and row[p] == target]
             old = [pool.page(ids[p]) for p in here]
-            for _ in range(source - target if here else 0):
-                pool.lower([ids[p] for p in here])
+            if here:
+                pool.lower([ids[p] for p in here], target)
             cached = source == top
             fresh = [j for j, p in enumerate(here) if not cached or (p, target) not in known]
             if fresh:
