@@ -1,6 +1,7 @@
 """Which kernels an artifact needs, found by going through a prompt and steps of its layers without
 running any, and compiled while the weights are read."""
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -132,6 +133,7 @@ def _walk(
     progressive: bool,
     drafts: bool,
 ) -> None:
+    from kvfold.runtime.backends.base import LoweredPages
     from kvfold.runtime.backends.triton import TRITON
     from kvfold.runtime.budget.ladder import Ladders
     from kvfold.runtime.cache.cache import QuantizedKVCache
@@ -151,6 +153,12 @@ def _walk(
     ladders = Ladders([kind.spec], [(1.0, 1.0)], own) if progressive else None
     first = own.sinks + own.window + 2 * page
     rungs = len(ladders.rungs[0]) if ladders else 1
+    every = ladders.rungs[0] if ladders else ()
+    for source, target in itertools.combinations(range(len(every))[::-1], 2):
+        pages = ([torch.zeros(nbytes, dtype=torch.uint8)] for nbytes in (
+            own.pair_nbytes(every[n].key.format, every[n].value.format) for n in (source, target)
+        ))  # fmt: skip
+        TRITON.lower_pages(own, [LoweredPages(*pages, every[source], every[target])])
     prompts = [(1, 3), (1, first), *([] if progressive else [(2, first)])]
     if not kind.sliding:
         prompts.append((1, first + LEAST_CHUNK))
