@@ -103,16 +103,21 @@ def test_logits_and_cache_are_the_runtimes(folder, tiny_artifact):
     total = ids.shape[1]
     for split in ([total], [50, 1, 1, 1, 20, *[1] * (total - 73)]):
         logits, cache = logits_in_parts(runner, ids, split)
-        error = logits - out.logits.numpy()
-        assert np.sqrt((error**2).mean()) < 1e-3 * float(out.logits.square().mean().sqrt())
-        differ = size = 0
+        error = np.square(logits - out.logits.numpy()).mean(-1) ** 0.5  # [sequences, tokens]
+        error /= float(out.logits.square().mean().sqrt())
+        differ, size = [0, 0], 0
         for i, layer in enumerate(out.past_key_values.layers):
             pages = cache[f"past.{i}.pages"].numpy()
             for b in range(2):
                 held = layer.table.pool.load(layer.table.pages()[b]).numpy()
                 assert pages[b].shape == held.shape
-                differ, size = differ + int((pages[b] != held).sum()), size + held.size
-        assert differ < 0.01 * size
+                differ[b], size = differ[b] + int((pages[b] != held).sum()), size + held.size
+        assert sum(differ) < 0.01 * size
+        for own, bytes_off in zip(error, differ, strict=True):
+            if bytes_off:  # a last bit of a key tipped a code: what reads that page differs
+                assert np.median(own) < 1e-3 and own.max() < 0.2
+            else:
+                assert np.square(own).mean() ** 0.5 < 1e-3
         raw = total - geometry.num_pages(total) * geometry.page_tokens
         stated = sum(geometry.side_nbytes(fmt, total) for pair in formats for fmt in pair)
         assert nbytes(cache) == 2 * (

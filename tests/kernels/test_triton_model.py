@@ -175,7 +175,7 @@ def test_pages_of_several_rungs_are_the_references(models, tmp_path):
 @pytest.mark.usefixtures("least_rows")
 def test_greedy_text_is_the_references_row_by_row(models):
     """Left-padded rows of a batch, by kernels, against each row alone by the reference: the same
-    logits, and so the same tokens, up to one that a GPU's sums in another order tip."""
+    logits, and so the same tokens, up to one that sums in another order tip."""
     options = {
         "max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True,
     }  # fmt: skip
@@ -186,7 +186,6 @@ def test_greedy_text_is_the_references_row_by_row(models):
             assert error(got[i], expected[0]) < 1e-2
             token, own = together.sequences[i, step - 4], alone.sequences[0, step - 4]
             if token != own:
-                assert DEVICE == "cuda"
                 assert expected[0, own] - expected[0, token] < 1e-2 * expected[0].abs().max()
                 break
 
