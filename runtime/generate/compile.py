@@ -155,10 +155,11 @@ def _walk(
     rungs = len(ladders.rungs[0]) if ladders else 1
     every = ladders.rungs[0] if ladders else ()
     for source, target in itertools.combinations(range(len(every))[::-1], 2):
-        pages = ([torch.zeros(nbytes, dtype=torch.uint8)] for nbytes in (
-            own.pair_nbytes(every[n].key.format, every[n].value.format) for n in (source, target)
-        ))  # fmt: skip
-        TRITON.lower_pages(own, [LoweredPages(*pages, every[source], every[target])])
+        above, below = (
+            [torch.zeros(own.pair_nbytes(x.key.format, x.value.format), dtype=torch.uint8)]
+            for x in (every[source], every[target])
+        )
+        TRITON.lower_pages(own, [LoweredPages(above, below, every[source], every[target])])
     prompts = [(1, 3), (1, first), *([] if progressive else [(2, first)])]
     if not kind.sliding:
         prompts.append((1, first + LEAST_CHUNK))
