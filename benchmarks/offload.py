@@ -25,6 +25,19 @@ from kvfold.pretrained import tokenizer_from_pretrained
 CHUNK = 512  # tokens of the text at a time
 
 
+def text_ids(artifact: Path, text: str | None, tokens: int) -> Tensor:
+    """So many tokens of a text, again from its beginning where it is shorter: int64 [1, tokens].
+
+    Args:
+        artifact: whose tokenizer is taken.
+        text: file or ID:CONFIG:SPLIT; None for the held-out text.
+    """
+    _, documents = read_documents(text, (HELD_OUT,))
+    tokenizer = tokenizer_from_pretrained(artifact)
+    ids = tokenizer("\n\n".join(documents), return_tensors="pt").input_ids
+    return ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
+
+
 @torch.inference_mode()
 def measure(model: Any, ids: Tensor, steps: int) -> tuple[dict[str, Any], Tensor]:
     """(bytes and milliseconds, logits of the steps float [steps, vocab_size]) of ids int64 [1,
@@ -65,13 +78,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     quiet_transformers()
-    _, documents = read_documents(args.text, (HELD_OUT,))
-    ids = tokenizer_from_pretrained(args.artifact)(
-        "\n\n".join(documents), return_tensors="pt"
-    ).input_ids
-    ids = ids.repeat(1, -(-(args.tokens + args.steps) // ids.shape[1]))[
-        :, : args.tokens + args.steps
-    ].to(args.device)
+    ids = text_ids(args.artifact, args.text, args.tokens + args.steps).to(args.device)
     options: dict[str, Any] = {"device": args.device, "attention": args.attention}
     whole, logits = measure(runtime.load_pretrained(args.artifact, **options), ids, args.steps)
     budget = int(args.share * whole["device_bytes"])

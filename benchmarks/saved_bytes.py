@@ -21,12 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from offload import text_ids
 from torch import Tensor
 
 from kvfold import runtime
 from kvfold.compress.models import quiet_transformers
-from kvfold.compress.text import HELD_OUT, read_documents
-from kvfold.pretrained import tokenizer_from_pretrained
 from kvfold.runtime.cache import entropy, storage
 
 CHUNK = 512  # tokens of the text at a time
@@ -103,11 +102,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     quiet_transformers()
-    _, documents = read_documents(args.text, (HELD_OUT,))
-    ids = tokenizer_from_pretrained(args.artifact)(
-        "\n\n".join(documents), return_tensors="pt"
-    ).input_ids
-    ids = ids.repeat(1, -(-args.tokens // ids.shape[1]))[:, : args.tokens]
+    ids = text_ids(args.artifact, args.text, args.tokens)
     model = runtime.load_pretrained(args.artifact, device="cpu")
     cache = filled(model, ids)
     report: dict[str, Any] = {"artifact": args.artifact.name, "tokens": args.tokens}

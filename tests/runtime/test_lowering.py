@@ -72,16 +72,21 @@ def told(cache):
         assert table.pool.nbytes == sum(t.nbytes for t in table.pool.tensors())
 
 
+def twins(lengths, triton):
+    """Two caches alike, on one of the backends."""
+    geometry = Geometry(HEADS, DIM, sinks=3, window=10, page_tokens=8)
+    if triton:
+        pytest.importorskip("triton")
+    return [filled(NAMES, lengths, backend_of(triton), geometry=geometry) for _ in range(2)]
+
+
 MOVES = [(0, 3, 3), (3, 3, 5), (1, 3, 2), (0, 2, 2), (3, 2, 1), (0, 1, 1), (1, 2, 1), (0, 3, 1)]
 
 
 @pytest.mark.parametrize("lengths", [[80], [80, 33, 61]], ids=str)
 @pytest.mark.parametrize("triton", [False, True])
 def test_layers_and_rungs_together_are_a_page_at_a_time(lengths, triton):
-    geometry = Geometry(HEADS, DIM, sinks=3, window=10, page_tokens=8)
-    if triton:
-        pytest.importorskip("triton")
-    caches = [filled(NAMES, lengths, backend_of(triton), geometry=geometry) for _ in range(2)]
+    caches = twins(lengths, triton)
     with Lowering() as lowering:
         for i, rung, count in MOVES:
             held = caches[0].layers[i].held
@@ -102,10 +107,7 @@ def test_layers_and_rungs_together_are_a_page_at_a_time(lengths, triton):
 @pytest.mark.parametrize("triton", [False, True])
 def test_pages_that_go_down_several_rungs_are_requantised_once(lengths, triton):
     """They end where they would from rung to rung, with what their first bytes give there."""
-    geometry = Geometry(HEADS, DIM, sinks=3, window=10, page_tokens=8)
-    if triton:
-        pytest.importorskip("triton")
-    caches = [filled(NAMES, lengths, backend_of(triton), geometry=geometry) for _ in range(2)]
+    caches = twins(lengths, triton)
     moves = [0, 2, 4, 6]
     far = 0
     for layer, twin in zip(*(cache.layers for cache in caches), strict=True):
