@@ -24,7 +24,7 @@ from kvfold.compress.evaluate import windows_of
 from kvfold.compress.fuse import fuse_pair_scale, fuse_values
 from kvfold.compress.models import load_model, quiet_transformers, read_config, resolve_model
 from kvfold.compress.models.attention_hook import NAME as TAP
-from kvfold.compress.search import set_parameters
+from kvfold.compress.search.fold import set_parameters
 from kvfold.compress.search.sensitivity import Passage, Probe
 from kvfold.compress.targets.engine_formats import FP8_MAX, rounding_tap
 from kvfold.compress.targets.engines import measure_ranges

@@ -15,12 +15,13 @@ import torch
 from kvfold.compress.memory import room_for_weights
 from kvfold.compress.models import ALIASES, Source, load_model
 from kvfold.compress.models.attention_hook import NAME as TAP
-from kvfold.compress.models.streamed import load_streamed, release
+from kvfold.compress.models.streamed import load_streamed
 from kvfold.compress.models.streamed import save_model as save_weights
 from kvfold.compress.plan import Plan
 from kvfold.compress.progress import stage
-from kvfold.compress.search import Found, fused_parameters, set_parameters
+from kvfold.compress.search import Found
 from kvfold.compress.search.candidates import KeyCandidate
+from kvfold.compress.search.fold import fold_layers
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import cache_nbytes, effective_bits, payload_bits, stock_nbytes
 from kvfold.exports.architectures import text_of
@@ -75,11 +76,7 @@ def export(plan: Plan, found: Found, out: Path) -> Artifact:
 
     def save_model(folder: Path) -> None:
         model = _stored(plan)
-        for modules, layer in zip(plan.arch.reading_modules(model), layers, strict=True):
-            fused = fused_parameters(modules, plan.arch, layer)
-            for attention, parameters in zip(modules, fused, strict=True):
-                set_parameters(attention, parameters, dtype, keep=True)
-            release(model)
+        fold_layers(model, plan.arch, layers, dtype, True, folder)
         if hasattr(model.config, "auto_map"):
             del model.config.auto_map  # code that an artifact has not
         save_weights(model, folder)

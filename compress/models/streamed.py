@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
@@ -165,6 +167,20 @@ def release(model: Any) -> None:
     if is_streamed(model):
         for file in model.kvfold_stored.files:
             file.release()
+
+
+def move_to_file(model: Any, weights: list[Tensor], folder: Path) -> None:
+    """Moves weights of a streamed model that were changed out of memory; nothing for any other
+    model. The file loses its name at once, and its bytes with the model."""
+    if not is_streamed(model):
+        return
+    with TemporaryDirectory(dir=folder) as scratch:
+        path = Path(scratch) / "weights.safetensors"
+        save_file({str(i): x.data.cpu().contiguous() for i, x in enumerate(weights)}, path)
+        file = WeightFile(path)
+    for i, x in enumerate(weights):
+        x.data = file.tensors[str(i)]
+    model.kvfold_stored.files.append(file)
 
 
 def stored_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from kvfold.compress.calibrate import SKIP_TOKENS, LayerStats, calibrate
-from kvfold.compress.fuse import fuse_all, output_name, shares_scale, value_bases
+from kvfold.compress.fuse import output_name, shares_scale, value_bases
 from kvfold.compress.memory import room_for_weights
 from kvfold.compress.models import load_model
 from kvfold.compress.models.attention_hook import NAME as TAP
-from kvfold.compress.models.streamed import is_streamed, load_streamed, release, stored_tensors
+from kvfold.compress.models.streamed import is_streamed, load_streamed, stored_tensors
 from kvfold.compress.plan import Plan, check_reach
 from kvfold.compress.processes import Processes
 from kvfold.compress.progress import progress, stage
@@ -37,11 +37,12 @@ from kvfold.compress.search.conversations import write_conversations
 from kvfold.compress.search.extrapolation import layer_jobs, sensitivities
 from kvfold.compress.search.first_order import first_order_losses
 from kvfold.compress.search.fisher import Losses, Sweep
+from kvfold.compress.search.fold import Layer, fold_layers
 from kvfold.compress.search.mean_factors import choose_factors, takes_mean
 from kvfold.compress.search.sensitivity import Job, Passage, Probe, measured, packing_tap
 from kvfold.errors import KvfoldError
 from kvfold.exports.account import Geometry
-from kvfold.exports.architectures import Architecture, text_of
+from kvfold.exports.architectures import text_of
 from kvfold.exports.units import format_nbytes
 from kvfold.exports.weights import weights_nbytes
 from kvfold.kernels import catalogue
@@ -50,16 +51,6 @@ from kvfold.kernels.formats import Format
 PROBED_WINDOW = (
     LEAST_WINDOW  # at the most, while losses are measured: probes are too short for a long one
 )
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer's choices: what the search found."""
-
-    key: KeyCandidate
-    value: ValueCandidate
-    key_loss: float
-    value_loss: float
 
 
 @dataclass(frozen=True)
@@ -254,11 +245,8 @@ def search(plan: Plan, work: Path, device: torch.device, statistics: Path | None
     ]
     together = x.probe.whole_model(taps)
     dtype: torch.dtype = plan.config.dtype or torch.float32
-    for modules, layer in zip(plan.arch.reading_modules(x.model), layers, strict=True):
-        fused = fused_parameters(modules, plan.arch, layer)
-        for attention, parameters in zip(modules, fused, strict=True):
-            set_parameters(attention, parameters, dtype, is_streamed(x.model))
-        release(x.model)
+    place = work if Processes.current().first else None
+    fold_layers(x.model, plan.arch, layers, dtype, is_streamed(x.model), place)
     return Found(layers, together, x.probe.whole_model())
 
 
@@ -372,22 +360,3 @@ def load_weights(plan: Plan, device: torch.device) -> Any:
         f"reading layer by layer: {format_nbytes(need)} of weights, {format_nbytes(room)} of memory for them"
     )
     return load_streamed(plan.source.path, plan.arch, torch.float32, device, TAP)
-
-
-def fused_parameters(
-    modules: list[Any], arch: Architecture, layer: Layer
-) -> list[dict[str, Tensor]]:
-    """All parameters of attention modules that the layer's choices change, float64, by name; the
-    modules, its own and those that read its keys and values too, stay."""
-    return fuse_all(modules, layer.value.matrix, layer.key.pair_scale, arch)
-
-
-def set_parameters(
-    attention: Any, fused: dict[str, Tensor], dtype: torch.dtype, keep: bool = False
-) -> None:
-    """Puts parameters rounded to `dtype` into the module; `keep`: as that type, not as the module's
-    own."""
-    for name, value in fused.items():
-        parameter = attention.get_parameter(name)
-        rounded = value.to(dtype)
-        parameter.data = rounded if keep else rounded.to(parameter.dtype)

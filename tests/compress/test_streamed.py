@@ -13,12 +13,20 @@ from kvfold.compress import search
 from kvfold.compress.memory import room_for_weights
 from kvfold.compress.models import load_model
 from kvfold.compress.models.attention_hook import NAME
-from kvfold.compress.models.streamed import WeightFile, load_streamed, present, save_model
+from kvfold.compress.models.streamed import (
+    WeightFile,
+    load_streamed,
+    move_to_file,
+    present,
+    save_model,
+)
 from kvfold.compress.pipeline import compress
 from kvfold.compress.recipe import load_recipe
+from kvfold.compress.search import fold
 from kvfold.errors import KvfoldError
 from kvfold.exports.architectures import architecture_of
 from kvfold.exports.files import weight_files
+from kvfold.pretrained import config_from_pretrained
 
 CPU = torch.device("cpu")
 LITTLE = 1  # byte of memory, so that every model is read layer by layer
@@ -127,6 +135,45 @@ def test_a_layer_is_in_memory_only_while_it_runs(tmp_path):
     wide, stored = torch.float32, torch.bfloat16
     assert seen == [[wide, stored, stored], [stored, wide, stored], [stored, stored, wide]]
     assert model.model.layers[0].self_attn.o_proj.weight.dtype == stored
+
+
+def test_changed_weights_go_into_a_file_without_a_name(tmp_path):
+    model = streamed(save_tiny(tmp_path / "model"))
+    weights = [layer.self_attn.q_proj.weight for layer in model.model.layers]
+    with torch.no_grad():
+        for x in weights:
+            x.data = x.data.float().mul(2).to(x.dtype)
+        kept, ids = [x.clone() for x in weights], torch.arange(30)[None]
+        logits = model(ids).logits
+        (tmp_path / "there").mkdir()
+        move_to_file(model, weights, tmp_path / "there")
+        assert list((tmp_path / "there").iterdir()) == []
+        assert torch.equal(model(ids).logits, logits)
+    assert all(torch.equal(*pair) for pair in zip(weights, kept, strict=True))
+    moved = model.kvfold_stored.files[-1].tensors
+    assert [x.data_ptr() for x in weights] == [
+        moved[str(i)].data_ptr() for i in range(len(weights))
+    ]
+    whole = load_model(tmp_path / "model", torch.float32, CPU)
+    move_to_file(whole, [whole.model.norm.weight], tmp_path / "nowhere")  # nothing to do
+
+
+def test_folded_projections_are_in_files(tmp_path, text_file, recipe_file, monkeypatch):
+    """Those of all layers would be a third of the weights."""
+    moved = []
+
+    def move(model, weights, folder):
+        moved.append(len(weights))
+        move_to_file(model, weights, folder)
+
+    monkeypatch.setattr(fold, "move_to_file", move)
+    source = save_tiny(tmp_path / "model", "llama")
+    compress(
+        str(source), "6.0", tmp_path / "out", calib=str(text_file), recipe=load_recipe(recipe_file),
+        max_memory=LITTLE,
+    )  # fmt: skip
+    count = config_from_pretrained(source).num_hidden_layers
+    assert len(moved) == 2 * count and all(moved)  # to measure with, and in the artifact's type
 
 
 def test_parts_of_a_layer_can_be_asked_while_it_is_present(tmp_path):
