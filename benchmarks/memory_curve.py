@@ -1,7 +1,7 @@
 """Peak memory and time of `kvfold compress` on Llama-shaped checkpoints of random bfloat16 weights
 in shards.
 
-usage: python benchmarks/memory_curve.py [1b 3b 7b 8b 32b …] [--max-memory 8GiB] [--recipe FILE] [--device cuda]
+usage: python benchmarks/memory_curve.py [1b 1.5b 3b 7b 8b 32b …] [--max-memory 8GiB] [--recipe FILE] [--device cuda]
                                          [--layers N] [--tokenizer DIR] [--keep DIR] [--limit N]
 
 For each shape a process of its own compresses the checkpoint; the table has the most that it held
@@ -36,6 +36,7 @@ SHARD_NBYTES = 2 << 30
 SHAPES = {  # hidden, layers, heads, KV heads, MLP
     "135m": (576, 30, 9, 3, 1536),
     "1b": (2048, 16, 32, 8, 8192),
+    "1.5b": (1536, 28, 12, 2, 8960),
     "3b": (3072, 28, 24, 8, 8192),
     "7b": (4096, 32, 32, 32, 11008),
     "8b": (4096, 32, 32, 8, 14336),
@@ -91,7 +92,10 @@ def tensors_of(config: LlamaConfig) -> list[tuple[str, tuple[int, ...]]]:
 
 def make_checkpoint(shape: str, folder: Path, layers: int | None, tokenizer_of: str) -> None:
     """Writes config, tokenizer and shards."""
-    tokenizer = tokenizer_from_pretrained(resolve_model(tokenizer_of).path)
+    folder_of = Path(tokenizer_of)
+    tokenizer = tokenizer_from_pretrained(
+        folder_of if folder_of.is_dir() else resolve_model(tokenizer_of).path
+    )
     hidden, most, heads, kv_heads, mlp = SHAPES[shape]
     layers = layers or most
     config = LlamaConfig(
