@@ -3,6 +3,7 @@ whether answers are those of kvfold's own runtime.
 
 usage: python benchmarks/served_requests.py ARTIFACT [--requests 10000] [--compare 200] [--prompts 400]
        [--longest 300] [--new 12] [--at-once 32] [--memory 1GiB] [--dtype float32] [--port 8123]
+       [--utilization 0.5 (of the GPU's memory, for weights and all; instead of --memory)]
        python benchmarks/served_requests.py ARTIFACT --task gsm8k --task-data FOLDER [--limit 100] …
 
 Requests are drawn from so many random prompts, half of which begin like another one, so that blocks
@@ -39,8 +40,10 @@ def server(options: argparse.Namespace, longest: int) -> Iterator[tuple[str, int
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(options.artifact),
         "--port", str(options.port), "--dtype", options.dtype, "--max-model-len", str(longest),
         "--max-num-batched-tokens", "512", "--served-model-name", "artifact",
-        "--kv-cache-memory-bytes", str(parse_nbytes(options.memory)), "--gpu-memory-utilization", "0.5",
+        "--gpu-memory-utilization", str(options.utilization or 0.5),
     ]  # fmt: skip
+    if options.utilization is None:
+        command += ["--kv-cache-memory-bytes", str(parse_nbytes(options.memory))]
     env = {
         **os.environ,
         "VLLM_NO_USAGE_STATS": "1",
@@ -135,6 +138,9 @@ def soak(options: argparse.Namespace) -> bool:
     own = own_answers(options, prompts[: options.compare], device)
     wrong = missing = 0
     sizes: list[tuple[int, int, int]] = []
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    before = on_device()  # this process's own
     with server(options, options.longest + options.new) as (address, pid):
 
         def one(i: int) -> tuple[int, list[int]]:
@@ -152,12 +158,17 @@ def soak(options: argparse.Namespace) -> bool:
                     missing += not answer
                     wrong += number < options.compare and differs(answer, own[number])
                 done = min(first + tenth, options.requests)
-                sizes.append((done, resident(pid), on_device()))
+                sizes.append((done, resident(pid), on_device() - before))
                 print(
                     f"{done} requests, {time.perf_counter() - begun:.0f} s: {sizes[-1][1] / 1e6:.0f} MB held, "
                     f"{sizes[-1][2] / 1e6:.0f} MB on the GPU; {wrong} wrong, {missing} missing",
                     flush=True,
                 )
+    if options.utilization is not None and device == "cuda":
+        part = max(x for *_, x in sizes) / torch.cuda.get_device_properties(0).total_memory
+        print(
+            f"the server held {part:.4f} of the GPU's memory at the most, {options.utilization} was stated"
+        )
     half = sizes[(len(sizes) - 1) // 2]
     growth = [sizes[-1][i] / max(1, half[i]) for i in (1, 2)]
     print(f"memory at the end over that at half: {growth[0]:.3f}, on the GPU {growth[1]:.3f}")
@@ -220,6 +231,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--memory", default="1GiB")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--utilization", type=float)
     parser.add_argument("--task")
     parser.add_argument("--task-data")
     options = parser.parse_args()

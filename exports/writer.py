@@ -3,6 +3,7 @@ so that it is there whole or not at all."""
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -95,7 +96,7 @@ def install(out: Path, metadata: Metadata, fill: Callable[[Path], None]) -> Arti
         files = {p.name: file_sha256(p) for p in sorted(new.iterdir()) if p.name not in UNHASHED}
         complete = metadata.model_copy(update={"files": files})
         (new / METADATA_NAME).write_text(dump_metadata(complete), encoding="utf-8")
-        read_artifact(new)
+        made = read_artifact(new)
         open_to_readers(new)
         put_in_place(new, out)
-    return read_artifact(out)
+    return replace(made, path=out)

@@ -148,8 +148,8 @@ def measure(
         mean, bases = factors[i], value_bases(probe.attentions[i], plan.arch)
         part = whole if mean is None else whole.with_mean(mean)
         return (
-            _key_candidates(plan, model, part, i, only=key),
-            value_candidates(whole, recipe, i, bases, value),
+            _key_candidates(plan, model, part, i, probe.device, only=key),
+            value_candidates(whole, recipe, i, bases, value, probe.device),
         )
 
     def made(i: int, key: int, value: int) -> tuple[KeyCandidate, ValueCandidate]:
@@ -160,7 +160,7 @@ def measure(
 
     for i in progress(range(plan.num_layers)[::-1], "losses", "layer"):
         whole = processes.from_first(partial(stats.__getitem__, i))
-        factors[i] = _mean_factors(plan, model, whole, i, second, bits)
+        factors[i] = _mean_factors(plan, model, whole, i, second, bits, probe.device)
         keys[i], values[i] = candidates(i, whole)
         if s.method == "fisher":
             jobs = layer_jobs(i, keys[i], values[i], bits, s.probes)
@@ -181,8 +181,8 @@ def measure(
 
 
 def _key_candidates(
-    plan: Plan, model: Any, stats: LayerStats, layer: int, near_bits: float | None = None,
-    only: int | None = None,
+    plan: Plan, model: Any, stats: LayerStats, layer: int, device: torch.device,
+    near_bits: float | None = None, only: int | None = None,
 ) -> list[KeyCandidate]:  # fmt: skip
     attention = plan.arch.attention_modules(model)[layer]
     return key_candidates(
@@ -194,11 +194,18 @@ def _key_candidates(
         plan.arch.rope_pairs,
         near_bits,
         only,
+        device,
     )
 
 
 def _mean_factors(
-    plan: Plan, model: Any, stats: LayerStats, layer: int, losses: Losses, bits: float
+    plan: Plan,
+    model: Any,
+    stats: LayerStats,
+    layer: int,
+    losses: Losses,
+    bits: float,
+    device: torch.device,
 ) -> Tensor | None:
     """How much of each head's rotating mean is taken off a layer's keys, as measures best: float64
     [Hkv]; None where there is none."""
@@ -209,7 +216,7 @@ def _mean_factors(
     if len(parts) == 1 or recipe.sensitivity.method == "first-order":
         return parts[0]
     candidates = [
-        _key_candidates(plan, model, stats.with_mean(part), layer, bits) for part in parts
+        _key_candidates(plan, model, stats.with_mean(part), layer, device, bits) for part in parts
     ]
     if not candidates[0]:  # only 16 bits are offered
         return parts[0]

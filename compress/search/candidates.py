@@ -29,6 +29,7 @@ CLIPS = tuple(
     round(0.4 + 0.05 * i, 2) for i in range(13)
 )  # factors on (minimum, maximum) tried for each group
 
+CPU = torch.device("cpu")
 T = TypeVar("T")
 
 
@@ -97,9 +98,12 @@ def best_clip(x: Tensor, fmt: Format, metric: Tensor) -> Tensor:
     return found[:, 0] if groups == 1 else found
 
 
-def _distortion(x: Tensor, fmt: Format, metric: Tensor, clip: Tensor | None) -> float:
-    """Mean over heads and tokens of Δᵀ·metric·Δ."""
-    delta = (round_trip(x, fmt, clip_rows(clip)) - x).double()
+def _distortion(
+    x: Tensor, fmt: Format, metric: Tensor, clip: Tensor | None, device: torch.device
+) -> float:
+    """Mean over heads and tokens of Δᵀ·metric·Δ, computed on `device`."""
+    x, metric = x.to(device), metric.to(device)
+    delta = (round_trip(x, fmt, clip_rows(clip if clip is None else clip.to(device))) - x).double()
     return float(torch.einsum("hti,hij,htj->", delta, metric, delta) / (x.shape[0] * x.shape[1]))
 
 
@@ -131,6 +135,8 @@ def _fitted(
     if only is not None:
         formats = [formats[only]]
     for_all = None if row.each_format else row.fit(stats, request)
+    if row.shared is not None:
+        request = row.shared(stats, request)
 
     def candidate(i: int) -> T:
         fmt = formats[i]
@@ -140,7 +146,12 @@ def _fitted(
 
 
 def _key_candidate(
-    fmt: Format, basis: Basis, stats: LayerStats, recipe: Recipe, rope_pairs: RopePairs
+    fmt: Format,
+    basis: Basis,
+    stats: LayerStats,
+    recipe: Recipe,
+    rope_pairs: RopePairs,
+    device: torch.device,
 ) -> KeyCandidate:
     name = recipe.key.transform
     mean = "offset" if basis.frequencies is None else "rotating mean"
@@ -158,7 +169,7 @@ def _key_candidate(
     if fmt.kind.minimum and recipe.key.clip:
         spec = replace(spec, clip=best_clip(z, fmt, metric))
     scale = None if basis.fused is None else 1 / basis.fused.diagonal(dim1=-2, dim2=-1)
-    return KeyCandidate(spec, scale, _distortion(z, fmt, metric, spec.clip))
+    return KeyCandidate(spec, scale, _distortion(z, fmt, metric, spec.clip, device))
 
 
 def key_candidates(
@@ -170,6 +181,7 @@ def key_candidates(
     rope_pairs: RopePairs = "halves",
     near_bits: float | None = None,
     only: int | None = None,
+    device: torch.device = CPU,
 ) -> list[KeyCandidate]:
     """Candidates for one layer's keys, 16 bits last if offered.
 
@@ -179,6 +191,7 @@ def key_candidates(
         rope_pairs: which channels RoPE turns together.
         near_bits: only the quantised candidate of about so many bits of payload.
         only: the number of the only candidate that is made.
+        device: that their errors are measured on.
     """
     row, side = KEY_TRANSFORMS[recipe.key.transform], recipe.key
     return _fitted(
@@ -188,7 +201,7 @@ def key_candidates(
         recipe,
         layer,
         lambda fmt, basis: _key_candidate(
-            fmt, Basis() if fmt.raw else basis, stats, recipe, rope_pairs
+            fmt, Basis() if fmt.raw else basis, stats, recipe, rope_pairs, device
         ),
         near_bits,
         only,
@@ -199,14 +212,19 @@ def key_candidates(
 
 
 def _value_candidate(
-    fmt: Format, matrix: Tensor, stats: LayerStats, recipe: Recipe, names: tuple[str, ...]
+    fmt: Format,
+    matrix: Tensor,
+    stats: LayerStats,
+    recipe: Recipe,
+    names: tuple[str, ...],
+    device: torch.device,
 ) -> ValueCandidate:
     values = to_float16(stats.value_sample @ matrix.float().mT).float()
     inverse = torch.linalg.inv(matrix)
     metric = inverse.mT @ stats.output_metric @ inverse
     clip = best_clip(values, fmt, metric) if fmt.kind.minimum and recipe.value.clip else None
     return ValueCandidate(
-        ValueSpec(fmt, names, clip), matrix, _distortion(values, fmt, metric, clip)
+        ValueSpec(fmt, names, clip), matrix, _distortion(values, fmt, metric, clip, device)
     )
 
 
@@ -216,9 +234,11 @@ def value_candidates(
     layer: int,
     bases: Literal["any", "channels", "turns", "none"] = "any",
     only: int | None = None,
+    device: torch.device = CPU,
 ) -> list[ValueCandidate]:
     """Candidates for one layer's values, 16 bits last if offered; `bases`: those that can be folded
-    in (fuse.value_bases); `only`: the number of the only one that is made."""
+    in (fuse.value_bases); `only`: the number of the only one that is made; `device`: that their errors are measured
+    on."""
     name, normed = recipe.value.transform, bases in ("turns", "none")
     if bases == "none":
         name = "none"
@@ -228,7 +248,7 @@ def value_candidates(
 
     def make(fmt: Format, basis: Basis) -> ValueCandidate:
         assert basis.fused is not None
-        return _value_candidate(fmt, basis.fused, stats, recipe, names)
+        return _value_candidate(fmt, basis.fused, stats, recipe, names, device)
 
     gated = bases == "channels"
     return _fitted(

@@ -65,6 +65,7 @@ class Request:
         gated: a gate multiplies each channel between attention and o_proj, so that a basis of values
             must be a permutation times a positive scale of each.
         normed: values are normalised behind their projection, so that a basis must be orthogonal.
+        eigen: of whiten.eigenbasis: what the bases of all formats have in common, once it is known.
     """
 
     fmt: Format | None = None
@@ -77,6 +78,7 @@ class Request:
     pairs: RopePairs = "halves"
     gated: bool = False
     normed: bool = False
+    eigen: tuple[Tensor, Tensor] | None = None
 
     def generator(self) -> torch.Generator:
         """Always in the same state."""
@@ -93,12 +95,14 @@ class Transform:
         mixed: (statistics, mean code bits, request) → formats with classes of their own, if the
             transform has any.
         each_format: the basis depends on the format.
+        shared: adds to a request what the bases of all formats have in common.
     """
 
     name: str
     fit: Callable[[LayerStats, Request], Basis]
     mixed: Callable[[LayerStats, tuple[float, ...], Request], list[Format]] | None = None
     each_format: bool = False
+    shared: Callable[[LayerStats, Request], Request] | None = None
 
 
 def identity(stats: LayerStats, request: Request) -> Basis:

@@ -28,6 +28,7 @@ after RoPE, in every layer) and "offset" (m_t = 0, and Σ_k not centred).
 """
 
 import itertools
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -166,16 +167,10 @@ def water_fill(variances: Tensor, mean_bits: tuple[float, ...]) -> list[Format]:
     return list(formats)
 
 
-def half_whitened(
-    moment: Tensor,
-    metric: Tensor | None,
-    request: Request,
-    eigen: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """M for one format, float64 [Hkv, D, D]; for a format of one class it is the balanced basis.
-    eigen: of `eigenbasis`, if known."""
+def half_whitened(moment: Tensor, metric: Tensor | None, request: Request) -> Tensor:
+    """M for one format, float64 [Hkv, D, D]; for a format of one class it is the balanced basis."""
     assert request.fmt is not None
-    basis, variances = eigen or eigenbasis(moment, metric)
+    basis, variances = request.eigen or eigenbasis(moment, metric)
     quarter = regularised(variances) ** -0.25
     generator = request.generator()
     rows = []
@@ -206,6 +201,19 @@ def whiten(stats: LayerStats, request: Request) -> Basis:
     return Basis(online=matrix, offset=None if "offset" in request.without else stats.key_mean)
 
 
+def with_eigenbasis(stats: LayerStats, request: Request) -> Request:
+    """The keys' eigenbasis goes into all their bases."""
+    return replace(request, eigen=whitened(stats, request.without))
+
+
+def with_value_eigenbasis(stats: LayerStats, request: Request) -> Request:
+    """The same of values; channels that are only permuted need none."""
+    if request.gated:
+        return request
+    moment = value_moment(stats, request.without)
+    return replace(request, eigen=eigenbasis(moment, stats.output_metric))
+
+
 def whiten_values(stats: LayerStats, request: Request) -> Basis:
     """M of values; of gated ones a permutation with scales."""
     moment = value_moment(stats, request.without)
@@ -229,6 +237,7 @@ KEYS = Transform(
         list(request.catalogue) or water_fill(whitened(stats, request.without)[1], bits)
     ),
     each_format=True,
+    shared=with_eigenbasis,
 )
 VALUES = Transform(
     "whiten",
@@ -237,4 +246,5 @@ VALUES = Transform(
         list(request.catalogue) or water_fill(value_variances(stats, request), bits)
     ),
     each_format=True,
+    shared=with_value_eigenbasis,
 )
