@@ -60,7 +60,8 @@ class Found:
     Attributes:
         layers: the choices.
         kl: nats of KL with all of them together, on the probe sequences.
-        rounding_kl: nats of KL that rounding the fused weights to the model's own type costs.
+        rounding_kl: nats of KL that rounding the fused weights to the model's own type costs, on the
+            first of them.
     """
 
     layers: list[Layer]
@@ -254,7 +255,8 @@ def search(plan: Plan, work: Path, device: torch.device, statistics: Path | None
     dtype: torch.dtype = plan.config.dtype or torch.float32
     place = work if Processes.current().first else None
     fold_layers(x.model, plan.arch, layers, dtype, is_streamed(x.model), place)
-    return Found(layers, together, x.probe.whole_model())
+    # rounding costs every token much the same, so one passage tells
+    return Found(layers, together, x.probe.whole_model(count=1))
 
 
 @torch.no_grad()

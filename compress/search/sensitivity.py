@@ -172,20 +172,23 @@ class Probe:
             found.append(float((p.exp() * (p - q)).sum()))
         return found
 
-    def _mean_kl(self, final: Callable[[int], Tensor]) -> float:
-        """Mean KL(baseline ‖ probe) in nats over the positions of all passages that count.
+    def _mean_kl(self, final: Callable[[int], Tensor], count: int | None = None) -> float:
+        """Mean KL(baseline ‖ probe) in nats over the positions that count of the first `count`
+        passages, or of all.
 
         Args:
             final: `other` of `_kl`, from the number of a passage that this process has.
         """
-        blocks = list(self.share.map(lambda i: self._kl(i, final(i))))
+        chosen = range(len(self.passages))[:count]
+        blocks = list(self.share.map(lambda i: self._kl(i, final(i)) if i in chosen else []))
+        positions = sum(self.passages[i].positions for i in chosen)
 
         def mean() -> float:
             total = 0.0
             for loss in itertools.chain.from_iterable(blocks):
                 total += loss  # `sum` rounds otherwise, depending on Python's version
             check_finite_loss(total)
-            return max(total / self.positions, 0.0)
+            return max(total / positions, 0.0)
 
         return self.processes.from_first(mean)
 
@@ -213,14 +216,14 @@ class Probe:
 
         return self._mean_kl(final)
 
-    def whole_model(self, taps: list[Tap] | None = None) -> float:
+    def whole_model(self, taps: list[Tap] | None = None, count: int | None = None) -> float:
         """KL of the model as its weights are now, with every layer tapped if `taps` are given,
-        against the baseline."""
+        against the baseline, on the first `count` passages or on all."""
         with ExitStack() as stack:
             for modules, tap in zip(self.reading, taps or [], strict=False):
                 for attention in modules:
                     stack.enter_context(tapped(attention, tap))
-            return self._mean_kl(self._whole)
+            return self._mean_kl(self._whole, count)
 
     def _whole(self, index: int) -> Tensor:
         runner = self.runners[index]

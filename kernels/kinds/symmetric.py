@@ -25,7 +25,9 @@ FACTORS = (1.0, 0.8, 0.9, 1.1, 1.25, 1.5, 1.8, 2.2)  # of equally good ones the 
 ALONG = 4.0
 UNITS = 16.0  # in the sums, of one squared root mean square of weight 1
 MOST_UNITS = float((1 << 22) - 1)  # of a channel, so that 512 of them fit an int32
-BLOCK_ELEMENTS = 1 << 15  # that a CPU searches at a time, so that its caches hold them
+BLOCK_ELEMENTS = (
+    1 << 16
+)  # that a core searches at a time: more than an operation's own cost, and its caches hold them
 
 
 def _units(x: Tensor, numbers: bool) -> Tensor:
@@ -69,7 +71,8 @@ class Symmetric(CodeKind):
         root = x[..., levels > 0].square().mean(-1, keepdim=True).sqrt()
         _, root = store_param(root, fmt.param_dtype)
         rows, roots = x.flatten(0, -2), root.flatten(0, -2)
-        size = max(1, BLOCK_ELEMENTS // x.shape[-1] if x.device.type == "cpu" else len(rows))
+        elements = BLOCK_ELEMENTS * torch.get_num_threads()
+        size = max(1, elements // x.shape[-1] if x.device.type == "cpu" else len(rows))
         found = [
             _search(*block, levels, steps, weights, fmt.param_dtype)
             for block in zip(rows.split(size), roots.split(size), strict=True)
