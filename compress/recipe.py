@@ -273,7 +273,7 @@ class SensitivityRecipe(_Strict):
     """
 
     method: Literal["kl", "fisher", "first-order"] = "fisher"
-    directions: Annotated[int, Field(gt=0, le=256)] = 8
+    directions: Annotated[int, Field(gt=0, le=256)] = 4
     probes: Annotated[int, Field(gt=0, le=64)] = 2
     num_sequences: Annotated[int, Field(gt=0, le=MOST_SEQUENCES)] = 3
     seq_len: Annotated[int, Field(ge=64, le=MOST_TOKENS)] = 1024

@@ -10,7 +10,11 @@ formed: with ξ of random signs, u_s = √p_s ∘ ξ − p_s·(√p_sᵀξ) has 
 p_s·p_sᵀ, so that G = Σ_s J_sᵀ·u_s, one backward pass for all layers and positions, has E[(G·Δo)²] =
 Δoᵀ·F·Δo. The errors of the KV heads of a layer are rounding errors of different numbers, which add
 up in squares: E[(G·Δo)²] is the sum over KV heads of E[(G_h·Δo_h)²], and that estimate is as many
-times less noisy.
+times less noisy. Positions far from each other add up in squares too, nearly: signs at different
+positions are independent, and a position's logits are mostly changed by errors of its own and of
+near ones. So the product is squared over SPAN positions at a time. The sum is some 3 % less
+then, alike for all that is compared, and a layer's loss from four directions is less noisy than
+it was from sixteen (benchmarks/LOG.md).
 
 Δo of a candidate takes that layer's attention alone, through packed bytes (packed_attention.py).
 Where later layers read a layer's keys and values too, their gradients by those add up and go back
@@ -49,6 +53,8 @@ from kvfold.compress.work import kept
 from kvfold.exports.account import Geometry
 from kvfold.exports.architectures import logits_of
 from kvfold.exports.schema import MOST_SEED
+
+SPAN = 32  # positions
 
 
 def random_signs(shape: torch.Size, rng: torch.Generator, device: torch.device) -> Tensor:
@@ -159,8 +165,8 @@ class Seen:
     gradients: Tensor
 
     def loss(self, geometry: Geometry, specs: dict[str, Any]) -> Tensor:
-        """½·(G_h·Δo_h)² of each KV head h, mean over directions: nats, summed over the passage's
-        positions, float64 [Hkv].
+        """½·Σ (G_h·Δo_h)² of each KV head h, over spans of positions, mean over directions: nats,
+        summed over the passage's positions, float64 [Hkv].
 
         Args:
             geometry: sinks, window and page size.
@@ -170,8 +176,10 @@ class Seen:
             self.query, self.key, self.value, geometry, self.scaling, **specs, **self.options
         )
         error -= self.plain
-        products = (self.gradients * error.unflatten(0, self.gradients.shape[1:3])).flatten(2)
-        return products.sum(-1).double().square().mean(0) / 2
+        products = self.gradients * error.unflatten(0, self.gradients.shape[1:3])
+        each = products.sum((2, 4))  # [directions, Hkv, n]
+        spans = torch.nn.functional.pad(each, (0, -each.shape[-1] % SPAN)).unflatten(-1, (-1, SPAN))
+        return spans.sum(-1).double().square().sum(-1).mean(0) / 2
 
 
 class Sweep:
