@@ -1,7 +1,7 @@
 """How well losses to second order (compress/search/fisher.py) foretell those that a forward pass
 measures.
 
-usage: python benchmarks/fisher.py MODEL [--budget 2.5] [--layers 0,3,12] [--directions 8] [--work DIR]
+usage: python benchmarks/fisher.py MODEL [--budget 2.5] [--layers 0,3,12] [--directions 4] [--work DIR]
 
 For the candidates that a search of the default recipe measures, of the layers named: both losses in
 nats, their ratio, and the seconds that each way took. --work keeps the calibration and all losses
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--budget", default="2.5")
     parser.add_argument("--layers", default="0,3,12")
-    parser.add_argument("--directions", type=int, default=8)
+    parser.add_argument("--directions", type=int, default=4)
     parser.add_argument("--work", type=Path)
     options = parser.parse_args()
     quiet_transformers()

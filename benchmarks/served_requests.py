@@ -9,7 +9,8 @@ usage: python benchmarks/served_requests.py ARTIFACT [--requests 10000] [--compa
 Requests are drawn from so many random prompts, half of which begin like another one, so that blocks
 are hit, shared and evicted; greedy answers of 1 to --new tokens. The first --compare prompts are
 answered by kvfold's runtime too; an answer is wrong where a token differs whose next best was more
-than 0.1 nats away. With --task the prompts are the task's, and both answers to each are judged.
+than 0.1 nats away: a bound for float32, for models in bfloat16 differ by more than that from the
+same in other kernels. With --task the prompts are the task's, and both answers to each are judged.
 Ends with 1 where an answer is wrong or missing, or the server's memory has grown by more than 5 %
 since half of the requests; with --task where the two accuracies differ significantly (p < 0.05).
 """
