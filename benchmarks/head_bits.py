@@ -1,4 +1,4 @@
-"""What bits by head would be worth: formats chosen for each KV head, or for half of a layer's KV heads,
+"""What bits by head would be worth: formats chosen for each KV head, or for two parts of a layer's KV heads,
 instead of for all heads of a layer, at the same bytes of pages.
 
 usage: python benchmarks/head_bits.py MODEL --text FILE [--budget 2.5] [--first 3] [--windows 4] [--device auto]
@@ -141,7 +141,11 @@ def main() -> None:
     early = x.near.sinks + x.near.window + x.near.page_tokens - 1
     probe = Probe(x.model, plan.arch, [Passage(w) for w in windows], early)
     print("| formats for | loss foretold | KL | pairs of formats |\n|---|---|---|---|", flush=True)
-    for name, parts in (("all heads of a layer", 1), ("half of them", 2), ("each head", 10**6)):
+    for name, parts in (
+        ("all heads of a layer", 1),
+        ("two parts of its heads", 2),
+        ("each head", 10**6),
+    ):
         picked, foretold = chosen(x, losses, room, at, parts)
         pairs = {
             (x.keys[i][c].spec.format, x.values[i][picked["value", i, h]].spec.format)
