@@ -47,7 +47,7 @@ test: $(READY)  ## run the tests
 serving:  ## the tests of serving by vLLM, in .venv-serving; a word and no failure where it can't be installed
 	@PYTHON=$(PYTHON) .ci/serving $(ARGS)
 
-mutations: $(READY)  ## break 27 delicate lines, one at a time: the tests must see each
+mutations: $(READY)  ## break 28 delicate lines, one at a time: the tests must see each
 	@$(BIN)/python tests/mutations.py $(ARGS)
 
 fuzz: $(READY)  ## 20,000 damaged artifacts, saved caches, GGUFs and work folders: each is refused in a sentence or changes nothing
