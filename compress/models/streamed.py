@@ -171,7 +171,14 @@ def release(model: Any) -> None:
 
 def move_to_file(model: Any, weights: list[Tensor], folder: Path) -> None:
     """Moves weights of a streamed model that were changed out of memory; nothing for any other
-    model. The file loses its name at once, and its bytes with the model."""
+    model. The file loses its name at once, and its bytes with the model.
+
+    Args:
+        weights: parameters of the model, any shape, of types that files of weights have.
+        folder: where the file is written.
+    Raises:
+        OSError, SafetensorError: what the system says, e.g. a full disk.
+    """
     if not is_streamed(model):
         return
     with TemporaryDirectory(dir=folder) as scratch:

@@ -161,7 +161,7 @@ def measure(
 
     for i in progress(range(plan.num_layers)[::-1], "losses", "layer"):
         whole = processes.from_first(partial(stats.__getitem__, i))
-        factors[i] = _mean_factors(plan, model, whole, i, second, bits, probe.device)
+        factors[i] = _mean_factors(plan, model, whole, i, second, bits)
         keys[i], values[i] = candidates(i, whole)
         if s.method == "fisher":
             jobs = layer_jobs(i, keys[i], values[i], bits, s.probes)
@@ -206,11 +206,10 @@ def _mean_factors(
     layer: int,
     losses: Losses,
     bits: float,
-    device: torch.device,
 ) -> Tensor | None:
     """How much of each head's rotating mean is taken off a layer's keys, as measures best: float64
     [Hkv]; None where there is none."""
-    recipe, factors = plan.recipe, plan.recipe.key.mean_factors
+    recipe, factors, device = plan.recipe, plan.recipe.key.mean_factors, losses.sweep.probe.device
     if not takes_mean(recipe, stats):
         return None
     parts = [torch.full_like(stats.center[:, 0], factor) for factor in factors]

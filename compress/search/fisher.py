@@ -164,9 +164,8 @@ class Seen:
     plain: Tensor
     gradients: Tensor
 
-    def loss(self, geometry: Geometry, specs: dict[str, Any]) -> Tensor:
-        """½·Σ (G_h·Δo_h)² of each KV head h, over spans of positions, mean over directions: nats,
-        summed over the passage's positions, float64 [Hkv].
+    def products(self, geometry: Geometry, specs: dict[str, Any]) -> Tensor:
+        """G_h·Δo_h of each direction, KV head h and position: float32 [directions, Hkv, n].
 
         Args:
             geometry: sinks, window and page size.
@@ -176,8 +175,12 @@ class Seen:
             self.query, self.key, self.value, geometry, self.scaling, **specs, **self.options
         )
         error -= self.plain
-        products = self.gradients * error.unflatten(0, self.gradients.shape[1:3])
-        each = products.sum((2, 4))  # [directions, Hkv, n]
+        return (self.gradients * error.unflatten(0, self.gradients.shape[1:3])).sum((2, 4))
+
+    def loss(self, geometry: Geometry, specs: dict[str, Any]) -> Tensor:
+        """½·Σ (G_h·Δo_h)² of each KV head h, over spans of positions, mean over directions: nats,
+        summed over the passage's positions, float64 [Hkv]. Arguments as of `products`."""
+        each = self.products(geometry, specs)
         spans = torch.nn.functional.pad(each, (0, -each.shape[-1] % SPAN)).unflatten(-1, (-1, SPAN))
         return spans.sum(-1).double().square().sum(-1).mean(0) / 2
 

@@ -15,7 +15,11 @@ from kvfold.exports.architectures import Architecture
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's choices: what the search found."""
+    """One layer's choices: what the search found.
+
+    Attributes:
+        key_loss, value_loss: nats of KL that are foretold.
+    """
 
     key: KeyCandidate
     value: ValueCandidate
@@ -38,6 +42,8 @@ def fold_layers(
         keep: leave them as that type, not as the module's own.
         folder: for a model that is read layer by layer, whose folded weights go into a file there
             that has no name, so that nothing has to be removed; None: they stay in memory.
+    Raises:
+        OSError, SafetensorError: what the system says of that file, e.g. a full disk.
     """
     for modules, layer in zip(arch.reading_modules(model), layers, strict=True):
         fused = fused_parameters(modules, arch, layer)

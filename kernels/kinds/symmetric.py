@@ -25,9 +25,9 @@ FACTORS = (1.0, 0.8, 0.9, 1.1, 1.25, 1.5, 1.8, 2.2)  # of equally good ones the 
 ALONG = 4.0
 UNITS = 16.0  # in the sums, of one squared root mean square of weight 1
 MOST_UNITS = float((1 << 22) - 1)  # of a channel, so that 512 of them fit an int32
-BLOCK_ELEMENTS = (
-    1 << 16
-)  # that a core searches at a time: more than an operation's own cost, and its caches hold them
+# that a core searches at a time: enough that an operation's own cost is little, and what its caches
+# hold
+BLOCK_ELEMENTS = 1 << 16
 
 
 def _units(x: Tensor, numbers: bool) -> Tensor:

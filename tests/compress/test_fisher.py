@@ -52,6 +52,18 @@ def fisher_losses(probe, keys, values, count, seed, folder):
 JOBS = [(side, layer, 0) for layer in range(3) for side in ("key", "value")]
 
 
+@torch.no_grad()
+def test_the_first_passages_can_be_asked_alone():
+    both, (keys, values) = make_probe(), sides(3)
+    first = make_probe("llama", both.passages[0])
+    taps = [
+        packing_tap(GEOMETRY, both.device, key[0].spec, value[0].spec, value[0].matrix)
+        for key, value in zip(keys, values, strict=True)
+    ]
+    assert both.whole_model(taps, count=1) == first.whole_model(taps) > 0
+    assert both.whole_model(taps, count=2) == both.whole_model(taps) != first.whole_model(taps)
+
+
 def test_signs_are_fair_and_independent():
     rng = torch.Generator().manual_seed(0)
     x = fisher.random_signs(torch.Size((999, 67)), rng, torch.device("cpu"))

@@ -73,7 +73,22 @@ def test_the_artifact_is_the_same(
     assert len(read) == 1 and hashes(out) == hashes(tiny_artifact)
 
 
-def test_what_was_only_tried_leaves_no_tensors(tmp_path, text_file, recipe_file, monkeypatch):
+@pytest.fixture
+def compress_streamed(tmp_path, text_file, recipe_file):
+    """Compresses a tiny Llama that is read layer by layer, and returns its folder."""
+
+    def run() -> Path:
+        source = save_tiny(tmp_path / "model", "llama")
+        recipe = load_recipe(recipe_file)
+        compress(
+            str(source), "6.0", tmp_path / "out", calib=str(text_file), recipe=recipe, max_memory=LITTLE
+        )  # fmt: skip
+        return source
+
+    return run
+
+
+def test_what_was_only_tried_leaves_no_tensors(compress_streamed, monkeypatch):
     """Candidates of all layers would take as much memory as the weights."""
     seen = []
 
@@ -84,11 +99,7 @@ def test_what_was_only_tried_leaves_no_tensors(tmp_path, text_file, recipe_file,
 
     real = search.choose
     monkeypatch.setattr(search, "choose", choose)
-    source = save_tiny(tmp_path / "model", "llama")
-    compress(
-        str(source), "6.0", tmp_path / "out", calib=str(text_file), recipe=load_recipe(recipe_file),
-        max_memory=LITTLE,
-    )  # fmt: skip
+    compress_streamed()
     assert len(seen) > 3 and all(x is None for x in seen)
 
 
@@ -158,7 +169,7 @@ def test_changed_weights_go_into_a_file_without_a_name(tmp_path):
     move_to_file(whole, [whole.model.norm.weight], tmp_path / "nowhere")  # nothing to do
 
 
-def test_folded_projections_are_in_files(tmp_path, text_file, recipe_file, monkeypatch):
+def test_folded_projections_are_in_files(compress_streamed, monkeypatch):
     """Those of all layers would be a third of the weights."""
     moved = []
 
@@ -167,11 +178,7 @@ def test_folded_projections_are_in_files(tmp_path, text_file, recipe_file, monke
         move_to_file(model, weights, folder)
 
     monkeypatch.setattr(fold, "move_to_file", move)
-    source = save_tiny(tmp_path / "model", "llama")
-    compress(
-        str(source), "6.0", tmp_path / "out", calib=str(text_file), recipe=load_recipe(recipe_file),
-        max_memory=LITTLE,
-    )  # fmt: skip
+    source = compress_streamed()
     count = config_from_pretrained(source).num_hidden_layers
     assert len(moved) == 2 * count and all(moved)  # to measure with, and in the artifact's type
 

@@ -2,6 +2,7 @@
 huge biases."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -110,6 +111,17 @@ def test_whiten_brings_every_channel_to_unit_variance_and_half_whitens_classes()
     weight = (inverse.mT @ stats.query_moment[0] @ inverse).diagonal()[:8].sum() * 8
     _, variances = whitened(stats)
     assert float(weight / variances[0, :8].sqrt().sum() ** 2) == pytest.approx(1, abs=0.05)
+
+
+def test_what_formats_share_changes_no_basis():
+    stats = make_stats()
+    for row, part in ((KEY_TRANSFORMS["whiten"], "online"), (VALUE_TRANSFORMS["whiten"], "fused")):
+        assert row.shared is not None
+        shared = row.shared(stats, Request())
+        assert shared.eigen is not None
+        for fmt in (Format(((8, 16), (8, 2))), Format(((16, 4),))):
+            alone, found = row.fit(stats, Request(fmt)), row.fit(stats, replace(shared, fmt=fmt))
+            assert torch.equal(getattr(found, part), getattr(alone, part))
 
 
 @pytest.mark.parametrize("head_dim", [16, 24, 64])
